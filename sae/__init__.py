@@ -1,0 +1,28 @@
+"""Sparse dictionaries of a model's activations: load, save, encode, decode.
+
+`import sae` imports nothing heavy; torch comes with the first name that is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sae.architecture import SAEConfig
+    from sae.autoencoder import Latents, SparseAutoencoder
+    from sae.pretrained import load, save
+
+__all__ = ["Latents", "SAEConfig", "SparseAutoencoder", "load", "save"]
+
+_HOME = {
+    "Latents": "sae.autoencoder",
+    "SAEConfig": "sae.architecture",
+    "SparseAutoencoder": "sae.autoencoder",
+    "load": "sae.pretrained",
+    "save": "sae.pretrained",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sae' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,106 @@
+"""The activation functions: from encoder to sparse latents, one branch per kind."""
+
+from typing import NamedTuple, assert_never
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.architecture import Activation, ReLU, TopK
+from sae_kernels import encode_topk
+
+
+class Latents(NamedTuple):
+    """The latents of a batch in sparse form.
+
+    Width is k for TopK, else the largest L0 among the rows. Only values != 0 fire; a place that
+    does not fire holds value 0 and index 0; indices are int64 and ascend within a row.
+    """
+
+    values: Float[Tensor, "batch k"]
+    """Activations."""
+    indices: Int[Tensor, "batch k"]
+    """Latent numbers."""
+
+
+class EncoderWeights(NamedTuple):
+    """The encoder in latent-major form, as the sparse kernels take it."""
+
+    enc_rows: Float[Tensor, "d_sae d_in"]
+    """One contiguous row per latent."""
+    b_enc: Float[Tensor, " d_sae"]
+    """Bias per latent."""
+    b_in: Float[Tensor, " d_in"] | None
+    """Subtracted from the input, if any."""
+
+
+def encode(
+    activation: Activation, u: Float[Tensor, "batch d_in"], weights: EncoderWeights
+) -> Latents:
+    """Activations of the rows `u`, which are in the dictionary's units."""
+    match activation:
+        case TopK(k=k):
+            selected = encode_topk(u, weights.enc_rows, weights.b_enc, k, b_in=weights.b_in)
+            return pad_silent(Latents(selected.values, selected.indices))
+        case ReLU():
+            return to_latents(encode_dense(activation, u, weights))
+        case _:
+            assert_never(activation)
+
+
+def encode_dense(
+    activation: Activation, u: Float[Tensor, "batch d_in"], weights: EncoderWeights
+) -> Float[Tensor, "batch d_sae"]:
+    """The same activations as one dense row per input row."""
+    match activation:
+        case TopK():
+            return to_dense(encode(activation, u, weights), weights.enc_rows.shape[0])
+        case ReLU():
+            return torch.relu(_dense_pre_acts(u, weights))
+        case _:
+            assert_never(activation)
+
+
+def _dense_pre_acts(
+    u: Float[Tensor, "batch d_in"], weights: EncoderWeights
+) -> Float[Tensor, "batch d_sae"]:
+    b_in = weights.b_in
+    if b_in is None:
+        return torch.addmm(weights.b_enc, u, weights.enc_rows.T)
+    # Centring by a constant keeps the gradient of b_in out of a (batch, d_in) product; the term
+    # added to the bias is zero and carries that gradient as one matrix-vector product.
+    constant = b_in.detach()
+    bias = weights.b_enc - weights.enc_rows @ (b_in - constant)
+    return torch.addmm(bias, u - constant, weights.enc_rows.T)
+
+
+def pad_silent(latents: Latents) -> Latents:
+    """Bring places that do not fire to value 0 at index 0, in front, so that indices ascend.
+
+    Both tensors are (batch, k). Gradients reach the values unchanged.
+    """
+    silent = latents.values == 0
+    if not bool(silent.any()):
+        return latents
+    indices, order = latents.indices.masked_fill(silent, 0).sort(dim=1, stable=True)
+    # A firing latent 0 sorts among the padding; order inside a run of equal indices is free.
+    return Latents(latents.values.gather(1, order), indices)
+
+
+def to_latents(acts: Float[Tensor, "batch d_sae"]) -> Latents:
+    """The non-zero places of dense activations, as wide as the fullest row (at least 1)."""
+    fires = acts != 0
+    width = max(int(fires.sum(dim=1).max()) if acts.shape[0] else 0, 1)
+    rank = fires.cumsum(dim=1) - 1
+    row, latent = fires.nonzero(as_tuple=True)
+    place = rank[row, latent] + (width - fires.sum(dim=1))[row]
+    values = acts.new_zeros(acts.shape[0], width)
+    indices = torch.zeros(acts.shape[0], width, dtype=torch.int64, device=acts.device)
+    indices[row, place] = latent
+    return Latents(values.index_put((row, place), acts[row, latent]), indices)
+
+
+def to_dense(latents: Latents, d_sae: int) -> Float[Tensor, "batch d_sae"]:
+    """Dense activations (batch, d_sae) of sparse ones."""
+    dense = latents.values.new_zeros(latents.values.shape[0], d_sae)
+    return dense.scatter_add(1, latents.indices, latents.values)
