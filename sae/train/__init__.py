@@ -1,0 +1,24 @@
+"""Training: TrainStep is the step; Lightning and a bare loop call the same one."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sae.train.config import DictionaryConfig, TrainConfig
+    from sae.train.fit import train
+    from sae.train.step import TrainStep
+
+__all__ = ["DictionaryConfig", "TrainConfig", "TrainStep", "train"]
+
+_HOME = {
+    "DictionaryConfig": "sae.train.config",
+    "TrainConfig": "sae.train.config",
+    "TrainStep": "sae.train.step",
+    "train": "sae.train.fit",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sae.train' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,66 @@
+"""Checkpoints: a new directory each, its manifest last, the newest that verifies wins."""
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from activations_cache import io
+
+MANIFEST = "manifest.json"
+STATE = "state.safetensors"
+KEPT = 2
+
+logger = logging.getLogger(__name__)
+
+
+def save(root: Path, n_steps: int, state: dict[str, Tensor], identity: str) -> Path:
+    """Write `root/step-N`, verify it, and remove all but the two newest.
+
+    Args:
+        root: Directory of this run's checkpoints.
+        n_steps: Steps done; names the directory.
+        state: Flat named tensors.
+        identity: Digest of what is trained on what; a checkpoint of another one is never read.
+    """
+    path = root / f"step-{n_steps:08d}"
+    data = to_safetensors({name: t.detach().cpu().contiguous() for name, t in state.items()})
+    digest = hashlib.sha256(data).hexdigest()
+    manifest = {"identity": identity, "n_steps": n_steps, "sha256": digest}
+    io.write_files({path / STATE: data})
+    io.write_files({path / MANIFEST: json.dumps(manifest).encode()})
+    if _read(path, identity) is None:
+        raise OSError(f"{path} must read back as it was written, got other bytes; check the disk")
+    for older in sorted(root.glob("step-*"))[:-KEPT]:
+        # The manifest goes first, so a half-removed checkpoint is none.
+        (older / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(older)
+    return path
+
+
+def load_newest(root: Path, identity: str) -> tuple[int, dict[str, Tensor]] | None:
+    """Steps and state of the newest checkpoint of this identity that verifies, or None."""
+    for path in sorted(root.glob("step-*"), reverse=True):
+        found = _read(path, identity)
+        if found is not None:
+            return found
+        logger.warning("%s is not a whole checkpoint of this run; trying an older one", path)
+    return None
+
+
+def _read(path: Path, identity: str) -> tuple[int, dict[str, Tensor]] | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        data = (path / STATE).read_bytes()
+        whole = hashlib.sha256(data).hexdigest() == manifest["sha256"]
+        if manifest["identity"] != identity or not whole:
+            return None
+        return int(manifest["n_steps"]), from_safetensors(data)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None

@@ -1,0 +1,178 @@
+"""How dictionaries are trained, as frozen configs; no torch here."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sae.architecture import Activation, ReLU, SAEConfig, TopK
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def _at_least_zero(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def _fraction(name: str, value: float) -> None:
+    if not (math.isfinite(value) and 0 <= value <= 1):
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class L1:
+    """Penalty sum_i a_i ||W_dec[i]|| beside the squared error summed over d."""
+
+    coefficient: float = 5.0
+    """Weight of the penalty, when E||u||^2 = d_in (Scaling Monosemanticity uses 5)."""
+    ramp: float = 0.05
+    """Fraction of the steps over which the weight rises from 0."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _at_least_zero("coefficient", self.coefficient)
+        _fraction("ramp", self.ramp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxK:
+    """Dead latents reconstruct the residual (Gao et al. 2024, arXiv 2406.04093, A.2)."""
+
+    coefficient: float = 1 / 32
+    """Weight of the dead latents' squared error."""
+    k: int | None = None
+    """Dead latents that may fire in one row; half of d_in when absent."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _at_least_zero("coefficient", self.coefficient)
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam:
+    """Adam with warm-up and a linear decay to zero at the end."""
+
+    lr: float = 1e-3
+    """Learning rate between warm-up and decay."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    warmup: float = 0.02
+    """Fraction of the steps over which the rate rises from 0."""
+    decay: float = 0.2
+    """Fraction of the steps, the last ones, over which the rate falls to 0."""
+    clip: float | None = 1.0
+    """Largest norm of all gradients together; no clipping when absent."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("lr", "eps"):
+            _positive(name, getattr(self, name))
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("warmup", "decay"):
+            _fraction(name, getattr(self, name))
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"decay must be at most 1 - warmup={self.warmup}, got {self.decay}")
+        if self.clip is not None:
+            _positive("clip", self.clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DictionaryConfig:
+    """One entry of `saes:`: its form, its losses, its optimiser."""
+
+    d_sae: int
+    """Number of latents."""
+    activation: Activation = TopK()
+    """Which latents fire."""
+    b_in: Literal["none", "b_dec"] = "b_dec"
+    """What is subtracted before the encoder."""
+    l1: L1 | None = None
+    """Sparsity penalty; needed by relu, refused by topk."""
+    auxk: AuxK | None = None
+    """Care for dead latents."""
+    dead_after_tokens: int = 100_000
+    """A latent is dead when it was silent for so many rows."""
+    decoder_norm: float = 1.0
+    """Norm of the decoder rows at the start."""
+    unit_norm: bool = True
+    """Keep the decoder rows at norm 1 and take their parallel part out of the gradient."""
+    frozen: Literal["none", "decoder"] = "none"
+    """A frozen random decoder makes a baseline: only the encoder and the biases learn."""
+    optimizer: Adam = Adam()
+    """The optimiser and its schedule."""
+
+    def __post_init__(self) -> None:
+        """Check the fields against each other."""
+        if isinstance(self.activation, ReLU) and self.l1 is None:
+            raise ValueError("l1 must be given for activation.kind 'relu', got None")
+        if isinstance(self.activation, TopK):
+            if self.l1 is not None:
+                raise ValueError("l1 must be absent for activation.kind 'topk', got a penalty")
+            if self.activation.k > self.d_sae:
+                raise ValueError(
+                    f"activation.k must be at most d_sae={self.d_sae}, got {self.activation.k}"
+                )
+        if self.l1 is not None and self.unit_norm:
+            raise ValueError("unit_norm must be false beside l1, which has the norms in it, got true")
+        if isinstance(self.activation, ReLU) and self.auxk is not None:
+            raise ValueError("auxk must be absent for activation.kind 'relu', got a loss")
+        if self.d_sae < 1:
+            raise ValueError(f"d_sae must be at least 1, got {self.d_sae}")
+        if self.dead_after_tokens < 1:
+            raise ValueError(f"dead_after_tokens must be at least 1, got {self.dead_after_tokens}")
+        _positive("decoder_norm", self.decoder_norm)
+
+    def architecture(self, d_in: int, input_scale: float) -> SAEConfig:
+        """The autoencoder's own config, once the rows are known."""
+        return SAEConfig(
+            d_in=d_in,
+            d_sae=self.d_sae,
+            activation=self.activation,
+            b_in=self.b_in,
+            input_scale=input_scale,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Dictionaries that are trained side by side in one pass over the same rows."""
+
+    saes: dict[str, DictionaryConfig]
+    """The dictionaries by name; a frozen baseline is one of them."""
+    batch: int = 1024
+    """Rows per step."""
+    epochs: int = 1
+    """Passes over the rows."""
+    seed: int = 0
+    """Decides the order of the rows and the first weights."""
+    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    """Format of the encoder's and the dense products; auto: bf16 where the device has it."""
+    checkpoint_seconds: float = 60.0
+    """A checkpoint is written so often."""
+    log_every: int = 20
+    """Steps between two points of the training curves."""
+
+    def __post_init__(self) -> None:
+        """Check names and ranges."""
+        if not self.saes:
+            raise ValueError("saes must name at least one dictionary, got none")
+        for name in self.saes:
+            if not name or not all(c.isascii() and (c.isalnum() or c in "-_") for c in name):
+                raise ValueError(f"saes must have names of letters, digits, - and _, got {name!r}")
+        for name in ("batch", "epochs", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        _positive("checkpoint_seconds", self.checkpoint_seconds)

@@ -1,0 +1,200 @@
+"""Train the dictionaries of a TrainConfig from a cache, with Lightning; resumable at any moment."""
+
+import csv
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch.utils.data import DataLoader, IterableDataset
+
+from activations_cache.progress import Progress, silent
+from sae.autoencoder import SparseAutoencoder, initialise
+from sae.config import digest
+from sae.pretrained.own import save
+from sae.train import checkpoint
+from sae.train.config import DictionaryConfig, TrainConfig
+from sae.train.module import SAEModule
+from sae.train.step import TrainStep
+
+if TYPE_CHECKING:
+    from activations_cache import ActivationCache
+
+LOGS = "logs"
+CHECKPOINTS = "checkpoints"
+
+
+class CacheRows(IterableDataset):
+    """The rows of `cache.batches` from a given step on, for a DataLoader without a batch size."""
+
+    def __init__(self, cache: "ActivationCache", hook_point: str, config: TrainConfig) -> None:
+        """Take what decides the order of the rows; `start` is set before the loop begins."""
+        self.cache, self.hook_point, self.config = cache, hook_point, config
+        self.start = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yield tensors (batch, d_in), each row once per epoch, in the order of the seed."""
+        config = self.config
+        for batch in self.cache.batches(
+            (self.hook_point,),
+            batch=config.batch,
+            seed=config.seed,
+            start=self.start,
+            epochs=config.epochs,
+        ):
+            yield batch.x
+
+
+def train(
+    cache: "ActivationCache",
+    hook_point: str,
+    config: TrainConfig,
+    path: str | Path,
+    *,
+    progress: Progress = silent,
+) -> dict[str, Path]:
+    """Train every entry of `config.saes` side by side; returns each dictionary's directory.
+
+    A run that was stopped goes on from its newest checkpoint, bit-equal on the CPU to one that
+    was not. The curves lie in `path/logs`, as CSV and for TensorBoard.
+
+    Raises:
+        ValueError: If the cache gives less than one batch.
+        FloatingPointError: If the loss is not finite in three steps in a row.
+    """
+    path = Path(path)
+    total_steps = cache.n_batches(batch=config.batch, epochs=config.epochs)
+    if total_steps < 1:
+        raise ValueError(f"batch must be at most the cache's rows, got {config.batch}; lower it")
+    precision = resolve_precision(config.precision)
+    identity = digest({"cache": cache.fingerprint, "train": asdict(config), "precision": precision})
+    steps = {
+        name: _new_step(cache, hook_point, entry, config.seed, total_steps, precision)
+        for name, entry in config.saes.items()
+    }
+    rows = CacheRows(cache, hook_point, config)
+    saver = _Saver(path / CHECKPOINTS, identity, config, progress)
+    module = SAEModule(steps, total_steps, config.log_every, saver)
+    found = checkpoint.load_newest(path / CHECKPOINTS, identity)
+    if found is not None:
+        module.load_full_state(*found)
+        rows.start = found[0]
+    if module.n_steps < total_steps:
+        _fit(module, rows, path / LOGS)
+        checkpoint.save(path / CHECKPOINTS, module.n_steps, module.full_state(), identity)
+    provenance = {
+        "cache": cache.fingerprint,
+        "hook_point": hook_point,
+        "seed": config.seed,
+        "rows": total_steps * config.batch,
+        "precision": precision,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    return {
+        name: save(step.autoencoder, path / name, {**provenance, "recipe": asdict(step.config)})
+        for name, step in steps.items()
+    }
+
+
+def resolve_precision(precision: str) -> str:
+    """`auto` becomes bf16 where the device computes it natively, else fp32."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # noqa: SLF001
+
+
+def _new_step(  # noqa: PLR0913 - what one dictionary depends on
+    cache: "ActivationCache",
+    hook_point: str,
+    entry: DictionaryConfig,
+    seed: int,
+    total_steps: int,
+    precision: str,
+) -> TrainStep:
+    rows = cache[hook_point]
+    mean = rows.mean.double()
+    variance = rows.mean_square_norm - float(mean.square().sum())
+    d_in = mean.shape[0]
+    scale = (d_in / variance) ** 0.5
+    autoencoder = SparseAutoencoder(entry.architecture(d_in, scale))
+    generator = torch.Generator().manual_seed(seed)
+    initialise(autoencoder, generator, mean=mean.float(), decoder_norm=entry.decoder_norm)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return TrainStep(autoencoder.to(device), entry, total_steps, precision=precision)
+
+
+class _Saver:
+    """Called after each step: reports progress, and saves when it is time."""
+
+    def __init__(
+        self, root: Path, identity: str, config: TrainConfig, progress: Progress
+    ) -> None:
+        self.root, self.identity, self.config, self.progress = root, identity, config, progress
+        self.saved_at = time.monotonic()
+
+    def __call__(self, n_steps: int, module: SAEModule) -> None:
+        batch, total = self.config.batch, module.total_steps
+        self.progress(n_steps * batch, total * batch, "rows")
+        late = time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
+        if late and n_steps < total:
+            checkpoint.save(self.root, n_steps, module.full_state(), self.identity)
+            self.saved_at = time.monotonic()
+
+
+def _fit(module: SAEModule, rows: CacheRows, logs: Path) -> None:
+    version = f"from-step-{rows.start:08d}"
+    loggers: list[Logger] = [
+        CSVLogger(logs, name="csv", version=version, flush_logs_every_n_steps=1),
+        TensorBoardLogger(logs, name="tensorboard", version=version),
+    ]
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        # The TrainSteps hold the optimisers and the cache feeds ready tensors; Lightning warns
+        # that it sees neither, and that a killed run left logs behind.
+        for text in (".*configure_optimizers.*", ".*does not have many workers.*",
+                     ".*Experiment logs directory.*", ".*logging interval.*"):  # fmt: skip
+            warnings.filterwarnings("ignore", message=text)
+        trainer = lightning.Trainer(
+            accelerator="gpu" if torch.cuda.is_available() else "cpu",
+            devices=1,
+            max_epochs=1,
+            logger=loggers,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader(rows, batch_size=None))
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def read_curves(path: str | Path) -> dict[str, dict[str, tuple[float, ...]]]:
+    """The training curves of each dictionary: {name: {"rows": ..., "fvu": ..., "l0": ...}}.
+
+    A resumed run repeats the steps after its checkpoint; the later figures of a step count.
+    """
+    by_step: dict[int, dict[str, str]] = {}
+    for file in sorted((Path(path) / LOGS / "csv").glob("from-step-*/metrics.csv")):
+        with file.open(newline="") as lines:
+            for line in csv.DictReader(lines):
+                by_step[int(line["step"])] = line
+    curves: dict[str, dict[str, list[float]]] = {}
+    for step in sorted(by_step):
+        line = by_step[step]
+        for key, value in line.items():
+            name, slash, metric = key.partition("/")
+            if slash:
+                curve = curves.setdefault(name, {})
+                curve.setdefault(metric, []).append(float(value))
+                if metric == "loss":
+                    curve.setdefault("rows", []).append(float(line["rows"]))
+    return {n: {m: tuple(v) for m, v in curve.items()} for n, curve in curves.items()}

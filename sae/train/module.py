@@ -1,0 +1,76 @@
+"""The LightningModule: several TrainSteps over the same batches; no model in here."""
+
+from collections.abc import Callable
+
+import lightning
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.train.step import StepMetrics, TrainStep
+
+
+class SAEModule(lightning.LightningModule):
+    """Trains dictionaries side by side; the result of each is what it would be alone.
+
+    Optimisation is manual: a TrainStep owns its optimiser, and Lightning's `global_step` stays
+    0, so this module counts the steps and stops the Trainer itself.
+    """
+
+    def __init__(
+        self,
+        steps: dict[str, TrainStep],
+        total_steps: int,
+        log_every: int,
+        after_step: Callable[[int, "SAEModule"], None],
+    ) -> None:
+        """Take the steps by name, and what is called after each of them (progress, saving)."""
+        super().__init__()
+        self.automatic_optimization = False
+        self.steps = steps
+        self.autoencoders = torch.nn.ModuleDict({n: s.autoencoder for n, s in steps.items()})
+        self.total_steps = total_steps
+        self.log_every = log_every
+        self.after_step = after_step
+        self.n_steps = 0
+        self.skipped = 0
+
+    def configure_optimizers(self) -> None:
+        """None: the TrainSteps hold the optimisers."""
+
+    def training_step(self, x: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
+        """One step of every dictionary on the same rows."""
+        metrics = {name: step(x) for name, step in self.steps.items()}
+        self.n_steps += 1
+        self._require_finite(metrics)
+        if self.n_steps % self.log_every == 0 or self.n_steps == self.total_steps:
+            self._log(metrics, x.shape[0])
+        self.after_step(self.n_steps, self)
+        if self.n_steps >= self.total_steps:
+            self.trainer.should_stop = True
+
+    def _require_finite(self, metrics: dict[str, StepMetrics]) -> None:
+        bad = [name for name, m in metrics.items() if not bool(m.finite)]
+        self.skipped = self.skipped + 1 if bad else 0
+        if self.skipped == 3:
+            raise FloatingPointError(
+                f"the loss of {', '.join(bad)} must be finite, got three steps in a row that are "
+                f"not, up to step {self.n_steps}; lower optimizer.lr or check the cache"
+            )
+
+    def _log(self, metrics: dict[str, StepMetrics], n_rows: int) -> None:
+        flat = {f"{name}/{k}": float(v) for name, m in metrics.items() for k, v in m._asdict().items()}
+        flat["rows"] = float(self.n_steps * n_rows)
+        for logger in self.loggers:
+            logger.log_metrics(flat, step=self.n_steps)
+
+    def full_state(self) -> dict[str, Tensor]:
+        """The state of all dictionaries, flat, each name prefixed by its dictionary's."""
+        return {f"{n}/{k}": v for n, s in self.steps.items() for k, v in s.state_dict().items()}
+
+    def load_full_state(self, n_steps: int, state: dict[str, Tensor]) -> None:
+        """Go on from `full_state` after `n_steps` steps."""
+        for name, step in self.steps.items():
+            own = {k.removeprefix(f"{name}/"): v for k, v in state.items() if k.startswith(f"{name}/")}
+            step.load_state_dict(own)
+        self.n_steps = n_steps

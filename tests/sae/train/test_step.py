@@ -1,0 +1,197 @@
+import pytest
+import torch
+
+from sae.architecture import ReLU, TopK
+from sae.autoencoder import SparseAutoencoder, initialise
+from sae.train.config import L1, Adam, AuxK, DictionaryConfig
+from sae.train.step import TrainStep
+
+D_IN, D_SAE, BATCH, STEPS = 13, 53, 101, 60
+
+
+def topk(**fields) -> DictionaryConfig:
+    return DictionaryConfig(
+        d_sae=D_SAE,
+        activation=TopK(k=3),
+        **{"auxk": AuxK(), "dead_after_tokens": 4 * BATCH, "optimizer": Adam(lr=1e-2), **fields},
+    )
+
+
+def relu(**fields) -> DictionaryConfig:
+    defaults = {
+        "l1": L1(coefficient=0.3),
+        "unit_norm": False,
+        "decoder_norm": 0.1,
+        "optimizer": Adam(lr=1e-2),
+    }
+    return DictionaryConfig(d_sae=D_SAE, activation=ReLU(), **{**defaults, **fields})
+
+
+def step_of(config: DictionaryConfig, seed: int = 0, total: int = STEPS) -> TrainStep:
+    made = SparseAutoencoder(config.architecture(D_IN, 0.5))
+    initialise(made, torch.Generator().manual_seed(seed), decoder_norm=config.decoder_norm)
+    return TrainStep(made, config, total)
+
+
+def batches(n: int) -> list[torch.Tensor]:
+    """Sparse mixes of 29 planted directions, far from the origin."""
+    generator = torch.Generator().manual_seed(7)
+    atoms = torch.randn(29, D_IN, generator=generator)
+    out = []
+    for _ in range(n):
+        fires = torch.rand(BATCH, 29, generator=generator) < 0.07
+        sizes = torch.rand(BATCH, 29, generator=generator) + 0.5
+        out.append((fires * sizes) @ atoms + 3.0)
+    return out
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("config", [topk(), relu()], ids=["topk", "relu"])
+def test_training_reconstructs_planted_rows(config):
+    step = step_of(config)
+    metrics = [step(x) for x in batches(STEPS)]
+    assert float(metrics[0].fvu) > 0.6
+    assert float(metrics[-1].fvu) < 0.5 * float(metrics[0].fvu)
+    assert all(bool(m.finite) for m in metrics)
+
+
+@pytest.mark.parametrize("config", [topk(), relu()], ids=["topk", "relu"])
+def test_a_resumed_run_is_bit_equal(config):
+    data = batches(20)
+    whole = step_of(config, total=20)
+    curve = [float(whole(x).loss) for x in data]
+    first = step_of(config, total=20)
+    for x in data[:9]:
+        first(x)
+    second = step_of(config, seed=99, total=20)
+    second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
+    assert [float(second(x).loss) for x in data[9:]] == curve[9:]
+    assert same(second.state_dict(), whole.state_dict())
+    assert second.n_steps == 20
+
+
+@pytest.mark.parametrize(
+    "lost", ["silent_rows", "n_steps", "adam.enc_rows.exp_avg", "adam.dec_rows.exp_avg_sq"]
+)
+def test_the_resume_test_sees_a_state_that_is_lost(lost):
+    config = topk(dead_after_tokens=2 * BATCH)
+    data = batches(20)
+    whole = step_of(config, total=20)
+    for x in data:
+        whole(x)
+    first = step_of(config, total=20)
+    for x in data[:9]:
+        first(x)
+    state = {k: v.clone() for k, v in first.state_dict().items()}
+    state[lost].zero_()
+    second = step_of(config, total=20)
+    second.load_state_dict(state)
+    for x in data[9:]:
+        second(x)
+    assert not same(second.state_dict(), whole.state_dict())
+
+
+def test_unit_norm_keeps_rows_at_1_and_l1_lets_them_go():
+    with_norm, without = step_of(topk()), step_of(relu())
+    for x in batches(5):
+        with_norm(x)
+        without(x)
+    torch.testing.assert_close(with_norm.autoencoder.W_dec.norm(dim=1), torch.ones(D_SAE))
+    assert float((without.autoencoder.W_dec.norm(dim=1) - 0.1).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("config", [topk(frozen="decoder"), relu(frozen="decoder")])
+def test_a_frozen_decoder_never_moves_and_the_rest_learns(config):
+    step = step_of(config)
+    decoder = step.autoencoder.dec_rows.detach().clone()
+    encoder = step.autoencoder.enc_rows.detach().clone()
+    for x in batches(5):
+        step(x)
+    assert torch.equal(step.autoencoder.dec_rows, decoder)
+    assert not torch.equal(step.autoencoder.enc_rows, encoder)
+
+
+def test_dead_latents_are_counted_by_rows_and_auxk_moves_their_encoders():
+    config = topk(dead_after_tokens=BATCH)
+    data = batches(3)
+    step = step_of(config)
+    with torch.no_grad():
+        step.autoencoder.b_enc[17] = -50.0
+    before = step.autoencoder.enc_rows[17].detach().clone()
+    first = step(data[0])
+    assert int(step.silent_rows[17]) == BATCH
+    assert float(first.dead) > 0
+    assert torch.equal(step.autoencoder.enc_rows[17].detach(), before)
+    with torch.no_grad():
+        step.autoencoder.b_enc[17] = 0.0
+        step.silent_rows[17] = BATCH
+    without = step_of(topk(dead_after_tokens=BATCH, auxk=None))
+    without.load_state_dict({k: v.clone() for k, v in step.state_dict().items()})
+    step(data[1])
+    without(data[1])
+    moved = (step.autoencoder.W_enc - without.autoencoder.W_enc).abs()
+    assert float(moved.max()) > 1e-4
+
+
+def test_rows_that_are_not_finite_change_nothing_but_the_count():
+    step = step_of(topk())
+    data = batches(2)
+    step(data[0])
+    before = {k: v.clone() for k, v in step.state_dict().items()}
+    bad = data[1].clone()
+    bad[3, 5] = float("nan")
+    assert not bool(step(bad).finite)
+    after = step.state_dict()
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {"n_steps"}
+
+
+def test_l1_objective_is_the_stated_one():
+    config = relu(l1=L1(coefficient=0.7, ramp=0.0), optimizer=Adam(lr=1e-2, clip=None))
+    step = step_of(config)
+    x = batches(1)[0]
+    u = x * 0.5
+    made = step.autoencoder
+    acts = torch.relu((u - made.b_dec) @ made.enc_rows.T + made.b_enc)
+    error = (u - acts @ made.dec_rows - made.b_dec).square().sum(1).mean()
+    expected = error + 0.7 * (acts * made.dec_rows.norm(dim=1)).sum(1).mean()
+    got = step(x)
+    torch.testing.assert_close(got.loss, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_each_dictionary_is_what_it_would_be_alone():
+    data = batches(4)
+    alone = step_of(topk())
+    for x in data:
+        alone(x)
+    beside, other = step_of(topk()), step_of(relu(), seed=1)
+    for x in data:
+        other(x)
+        beside(x)
+    assert same(alone.state_dict(), beside.state_dict())
+
+
+def test_wrong_states_and_lengths_are_refused():
+    with pytest.raises(ValueError, match="total_steps must be at least 1, got 0"):
+        step_of(topk(), total=0)
+    step = step_of(topk())
+    state = step.state_dict()
+    del state["param.b_enc"]
+    with pytest.raises(ValueError, match="a checkpoint must hold"):
+        step.load_state_dict(state)
+
+
+def test_bf16_products_train_nearly_as_fp32():
+    data = batches(STEPS)
+    made = []
+    for precision in ("fp32", "bf16"):
+        config = topk()
+        autoencoder = SparseAutoencoder(config.architecture(D_IN, 0.5))
+        initialise(autoencoder, torch.Generator().manual_seed(0))
+        step = TrainStep(autoencoder, config, STEPS, precision=precision)
+        made.append([float(step(x).fvu) for x in data][-1])
+        assert all(p.dtype == torch.float32 for p in autoencoder.parameters())
+    assert made[0] != made[1]
+    assert abs(made[0] - made[1]) < 0.05
