@@ -4,9 +4,10 @@ u = x * input_scale;  h = (u - b_in) @ W_enc + b_enc;  a = activation(h);
 y = a @ W_dec + b_dec;  x_hat = y / input_scale.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
+
+from activations_cache.checks import at_least, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +29,12 @@ class TopK:
 
     def __post_init__(self) -> None:
         """Check k, as far as it can be without d_sae."""
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}")
+        at_least("k", self.k, 1)
 
 
 Activation = ReLU | TopK
+
+_TOPK = TopK()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class SAEConfig:
     """Number of latents."""
     d_out: int | None = None
     """Width of the rows that are predicted; d_in when absent."""
-    activation: Activation = TopK()
+    activation: Activation = _TOPK
     """Which latents fire."""
     b_in: Literal["none", "b_dec"] = "b_dec"
     """What is subtracted before the encoder: nothing, or the decoder's bias."""
@@ -54,22 +56,14 @@ class SAEConfig:
 
     def __post_init__(self) -> None:
         """Check the sizes, and the fields against each other."""
-        for name in ("d_in", "d_sae"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.d_out is not None and self.d_out < 1:
-            raise ValueError(f"d_out must be at least 1, got {self.d_out}")
-        if self.b_in == "b_dec" and self.width_out != self.d_in:
-            raise ValueError(
-                f"b_in must be 'none' where d_out={self.d_out} differs from d_in={self.d_in}, "
-                "got 'b_dec'"
-            )
-        if not (math.isfinite(self.input_scale) and self.input_scale > 0):
-            raise ValueError(f"input_scale must be a positive number, got {self.input_scale}")
-        if isinstance(self.activation, TopK) and self.activation.k > self.d_sae:
-            raise ValueError(
-                f"activation.k must be at most d_sae={self.d_sae}, got {self.activation.k}"
-            )
+        for name in ("d_in", "d_sae", "width_out"):
+            at_least(name.replace("width_out", "d_out"), getattr(self, name), 1)
+        rule = f"be 'none' where d_out={self.d_out} differs from d_in={self.d_in}"
+        require(self.b_in == "none" or self.width_out == self.d_in, "b_in", rule, self.b_in)
+        positive("input_scale", self.input_scale)
+        if isinstance(self.activation, TopK):
+            k = self.activation.k
+            require(k <= self.d_sae, "activation.k", f"be at most d_sae={self.d_sae}", k)
 
     @property
     def width_out(self) -> int:

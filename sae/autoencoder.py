@@ -67,9 +67,7 @@ class SparseAutoencoder(nn.Module):
         """Dense activations of rows in the dictionary's units."""
         return activations.encode_dense(self.config.activation, u, self.encoder())
 
-    def decode(
-        self, acts: Latents | Float[Tensor, "batch d_sae"]
-    ) -> Float[Tensor, "batch d_out"]:
+    def decode(self, acts: Latents | Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_out"]:
         """Reconstruction in the model's units, from sparse or dense activations."""
         return self.decode_scaled(acts) / self.config.input_scale
 

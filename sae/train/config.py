@@ -1,25 +1,11 @@
 """How dictionaries are trained, as frozen configs; no torch here."""
 
-import math
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
+from activations_cache.checks import at_least, fraction, positive, require
 from sae.architecture import Activation, ReLU, SAEConfig, TopK
-
-
-def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a positive number, got {value}")
-
-
-def _at_least_zero(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be at least 0, got {value}")
-
-
-def _fraction(name: str, value: float) -> None:
-    if not (math.isfinite(value) and 0 <= value <= 1):
-        raise ValueError(f"{name} must be between 0 and 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +19,8 @@ class L1:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _at_least_zero("coefficient", self.coefficient)
-        _fraction("ramp", self.ramp)
+        at_least("coefficient", self.coefficient, 0)
+        fraction("ramp", self.ramp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +34,9 @@ class AuxK:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _at_least_zero("coefficient", self.coefficient)
-        if self.k is not None and self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}")
+        at_least("coefficient", self.coefficient, 0)
+        if self.k is not None:
+            at_least("k", self.k, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +61,21 @@ class Adam:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("lr", "eps"):
-            _positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
+                )
         for name in ("warmup", "decay"):
-            _fraction(name, getattr(self, name))
-        if self.warmup + self.decay > 1:
-            raise ValueError(f"decay must be at most 1 - warmup={self.warmup}, got {self.decay}")
+            fraction(name, getattr(self, name))
+        rule = f"be at most 1 - warmup={self.warmup}"
+        require(self.warmup + self.decay <= 1, "decay", rule, self.decay)
         if self.clip is not None:
-            _positive("clip", self.clip)
+            positive("clip", self.clip)
+
+
+_TOPK, _ADAM = TopK(), Adam()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +84,7 @@ class DictionaryConfig:
 
     d_sae: int
     """Number of latents."""
-    activation: Activation = TopK()
+    activation: Activation = _TOPK
     """Which latents fire."""
     b_in: Literal["none", "b_dec"] = "b_dec"
     """What is subtracted before the encoder."""
@@ -109,29 +100,26 @@ class DictionaryConfig:
     """Keep the decoder rows at norm 1 and take their parallel part out of the gradient."""
     frozen: Literal["none", "decoder"] = "none"
     """A frozen random decoder makes a baseline: only the encoder and the biases learn."""
-    optimizer: Adam = Adam()
+    optimizer: Adam = _ADAM
     """The optimiser and its schedule."""
 
     def __post_init__(self) -> None:
         """Check the fields against each other."""
-        if isinstance(self.activation, ReLU) and self.l1 is None:
-            raise ValueError("l1 must be given for activation.kind 'relu', got None")
-        if isinstance(self.activation, TopK):
-            if self.l1 is not None:
-                raise ValueError("l1 must be absent for activation.kind 'topk', got a penalty")
-            if self.activation.k > self.d_sae:
-                raise ValueError(
-                    f"activation.k must be at most d_sae={self.d_sae}, got {self.activation.k}"
-                )
-        if self.l1 is not None and self.unit_norm:
-            raise ValueError("unit_norm must be false beside l1, which has the norms in it, got true")
-        if isinstance(self.activation, ReLU) and self.auxk is not None:
-            raise ValueError("auxk must be absent for activation.kind 'relu', got a loss")
-        if self.d_sae < 1:
-            raise ValueError(f"d_sae must be at least 1, got {self.d_sae}")
-        if self.dead_after_tokens < 1:
-            raise ValueError(f"dead_after_tokens must be at least 1, got {self.dead_after_tokens}")
-        _positive("decoder_norm", self.decoder_norm)
+        match self.activation:
+            case TopK(k=k):
+                require(self.l1 is None, "l1", "be absent for activation.kind 'topk'", self.l1)
+                require(k <= self.d_sae, "activation.k", f"be at most d_sae={self.d_sae}", k)
+            case ReLU():
+                require(self.l1 is not None, "l1", "be given for activation.kind 'relu'", self.l1)
+                rule = "be absent for activation.kind 'relu'"
+                require(self.auxk is None, "auxk", rule, self.auxk)
+            case _:
+                assert_never(self.activation)
+        rule = "be false beside l1, which has the decoder's norms in it"
+        require(self.l1 is None or not self.unit_norm, "unit_norm", rule, self.unit_norm)
+        at_least("d_sae", self.d_sae, 1)
+        at_least("dead_after_tokens", self.dead_after_tokens, 1)
+        positive("decoder_norm", self.decoder_norm)
 
     def architecture(self, d_in: int, input_scale: float) -> SAEConfig:
         """The autoencoder's own config, once the rows are known."""
@@ -165,14 +153,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
-        if not self.saes:
-            raise ValueError("saes must name at least one dictionary, got none")
+        require(len(self.saes) > 0, "saes", "name at least one dictionary", self.saes)
         for name in self.saes:
-            if not name or not all(c.isascii() and (c.isalnum() or c in "-_") for c in name):
-                raise ValueError(f"saes must have names of letters, digits, - and _, got {name!r}")
+            is_name = re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None
+            require(is_name, "saes", "have names of letters, digits, - and _", name)
         for name in ("batch", "epochs", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
-        _positive("checkpoint_seconds", self.checkpoint_seconds)
+            at_least(name, getattr(self, name), 1)
+        at_least("seed", self.seed, 0)
+        positive("checkpoint_seconds", self.checkpoint_seconds)

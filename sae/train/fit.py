@@ -109,10 +109,10 @@ def resolve_precision(precision: str) -> str:
         return precision
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # noqa: SLF001
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def _new_step(  # noqa: PLR0913 - what one dictionary depends on
+def _new_step(
     cache: "ActivationCache",
     hook_point: str,
     entry: DictionaryConfig,
@@ -135,9 +135,7 @@ def _new_step(  # noqa: PLR0913 - what one dictionary depends on
 class _Saver:
     """Called after each step: reports progress, and saves when it is time."""
 
-    def __init__(
-        self, root: Path, identity: str, config: TrainConfig, progress: Progress
-    ) -> None:
+    def __init__(self, root: Path, identity: str, config: TrainConfig, progress: Progress) -> None:
         self.root, self.identity, self.config, self.progress = root, identity, config, progress
         self.saved_at = time.monotonic()
 

@@ -38,7 +38,7 @@ class SAEModule(lightning.LightningModule):
     def configure_optimizers(self) -> None:
         """None: the TrainSteps hold the optimisers."""
 
-    def training_step(self, x: Float[Tensor, "batch d_in"], batch_idx: int) -> None:
+    def training_step(self, x: Float[Tensor, "batch d_in"], batch_idx: int) -> None:  # noqa: ARG002
         """One step of every dictionary on the same rows."""
         metrics = {name: step(x) for name, step in self.steps.items()}
         self.n_steps += 1
@@ -59,7 +59,9 @@ class SAEModule(lightning.LightningModule):
             )
 
     def _log(self, metrics: dict[str, StepMetrics], n_rows: int) -> None:
-        flat = {f"{name}/{k}": float(v) for name, m in metrics.items() for k, v in m._asdict().items()}
+        flat = {
+            f"{name}/{k}": float(v) for name, m in metrics.items() for k, v in m._asdict().items()
+        }
         flat["rows"] = float(self.n_steps * n_rows)
         for logger in self.loggers:
             logger.log_metrics(flat, step=self.n_steps)
@@ -71,6 +73,8 @@ class SAEModule(lightning.LightningModule):
     def load_full_state(self, n_steps: int, state: dict[str, Tensor]) -> None:
         """Go on from `full_state` after `n_steps` steps."""
         for name, step in self.steps.items():
-            own = {k.removeprefix(f"{name}/"): v for k, v in state.items() if k.startswith(f"{name}/")}
+            own = {
+                k.removeprefix(f"{name}/"): v for k, v in state.items() if k.startswith(f"{name}/")
+            }
             step.load_state_dict(own)
         self.n_steps = n_steps

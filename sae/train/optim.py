@@ -38,7 +38,9 @@ class LatentAdam(Adam):
         normalise_rows_(self.unit_rows)
 
 
-def remove_parallel_(grad: Float[Tensor, "d_sae d_out"], rows: Float[Tensor, "d_sae d_out"]) -> None:
+def remove_parallel_(
+    grad: Float[Tensor, "d_sae d_out"], rows: Float[Tensor, "d_sae d_out"]
+) -> None:
     """Take the component along each unit row out of its gradient, in place."""
     along = torch.linalg.vecdot(grad, rows).unsqueeze(1)
     grad.addcmul_(rows, along, value=-1)

@@ -7,7 +7,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae import losses
-from sae.activations import Latents
 from sae.architecture import ReLU, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
@@ -162,7 +161,7 @@ class TrainStep:
         state = {f"param.{n}": p.detach() for n, p in self.autoencoder.named_parameters()}
         state["silent_rows"] = self.silent_rows
         state["n_steps"] = torch.tensor(self.n_steps)
-        names = {p: n for n, p in self.autoencoder.named_parameters()}
+        names: dict[Tensor, str] = {p: n for n, p in self.autoencoder.named_parameters()}
         for param, moments in self.optimizer.state.items():
             for key, value in moments.items():
                 state[f"adam.{names[param]}.{key}"] = value

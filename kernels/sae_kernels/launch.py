@@ -1,0 +1,76 @@
+"""The choice of backend, and the argument checks that the ops share."""
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+Backend = Literal["reference", "torch"]
+
+
+def choose(tensor: Shaped[Tensor, "..."], backend: str | None) -> Backend:
+    """Name the backend that runs an op on `tensor`; `None` asks for the fastest one there.
+
+    Raises:
+        ValueError: if `backend` names none that exists.
+    """
+    if backend is None:
+        return "torch"
+    for name in get_args(Backend):
+        if backend == name:
+            return name
+    names = ", ".join(repr(name) for name in get_args(Backend))
+    raise ValueError(
+        f"backend must be one of {names} on {tensor.device.type}, got {backend!r}; "
+        "leave it out for the fastest one"
+    )
+
+
+def check_k(k: int, d_sae: int) -> None:
+    """Refuse a number of latents that no row of `d_sae` latents has."""
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"k must lie between 1 and d_sae={d_sae}, got {k}")
+
+
+def check_floating(**tensors: Shaped[Tensor, "..."] | None) -> None:
+    """Refuse tensors that are not floating point, or that differ in dtype, device or kind."""
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first, model = next(iter(present.items()))
+    for name, tensor in present.items():
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype != model.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first}, {model.dtype}, got {tensor.dtype}"
+            )
+        if tensor.device != model.device:
+            raise ValueError(
+                f"{name} must be on the device of {first}, {model.device}, got {tensor.device}"
+            )
+
+
+def check_shape(name: str, tensor: Shaped[Tensor, "..."] | None, *expected: int | None) -> None:
+    """Refuse a tensor whose shape differs from `expected` (`None` stands for any length)."""
+    if tensor is None:
+        return
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(expected) and all(
+        want is None or got == want for got, want in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in expected)
+        raise ValueError(f"{name} must have the shape ({wanted}), got {shape}")
+
+
+def check_indices(indices: Shaped[Tensor, "..."], d_sae: int) -> None:
+    """Refuse indices that are no integers or, on CPU, that name no latent.
+
+    The range is not read on other devices, where reading it would stall the device.
+    """
+    if indices.dtype.is_floating_point or indices.dtype in {torch.bool, torch.complex64}:
+        raise TypeError(f"indices must be integers, got {indices.dtype}")
+    if indices.device.type == "cpu" and indices.numel():
+        low, high = (bound.item() for bound in indices.aminmax())
+        if low < 0 or high >= d_sae:
+            raise ValueError(f"indices must lie in 0..{d_sae - 1}, got values from {low} to {high}")

@@ -1,0 +1,1 @@
+"""The command `sae`; it imports torch only once a request has been checked."""

@@ -1,0 +1,100 @@
+"""What the command shows: bars with an ETA, one table, one-line errors."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from activations_cache.progress import Progress as Report
+
+OUT = Console(highlight=False)
+ERR = Console(stderr=True, highlight=False, soft_wrap=True)
+SECONDS_PER_LINE = 10.0
+
+
+class _Bars:
+    """One bar at a time, for the unit that a step reports at the moment."""
+
+    def __init__(self, progress: Progress, label: str) -> None:
+        self.progress, self.label = progress, label
+        self.unit = "starting"
+        self.task = progress.add_task(label, total=None, unit=self.unit)
+
+    def __call__(self, done: int, total: int, unit: str) -> None:
+        if unit != self.unit:
+            self.progress.remove_task(self.task)
+            self.unit = unit
+            self.task = self.progress.add_task(self.label, total=total, unit=unit)
+        self.progress.update(self.task, completed=done, total=total)
+
+
+class _Lines:
+    """The same for a log file: a line with the ETA every few seconds."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.unit = label, ""
+        self.began = self.told = time.monotonic()
+        self.first = 0
+
+    def __call__(self, done: int, total: int, unit: str) -> None:
+        now = time.monotonic()
+        if unit != self.unit:
+            self.unit, self.began, self.first = unit, now, done
+        if now - self.told >= SECONDS_PER_LINE and done > self.first:
+            self.told = now
+            left = (now - self.began) / (done - self.first) * (total - done)
+            OUT.print(f"  {self.label}: {done:,} of {total:,} {unit}, {left:.0f} s left")
+
+
+@contextlib.contextmanager
+def step(label: str) -> Iterator[Report]:
+    """Show a step while it runs and one line with its time when it is done."""
+    began = time.monotonic()
+    if OUT.is_terminal:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:<9}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=OUT, transient=True, refresh_per_second=4) as progress:
+            yield _Bars(progress, label)
+    else:
+        yield _Lines(label)
+    OUT.print(f"[green]✓[/] {label:<9} {time.monotonic() - began:6.1f} s")
+
+
+def skipped(label: str, path: object) -> None:
+    """Say that a step's result is there already."""
+    OUT.print(f"[dim]✓ {label:<9} done before: {path}[/]", soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> None:
+    """Print the one table of a command, and a note under it."""
+    view = Table(title=title, title_justify="left", caption=note, caption_justify="left")
+    for i, column in enumerate(columns):
+        view.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        view.add_row(*row)
+    OUT.print(view)
+
+
+def error(message: str) -> None:
+    """Print one line to stderr."""
+    line = " ".join(message.split())
+    ERR.print(f"error: {line}", markup=False)

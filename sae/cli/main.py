@@ -1,0 +1,124 @@
+"""`sae`: the commands and their exit codes: 0 done, 1 failed, 2 wrong request."""
+
+import enum
+import sys
+from typing import Annotated
+
+import typer
+
+from sae.cli import console
+from sae.cli.run_config import RunConfig
+from sae.config import ConfigError, load
+
+app = typer.Typer(
+    name="sae",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turn a model's activations into a dictionary of labelled, steerable features.",
+    epilog="Every command takes a config file and dotted overrides: "
+    "sae run configs/demo.yaml train.seed=1 output=runs/seed-1",
+)
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.saes.topk.d_sae=9216."),
+]
+
+
+class Step(enum.StrEnum):
+    """The steps of `sae run`, in their order; each is a command as well."""
+
+    CACHE = "cache"
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    EXPLAIN = "explain"
+    STEER = "steer"
+    BROWSE = "browse"
+
+
+@app.command()
+def run(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Do every step whose result is not there yet, and print the page's path under one table."""
+    _chain(config, overrides, Step.BROWSE)
+
+
+@app.command()
+def cache(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Run the model over the text and store the hook point's activations."""
+    _chain(config, overrides, Step.CACHE)
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Train the config's dictionaries side by side, after the cache."""
+    _chain(config, overrides, Step.TRAIN)
+
+
+@app.command()
+def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Measure the dictionaries on held-out text, after training."""
+    _chain(config, overrides, Step.EVALUATE)
+
+
+@app.command()
+def explain(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Label every live latent without an LLM and score the labels, after evaluation."""
+    _chain(config, overrides, Step.EXPLAIN)
+
+
+@app.command()
+def steer(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Generate with one labelled latent turned up, after explaining."""
+    _chain(config, overrides, Step.STEER)
+
+
+@app.command()
+def browse(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Write the page of a run (the same as `run`: every step before it is made sure of)."""
+    _chain(config, overrides, Step.BROWSE)
+
+
+@app.command()
+def verify(
+    path: Annotated[str, typer.Argument(metavar="CACHE", help="A cache directory.")],
+) -> None:
+    """Check every committed file of a cache against its checksum."""
+    from sae.cli.inspection import verify_cache
+
+    raise typer.Exit(verify_cache(path))
+
+
+@app.command()
+def inspect(path: Annotated[str, typer.Argument(metavar="PATH", help="A dictionary.")]) -> None:
+    """Print what a dictionary is and how it will be applied."""
+    from sae.cli.inspection import inspect_dictionary
+
+    inspect_dictionary(path)
+
+
+def _chain(config: str, overrides: list[str] | None, last: Step) -> None:
+    checked = load(RunConfig, config, overrides or [])
+    from sae.cli.chain import run_chain
+
+    run_chain(checked, last.value)
+
+
+def main() -> None:
+    """Run the command line; a request or a run that fails ends in one line, not a traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except (ConfigError, typer.TyperException) as problem:
+        is_usage = isinstance(problem, typer.TyperException)
+        code = _fail(problem.format_message() if is_usage else str(problem), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted; run the same command again, it goes on from here", 1)
+    except (OSError, ValueError, FloatingPointError) as problem:
+        code = _fail(str(problem), 1)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    console.error(message)
+    return code

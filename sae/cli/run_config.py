@@ -1,0 +1,51 @@
+"""What `sae run` reads: one file with a part per step."""
+
+from dataclasses import dataclass, field
+
+from activations_cache.config import CacheConfig
+from sae.evaluate.config import EvaluateConfig
+from sae.explain.config import ExplainConfig
+from sae.steer.config import SteerConfig
+from sae.train.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The chain of steps: cache, train, evaluate, explain, steer, page."""
+
+    output: str
+    """Directory of everything that the run writes."""
+    cache_path: str | None = None
+    """Directory of the cache, so that runs may share one; output/cache when absent."""
+    title: str = "Monosema"
+    """Heading of the page."""
+    cache: CacheConfig
+    """Model, text and hook points."""
+    train: TrainConfig
+    """Dictionaries, side by side."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Measurements on held-out text."""
+    explain: ExplainConfig = field(default_factory=ExplainConfig)
+    """Labels without an LLM."""
+    steer: SteerConfig = field(default_factory=SteerConfig)
+    """The steering example."""
+
+    def __post_init__(self) -> None:
+        """Check the parts against each other."""
+        if not self.output:
+            raise ValueError("output must name a directory, got ''")
+        if len(self.cache.hook_points) != 1:
+            raise ValueError(
+                "cache.hook_points must be a single one for `sae run`, "
+                f"got {len(self.cache.hook_points)}"
+            )
+        name = self.steer.dictionary
+        if name is not None and name not in self.train.saes:
+            raise ValueError(
+                f"steer.dictionary must be one of {', '.join(self.train.saes)}, got {name!r}"
+            )
+        if self.train.batch > self.cache.n_rows:
+            raise ValueError(
+                f"train.batch must be at most cache.n_rows={self.cache.n_rows}, "
+                f"got {self.train.batch}"
+            )

@@ -1,0 +1,5 @@
+"""Placeholder until sae.steer lands."""
+
+
+def steering_example(run, report):
+    raise NotImplementedError

@@ -1,0 +1,96 @@
+"""What each step of `sae run` does, in terms of the packages that do it."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import activations_cache
+from activations_cache import io
+from activations_cache.progress import Progress
+from sae.browser import write_page
+from sae.cli import console
+from sae.cli.report import page_data, result_table
+from sae.cli.steering import steering_example
+from sae.evaluate.report import read_json, write_json
+from sae.evaluate.run import evaluate as measure
+from sae.explain.run import explain as explain_latents
+from sae.train.fit import train as train_dictionaries
+
+if TYPE_CHECKING:
+    from sae.cli.chain import Run
+
+REPORT = "report.json"
+STEERING = "steering.json"
+PAGE = "index.html"
+
+
+def cache(run: "Run", report: Progress) -> None:
+    """Store the hook point's rows."""
+    activations_cache.build(run.config.cache, run.cache_path, progress=report)
+
+
+def train(run: "Run", report: Progress) -> None:
+    """Train all entries of `saes:`."""
+    path = run.path("train")
+    train_dictionaries(run.cache, run.hook_point, run.config.train, path, progress=report)
+
+
+def evaluate(run: "Run", report: Progress) -> None:
+    """Measure all dictionaries; their firing statistics go beside them, for steering."""
+    found = measure(
+        run.dictionaries,
+        run.cache,
+        run.hook_point,
+        run.loaded.model,
+        run.config.evaluate,
+        progress=report,
+    )
+    for name, firing in found.firing.items():
+        firing.save(run.path("train") / name)
+    write_json(found.report, run.path("evaluate") / REPORT)
+
+
+def explain(run: "Run", report: Progress) -> None:
+    """Label every dictionary's latents; of a frozen baseline only the summary is kept."""
+    for name, dictionary in run.dictionaries.items():
+        path = run.path("explain") / name
+
+        def report_named(done: int, total: int, unit: str, name: str = name) -> None:
+            report(done, total, f"{unit} of {name}")
+
+        explain_latents(
+            dictionary,
+            run.cache,
+            run.hook_point,
+            run.token_strings,
+            run.config.explain,
+            path,
+            progress=report_named,
+        )
+
+
+def steer(run: "Run", report: Progress) -> None:
+    """Generate with and without one labelled latent turned up."""
+    example = steering_example(run, report)
+    record = json.dumps(asdict(example), indent=1).encode()
+    io.write_files({run.path("steer") / STEERING: record})
+
+
+def browse(run: "Run", report: Progress) -> None:
+    """Write the page."""
+    report(0, 1, "page")
+    write_page(page_data(run), run.path("browse") / PAGE)
+    report(1, 1, "page")
+
+
+def show(run: "Run", last: str, seconds: float) -> None:
+    """Print what the command has to show: one table, and where the page lies."""
+    if last in ("cache", "train"):
+        console.OUT.print(f"{last}: {run.path(last)}", soft_wrap=True)
+        return
+    measured = read_json(run.path("evaluate") / REPORT)
+    table = result_table(run, measured, with_labels=last != "evaluate")
+    console.table(run.config.title, table.columns, table.rows, table.note)
+    if last == "browse":
+        page = (run.path("browse") / PAGE).resolve()
+        console.OUT.print(f"page: {page}  ({seconds:.0f} s)", soft_wrap=True)
