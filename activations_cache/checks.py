@@ -9,16 +9,16 @@ def require(holds: bool, field: str, rule: str, got: object) -> None:
         raise ValueError(f"{field} must {rule}, got {got!r}")
 
 
-def at_least(field: str, value: float, least: float) -> None:
+def at_least(field: str, value: float | int, least: float | int) -> None:
     """Require a finite number that is at least `least`."""
     require(math.isfinite(value) and value >= least, field, f"be at least {least}", value)
 
 
-def positive(field: str, value: float) -> None:
+def positive(field: str, value: float | int) -> None:
     """Require a finite number above 0."""
     require(math.isfinite(value) and value > 0, field, "be a positive number", value)
 
 
-def fraction(field: str, value: float) -> None:
+def fraction(field: str, value: float | int) -> None:
     """Require a number from 0 to 1."""
     require(math.isfinite(value) and 0 <= value <= 1, field, "lie between 0 and 1", value)

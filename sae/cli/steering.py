@@ -1,5 +1,63 @@
-"""Placeholder until sae.steer lands."""
+"""The steering step: candidates from the labels, a choice by measured effect."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from activations_cache.config import SPLITS
+from activations_cache.progress import Progress
+from sae.explain.tables import LATENTS, LatentRecord, read_latents
+from sae.metrics import Firing
+from sae.steer.choice import Candidate, Subject, choose_latent, target_tokens
+
+if TYPE_CHECKING:
+    from sae.cli.chain import Run
+
+N_NEUTRAL = 8
+"""Held-out contexts on which the side effect is measured."""
 
 
-def steering_example(run, report):
-    raise NotImplementedError
+def steering_example(run: "Run", report: Progress) -> dict[str, Any]:
+    """Steer the prompt by one labelled latent; plain data for the page and for `steering.json`.
+
+    `shown` holds the fields of the page's SteeringExample; `choice` how the latent was found.
+    """
+    config = run.config.steer
+    name = config.dictionary or next(n for n in run.dictionaries if not run.is_frozen(n))
+    subject = Subject(
+        model=run.loaded.model,
+        tokenizer=run.loaded.tokenizer,
+        hook_point=run.hook_point,
+        dictionary=run.dictionaries[name],
+        stats=Firing.read(run.path("train") / name),
+        first_position=run.config.cache.skip_positions,
+    )
+    records = read_latents(run.path("explain") / name / LATENTS)
+    candidates = [_candidate(run, r) for r in records if r.status == "scored"]
+    held_out = (run.cache.examples.split == SPLITS.index("hold")).nonzero().flatten()[:N_NEUTRAL]
+    neutral = run.cache.examples.tokens[held_out]
+    choice = choose_latent(subject, candidates, config, neutral=neutral, progress=report)
+    chosen = choice.chosen.candidate
+    return {
+        "shown": {
+            "dictionary": name,
+            "latent": chosen.latent,
+            "label": chosen.label,
+            "strength": float(config.strength),
+            "prompt": config.prompt,
+            "base": choice.base.text,
+            "steered": choice.chosen.text,
+        },
+        "choice": asdict(choice),
+    }
+
+
+def _candidate(run: "Run", record: LatentRecord) -> Candidate:
+    assert record.auc is not None, record.latent
+    words = record.words if record.kind in ("word", "token") else ()
+    return Candidate(
+        latent=record.latent,
+        label=record.label,
+        auc=record.auc,
+        density=record.density,
+        targets=target_tokens(run.loaded.tokenizer, [word.strip() for word in words]),
+    )

@@ -1,7 +1,6 @@
 """What each step of `sae run` does, in terms of the packages that do it."""
 
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import activations_cache
@@ -72,8 +71,7 @@ def explain(run: "Run", report: Progress) -> None:
 def steer(run: "Run", report: Progress) -> None:
     """Generate with and without one labelled latent turned up."""
     example = steering_example(run, report)
-    record = json.dumps(asdict(example), indent=1).encode()
-    io.write_files({run.path("steer") / STEERING: record})
+    io.write_files({run.path("steer") / STEERING: json.dumps(example, indent=1).encode()})
 
 
 def browse(run: "Run", report: Progress) -> None:

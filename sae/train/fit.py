@@ -159,7 +159,7 @@ def _fit(module: SAEModule, rows: CacheRows, logs: Path) -> None:
         # The TrainSteps hold the optimisers and the cache feeds ready tensors; Lightning warns
         # that it sees neither, and that a killed run left logs behind.
         for text in (".*configure_optimizers.*", ".*does not have many workers.*",
-                     ".*Experiment logs directory.*", ".*logging interval.*"):  # fmt: skip
+                     ".*Experiment logs directory.*", ".*logging interval.*", ".*LeafSpec.*"):  # fmt: skip
             warnings.filterwarnings("ignore", message=text)
         trainer = lightning.Trainer(
             accelerator="gpu" if torch.cuda.is_available() else "cpu",

@@ -8,7 +8,10 @@ from sae.autoencoder import Latents, SparseAutoencoder, initialise
 D_IN, D_SAE, BATCH, K = 7, 23, 5, 3
 
 
-def dictionary(activation=TopK(k=K), **fields) -> SparseAutoencoder:
+TOPK = TopK(k=K)
+
+
+def dictionary(activation=TOPK, **fields) -> SparseAutoencoder:
     config = SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation, input_scale=0.31, **fields)
     made = SparseAutoencoder(config)
     generator = torch.Generator().manual_seed(3)

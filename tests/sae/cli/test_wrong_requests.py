@@ -1,4 +1,5 @@
 """Every wrong key, type, range or contradiction of a real config: exit 2, one line, no torch."""
+# ruff: noqa: E501 - a message stands on one line
 
 import subprocess
 import sys
@@ -21,7 +22,7 @@ CASES = {
     "train.saes.topk.activation.k=3.5": "train.saes.topk.activation.k must be an integer, got 3.5",
     "train.saes.topk.d_sae=many": "train.saes.topk.d_sae must be an integer, got 'many'",
     "train.saes.topk.d_sae=true": "train.saes.topk.d_sae must be an integer, got true",
-    "train.saes.topk.d_sea=64": "train.saes.topk.d_sea is not a key of topk; did you mean 'd_sae'?",
+    "train.saes.topk.d_sea=64": "train.saes.topk.d_sea is not a key of train.saes.topk; did you mean 'd_sae'?",
     "train.saes.topk.frozen=encoder": "train.saes.topk.frozen must be one of",
     "train.saes.topk.l1.coefficient=5": "train.saes.topk.l1 must be absent for activation.kind 'topk'",
     "train.saes.l1.unit_norm=true": "train.saes.l1.unit_norm must be false beside l1",
@@ -52,7 +53,7 @@ CASES = {
     "explain.words_per_label=0": "explain.words_per_label must be at least 1, got 0",
     "steer.dictionary=nope": "steer.dictionary must be one of",
     "output=": "output must",
-    "train.batch": "must have the form key=value",
+    "train.batch": "must have the form dotted.key=value",
 }  # fmt: skip
 
 

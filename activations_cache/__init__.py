@@ -1,0 +1,51 @@
+"""Residuals of a model, streamed to Zarr shards and read back as shuffled batches.
+
+Nothing heavy is imported until a name is used: configurations are checked without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from activations_cache.builder import build as build
+    from activations_cache.config import CacheConfig as CacheConfig
+    from activations_cache.config import ModelConfig as ModelConfig
+    from activations_cache.config import TextConfig as TextConfig
+    from activations_cache.config import TextSource as TextSource
+    from activations_cache.errors import CacheFormatError as CacheFormatError
+    from activations_cache.hooks import capture as capture
+    from activations_cache.hooks import edit as edit
+    from activations_cache.models import load_model as load_model
+    from activations_cache.reader import ActivationCache as ActivationCache
+    from activations_cache.reader import open_cache
+
+    open = open_cache
+    from activations_cache.live import ActivationStream as ActivationStream
+    from activations_cache.live import stream as stream
+
+_PLACES = {
+    "ActivationCache": ("reader", "ActivationCache"),
+    "ActivationStream": ("live", "ActivationStream"),
+    "CacheConfig": ("config", "CacheConfig"),
+    "CacheFormatError": ("errors", "CacheFormatError"),
+    "ModelConfig": ("config", "ModelConfig"),
+    "TextConfig": ("config", "TextConfig"),
+    "TextSource": ("config", "TextSource"),
+    "build": ("builder", "build"),
+    "capture": ("hooks", "capture"),
+    "edit": ("hooks", "edit"),
+    "load_model": ("models", "load_model"),
+    "open": ("reader", "open_cache"),
+    "stream": ("live", "stream"),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _PLACES[name]
+    return getattr(import_module(f"{__name__}.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(_PLACES)

@@ -1,0 +1,204 @@
+"""What a cache is made from: model, text, hook points and sizes.
+
+Plain frozen dataclasses that import neither torch nor a third-party package, so that a
+configuration is checked before anything slow is loaded. Checks raise ValueError with the field's
+name first; nothing here touches the disk.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+
+SPLITS = ("explain", "score", "hold")
+"""The three disjoint parts of the documents: to make explanations, to score them, to hold out."""
+
+TRAINING_SPLITS = ("explain", "score")
+"""The splits whose rows dictionaries are trained on; they are what `n_rows` counts."""
+
+Dtype = Literal["bfloat16", "float32", "float16"]
+
+TEXT_FORMATS = (".txt", ".jsonl", ".parquet")
+
+_HOOK_POINT = re.compile(r"(?P<module>\w+(?:\.\w+)*):(?P<side>in|out)", re.ASCII)
+_PACKAGE_PATH = re.compile(r"package://\w+/.+", re.ASCII)
+
+
+def parse_hook_point(hook_point: str) -> tuple[str, str]:
+    """Split `<module path>:(in|out)` into the module path and the side.
+
+    Raises:
+        ValueError: If the text has another form.
+    """
+    match = _HOOK_POINT.fullmatch(hook_point)
+    if match is None:
+        raise ValueError(
+            "hook_points must have the form '<module path>:(in|out)', "
+            f"such as 'model.layers.15:out', got {hook_point!r}"
+        )
+    return match["module"], match["side"]
+
+
+def text_format(path: str) -> str:
+    """Return the format of a text file by its name: `.txt`, `.jsonl` or `.parquet`.
+
+    A trailing `.gz` is looked through. Raises ValueError for any other name.
+    """
+    suffix = PurePosixPath(path.removesuffix(".gz")).suffix
+    _check(suffix in TEXT_FORMATS, "path", "end in .txt, .jsonl or .parquet (or these + .gz)", path)
+    return suffix
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is read, and in which number format it runs."""
+
+    path: str
+    """A directory in transformers' format, a *.gguf file, package://PACKAGE/FILE, or a hub id."""
+    sha256: str | None = None
+    """What the weights must hash to: the GGUF file, or the safetensors files in order of name."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format of the model's weights and stream."""
+    revision: str | None = None
+    """Commit, tag or branch; only for a hub id."""
+
+    def __post_init__(self) -> None:
+        """Check the fields that need neither disk nor network."""
+        _check(bool(self.path), "path", "not be empty", self.path)
+        _check_package_path(self.path)
+        _check_one_of("dtype", self.dtype, ("bfloat16", "float32"))
+        if self.sha256 is not None:
+            is_digest = re.fullmatch("[0-9a-f]{64}", self.sha256) is not None
+            _check(is_digest, "sha256", "be 64 lower-case hexadecimal digits", self.sha256)
+        is_file = self.path.endswith(".gguf") or self.path.startswith("package://")
+        only_hub = "be absent where path is a file or a package"
+        _check(self.revision is None or not is_file, "revision", only_hub, self.revision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """One file of text and how documents are found in it."""
+
+    path: str
+    """A .txt, .jsonl or .parquet file, each also with .gz, or package://PACKAGE/FILE."""
+    share: float = 1.0
+    """Weight of this source among all: it gives share / (sum of shares) of the rows."""
+    field: str = "text"
+    """Field of a record that holds the text (.jsonl, .parquet)."""
+    label: str | None = None
+    """Field of a record that is carried along as the label of its tokens (.jsonl, .parquet)."""
+    document_pattern: str | None = None
+    """Regular expression; a line of plain text that begins with it begins a new document (.txt)."""
+
+    def __post_init__(self) -> None:
+        """Check the fields that need no disk."""
+        _check_package_path(self.path)
+        is_plain = text_format(self.path) == ".txt"
+        _check_positive("share", self.share)
+        _check(bool(self.field), "field", "not be empty", self.field)
+        _check(self.label is None or not is_plain, "label", "be absent for plain text", self.label)
+        if self.document_pattern is not None:
+            pattern = self.document_pattern
+            _check(is_plain, "document_pattern", "be absent for records", pattern)
+            _check(_is_regex(pattern), "document_pattern", "be a regular expression", pattern)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The text that the model reads: its sources, the length of a context, the three splits."""
+
+    sources: tuple[TextSource, ...]
+    """Files of text; a context never mixes two of them."""
+    context: int = 256
+    """Tokens per context."""
+    explain: float = 0.6
+    """Fraction of the documents from which explanations are made."""
+    score: float = 0.3
+    """Fraction of the documents on which explanations are scored."""
+    hold: float = 0.1
+    """Fraction of the documents that neither training nor explaining sees."""
+    seed: int = 0
+    """Decides each document's split and the order of documents and contexts."""
+
+    def __post_init__(self) -> None:
+        """Check sizes and that the three fractions cover the documents."""
+        _check(len(self.sources) > 0, "sources", "name at least one source", self.sources)
+        distinct = len(set(self.sources)) == len(self.sources)
+        _check(distinct, "sources", "differ from each other", [s.path for s in self.sources])
+        _check_at_least("context", self.context, 2)
+        for name in SPLITS:
+            value = getattr(self, name)
+            _check(math.isfinite(value) and value >= 0, name, "be at least 0", value)
+        total = self.explain + self.score + self.hold
+        _check(abs(total - 1) <= 1e-6, "explain", "sum to 1 together with score and hold", total)
+        _check(self.hold < 1, "hold", "leave documents to explain and score", self.hold)
+        _check_at_least("seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """A cache of activations: which stream of which model on which text, and how much of it."""
+
+    model: ModelConfig
+    """The model."""
+    text: TextConfig
+    """What it reads."""
+    hook_points: tuple[str, ...]
+    """Places in the model, '<module path>:(in|out)', such as 'model.layers.15:out'."""
+    n_rows: int
+    """Rows to train on, at least: those of explain and score; hold comes on top by its fraction."""
+    skip_positions: int = 1
+    """Positions at the start of each context that give no row: the first is an attention sink."""
+    dtype: Dtype = "bfloat16"
+    """Number format of the rows on disk."""
+    rows_per_shard: int = 65536
+    """Rows in one file."""
+    contexts_per_forward: int = 16
+    """Contexts that the model reads at once."""
+
+    def __post_init__(self) -> None:
+        """Check sizes, and the fields against each other."""
+        _check(len(self.hook_points) > 0, "hook_points", "name at least one", self.hook_points)
+        distinct = len(set(self.hook_points)) == len(self.hook_points)
+        _check(distinct, "hook_points", "differ from each other", self.hook_points)
+        for hook_point in self.hook_points:
+            parse_hook_point(hook_point)
+        _check_at_least("n_rows", self.n_rows, 1)
+        _check_at_least("skip_positions", self.skip_positions, 0)
+        shorter = self.skip_positions < self.text.context
+        rule = f"be less than text.context={self.text.context}"
+        _check(shorter, "skip_positions", rule, self.skip_positions)
+        _check_one_of("dtype", self.dtype, ("bfloat16", "float32", "float16"))
+        _check_at_least("rows_per_shard", self.rows_per_shard, self.text.context)
+        _check_at_least("contexts_per_forward", self.contexts_per_forward, 1)
+
+
+def _check(holds: bool, field: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{field} must {rule}, got {value!r}")
+
+
+def _check_at_least(field: str, value: int, least: int) -> None:
+    _check(value >= least, field, f"be at least {least}", value)
+
+
+def _check_positive(field: str, value: float) -> None:
+    _check(math.isfinite(value) and value > 0, field, "be a positive number", value)
+
+
+def _check_one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    _check(value in allowed, field, f"be one of {', '.join(allowed)}", value)
+
+
+def _check_package_path(path: str) -> None:
+    is_right = not path.startswith("package://") or _PACKAGE_PATH.fullmatch(path) is not None
+    _check(is_right, "path", "have the form package://PACKAGE/inner/path", path)
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True

@@ -1,0 +1,227 @@
+"""Reading and changing what flows through a model, by hook points `<module path>:(in|out)`.
+
+`in` is the first argument of the module, `out` its result, or the first entry of a result that is
+a tuple. This is the only place where models are operated on.
+"""
+
+import contextlib
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from activations_cache.config import parse_hook_point
+
+Stream = Float[Tensor, "example pos d_model"]
+Edit = Callable[[Stream, Int[Tensor, "example pos"]], Stream]
+"""From the stream and the absolute positions to the new stream, in the same shape."""
+
+
+class _Stop(Exception):
+    """Everything asked for has been seen."""
+
+
+class Capture:
+    """Runs a model and returns what passes its hook points; made by `capture`."""
+
+    def __init__(self, model: nn.Module, hook_points: Sequence[str], *, stop: bool):
+        modules = [_module(model, hook_point) for hook_point in hook_points]
+        base = _base_model(model)
+        # Without the head where no hook point needs it.
+        self._entry = base if set(modules) <= set(base.modules()) else model
+        self._hook_points = tuple(hook_points)
+        self._stop = stop
+        self._seen: dict[str, Stream] | None = None
+
+    def __call__(self, input_ids: Shaped[Tensor, "..."], **kwargs: object) -> dict[str, Stream]:
+        """Run the model without gradients.
+
+        Args:
+            input_ids: The model's first argument: token ids, or pixels for a vision model.
+            **kwargs: Its further arguments, such as `attention_mask`.
+
+        Returns:
+            A tensor of shape (example, pos, d_model) for each hook point, in the stream's dtype.
+
+        Raises:
+            ValueError: If the forward does not pass a hook point, or passes it twice.
+        """
+        if "use_cache" in inspect.signature(self._entry.forward).parameters:
+            kwargs.setdefault("use_cache", False)
+        self._seen = {}
+        try:
+            with torch.no_grad(), contextlib.suppress(_Stop):
+                self._entry(input_ids, **kwargs)
+            missed = [name for name in self._hook_points if name not in self._seen]
+            if missed:
+                raise ValueError(f"hook points must be passed by the forward, got no {missed}")
+            return {name: self._seen[name] for name in self._hook_points}
+        finally:
+            self._seen = None
+
+    def _record(self, hook_point: str, stream: Stream) -> None:
+        if self._seen is None:  # the model is called by someone else
+            return
+        if hook_point in self._seen:
+            raise ValueError(f"{hook_point} must be passed once in a forward, got a second time")
+        # A copy, because a later module may work in place.
+        self._seen[hook_point] = stream.detach().clone()
+        if self._stop and len(self._seen) == len(self._hook_points):
+            raise _Stop
+
+
+@contextlib.contextmanager
+def capture(
+    model: nn.Module, hook_points: Sequence[str], *, stop: bool = True
+) -> Iterator[Capture]:
+    """Give a `run(input_ids, **kwargs)` that returns the stream at each hook point.
+
+    Args:
+        model: Any module; of a transformers model only the backbone runs where that is enough.
+        hook_points: Places such as `model.layers.15:out`.
+        stop: Leave the forward as soon as the last hook point has been passed.
+
+    Raises:
+        ValueError: If a hook point names no module; the message has the nearest names.
+    """
+    run = Capture(model, hook_points, stop=stop)
+
+    def observe(hook_point: str) -> Callable[[Stream], None]:
+        return lambda stream: run._record(hook_point, stream)
+
+    with contextlib.ExitStack() as hooks:
+        for hook_point in hook_points:
+            hooks.callback(_attach(model, hook_point, observe(hook_point)).remove)
+        yield run
+
+
+@contextlib.contextmanager
+def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
+    """Change the stream at hook points in every forward of the model, `generate` included.
+
+    `fn(h, positions)` gets the stream in its own dtype and must return the same shape; its result
+    is cast back to the stream's dtype. A position counts from the first attended token: with a
+    left-padded attention mask the padding has negative positions (0 under a static KV cache, where
+    transformers shows no mask), and the tokens in a KV cache are counted.
+
+    Args:
+        model: The model.
+        edits: A function for each hook point.
+
+    Raises:
+        ValueError: If a hook point names no module, or a function returns another shape.
+    """
+    positions = _Positions()
+
+    def replace(hook_point: str, fn: Edit) -> Callable[[Stream], Stream]:
+        return lambda stream: _apply(fn, stream, positions.of(stream), hook_point)
+
+    with contextlib.ExitStack() as hooks:
+        for hook_point, fn in edits.items():
+            hooks.callback(_attach(model, hook_point, replace(hook_point, fn)).remove)
+        base = _base_model(model)
+        hooks.callback(base.register_forward_pre_hook(positions.read, with_kwargs=True).remove)
+        yield
+
+
+class _Positions:
+    """Knows where the tokens of the present forward stand in their sequences."""
+
+    def __init__(self):
+        self._mask: Tensor | None = None
+        self._position_ids: Tensor | None = None
+        self._n_cached = 0
+
+    def read(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Take the arguments of the backbone, before its layers run."""
+        arguments = dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
+        arguments |= kwargs
+        self._mask = _two_axes(arguments.get("attention_mask"))
+        self._position_ids = _two_axes(arguments.get("position_ids"))
+        cached = arguments.get("past_key_values")
+        self._n_cached = 0 if cached is None else int(cached.get_seq_length())
+
+    def of(self, stream: Stream) -> Int[Tensor, "example pos"]:
+        """Return the positions of a stream's tokens; a mask speaks before position ids."""
+        n_examples, n_new = stream.shape[:2]
+        if self._mask is not None and self._mask.shape[1] == self._n_cached + n_new:
+            first = (self._mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
+            positions = torch.arange(self._mask.shape[1], device=self._mask.device) - first
+            positions = positions[:, -n_new:]
+        elif self._position_ids is not None and self._position_ids.shape[1] == n_new:
+            positions = self._position_ids
+        else:
+            positions = self._n_cached + torch.arange(n_new)[None]
+        return positions.to(stream.device).expand(n_examples, n_new)
+
+
+def _two_axes(value: object) -> Shaped[Tensor, "example pos"] | None:
+    """Return a (example, pos) tensor as it is, and None for a mask in another form."""
+    return value if isinstance(value, Tensor) and value.ndim == 2 else None
+
+
+def _apply(
+    fn: Edit, stream: Stream, positions: Int[Tensor, "example pos"], hook_point: str
+) -> Stream:
+    edited = fn(stream, positions)
+    if not isinstance(edited, Tensor) or edited.shape != stream.shape:
+        got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+        raise ValueError(
+            f"the edit of {hook_point} must return the shape {tuple(stream.shape)}, got {got}"
+        )
+    return edited.to(stream)
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    """Return the backbone of a transformers model, or the module itself."""
+    base = getattr(model, "base_model", model)
+    return base if isinstance(base, nn.Module) else model
+
+
+def _module(model: nn.Module, hook_point: str) -> nn.Module:
+    path, _ = parse_hook_point(hook_point)
+    modules = dict(model.named_modules())
+    if path not in modules:
+        nearest = difflib.get_close_matches(path, modules, n=3, cutoff=0.0)
+        raise ValueError(
+            f"hook points must name a module of {type(model).__name__}, got {hook_point!r}; "
+            f"the nearest are {', '.join(nearest)}"
+        )
+    return modules[path]
+
+
+def _attach(
+    model: nn.Module, hook_point: str, touch: Callable[[Stream], Stream | None]
+) -> RemovableHandle:
+    """Call `touch` with the stream at a hook point, and put what it returns in its place."""
+    module, (_, side) = _module(model, hook_point), parse_hook_point(hook_point)
+
+    def after(_module: nn.Module, _args: tuple, output: object) -> object:
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        new = touch(_stream(first, hook_point))
+        return new if new is None or not isinstance(output, tuple) else (new, *rest)
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        name = next(iter(inspect.signature(module.forward).parameters))
+        new = touch(_stream(args[0] if args else kwargs.get(name), hook_point))
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, name: new})
+
+    if side == "out":
+        return module.register_forward_hook(after)
+    return module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _stream(value: object, hook_point: str) -> Stream:
+    if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
+        return value
+    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(
+        f"{hook_point} must carry a stream of shape (example, pos, d_model), got {got}; "
+        "choose another module"
+    )

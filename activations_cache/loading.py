@@ -1,0 +1,86 @@
+"""What reading models through transformers needs: silence, and one error in one line."""
+
+import contextlib
+import struct
+import warnings
+from collections.abc import Iterator
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import modeling_gguf_pytorch_utils as gguf_reader
+from transformers.utils import logging as transformers_logging
+
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+"""What readers of model files raise for damaged bytes, besides a bare Exception (tokenizers)."""
+
+_BAR = "tqdm"
+
+
+class ModelError(ValueError):
+    """A model cannot be read, is not whole, or is not the one that was asked for."""
+
+
+class Refusing:
+    """A block that reads model files; what it raises for damaged bytes becomes a ModelError."""
+
+    def __init__(self, rule: str, advice: str):
+        """Take the beginning and the end of the message: `<rule>, got <reason>; <advice>`."""
+        self._rule = rule
+        self._advice = advice
+
+    def __enter__(self) -> None:
+        """Begin the block."""
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """Translate the error, if there is one and it is not ours already."""
+        if isinstance(error, ModelError):
+            return
+        if isinstance(error, _DAMAGE) or kind is Exception:
+            raise self.error(one_line(error)) from error
+
+    def error(self, got: str) -> ModelError:
+        """Return the error for a reason found otherwise."""
+        return ModelError(f"{self._rule}, got {got}; {self._advice}")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the bars, log lines and warnings with which transformers accompanies a load.
+
+    What they could tell of consequence, weights that the files lack, is checked by the callers.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    gguf_bar = getattr(gguf_reader, _BAR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # The bar of the GGUF reader is tqdm's own and knows no switch.
+    setattr(gguf_reader, _BAR, lambda items, **_: items)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        setattr(gguf_reader, _BAR, gguf_bar)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def one_line(error: BaseException | None) -> str:
+    """Return the error's class and its message in one line of bearable length."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:200]}".rstrip(": ")

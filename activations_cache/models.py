@@ -1,0 +1,207 @@
+"""Models and their tokenizers, from a directory, a GGUF file, a package or the hub.
+
+Nothing of a model is executed and nothing is unpickled: classes come from transformers, weights
+from safetensors or GGUF.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerFast as Tokenizer
+
+from activations_cache import gguf
+from activations_cache.config import ModelConfig
+from activations_cache.loading import ModelError, Refusing, one_line, quiet
+from activations_cache.locations import PACKAGE, locate
+from activations_cache.progress import Progress, silent
+
+_HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
+_CHUNK = 1 << 26
+_VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be read: in evaluation mode, without gradients for its weights."""
+
+    model: PreTrainedModel
+    """The model, of the class that its configuration names."""
+    tokenizer: Tokenizer
+    """Its fast tokenizer."""
+    identity: dict[str, str]
+    """What the activations depend on, as hashes; the same wherever the files lie."""
+    provenance: dict[str, str] = field(default_factory=dict)
+    """The path that was asked for, and the commit where it is a hub id; never compared."""
+
+
+def load_model(config: ModelConfig, *, progress: Progress | None = None) -> LoadedModel:
+    """Load the model and the tokenizer that a configuration names.
+
+    A GGUF file is converted at its first use (`activations_cache.gguf`).
+
+    Args:
+        config: Which model, what its weights must hash to, and the dtype.
+        progress: Called while weights are hashed and converted.
+
+    Raises:
+        FileNotFoundError: If the named file or package does not exist.
+        ModelError: If it cannot be read, lacks weights, or has another hash.
+    """
+    progress = progress or silent
+    directory, identity = _files(config, progress)
+    rule = f"model {config.path} must be readable by transformers {transformers.__version__}"
+    with Refusing(rule, "check its files"), quiet():
+        tokenizer = _read_tokenizer(directory)
+        model = _read_model(directory, config)
+    identity["model"] = type(model).__name__
+    identity["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
+    identity["dtype"] = config.dtype
+    return LoadedModel(model, tokenizer, identity, _provenance(config, directory))
+
+
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """Return a hash of everything that decides which ids a text gets.
+
+    It is taken over the tokenizer as it runs, not over its files: a change of the library that
+    alters the ids alters the hash.
+    """
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    del parts["truncation"], parts["padding"]  # set by calls, not by the model
+    return _digest_of_json(parts)
+
+
+def _files(config: ModelConfig, progress: Progress) -> tuple[Path, dict[str, str]]:
+    """Return the directory in transformers' format, and the hashes of what it was made from."""
+    if config.path.endswith(".gguf"):
+        path = locate(config.path)
+        digest = _weights_sha256(config, [path], progress)
+        return gguf.converted(path, digest, progress=progress), {"model_sha256": digest}
+    is_local = config.path.startswith(PACKAGE) or Path(config.path).is_dir()
+    directory = locate(config.path) if is_local else _download(config)
+    files = _weight_files(config.path, directory)
+    return directory, {
+        "model_sha256": _weights_sha256(config, files, progress),
+        "config_sha256": _config_sha256(config.path, directory),
+    }
+
+
+def _download(config: ModelConfig) -> Path:
+    """Return the hub's files in its local cache; the hub's client shows its own bar."""
+    try:
+        found = snapshot_download(
+            config.path,
+            revision=config.revision,
+            allow_patterns=_HUB_FILES,
+            ignore_patterns=["*/*"],
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model path {config.path} must be a directory, a *.gguf file, {PACKAGE}PACKAGE/FILE "
+            f"or a hub id that can be fetched, got {one_line(error)}"
+        ) from error
+    return Path(found)
+
+
+def _weight_files(path: str, directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if (single := directory / "model.safetensors").exists():
+        files = [single]
+    elif index.exists():
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        files = [directory / name for name in sorted(names)]
+    else:
+        names = sorted(entry.name for entry in directory.iterdir())[:5]
+        raise ModelError(
+            f"model {path} must have model.safetensors or its index, got {', '.join(names)}; "
+            "a model in pickle files must be saved again by save_pretrained"
+        )
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise ModelError(f"model {path} must have every file of its index, got no {missing[0]}")
+    return files
+
+
+def _config_sha256(path: str, directory: Path) -> str:
+    file = directory / "config.json"
+    try:
+        entries = json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        raise ModelError(
+            f"model {path} must have a readable config.json, got {one_line(error)}"
+        ) from error
+    return _digest_of_json({key: entries[key] for key in entries if key not in _VOLATILE})
+
+
+def _read_tokenizer(directory: Path) -> Tokenizer:
+    tokenizer = AutoTokenizer.from_pretrained(
+        directory, trust_remote_code=False, local_files_only=True
+    )
+    if not isinstance(tokenizer, Tokenizer):
+        raise ModelError(f"the tokenizer must be a fast one, got {type(tokenizer).__name__}")
+    return tokenizer
+
+
+def _read_model(directory: Path, config: ModelConfig) -> PreTrainedModel:
+    options = {"trust_remote_code": False, "local_files_only": True}
+    model_class = _model_class(AutoConfig.from_pretrained(directory, **options))
+    model, report = model_class.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        directory,
+        dtype=getattr(torch, config.dtype),
+        use_safetensors=True,
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    if report["missing_keys"]:
+        raise ModelError(
+            f"model {config.path} must have all weights of {model_class.__name__}, "
+            f"got none for {min(report['missing_keys'])}"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    names = config.architectures or ["none"]
+    found = getattr(transformers, names[0], None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ModelError(
+            f"architectures in config.json must name a model class of transformers "
+            f"{transformers.__version__}, got {names[0]}"
+        )
+    return found
+
+
+def _provenance(config: ModelConfig, directory: Path) -> dict[str, str]:
+    provenance = {"path": config.path}
+    if directory.parent.name == "snapshots":  # the hub's cache names a folder by the commit
+        provenance["revision"] = directory.name
+    return provenance
+
+
+def _digest_of_json(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _weights_sha256(config: ModelConfig, paths: list[Path], progress: Progress) -> str:
+    """Hash the files as if they were one, and compare with what the configuration expects."""
+    total = sum(path.stat().st_size for path in paths)
+    digest, done = hashlib.sha256(), 0
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                done += len(chunk)
+                progress(done >> 20, total >> 20, "MB hashed")
+    found = digest.hexdigest()
+    if config.sha256 not in {None, found}:
+        raise ModelError(
+            f"model {config.path} must have sha256 {config.sha256}, got {found}; "
+            "fetch the right file or change model.sha256"
+        )
+    return found

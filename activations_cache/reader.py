@@ -1,0 +1,296 @@
+"""Reading a cache: rows by number, where they come from, shuffled batches."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor
+
+from activations_cache import io
+from activations_cache.arrays import ShardedArray
+from activations_cache.batches import Batch, count_batches, read_batches, row_order
+from activations_cache.config import SPLITS, TRAINING_SPLITS
+from activations_cache.errors import CacheFormatError
+from activations_cache.journal import ShardRecord, journals_at, newest
+from activations_cache.layout import HookArrays, layout_of
+from activations_cache.manifest import HookStatistics, Manifest, read_manifest, read_plan
+from activations_cache.progress import Progress
+from activations_cache.records import first_difference
+from activations_cache.shard import Examples, as_float, is_in
+from activations_cache.verify import verify
+
+RowIds = Int[Tensor, " row"] | slice
+"""Global row numbers; a slice means the valid rows among the numbers that it covers."""
+
+
+class RowRefs(NamedTuple):
+    """Where rows come from."""
+
+    example: Int[Tensor, " row"]
+    position: Int[Tensor, " row"]
+    token: Int[Tensor, " row"]
+
+
+class ActivationCache:
+    """A complete cache, open for reading; made by `open`.
+
+    A row's global number is shard * rows_per_shard + its offset in the shard. Numbers are not
+    contiguous, because a shard may have an unused tail: take them from `rows`.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, records: Mapping[int, ShardRecord]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.identity: dict[str, Any] = manifest.plan.identity
+        self.fingerprint: str = manifest.plan.fingerprint
+        self.hook_points: tuple[str, ...] = tuple(manifest.plan.hook_points)
+        self.n_rows = manifest.n_rows
+        self._records = records
+        self._layout = layout_of(manifest.plan)
+        self._arrays = {
+            spec.path: ShardedArray(path, spec, records) for spec in self._layout.per_shard()
+        }
+        self._rows_of: dict[tuple[str, ...], Int64[Tensor, " row"]] = {}
+        self._hooks = {
+            name: HookRows(self, name, arrays) for name, arrays in self._layout.hooks.items()
+        }
+
+    def __getitem__(self, hook_point: str) -> "HookRows":
+        """Return the rows of a hook point.
+
+        Raises:
+            KeyError: If the cache does not have it.
+        """
+        if hook_point not in self._hooks:
+            raise KeyError(
+                f"hook point must be one of {', '.join(self.hook_points)}, got {hook_point!r}"
+            )
+        return self._hooks[hook_point]
+
+    def d_model(self, hook_point: str) -> int:
+        """Return the width of a hook point's rows."""
+        return self[hook_point].d_model
+
+    def rows(self, splits: Sequence[str] = SPLITS) -> Int64[Tensor, " row"]:
+        """Return the numbers of all valid rows of the named splits, ascending."""
+        key = tuple(splits)
+        if unknown := [name for name in key if name not in SPLITS]:
+            raise ValueError(f"splits must be among {', '.join(SPLITS)}, got {unknown[0]!r}")
+        if key not in self._rows_of:
+            split, example = self.examples.split, self._arrays["rows/example"]
+            parts = []
+            for shard in self._records:
+                wanted = is_in(split[torch.from_numpy(example.valid(shard).astype(np.int64))], key)
+                parts.append(wanted.nonzero().flatten() + shard * self._capacity)
+            self._rows_of[key] = torch.cat(parts)
+        return self._rows_of[key]
+
+    def refs(self, rows: RowIds) -> RowRefs:
+        """Return the example, the position in it and the token id of rows."""
+        numbers = self._numbers(rows)
+        return RowRefs(*(self._int(f"rows/{name}", numbers) for name in RowRefs._fields))
+
+    @cached_property
+    def examples(self) -> Examples:
+        """What the model read."""
+        values = {
+            name: self._examples_array(spec.path) for name, spec in self._layout.examples.items()
+        }
+        plan = self.manifest.plan
+        return Examples(**values, source_names=plan.source_names, label_names=plan.label_names)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels; empty where the text has none."""
+        return self.manifest.plan.label_names
+
+    def token_labels(self, rows: RowIds) -> Int[Tensor, " row"]:
+        """Return the label of each row's token as an index into `label_names`, -1 where none."""
+        refs = self.refs(rows)
+        if self.examples.label is None:
+            return torch.full_like(refs.token, -1)
+        return self.examples.label[refs.example, refs.position]
+
+    def batches(
+        self,
+        hook_points: Sequence[str] | None = None,
+        *,
+        batch: int,
+        seed: int,
+        splits: Sequence[str] = TRAINING_SPLITS,
+        start: int = 0,
+        epochs: int = 1,
+    ) -> Iterator[Batch]:
+        """Yield shuffled batches: each valid row of the splits once per epoch.
+
+        The order is a pure function of seed, epoch and position. Epochs follow each other without
+        a seam; only what does not fill a batch at the very end is dropped.
+
+        Args:
+            hook_points: Which, side by side; all by default.
+            batch: Rows per batch.
+            seed: Decides the order, together with the rows themselves.
+            splits: From which examples.
+            start: Batches to leave out at the start, because they were used already.
+            epochs: How often each row comes.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        rows = self.rows(splits).numpy()
+        count_batches(len(rows), batch=batch, start=start, epochs=epochs)
+        hooks = [self[name] for name in hook_points or self.hook_points]
+        total = count_batches(len(rows), batch=batch, epochs=epochs)
+
+        def read(numbers: Int64[np.ndarray, " row"]) -> Float[Tensor, "row d_in"]:
+            parts = [hook.gather(numbers) for hook in hooks]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+        return read_batches(row_order(rows, seed), read, batch=batch, numbers=range(start, total))
+
+    def n_batches(
+        self,
+        *,
+        batch: int,
+        splits: Sequence[str] = TRAINING_SPLITS,
+        start: int = 0,
+        epochs: int = 1,
+    ) -> int:
+        """Return how many batches `batches` gives for the same arguments."""
+        return count_batches(len(self.rows(splits)), batch=batch, start=start, epochs=epochs)
+
+    def verify(self, progress: Progress | None = None) -> list[str]:
+        """Return what is wrong with the files, one line for each problem; empty if nothing is."""
+        return verify(self.path, self.manifest, self._records, progress)
+
+    @property
+    def _capacity(self) -> int:
+        return self.manifest.plan.rows_per_shard
+
+    @cached_property
+    def _valid_rows(self) -> Int64[np.ndarray, " shard"]:
+        return np.array([record.valid_rows for record in self._records.values()])
+
+    def _numbers(self, rows: RowIds) -> Int64[np.ndarray, " row"]:
+        """Return row numbers as an array, after checking that each of them holds something."""
+        n_numbers = len(self._valid_rows) * self._capacity
+        if isinstance(rows, slice):
+            numbers = np.arange(*rows.indices(n_numbers))
+            return numbers[self._is_valid(numbers)]
+        numbers = rows.numpy().astype(np.int64, copy=False)
+        inside = (numbers >= 0) & (numbers < n_numbers)
+        if inside.all() and (inside := self._is_valid(numbers)).all():
+            return numbers
+        wrong = numbers[~inside][0]
+        raise IndexError(f"rows must be numbers that cache.rows() gives, got {wrong}")
+
+    def _is_valid(self, numbers: Int64[np.ndarray, " row"]) -> np.ndarray:
+        shards, offsets = np.divmod(numbers, self._capacity)
+        return offsets < self._valid_rows[shards]
+
+    def _int(self, name: str, numbers: Int64[np.ndarray, " row"]) -> Int64[Tensor, " row"]:
+        return torch.from_numpy(self._arrays[name].take(numbers).astype(np.int64))
+
+    def _examples_array(self, path: str) -> Int64[Tensor, "example ..."]:
+        chunks = [self._arrays[path].shard(shard) for shard in self._records]
+        values = np.concatenate(chunks)[: self.manifest.plan.n_examples]
+        return torch.from_numpy(values.astype(np.int64))
+
+
+class HookRows:
+    """The rows of one hook point, and their statistics over the splits explain and score."""
+
+    def __init__(self, cache: ActivationCache, name: str, arrays: HookArrays) -> None:
+        self.name = name
+        self.d_model = cache.manifest.plan.hook_points[name]
+        self.statistics: HookStatistics = cache.manifest.statistics[name]
+        self._cache = cache
+        self._acts = cache._arrays[arrays.acts.path]
+        self._norm = cache._arrays[arrays.norm.path]
+        self._mean = arrays.mean
+
+    def __getitem__(self, rows: RowIds) -> Float[Tensor, "row d_model"]:
+        """Return rows as float32, in the order asked for.
+
+        Raises:
+            IndexError: If a number is not that of a valid row.
+            CacheFormatError: If a file that is touched for the first time is damaged.
+        """
+        return self.gather(self._cache._numbers(rows))
+
+    def gather(self, numbers: Int64[np.ndarray, " row"]) -> Float[Tensor, "row d_model"]:
+        """Return rows by numbers that are known to be valid."""
+        return as_float(self._acts.take(numbers), self._cache.manifest.plan.dtype)
+
+    def norms(self, rows: RowIds) -> Float[Tensor, " row"]:
+        """Return the Euclidean norms of rows without reading the rows."""
+        return torch.from_numpy(self._norm.take(self._cache._numbers(rows)))
+
+    @cached_property
+    def mean(self) -> Float[Tensor, " d_model"]:
+        """The mean row, float32."""
+        name = self._mean.file(0)
+        found = io.problem(self._cache.path / name, self._cache.manifest.files[name])
+        if found is not None:
+            raise CacheFormatError(f"the mean of {self.name} is damaged: {found}")
+        values = io.map_file(self._cache.path / name).view(self._mean.numpy)
+        return torch.from_numpy(values.astype(np.float32))
+
+    @property
+    def mean_square_norm(self) -> float:
+        """The mean of the rows' squared norms."""
+        return self.statistics.mean_square_norm
+
+
+def open_cache(path: str | Path, *, expect: Mapping[str, Any] | None = None) -> ActivationCache:
+    """Open a complete cache; `activations_cache.open` is this function.
+
+    Args:
+        path: The cache's directory.
+        expect: Keys of the identity, nested as there, that must have these values.
+
+    Raises:
+        FileNotFoundError: If there is no such directory.
+        CacheFormatError: If it is no cache, is unfinished, is damaged, was written by a newer
+            version, or differs from `expect`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} must be a directory with a cache, got no such directory")
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise CacheFormatError(_why_not_complete(path))
+    if expect and (
+        difference := first_difference(dict(expect), manifest.plan.identity, subset=True)
+    ):
+        raise CacheFormatError(
+            f"{path} must be made from what is expected, got another {difference}; "
+            "build that cache or pass its path"
+        )
+    return ActivationCache(path, manifest, _records(path, manifest))
+
+
+def _records(path: Path, manifest: Manifest) -> dict[int, ShardRecord]:
+    for name, expected in manifest.journals.items():
+        if found := io.problem(path / name, expected):
+            raise CacheFormatError(f"the journal is damaged: {found}")
+    records = newest(path / name for name in manifest.journals)
+    if list(records) != list(range(manifest.plan.n_shards)):
+        raise CacheFormatError(
+            f"{path} must list {manifest.plan.n_shards} shards in its journals, got {len(records)}"
+        )
+    return records
+
+
+def _why_not_complete(path: Path) -> str:
+    plan = read_plan(path)
+    if plan is None:
+        return f"{path} must be a cache, got a directory without manifest.json and plan.json"
+    return (
+        f"{path} must be finished, got {len(newest(journals_at(path)))} of {plan.n_shards} shards; "
+        "run the same `sae cache` command again, it goes on from there"
+    )

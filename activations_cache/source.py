@@ -1,0 +1,157 @@
+"""A model and the text that it reads, as the source of rows that `build` and `stream` share."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from activations_cache.config import CacheConfig
+from activations_cache.hooks import capture
+from activations_cache.locations import PACKAGE, locate
+from activations_cache.manifest import Plan
+from activations_cache.models import LoadedModel
+from activations_cache.progress import Progress
+from activations_cache.shard import Examples
+from activations_cache.text import PackedText, pack
+
+_STAMP_BYTES = 1 << 20
+_MAX_LABELS = 2**15
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """What gives activations: a model with its examples, or a stand-in for it."""
+
+    plan: Plan
+    """The cache that these activations make."""
+    examples: Examples
+    """All examples of that cache."""
+
+    def __call__(self, numbers: range) -> Mapping[str, Float[Tensor, "example pos _"]]:
+        """Return the activations of some examples by hook point."""
+        ...
+
+
+class ModelSource:
+    """The model and the packed text of a configuration.
+
+    Args:
+        config: What to load.
+        loaded: Its model.
+        packed: Its text.
+        d_model: Width of each hook point.
+    """
+
+    def __init__(
+        self, config: CacheConfig, loaded: LoadedModel, packed: PackedText, d_model: dict[str, int]
+    ) -> None:
+        self._loaded = loaded
+        self._hook_points = config.hook_points
+        self.examples = _examples(packed)
+        self.plan = Plan(
+            made_from={
+                "model": loaded.identity,
+                "text": packed.identity,
+                "contexts_per_forward": config.contexts_per_forward,
+            },
+            hook_points=d_model,
+            dtype=config.dtype,
+            context=config.text.context,
+            skip_positions=config.skip_positions,
+            rows_per_shard=config.rows_per_shard,
+            n_examples=len(self.examples),
+            source_names=packed.source_names,
+            label_names=packed.label_names,
+            request=request_of(config),
+        )
+
+    def __call__(self, numbers: range) -> Mapping[str, Float[Tensor, "example pos _"]]:
+        """Run the model on some examples."""
+        tokens = self.examples.tokens[numbers.start : numbers.stop]
+        with capture(self._loaded.model, self._hook_points) as run:
+            return run(tokens.to(self._loaded.model.device))
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the model came from and where it runs."""
+        return {"model": self._loaded.provenance, "device": self._loaded.model.device.type}
+
+
+def load_source(config: CacheConfig, loaded: LoadedModel, progress: Progress) -> ModelSource:
+    """Pack the text of a configuration for its model, which is loaded already."""
+    packed = pack(
+        config.text,
+        loaded.tokenizer,
+        n_rows=config.n_rows,
+        skip_positions=config.skip_positions,
+        progress=progress,
+    )
+    return ModelSource(config, loaded, packed, widths(config, loaded))
+
+
+def widths(config: CacheConfig, loaded: LoadedModel) -> dict[str, int]:
+    """Return the width of each hook point, by running the model on two tokens."""
+    device = loaded.model.device
+    with capture(loaded.model, config.hook_points) as run:
+        given = run(torch.zeros(1, 2, dtype=torch.long, device=device))
+    return {name: stream.shape[-1] for name, stream in given.items()}
+
+
+def request_of(config: CacheConfig) -> dict[str, Any]:
+    """Return what a caller asks for, cheaply: the configuration, and a stamp of each file."""
+    paths = [config.model.path, *(source.path for source in config.text.sources)]
+    return {
+        "config": json.loads(json.dumps(asdict(config))),
+        "files": {path: _stamp(path) for path in paths if _is_local(path)},
+    }
+
+
+def forward_ranges(numbers: range, size: int) -> list[range]:
+    """Cut the examples of a shard into those that the model reads at once."""
+    return [range(start, min(start + size, numbers.stop)) for start in numbers[::size]]
+
+
+def _is_local(path: str) -> bool:
+    """Say whether a path is a file or directory, as opposed to a name on the hub."""
+    is_file = path.endswith((".gguf", ".gz", ".txt", ".jsonl", ".parquet"))
+    return path.startswith(PACKAGE) or is_file or Path(path).is_dir()
+
+
+def _stamp(path: str) -> dict[str, list[int | str]] | list[int | str]:
+    """Return size and hash of the ends of a file, or of each file in a directory."""
+    found = locate(path)
+    if found.is_dir():
+        return {file.name: _file_stamp(file) for file in sorted(found.iterdir()) if file.is_file()}
+    return _file_stamp(found)
+
+
+def _file_stamp(path: Path) -> list[int | str]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(_STAMP_BYTES))
+        file.seek(max(0, size - _STAMP_BYTES))
+        digest.update(file.read(_STAMP_BYTES))
+    return [size, digest.hexdigest()]
+
+
+def _examples(packed: PackedText) -> Examples:
+    n_labels = len(packed.label_names)
+    if n_labels > _MAX_LABELS:
+        raise ValueError(
+            f"label must have at most {_MAX_LABELS:,} different values, got {n_labels:,}; "
+            "choose a field with fewer values"
+        )
+    return Examples(
+        tokens=packed.tokens,
+        split=packed.split,
+        source=packed.source,
+        source_names=packed.source_names,
+        label=packed.labels if n_labels else None,
+        label_names=packed.label_names,
+    )

@@ -1,0 +1,181 @@
+"""Read a YAML file into a frozen dataclass, and write it back.
+
+The schema is a tree of stdlib dataclasses that know nothing of this module. pydantic checks it
+(strict, unknown keys forbidden, no nan or inf) and builds it; the messages are our own.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import GenericAlias
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from sae.config.problems import ConfigError, dotted, find_problems, printable, show
+from sae.config.schema import Keys, walk
+from sae.config.yaml12 import DEEPEST, YAMLProblem, parse, render
+
+T = TypeVar("T")
+
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_LARGEST_FILE = 2**20
+
+
+def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Return the configuration that the YAML file `path` and the overrides describe.
+
+    Args:
+        schema: A frozen dataclass; nested ones, unions, tuples, dicts, Literal and None may occur.
+        path: A UTF-8 file of at most 1 MiB.
+        overrides: `dotted.key=value`; the value is YAML, an item of a list is named by its index.
+            A later override wins. A mapping that is absent on the way is made.
+
+    Raises:
+        ConfigError: For the first problem in the order of the file, with the number of others.
+    """
+    file = printable(str(path))
+    data = _read(path, file)
+    origins = {_override(data, text): f"override {show(text)}" for text in overrides}
+    return _build(schema, data, file, origins)
+
+
+def from_dict(schema: type[T], data: Mapping[str, object], label: str) -> T:
+    """Return the configuration that plain data describe, as `to_dict` made them.
+
+    Raises:
+        ConfigError: As `load`; `label` stands where the file's name would.
+    """
+    return _build(schema, to_dict(data), printable(label), {})
+
+
+def to_dict(config: object) -> Any:
+    """Return a configuration as plain data: dict, list, str, int, float, bool and None.
+
+    Raises:
+        TypeError: If it holds anything else.
+    """
+    if is_dataclass(config):
+        return {field.name: to_dict(getattr(config, field.name)) for field in fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): to_dict(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_dict(item) for item in config]
+    if isinstance(config, Path):
+        return str(config)
+    if config is None or isinstance(config, str | int | float):
+        return config
+    raise TypeError(f"a configuration must hold plain data, got {type(config).__name__}")
+
+
+def dump(config: object) -> str:
+    """Return a configuration as YAML; `load` reads it back as an equal configuration."""
+    return render(to_dict(config))
+
+
+def digest(config: object) -> str:
+    """Return the SHA-256 of a configuration or of plain data, in hexadecimal.
+
+    It depends neither on the order of keys nor on whether 1 or 1.0 was written.
+    """
+    canonical = json.dumps(_whole(to_dict(config)), sort_keys=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _whole(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _whole(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_whole(item) for item in data]
+    return int(data) if isinstance(data, float) and data.is_integer() else data
+
+
+def _read(path: str | Path, file: str) -> dict[str, object]:
+    try:
+        with Path(path).open("rb") as stream:
+            content = stream.read(_LARGEST_FILE + 1)
+        too_long = len(content) > _LARGEST_FILE
+        data = None if too_long else parse(content.decode())
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: there is no such file") from None
+    except OSError as problem:
+        raise ConfigError(f"{file}: cannot be read: {problem.strerror}") from None
+    except UnicodeDecodeError as problem:
+        raise ConfigError(f"{file}: must be UTF-8, byte {problem.start + 1} is not") from None
+    except ValueError as problem:  # not YAML, or a path that no file can have
+        raise ConfigError(f"{file}: {printable(str(problem))}") from None
+    if too_long:
+        raise ConfigError(f"{file}: must be at most {_LARGEST_FILE} bytes, got more")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: the top level must be a mapping, got {show(data)}")
+    return data
+
+
+def _override(data: dict[str, object], text: str) -> Keys:
+    """Set one value in `data`; return the keys of the topmost value that is new by it."""
+    label = f"override {show(text)}"
+    path, equals, value = text.partition("=")
+    *parents, last = path.split(".")
+    if not equals or not all([*parents, last]):
+        raise ConfigError(f"{label}: must have the form dotted.key=value")
+    if len(parents) >= DEEPEST:
+        raise ConfigError(f"{label}: must have at most {DEEPEST} keys, got more")
+    here: Any = data
+    keys: Keys = ()
+    made: Keys = ()
+    for part in parents:
+        key = _key(here, part, keys, label)
+        keys = (*keys, key)
+        if isinstance(here, dict) and here.get(part) is None:
+            here[part] = {}
+            made = made or keys
+        here = here[key]
+        if not isinstance(here, dict | list):
+            raise ConfigError(f"{label}: {dotted(keys)} must be a mapping, got {show(here)}")
+    key = _key(here, last, keys, label)
+    try:
+        here[key] = parse(value)
+    except YAMLProblem as problem:
+        raise ConfigError(f"{label}: {printable(str(problem))}") from None
+    return made or (*keys, key)
+
+
+def _key(container: Any, part: str, keys: Keys, label: str) -> Any:
+    if isinstance(container, dict):
+        return part
+    if part not in map(str, range(len(container))):
+        rule = f"must be an index below {len(container)}"
+        raise ConfigError(f"{label}: {dotted((*keys, part))} {rule}")
+    return int(part)
+
+
+@functools.cache
+def _adapter(schema: type) -> TypeAdapter:
+    # Around a tuple, because only then do the settings reach stdlib dataclasses, at every depth.
+    around: Any = GenericAlias(tuple, (schema,))
+    return TypeAdapter(around, config=_STRICT)
+
+
+def _build(schema: type[T], data: object, file: str, origins: Mapping[Keys, str]) -> T:
+    nodes = dict(walk(schema, data))
+    built, error = None, None
+    try:
+        built = _adapter(schema).validate_json(json.dumps([data]))
+    except ValidationError as invalid:
+        error = invalid
+    problems = find_problems(nodes, error)
+    if built is not None and not problems:
+        return built[0]
+    first, *others = problems
+    blamed = [text for keys, text in origins.items() if _touch(keys, first.keys)]
+    label = blamed[-1] if blamed else file
+    more = f" (and {len(others)} more)" if others else ""
+    raise ConfigError(f"{label}: {dotted(first.keys)}{first.text}{more}")
+
+
+def _touch(changed: Keys, wrong: Keys) -> bool:
+    """Whether a value that an override set is the wrong one, or one is inside the other."""
+    return bool(wrong) and all(a == b for a, b in zip(changed, wrong, strict=False))

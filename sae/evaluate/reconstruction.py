@@ -1,0 +1,182 @@
+"""How well dictionaries reconstruct rows, and how often their latents fire: one pass over rows."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from activations_cache.progress import Progress, silent
+from activations_cache.reader import ActivationCache
+from sae.autoencoder import SparseAutoencoder
+from sae.metrics import FVU, L0, Agreement, Firing
+
+L0_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+"""Of the rows' L0, in a report."""
+
+ROWS_PER_CHUNK = 4096
+"""Rows that are encoded at once where the caller does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """How well a dictionary reconstructs a set of rows (the definitions are in `sae.metrics`)."""
+
+    n_rows: int
+    """Rows that were reconstructed."""
+    fvu: float
+    """Fraction of variance unexplained, centred per dimension over these rows."""
+    fvu_uncentred: float
+    """Squared error over squared norm."""
+    cosine: float
+    """Mean cosine of a row and its reconstruction."""
+    norm_ratio: float
+    """Mean of ||x_hat|| / ||x||."""
+    relative_bias: float
+    """E ||x_hat||^2 / E <x, x_hat>; below 1 where reconstructions are too short."""
+    l0: float
+    """Mean number of latents that fire in a row."""
+    l0_quantiles: dict[str, int]
+    """The same at the quantiles L0_QUANTILES."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FiringSummary:
+    """How often the latents of a dictionary fire."""
+
+    n_rows: int
+    """Rows that were encoded."""
+    d_sae: int
+    """Latents."""
+    n_dead: int
+    """Latents that fired in none of these rows."""
+    dead_fraction: float
+    """n_dead / d_sae."""
+    dead_density_bound: float
+    """3 / n_rows: with 95 % confidence a silent latent fires in fewer rows than this share."""
+    density_edges: tuple[float, ...]
+    """Edges of the histogram: powers of ten up to 1."""
+    density_histogram: tuple[int, ...]
+    """Latents that fire in a share of the rows from one edge up to the next; dead ones excepted."""
+
+
+@torch.no_grad()
+def measure_reconstruction(
+    dictionaries: Mapping[str, SparseAutoencoder],
+    cache: ActivationCache,
+    hook_point: str,
+    rows: Int[Tensor, " row"],
+    *,
+    rows_per_chunk: int = ROWS_PER_CHUNK,
+    progress: Progress | None = None,
+) -> dict[str, Reconstruction]:
+    """Reconstruct rows with several dictionaries, reading each row once.
+
+    Args:
+        dictionaries: By name; each on its device.
+        cache: Where the rows are.
+        hook_point: Which stream.
+        rows: Row numbers, such as `cache.rows(("hold",))`.
+        rows_per_chunk: Rows at once; the figures do not depend on it.
+        progress: Called after each chunk.
+
+    Raises:
+        ValueError: If a dictionary is not as wide as the rows.
+    """
+    sums = {name: (FVU(), Agreement(), L0()) for name in dictionaries}
+    _require_width(dictionaries, cache, hook_point)
+    for x in _chunks(cache, hook_point, rows, rows_per_chunk, progress or silent):
+        for name, dictionary in dictionaries.items():
+            here = x.to(dictionary.dec_rows.device)
+            latents = dictionary.encode(here)
+            x_hat = dictionary.decode(latents)
+            fvu, agreement, l0 = sums[name]
+            fvu.update(here, x_hat)
+            agreement.update(here, x_hat)
+            l0.update(latents.values)
+    return {name: _reconstruction(*of_one) for name, of_one in sums.items()}
+
+
+@torch.no_grad()
+def firing_statistics(
+    dictionaries: Mapping[str, SparseAutoencoder],
+    cache: ActivationCache,
+    hook_point: str,
+    rows: Int[Tensor, " row"],
+    *,
+    rows_per_chunk: int = ROWS_PER_CHUNK,
+    progress: Progress | None = None,
+) -> dict[str, Firing]:
+    """Count how often each latent fires, and its largest activation, reading each row once.
+
+    The result is what steering takes as its unit: `Firing.save` writes it beside the dictionary.
+    The arguments are those of `measure_reconstruction`.
+
+    Raises:
+        ValueError: If a dictionary is not as wide as the rows.
+    """
+    firing = {name: Firing(d.config.d_sae) for name, d in dictionaries.items()}
+    _require_width(dictionaries, cache, hook_point)
+    for x in _chunks(cache, hook_point, rows, rows_per_chunk, progress or silent):
+        for name, dictionary in dictionaries.items():
+            firing[name].update(dictionary.encode(x.to(dictionary.dec_rows.device)))
+    return firing
+
+
+def summary(firing: Firing) -> FiringSummary:
+    """What a report says of the firing statistics of a dictionary."""
+    fired = firing.n_fired[firing.n_fired > 0]
+    decades = max(1, math.ceil(math.log10(max(firing.n_rows, 10))))
+    # In whole numbers, so that a density on an edge falls into the class above it.
+    at_least = [int((fired * 10**power >= firing.n_rows).sum()) for power in range(decades, 0, -1)]
+    counts = [lower - upper for lower, upper in itertools.pairwise([*at_least, 0])]
+    return FiringSummary(
+        n_rows=firing.n_rows,
+        d_sae=len(firing.n_fired),
+        n_dead=firing.n_dead,
+        dead_fraction=firing.dead_fraction,
+        dead_density_bound=firing.dead_density_bound,
+        density_edges=tuple(10.0**-power for power in range(decades, -1, -1)),
+        density_histogram=tuple(counts),
+    )
+
+
+def _chunks(
+    cache: ActivationCache,
+    hook_point: str,
+    rows: Int[Tensor, " row"],
+    rows_per_chunk: int,
+    progress: Progress,
+) -> Iterator[Float[Tensor, "row d_in"]]:
+    source = cache[hook_point]
+    for start in range(0, len(rows), rows_per_chunk):
+        yield source[rows[start : start + rows_per_chunk]]
+        progress(min(start + rows_per_chunk, len(rows)), len(rows), "rows")
+
+
+def _require_width(
+    dictionaries: Mapping[str, SparseAutoencoder], cache: ActivationCache, hook_point: str
+) -> None:
+    d_model = cache.d_model(hook_point)
+    for name, dictionary in dictionaries.items():
+        if dictionary.config.d_in != d_model or dictionary.config.width_out != d_model:
+            raise ValueError(
+                f"dictionary {name!r} must have d_in = d_out = {d_model}, the width of {hook_point}"
+                f", got {dictionary.config.d_in} and {dictionary.config.width_out}"
+            )
+
+
+def _reconstruction(fvu: FVU, agreement: Agreement, l0: L0) -> Reconstruction:
+    return Reconstruction(
+        n_rows=fvu.n_rows,
+        fvu=fvu.compute(),
+        fvu_uncentred=fvu.compute_uncentred(),
+        cosine=agreement.cosine,
+        norm_ratio=agreement.norm_ratio,
+        relative_bias=agreement.relative_bias,
+        l0=l0.mean,
+        l0_quantiles={str(share): l0.quantile(share) for share in L0_QUANTILES},
+    )

@@ -1,0 +1,134 @@
+"""Runs a model again from a hook point on, without computing again what comes before it."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from activations_cache.config import parse_hook_point
+from activations_cache.hooks import edit
+
+Replacement = Callable[[Float[Tensor, "example pos d_model"]], Float[Tensor, "example pos d_model"]]
+"""From the stream at the hook point to what shall flow on instead."""
+
+_log = logging.getLogger(__name__)
+
+
+class Base(NamedTuple):
+    """What a model without a replacement gave."""
+
+    stream: Float[Tensor, "example pos d_model"]
+    """At the hook point, in the model's dtype."""
+    logits: Float[Tensor, "example pos vocab"]
+    """In the model's dtype."""
+
+
+class Replay:
+    """One model and one hook point: `base` runs all of it, `spliced` the rest with another stream.
+
+    `base` keeps what the blocks before the hook point returned, and `spliced` lets them return
+    that again instead of computing it. Whether this gives the same logits is tried once; a model
+    for which it does not (blocks that run twice, say) is run in full each time.
+    """
+
+    def __init__(self, model: nn.Module, hook_point: str) -> None:
+        """Take a model in evaluation mode; nothing is changed in it between the calls."""
+        self._model = model
+        self._hook_point = hook_point
+        self._blocks = _blocks_before(model, hook_point)
+        self._returned: dict[nn.Module, object] = {}
+        self._tried = not self._blocks
+
+    @torch.no_grad()
+    def base(self, input_ids: Int[Tensor, "example pos"]) -> Base:
+        """Run the whole model and remember what the following calls of `spliced` need."""
+        if not self._tried:
+            self._try(input_ids[:1])
+        return self._base(input_ids)
+
+    @torch.no_grad()
+    def spliced(
+        self, input_ids: Int[Tensor, "example pos"], replacement: Replacement
+    ) -> Float[Tensor, "example pos vocab"]:
+        """Logits with `replacement(stream)` in place of the stream.
+
+        Args:
+            input_ids: The same as in the last call of `base`.
+            replacement: What flows on instead.
+        """
+        with (
+            _returning(self._returned),
+            edit(self._model, {self._hook_point: lambda stream, _: replacement(stream)}),
+        ):
+            return self._logits(input_ids)
+
+    def _base(self, input_ids: Int[Tensor, "example pos"]) -> Base:
+        seen: list[Tensor] = []
+        calls: dict[nn.Module, list[object]] = {block: [] for block in self._blocks}
+        late: set[nn.Module] = set()
+
+        def keep(block: nn.Module, _args: tuple, output: object) -> None:
+            calls[block].append(output)
+            if seen:
+                late.add(block)
+
+        def observe(stream: Tensor, _: Tensor) -> Tensor:
+            seen.append(stream.clone())
+            return stream
+
+        with contextlib.ExitStack() as hooks:
+            # Before the edit's own hook, so that the last block's output is kept unedited.
+            for block in self._blocks:
+                hooks.callback(block.register_forward_hook(keep).remove)
+            hooks.enter_context(edit(self._model, {self._hook_point: observe}))
+            logits = self._logits(input_ids)
+        once = (b for b, outputs in calls.items() if len(outputs) == 1 and b not in late)
+        self._returned = {block: calls[block][0] for block in once}
+        return Base(seen[0], logits)
+
+    def _try(self, input_ids: Int[Tensor, "example pos"]) -> None:
+        self._tried = True
+        expected = self._base(input_ids)
+        if torch.equal(self.spliced(input_ids, lambda _: expected.stream), expected.logits):
+            return
+        _log.warning("%s cannot be run from %s on; it is run in full", *self._names())
+        self._blocks = []
+        self._returned = {}
+
+    def _names(self) -> tuple[str, str]:
+        return type(self._model).__name__, self._hook_point
+
+    def _logits(self, input_ids: Int[Tensor, "example pos"]) -> Float[Tensor, "example pos vocab"]:
+        return self._model(input_ids=input_ids, use_cache=False).logits
+
+
+def _blocks_before(model: nn.Module, hook_point: str) -> list[nn.Module]:
+    """The entries of the list of blocks around a hook point that are done when it is passed."""
+    path, side = parse_hook_point(hook_point)
+    parts = path.split(".")
+    for depth in range(1, len(parts)):
+        blocks = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(blocks, nn.ModuleList):
+            is_own_end = depth == len(parts) - 1 and side == "out"
+            return list(blocks)[: int(parts[depth]) + is_own_end]
+    return []
+
+
+@contextlib.contextmanager
+def _returning(outputs: dict[nn.Module, object]) -> Iterator[None]:
+    """Let modules return what they are given here instead of computing it."""
+    before = {module: vars(module).get("forward") for module in outputs}
+    try:
+        for module, output in outputs.items():
+            module.forward = lambda *_, output=output, **__: output
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward

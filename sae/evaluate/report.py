@@ -1,0 +1,102 @@
+"""What an evaluation found, as plain data that is written to and read from JSON."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from activations_cache import io
+from sae.evaluate.intervals import Interval
+from sae.evaluate.reconstruction import FiringSummary, Reconstruction
+from sae.evaluate.substitution import Effect, Substitution
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """Everything that was measured of several dictionaries over the same rows and contexts."""
+
+    hook_point: str
+    """Place of the stream in the model."""
+    cache_fingerprint: str
+    """Fingerprint of the cache whose rows and contexts were read."""
+    skip_positions: int
+    """Special positions at the start of each context: they give no row and are not scored."""
+    reconstruction: dict[str, Reconstruction]
+    """By dictionary, over the held-out rows."""
+    firing: dict[str, FiringSummary]
+    """By dictionary, over training rows and all held-out rows."""
+    substitution: dict[str, Substitution]
+    """By treatment of the special positions: `intact`, and `spliced` where it was asked for."""
+    config: dict[str, Any]
+    """The EvaluateConfig."""
+
+
+def write_json(report: EvaluationReport, path: str | Path) -> None:
+    """Write a report; nan, which JSON has not, becomes null."""
+    text = json.dumps(_without_nan(asdict(report)), indent=1, allow_nan=False)
+    io.write_files({Path(path): (text + "\n").encode()})
+
+
+def read_json(path: str | Path) -> EvaluationReport:
+    """Read a report that `write_json` wrote.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+    try:
+        record = json.loads(Path(path).read_text())
+        return EvaluationReport(**{
+            **record,
+            "reconstruction": _each(record["reconstruction"], _reconstruction),
+            "firing": _each(record["firing"], _firing),
+            "substitution": _each(record["substitution"], _substitution),
+        })
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must be a report of `sae evaluate`, got: {error}") from error
+
+
+def _each(records: dict[str, dict], read: Any) -> dict[str, Any]:
+    return {name: read(record) for name, record in records.items()}
+
+
+def _reconstruction(record: dict[str, Any]) -> Reconstruction:
+    return Reconstruction(**{key: _number(value) for key, value in record.items()})
+
+
+def _firing(record: dict[str, Any]) -> FiringSummary:
+    record = {key: _number(value) for key, value in record.items()}
+    for key in ("density_edges", "density_histogram"):
+        record[key] = tuple(record[key])
+    return FiringSummary(**record)
+
+
+def _substitution(record: dict[str, Any]) -> Substitution:
+    effects = {key: _effect(record[key]) for key in ("zero", "mean")}
+    dictionaries = _each(record["dictionaries"], _effect)
+    ce_base = _interval(record["ce_base"])
+    return Substitution(**{**record, **effects, "dictionaries": dictionaries, "ce_base": ce_base})
+
+
+def _effect(record: dict[str, Any]) -> Effect:
+    return Effect(**_each(record, _interval))
+
+
+def _interval(record: dict[str, Any]) -> Interval:
+    return Interval(**{key: _number(value) for key, value in record.items()})
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def _without_nan(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _without_nan(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [_without_nan(entry) for entry in value]
+        case float() if math.isnan(value):
+            return None
+        case _:
+            return value

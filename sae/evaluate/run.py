@@ -1,0 +1,106 @@
+"""`evaluate`: everything that is measured of dictionaries, in one report."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from activations_cache.config import SPLITS, TRAINING_SPLITS
+from activations_cache.progress import Progress
+from activations_cache.reader import ActivationCache
+from sae.autoencoder import SparseAutoencoder
+from sae.evaluate.config import EvaluateConfig
+from sae.evaluate.reconstruction import firing_statistics, measure_reconstruction, summary
+from sae.evaluate.report import EvaluationReport
+from sae.evaluate.substitution import HeldOut, measure_substitution
+from sae.metrics import Firing
+
+
+class Evaluation(NamedTuple):
+    """The report, and the statistics that are too long for it."""
+
+    report: EvaluationReport
+    """Plain data; `write_json` writes it."""
+    firing: dict[str, Firing]
+    """By dictionary; `Firing.save` writes it beside the dictionary."""
+
+
+@torch.no_grad()
+def evaluate(
+    dictionaries: Mapping[str, SparseAutoencoder],
+    cache: ActivationCache,
+    hook_point: str,
+    model: nn.Module,
+    config: EvaluateConfig,
+    *,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure dictionaries of one hook point over a cache's held-out rows and contexts.
+
+    A baseline, such as a dictionary with a frozen random decoder, is one of the dictionaries.
+
+    Args:
+        dictionaries: By name; "zero" and "mean" are taken.
+        cache: Made from the model at the hook point.
+        hook_point: Which stream.
+        model: The causal language model that the cache was made from, in evaluation mode.
+        config: Sizes.
+        progress: Called with the units "rows" and "spliced contexts", one after the other.
+
+    Raises:
+        ValueError: If the cache holds no held-out rows, or a dictionary has another width or a
+            name that is taken.
+    """
+    hold = cache.rows(("hold",))
+    if len(hold) == 0:
+        raise ValueError(
+            f"{cache.path} must have rows in the split hold, got none; "
+            "build a cache with text.hold above 0"
+        )
+    chunks = config.rows_per_chunk
+    reconstruction = measure_reconstruction(
+        dictionaries, cache, hook_point, hold, rows_per_chunk=chunks, progress=progress
+    )
+    firing = firing_statistics(
+        dictionaries, cache, hook_point, firing_rows(cache, config),
+        rows_per_chunk=chunks, progress=progress,
+    )  # fmt: skip
+    context = held_out(cache, hook_point, config)
+    substitution = measure_substitution(
+        dictionaries, model, hook_point, context, config, progress=progress
+    )
+    report = EvaluationReport(
+        hook_point=hook_point,
+        cache_fingerprint=cache.fingerprint,
+        skip_positions=context.skip_positions,
+        reconstruction=reconstruction,
+        firing={name: summary(of_one) for name, of_one in firing.items()},
+        substitution=substitution,
+        config=asdict(config),
+    )
+    return Evaluation(report, firing)
+
+
+def firing_rows(cache: ActivationCache, config: EvaluateConfig) -> Int[Tensor, " row"]:
+    """All held-out rows and `n_rows_firing` training rows, ascending."""
+    training = _sample(cache.rows(TRAINING_SPLITS), config.n_rows_firing, config.seed)
+    return torch.cat([training, cache.rows(("hold",))]).sort().values
+
+
+def held_out(cache: ActivationCache, hook_point: str, config: EvaluateConfig) -> HeldOut:
+    """The held-out contexts that the model reads, ascending, and the mean training row."""
+    numbers = (cache.examples.split == SPLITS.index("hold")).nonzero().flatten()
+    numbers = _sample(numbers, config.n_contexts, config.seed)
+    return HeldOut(
+        tokens=cache.examples.tokens[numbers],
+        skip_positions=cache.manifest.plan.skip_positions,
+        mean=cache[hook_point].mean,
+    )
+
+
+def _sample(numbers: Int[Tensor, " row"], n: int, seed: int) -> Int[Tensor, " batch"]:
+    order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
+    return numbers[order[:n]].sort().values

@@ -1,0 +1,63 @@
+"""How latents are labelled and scored; neither torch nor a third-party package here."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Kind = Literal["word", "previous word", "token", "supersense", "source", "position"]
+"""What a label may speak of: one property of the text at a row."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""All kinds; where two explain a latent equally well, the one that stands first is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig:
+    """Labels from corpus statistics and their scores on other documents."""
+
+    kinds: tuple[Kind, ...] = KINDS
+    """The properties of the text that compete for a latent's label."""
+    min_firings: int = 20
+    """Fewer firing rows than this in either split: the latent is "insufficient"."""
+    min_examples: int = 5
+    """The same for examples in which it fires: an interval over so few examples means nothing."""
+    words_per_label: int = 5
+    """Most words, tokens, supersenses, ... that a label lists."""
+    wide_words: int = 50
+    """Words of the larger rule, whose score is reported beside the label's as `auc_wide`."""
+    min_word_count: int = 5
+    """Rarer words, in rows of the explain split, are not considered."""
+    prior_rows: float = 5.0
+    """Shrinkage of p(fires | word): pseudo-rows that fire at the latent's own rate."""
+    permutations: int = 4
+    """Permuted copies of the text that show what chance gives; few latents get more of them."""
+    top_contexts: int = 5
+    """Contexts kept per latent, from different examples, by peak activation."""
+    context_tokens: int = 32
+    """Tokens of a kept context, around its peak."""
+    histogram_bins: int = 20
+    """Equal steps from 0 to the largest activation in a latent's histogram."""
+    seed: int = 0
+    """Seed of the permutations, of the control arm's pairing and of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        """Check every field; ValueError names the first that is wrong."""
+        at_least = {
+            "min_firings": 2, "min_examples": 2, "words_per_label": 1, "min_word_count": 1,
+            "permutations": 2, "top_contexts": 1, "context_tokens": 1, "histogram_bins": 1,
+            "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            _check(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
+        is_wide = self.words_per_label <= self.wide_words <= 255
+        rule = f"lie between words_per_label={self.words_per_label} and 255"
+        _check(is_wide, "wide_words", rule, self.wide_words)
+        is_positive = math.isfinite(self.prior_rows) and self.prior_rows > 0
+        _check(is_positive, "prior_rows", "be a positive number", self.prior_rows)
+        is_set = 0 < len(self.kinds) == len(set(self.kinds)) and set(self.kinds) <= set(KINDS)
+        _check(is_set, "kinds", f"be one or more of {KINDS}, each once", self.kinds)
+
+
+def _check(holds: bool, field: str, rule: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{field} must {rule}, got {got!r}")

@@ -1,0 +1,73 @@
+"""Which tokens a latent's decoder row makes more and less likely, seen through the unembedding."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from activations_cache.progress import Progress, silent
+from sae.autoencoder import SparseAutoencoder
+
+_CELLS = 1 << 25  # logits held at once: 128 MiB
+
+
+class PromotedTokens(NamedTuple):
+    """The tokens at both ends of every latent's logits, the strongest first."""
+
+    promoted: Int[Tensor, "d_sae k"]
+    """Ids of the tokens with the largest logits."""
+    promoted_logits: Float[Tensor, "d_sae k"]
+    """Their logits, per unit of activation."""
+    suppressed: Int[Tensor, "d_sae k"]
+    """Ids of the tokens with the smallest logits, the most negative first."""
+    suppressed_logits: Float[Tensor, "d_sae k"]
+    """Their logits."""
+    with_final_norm: bool
+    """Whether the directions were multiplied by the final norm's weight."""
+
+
+@torch.no_grad()
+def promoted_tokens(
+    dictionary: SparseAutoencoder,
+    unembed: Float[Tensor, "vocab d_model"],
+    final_norm_weight: Float[Tensor, " d_model"] | None,
+    k: int = 10,
+    *,
+    progress: Progress | None = None,
+) -> PromotedTokens:
+    """The k tokens that each latent promotes and suppresses most, by the logit lens.
+
+    logits = (direction * final_norm_weight) @ unembed.T: the direct path from the residual stream,
+    leaving out the layers between and the norm's division, which changes the logits' scale only.
+
+    Args:
+        dictionary: Whose decoder rows are read, in the model's units.
+        unembed: The model's output embedding.
+        final_norm_weight: Weight of the final RMS norm; without it the directions stay as they are.
+        k: How many tokens at each end.
+        progress: Called after each chunk with the number of latents done.
+
+    Raises:
+        ValueError: If widths differ or k is larger than the vocabulary.
+    """
+    directions = dictionary.W_dec / dictionary.config.input_scale
+    vocab, d_model = unembed.shape
+    if directions.shape[1] != d_model:
+        raise ValueError(
+            f"unembed must be as wide as the decoder rows, {directions.shape[1]}, got {d_model}"
+        )
+    if not 1 <= k <= vocab:
+        raise ValueError(f"k must lie between 1 and the vocabulary's size {vocab}, got {k}")
+    if final_norm_weight is not None:
+        directions = directions * final_norm_weight.to(directions)
+    report = progress or silent
+    readout = unembed.to(directions).T
+    ends: list[tuple[Tensor, ...]] = []
+    for chunk in directions.split(max(1, _CELLS // vocab)):
+        logits = chunk @ readout  # (latents, vocab)
+        high, low = logits.topk(k), logits.topk(k, largest=False)
+        ends.append((high.indices, high.values, low.indices, low.values))
+        report(sum(len(end[0]) for end in ends), len(directions), "latents through the logit lens")
+    joined = [torch.cat(parts) for parts in zip(*ends, strict=True)]
+    return PromotedTokens(*joined, with_final_norm=final_norm_weight is not None)

@@ -1,0 +1,160 @@
+"""The files that explaining leaves: latents.parquet, examples.parquet and summary.json."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sae.explain.examples import Context
+
+LATENTS = "latents.parquet"
+EXAMPLES = "examples.parquet"
+SUMMARY = "summary.json"
+
+_LATENTS_PER_ROW_GROUP = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentRecord:
+    """Everything that is known of one latent; a row of latents.parquet.
+
+    Figures of the score are None where the latent was not scored.
+    """
+
+    latent: int
+    """Its number."""
+    status: str
+    """"scored"; "insufficient" where it fires too seldom for a score; "dead" where never."""
+    label: str
+    """The label as text; empty where it fires too seldom in the explain split."""
+    kind: str
+    """What the label speaks of: word, previous word, token, supersense, source or position."""
+    words: tuple[str, ...]
+    """What the label lists, most informative first."""
+    weights: tuple[float, ...]
+    """Shrunken p(fires | word): the rule's scores."""
+    joint: tuple[int, ...]
+    """Rows of the explain split with the word on which the latent fires."""
+    information: tuple[float, ...]
+    """Mutual information of the latent and each word alone, in nats."""
+    npmi: tuple[float, ...]
+    """Normalised pointwise mutual information of the latent and each word."""
+    gain: float | None
+    """Information of the rule above that of permuted texts, in nats."""
+    p_value: float | None
+    """Of the rule, by permutation; the search over words and kinds is allowed for."""
+    auc: float | None
+    """Score of the label on the score split; 0.5 is chance."""
+    low: float | None
+    """Lower end of its 95 % interval."""
+    high: float | None
+    """Upper end."""
+    control_auc: float | None
+    """AUC of another latent's label on this latent."""
+    auc_wide: float | None
+    """AUC of the larger rule, which is not what the label says."""
+    n_fired_explain: int
+    """Rows of the explain split on which it fires."""
+    n_fired_score: int
+    """The same for the score split."""
+    density: float
+    """Share of the rows of both splits on which it fires."""
+    max_activation: float
+    """Largest activation on them."""
+    histogram: tuple[int, ...]
+    """Counts of its activations in equal steps from 0 to max_activation, silent rows left out."""
+
+
+_TEXTS, _FLOATS = pa.list_(pa.string()), pa.list_(pa.float32())
+_LATENT_SCHEMA = pa.schema({
+    "latent": pa.int32(), "status": pa.string(), "label": pa.string(), "kind": pa.string(),
+    "words": _TEXTS, "weights": _FLOATS, "joint": pa.list_(pa.int64()), "information": _FLOATS,
+    "npmi": _FLOATS, "gain": pa.float64(), "p_value": pa.float64(), "auc": pa.float64(),
+    "low": pa.float64(), "high": pa.float64(), "control_auc": pa.float64(),
+    "auc_wide": pa.float64(), "n_fired_explain": pa.int64(), "n_fired_score": pa.int64(),
+    "density": pa.float64(), "max_activation": pa.float32(), "histogram": pa.list_(pa.int64()),
+})  # fmt: skip
+_CONTEXT_SCHEMA = pa.schema({
+    "latent": pa.int32(), "rank": pa.int16(), "activation": pa.float32(), "example": pa.int64(),
+    "split": pa.string(), "source": pa.string(), "start": pa.int32(), "peak": pa.int32(),
+    "tokens": _TEXTS, "activations": _FLOATS,
+})  # fmt: skip
+
+
+def write_tables(
+    directory: Path,
+    latents: Iterable[LatentRecord],
+    contexts: Iterable[Context],
+    top_contexts: int,
+    summary: Mapping[str, object],
+) -> None:
+    """Write the three files, each under another name first; the summary is the last to appear.
+
+    Args:
+        directory: Where; made if it is missing.
+        latents: One record per latent, ascending.
+        contexts: Contexts of all latents, sorted by latent.
+        top_contexts: Contexts per latent, which sets the size of a row group.
+        summary: What summary.json is to say.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / SUMMARY).unlink(missing_ok=True)
+    group = _LATENTS_PER_ROW_GROUP * top_contexts
+    _write(directory / EXAMPLES, contexts, _CONTEXT_SCHEMA, group)
+    _write(directory / LATENTS, latents, _LATENT_SCHEMA, 1 << 16)
+    unfinished = directory / (SUMMARY + ".partial")
+    unfinished.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, directory / SUMMARY)
+
+
+def _write(
+    path: Path, records: Iterable[LatentRecord | Context], schema: pa.Schema, group: int
+) -> None:
+    table = pa.Table.from_pylist([vars(record) for record in records], schema=schema)
+    unfinished = path.with_name(path.name + ".partial")
+    pq.write_table(table, unfinished, row_group_size=group, compression="zstd")
+    os.replace(unfinished, path)
+
+
+def read_latents(path: Path) -> list[LatentRecord]:
+    """Read latents.parquet; record i is latent i.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If its columns are not those of this version.
+    """
+    return [LatentRecord(**row) for row in _rows(path, _LATENT_SCHEMA)]
+
+
+def read_examples(path: Path, latent: int | None = None) -> list[Context]:
+    """Read the contexts of one latent, the largest peak first, or of all latents.
+
+    Only the part of the file that holds the latent is read.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If its columns are not those of this version.
+    """
+    only = None if latent is None else [("latent", "==", latent)]
+    return [Context(**row) for row in _rows(path, _CONTEXT_SCHEMA, only)]
+
+
+def _rows(
+    path: Path, schema: pa.Schema, only: list[tuple[str, str, int]] | None = None
+) -> list[dict]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be a file; run `sae explain` to make it")
+    if not pq.read_schema(path).equals(schema):
+        names = pq.read_schema(path).names
+        raise ValueError(
+            f"columns of {path} must be {schema.names}, got {names}; run `sae explain` again"
+        )
+    rows = pq.read_table(path, filters=only).to_pylist()
+    return [
+        {name: tuple(item) if isinstance(item, list) else item for name, item in row.items()}
+        for row in rows
+    ]

@@ -1,0 +1,219 @@
+"""Shuffled batches: each row once per epoch, the same from wherever one goes on."""
+
+import gc
+import itertools
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import activations_cache
+from activations_cache import io
+from activations_cache.batches import BLOCK_ROWS, count_batches, row_order
+from activations_cache.errors import CacheFormatError
+from activations_cache.order import RowOrder, permutation
+from activations_cache.reader import ActivationCache
+from activations_cache.synthetic import synthetic_plan, write_synthetic
+
+HOOKS = {"a.1:out": 7, "a.2:in": 5}
+FIXED = [0, 3, 2, 9, 7, 4, 1, 12, 6, 11, 5, 10, 8]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
+    """1,616 rows in 34 shards, 1,296 of them in explain and score."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(io, "fsync", lambda descriptor: None)
+        plan = synthetic_plan(HOOKS, n_examples=101)
+        return write_synthetic(tmp_path_factory.mktemp("batches") / "cache", plan)
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> RowOrder:
+    """Any rows, cut into blocks of any lengths, with windows of any number of blocks."""
+    n = draw(st.integers(1, 2000))
+    inner = draw(st.sets(st.integers(1, max(1, n - 1)), max_size=40)) if n > 1 else set()
+    starts = np.array(sorted({0, *inner}))
+    rows = np.arange(n) * 3 + 1
+    window, seed = draw(st.integers(1, 50)), draw(st.integers(0, 2**64 - 1))
+    return RowOrder(rows, starts, window=window, seed=seed)
+
+
+@settings(max_examples=60, deadline=None)
+@given(order=orders(), data=st.data())
+def test_each_epoch_is_a_permutation_whatever_the_pieces(order: RowOrder, data: st.DataObject):
+    n = len(order)
+    for epoch in (0, 3):
+        whole = order.take(epoch * n, (epoch + 1) * n)
+        assert np.array_equal(np.sort(whole), order.rows)
+    both = order.take(0, 2 * n)
+    start = data.draw(st.integers(0, 2 * n))
+    stop = data.draw(st.integers(start, 2 * n))
+    assert np.array_equal(order.take(start, stop), both[start:stop])
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(0, 2000), seed=st.integers(0, 2**64 - 1), stream=st.integers(0, 2**40 - 1))
+def test_a_permutation_has_every_number_once(n: int, seed: int, stream: int):
+    assert np.array_equal(np.sort(permutation(n, seed, 5, stream)), np.arange(n))
+
+
+def test_the_permutation_is_fixed_for_all_time():
+    assert permutation(13, 0, 0, 0).tolist() == FIXED
+    assert permutation(13, 0, 1, 0).tolist() != FIXED
+    assert permutation(13, 0, 0, 1).tolist() != FIXED
+    assert permutation(13, 1, 0, 0).tolist() != FIXED
+
+
+def test_places_in_a_permutation_are_uniform():
+    # 4,000 permutations of 5: each (place, number) has mean 800 and standard deviation 25.3.
+    counts = np.zeros((5, 5))
+    for seed in range(4000):
+        counts[np.arange(5), permutation(5, seed, 0, 0)] += 1
+    assert np.abs(counts - 800).max() < 5 * 25.3
+
+
+def test_rows_are_read_within_a_window_of_blocks():
+    rows = np.arange(10 * BLOCK_ROWS + 100)
+    starts = np.arange(0, len(rows), BLOCK_ROWS)
+    order = RowOrder(rows, starts, window=4, seed=1)
+    read = order.take(0, len(rows)) // BLOCK_ROWS
+    first = read[: 2 * BLOCK_ROWS + 100]  # what three blocks hold at least
+    assert len(set(first.tolist())) == 3
+    assert sorted(set(read.tolist())) == list(range(11))
+    windows = [order.blocks(0, window) for window in range(3)]
+    assert [len(window) for window in windows] == [3, 4, 4]
+    assert sorted(np.concatenate(windows).tolist()) == list(range(11))
+
+
+def test_neighbours_in_the_order_have_nothing_to_do_with_each_other():
+    n = 300_007
+    order = row_order(np.arange(n), seed=2).take(0, n)
+    noise = 4 / np.sqrt(n)  # four standard errors of a correlation of independent numbers
+    for value in (order, order // 255, order % 255):
+        for lag in (1, 2, 1024):
+            correlation = np.corrcoef(value[:-lag], value[lag:])[0, 1]
+            assert abs(correlation) < noise + 0.002
+    assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.05
+    neighbours = (np.abs(np.diff(order)) == 1).mean()
+    assert neighbours < 1e-4
+
+
+def test_a_batch_has_rows_of_many_examples():
+    order = row_order(np.arange(300_007), seed=2)
+    for start in (0, 131_072, 290_000):
+        examples = order.take(start, start + 1024) // 255
+        assert len(np.unique(examples)) > 400  # of 586 in the window
+
+
+def test_each_row_of_the_splits_comes_once_per_epoch_with_its_own_values(cache: ActivationCache):
+    wanted = cache.rows(("explain", "score"))
+    batches = list(cache.batches(batch=27, seed=5, epochs=2))
+    assert len(batches) == cache.n_batches(batch=27, epochs=2) == 2 * 1296 // 27
+    rows = torch.cat([batch.rows for batch in batches])
+    for epoch in rows.split(1296):
+        assert torch.equal(epoch.sort().values, wanted)
+    assert not torch.equal(rows[:1296], rows[1296:])
+    both = torch.cat([cache[name][rows] for name in HOOKS], dim=1)
+    assert torch.equal(torch.cat([batch.x for batch in batches]), both)
+
+
+def test_hook_points_stand_side_by_side_as_named(cache: ActivationCache):
+    for names in (["a.2:in"], ["a.2:in", "a.1:out"]):
+        first = next(iter(cache.batches(names, batch=11, seed=0)))
+        assert first.x.shape == (11, sum(HOOKS[name] for name in names))
+        assert first.x.dtype == torch.float32
+        assert torch.equal(first.x, torch.cat([cache[name][first.rows] for name in names], dim=1))
+
+
+def test_going_on_at_every_batch_gives_the_same_rest(cache: ActivationCache):
+    def rows(start: int) -> list[list[int]]:
+        batches = cache.batches(["a.1:out"], batch=101, seed=9, start=start, epochs=3)
+        return [batch.rows.tolist() for batch in batches]
+
+    whole = rows(0)
+    assert len(whole) == 38
+    for start in range(39):
+        assert rows(start) == whole[start:]
+        assert cache.n_batches(batch=101, start=start, epochs=3) == 38 - start
+
+
+def test_only_what_is_short_at_the_very_end_is_dropped(cache: ActivationCache):
+    assert cache.n_batches(batch=1000) == 1
+    assert cache.n_batches(batch=1000, epochs=4) == 5
+    batches = list(cache.batches(batch=1000, seed=0, epochs=4))
+    assert [len(batch.x) for batch in batches] == [1000] * 5
+
+
+def test_seed_and_epoch_change_the_order_and_nothing_else(cache: ActivationCache):
+    def rows(**arguments: int) -> torch.Tensor:
+        batches = cache.batches(["a.1:out"], batch=16, **arguments)
+        return torch.cat([batch.rows for batch in batches])
+
+    assert torch.equal(rows(seed=1), rows(seed=1))
+    assert not torch.equal(rows(seed=1), rows(seed=2))
+    assert torch.equal(rows(seed=1, epochs=2)[:1296], rows(seed=1))
+
+
+def test_other_splits(cache: ActivationCache):
+    batches = cache.batches(batch=4, seed=0, splits=("hold",))
+    rows = torch.cat([batch.rows for batch in batches])
+    assert torch.equal(rows.sort().values, cache.rows(("hold",)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"batch": 1297}, "batch must be at most the 1,296 rows of 1 epochs, got 1297; use"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"start": -1}, "start must be at least 0, got -1"),
+        ({"start": 130}, "start must be at most the 129 batches there are, got 130"),
+        ({"seed": -1}, "seed must be at least 0 and below"),
+        ({"seed": 2**64}, "seed must be at least 0 and below"),
+    ],
+)
+def test_an_argument_out_of_range_is_refused_at_once(
+    cache: ActivationCache, arguments: dict[str, int], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        cache.batches(**({"batch": 10, "seed": 0} | arguments))
+    with pytest.raises(KeyError, match="hook point must be one of"):
+        cache.batches(["b:out"], batch=10, seed=0)
+
+
+def test_no_thread_is_left_however_the_loop_ends(cache: ActivationCache):
+    def readers() -> int:
+        return sum(thread.name.startswith("activations") for thread in threading.enumerate())
+
+    list(cache.batches(batch=100, seed=0))
+    assert readers() == 0
+    batches = cache.batches(batch=100, seed=0)
+    next(iter(batches))
+    assert readers() == 1
+    del batches
+    gc.collect()
+    assert readers() == 0
+    for _ in itertools.islice(cache.batches(batch=100, seed=0), 3):
+        pass
+    gc.collect()
+    assert readers() == 0
+
+
+def test_a_damaged_shard_ends_the_loop_with_its_name(cache: ActivationCache, tmp_path: Path):
+    copy = Path(shutil.copytree(cache.path, tmp_path / "copy"))
+    (copy / "a.1:out/acts/c/20/0").unlink()
+    with pytest.raises(CacheFormatError, match="shard 20 is damaged"):
+        list(activations_cache.open(copy).batches(batch=10, seed=0))
+
+
+def test_count_batches_is_what_a_loop_would_count():
+    for n_rows, batch, epochs in itertools.product(range(1, 30), range(1, 8), range(1, 4)):
+        expected = n_rows * epochs // batch
+        if expected:
+            assert count_batches(n_rows, batch=batch, epochs=epochs) == expected

@@ -1,0 +1,100 @@
+"""What importing brings along, and what it must not disturb."""
+
+import ast
+import itertools
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+HEAVY = {"torch", "numpy", "transformers", "lightning", "zarr", "datasets", "matplotlib", "triton"}
+
+LLAMA = """
+import torch, transformers
+config = transformers.LlamaConfig(
+    vocab_size=11, hidden_size=12, intermediate_size=13, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=1,
+)
+model = transformers.LlamaForCausalLM(config)
+print(tuple(model(torch.tensor([[3, 5, 7]])).logits.shape))
+"""
+
+DISTRIBUTIONS = {"yaml": "pyyaml", "google_crc32c": "google-crc32c", "PIL": "pillow"}
+"""Import name -> distribution, where they differ."""
+
+
+def loaded(in_root, module: str) -> set[str]:
+    """The packages that a fresh process has after importing a module."""
+    code = f"import {module}, sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    return set(in_root(code).split())
+
+
+@pytest.mark.parametrize("module", ["sae", "activations_cache", "sae.config", "sae.cli.main"])
+def test_importing_loads_nothing_heavy(in_root, module):
+    assert loaded(in_root, module) & HEAVY == set()
+
+
+def test_importing_the_kernels_loads_no_triton(in_root):
+    assert loaded(in_root, "sae_kernels") & (HEAVY - {"torch", "numpy"}) == set()
+
+
+def test_configs_need_the_standard_library_alone(in_root, library):
+    configs = [s.path for s in library if re.search(r"(/|^)(config|architecture)\.py$", s.path)]
+    assert len(configs) >= 3
+    modules = ", ".join(path.removesuffix(".py").replace("/", ".") for path in configs)
+    assert loaded(in_root, modules) & (HEAVY | {"pydantic", "yaml", "rich", "typer"}) == set()
+
+
+def test_kernels_is_no_package(repository):
+    # Hugging Face's `kernels` is imported by transformers: a second one breaks every model.
+    assert not (repository / "kernels" / "__init__.py").exists()
+    assert {path.name for path in (repository / "kernels").glob("*/__init__.py")} == {"__init__.py"}
+
+
+def test_a_model_runs_in_the_root_of_the_repository(in_root):
+    assert in_root(LLAMA) == "(1, 3, 11)"
+
+
+def test_a_model_runs_in_the_root_beside_the_kernels_of_hugging_face(in_root, tmp_path):
+    (tmp_path / "kernels").mkdir()
+    stand_in = (
+        "__version__ = '0.18.2'\ndef __getattr__(name):\n    return lambda *a, **k: lambda f: f\n"
+    )
+    (tmp_path / "kernels" / "__init__.py").write_text(stand_in)
+    information = tmp_path / "kernels-0.18.2.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    code = f"import kernels; print(kernels.__version__)\n{LLAMA}"
+    assert in_root(code, PYTHONPATH=str(tmp_path)).split("\n") == ["0.18.2", "(1, 3, 11)"]
+
+
+def test_what_is_imported_is_declared(repository: Path, library):
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    extras = itertools.chain.from_iterable(project["optional-dependencies"].values())
+    lines = [*project["dependencies"], *extras]
+    declared = {re.match(r"[\w.-]+", line)[0].lower() for line in lines}
+    own = {"sae", "activations_cache", "sae_kernels"}
+    roots = {
+        name.partition(".")[0]
+        for source in library
+        for node in ast.walk(source.tree)
+        for name in named(node)
+    }
+    foreign = roots - own - sys.stdlib_module_names
+    assert {name for name in foreign if DISTRIBUTIONS.get(name, name) not in declared} == set()
+
+
+def named(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+
+
+def test_the_contracts_of_the_layers_are_kept(repository):
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--no-logo"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 broken" in done.stdout

@@ -1,0 +1,81 @@
+"""A test that cannot fail is no test."""
+
+import ast
+import re
+
+import pytest
+
+CHECKS = re.compile(r"raises|warns|check|assert|expect|fail|verify|deprecated_call|gradcheck")
+
+
+def can_fail(test: ast.FunctionDef) -> bool:
+    """Whether it asserts, or calls something that by its name checks."""
+    for node in ast.walk(test):
+        if isinstance(node, ast.Assert):
+            return True
+        if isinstance(node, ast.Call) and CHECKS.search(ast.unparse(node)):
+            return True
+    return False
+
+
+def is_always_true(node: ast.expr) -> bool:
+    match node:
+        case ast.Constant(value=value):
+            return bool(value)
+        case ast.Tuple(elts=elements):
+            return bool(elements)
+        case ast.BoolOp(op=ast.Or(), values=values):
+            return any(map(is_always_true, values))
+        case ast.BoolOp(op=ast.And(), values=values):
+            return all(map(is_always_true, values))
+        case ast.Compare(left=left, ops=[op], comparators=[right]):
+            is_count = re.search(r"^len\(|\.numel\(\)$", ast.unparse(left)) is not None
+            same = ast.dump(left) == ast.dump(right) and isinstance(op, ast.Eq | ast.Is)
+            return same or (is_count and isinstance(op, ast.GtE) and ast.unparse(right) == "0")
+    return False
+
+
+@pytest.mark.parametrize(
+    ("condition", "answer"),
+    [
+        ("True", True),
+        ("1", True),
+        ("(x, 'why')", True),
+        ("x or True", True),
+        ("len(x) >= 0", True),
+        ("x.numel() >= 0", True),
+        ("f(x) == f(x)", True),
+        ("x", False),
+        ("len(x) >= 1", False),
+        ("x and True", False),
+        ("False", False),
+    ],
+)
+def test_is_always_true(condition, answer):
+    assert is_always_true(ast.parse(condition, mode="eval").body) is answer
+
+
+def test_no_assertion_is_always_true(sources):
+    found = [
+        f"{source.path}:{node.lineno}"
+        for source in sources
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Assert) and is_always_true(node.test)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_every_test_can_fail(sources):
+    found = [
+        f"{source.path}:{node.lineno} {node.name}"
+        for source in sources
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        if source.path.startswith("tests/") and not can_fail(node)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_test_folders_are_no_packages(repository):
+    # With --import-mode=importlib files of the same name may stand in several folders.
+    assert list((repository / "tests").rglob("__init__.py")) == []

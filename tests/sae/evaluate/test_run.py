@@ -1,0 +1,79 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sae.evaluate import EvaluateConfig, evaluate, read_json, write_json
+from sae.evaluate.run import firing_rows, held_out
+
+CONFIG = EvaluateConfig(
+    n_contexts=5, n_contexts_special=3, contexts_per_forward=2, n_rows_firing=31, n_resamples=29
+)
+
+
+@pytest.fixture
+def evaluation(model, cache, hook_point, identity, random_dictionary):
+    both = {"identity": identity, "random": random_dictionary}
+    return evaluate(both, cache, hook_point, model, CONFIG)
+
+
+def test_the_report_has_every_dictionary_in_every_part(evaluation, cache, hook_point):
+    report = evaluation.report
+    names = {"identity", "random"}
+    assert set(report.reconstruction) == set(report.firing) == set(evaluation.firing) == names
+    assert set(report.substitution) == {"intact", "spliced"}
+    assert set(report.substitution["spliced"].dictionaries) == names
+    assert report.substitution["intact"].n_contexts == 5
+    assert report.substitution["spliced"].n_contexts == 3
+    assert report.cache_fingerprint == cache.fingerprint
+    assert report.hook_point == hook_point
+    assert report.skip_positions == 1
+    assert report.reconstruction["random"].n_rows == 8 * 12
+    assert report.firing["random"].n_rows == 8 * 12 + 31
+    assert report.config["n_contexts"] == 5
+
+
+def test_a_report_survives_the_disk(evaluation, tmp_path):
+    write_json(evaluation.report, tmp_path / "report.json")
+    assert read_json(tmp_path / "report.json") == evaluation.report
+
+
+def test_nan_is_null_in_json_and_nan_again_when_read(evaluation, tmp_path):
+    report = evaluation.report
+    undefined = replace(report.reconstruction["random"], fvu=math.nan)
+    report = replace(report, reconstruction={"random": undefined})
+    write_json(report, tmp_path / "report.json")
+    record = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert record["reconstruction"]["random"]["fvu"] is None
+    assert math.isnan(read_json(tmp_path / "report.json").reconstruction["random"].fvu)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"reconstruction": {"a": 3}}'])
+def test_another_file_is_refused(tmp_path, text):
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(ValueError, match=r"report\.json must be a report of `sae evaluate`"):
+        read_json(tmp_path / "report.json")
+
+
+def test_contexts_and_rows_are_held_out_ones(cache, hook_point, tokens):
+    context = held_out(cache, hook_point, CONFIG)
+    hold = {tuple(t.tolist()) for t, s in zip(tokens, cache.examples.split, strict=True) if s == 2}
+    assert {tuple(t.tolist()) for t in context.tokens} <= hold
+    assert len(context.tokens) == 5
+    assert torch.equal(context.mean, cache[hook_point].mean)
+    rows = firing_rows(cache, CONFIG)
+    assert len(rows.unique()) == len(rows) == 8 * 12 + 31
+    assert set(cache.rows(("hold",)).tolist()) <= set(rows.tolist())
+
+
+def test_the_seed_chooses_the_contexts(cache, hook_point):
+    first, again = (held_out(cache, hook_point, CONFIG).tokens for _ in range(2))
+    other = held_out(cache, hook_point, replace(CONFIG, seed=1)).tokens
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_gradients_are_not_kept(evaluation):
+    assert not evaluation.firing["random"].max_activation.requires_grad

@@ -1,0 +1,137 @@
+import math
+
+import pytest
+import torch
+
+from sae.architecture import SAEConfig
+from sae.autoencoder import SparseAutoencoder
+from sae.evaluate.config import EvaluateConfig
+from sae.evaluate.substitution import HeldOut, measure_substitution
+
+CONFIG = EvaluateConfig(
+    n_contexts=23, n_contexts_special=23, contexts_per_forward=7, n_resamples=53
+)
+
+
+@pytest.fixture(scope="module")
+def held_out(tokens, stream):
+    return HeldOut(tokens, 1, stream[:, 1:].flatten(0, 1).mean(0))
+
+
+@pytest.fixture
+def dictionaries(identity, constant, held_out, random_dictionary):
+    return {
+        "identity": identity,
+        "mean dictionary": constant(held_out.mean),
+        "zero dictionary": constant(torch.zeros(8)),
+        "random": random_dictionary,
+    }
+
+
+@pytest.mark.parametrize("special", ["intact", "spliced"])
+def test_known_dictionaries_have_known_effects(model, hook_point, held_out, dictionaries, special):
+    found = measure_substitution(dictionaries, model, hook_point, held_out, CONFIG)[special]
+    perfect = found.dictionaries["identity"]
+    assert perfect.ce_recovered_zero.value == pytest.approx(1, abs=1e-6)
+    assert perfect.ce_recovered_mean.value == pytest.approx(1, abs=1e-6)
+    assert perfect.kl.value == pytest.approx(0, abs=1e-9)
+    assert perfect.ce_increase.value == pytest.approx(0, abs=1e-6)
+    assert perfect.top1_agreement.value == 1
+    mean, zero = found.dictionaries["mean dictionary"], found.dictionaries["zero dictionary"]
+    assert mean.ce_recovered_mean.value == pytest.approx(0, abs=1e-5)
+    assert mean.ce.value == pytest.approx(found.mean.ce.value, abs=1e-5)
+    assert zero.ce_recovered_zero.value == 0
+    assert zero.ce == found.zero.ce
+    assert found.zero.ce_recovered_zero.value == found.mean.ce_recovered_mean.value == 0
+    random = found.dictionaries["random"]
+    assert random.kl.value > 0
+    assert random.kl.low < random.kl.value < random.kl.high
+    assert found.n_tokens == 23 * 11
+    assert found.special == special
+
+
+def test_the_base_is_the_models_own_cross_entropy(model, hook_point, held_out):
+    found = measure_substitution({}, model, hook_point, held_out, CONFIG)["intact"]
+    log_p = model(held_out.tokens).logits.log_softmax(-1)[:, 1:-1]
+    expected = -log_p.gather(2, held_out.tokens[:, 2:, None]).mean()
+    assert found.ce_base.value == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_recovered_follows_from_the_cross_entropies(model, hook_point, held_out, dictionaries):
+    found = measure_substitution(dictionaries, model, hook_point, held_out, CONFIG)["intact"]
+    effect = found.dictionaries["random"]
+    lost = found.zero.ce.value - found.ce_base.value
+    assert effect.ce_recovered_zero.value == pytest.approx(1 - effect.ce_increase.value / lost)
+
+
+class BlindToStarts(SparseAutoencoder):
+    """Perfect but at the first position: a dictionary that never saw an attention sink."""
+
+    starts: torch.Tensor
+
+    def forward(self, x):
+        is_start = (x[:, None] == self.starts).all(-1).any(-1, keepdim=True)
+        return torch.where(is_start, torch.zeros_like(x), x)
+
+
+def test_special_positions_count_only_where_they_are_spliced(model, hook_point, held_out, stream):
+    blind = BlindToStarts(SAEConfig(d_in=8, d_sae=32)).requires_grad_(False)
+    blind.starts = stream[:, 0]
+    found = measure_substitution({"blind": blind}, model, hook_point, held_out, CONFIG)
+    assert found["intact"].ce_base == found["spliced"].ce_base
+    assert found["intact"].zero.ce.value != found["spliced"].zero.ce.value
+    assert found["intact"].dictionaries["blind"].kl.value == 0
+    assert found["intact"].dictionaries["blind"].ce_recovered_zero.value == 1
+    assert found["spliced"].dictionaries["blind"].kl.low > 0.01
+
+
+@pytest.mark.parametrize("batch", [1, 5, 23])
+def test_the_batch_size_does_not_matter(model, hook_point, held_out, dictionaries, batch):
+    config = EvaluateConfig(
+        n_contexts=23, n_contexts_special=11, contexts_per_forward=batch, n_resamples=53
+    )
+    found = measure_substitution(dictionaries, model, hook_point, held_out, config)
+    whole = measure_substitution(dictionaries, model, hook_point, held_out, CONFIG)
+    a, b = (of["intact"].dictionaries["random"] for of in (found, whole))
+    assert a.ce.value == pytest.approx(b.ce.value, rel=1e-5)
+    assert a.kl.high == pytest.approx(b.kl.high, rel=1e-4)
+    assert found["spliced"].n_contexts == 11
+
+
+def test_padding_is_not_scored_and_changes_nothing_before_it(model, hook_point, held_out):
+    short = held_out.tokens[:3].clone()
+    short[1, 6:] = -1
+    found = measure_substitution({}, model, hook_point, held_out._replace(tokens=short), CONFIG)
+    assert found["intact"].n_tokens == 11 + 4 + 11
+    log_p = model(held_out.tokens[:3]).logits.log_softmax(-1)
+    places = [(i, j) for i in range(3) for j in range(1, 12) if short[i, j + 1] >= 0]
+    ce = [-float(log_p[i, j, short[i, j + 1]]) for i, j in places]
+    assert found["intact"].ce_base.value == pytest.approx(sum(ce) / len(ce), rel=1e-5)
+
+
+def test_the_second_treatment_can_be_left_out(model, hook_point, held_out):
+    config = EvaluateConfig(n_contexts=5, n_contexts_special=0)
+    found = measure_substitution({}, model, hook_point, held_out, config)
+    assert list(found) == ["intact"]
+
+
+def test_progress_ends_at_its_total(model, hook_point, held_out, identity):
+    seen = []
+    config = EvaluateConfig(n_contexts=23, n_contexts_special=5, contexts_per_forward=7)
+    measure_substitution(
+        {"identity": identity}, model, hook_point, held_out, config,
+        progress=lambda *report: seen.append(report),
+    )  # fmt: skip
+    assert seen[-1] == (3 * 28, 3 * 28, "spliced contexts")
+
+
+def test_reserved_names_are_refused(model, hook_point, held_out, identity):
+    with pytest.raises(ValueError, match="must not be named 'mean'; rename it"):
+        measure_substitution({"mean": identity}, model, hook_point, held_out, CONFIG)
+
+
+def test_an_ablation_that_changes_nothing_gives_nan(model, hook_point, held_out, stream):
+    one = HeldOut(held_out.tokens[:1, :3].clone(), 2, stream[0, 2])
+    found = measure_substitution({}, model, hook_point, one, CONFIG)["intact"]
+    assert found.n_tokens == 0
+    assert math.isnan(found.zero.ce_recovered_zero.value)

@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from sae.steer.config import Clamp
+from sae.steer.generation import generate
+from sae.steer.steering import steering
+
+
+def test_the_text_is_the_most_likely_token_each_time(model, tokenizer):
+    found = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=11)
+    assert found.prompt_tokens == (4, 8, 10)
+    assert len(set(found.tokens)) > 2
+    logits = model(torch.tensor([found.all_tokens]), use_cache=False).logits[0]
+    assert logits[2:-1].argmax(-1).tolist() == list(found.tokens)
+    assert found.text == " ".join(f"w{i - 1}" for i in found.tokens)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 5])
+@pytest.mark.parametrize("steered", [False, True])
+def test_the_cache_changes_no_token(model, tokenizer, hook_point, dictionary, steered, first):
+    operations = [Clamp(latent=3, value=7.0 if steered else 0.0, unit="absolute")]
+
+    def run(use_cache):
+        with steering(model, hook_point, dictionary, operations, first_position=first):
+            return generate(model, tokenizer, "w3 w7 w9", max_new_tokens=17, use_cache=use_cache)
+
+    assert run(True) == run(False)
+
+
+def test_steering_changes_the_text(model, tokenizer, hook_point, dictionary):
+    base = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=17)
+    with steering(model, hook_point, dictionary, [Clamp(latent=3, value=7.0, unit="absolute")]):
+        steered = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=17)
+    assert steered.tokens != base.tokens
+
+
+def test_a_prompt_can_be_left_out_of_steering(model, tokenizer, hook_point, dictionary):
+    clamp = [Clamp(latent=3, value=7.0, unit="absolute")]
+    base = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=1)
+    with steering(model, hook_point, dictionary, clamp, first_position=3):
+        assert generate(model, tokenizer, "w3 w7 w9", max_new_tokens=1) == base
+
+
+def test_the_end_token_ends_the_text(model, tokenizer):
+    whole = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=11)
+    end = tokenizer.convert_ids_to_tokens(whole.tokens[4])
+    before = tokenizer.eos_token
+    tokenizer.eos_token = end
+    try:
+        found = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=11)
+    finally:
+        tokenizer.eos_token = before
+    assert found.tokens == whole.tokens[: whole.tokens.index(whole.tokens[4])]
+
+
+def test_an_empty_prompt_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="prompt must have at least one token, got '  '"):
+        generate(model, tokenizer, "  ")
