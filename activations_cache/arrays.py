@@ -48,9 +48,10 @@ class ShardedArray:
 
     def take(self, rows: Int64[np.ndarray, " row"]) -> Shaped[np.ndarray, "row ..."]:
         """Return rows by their global numbers, in the order asked for."""
-        order = np.argsort(rows)  # so that each shard is read once, from its start to its end
-        ascending = rows[order]
-        shards, offsets = np.divmod(ascending, self._spec.chunk[0])
+        shards, offsets = np.divmod(rows, self._spec.chunk[0])
+        # 16 bits sort several times faster; beyond 65,536 shards a shard may be read in parts.
+        order = shards.astype(np.uint16).argsort(kind="stable")
+        shards, offsets = shards[order], offsets[order]
         bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
         found = np.empty((len(rows), *self._spec.chunk[1:]), self._spec.numpy)
         for start, stop in pairwise(bounds):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
+from activations_cache.checks import at_least, positive, require
+
 SPLITS = ("explain", "score", "hold")
 """The three disjoint parts of the documents: to make explanations, to score them, to hold out."""
 
@@ -46,7 +48,9 @@ def text_format(path: str) -> str:
     A trailing `.gz` is looked through. Raises ValueError for any other name.
     """
     suffix = PurePosixPath(path.removesuffix(".gz")).suffix
-    _check(suffix in TEXT_FORMATS, "path", "end in .txt, .jsonl or .parquet (or these + .gz)", path)
+    require(
+        suffix in TEXT_FORMATS, "path", "end in .txt, .jsonl or .parquet (or these + .gz)", path
+    )
     return suffix
 
 
@@ -65,15 +69,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check the fields that need neither disk nor network."""
-        _check(bool(self.path), "path", "not be empty", self.path)
+        require(bool(self.path), "path", "not be empty", self.path)
         _check_package_path(self.path)
         _check_one_of("dtype", self.dtype, ("bfloat16", "float32"))
         if self.sha256 is not None:
             is_digest = re.fullmatch("[0-9a-f]{64}", self.sha256) is not None
-            _check(is_digest, "sha256", "be 64 lower-case hexadecimal digits", self.sha256)
+            require(is_digest, "sha256", "be 64 lower-case hexadecimal digits", self.sha256)
         is_file = self.path.endswith(".gguf") or self.path.startswith("package://")
         only_hub = "be absent where path is a file or a package"
-        _check(self.revision is None or not is_file, "revision", only_hub, self.revision)
+        require(self.revision is None or not is_file, "revision", only_hub, self.revision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +99,13 @@ class TextSource:
         """Check the fields that need no disk."""
         _check_package_path(self.path)
         is_plain = text_format(self.path) == ".txt"
-        _check_positive("share", self.share)
-        _check(bool(self.field), "field", "not be empty", self.field)
-        _check(self.label is None or not is_plain, "label", "be absent for plain text", self.label)
+        positive("share", self.share)
+        require(bool(self.field), "field", "not be empty", self.field)
+        require(self.label is None or not is_plain, "label", "be absent for plain text", self.label)
         if self.document_pattern is not None:
             pattern = self.document_pattern
-            _check(is_plain, "document_pattern", "be absent for records", pattern)
-            _check(_is_regex(pattern), "document_pattern", "be a regular expression", pattern)
+            require(is_plain, "document_pattern", "be absent for records", pattern)
+            require(_is_regex(pattern), "document_pattern", "be a regular expression", pattern)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,17 +127,17 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         """Check sizes and that the three fractions cover the documents."""
-        _check(len(self.sources) > 0, "sources", "name at least one source", self.sources)
+        require(len(self.sources) > 0, "sources", "name at least one source", self.sources)
         distinct = len(set(self.sources)) == len(self.sources)
-        _check(distinct, "sources", "differ from each other", [s.path for s in self.sources])
-        _check_at_least("context", self.context, 2)
+        require(distinct, "sources", "differ from each other", [s.path for s in self.sources])
+        at_least("context", self.context, 2)
         for name in SPLITS:
             value = getattr(self, name)
-            _check(math.isfinite(value) and value >= 0, name, "be at least 0", value)
+            require(math.isfinite(value) and value >= 0, name, "be at least 0", value)
         total = self.explain + self.score + self.hold
-        _check(abs(total - 1) <= 1e-6, "explain", "sum to 1 together with score and hold", total)
-        _check(self.hold < 1, "hold", "leave documents to explain and score", self.hold)
-        _check_at_least("seed", self.seed, 0)
+        require(abs(total - 1) <= 1e-6, "explain", "sum to 1 together with score and hold", total)
+        require(self.hold < 1, "hold", "leave documents to explain and score", self.hold)
+        at_least("seed", self.seed, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,41 +163,28 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         """Check sizes, and the fields against each other."""
-        _check(len(self.hook_points) > 0, "hook_points", "name at least one", self.hook_points)
+        require(len(self.hook_points) > 0, "hook_points", "name at least one", self.hook_points)
         distinct = len(set(self.hook_points)) == len(self.hook_points)
-        _check(distinct, "hook_points", "differ from each other", self.hook_points)
+        require(distinct, "hook_points", "differ from each other", self.hook_points)
         for hook_point in self.hook_points:
             parse_hook_point(hook_point)
-        _check_at_least("n_rows", self.n_rows, 1)
-        _check_at_least("skip_positions", self.skip_positions, 0)
+        at_least("n_rows", self.n_rows, 1)
+        at_least("skip_positions", self.skip_positions, 0)
         shorter = self.skip_positions < self.text.context
         rule = f"be less than text.context={self.text.context}"
-        _check(shorter, "skip_positions", rule, self.skip_positions)
+        require(shorter, "skip_positions", rule, self.skip_positions)
         _check_one_of("dtype", self.dtype, ("bfloat16", "float32", "float16"))
-        _check_at_least("rows_per_shard", self.rows_per_shard, self.text.context)
-        _check_at_least("contexts_per_forward", self.contexts_per_forward, 1)
-
-
-def _check(holds: bool, field: str, rule: str, value: object) -> None:
-    if not holds:
-        raise ValueError(f"{field} must {rule}, got {value!r}")
-
-
-def _check_at_least(field: str, value: int, least: int) -> None:
-    _check(value >= least, field, f"be at least {least}", value)
-
-
-def _check_positive(field: str, value: float) -> None:
-    _check(math.isfinite(value) and value > 0, field, "be a positive number", value)
+        at_least("rows_per_shard", self.rows_per_shard, self.text.context)
+        at_least("contexts_per_forward", self.contexts_per_forward, 1)
 
 
 def _check_one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    _check(value in allowed, field, f"be one of {', '.join(allowed)}", value)
+    require(value in allowed, field, f"be one of {', '.join(allowed)}", value)
 
 
 def _check_package_path(path: str) -> None:
     is_right = not path.startswith("package://") or _PACKAGE_PATH.fullmatch(path) is not None
-    _check(is_right, "path", "have the form package://PACKAGE/inner/path", path)
+    require(is_right, "path", "have the form package://PACKAGE/inner/path", path)
 
 
 def _is_regex(pattern: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from activations_cache import io
+from activations_cache.checks import at_least
 from activations_cache.config import parse_hook_point
 from activations_cache.errors import CacheFormatError
 from activations_cache.records import fingerprint, first_difference, seal, unseal
@@ -54,11 +55,11 @@ class Plan:
             raise ValueError("hook_points must name at least one, got none")
         for name, d_model in self.hook_points.items():
             parse_hook_point(name)
-            _check_at_least("d_model", d_model, 1)
-        _check_at_least("skip_positions", self.skip_positions, 0)
-        _check_at_least("context", self.context, self.skip_positions + 1)
-        _check_at_least("rows_per_shard", self.rows_per_shard, self.rows_per_example)
-        _check_at_least("n_examples", self.n_examples, 1)
+            at_least("d_model", d_model, 1)
+        at_least("skip_positions", self.skip_positions, 0)
+        at_least("context", self.context, self.skip_positions + 1)
+        at_least("rows_per_shard", self.rows_per_shard, self.rows_per_example)
+        at_least("n_examples", self.n_examples, 1)
 
     @property
     def rows_per_example(self) -> int:
@@ -231,8 +232,3 @@ def require_same(path: Path, there: Plan, wanted: Plan) -> None:
 
 def _is(path: Path) -> bool:
     return path.is_file()
-
-
-def _check_at_least(what: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{what} must be at least {least}, got {value}")

@@ -94,9 +94,13 @@ class ActivationCache:
         numbers = self._numbers(rows)
         return RowRefs(*(self._int(f"rows/{name}", numbers) for name in RowRefs._fields))
 
-    @cached_property
+    @property
     def examples(self) -> Examples:
         """What the model read."""
+        return self._examples
+
+    @cached_property
+    def _examples(self) -> Examples:
         values = {
             name: self._examples_array(spec.path) for name, spec in self._layout.examples.items()
         }

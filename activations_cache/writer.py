@@ -27,6 +27,7 @@ from activations_cache.journal import (
 from activations_cache.layout import shard_bytes
 from activations_cache.manifest import (
     MANIFEST,
+    PLAN,
     Plan,
     read_manifest,
     read_plan,
@@ -226,7 +227,9 @@ def _quarantine(buffer: ShardBuffer) -> bytes:
 
 def _begin(path: Path, plan: Plan) -> None:
     """Write the plan into a new directory, or compare it with the one that is there."""
-    if path.is_dir() and read_plan(path) is None and any(set(os.listdir(path)) - {LOCKS}):
+    # Listed before the plan is looked for, because another writer may be creating it just now.
+    there = set(os.listdir(path)) if path.is_dir() else set()
+    if there - {LOCKS, f".{PLAN}.tmp"} and read_plan(path) is None:
         raise CacheFormatError(
             f"{path} must be empty or hold a cache, got other files; choose another directory"
         )

@@ -90,10 +90,11 @@ def pad_silent(latents: Latents) -> Latents:
 def to_latents(acts: Float[Tensor, "batch d_sae"]) -> Latents:
     """The non-zero places of dense activations, as wide as the fullest row (at least 1)."""
     fires = acts != 0
-    width = max(int(fires.sum(dim=1).max()) if acts.shape[0] else 0, 1)
-    rank = fires.cumsum(dim=1) - 1
-    row, latent = fires.nonzero(as_tuple=True)
-    place = rank[row, latent] + (width - fires.sum(dim=1))[row]
+    counts = fires.sum(dim=1)
+    width = max(int(counts.max()) if acts.shape[0] else 0, 1)
+    row, latent = fires.nonzero(as_tuple=True)  # by row, then by latent
+    before = counts.cumsum(0) - counts
+    place = torch.arange(len(row), device=acts.device) + (width - counts - before)[row]
     values = acts.new_zeros(acts.shape[0], width)
     indices = torch.zeros(acts.shape[0], width, dtype=torch.int64, device=acts.device)
     indices[row, place] = latent

@@ -1,4 +1,4 @@
-"""Sparse decode: x_hat[n] = sum_j values[n, j] * dec_rows[indices[n, j]] + b_dec."""
+"""Reconstruction from sparse latents: `x_hat = values @ dec_rows[indices] + b_dec`."""
 
 from typing import Any
 
@@ -6,45 +6,52 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
 
-from sae_kernels.grads import segment_product, sort_by_latent
-from sae_kernels.launch import check_floating, check_indices, check_shape, choose
+from sae_kernels.grads import accumulator, segment_product, segments
+from sae_kernels.launch import (
+    check_floating,
+    check_indices,
+    check_shape,
+    choose,
+)
 
 
 def sparse_decode_reference(
     values: Float[Tensor, "batch k"],
     indices: Int[Tensor, "batch k"],
     dec_rows: Float[Tensor, "d_sae d_out"],
-    b_dec: Float[Tensor, " d_out"] | None = None,
 ) -> Float[Tensor, "batch d_out"]:
-    """The same by way of dense activations; differentiable by autograd."""
-    acts = values.new_zeros(len(values), len(dec_rows)).scatter_add(1, indices, values)
-    x_hat = acts @ dec_rows
-    return x_hat if b_dec is None else x_hat + b_dec
+    """Gather the decoder rows, weigh them and add them up."""
+    return (values.to(dec_rows.dtype)[:, :, None] * dec_rows[indices.long()]).sum(1)
 
 
-def weighted_rows(
-    values: Float[Tensor, "batch k"],
+def weighted_bags(
+    weights: Float[Tensor, "batch k"],
     indices: Int[Tensor, "batch k"],
-    rows: Float[Tensor, "d_sae d_out"],
+    table: Float[Tensor, "d_sae d_out"],
 ) -> Float[Tensor, "batch d_out"]:
-    """Sum k weighted rows for each batch row, without a (batch, k, d_out) temporary."""
-    return embedding_bag(indices, rows, mode="sum", per_sample_weights=values.contiguous())
+    """Compute `out[n] = sum over i of weights[n, i] * table[indices[n, i]]`, one bag a row."""
+    batch, k = indices.shape
+    return torch.embedding_bag(
+        table,
+        indices.flatten(),
+        torch.arange(0, batch * k, k, device=indices.device),
+        mode=0,
+        per_sample_weights=weights.to(table.dtype).flatten(),
+    )[0]
 
 
-def dots_with_rows(
+def _row_products(
     grad: Float[Tensor, "batch d_out"],
+    table: Float[Tensor, "d_sae d_out"],
     indices: Int[Tensor, "batch k"],
-    rows: Float[Tensor, "d_sae d_out"],
 ) -> Float[Tensor, "batch k"]:
-    """<grad[n], rows[indices[n, j]]> for every entry, without a (batch, k, d_out) temporary."""
+    """Compute `out[n, i] = <grad[n], table[indices[n, i]]>` without the gathered rows."""
     batch, k = indices.shape
     bags = torch.arange(batch, device=indices.device)
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad.contiguous(), rows, indices.reshape(-1), bags * k, bags.repeat_interleave(k), 0
-    )
-    return dots.view(batch, k)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad, table, indices.flatten(), bags * k, bags.repeat_interleave(k), 0
+    ).view(batch, k)
 
 
 class _SparseDecode(torch.autograd.Function):
@@ -54,24 +61,25 @@ class _SparseDecode(torch.autograd.Function):
         values: Float[Tensor, "batch k"],
         indices: Int[Tensor, "batch k"],
         dec_rows: Float[Tensor, "d_sae d_out"],
-        b_dec: Float[Tensor, " d_out"] | None,
     ) -> Float[Tensor, "batch d_out"]:
+        dec_rows = dec_rows.contiguous()
         ctx.save_for_backward(values, indices, dec_rows)
-        x_hat = weighted_rows(values, indices, dec_rows)
-        return x_hat if b_dec is None else x_hat.add_(b_dec)
+        return weighted_bags(values, indices, dec_rows)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Float[Tensor, "batch d_out"]
-    ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         values, indices, dec_rows = ctx.saved_tensors
-        needs_values, _, needs_rows, needs_bias = ctx.needs_input_grad
-        d_values = dots_with_rows(grad, indices, dec_rows) if needs_values else None
-        d_rows = None
-        if needs_rows:
-            d_rows = segment_product(sort_by_latent(indices, len(dec_rows)), values, grad)
-        return d_values, None, d_rows, grad.sum(0) if needs_bias else None
+        grad = grad.contiguous()
+        d_values = d_rows = None
+        if ctx.needs_input_grad[0]:
+            d_values = _row_products(grad, dec_rows, indices).to(values.dtype)
+        if ctx.needs_input_grad[2]:
+            parts = segments(indices, len(dec_rows))
+            d_rows = segment_product(parts, values, grad).to(dec_rows.dtype)
+        return d_values, None, d_rows
 
 
 def sparse_decode(
@@ -82,27 +90,39 @@ def sparse_decode(
     *,
     backend: str | None = None,
 ) -> Float[Tensor, "batch d_out"]:
-    """Sum k decoder rows per batch row: x_hat = values @ dec_rows[indices] + b_dec.
+    """Compute `x_hat[n] = sum over i of values[n, i] * dec_rows[indices[n, i]] + b_dec`.
 
-    Gradients reach values (also where a value is 0), dec_rows and b_dec; none twice.
+    Differentiable once in `values`, `dec_rows` and `b_dec`. The gradient of a value is
+    `<grad[n], dec_rows[index]>` also where the value is 0: a caller with a ReLU masks it. An
+    index may occur more than once in a row, and padding with value 0 at index 0 adds nothing.
 
     Args:
-        values: activations (batch, k).
-        indices: latents (batch, k), any integer dtype; a latent may stand twice.
-        dec_rows: decoder, one row per latent (d_sae, d_out).
-        b_dec: bias (d_out,), if any.
+        values: latents (batch, k) in the dtype of `dec_rows`; float32 also where that has 16
+            bits, as `encode_topk` gives them, and they are then rounded to it.
+        indices: latents (batch, k) as integers in 0..d_sae-1.
+        dec_rows: one row per latent (d_sae, d_out).
+        b_dec: bias (d_out,).
         backend: a forced backend; the fastest one by default.
 
+    Returns:
+        x_hat (batch, d_out) in the dtype of `dec_rows`, whatever autocast says.
+
     Raises:
-        ValueError: if shapes, the range of the indices or the backend are wrong.
-        TypeError: if dtypes are wrong.
+        ValueError: if shapes, devices, the indices' range or the backend do not fit.
+        TypeError: if the indices are no integers, or the dtypes of the others do not fit.
     """
+    check_floating(values=values)
+    check_floating(dec_rows=dec_rows, b_dec=b_dec)
+    if values.dtype != accumulator(dec_rows.dtype):
+        check_floating(values=values, dec_rows=dec_rows)
     check_shape("values", values, None, None)
     check_shape("indices", indices, *values.shape)
     check_shape("dec_rows", dec_rows, None, None)
     check_shape("b_dec", b_dec, dec_rows.shape[1])
-    check_floating(values=values, dec_rows=dec_rows, b_dec=b_dec)
     check_indices(indices, len(dec_rows))
-    if choose(values, backend) == "reference":
-        return sparse_decode_reference(values, indices.long(), dec_rows, b_dec)
-    return _SparseDecode.apply(values, indices.long(), dec_rows.contiguous(), b_dec)  # pyright: ignore[reportReturnType]
+    with torch.autocast(values.device.type, enabled=False):
+        if choose(values, backend) == "reference":
+            x_hat = sparse_decode_reference(values, indices, dec_rows)
+        else:
+            x_hat = _SparseDecode.apply(values, indices.long(), dec_rows)
+        return x_hat if b_dec is None else x_hat + b_dec

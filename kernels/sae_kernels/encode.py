@@ -1,22 +1,33 @@
-"""Encoder and top-k in one op: the pre-activations are never kept.
+"""Encoder and top-k in one op: `pre = (x - b_in) @ enc_rows.T + b_enc`, then the k largest."""
 
-pre = (x - b_in) @ enc_rows.T + b_enc; values, indices = top-k of each row of pre.
-"""
-
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_kernels.decode import weighted_rows
-from sae_kernels.grads import segment_product, segment_sum, sort_by_latent
-from sae_kernels.launch import check_floating, check_k, check_shape, choose
+from sae_kernels.decode import weighted_bags
+from sae_kernels.grads import accumulator, segment_product, segment_sum, segments
+from sae_kernels.launch import (
+    check_floating,
+    check_k,
+    check_shape,
+    choose,
+)
 from sae_kernels.select import TopK, topk_select, topk_select_reference
 
-WORKSPACE_BYTES = 256 << 20
-"""Pre-activations held at a time."""
+# Pre-activations held at a time on a CPU, which loses more to page faults and cache misses on a
+# larger workspace than the matrix product gains from it. Other devices take more at a time.
+WORKSPACE_BYTES = 1 << 25
+LARGER_WORKSPACE = 8
+
+
+def product_dtype(x: Float[Tensor, "batch d_in"]) -> torch.dtype:
+    """Name the dtype of the encoder's product: that of autocast where it is on, else of `x`."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def encode_topk_reference(
@@ -28,24 +39,54 @@ def encode_topk_reference(
     b_in: Float[Tensor, " d_in"] | None = None,
     relu: bool = True,
 ) -> TopK:
-    """All pre-activations, then a stable sort; differentiable by autograd."""
-    centred = x if b_in is None else x - b_in
-    return topk_select_reference(centred @ enc_rows.T + b_enc, k, relu=relu)
+    """Compute all pre-activations at once and select from a stable sort; dense gradients."""
+    dtype = accumulator(x.dtype)
+    centred = x.to(dtype) if b_in is None else x.to(dtype) - b_in.to(dtype)
+    product = centred.to(product_dtype(x)) @ enc_rows.to(product_dtype(x)).T
+    return topk_select_reference(product.to(dtype) + b_enc.to(dtype), k, relu=relu)
 
 
-def pre_acts(
-    centred: Float[Tensor, "batch d_in"],
-    enc_rows: Float[Tensor, "d_sae d_in"],
-    b_enc: Float[Tensor, " d_sae"],
-) -> Float[Tensor, "batch d_sae"]:
-    """Pre-activations in the dtype of b_enc.
+def _centre(
+    x: Float[Tensor, "batch d_in"], b_in: Float[Tensor, " d_in"] | None
+) -> Float[Tensor, "batch d_in"]:
+    """Return `x - b_in` in the accumulator's dtype: x is smaller than enc_rows, so no folding."""
+    x = x.to(accumulator(x.dtype))
+    return x if b_in is None else x - b_in.to(x.dtype)
 
-    Under autocast the product takes and, on a CPU, gives the low-precision format; the bias is
-    added and the selection made in fp32.
-    """
-    if torch.is_autocast_enabled(centred.device.type):
-        return (centred @ enc_rows.T).to(b_enc.dtype).add_(b_enc)
-    return torch.addmm(b_enc, centred, enc_rows.T)
+
+class _Product(NamedTuple):
+    """The operands of `x @ rows.T + bias`: x and rows in one dtype, the bias in float32 or 64."""
+
+    x: Float[Tensor, "batch d_in"]
+    rows: Float[Tensor, "d_sae d_in"]
+    bias: Float[Tensor, " d_sae"]
+
+    def into(self, out: Float[Tensor, "row d_sae"], start: int) -> None:
+        """Write the pre-activations of the rows from `start` on to `out`."""
+        x = self.x[start : start + len(out)]
+        if x.dtype == out.dtype:
+            torch.addmm(self.bias, x, self.rows.T, out=out)
+        elif x.is_cuda:
+            out.copy_(torch.mm(x, self.rows.T, out_dtype=out.dtype)).add_(self.bias)
+        else:  # a CPU has no product of bfloat16 into float32: it is rounded once in between
+            out.copy_(torch.mm(x, self.rows.T)).add_(self.bias)
+
+
+def _encode(product: _Product, k: int, relu: bool) -> TopK:
+    """Select from the product in chunks of rows that share one workspace."""
+    batch, d_sae = len(product.x), len(product.rows)
+    dtype, device = product.bias.dtype, product.bias.device
+    space = WORKSPACE_BYTES * (1 if device.type == "cpu" else LARGER_WORKSPACE)
+    n_rows = max(1, min(batch, space // (d_sae * dtype.itemsize)))
+    workspace = torch.empty(n_rows, d_sae, dtype=dtype, device=device)
+    values = torch.empty(batch, k, dtype=dtype, device=device)
+    indices = torch.empty(batch, k, dtype=torch.int64, device=device)
+    for start in range(0, batch, n_rows):
+        pre = workspace[: batch - start]
+        product.into(pre, start)
+        rows = slice(start, start + len(pre))
+        values[rows], indices[rows] = topk_select(pre, k, relu=relu, backend="torch")
+    return TopK(values, indices)
 
 
 class _EncodeTopK(torch.autograd.Function):
@@ -58,38 +99,38 @@ class _EncodeTopK(torch.autograd.Function):
         b_in: Float[Tensor, " d_in"] | None,
         k: int,
         relu: bool,
-    ) -> tuple[Tensor, Tensor]:
-        centred = x if b_in is None else x - b_in
-        n_rows = max(1, WORKSPACE_BYTES // (len(enc_rows) * b_enc.element_size()))
-        parts = [
-            topk_select(pre_acts(part, enc_rows, b_enc), k, relu=relu)
-            for part in centred.split(n_rows)
-        ]
-        values = torch.cat([part.values for part in parts])
-        indices = torch.cat([part.indices for part in parts])
+    ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+        dtype = product_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = enc_rows.to(dtype)
+            product = _Product(_centre(x, b_in).to(dtype), rows, b_enc.to(accumulator(dtype)))
+            values, indices = _encode(product, k, relu)
+        ctx.save_for_backward(x, enc_rows, b_in, values, indices)
         ctx.relu = relu
-        ctx.save_for_backward(centred, enc_rows, values, indices)
         ctx.mark_non_differentiable(indices)
         return values, indices
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, d_values: Float[Tensor, "batch k"], _: Tensor
+        ctx: Any, d_values: Float[Tensor, "batch k"], _: Int[Tensor, "batch k"] | None
     ) -> tuple[Tensor | None, ...]:
-        centred, enc_rows, values, indices = ctx.saved_tensors
-        needs_x, needs_rows, needs_bias, needs_centre = ctx.needs_input_grad[:4]
-        if ctx.relu:
-            d_values = d_values * (values > 0)
-        d_x = weighted_rows(d_values, indices, enc_rows) if needs_x else None
-        if not (needs_rows or needs_bias or needs_centre):
-            return d_x, None, None, None, None, None
-        segments = sort_by_latent(indices, len(enc_rows))
-        d_rows = segment_product(segments, d_values, centred) if needs_rows else None
-        d_bias = segment_sum(segments, d_values)
-        # Every row is centred by the same vector, so its gradient is one matrix-vector product.
-        d_centre = -(d_bias @ enc_rows) if needs_centre else None
-        return d_x, d_rows, d_bias if needs_bias else None, d_centre, None, None
+        x, enc_rows, b_in, values, indices = ctx.saved_tensors
+        needs_x, needs_rows, _, needs_b_in = ctx.needs_input_grad[:4]
+        if ctx.relu:  # a NaN keeps its gradient, as in torch.relu
+            d_values = d_values.masked_fill(values <= 0, 0.0)
+        d_x = d_rows = d_b_enc = d_b_in = None
+        with torch.autocast(x.device.type, enabled=False):
+            if needs_x:
+                d_x = weighted_bags(d_values, indices, enc_rows.contiguous()).to(x.dtype)
+            if any(ctx.needs_input_grad[1:4]):
+                parts = segments(indices, len(enc_rows))
+                d_b_enc = segment_sum(parts, d_values).to(enc_rows.dtype)
+                if needs_rows:
+                    d_rows = segment_product(parts, d_values, _centre(x, b_in)).to(enc_rows.dtype)
+                if needs_b_in:  # the sum of -d_x over the batch, as one matrix-vector product
+                    d_b_in = -(d_b_enc @ enc_rows)
+        return d_x, d_rows, d_b_enc, d_b_in, None, None
 
 
 def encode_topk(
@@ -102,30 +143,37 @@ def encode_topk(
     relu: bool = True,
     backend: str | None = None,
 ) -> TopK:
-    """The k largest pre-activations of each row and their latents, ascending by latent.
+    """Encode and keep the k largest pre-activations of each row, without storing them all.
 
-    Ties go by value descending, index ascending. The gradient of the values reaches x, enc_rows,
-    b_enc and b_in; where relu clamped a value it is 0. Indices have none. No second derivative.
+    `pre = (x - b_in) @ enc_rows.T + b_enc`; `topk_select` states the rule. The values are
+    differentiable once in x, enc_rows, b_enc and b_in (with `relu`, where a value is > 0); the
+    indices have no gradient. x is centred in float32, and selection is in float32 (float64 for
+    float64). Under autocast the product takes inputs of autocast's dtype; on a CPU its result is
+    rounded to that dtype before the bias is added, on CUDA it is float32.
 
     Args:
-        x: rows (batch, d_in).
-        enc_rows: encoder, one row per latent (d_sae, d_in).
+        x: activations (batch, d_in).
+        enc_rows: one row per latent (d_sae, d_in).
         b_enc: bias (d_sae,).
         k: how many, 1 <= k <= d_sae.
-        b_in: subtracted from every row (d_in,), if any.
-        relu: clamp the values at 0.
+        b_in: what is subtracted from x (d_in,).
+        relu: clamp the values at 0; the indices are the same.
         backend: a forced backend; the fastest one by default.
 
+    Returns:
+        values (batch, k) in float32 (float64 for float64) and int64 indices (batch, k), ascending.
+
     Raises:
-        ValueError: if shapes, k or the backend are wrong.
-        TypeError: if dtypes are wrong.
+        ValueError: if shapes, devices, k or the backend do not fit.
+        TypeError: if the tensors are not floating point or differ in dtype.
     """
-    check_shape("x", x, None, None)
-    check_shape("enc_rows", enc_rows, None, x.shape[1])
-    check_shape("b_enc", b_enc, len(enc_rows))
-    check_shape("b_in", b_in, x.shape[1])
     check_floating(x=x, enc_rows=enc_rows, b_enc=b_enc, b_in=b_in)
-    check_k(k, len(enc_rows))
+    check_shape("enc_rows", enc_rows, None, None)
+    d_sae, d_in = enc_rows.shape
+    check_shape("x", x, None, d_in)
+    check_shape("b_enc", b_enc, d_sae)
+    check_shape("b_in", b_in, d_in)
+    check_k(k, d_sae)
     if choose(x, backend) == "reference":
         return encode_topk_reference(x, enc_rows, b_enc, k, b_in=b_in, relu=relu)
-    return TopK(*_EncodeTopK.apply(x, enc_rows.contiguous(), b_enc, b_in, k, relu))  # pyright: ignore[reportGeneralTypeIssues]
+    return TopK(*_EncodeTopK.apply(x, enc_rows, b_enc, b_in, k, relu))

@@ -1,84 +1,86 @@
-"""Gradients of latent-major weights from sparse activations, without atomics and without scatter.
+"""Gradients of the weights from sparse latents, deterministic and without atomics.
 
-Entries (row n, latent j, coefficient c) are sorted by latent once; a weight's gradient is then one
-sum per latent over its own run of entries: dW[j] = sum_e c_e rows[n_e]. The order inside a run is
-that of the rows, so equal inputs give equal bits.
+The (row, latent) entries are sorted by latent once. Each latent is then a bag of batch rows, so a
+weight gradient is the same operation as decoding: `torch.embedding_bag` with the latents as bags.
 """
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
-from sae_kernels.launch import check_floating, check_indices, check_shape, choose
-
-
-class Segments(NamedTuple):
-    """The entries of sparse activations in the order of their latents."""
-
-    order: Int[Tensor, " entry"]
-    """Positions in the flattened (batch, k) entries, by latent, then by row."""
-    starts: Int[Tensor, " d_sae"]
-    """Where each latent's run begins in `order`; an empty run begins where the next one does."""
-    k: int
-    """Entries per row."""
+from sae_kernels.launch import (
+    check_floating,
+    check_indices,
+    check_shape,
+    choose,
+)
 
 
 class WeightGrads(NamedTuple):
-    """Gradients of an autoencoder's latent-major weights."""
+    """Gradients of both weight matrices and of the encoder bias, and how often each latent fired.
+
+    The gradients are float32, or float64 for float64 input.
+    """
 
     dec_rows: Float[Tensor, "d_sae d_out"]
-    """sum over entries of latent j: value * grad_out[row]."""
     enc_rows: Float[Tensor, "d_sae d_in"]
-    """sum over entries of latent j: d_value * x[row]."""
     b_enc: Float[Tensor, " d_sae"]
-    """sum over entries of latent j: d_value."""
     n_fired: Int[Tensor, " d_sae"]
-    """Entries of latent j whose value is not 0."""
 
 
-def sort_by_latent(indices: Int[Tensor, "batch k"], d_sae: int) -> Segments:
-    """Sort the entries by latent; within a latent the rows ascend."""
-    flat = indices.reshape(-1).long()
-    counts = torch.bincount(flat, minlength=d_sae)
-    starts = counts.cumsum(0) - counts
-    if flat.device.type == "cpu":
-        # numpy sorts packed 64-bit keys with AVX-512, some 100 times faster than torch.sort.
-        n = max(flat.numel(), 1)
-        keys = flat.numpy() * n + np.arange(flat.numel())
-        keys.sort()
-        order = torch.from_numpy(keys % n)
-    else:
-        order = torch.sort(flat, stable=True).indices
-    return Segments(order, starts, indices.shape[1])
+class Segments(NamedTuple):
+    """The entries of sparse latents in the order of their latents: `entry = row * k + column`."""
+
+    entries: Int[Tensor, " row"]
+    rows: Int[Tensor, " row"]
+    lengths: Int[Tensor, " d_sae"]
+    starts: Int[Tensor, " d_sae"]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Name the dtype in which sums of `dtype` are formed: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def segments(indices: Int[Tensor, "batch k"], d_sae: int) -> Segments:
+    """Sort the entries by latent; entries of one latent stay in the order of the batch."""
+    flat = indices.flatten()
+    # int32 halves the passes of the radix sort
+    order = torch.sort(flat.int(), stable=True).indices
+    lengths = torch.bincount(flat, minlength=d_sae)
+    rows = order // max(1, indices.shape[1])
+    return Segments(order, rows, lengths, lengths.cumsum(0) - lengths)
 
 
 def segment_product(
-    segments: Segments, coefficients: Float[Tensor, "batch k"], rows: Float[Tensor, "batch d_model"]
-) -> Float[Tensor, "d_sae d_model"]:
-    """Sum coefficient * row over each latent's entries: embedding_bag with latents as bags."""
-    weights = coefficients.reshape(-1).to(rows.dtype)[segments.order]
-    return embedding_bag(
-        segments.order // segments.k,
-        rows.contiguous(),
-        segments.starts,
-        mode="sum",
-        per_sample_weights=weights,
-    )
+    parts: Segments, weights: Float[Tensor, "batch k"], rows: Float[Tensor, "batch d_out"]
+) -> Float[Tensor, "d_sae d_out"]:
+    """Compute `out[j] = sum of weights[n, i] * rows[n]` over the entries (n, i) of latent j."""
+    dtype = accumulator(rows.dtype)
+    return torch.embedding_bag(
+        rows.to(dtype).contiguous(),
+        parts.rows,
+        parts.starts,
+        mode=0,
+        per_sample_weights=weights.to(dtype).flatten()[parts.entries],
+    )[0]
 
 
-def segment_sum(
-    segments: Segments, coefficients: Float[Tensor, "batch k"]
-) -> Float[Tensor, " d_sae"]:
-    """Sum the coefficients over each latent's entries."""
-    column = coefficients.reshape(-1, 1).contiguous()
-    return embedding_bag(segments.order, column, segments.starts, mode="sum").squeeze(1)
+def segment_sum(parts: Segments, weights: Float[Tensor, "batch k"]) -> Float[Tensor, " d_sae"]:
+    """Compute `out[j] = sum of weights[n, i]` over the entries (n, i) of latent j."""
+    ordered = weights.to(accumulator(weights.dtype)).flatten()[parts.entries]
+    return torch.segment_reduce(ordered, "sum", lengths=parts.lengths, unsafe=True)
 
 
-def _reference(
+def _count_fired(
+    values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"], d_sae: int
+) -> Int[Tensor, " d_sae"]:
+    return torch.bincount(indices[values != 0], minlength=d_sae)
+
+
+def sparse_weight_grads_reference(
     values: Float[Tensor, "batch k"],
     d_values: Float[Tensor, "batch k"],
     indices: Int[Tensor, "batch k"],
@@ -86,11 +88,17 @@ def _reference(
     x: Float[Tensor, "batch d_in"],
     d_sae: int,
 ) -> WeightGrads:
-    acts = values.new_zeros(len(values), d_sae).scatter_add(1, indices, values)
-    d_acts = values.new_zeros(len(values), d_sae).scatter_add(1, indices, d_values)
-    fired = torch.zeros(len(values), d_sae, dtype=torch.int64, device=values.device)
-    fired.scatter_add_(1, indices, (values != 0).long())
-    return WeightGrads(acts.T @ grad_out, d_acts.T @ x, d_acts.sum(0), fired.sum(0))
+    """Write the latents into dense matrices and multiply."""
+    dtype = accumulator(values.dtype)
+    dense = torch.zeros(len(values), d_sae, dtype=dtype, device=values.device)
+    acts = dense.scatter_add(1, indices.long(), values.to(dtype))
+    d_pre = dense.scatter_add(1, indices.long(), d_values.to(dtype))
+    return WeightGrads(
+        acts.T @ grad_out.to(dtype),
+        d_pre.T @ x.to(dtype),
+        d_pre.sum(0),
+        _count_fired(values, indices, d_sae),
+    )
 
 
 def sparse_weight_grads(
@@ -103,35 +111,41 @@ def sparse_weight_grads(
     *,
     backend: str | None = None,
 ) -> WeightGrads:
-    """Gradients of decoder rows, encoder rows and encoder bias, from one sort of the entries.
+    """Compute every weight gradient of a sparse step from one sort of its entries.
+
+    Over the entries (n, i) with `indices[n, i] = j`:
+    `dec_rows[j] = sum of values * grad_out[n]`, `enc_rows[j] = sum of d_values * x[n]`,
+    `b_enc[j] = sum of d_values`, `n_fired[j] = number of values != 0`. An index may occur more
+    than once in a row. Runs repeat bit by bit. Not differentiable.
 
     Args:
-        values: activations (batch, k).
-        d_values: gradient of the loss with respect to the pre-activations of the entries.
-        indices: latents of the entries (batch, k).
-        grad_out: gradient with respect to the reconstruction (batch, d_out).
-        x: what the encoder read (batch, d_in), centred if it centres.
+        values: latents (batch, k).
+        d_values: gradient of the values (batch, k), already masked by the activation.
+        indices: latents (batch, k) as integers in 0..d_sae-1.
+        grad_out: gradient of the reconstruction (batch, d_out).
+        x: what the encoder multiplied (batch, d_in): centred where the encoder centres.
         d_sae: number of latents.
         backend: a forced backend; the fastest one by default.
 
     Raises:
-        ValueError: if shapes, the range of the indices or the backend are wrong.
-        TypeError: if dtypes are wrong.
+        ValueError: if shapes, devices, the indices' range or the backend do not fit.
+        TypeError: if the indices are no integers, or the other tensors differ in dtype.
     """
-    batch, k = values.shape
     check_floating(values=values, d_values=d_values, grad_out=grad_out, x=x)
-    for name, tensor in (("d_values", d_values), ("indices", indices)):
-        check_shape(name, tensor, batch, k)
-    for name, tensor in (("grad_out", grad_out), ("x", x)):
-        check_shape(name, tensor, batch, None)
+    check_shape("values", values, None, None)
+    batch, k = values.shape
+    check_shape("d_values", d_values, batch, k)
+    check_shape("indices", indices, batch, k)
+    check_shape("grad_out", grad_out, batch, None)
+    check_shape("x", x, batch, None)
     check_indices(indices, d_sae)
-    indices = indices.long()
-    if choose(values, backend) == "reference":
-        return _reference(values, d_values, indices, grad_out, x, d_sae)
-    segments = sort_by_latent(indices, d_sae)
-    return WeightGrads(
-        segment_product(segments, values, grad_out),
-        segment_product(segments, d_values, x),
-        segment_sum(segments, d_values),
-        torch.bincount(indices[values != 0], minlength=d_sae),
-    )
+    with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
+        if choose(values, backend) == "reference":
+            return sparse_weight_grads_reference(values, d_values, indices, grad_out, x, d_sae)
+        parts = segments(indices, d_sae)
+        return WeightGrads(
+            segment_product(parts, values, grad_out),
+            segment_product(parts, d_values, x),
+            segment_sum(parts, d_values),
+            _count_fired(values, indices, d_sae),
+        )

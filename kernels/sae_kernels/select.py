@@ -17,7 +17,7 @@ from torch import Tensor
 from sae_kernels.launch import check_floating, check_k, check_shape, choose
 
 GROUP = 8  # latents a group: the fewest passes over (row, latent) pairs on an AVX-512 CPU
-CHUNK = 1 << 22  # pre-activations selected at a time, so that the passes meet them in the cache
+CHUNK = 1 << 21  # pre-activations selected at a time, so that the passes meet them in the cache
 COLUMN_BITS = 29  # what float64 has beyond the 23 mantissa bits of float32
 HEAP_RATIO = 64  # torch.topk keeps a heap, and is fast, where a row is this many times k
 
@@ -32,7 +32,7 @@ class TopK(NamedTuple):
 def topk_select_reference(
     pre: Float[Tensor, "batch d_sae"], k: int, *, relu: bool = True, sorted: bool = False
 ) -> TopK:
-    """Take the first k of a stable descending sort; adding 0.0 makes -0 equal to +0."""
+    """Take the first k of a stable descending sort; + 0.0 for sorts that tell -0 from +0."""
     order = torch.sort(pre.detach() + 0.0, dim=1, descending=True, stable=True).indices
     indices = order[:, :k]
     if not sorted:
@@ -49,7 +49,7 @@ class _Pick(NamedTuple):
     left_out: Float[Tensor, " batch"]
 
 
-def _pick_by_key(v: Float[Tensor, "batch n"], k: int) -> _Pick:
+def _pick_by_key(v: Float[Tensor, "batch d_sae"], k: int) -> _Pick:
     """Partition float64 keys that hold the value (up to float32) and, below it, the column."""
     n = v.shape[1]
     # inf would turn into NaN with a column in its mantissa; NaN must stay the largest
@@ -62,11 +62,11 @@ def _pick_by_key(v: Float[Tensor, "batch n"], k: int) -> _Pick:
     else:
         rows.partition(n - k - 1, axis=1)
     columns = bits[:, n - k :] & ((1 << COLUMN_BITS) - 1)
-    bits &= -1 << COLUMN_BITS
+    # rounding to the dtype of v takes the column off again
     return _Pick(columns, keys[:, n - k :].amin(1).to(v.dtype), keys[:, n - k - 1].to(v.dtype))
 
 
-def _pick_directly(v: Float[Tensor, "batch n"], k: int) -> _Pick:
+def _pick_directly(v: Float[Tensor, "batch d_sae"], k: int) -> _Pick:
     """Take k < n of each row, in no order; equal values in no order either."""
     n = v.shape[1]
     if v.device.type == "cpu" and v.dtype != torch.float64 and n <= HEAP_RATIO * k:
@@ -75,7 +75,7 @@ def _pick_directly(v: Float[Tensor, "batch n"], k: int) -> _Pick:
     return _Pick(indices[:, :k], values[:, k - 1], values[:, k])
 
 
-def _pick(v: Float[Tensor, "batch n"], k: int) -> _Pick:
+def _pick(v: Float[Tensor, "batch d_sae"], k: int) -> _Pick:
     """Take k < n of each row by way of its groups, where there are enough of them to pay."""
     n = v.shape[1]
     size = math.gcd(n, GROUP)

@@ -10,25 +10,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-
-def _require(holds: bool, field: str, rule: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{field} must {rule}, got {got!r}")
+from activations_cache.checks import require
 
 
 def _require_finite(field: str, values: Iterable[float | int]) -> None:
     bad = next((value for value in values if not math.isfinite(value) or value < 0), None)
-    _require(bad is None, field, "be finite and at least 0", bad)
+    require(bad is None, field, "be finite and at least 0", bad)
 
 
 def _require_fraction(field: str, value: float | None) -> None:
-    _require(value is None or 0 <= value <= 1, field, "lie between 0 and 1", value)
+    require(value is None or 0 <= value <= 1, field, "lie between 0 and 1", value)
 
 
 def _require_unique(field: str, values: Iterable[object]) -> None:
     seen: set[object] = set()
     for value in values:
-        _require(value not in seen, field, "be unique", value)
+        require(value not in seen, field, "be unique", value)
         seen.add(value)
 
 
@@ -45,7 +42,7 @@ class ResultTable:
 
     def __post_init__(self) -> None:
         for row in self.rows:
-            _require(
+            require(
                 len(row) == len(self.columns),
                 "rows",
                 f"have one cell per column ({len(self.columns)})",
@@ -66,9 +63,9 @@ class Curve:
 
     def __post_init__(self) -> None:
         ascending = all(a <= b for a, b in zip(self.steps, self.steps[1:], strict=False))
-        _require(ascending, "steps", "ascend", self.steps)
+        require(ascending, "steps", "ascend", self.steps)
         for metric, values in self.values.items():
-            _require(
+            require(
                 len(values) == len(self.steps),
                 f"values[{metric!r}]",
                 f"have one value per step ({len(self.steps)})",
@@ -88,15 +85,15 @@ class Histogram:
     """Whether the edges are base-10 logarithms of the quantity."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             len(self.edges) == len(self.counts) + 1,
             "edges",
             f"be one more than counts ({len(self.counts)})",
             len(self.edges),
         )
-        _require(all(map(math.isfinite, self.edges)), "edges", "be finite", self.edges)
+        require(all(map(math.isfinite, self.edges)), "edges", "be finite", self.edges)
         ascending = all(a < b for a, b in zip(self.edges, self.edges[1:], strict=False))
-        _require(ascending, "edges", "ascend strictly", self.edges)
+        require(ascending, "edges", "ascend strictly", self.edges)
         _require_finite("counts", self.counts)
 
 
@@ -114,7 +111,7 @@ class Context:
     """Where the text comes from, such as a file's or a document's name; may be empty."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             len(self.activations) == len(self.tokens),
             "activations",
             f"have one value per token ({len(self.tokens)})",
@@ -122,7 +119,7 @@ class Context:
         )
         _require_finite("activations", self.activations)
         inside = 0 <= self.peak < len(self.tokens)
-        _require(inside, "peak", f"be the index of one of the {len(self.tokens)} tokens", self.peak)
+        require(inside, "peak", f"be the index of one of the {len(self.tokens)} tokens", self.peak)
 
 
 @dataclass(frozen=True)
@@ -159,20 +156,20 @@ class LatentPage:
     """Counts of its activations (zeros left out) in equal steps from 0 to max_activation."""
 
     def __post_init__(self) -> None:
-        _require(self.latent >= 0, "latent", "be at least 0", self.latent)
+        require(self.latent >= 0, "latent", "be at least 0", self.latent)
         known = self.status in {"scored", "insufficient"}
-        _require(known, "status", 'be "scored" or "insufficient"', self.status)
+        require(known, "status", 'be "scored" or "insufficient"', self.status)
         needs_score = self.status == "scored" and self.auc is None
-        _require(not needs_score, "auc", 'be a number where status is "scored"', self.auc)
+        require(not needs_score, "auc", 'be a number where status is "scored"', self.auc)
         for field in ("auc", "auc_low", "auc_high", "density"):
             _require_fraction(field, getattr(self, field))
         if self.auc_low is not None and self.auc_high is not None:
             ordered = self.auc_low <= self.auc_high
-            _require(ordered, "auc_low", f"be at most auc_high={self.auc_high}", self.auc_low)
+            require(ordered, "auc_low", f"be at most auc_high={self.auc_high}", self.auc_low)
         _require_finite("max_activation", (self.max_activation,))
         _require_finite("histogram", self.histogram)
         for word, weight in self.words:
-            _require(math.isfinite(weight), f"weight of word {word!r}", "be finite", weight)
+            require(math.isfinite(weight), f"weight of word {word!r}", "be finite", weight)
 
 
 @dataclass(frozen=True)
@@ -197,9 +194,9 @@ class DictionaryPage:
     """The latents to browse; any subset of the dictionary."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.name), "name", "not be empty", self.name)
+        require(bool(self.name), "name", "not be empty", self.name)
         whole = self.n_live + self.n_dead == self.d_sae
-        _require(
+        require(
             whole and self.n_live >= 0 and self.n_dead >= 0,
             "n_live and n_dead",
             f"be at least 0 and add up to d_sae={self.d_sae}",
@@ -208,7 +205,7 @@ class DictionaryPage:
         numbers = [page.latent for page in self.latents]
         _require_unique("latents' numbers", numbers)
         largest = max(numbers, default=-1)
-        _require(largest < self.d_sae, "latents' numbers", f"be below d_sae={self.d_sae}", largest)
+        require(largest < self.d_sae, "latents' numbers", f"be below d_sae={self.d_sae}", largest)
 
 
 @dataclass(frozen=True)
@@ -233,7 +230,7 @@ class SteeringExample:
     """What `strength` counts."""
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.strength), "strength", "be finite", self.strength)
+        require(math.isfinite(self.strength), "strength", "be finite", self.strength)
 
 
 @dataclass(frozen=True)

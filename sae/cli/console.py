@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -86,9 +87,12 @@ def skipped(label: str, path: object) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> None:
     """Print the one table of a command, and a note under it."""
-    view = Table(title=title, title_justify="left", caption=note, caption_justify="left")
+    view = Table(
+        title=title, title_justify="left", caption=note, caption_justify="left", box=box.SIMPLE
+    )
     for i, column in enumerate(columns):
-        view.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        widest = max((len(row[i]) for row in rows), default=0)  # headings wrap, figures never
+        view.add_column(column, justify="left" if i == 0 else "right", min_width=widest)
     for row in rows:
         view.add_row(*row)
     OUT.print(view)

@@ -27,6 +27,10 @@ Overrides = Annotated[
 ]
 
 
+INTERRUPTED = 130
+"""What typer returns after Ctrl-C."""
+
+
 class Step(enum.StrEnum):
     """The steps of `sae run`, in their order; each is a command as well."""
 
@@ -109,6 +113,8 @@ def main() -> None:
     """Run the command line; a request or a run that fails ends in one line, not a traceback."""
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
     except (ConfigError, typer.TyperException) as problem:
         is_usage = isinstance(problem, typer.TyperException)
         code = _fail(problem.format_message() if is_usage else str(problem), 2)

@@ -63,9 +63,10 @@ def result_table(run: "Run", measured: EvaluationReport, *, with_labels: bool) -
 def _label_cells(run: "Run", name: str) -> tuple[str, str]:
     summary = json.loads((run.path("explain") / name / SUMMARY).read_text())
     auc, control = summary["auc"], summary["control_auc"]
-    if auc["value"] is None:
+    if auc["mean"] is None or control["mean"] is None:
         return "-", "-"
-    return f"{auc['value']:.3f} ({auc['low']:.3f}-{auc['high']:.3f})", f"{control['value']:.3f}"
+    half = (auc["high"] - auc["low"]) / 2
+    return f"{auc['mean']:.3f} ±{half:.3f}", f"{control['mean']:.3f}"
 
 
 def page_data(run: "Run") -> PageData:

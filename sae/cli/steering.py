@@ -12,7 +12,7 @@ from sae.steer.choice import Candidate, Subject, choose_latent, target_tokens
 if TYPE_CHECKING:
     from sae.cli.chain import Run
 
-N_NEUTRAL = 8
+N_NEUTRAL = 2
 """Held-out contexts on which the side effect is measured."""
 
 

@@ -126,23 +126,22 @@ def encode_rows(
     return _merged(chunks, dictionary.config.d_sae, len(rows))
 
 
-@torch.no_grad()
 def _chunks(
     dictionary: SparseAutoencoder,
     activations: ActivationRows,
     rows: Int[Tensor, " row"],
     progress: Progress,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    device = dictionary.enc_rows.device
     for start in range(0, len(rows), _ROWS_PER_CHUNK):
         ids = rows[start : start + _ROWS_PER_CHUNK]
-        latents = dictionary.encode(activations[ids].to(device))
-        fires = latents.values != 0
+        with torch.no_grad():  # not around the loop: whoever takes the chunks keeps his own mode
+            latents = dictionary.encode(activations[ids].to(dictionary.enc_rows.device))
         if not torch.isfinite(latents.values).all():
             raise ValueError(
                 f"activations must be finite, got others in rows {int(ids[0])} to {int(ids[-1])}; "
                 "run `sae verify` on the cache and check the dictionary"
             )
+        fires = latents.values != 0
         row = fires.nonzero()[:, 0].to(torch.int32) + start
         values = latents.values[fires].float()
         yield row.cpu().numpy(), latents.indices[fires].cpu().numpy(), values.cpu().numpy()

@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from activations_cache.checks import require
+
 Kind = Literal["word", "previous word", "token", "supersense", "source", "position"]
 """What a label may speak of: one property of the text at a row."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""All kinds; where two explain a latent equally well, the one that stands first is taken."""
+"""All kinds; where two explain a latent about equally well, the first of them is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +50,11 @@ class ExplainConfig:
             "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
-            _check(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
+            require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
         is_wide = self.words_per_label <= self.wide_words <= 255
         rule = f"lie between words_per_label={self.words_per_label} and 255"
-        _check(is_wide, "wide_words", rule, self.wide_words)
+        require(is_wide, "wide_words", rule, self.wide_words)
         is_positive = math.isfinite(self.prior_rows) and self.prior_rows > 0
-        _check(is_positive, "prior_rows", "be a positive number", self.prior_rows)
+        require(is_positive, "prior_rows", "be a positive number", self.prior_rows)
         is_set = 0 < len(self.kinds) == len(set(self.kinds)) and set(self.kinds) <= set(KINDS)
-        _check(is_set, "kinds", f"be one or more of {KINDS}, each once", self.kinds)
-
-
-def _check(holds: bool, field: str, rule: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{field} must {rule}, got {got!r}")
+        require(is_set, "kinds", f"be one or more of {KINDS}, each once", self.kinds)

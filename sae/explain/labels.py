@@ -1,9 +1,10 @@
 """Labels as executable rules: for every latent the few words of one kind that tell most about it.
 
 All kinds compete. A kind's gain is the information of its rule, the best `words_per_label` words
-or none of them, minus what the same search finds on permuted texts; the kind with the largest gain
-makes the label. The rule gives a row that has a listed word the shrunken frequency with which the
-latent fires there, and a row without one the least score.
+or none of them, minus what the same search finds on permuted texts. The kind with the largest gain
+makes the label, or the first of those within 5 % of it: a word rather than its spellings. The rule
+gives a row that has a listed word the shrunken frequency with which the latent fires there, and a
+row without one the least score.
 """
 
 import json
@@ -37,6 +38,7 @@ _PREFIX: Mapping[Kind, str] = {
     "position": "position in text: ",
 }
 _QUOTED: tuple[Kind, ...] = ("word", "previous word", "token")
+_NEAR = 0.95
 _RATIOS = 1200
 _MOST_PERMUTATIONS = 100
 
@@ -149,7 +151,9 @@ def make_labels(
         for kind in config.kinds
     ]
     gains = np.stack([candidate.gain for candidate in candidates])
-    return _labels(candidates, gains.argmax(axis=0), codes, config, eligible)
+    near = gains >= _NEAR * gains.max(axis=0)
+    kind = np.where(gains.max(axis=0) > 0, near.argmax(axis=0), gains.argmax(axis=0))
+    return _labels(candidates, kind, codes, config, eligible)
 
 
 def _n_permutations(least: int, n_latents: int) -> int:
@@ -179,7 +183,7 @@ def _candidate(
     observed = _information(codes, top.first(config.words_per_label))
     chance = _chance(codes, values, orders, config, counter)
     p = p_values(observed, chance.rule, codes, eligible)
-    return _Candidate(top, observed - chance.rule.mean(axis=1), p, chance.best.mean(axis=1))
+    return _Candidate(top, observed - chance.rule.mean(axis=1), p, chance.best.max(axis=1))
 
 
 def _chance(
@@ -234,7 +238,7 @@ def _labels(
 
 
 def _listed(top: TopWords, ceiling: np.ndarray, eligible: np.ndarray) -> TopWords:
-    """Keep what tells more than the best word of a permuted text, and always the best word."""
+    """Keep what tells more than the best word of any permuted text, and always the best word."""
     listed = top.information > ceiling[:, None]
     listed[:, 0] = True
     listed &= eligible[:, None]

@@ -247,10 +247,7 @@ def _flat(summary: Summary) -> dict[str, object]:
     flat: dict[str, object] = {}
     for field in dataclasses.fields(summary):
         value = getattr(summary, field.name)
-        is_mean = isinstance(value, Mean)
-        flat[field.name] = (
-            {end: _known(number) for end, number in value._asdict().items()}
-            if is_mean
-            else _known(value)
-        )
+        if isinstance(value, Mean):
+            value = {end: _known(number) for end, number in value._asdict().items()}
+        flat[field.name] = _known(value) if isinstance(value, float) else value
     return flat

@@ -181,7 +181,7 @@ def _variance(
     variance = (
         _corrected(firing_clusters) * (firing**2).sum(axis=1) / m**2
         + _corrected(silent_clusters) * (silent**2).sum(axis=1) / n**2
-        + _corrected(np.array(shape[1])) * 2 * (firing * silent).sum(axis=1) / (m * n)
+        + shape[1] / (shape[1] - 1) * 2 * (firing * silent).sum(axis=1) / (m * n)
     )
     return np.maximum(variance, 0.0), firing_clusters
 

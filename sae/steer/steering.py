@@ -80,6 +80,18 @@ def steered_stream(
     return fn
 
 
+def each(edits: Sequence[Edit]) -> Edit:
+    """One function for a batch of which each example is edited by its own."""
+
+    def fn(
+        stream: Float[Tensor, "example pos d_model"], positions: Int[Tensor, "example pos"]
+    ) -> Float[Tensor, "example pos d_model"]:
+        pairs = zip(edits, stream.split(1), positions.split(1), strict=True)
+        return torch.cat([own(one, at) for own, one, at in pairs])
+
+    return fn
+
+
 def activations_of(
     dictionary: SparseAutoencoder,
     x: Float[Tensor, "batch d_in"],

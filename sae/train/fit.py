@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 
 LOGS = "logs"
 CHECKPOINTS = "checkpoints"
+NOT_OURS = (
+    ".*configure_optimizers.*",
+    ".*does not have many workers.*",
+    ".*Experiment logs directory.*",
+    ".*logging interval.*",
+    ".*LeafSpec.*",
+)
+"""Lightning's warnings that do not apply: the TrainSteps hold the optimisers, the cache feeds ready
+tensors, a killed run left logs behind; the last one is about Lightning's own code."""
 
 
 class CacheRows(IterableDataset):
@@ -86,7 +95,7 @@ def train(
         module.load_full_state(*found)
         rows.start = found[0]
     if module.n_steps < total_steps:
-        _fit(module, rows, path / LOGS)
+        _fit(module, DataLoader(rows, batch_size=None), path / LOGS, rows.start)
         checkpoint.save(path / CHECKPOINTS, module.n_steps, module.full_state(), identity)
     provenance = {
         "cache": cache.fingerprint,
@@ -148,18 +157,15 @@ class _Saver:
             self.saved_at = time.monotonic()
 
 
-def _fit(module: SAEModule, rows: CacheRows, logs: Path) -> None:
-    version = f"from-step-{rows.start:08d}"
+def _fit(module: SAEModule, loader: DataLoader, logs: Path, start: int) -> None:
+    version = f"from-step-{start:08d}"
     loggers: list[Logger] = [
         CSVLogger(logs, name="csv", version=version, flush_logs_every_n_steps=1),
         TensorBoardLogger(logs, name="tensorboard", version=version),
     ]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        # The TrainSteps hold the optimisers and the cache feeds ready tensors; Lightning warns
-        # that it sees neither, and that a killed run left logs behind.
-        for text in (".*configure_optimizers.*", ".*does not have many workers.*",
-                     ".*Experiment logs directory.*", ".*logging interval.*", ".*LeafSpec.*"):  # fmt: skip
+        for text in NOT_OURS:
             warnings.filterwarnings("ignore", message=text)
         trainer = lightning.Trainer(
             accelerator="gpu" if torch.cuda.is_available() else "cpu",
@@ -170,29 +176,30 @@ def _fit(module: SAEModule, rows: CacheRows, logs: Path) -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, DataLoader(rows, batch_size=None))
+        trainer.fit(module, loader)
     if trainer.interrupted:
         raise KeyboardInterrupt
 
 
 def read_curves(path: str | Path) -> dict[str, dict[str, tuple[float, ...]]]:
-    """The training curves of each dictionary: {name: {"rows": ..., "fvu": ..., "l0": ...}}.
+    """The training curves of each dictionary: {name: {"rows": ..., "fvu": ..., "l0": ...}}."""
+    lines = _logged_lines(Path(path) / LOGS / "csv")
+    if not lines:
+        return {}
+    rows = tuple(float(line["rows"]) for line in lines)
+    curves: dict[str, dict[str, tuple[float, ...]]] = {}
+    for key in lines[0]:
+        name, slash, metric = key.partition("/")
+        if slash:
+            curve = curves.setdefault(name, {"rows": rows})
+            curve[metric] = tuple(float(line[key]) for line in lines)
+    return curves
 
-    A resumed run repeats the steps after its checkpoint; the later figures of a step count.
-    """
+
+def _logged_lines(directory: Path) -> list[dict[str, str]]:
+    """One line per logged step; where a resumed run repeated steps, the later lines count."""
     by_step: dict[int, dict[str, str]] = {}
-    for file in sorted((Path(path) / LOGS / "csv").glob("from-step-*/metrics.csv")):
+    for file in sorted(directory.glob("from-step-*/metrics.csv")):
         with file.open(newline="") as lines:
-            for line in csv.DictReader(lines):
-                by_step[int(line["step"])] = line
-    curves: dict[str, dict[str, list[float]]] = {}
-    for step in sorted(by_step):
-        line = by_step[step]
-        for key, value in line.items():
-            name, slash, metric = key.partition("/")
-            if slash:
-                curve = curves.setdefault(name, {})
-                curve.setdefault(metric, []).append(float(value))
-                if metric == "loss":
-                    curve.setdefault("rows", []).append(float(line["rows"]))
-    return {n: {m: tuple(v) for m, v in curve.items()} for n, curve in curves.items()}
+            by_step |= {int(line["step"]): line for line in csv.DictReader(lines)}
+    return [by_step[step] for step in sorted(by_step)]

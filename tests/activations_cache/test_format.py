@@ -35,89 +35,98 @@ def described(data: bytes) -> dict:
     return {"bytes": len(data), "crc32c": crc(data)}
 
 
-def by_the_document(path: Path) -> np.ndarray:
-    """Write a cache of 3 examples in 2 shards with NumPy and JSON; return its rows as float32.
+IDENTITY = {
+    "model": "by hand",
+    "hook_points": {HOOK: 7},
+    "dtype": "bfloat16",
+    "context": 3,
+    "skip_positions": 1,
+    "rows_per_shard": 5,
+    "n_examples": 3,
+    "source_names": ["a"],
+    "label_names": [],
+}
+"""3 examples in 2 shards: E = 5 // 2 = 2 and S = ceil(3 / 2) = 2."""
 
-    context 3, skip 1, R 5, so E = 5 // 2 = 2 and S = ceil(3 / 2) = 2; d_model 7, no labels.
-    """
-    rows = np.random.default_rng(0).standard_normal((6, 7)).astype(np.float32)
-    bits = rows.view(np.uint32) >> 16 << 16  # bfloat16 by truncation
-    identity = {
-        "model": "by hand",
-        "hook_points": {HOOK: 7},
-        "dtype": "bfloat16",
-        "context": 3,
-        "skip_positions": 1,
-        "rows_per_shard": 5,
-        "n_examples": 3,
-        "source_names": ["a"],
-        "label_names": [],
+TOKENS = np.array([[10, 11, 12], [20, 21, 22], [30, 31, 32], [-1, -1, -1]], np.int32)
+ROWS = np.random.default_rng(0).standard_normal((6, 7)).astype(np.float32)
+BITS = ROWS.view(np.uint32) >> 16  # bfloat16 by truncation
+
+
+def shard_arrays(shard: int, n_rows: int) -> dict[str, np.ndarray]:
+    acts = np.zeros((5, 7), np.uint16)
+    acts[:n_rows] = BITS[4 * shard : 4 * shard + n_rows]
+    example = np.array([[0, 0, 1, 1, -1], [2, 2, -1, -1, -1]][shard], np.int32)
+    position = np.array([[1, 2, 1, 2, -1], [1, 2, -1, -1, -1]][shard], np.int32)
+    token = np.where(example >= 0, 10 * example + 10 + position, -1).astype(np.int32)
+    return {
+        f"{HOOK}/acts/c/{shard}/0": acts,
+        f"{HOOK}/norm/c/{shard}": np.zeros(5, np.float32),
+        f"{HOOK}/shard_mean/c/{shard}/0": np.zeros((1, 7), np.float64),
+        f"rows/example/c/{shard}": example,
+        f"rows/position/c/{shard}": position,
+        f"rows/token/c/{shard}": token,
+        f"examples/tokens/c/{shard}/0": TOKENS[2 * shard : 2 * shard + 2],
+        f"examples/split/c/{shard}": np.array([[0, 2], [1, -1]][shard], np.int8),
+        f"examples/source/c/{shard}": np.array([[0, 0], [0, -1]][shard], np.int32),
     }
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+
+
+def journal_line(shard: int, n_rows: int) -> bytes:
+    arrays = shard_arrays(shard, n_rows)
+    return sealed({
+        "shard": shard,
+        "attempt": 1,
+        "valid_rows": n_rows,
+        "n_quarantined": 0,
+        "hooks": {HOOK: {"n_rows": 2, "sum_square_norm": 1.5, "n_nonfinite": 0}},
+        "files": {name: described(array.tobytes()) for name, array in arrays.items()},
+    })
+
+
+def by_the_document(path: Path) -> None:
+    """Write a cache with NumPy and JSON."""
+    for name, array in (shard_arrays(0, 4) | shard_arrays(1, 2)).items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(array.tobytes())
+    journal, mean = journal_line(0, 4) + journal_line(1, 2), np.arange(7.0).tobytes()
+    (path / "journal.rank0.jsonl").write_bytes(journal)
+    (path / f"{HOOK}/mean/c").mkdir(parents=True)
+    (path / f"{HOOK}/mean/c/0").write_bytes(mean)
+    text = json.dumps(IDENTITY, sort_keys=True, separators=(",", ":"))
     plan = {
         "format_version": 1,
         "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
-        "identity": identity,
+        "identity": IDENTITY,
         "request": {},
     }
-    tokens = np.array([[10, 11, 12], [20, 21, 22], [30, 31, 32], [-1, -1, -1]], np.int32)
-    lines = []
-    for shard, n_rows in ((0, 4), (1, 2)):
-        acts = np.zeros((5, 7), np.uint16)
-        acts[:n_rows] = (bits[4 * shard : 4 * shard + n_rows] >> 16).astype(np.uint16)
-        example = np.array([0, 0, 1, 1, -1] if shard == 0 else [2, 2, -1, -1, -1], np.int32)
-        position = np.array([1, 2, 1, 2, -1] if shard == 0 else [1, 2, -1, -1, -1], np.int32)
-        token = np.where(example >= 0, 10 * example + 10 + position, -1).astype(np.int32)
-        arrays = {
-            f"{HOOK}/acts/c/{shard}/0": acts,
-            f"{HOOK}/norm/c/{shard}": np.zeros(5, np.float32),
-            f"{HOOK}/shard_mean/c/{shard}/0": np.zeros((1, 7), np.float64),
-            f"rows/example/c/{shard}": example,
-            f"rows/position/c/{shard}": position,
-            f"rows/token/c/{shard}": token,
-            f"examples/tokens/c/{shard}/0": tokens[2 * shard : 2 * shard + 2],
-            f"examples/split/c/{shard}": np.array([0, 2] if shard == 0 else [1, -1], np.int8),
-            f"examples/source/c/{shard}": np.array([0, 0] if shard == 0 else [0, -1], np.int32),
-        }
-        for name, array in arrays.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(array.tobytes())
-        record = {
-            "shard": shard,
-            "attempt": 1,
-            "valid_rows": n_rows,
-            "n_quarantined": 0,
-            "hooks": {HOOK: {"n_rows": 2, "sum_square_norm": 1.5, "n_nonfinite": 0}},
-            "files": {name: described(array.tobytes()) for name, array in arrays.items()},
-        }
-        lines.append(sealed(record))
-    (path / "journal.rank0.jsonl").write_bytes(b"".join(lines))
-    mean = np.arange(7, dtype=np.float64).tobytes()
-    (path / f"{HOOK}/mean/c").mkdir(parents=True)
-    (path / f"{HOOK}/mean/c/0").write_bytes(mean)
-    quantiles = dict.fromkeys(("0", "0.01", "0.05", "0.5", "0.95", "0.99", "1"), 2.0)
+    quantiles = ("0", "0.01", "0.05", "0.5", "0.95", "0.99", "1")
     statistics = {
-        "n_rows": 4, "mean_square_norm": 0.75, "norm_quantiles": quantiles, "n_nonfinite": 0
-    }  # fmt: skip
+        "n_rows": 4,
+        "mean_square_norm": 0.75,
+        "norm_quantiles": dict.fromkeys(quantiles, 2.0),
+        "n_nonfinite": 0,
+    }
     manifest = plan | {
         "n_shards": 2,
         "n_rows": 6,
         "n_quarantined": 0,
         "statistics": {HOOK: statistics},
-        "journals": {"journal.rank0.jsonl": described(b"".join(lines))},
+        "journals": {"journal.rank0.jsonl": described(journal)},
         "files": {f"{HOOK}/mean/c/0": described(mean)},
         "provenance": {},
     }
     (path / "plan.json").write_bytes(sealed(plan))
     (path / "manifest.json").write_bytes(sealed(manifest))
-    return bits.view(np.float32)
 
 
 def test_a_cache_made_from_the_document_alone_is_read(tmp_path: Path):
-    rows = by_the_document(tmp_path)
+    by_the_document(tmp_path)
     cache = activations_cache.open(tmp_path)
+    record = json.loads((tmp_path / "manifest.json").read_bytes())["record"]
+    assert cache.fingerprint == record["fingerprint"]
     assert cache.rows().tolist() == [0, 1, 2, 3, 5, 6]
-    assert torch.equal(cache[HOOK][cache.rows()], torch.from_numpy(rows))
+    assert torch.equal(cache[HOOK][cache.rows()], torch.from_numpy((BITS << 16).view(np.float32)))
     assert cache.rows(("hold",)).tolist() == [2, 3]
     assert cache.refs(cache.rows()).token.tolist() == [11, 12, 21, 22, 31, 32]
     assert cache.examples.tokens.tolist() == [[10, 11, 12], [20, 21, 22], [30, 31, 32]]

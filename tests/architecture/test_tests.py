@@ -8,14 +8,28 @@ import pytest
 CHECKS = re.compile(r"raises|warns|check|assert|expect|fail|verify|deprecated_call|gradcheck")
 
 
-def can_fail(test: ast.FunctionDef) -> bool:
-    """Whether it asserts, or calls something that by its name checks."""
-    for node in ast.walk(test):
+def functions(tree: ast.Module) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def can_fail(function: ast.FunctionDef, helpers: set[str]) -> bool:
+    """Whether it asserts, or calls one of the helpers, or what by its name checks."""
+    for node in ast.walk(function):
         if isinstance(node, ast.Assert):
             return True
-        if isinstance(node, ast.Call) and CHECKS.search(ast.unparse(node)):
-            return True
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in helpers or CHECKS.search(ast.unparse(node)):
+                return True
     return False
+
+
+def those_that_can_fail(tree: ast.Module) -> set[str]:
+    """The functions of a file that can fail, by themselves or by calling another of the file."""
+    known: set[str] = set()
+    while more := {f.name for f in functions(tree) if can_fail(f, known)} - known:
+        known |= more
+    return known
 
 
 def is_always_true(node: ast.expr) -> bool:
@@ -67,13 +81,20 @@ def test_no_assertion_is_always_true(sources):
 
 def test_every_test_can_fail(sources):
     found = [
-        f"{source.path}:{node.lineno} {node.name}"
+        f"{source.path}:{function.lineno} {function.name}"
         for source in sources
-        for node in ast.walk(source.tree)
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-        if source.path.startswith("tests/") and not can_fail(node)
+        if source.path.startswith("tests/")
+        for able in [those_that_can_fail(source.tree)]
+        for function in functions(source.tree)
+        if function.name.startswith("test_")
+        if function.name not in able
     ]
     assert not found, "\n".join(found)
+
+
+def test_a_test_that_cannot_fail_is_found():
+    code = "def a():\n  assert x\ndef b():\n  a()\ndef test_c():\n  b()\ndef test_d():\n  run(c())"
+    assert those_that_can_fail(ast.parse(code)) == {"a", "b", "test_c"}
 
 
 def test_test_folders_are_no_packages(repository):

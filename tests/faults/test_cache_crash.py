@@ -5,8 +5,9 @@ import os
 import random
 import signal
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ SMALL = synthetic_plan({"a.1:out": 7}, n_examples=8)  # 3 shards, the last of 2 
 LARGE = synthetic_plan({"a.1:out": 7}, n_examples=119)  # 40 shards
 PRIMITIVES = ("open_file", "write", "fsync", "rename", "mkdir", "truncate", "unlink")
 CRASHED = 77
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_waiting_for_the_disk():
+    """A killed process loses nothing that it has written; loss of power is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(io, "fsync", lambda descriptor: None)
+        yield
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -40,9 +49,10 @@ def in_a_child(work: Callable[[], object]) -> int:
         return child
     try:
         work()
-        os._exit(0)
-    finally:
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
         os._exit(1)
+    os._exit(0)
 
 
 def exit_code(child: int) -> int:
@@ -59,7 +69,7 @@ def crash_at(k: int) -> None:
                 if name == "write":  # half of it reaches the disk
                     os.write(args[0], args[1][: len(args[1]) // 2])
                 os._exit(CRASHED)
-            return None if name == "fsync" else original(*args)
+            return original(*args)
 
         return call
 
@@ -118,8 +128,7 @@ def crash_then_finish(path: Path, small: Path, *points: int) -> None:
     for k in points:
         assert write_until(path, k) in {CRASHED, 0}
         require_sound(path)
-    assert exit_code(in_a_child(lambda: write_synthetic(path, SMALL))) == 0
-    assert activations_cache.open(path).verify() == []
+    assert write_synthetic(path, SMALL).verify() == []
     assert content(path) == content(small)
 
 
@@ -217,8 +226,3 @@ def test_four_killed_writers_are_followed_by_any_number(tmp_path: Path, large: P
     assert [exit_code(child) for child in write_with(tmp_path / "cache", n_ranks)] == [0] * n_ranks
     assert content(tmp_path / "cache") == content(large)
     assert activations_cache.open(tmp_path / "cache").verify() == []
-
-
-def sampled(n: int, seed: int) -> Iterator[random.Random]:
-    """Give a generator for each of n cases."""
-    return (random.Random(f"{seed}.{case}") for case in range(n))

@@ -113,9 +113,8 @@ def schema() -> SimpleNamespace:
 
 
 @pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def file() -> Path:
     """A valid file, under the name `run.yaml` in the working directory."""
-    monkeypatch.chdir(tmp_path)
     path = Path("run.yaml")
     path.write_text(VALID)
     return path

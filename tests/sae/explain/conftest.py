@@ -154,11 +154,11 @@ class Planted:
 @pytest.fixture(scope="session")
 def planted() -> Planted:
     """Examples of one topic; its latent fires on the topic's words, and sometimes beside them."""
-    n_topics, n_zipf, n_examples, n_pos = 37, 499, 601, 61
+    n_topics, n_zipf, n_examples, n_pos = 17, 499, 601, 61
     made = np.random.default_rng(0)
     zipf = 1 / np.arange(1, n_zipf + 1)
     tokens = made.choice(n_zipf, (n_examples, n_pos), p=zipf / zipf.sum())
-    topic = made.integers(0, n_topics, n_examples)
+    topic = np.arange(n_examples) % n_topics
     is_topical = made.random((n_examples, n_pos)) < 0.09
     rare = n_zipf + 3 * topic[:, None] + made.integers(0, 3, (n_examples, n_pos))
     tokens = np.where(is_topical, rare, tokens)

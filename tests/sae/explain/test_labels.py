@@ -10,7 +10,7 @@ from sae.explain.config import ExplainConfig
 from sae.explain.labels import fires_enough, make_labels, n_examples
 from sae.explain.words import TextReader
 
-N_EX, N_POS = 101, 47
+N_EX, N_POS = 151, 47
 NAMES = {
     "word": [f"w{i}" for i in range(99)],
     "previous word": [f"w{i}" for i in range(99)],
@@ -28,7 +28,7 @@ def prose(text_of):
     shape = (N_EX, N_POS)
     zipf = 1 / np.arange(1, 60)
     word = made.choice(59, shape, p=zipf / zipf.sum())
-    burst = made.integers(59, 99, (N_EX, 1)) * np.ones(shape, int)
+    burst = made.integers(59, 79, (N_EX, 1)) * np.ones(shape, int)
     word = np.where(made.random(shape) < 0.1, burst, word).ravel()
     previous = np.roll(word, 1)
     previous[::N_POS] = -1
@@ -58,7 +58,7 @@ def _labels(prose, codes_of, fires: np.ndarray, **settings: object):
 @pytest.mark.parametrize(
     ("kind", "planted", "label"),
     [
-        ("word", [70, 81], {'word: "w70", "w81"', 'word: "w81", "w70"'}),
+        ("word", [70, 61], {'word: "w70", "w61"', 'word: "w61", "w70"'}),
         ("previous word", [65], {'after "w65"'}),
         ("token", [2, 101 + 3], {'token: " w2", " w104"', 'token: " w104", " w2"'}),
         ("supersense", [1], {"glosses about noun.food"}),
@@ -117,8 +117,8 @@ def _recall(found: list[set[str]], wanted: list[set[str]]) -> float:
 
 
 def test_words_that_chance_could_give_are_not_listed(prose, codes_of):
-    fires = _noisy(prose.values["word"] == 80)
-    assert _labels(prose, codes_of, fires[:, None]).text(0, NAMES) == 'word: "w80"'
+    fires = _noisy(prose.values["word"] == 77)
+    assert _labels(prose, codes_of, fires[:, None]).text(0, NAMES) == 'word: "w77"'
 
 
 def test_latents_that_know_nothing_are_rarely_significant(prose, codes_of, bursty):
@@ -147,15 +147,15 @@ def test_permuting_single_rows_instead_would_find_significance_everywhere(
         [bursty((N_EX, N_POS), 0.02, 3.0, seed).ravel() for seed in range(103)], axis=1
     )
     labels = _labels(prose, codes_of, fires)
-    assert (labels.p_value[labels.eligible] < 0.05).mean() > 0.3
+    assert (labels.p_value[labels.eligible] < 0.05).mean() > 0.1
 
 
 def test_weights_are_shrunken_frequencies(prose, codes_of):
-    fires = _noisy(prose.values["word"] == 80)
+    fires = _noisy(prose.values["word"] == 77)
     labels = _labels(prose, codes_of, fires[:, None], prior_rows=7.0)
-    has = prose.values["word"] == 80
+    has = prose.values["word"] == 77
     joint, present, rate = (fires & has).sum(), has.sum(), fires.mean()
-    assert labels.rules.value[0, 0] == 80
+    assert labels.rules.value[0, 0] == 77
     assert labels.joint[0, 0] == joint
     assert labels.rules.weight[0, 0] == pytest.approx((joint + 7 * rate) / (present + 7))
     assert labels.rules.weight[0, 1] == 0
@@ -173,12 +173,12 @@ def test_larger_rule_begins_with_the_label_and_goes_on(prose, codes_of):
 def test_latent_that_fires_in_too_few_rows_or_examples_is_not_labelled(prose, codes_of):
     fires = np.zeros((N_EX * N_POS, 4), bool)
     fires[: N_POS * 4, 0] = True  # four examples
-    fires[::251, 1] = True  # nineteen or so rows
+    fires[::251, 1] = True  # twenty-nine rows
     fires[::101, 2] = True
     fires[:, 3] = True  # silent nowhere
     codes = codes_of(fires)
-    config = ExplainConfig(min_firings=23)
-    assert n_examples(codes, prose).tolist() == [4, 19, 47, N_EX]
+    config = ExplainConfig(min_firings=31)
+    assert n_examples(codes, prose).tolist() == [4, 29, 71, N_EX]
     assert fires_enough(codes, prose, config).tolist() == [False, False, True, False]
     labels = make_labels(codes, prose, config)
     assert [labels.text(latent, NAMES) != "" for latent in range(4)] == [False, False, True, False]
@@ -186,24 +186,24 @@ def test_latent_that_fires_in_too_few_rows_or_examples_is_not_labelled(prose, co
 
 
 def test_labels_are_the_same_every_time_and_report_their_passes(prose, codes_of):
-    fires = _noisy(np.stack([prose.values["word"] == word for word in range(60, 83)], axis=1))
+    fires = _noisy(np.stack([prose.values["word"] == word for word in range(56, 79)], axis=1))
     seen: list[tuple[int, int]] = []
-    config = ExplainConfig(kinds=("word", "source"), permutations=53)
+    config = ExplainConfig(kinds=("word", "source"), permutations=97)
     first = make_labels(codes_of(fires), prose, config, lambda d, t, unit: seen.append((d, t)))
     second = make_labels(codes_of(fires), prose, config)
     assert (first.rules.value == second.rules.value).all()
     assert (first.p_value == second.p_value).all()
-    assert seen == [(done, 2 * 54) for done in range(1, 2 * 54 + 1)]
+    assert seen == [(done, 2 * 98) for done in range(1, 2 * 98 + 1)]
 
 
 def test_label_text_escapes_what_cannot_be_seen(prose, codes_of):
-    fires = _noisy(prose.values["word"] == 80)
+    fires = _noisy(prose.values["word"] == 77)
     names = NAMES | {"word": ["\n"] * 99}
     assert _labels(prose, codes_of, fires[:, None]).text(0, names) == r'word: "\n"'
 
 
 def test_only_the_kinds_of_the_config_compete(prose, codes_of):
-    fires = _noisy(prose.values["word"] == 80)
+    fires = _noisy(prose.values["word"] == 77)
     labels = _labels(prose, codes_of, fires[:, None], kinds=("source", "position"))
     assert labels.kinds[labels.rules.kind[0]] in {"source", "position"}
 

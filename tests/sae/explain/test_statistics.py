@@ -170,3 +170,13 @@ def test_half_a_thousand_latents_on_a_hundred_thousand_rows_take_seconds(codes_o
     began = time.process_time()
     top_words(codes, values, 50, 5)
     assert time.process_time() - began < 3.0
+
+
+def test_word_met_once_with_the_latent_is_not_listed(codes_of):
+    values = np.zeros(101, np.int32)
+    values[:10] = 1
+    fires = np.zeros((101, 2), bool)
+    fires[9:12, 0] = True  # once on the word
+    fires[8:12, 1] = True  # twice
+    found = top_words(codes_of(fires), values, 3, 5)
+    assert found.value[:, 0].tolist() == [-1, 1]

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from sae_kernels.launch import check_floating, check_indices, check_k, check_shape, choose
+
+X = torch.zeros(5, 7)
+
+
+def test_choose_takes_the_fast_path_by_default_and_what_is_forced():
+    assert choose(X, None) == "torch"
+    assert choose(X, "torch") == "torch"
+    assert choose(X, "reference") == "reference"
+
+
+def test_choose_refuses_a_backend_that_does_not_exist_and_names_those_that_do():
+    message = r"backend must be one of 'reference', 'torch' on cpu, got 'cuda'; leave it out"
+    with pytest.raises(ValueError, match=message):
+        choose(X, "cuda")
+
+
+@pytest.mark.parametrize("k", [-1, 0, 24])
+def test_check_k_states_the_range(k):
+    with pytest.raises(ValueError, match=f"k must lie between 1 and d_sae=23, got {k}"):
+        check_k(k, 23)
+
+
+@pytest.mark.parametrize("k", [1, 23])
+def test_check_k_accepts_both_ends(k):
+    check_k(k, 23)
+
+
+def test_check_floating_refuses_integers_and_mixed_dtypes():
+    with pytest.raises(TypeError, match=r"x must be floating point, got torch\.int64"):
+        check_floating(x=X.long())
+    message = r"b_enc must have the dtype of x, torch\.float32, got torch\.float16"
+    with pytest.raises(TypeError, match=message):
+        check_floating(x=X, b_in=None, b_enc=X.half())
+
+
+def test_check_floating_refuses_two_devices():
+    with pytest.raises(ValueError, match="b_enc must be on the device of x, cpu, got meta"):
+        check_floating(x=X, b_enc=X.to("meta"))
+
+
+@pytest.mark.parametrize("expected", [(5,), (5, 6), (7, 5), (5, 7, 1), (None, 5)])
+def test_check_shape_states_both_shapes(expected):
+    with pytest.raises(ValueError, match=r"x must have the shape \(.*\), got \(5, 7\)"):
+        check_shape("x", X, *expected)
+
+
+def test_check_shape_lets_none_stand_for_any_length_and_for_no_tensor():
+    check_shape("x", X, None, 7)
+    check_shape("x", None, 3)
+
+
+def test_check_indices_refuses_what_names_no_latent():
+    indices = torch.tensor([[0, 22], [3, 4]])
+    check_indices(indices, 23)
+    check_indices(indices[:0], 23)
+    with pytest.raises(ValueError, match=r"indices must lie in 0\.\.21, got values from 0 to 22"):
+        check_indices(indices, 22)
+    with pytest.raises(ValueError, match=r"in 0\.\.22, got values from -1 to 21"):
+        check_indices(indices - 1, 23)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_check_indices_refuses_other_dtypes(dtype):
+    with pytest.raises(TypeError, match=f"indices must be integers, got {dtype}"):
+        check_indices(torch.zeros(5, 3, dtype=dtype), 23)
