@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-
 from sae import load
 from sae.cli import main
 
