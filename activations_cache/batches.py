@@ -1,4 +1,4 @@
-"""Shuffled batches of rows, read ahead by one thread."""
+"""Shuffled batches of rows, one of them read ahead by a thread."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +15,6 @@ BLOCK_ROWS = 256
 """Rows of a cache that stay together until the windows are permuted."""
 WINDOW_BLOCKS = 1024
 """Blocks in a window, at most; windows are of equal size."""
-
-_AHEAD = 2
 
 
 class Batch(NamedTuple):
@@ -63,7 +61,7 @@ def read_batches(
     batch: int,
     numbers: range,
 ) -> Iterator[Batch]:
-    """Yield the batches with the given numbers; a thread reads the next ones meanwhile.
+    """Yield the batches with the given numbers; a thread reads the next one meanwhile.
 
     The thread ends with the iterator, also when that is closed or dropped early.
 
@@ -79,13 +77,9 @@ def read_batches(
         return Batch(read(rows), torch.from_numpy(rows))
 
     with ThreadPoolExecutor(1, thread_name_prefix="activations") as reader:
-        ahead = [reader.submit(fetch, number) for number in numbers[:_AHEAD]]
-        try:
-            for number in range(numbers.start + _AHEAD, numbers.stop + _AHEAD):
-                ready = ahead.pop(0).result()
-                if number < numbers.stop:
-                    ahead.append(reader.submit(fetch, number))
-                yield ready
-        finally:
-            for waiting in ahead:
-                waiting.cancel()
+        ahead = [reader.submit(fetch, number) for number in numbers[:1]]
+        for following in range(numbers.start + 1, numbers.stop + 1):
+            ready = ahead.pop().result()
+            if following < numbers.stop:
+                ahead.append(reader.submit(fetch, following))
+            yield ready

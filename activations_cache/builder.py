@@ -11,12 +11,18 @@ from activations_cache.errors import CacheFormatError
 from activations_cache.journal import journals_at, newest
 from activations_cache.layout import STORAGE
 from activations_cache.manifest import Plan, read_manifest, read_plan
-from activations_cache.models import load_model
 from activations_cache.progress import Progress, silent
 from activations_cache.reader import ActivationCache, open_cache
 from activations_cache.records import first_difference
 from activations_cache.shard import ShardBuffer
-from activations_cache.source import RowSource, forward_ranges, load_source, request_of, widths
+from activations_cache.source import (
+    RowSource,
+    forward_ranges,
+    load_on_device,
+    load_source,
+    request_of,
+    widths,
+)
 from activations_cache.writer import CacheWriter
 
 _RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
@@ -46,7 +52,7 @@ def build(
     if _is_complete(path, config):
         return open_cache(path)
     _require_space(config, path, _width_by_config(config))
-    loaded = load_model(config.model, progress=progress)
+    loaded = load_on_device(config, progress)
     _require_space(config, path, sum(widths(config, loaded).values()))
     source = load_source(config, loaded, progress)
     rank, n_ranks = rank_of_this_process()

@@ -12,11 +12,10 @@ from torch import Tensor
 from activations_cache.batches import Batch, count_batches, read_batches
 from activations_cache.config import SPLITS, TRAINING_SPLITS, CacheConfig
 from activations_cache.errors import NonFiniteError
-from activations_cache.models import load_model
 from activations_cache.order import RowOrder
 from activations_cache.progress import Progress, silent
 from activations_cache.shard import rows_of
-from activations_cache.source import RowSource, forward_ranges, load_source
+from activations_cache.source import RowSource, forward_ranges, load_on_device, load_source
 
 WINDOW_ROWS = 32768
 """Rows that are shuffled among each other; up to twice as many are held in memory."""
@@ -31,8 +30,7 @@ def stream(config: CacheConfig, *, progress: Progress | None = None) -> "Activat
         progress: Called while weights are hashed and the text is packed.
     """
     progress = progress or silent
-    loaded = load_model(config.model, progress=progress)
-    source = load_source(config, loaded, progress)
+    source = load_source(config, load_on_device(config, progress), progress)
     return ActivationStream(source, config.contexts_per_forward)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from activations_cache.config import CacheConfig
 from activations_cache.hooks import capture
 from activations_cache.locations import PACKAGE, locate
 from activations_cache.manifest import Plan
-from activations_cache.models import LoadedModel
+from activations_cache.models import LoadedModel, load_model
 from activations_cache.progress import Progress
 from activations_cache.shard import Examples
 from activations_cache.text import PackedText, pack
@@ -80,7 +81,19 @@ class ModelSource:
     @property
     def provenance(self) -> dict[str, Any]:
         """Where the model came from and where it runs."""
-        return {"model": self._loaded.provenance, "device": self._loaded.model.device.type}
+        device = self._loaded.model.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return {"model": self._loaded.provenance, "device": name}
+
+
+def load_on_device(config: CacheConfig, progress: Progress) -> LoadedModel:
+    """Load the model of a configuration, onto the GPU of this process where there is one."""
+    loaded = load_model(config.model, progress=progress)
+    if torch.cuda.is_available():
+        local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        device = torch.device("cuda", int(local) % torch.cuda.device_count())
+        nn.Module.to(loaded.model, device)  # the model's own `to` has no usable type
+    return loaded
 
 
 def load_source(config: CacheConfig, loaded: LoadedModel, progress: Progress) -> ModelSource:

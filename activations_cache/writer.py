@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from activations_cache import io
@@ -124,6 +124,11 @@ class CacheWriter(contextlib.AbstractContextManager["CacheWriter"]):
         those that nobody has claimed, so a writer that died holds nobody up. While all missing
         shards are claimed by others, this waits.
         """
+        claims = self._claims(n_ranks)
+        self._held.callback(claims.close)  # if an error leaves the loop, the shard is let go
+        return claims
+
+    def _claims(self, n_ranks: int) -> Generator[int, None, None]:
         own = sorted(range(self.plan.n_shards), key=lambda s: (s % n_ranks != self._rank, s))
         while missing := set(self.missing()):
             waits = True

@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sae.browser import (
     Context,
@@ -37,7 +37,7 @@ def result_table(run: "Run", measured: EvaluationReport, *, with_labels: bool) -
     """One row per dictionary, the frozen baselines among them."""
     columns = ["dictionary", "FVU", "L0", "dead", "CE rec. (zero)", "CE rec. (mean)", "Δ CE"]
     if with_labels:
-        columns += ["label AUC", "control"]
+        columns.append("label AUC")
     intact = measured.substitution["intact"]
     rows = []
     for name, found in measured.reconstruction.items():
@@ -51,22 +51,29 @@ def result_table(run: "Run", measured: EvaluationReport, *, with_labels: bool) -
             f"{effect.ce_recovered_mean.value:.3f}",
             f"{effect.ce.value - intact.ce_base.value:+.3f}",
         ]
-        rows.append((*row, *_label_cells(run, name)) if with_labels else tuple(row))
+        if with_labels:
+            row.append(_mean(_labels(run, name)["auc"]))
+        rows.append(tuple(row))
     n_rows = next(iter(measured.reconstruction.values())).n_rows
     note = (
         f"{n_rows:,} held-out rows; CE {intact.ce_base.value:.3f} nats on {intact.n_tokens:,} "
         f"held-out tokens, positions below {measured.skip_positions} left intact"
     )
+    if with_labels:
+        controls = ", ".join(_mean(_labels(run, n)["control_auc"]) for n in run.dictionaries)
+        note += f"; AUC of exchanged labels: {controls}"
     return ResultTable(columns=tuple(columns), rows=tuple(rows), note=note)
 
 
-def _label_cells(run: "Run", name: str) -> tuple[str, str]:
-    summary = json.loads((run.path("explain") / name / SUMMARY).read_text())
-    auc, control = summary["auc"], summary["control_auc"]
-    if auc["mean"] is None or control["mean"] is None:
-        return "-", "-"
-    half = (auc["high"] - auc["low"]) / 2
-    return f"{auc['mean']:.3f} ±{half:.3f}", f"{control['mean']:.3f}"
+def _labels(run: "Run", name: str) -> dict[str, Any]:
+    return json.loads((run.path("explain") / name / SUMMARY).read_text())
+
+
+def _mean(found: dict[str, float | None]) -> str:
+    mean, low, high = (found[key] for key in ("mean", "low", "high"))
+    if mean is None or low is None or high is None:
+        return "-"
+    return f"{mean:.3f} ±{(high - low) / 2:.3f}"
 
 
 def page_data(run: "Run") -> PageData:

@@ -7,7 +7,8 @@ from activations_cache.config import SPLITS
 from activations_cache.progress import Progress
 from sae.explain.tables import LATENTS, LatentRecord, read_latents
 from sae.metrics import Firing
-from sae.steer.choice import Candidate, Subject, choose_latent, target_tokens
+from sae.steer.candidates import Candidate, target_tokens
+from sae.steer.choice import Subject, choose_latent
 
 if TYPE_CHECKING:
     from sae.cli.chain import Run

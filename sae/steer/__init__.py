@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sae.steer.choice import Candidate, Choice, Subject, choose_latent, target_tokens
+    from sae.steer.candidates import Candidate
+    from sae.steer.choice import Choice, Subject, choose_latent, target_tokens
     from sae.steer.config import Ablate, Add, Clamp, Operation, Scale, SteerConfig
     from sae.steer.effects import Effect, measure_effect
     from sae.steer.generation import generate
@@ -31,7 +32,7 @@ __all__ = [
 _HOME = {
     "Ablate": "sae.steer.config",
     "Add": "sae.steer.config",
-    "Candidate": "sae.steer.choice",
+    "Candidate": "sae.steer.candidates",
     "Choice": "sae.steer.choice",
     "Clamp": "sae.steer.config",
     "Effect": "sae.steer.effects",

@@ -1,54 +1,38 @@
-"""Chooses the latent of a steering example by trying several, and says how it was chosen."""
+"""Chooses the latent of a steering example by trying many, and says how it was chosen."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from activations_cache.hooks import edit
 from activations_cache.models import Tokenizer
 from activations_cache.progress import Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.metrics import Firing
+from sae.steer.candidates import DENSITY, MIN_AUC, MIN_TARGETS, Candidate, fit_candidates, named
 from sae.steer.config import SteerConfig
-from sae.steer.effects import Effect, measure_effect
-from sae.steer.generation import Generation, generate
-from sae.steer.steering import steering
+from sae.steer.effects import Effect, measure_effect, repeated_share
+from sae.steer.generation import Generation, generate, generate_copies
+from sae.steer.steering import each, steered_stream, steering
 
-MIN_AUC = 0.8
-"""A candidate's label must tell this well where the latent fires."""
-
-DENSITY = (1e-4, 0.02)
-"""A candidate must fire in a share of the rows within these: neither noise nor everywhere."""
-
-MAX_REPEATED = 0.25
+MAX_REPEATED = 0.15
 """A steered text with a larger share of repeated 3-grams counts as a loop."""
 
+AT_ONCE = 32
+"""Latents that are steered side by side, each on its own copy of the prompt."""
+
 RULE = (
-    f"of the latents with a label of AUC >= {MIN_AUC} and a density in "
-    f"{DENSITY[0]:g}..{DENSITY[1]:g}, the best by AUC with different labels were steered; shown is "
-    "the one whose steered text has the most target tokens more than the base text, texts with "
-    f"more than {MAX_REPEATED:.0%} repeated 3-grams last"
+    f"among latents whose label has an AUC of {MIN_AUC} or more and {MIN_TARGETS} or more words "
+    f"that are tokens, and which fire in {DENSITY[0]:.2%} to {DENSITY[1]:.0%} of the rows, those "
+    "that raise the probability of these words after the prompt most are tried; shown is the one "
+    f"whose text holds most of them, leaving out texts with more than {MAX_REPEATED:.0%} repeated "
+    "3-grams"
 )
 """How a latent is chosen, in one sentence for the reader of a report."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """What is known of a latent before it is steered."""
-
-    latent: int
-    """Its number."""
-    label: str
-    """Its label."""
-    auc: float
-    """How well the label tells where the latent fires, on text that did not make the label."""
-    density: float
-    """Share of the rows in which it fires."""
-    targets: tuple[int, ...]
-    """Token ids that steering should bring: of the label's words, or promoted ones."""
 
 
 class Subject(NamedTuple):
@@ -76,22 +60,26 @@ class Trial:
     """The latent."""
     text: str
     """The steered continuation."""
-    effect: Effect
-    """What steering did."""
+    brought: tuple[int, ...]
+    """Target tokens that are in this text and not in the base text."""
+    repeated: float
+    """Share of its 3-grams that occur earlier in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The chosen trial, with all that it was chosen from."""
+    """The chosen latent, with all that it was chosen from."""
 
     chosen: Trial
-    """What is shown."""
+    """The latent, steered once more on its own: what `steering` and `generate` give again."""
     base: Generation
     """The continuation without steering."""
+    effect: Effect
+    """What steering did, in the chosen text."""
     trials: tuple[Trial, ...]
-    """All latents that were tried, the chosen one among them, the best first."""
+    """All latents that were tried, the best first, each in a batch with others."""
     n_candidates: int
-    """Latents that there were to choose from."""
+    """Latents that met the conditions."""
     rule: str
     """How it was chosen, in one sentence."""
 
@@ -104,94 +92,145 @@ def choose_latent(
     neutral: Int[Tensor, "example pos"] | None = None,
     progress: Progress | None = None,
 ) -> Choice:
-    """Steer the prompt by several latents and choose the one with the largest effect.
+    """Steer the prompt by many latents and choose the one with the largest effect.
 
     Where the config names a latent, only that one is tried.
 
     Args:
         subject: The model and the dictionary.
-        candidates: The labelled latents; those without targets are passed over.
+        candidates: The labelled latents.
         config: Prompt, strength, mode, and how many are tried.
-        neutral: Text on which the side effect of each is measured.
-        progress: Called after each latent.
+        neutral: Text on which the side effect of the chosen latent is measured.
+        progress: Called after each batch of latents.
 
     Raises:
         ValueError: If there is nothing to try.
     """
     progress = progress or silent
-    tried = shortlist(candidates, config)
-    rule = RULE if config.latent is None else "the latent was named in the config"
-    prompt, n_tokens = config.prompt, config.max_new_tokens
-    base = generate(subject.model, subject.tokenizer, prompt, max_new_tokens=n_tokens)
+    if config.latent is None:
+        fit, rule = fit_candidates(candidates), RULE
+    else:
+        fit, rule = named(candidates, config.latent), "the latent was named in the config"
+    tried = _most_promising(subject, fit, config, progress)
+    base = _generate(subject, config)
     trials: list[Trial] = []
-    for candidate in tried:
-        trials.append(_trial(subject, candidate, base, config, neutral))
-        progress(len(trials), len(tried), "latents steered")
-    ranked = tuple(sorted(trials, key=_rank, reverse=True))
+    for start in range(0, len(tried), AT_ONCE):
+        trials += _try(subject, tried[start : start + AT_ONCE], base, config)
+        progress(len(trials), len(tried), "latents tried")
+    trials.sort(key=_rank)
+    chosen = trials[0].candidate
+
+    def steered():
+        operations = [config.operation(chosen.latent)]
+        return steering(
+            *_place(subject), operations, stats=subject.stats, first_position=subject.first_position
+        )
+
+    with steered():
+        changed = _generate(subject, config)
+    targets = torch.tensor(chosen.targets, dtype=torch.int64)
     return Choice(
-        chosen=ranked[0], base=base, trials=ranked, n_candidates=len(candidates), rule=rule
+        chosen=_trial(chosen, changed, base),
+        base=base,
+        effect=measure_effect(subject.model, steered, base, changed, targets, neutral=neutral),
+        trials=tuple(trials),
+        n_candidates=len(fit),
+        rule=rule,
     )
 
 
 def target_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[int, ...]:
     """Ids of the tokens that are a word as a whole: inside a sentence, at its start, capitalised.
 
-    A word that the tokenizer always splits gives none.
+    Words of fewer than four letters, which are mostly grammar, what is no word, and words that the
+    tokenizer splits give none.
     """
-    cased = [form for word in words for form in (word, word.capitalize())]
+    whole = [word for word in words if len(word) >= 4 and word.isalpha()]
+    cased = [form for word in whole for form in (word, word.capitalize())]
     forms = [space + form for form in cased for space in (" ", "")]
     ids = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
-    whole = (found[0] for found in ids if len(found) == 1 and found[0] != tokenizer.unk_token_id)
-    return tuple(dict.fromkeys(whole))
+    single = (found[0] for found in ids if len(found) == 1 and found[0] != tokenizer.unk_token_id)
+    return tuple(dict.fromkeys(single))
 
 
-def shortlist(candidates: Sequence[Candidate], config: SteerConfig) -> list[Candidate]:
-    """The candidates that are tried, the best label first; no two with the same label.
+@torch.no_grad()
+def _most_promising(
+    subject: Subject, candidates: list[Candidate], config: SteerConfig, progress: Progress
+) -> list[Candidate]:
+    """Those after whose steering the prompt makes the target tokens most probable."""
+    if len(candidates) <= config.n_candidates:
+        return candidates
+    prompt = subject.tokenizer(config.prompt)["input_ids"]
+    device = next(subject.model.parameters()).device
+    base = _next_probabilities(subject.model, torch.tensor([prompt], device=device))[0]
+    rise: dict[int, float] = {}
+    for start in range(0, len(candidates), AT_ONCE):
+        part = candidates[start : start + AT_ONCE]
+        with _steered_each(subject, part, config):
+            copies = torch.tensor([prompt] * len(part), device=device)
+            steered = _next_probabilities(subject.model, copies)
+        for candidate, p in zip(part, steered, strict=True):
+            targets = list(candidate.targets)
+            rise[candidate.latent] = float(p[targets].sum() - base[targets].sum())
+        progress(len(rise), len(candidates), "latents screened")
+    ranked = sorted(candidates, key=lambda c: (-rise[c.latent], c.latent))
+    return ranked[: config.n_candidates]
 
-    Raises:
-        ValueError: If none is left.
-    """
-    if config.latent is not None:
-        named = [c for c in candidates if c.latent == config.latent]
-        if not named:
-            raise ValueError(f"latent must be one of the labelled ones, got {config.latent}")
-        return named
-    low, high = DENSITY
-    fit = [c for c in candidates if c.targets and c.auc >= MIN_AUC and low <= c.density <= high]
-    best: dict[str, Candidate] = {}
-    for candidate in sorted(fit, key=lambda c: (-c.auc, c.latent)):
-        best.setdefault(candidate.label, candidate)
-    if not best:
-        raise ValueError(
-            f"candidates must have one with AUC >= {MIN_AUC} and density in {low:g}..{high:g}, "
-            f"got none among {len(candidates)}; name a latent"
+
+def _next_probabilities(
+    model: nn.Module, input_ids: Int[Tensor, "example pos"]
+) -> Float[Tensor, "example vocab"]:
+    return model(input_ids=input_ids, use_cache=False).logits[:, -1].float().softmax(dim=1)
+
+
+def _try(
+    subject: Subject, candidates: list[Candidate], base: Generation, config: SteerConfig
+) -> list[Trial]:
+    with _steered_each(subject, candidates, config):
+        texts = generate_copies(
+            subject.model,
+            subject.tokenizer,
+            config.prompt,
+            len(candidates),
+            max_new_tokens=config.max_new_tokens,
         )
-    return list(best.values())[: config.n_candidates]
+    return [_trial(c, found, base) for c, found in zip(candidates, texts, strict=True)]
 
 
-def _trial(
-    subject: Subject,
-    candidate: Candidate,
-    base: Generation,
-    config: SteerConfig,
-    neutral: Int[Tensor, "example pos"] | None,
-) -> Trial:
-    model, tokenizer, hook_point, dictionary, stats, first = subject
-    operations = [config.operation(candidate.latent)]
+def _trial(candidate: Candidate, found: Generation, base: Generation) -> Trial:
+    brought = set(candidate.targets) & set(found.tokens) - set(base.tokens)
+    return Trial(
+        candidate=candidate,
+        text=found.text,
+        brought=tuple(sorted(brought)),
+        repeated=repeated_share(found.tokens),
+    )
 
-    def steered():
-        return steering(
-            model, hook_point, dictionary, operations, stats=stats, first_position=first
+
+def _steered_each(subject: Subject, candidates: list[Candidate], config: SteerConfig):
+    """A context in which example i of a batch is steered by candidate i."""
+    edits = [
+        steered_stream(
+            subject.dictionary,
+            [config.operation(candidate.latent)],
+            stats=subject.stats,
+            first_position=subject.first_position,
         )
-
-    with steered():
-        changed = generate(model, tokenizer, config.prompt, max_new_tokens=config.max_new_tokens)
-    targets = torch.tensor(candidate.targets, dtype=torch.int64)
-    effect = measure_effect(model, steered, base, changed, targets, neutral=neutral)
-    return Trial(candidate=candidate, text=changed.text, effect=effect)
+        for candidate in candidates
+    ]
+    return edit(subject.model, {subject.hook_point: each(edits)})
 
 
-def _rank(trial: Trial) -> tuple[bool, float, float]:
-    effect = trial.effect
-    more = effect.target_share - effect.target_share_base
-    return effect.repeated <= MAX_REPEATED, more, effect.target_gain
+def _generate(subject: Subject, config: SteerConfig) -> Generation:
+    n_tokens = config.max_new_tokens
+    return generate(subject.model, subject.tokenizer, config.prompt, max_new_tokens=n_tokens)
+
+
+def _place(subject: Subject) -> tuple[nn.Module, str, SparseAutoencoder]:
+    return subject.model, subject.hook_point, subject.dictionary
+
+
+def _rank(trial: Trial) -> tuple[bool, int, float, float, int]:
+    candidate = trial.candidate
+    is_loop = trial.repeated > MAX_REPEATED
+    return is_loop, -len(trial.brought), -candidate.auc, trial.repeated, candidate.latent

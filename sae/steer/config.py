@@ -95,14 +95,14 @@ class SteerConfig:
     """Number of the latent; chosen among labelled ones by measured effect when absent."""
     mode: Literal["clamp", "add"] = "clamp"
     """Whether the strength replaces the latent's activation or is added to it."""
-    strength: float = 8.0
+    strength: float = 5.0
     """In units of the latent's largest activation."""
     prompt: str = "The"
     """What the model continues."""
     max_new_tokens: int = 40
     """Length of the continuation, at most."""
-    n_candidates: int = 8
-    """Latents that are tried where none is named."""
+    n_candidates: int = 32
+    """Latents that are tried where none is named; the most promising after a quick look at all."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -80,7 +80,9 @@ def generate_copies(
     if not prompt_tokens:
         raise ValueError(f"prompt must have at least one token, got {prompt!r}")
     copies = [list(prompt_tokens) for _ in range(n_copies)]
-    rows = _greedy(model, copies, tokenizer.eos_token_id, max_new_tokens, use_cache)
+    end = tokenizer.eos_token_id
+    assert end is None or isinstance(end, int), end
+    rows = _greedy(model, copies, end, max_new_tokens, use_cache)
     return [
         Generation(
             prompt=prompt,

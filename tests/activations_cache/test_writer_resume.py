@@ -94,6 +94,15 @@ def test_claimed_shards_of_others_are_left_out_until_they_are_there(tmp_path: Pa
         assert sorted([*taken, 2]) == list(range(plan.n_shards))
 
 
+def test_an_error_lets_the_claimed_shard_go(tmp_path: Path, plan: Plan):
+    with CacheWriter(tmp_path, plan) as writer:
+        claims = writer.claims()
+        assert next(claims) == 0
+    with CacheWriter(tmp_path, plan) as writer, writer.claim(0):
+        assert next(writer.claims()) == 1
+    assert list((tmp_path / ".locks").iterdir()) == []
+
+
 KILLED = """
 import os, pathlib, signal, sys
 from activations_cache.synthetic import LinearModel, synthetic_plan

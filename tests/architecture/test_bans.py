@@ -33,6 +33,7 @@ UNSAFE_BY_REVIEW: dict[str, set[str]] = {}
 
 READS_ENVIRONMENT = {
     "activations_cache/builder.py": "the rank that a launcher gave this process",
+    "activations_cache/source.py": "the device that a launcher gave this process",
     "activations_cache/gguf.py": "where converted models are kept",
 }
 

@@ -9,7 +9,7 @@ from sae.metrics import Firing
 
 HOOK = "model.layers.1:out"
 D_MODEL = 8
-WORDS = ["<end>", *(f"w{i}" for i in range(36))]
+WORDS = ["<end>", *(f"w{i}" for i in range(33)), "milk", "Milk", "butter"]
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +19,9 @@ def hook_point():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w35"))
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w32"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="w35")
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="w32")
 
 
 @pytest.fixture(scope="session")

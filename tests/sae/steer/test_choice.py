@@ -4,25 +4,18 @@ import json
 import pytest
 import torch
 
-from sae.steer.choice import (
-    Candidate,
-    Subject,
-    Trial,
-    _rank,
-    choose_latent,
-    shortlist,
-    target_tokens,
-)
+from sae.steer.candidates import Candidate
+from sae.steer.choice import Subject, Trial, _rank, choose_latent, target_tokens
 from sae.steer.config import SteerConfig
-from sae.steer.effects import Effect
 from sae.steer.generation import generate
 from sae.steer.steering import steering
 
 CONFIG = SteerConfig(prompt="w3 w7", max_new_tokens=11, strength=4.0, n_candidates=3)
+NEVER = (34, 35, 36)
 
 
 def candidate(latent, **fields):
-    known = {"label": f"label {latent}", "auc": 0.9, "density": 0.01, "targets": (latent,)}
+    known = {"label": f"label {latent}", "auc": 0.9, "density": 0.01, "targets": NEVER}
     return Candidate(latent=latent, **{**known, **fields})
 
 
@@ -31,88 +24,108 @@ def subject(model, tokenizer, hook_point, dictionary, stats):
     return Subject(model, tokenizer, hook_point, dictionary, stats)
 
 
-def test_only_fit_candidates_are_tried():
-    found = shortlist(
-        [
-            candidate(1, auc=0.81),
-            candidate(2, auc=0.79),
-            candidate(3, density=0.5),
-            candidate(4, density=1e-6),
-            candidate(5, targets=()),
-            candidate(6, auc=0.99),
-            candidate(7, auc=0.95, label="label 6"),
-            candidate(8, auc=0.95),
-            candidate(9, auc=0.9),
-        ],
-        CONFIG,
-    )
-    assert [c.latent for c in found] == [6, 8, 9]
+@pytest.fixture
+def steered_text(subject):
+    def text(latent):
+        with steering(*subject[:1], *subject[2:4], [CONFIG.operation(latent)], stats=subject.stats):
+            return generate(*subject[:2], CONFIG.prompt, max_new_tokens=11)
+
+    return text
 
 
-def test_a_named_latent_is_the_only_one_tried():
-    config = dataclasses.replace(CONFIG, latent=2)
-    assert [c.latent for c in shortlist([candidate(1), candidate(2, auc=0.1)], config)] == [2]
-    with pytest.raises(ValueError, match="latent must be one of the labelled ones, got 2"):
-        shortlist([candidate(1)], config)
-
-
-def test_nothing_fit_is_said():
-    with pytest.raises(ValueError, match=r"AUC >= 0\.8 .* got none among 1; name a latent"):
-        shortlist([candidate(1, auc=0.5)], CONFIG)
-
-
-def test_the_largest_effect_is_chosen_and_everything_is_recorded(subject, model, tokenizer):
-    reports = []
-    with steering(*subject[:1], subject.hook_point, subject.dictionary,
-                  [CONFIG.operation(5)], stats=subject.stats):  # fmt: skip
-        text = generate(model, tokenizer, CONFIG.prompt, max_new_tokens=11)
-    base = generate(model, tokenizer, CONFIG.prompt, max_new_tokens=11)
-    brought = tuple(set(text.tokens) - set(base.tokens))
+def test_the_latent_that_brings_its_words_is_chosen(subject, steered_text):
+    base = generate(*subject[:2], CONFIG.prompt, max_new_tokens=11)
+    text = steered_text(5)
+    brought = tuple(sorted(set(text.tokens) - set(base.tokens)))
     assert brought
+    absent = sorted(set(range(1, 37)) - set(text.tokens) - set(base.tokens))[:2]
+    reports = []
     candidates = [
-        candidate(4, targets=(0,)), candidate(5, targets=brought), candidate(6, targets=(0,)),
+        candidate(4, targets=(*absent, 0)),
+        candidate(5, targets=(*brought, *absent)),
         candidate(7, auc=0.1),
-    ]  # fmt: skip
+    ]
     choice = choose_latent(
-        subject, candidates, CONFIG, progress=lambda *report: reports.append(report)
-    )
-    assert choice.chosen == choice.trials[0]
-    assert {t.candidate.latent for t in choice.trials} == {4, 5, 6}
-    assert choice.n_candidates == 4
-    assert choice.base == base
-    assert reports == [(i, 3, "latents steered") for i in (1, 2, 3)]
-    by_latent = {t.candidate.latent: t for t in choice.trials}
-    assert by_latent[5].text == text.text
-    assert by_latent[5].effect.repeated <= 0.25
+        subject, candidates, CONFIG,
+        neutral=torch.tensor([[1, 2, 3, 4, 5]]), progress=lambda *r: reports.append(r),
+    )  # fmt: skip
     assert choice.chosen.candidate.latent == 5
-    assert "most target tokens" in choice.rule
+    assert choice.base == base
+    assert choice.chosen == choice.trials[0]
+    assert choice.chosen.text == text.text
+    assert choice.effect.target_share > choice.effect.target_share_base == 0
+    assert choice.effect.kl_neutral > 0
+    assert [t.candidate.latent for t in choice.trials] == [5, 4]
+    assert choice.trials[0].brought == brought
+    assert choice.trials[1].brought == ()
+    assert choice.n_candidates == 2
+    assert reports == [(2, 2, "latents tried")]
+    assert "AUC of 0.65 or more" in choice.rule
     json.dumps(dataclasses.asdict(choice))
 
 
-def test_loops_come_last_and_the_gain_breaks_ties():
-    def trial(**fields):
-        effect = Effect(
-            target_share_base=0.1, target_share=0.1, target_gain=0.0, repeated_base=0.0,
-            repeated=0.0, nll_base=2.0, nll=3.0, kl_neutral=None,
-        )  # fmt: skip
-        effect = dataclasses.replace(effect, **fields)
-        return Trial(candidate=candidate(1), text="", effect=effect)
+def test_many_candidates_are_screened_by_the_rise_of_their_words(subject, hook_point):
+    candidates = [candidate(i, targets=(i, i + 1, i + 2)) for i in range(22)]
+    prompt = torch.tensor([subject.tokenizer(CONFIG.prompt)["input_ids"]])
+    base = subject.model(prompt).logits[0, -1].softmax(0)
+    rise = {}
+    for c in candidates:
+        with steering(
+            subject.model, hook_point, subject.dictionary, [CONFIG.operation(c.latent)],
+            stats=subject.stats,
+        ):  # fmt: skip
+            steered = subject.model(prompt).logits[0, -1].softmax(0)
+        rise[c.latent] = float((steered - base)[list(c.targets)].sum())
+    best = sorted(rise, key=rise.__getitem__, reverse=True)[:3]
+    reports = []
+    choice = choose_latent(subject, candidates, CONFIG, progress=lambda *r: reports.append(r))
+    assert {t.candidate.latent for t in choice.trials} == set(best)
+    assert choice.n_candidates == 22
+    assert reports == [(22, 22, "latents screened"), (3, 3, "latents tried")]
 
-    best = trial(target_share=0.3)
-    gain = trial(target_share=0.2, target_gain=1.0)
-    none = trial(target_share=0.2)
-    loop = trial(target_share=1.0, repeated=0.9)
-    assert sorted([loop, none, best, gain], key=_rank, reverse=True) == [best, gain, none, loop]
+
+def test_batches_do_not_matter(subject, monkeypatch):
+    candidates = [candidate(i, targets=(i, i + 1, i + 2)) for i in range(22)]
+    whole = choose_latent(subject, candidates, CONFIG)
+    monkeypatch.setattr("sae.steer.choice.AT_ONCE", 2)
+    assert choose_latent(subject, candidates, CONFIG) == whole
+
+
+def test_each_trial_is_steered_by_its_own_latent(subject, steered_text):
+    choice = choose_latent(subject, [candidate(4), candidate(5), candidate(6)], CONFIG)
+    assert {t.candidate.latent: t.text for t in choice.trials} == {
+        latent: steered_text(latent).text for latent in (4, 5, 6)
+    }
+
+
+def test_a_named_latent_is_the_only_one_tried(subject, steered_text):
+    config = dataclasses.replace(CONFIG, latent=5)
+    choice = choose_latent(subject, [candidate(4), candidate(5, auc=0.1)], config)
+    assert [t.candidate.latent for t in choice.trials] == [5]
+    assert choice.chosen.text == steered_text(5).text
+    assert choice.rule == "the latent was named in the config"
 
 
 def test_steering_starts_at_the_first_position(subject):
     config = dataclasses.replace(CONFIG, latent=5)
     late = choose_latent(subject._replace(first_position=99), [candidate(5)], config)
     assert late.chosen.text == late.base.text
-    assert late.rule == "the latent was named in the config"
+    assert late.effect.target_gain == 0
 
 
-def test_target_tokens_are_whole_words(tokenizer):
-    assert target_tokens(tokenizer, ["w3", "w3", "w11"]) == (4, 12)
+def test_targets_are_words_that_are_one_token(tokenizer):
+    words = ["milk", "butter", "milk", "of", "w3", "1999", "buttermilk"]
+    forms = ["milk", "Milk", "butter"]
+    assert target_tokens(tokenizer, words) == tuple(tokenizer.convert_tokens_to_ids(forms))
     assert target_tokens(tokenizer, []) == ()
-    assert torch.tensor(target_tokens(tokenizer, ["w3 w4"])).tolist() == []
+
+
+def test_loops_come_last_and_the_label_breaks_ties():
+    def trial(brought=(), repeated=0.0, **fields):
+        return Trial(candidate=candidate(1, **fields), text="", brought=brought, repeated=repeated)
+
+    best = trial((1, 2))
+    sure = trial((1,), auc=0.95)
+    less = trial((1,), auc=0.9)
+    loop = trial((1, 2, 3), repeated=0.9)
+    assert sorted([loop, less, best, sure], key=_rank) == [best, sure, less, loop]

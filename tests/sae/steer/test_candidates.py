@@ -1,0 +1,31 @@
+import pytest
+
+from sae.steer.candidates import Candidate, fit_candidates, named
+
+
+def candidate(latent, **fields):
+    known = {"label": f"label {latent}", "auc": 0.9, "density": 0.01, "targets": (1, 2, 3)}
+    return Candidate(latent=latent, **{**known, **fields})
+
+
+def test_only_fit_candidates_are_kept():
+    found = fit_candidates([
+        candidate(1, auc=0.66),
+        candidate(2, auc=0.64),
+        candidate(3, density=0.5),
+        candidate(4, density=1e-6),
+        candidate(5, targets=(1, 2)),
+        candidate(6),
+    ])  # fmt: skip
+    assert [c.latent for c in found] == [1, 6]
+
+
+def test_nothing_fit_is_said():
+    with pytest.raises(ValueError, match=r"AUC >= 0\.65.* got none among 1; name a latent"):
+        fit_candidates([candidate(1, auc=0.5)])
+
+
+def test_a_named_latent_need_not_be_fit():
+    assert [c.latent for c in named([candidate(1), candidate(2, auc=0.1)], 2)] == [2]
+    with pytest.raises(ValueError, match="latent must be one of the labelled ones, got 2"):
+        named([candidate(1)], 2)
