@@ -17,7 +17,7 @@ class EvaluateConfig:
     """Contexts that the model reads at once; their logits are held twice."""
     rows_per_chunk: int = 4096
     """Rows that are encoded at once."""
-    n_rows_firing: int = 100_000
+    n_rows_firing: int = 50_000
     """Training rows in which firing is counted, beside all held-out rows; 0 for none."""
     n_resamples: int = 2000
     """Bootstrap resamples of the contexts, for the intervals."""

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -63,6 +64,15 @@ class FiringSummary:
     """Latents that fire in a share of the rows from one edge up to the next; dead ones excepted."""
 
 
+class Measured(NamedTuple):
+    """What one pass over rows tells of a dictionary."""
+
+    reconstruction: Reconstruction
+    """How well it reconstructs them."""
+    firing: Firing
+    """How often its latents fire in them."""
+
+
 @torch.no_grad()
 def measure_reconstruction(
     dictionaries: Mapping[str, SparseAutoencoder],
@@ -72,7 +82,7 @@ def measure_reconstruction(
     *,
     rows_per_chunk: int = ROWS_PER_CHUNK,
     progress: Progress | None = None,
-) -> dict[str, Reconstruction]:
+) -> dict[str, Measured]:
     """Reconstruct rows with several dictionaries, reading each row once.
 
     Args:
@@ -86,18 +96,12 @@ def measure_reconstruction(
     Raises:
         ValueError: If a dictionary is not as wide as the rows.
     """
-    sums = {name: (FVU(), Agreement(), L0()) for name in dictionaries}
     _require_width(dictionaries, cache, hook_point)
+    sums = {name: _Sums(dictionary) for name, dictionary in dictionaries.items()}
     for x in _chunks(cache, hook_point, rows, rows_per_chunk, progress or silent):
-        for name, dictionary in dictionaries.items():
-            here = x.to(dictionary.dec_rows.device)
-            latents = dictionary.encode(here)
-            x_hat = dictionary.decode(latents)
-            fvu, agreement, l0 = sums[name]
-            fvu.update(here, x_hat)
-            agreement.update(here, x_hat)
-            l0.update(latents.values)
-    return {name: _reconstruction(*of_one) for name, of_one in sums.items()}
+        for of_one in sums.values():
+            of_one.update(x)
+    return {name: of_one.result() for name, of_one in sums.items()}
 
 
 @torch.no_grad()
@@ -169,14 +173,34 @@ def _require_width(
             )
 
 
-def _reconstruction(fvu: FVU, agreement: Agreement, l0: L0) -> Reconstruction:
-    return Reconstruction(
-        n_rows=fvu.n_rows,
-        fvu=fvu.compute(),
-        fvu_uncentred=fvu.compute_uncentred(),
-        cosine=agreement.cosine,
-        norm_ratio=agreement.norm_ratio,
-        relative_bias=agreement.relative_bias,
-        l0=l0.mean,
-        l0_quantiles={str(share): l0.quantile(share) for share in L0_QUANTILES},
-    )
+class _Sums:
+    """The streaming metrics of one dictionary."""
+
+    def __init__(self, dictionary: SparseAutoencoder) -> None:
+        self._dictionary = dictionary
+        self._fvu, self._agreement, self._l0 = FVU(), Agreement(), L0()
+        self._firing = Firing(dictionary.config.d_sae)
+
+    def update(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Add rows."""
+        x = x.to(self._dictionary.dec_rows.device)
+        latents = self._dictionary.encode(x)
+        x_hat = self._dictionary.decode(latents)
+        self._fvu.update(x, x_hat)
+        self._agreement.update(x, x_hat)
+        self._l0.update(latents.values)
+        self._firing.update(latents)
+
+    def result(self) -> Measured:
+        """The figures over all rows."""
+        reconstruction = Reconstruction(
+            n_rows=self._fvu.n_rows,
+            fvu=self._fvu.compute(),
+            fvu_uncentred=self._fvu.compute_uncentred(),
+            cosine=self._agreement.cosine,
+            norm_ratio=self._agreement.norm_ratio,
+            relative_bias=self._agreement.relative_bias,
+            l0=self._l0.mean,
+            l0_quantiles={str(share): self._l0.quantile(share) for share in L0_QUANTILES},
+        )
+        return Measured(reconstruction, self._firing)

@@ -61,13 +61,15 @@ def evaluate(
             "build a cache with text.hold above 0"
         )
     chunks = config.rows_per_chunk
-    reconstruction = measure_reconstruction(
+    measured = measure_reconstruction(
         dictionaries, cache, hook_point, hold, rows_per_chunk=chunks, progress=progress
     )
+    training = _sample(cache.rows(TRAINING_SPLITS), config.n_rows_firing, config.seed)
     firing = firing_statistics(
-        dictionaries, cache, hook_point, firing_rows(cache, config),
-        rows_per_chunk=chunks, progress=progress,
-    )  # fmt: skip
+        dictionaries, cache, hook_point, training, rows_per_chunk=chunks, progress=progress
+    )
+    for name, of_one in measured.items():
+        firing[name].merge(of_one.firing)
     context = held_out(cache, hook_point, config)
     substitution = measure_substitution(
         dictionaries, model, hook_point, context, config, progress=progress
@@ -76,18 +78,12 @@ def evaluate(
         hook_point=hook_point,
         cache_fingerprint=cache.fingerprint,
         skip_positions=context.skip_positions,
-        reconstruction=reconstruction,
+        reconstruction={name: of_one.reconstruction for name, of_one in measured.items()},
         firing={name: summary(of_one) for name, of_one in firing.items()},
         substitution=substitution,
         config=asdict(config),
     )
     return Evaluation(report, firing)
-
-
-def firing_rows(cache: ActivationCache, config: EvaluateConfig) -> Int[Tensor, " row"]:
-    """All held-out rows and `n_rows_firing` training rows, ascending."""
-    training = _sample(cache.rows(TRAINING_SPLITS), config.n_rows_firing, config.seed)
-    return torch.cat([training, cache.rows(("hold",))]).sort().values
 
 
 def held_out(cache: ActivationCache, hook_point: str, config: EvaluateConfig) -> HeldOut:

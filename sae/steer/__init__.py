@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sae.steer.candidates import Candidate
-    from sae.steer.choice import Choice, Subject, choose_latent, target_tokens
+    from sae.steer.candidates import Candidate, target_tokens
+    from sae.steer.choice import Choice, Subject, choose_latent
     from sae.steer.config import Ablate, Add, Clamp, Operation, Scale, SteerConfig
     from sae.steer.effects import Effect, measure_effect
     from sae.steer.generation import generate
@@ -44,7 +44,7 @@ _HOME = {
     "generate": "sae.steer.generation",
     "measure_effect": "sae.steer.effects",
     "steering": "sae.steer.steering",
-    "target_tokens": "sae.steer.choice",
+    "target_tokens": "sae.steer.candidates",
 }
 
 

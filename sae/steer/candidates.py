@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from activations_cache.models import Tokenizer
+
 MIN_AUC = 0.65
 """A candidate's label must tell this well where the latent fires; 0.5 is chance."""
 
@@ -59,3 +61,17 @@ def fit_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
             f"{MIN_TARGETS} target tokens, got none among {len(candidates)}; name a latent"
         )
     return fit
+
+
+def target_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[int, ...]:
+    """Ids of the tokens that are a word as a whole: inside a sentence, at its start, capitalised.
+
+    Words of fewer than four letters, which are mostly grammar, what is no word, and words that the
+    tokenizer splits give none.
+    """
+    whole = [word for word in words if len(word) >= 4 and word.isalpha()]
+    cased = [form for word in whole for form in (word, word.capitalize())]
+    forms = [space + form for form in cased for space in (" ", "")]
+    ids = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
+    single = (found[0] for found in ids if len(found) == 1 and found[0] != tokenizer.unk_token_id)
+    return tuple(dict.fromkeys(single))

@@ -139,20 +139,6 @@ def choose_latent(
     )
 
 
-def target_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[int, ...]:
-    """Ids of the tokens that are a word as a whole: inside a sentence, at its start, capitalised.
-
-    Words of fewer than four letters, which are mostly grammar, what is no word, and words that the
-    tokenizer splits give none.
-    """
-    whole = [word for word in words if len(word) >= 4 and word.isalpha()]
-    cased = [form for word in whole for form in (word, word.capitalize())]
-    forms = [space + form for form in cased for space in (" ", "")]
-    ids = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
-    single = (found[0] for found in ids if len(found) == 1 and found[0] != tokenizer.unk_token_id)
-    return tuple(dict.fromkeys(single))
-
-
 @torch.no_grad()
 def _most_promising(
     subject: Subject, candidates: list[Candidate], config: SteerConfig, progress: Progress

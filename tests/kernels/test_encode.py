@@ -78,20 +78,21 @@ def test_without_b_in_nothing_is_subtracted(backend, tensors):
 def test_gradcheck(backend, relu, tensors):
     x, enc_rows, b_enc, b_in = tensors
     inputs = [t.clone().requires_grad_() for t in (x[:5], enc_rows[:23], b_enc[:23], b_in)]
-    k = 19 if relu else K  # so many that some are negative
-    if relu:
-        kept = run(inputs, k, relu=False).values
-        assert (kept < -1e-3).any()
-        assert kept.abs().min() > 1e-4  # no value within reach of the ReLU's corner
-    assert torch.autograd.gradcheck(lambda *t: run(t, k, relu=relu, backend=backend).values, inputs)
+    kept = run(inputs, 19, relu=False).values  # so many that some are negative
+    assert (kept < -1e-3).any()
+    assert kept.abs().min() > 1e-4  # no value within reach of the ReLU's corner
+    assert torch.autograd.gradcheck(
+        lambda *t: run(t, 19, relu=relu, backend=backend).values, inputs
+    )
 
 
 @pytest.mark.parametrize("relu", [False, True])
 def test_gradients_equal_dense_autograd_in_float32(relu, normal):
     tensors = (normal(61, 29), normal(536, 29, seed=1), normal(536, seed=2), normal(29, seed=3))
-    weights = normal(61, 211, seed=4)
-    ours = gradients(run, tensors, weights, k=211, relu=relu)
-    theirs = gradients(dense, tensors, weights, k=211, relu=relu)
+    weights = normal(61, 401, seed=4)
+    assert (run(tensors, 401, relu=False).values < 0).any()
+    ours = gradients(run, tensors, weights, k=401, relu=relu)
+    theirs = gradients(dense, tensors, weights, k=401, relu=relu)
     for got, want in zip(ours, theirs, strict=True):
         assert got.dtype == torch.float32
         assert (got - want).norm() <= 1e-6 * want.norm()
@@ -108,16 +109,18 @@ def test_only_what_is_needed_gets_a_gradient(name, tensors):
             assert torch.equal(tensor.grad, full)
 
 
-@pytest.mark.parametrize(
-    ("asked", "width"),
-    [("x", BATCH * D_IN), ("enc_rows", D_SAE * D_IN), ("b_enc", D_SAE), ("b_in", D_SAE)],
-)
-def test_gradients_that_are_not_asked_for_are_not_computed(asked, width, tensors, largest):
+@pytest.mark.parametrize("asked", NAMES)
+def test_gradients_that_are_not_asked_for_are_not_computed(asked, tensors, monkeypatch):
+    calls = []
+    for name in ("weighted_bags", "segments", "segment_product"):
+        true = getattr(encode, name)
+        monkeypatch.setattr(
+            encode, name, lambda *args, true=true, name=name: (calls.append(name), true(*args))[1]
+        )
     inputs = [t.clone().requires_grad_(n == asked) for n, t in zip(NAMES, tensors, strict=True)]
-    total = run(inputs).values.sum()
-    with largest:
-        total.backward()
-    assert largest.seen <= max(width, D_SAE, BATCH * K)
+    run(inputs).values.sum().backward()
+    expected = {"x": ["weighted_bags"], "enc_rows": ["segments", "segment_product"]}
+    assert calls == expected.get(asked, ["segments"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

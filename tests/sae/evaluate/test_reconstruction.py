@@ -12,6 +12,7 @@ def test_known_dictionaries_have_known_figures(cache, hook_point, identity, cons
         {"identity": identity, "mean": constant(x.mean(0)), "zero": constant(torch.zeros(8))},
         cache, hook_point, rows,
     )  # fmt: skip
+    measured = {name: of_one.reconstruction for name, of_one in measured.items()}
     assert measured["identity"].fvu == pytest.approx(0, abs=1e-12)
     assert measured["identity"].cosine == pytest.approx(1)
     assert measured["identity"].norm_ratio == pytest.approx(1)
@@ -26,6 +27,7 @@ def test_known_dictionaries_have_known_figures(cache, hook_point, identity, cons
 def test_the_figures_are_those_of_the_metrics(cache, hook_point, random_dictionary):
     rows = cache.rows(("score",))
     measured = measure_reconstruction({"a": random_dictionary}, cache, hook_point, rows)["a"]
+    measured = measured.reconstruction
     x = cache[hook_point][rows]
     x_hat = random_dictionary(x)
     assert measured.fvu == pytest.approx(fvu(x, x_hat))
@@ -49,8 +51,9 @@ def test_rows_are_read_once_and_chunks_do_not_matter(
     assert len(seen) == -(-len(rows) // chunk)
     assert seen[-1] == (len(rows), len(rows), "rows")
     alone = measure_reconstruction({"a": random_dictionary}, cache, hook_point, rows)
-    assert measured["a"].fvu == pytest.approx(alone["a"].fvu, rel=1e-6)
-    assert measured["a"].l0_quantiles == alone["a"].l0_quantiles
+    found, expected = measured["a"].reconstruction, alone["a"].reconstruction
+    assert found.fvu == pytest.approx(expected.fvu, rel=1e-6)
+    assert found.l0_quantiles == expected.l0_quantiles
 
 
 def test_firing_statistics_are_counts_of_the_dense_activations(
@@ -60,6 +63,8 @@ def test_firing_statistics_are_counts_of_the_dense_activations(
     firing = firing_statistics(
         {"a": random_dictionary, "b": identity}, cache, hook_point, rows, rows_per_chunk=11
     )
+    measured = measure_reconstruction({"a": random_dictionary}, cache, hook_point, rows)
+    assert torch.equal(measured["a"].firing.n_fired, firing["a"].n_fired)
     x = cache[hook_point][rows]
     for name, dictionary in (("a", random_dictionary), ("b", identity)):
         dense = dictionary.encode_dense(x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae.evaluate import EvaluateConfig, evaluate, read_json, write_json
-from sae.evaluate.run import firing_rows, held_out
+from sae.evaluate.run import held_out
 
 CONFIG = EvaluateConfig(
     n_contexts=5, n_contexts_special=3, contexts_per_forward=2, n_rows_firing=31, n_resamples=29
@@ -63,9 +63,19 @@ def test_contexts_and_rows_are_held_out_ones(cache, hook_point, tokens):
     assert {tuple(t.tolist()) for t in context.tokens} <= hold
     assert len(context.tokens) == 5
     assert torch.equal(context.mean, cache[hook_point].mean)
-    rows = firing_rows(cache, CONFIG)
-    assert len(rows.unique()) == len(rows) == 8 * 12 + 31
-    assert set(cache.rows(("hold",)).tolist()) <= set(rows.tolist())
+
+
+def test_firing_is_counted_in_held_out_and_some_training_rows(
+    model, cache, hook_point, random_dictionary
+):
+    every = replace(CONFIG, n_rows_firing=10_000)
+    found = evaluate({"a": random_dictionary}, cache, hook_point, model, every).firing["a"]
+    dense = random_dictionary.encode_dense(cache[hook_point][cache.rows()])
+    assert torch.equal(found.n_fired, (dense != 0).sum(0))
+    none = replace(CONFIG, n_rows_firing=0)
+    found = evaluate({"a": random_dictionary}, cache, hook_point, model, none).firing["a"]
+    dense = random_dictionary.encode_dense(cache[hook_point][cache.rows(("hold",))])
+    assert torch.equal(found.n_fired, (dense != 0).sum(0))
 
 
 def test_the_seed_chooses_the_contexts(cache, hook_point):

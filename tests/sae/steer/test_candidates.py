@@ -1,6 +1,6 @@
 import pytest
 
-from sae.steer.candidates import Candidate, fit_candidates, named
+from sae.steer.candidates import Candidate, fit_candidates, named, target_tokens
 
 
 def candidate(latent, **fields):
@@ -29,3 +29,10 @@ def test_a_named_latent_need_not_be_fit():
     assert [c.latent for c in named([candidate(1), candidate(2, auc=0.1)], 2)] == [2]
     with pytest.raises(ValueError, match="latent must be one of the labelled ones, got 2"):
         named([candidate(1)], 2)
+
+
+def test_targets_are_words_that_are_one_token(tokenizer):
+    words = ["milk", "butter", "milk", "of", "w3", "1999", "buttermilk"]
+    forms = ["milk", "Milk", "butter"]
+    assert target_tokens(tokenizer, words) == tuple(tokenizer.convert_tokens_to_ids(forms))
+    assert target_tokens(tokenizer, []) == ()

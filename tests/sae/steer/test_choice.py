@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sae.steer.candidates import Candidate
-from sae.steer.choice import Subject, Trial, _rank, choose_latent, target_tokens
+from sae.steer.choice import Subject, Trial, _rank, choose_latent
 from sae.steer.config import SteerConfig
 from sae.steer.generation import generate
 from sae.steer.steering import steering
@@ -111,13 +111,6 @@ def test_steering_starts_at_the_first_position(subject):
     late = choose_latent(subject._replace(first_position=99), [candidate(5)], config)
     assert late.chosen.text == late.base.text
     assert late.effect.target_gain == 0
-
-
-def test_targets_are_words_that_are_one_token(tokenizer):
-    words = ["milk", "butter", "milk", "of", "w3", "1999", "buttermilk"]
-    forms = ["milk", "Milk", "butter"]
-    assert target_tokens(tokenizer, words) == tuple(tokenizer.convert_tokens_to_ids(forms))
-    assert target_tokens(tokenizer, []) == ()
 
 
 def test_loops_come_last_and_the_label_breaks_ties():
