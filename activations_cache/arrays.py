@@ -1,5 +1,7 @@
 """Arrays on disk, memory mapped shard by shard; each file is checked when it is first touched."""
 
+import mmap
+import tempfile
 import threading
 from collections.abc import Mapping
 from itertools import pairwise
@@ -12,6 +14,7 @@ from activations_cache import io
 from activations_cache.errors import CacheFormatError
 from activations_cache.journal import ShardRecord
 from activations_cache.layout import ArraySpec
+from activations_cache.storage import decompress
 
 
 class ShardedArray:
@@ -66,11 +69,28 @@ class ShardedArray:
         name = self._spec.file(shard)
         expected = self._records[shard].files.get(name, {"bytes": self._spec.chunk_bytes})
         found = io.problem(self._path / name, expected)
-        if found is None and expected["bytes"] != self._spec.chunk_bytes:
+        is_plain = not self._spec.is_compressed
+        if found is None and is_plain and expected["bytes"] != self._spec.chunk_bytes:
             found = f"{name} must have {self._spec.chunk_bytes:,} bytes, got {expected['bytes']:,}"
         if found is not None:
             raise CacheFormatError(
                 f"shard {shard} is damaged: {found}; remove manifest.json and build again, "
                 "which writes only the damaged shards"
             )
-        return io.map_file(self._path / name).view(self._spec.numpy).reshape(self._spec.chunk)
+        data = io.map_file(self._path / name)
+        chunk = data if is_plain else _unpack(data, self._spec.chunk_bytes)
+        return chunk.view(self._spec.numpy).reshape(self._spec.chunk)
+
+
+def _unpack(packed: np.ndarray, n_bytes: int) -> np.ndarray:
+    """Decompress into an unnamed temporary file, so that it costs page cache and no memory.
+
+    The file lies where TMPDIR says, and goes with the process.
+    """
+    data = decompress(packed)
+    if len(data) != n_bytes:
+        raise CacheFormatError(f"a chunk must unpack to {n_bytes:,} bytes, got {len(data):,}")
+    with tempfile.TemporaryFile(prefix="activations-") as file:
+        file.write(data)
+        file.flush()
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)

@@ -74,7 +74,9 @@ def read_batches(
 
     def fetch(number: int) -> Batch:
         rows = order.take(number * batch, (number + 1) * batch)
-        return Batch(read(rows), torch.from_numpy(rows))
+        x = read(rows)
+        # From pinned memory a copy to the device runs beside the training step.
+        return Batch(x.pin_memory() if torch.cuda.is_available() else x, torch.from_numpy(rows))
 
     with ThreadPoolExecutor(1, thread_name_prefix="activations") as reader:
         ahead = [reader.submit(fetch, number) for number in numbers[:1]]

@@ -1,15 +1,17 @@
-"""Building a cache: a model reads a text, and what passes its hook points goes to the disk."""
+"""Building a cache: a model reads text or images, and what passes its hook points is stored."""
 
 import json
 import math
 import os
 from pathlib import Path
 
+import numpy as np
+
 from activations_cache import io
 from activations_cache.config import CacheConfig, parse_hook_point
 from activations_cache.errors import CacheFormatError
+from activations_cache.image_rows import ImageRows
 from activations_cache.journal import journals_at, newest
-from activations_cache.layout import STORAGE
 from activations_cache.manifest import Plan, read_manifest, read_plan
 from activations_cache.progress import Progress, silent
 from activations_cache.reader import ActivationCache, open_cache
@@ -23,6 +25,7 @@ from activations_cache.source import (
     request_of,
     widths,
 )
+from activations_cache.storage import STORAGE
 from activations_cache.writer import CacheWriter
 
 _RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
@@ -38,7 +41,7 @@ def build(
     loading the model.
 
     Args:
-        config: Model, text, hook points and sizes.
+        config: Model, text or images, hook points and sizes.
         path: The cache's directory: new, empty, or begun by the same configuration.
         progress: Called with rows done and rows in all after every forward.
 
@@ -58,6 +61,8 @@ def build(
     rank, n_ranks = rank_of_this_process()
     with CacheWriter(path, source.plan, rank=rank, progress=progress) as writer:
         write_shards(writer, source, config.contexts_per_forward, n_ranks, progress)
+        if isinstance(source, ImageRows):
+            source.write_table(path)
         writer.finish(source.provenance)
     return open_cache(path)
 
@@ -121,10 +126,12 @@ def _plan_at(path: Path) -> Plan | None:
 
 def _require_space(config: CacheConfig, path: Path, width: int) -> None:
     """Refuse what cannot fit, by a lower bound of its size, before the slow part."""
+    if config.compression != "none":  # nobody knows how far it will go
+        return
     if _plan_at(path) is not None:  # part of it is there; the writer counts what is missing
         return
-    n_rows = math.ceil(config.n_rows / (1 - config.text.hold))
-    io.require_space(path, n_rows * width * STORAGE[config.dtype][0].itemsize)
+    n_rows = math.ceil(config.n_rows / (1 - config.data.hold))
+    io.require_space(path, n_rows * width * np.dtype(STORAGE[config.dtype][1]).itemsize)
 
 
 def _width_by_config(config: CacheConfig) -> int:
@@ -137,7 +144,8 @@ def _width_by_config(config: CacheConfig) -> int:
         return 0
     try:
         entries = json.loads(file.read_bytes())
-        d_model = int(entries.get("text_config", entries)["hidden_size"])
+        part = "text_config" if config.images is None else "vision_config"
+        d_model = int(entries.get(part, entries)["hidden_size"])
     except (AttributeError, KeyError, TypeError, ValueError):  # loading the model will tell
         return 0
     blocks = [p for p in config.hook_points if parse_hook_point(p)[0].split(".")[-1].isdigit()]

@@ -1,6 +1,9 @@
 """Checks of config fields; each message begins with the field, so that its path can precede it."""
 
 import math
+import re
+
+_PACKAGE_PATH = re.compile(r"package://\w+/.+", re.ASCII)
 
 
 def require(holds: bool, field: str, rule: str, got: object) -> None:
@@ -22,3 +25,18 @@ def positive(field: str, value: float | int) -> None:
 def fraction(field: str, value: float | int) -> None:
     """Require a number from 0 to 1."""
     require(math.isfinite(value) and 0 <= value <= 1, field, "lie between 0 and 1", value)
+
+
+def split_fractions(explain: float, score: float, hold: float, what: str) -> None:
+    """Require the fractions of the three splits to cover everything, and some of it to train on."""
+    for name, value in (("explain", explain), ("score", score), ("hold", hold)):
+        require(math.isfinite(value) and value >= 0, name, "be at least 0", value)
+    total = explain + score + hold
+    require(abs(total - 1) <= 1e-6, "explain", "sum to 1 together with score and hold", total)
+    require(hold < 1, "hold", f"leave {what} to explain and score", hold)
+
+
+def package_path(path: str) -> None:
+    """Require a path that begins with package:// to be complete."""
+    is_right = not path.startswith("package://") or _PACKAGE_PATH.fullmatch(path) is not None
+    require(is_right, "path", "have the form package://PACKAGE/inner/path", path)

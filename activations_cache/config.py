@@ -5,13 +5,19 @@ configuration is checked before anything slow is loaded. Checks raise ValueError
 name first; nothing here touches the disk.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Literal, get_args
 
-from activations_cache.checks import at_least, positive, require
+from activations_cache.checks import (
+    at_least,
+    package_path,
+    positive,
+    require,
+    split_fractions,
+)
+from activations_cache.config_images import ImagesConfig
 
 SPLITS = ("explain", "score", "hold")
 """The three disjoint parts of the documents: to make explanations, to score them, to hold out."""
@@ -19,12 +25,21 @@ SPLITS = ("explain", "score", "hold")
 TRAINING_SPLITS = ("explain", "score")
 """The splits whose rows dictionaries are trained on; they are what `n_rows` counts."""
 
-Dtype = Literal["bfloat16", "float32", "float16"]
+Dtype = Literal["bfloat16", "float32", "float16", "int8"]
+
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+Compression = Literal["none", "zstd"]
+COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)
+
+Attention = Literal["context", "document"]
+ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
+
+DATASET = "dataset://"
+"""What the path of a dataset of the `datasets` library begins with."""
 
 TEXT_FORMATS = (".txt", ".jsonl", ".parquet")
 
 _HOOK_POINT = re.compile(r"(?P<module>\w+(?:\.\w+)*):(?P<side>in|out)", re.ASCII)
-_PACKAGE_PATH = re.compile(r"package://\w+/.+", re.ASCII)
 
 
 def parse_hook_point(hook_point: str) -> tuple[str, str]:
@@ -59,23 +74,28 @@ class ModelConfig:
     """Which model is read, and in which number format it runs."""
 
     path: str
-    """A directory in transformers' format, a *.gguf file, package://PACKAGE/FILE, or a hub id."""
+    """A directory (transformers, timm, open_clip), a .gguf or .onnx file, package://, or hub id."""
     sha256: str | None = None
-    """What the weights must hash to: the GGUF file, or the safetensors files in order of name."""
+    """What the weights must hash to: the one file, or the safetensors files in order of name."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of the model's weights and stream."""
     revision: str | None = None
     """Commit, tag or branch; only for a hub id."""
+    devices: Literal["one", "all"] = "one"
+    """Whether the model lies on this process's device, or over all of them by accelerate."""
+    compile: bool = False
+    """Whether torch.compile speeds up the blocks; it changes the last bits of the rows."""
 
     def __post_init__(self) -> None:
         """Check the fields that need neither disk nor network."""
         require(bool(self.path), "path", "not be empty", self.path)
-        _check_package_path(self.path)
+        package_path(self.path)
         _check_one_of("dtype", self.dtype, ("bfloat16", "float32"))
+        _check_one_of("devices", self.devices, ("one", "all"))
         if self.sha256 is not None:
             is_digest = re.fullmatch("[0-9a-f]{64}", self.sha256) is not None
             require(is_digest, "sha256", "be 64 lower-case hexadecimal digits", self.sha256)
-        is_file = self.path.endswith(".gguf") or self.path.startswith("package://")
+        is_file = self.path.endswith((".gguf", ".onnx")) or self.path.startswith("package://")
         only_hub = "be absent where path is a file or a package"
         require(self.revision is None or not is_file, "revision", only_hub, self.revision)
 
@@ -85,20 +105,39 @@ class TextSource:
     """One file of text and how documents are found in it."""
 
     path: str
-    """A .txt, .jsonl or .parquet file, each also with .gz, or package://PACKAGE/FILE."""
+    """A .txt, .jsonl or .parquet file (also .gz), package://PACKAGE/FILE, or dataset://NAME.
+
+    A dataset is one of the `datasets` library: on the hub, or a directory that it can read.
+    """
     share: float = 1.0
     """Weight of this source among all: it gives share / (sum of shares) of the rows."""
     field: str = "text"
-    """Field of a record that holds the text (.jsonl, .parquet)."""
+    """Field of a record that holds the text (.jsonl, .parquet, dataset)."""
     label: str | None = None
-    """Field of a record that is carried along as the label of its tokens (.jsonl, .parquet)."""
+    """Field of a record that is carried along as the label of its tokens."""
     document_pattern: str | None = None
     """Regular expression; a line of plain text that begins with it begins a new document (.txt)."""
+    chat: bool = False
+    """Whether the field holds messages, which the tokenizer's chat template turns into text."""
+    subset: str | None = None
+    """Configuration of a dataset, such as a language."""
+    part: str = "train"
+    """Split of a dataset, as its authors call it."""
+    n_documents: int | None = None
+    """Only the first so many records are read; needed where a dataset is endless."""
 
     def __post_init__(self) -> None:
         """Check the fields that need no disk."""
-        _check_package_path(self.path)
-        is_plain = text_format(self.path) == ".txt"
+        package_path(self.path)
+        is_dataset = self.path.startswith(DATASET)
+        is_plain = not is_dataset and text_format(self.path) == ".txt"
+        require(self.path != DATASET, "path", f"have the form {DATASET}NAME", self.path)
+        require(not (self.chat and is_plain), "chat", "be false for plain text", self.chat)
+        only = f"be absent where path is not {DATASET}NAME"
+        require(self.subset is None or is_dataset, "subset", only, self.subset)
+        require(bool(self.part), "part", "not be empty", self.part)
+        if self.n_documents is not None:
+            at_least("n_documents", self.n_documents, 1)
         positive("share", self.share)
         require(bool(self.field), "field", "not be empty", self.field)
         require(self.label is None or not is_plain, "label", "be absent for plain text", self.label)
@@ -116,6 +155,8 @@ class TextConfig:
     """Files of text; a context never mixes two of them."""
     context: int = 256
     """Tokens per context."""
+    attention: Attention = "context"
+    """Whether a token sees the whole context before it, or only its own document there."""
     explain: float = 0.6
     """Fraction of the documents from which explanations are made."""
     score: float = 0.3
@@ -131,35 +172,35 @@ class TextConfig:
         distinct = len(set(self.sources)) == len(self.sources)
         require(distinct, "sources", "differ from each other", [s.path for s in self.sources])
         at_least("context", self.context, 2)
-        for name in SPLITS:
-            value = getattr(self, name)
-            require(math.isfinite(value) and value >= 0, name, "be at least 0", value)
-        total = self.explain + self.score + self.hold
-        require(abs(total - 1) <= 1e-6, "explain", "sum to 1 together with score and hold", total)
-        require(self.hold < 1, "hold", "leave documents to explain and score", self.hold)
+        _check_one_of("attention", self.attention, ATTENTIONS)
+        split_fractions(self.explain, self.score, self.hold, "documents")
         at_least("seed", self.seed, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """A cache of activations: which stream of which model on which text, and how much of it."""
+    """A cache of activations: which stream of which model on what data, and how much of it."""
 
     model: ModelConfig
     """The model."""
-    text: TextConfig
-    """What it reads."""
+    text: TextConfig | None = None
+    """What a language model reads."""
+    images: ImagesConfig | None = None
+    """What a vision model reads; exactly one of text and images is given."""
     hook_points: tuple[str, ...]
     """Places in the model, '<module path>:(in|out)', such as 'model.layers.15:out'."""
     n_rows: int
     """Rows to train on, at least: those of explain and score; hold comes on top by its fraction."""
     skip_positions: int = 1
-    """Positions at the start of each context that give no row: the first is an attention sink."""
+    """Positions at the start of a context of text that give no row: the first is a sink."""
     dtype: Dtype = "bfloat16"
-    """Number format of the rows on disk."""
+    """Number format of the rows on disk; int8 has a scale for each row, and half the size."""
+    compression: Compression = "none"
+    """zstd is for archives: smaller files, which are unpacked before they can be read."""
     rows_per_shard: int = 65536
     """Rows in one file."""
     contexts_per_forward: int = 16
-    """Contexts that the model reads at once."""
+    """Contexts, or images, that the model reads at once."""
 
     def __post_init__(self) -> None:
         """Check sizes, and the fields against each other."""
@@ -169,22 +210,36 @@ class CacheConfig:
         for hook_point in self.hook_points:
             parse_hook_point(hook_point)
         at_least("n_rows", self.n_rows, 1)
+        _check_one_of("dtype", self.dtype, DTYPES)
+        _check_one_of("compression", self.compression, COMPRESSIONS)
+        at_least("rows_per_shard", self.rows_per_shard, 1)
+        at_least("contexts_per_forward", self.contexts_per_forward, 1)
+        self._check_data()
+
+    @property
+    def data(self) -> TextConfig | ImagesConfig:
+        """What the model reads, text or images."""
+        data = self.images if self.text is None else self.text
+        assert data is not None, "one of them is given"
+        return data
+
+    def _check_data(self) -> None:
+        given = [name for name in ("text", "images") if getattr(self, name) is not None]
+        rule = "be given, or images in its place"
+        require(len(given) == 1, "text", rule, " and ".join(given) or "neither")
         at_least("skip_positions", self.skip_positions, 0)
+        if self.text is None:
+            rule = "be left out with images, where images.tokens decides"
+            require(self.skip_positions == 1, "skip_positions", rule, self.skip_positions)
+            return
         shorter = self.skip_positions < self.text.context
         rule = f"be less than text.context={self.text.context}"
         require(shorter, "skip_positions", rule, self.skip_positions)
-        _check_one_of("dtype", self.dtype, ("bfloat16", "float32", "float16"))
         at_least("rows_per_shard", self.rows_per_shard, self.text.context)
-        at_least("contexts_per_forward", self.contexts_per_forward, 1)
 
 
 def _check_one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
     require(value in allowed, field, f"be one of {', '.join(allowed)}", value)
-
-
-def _check_package_path(path: str) -> None:
-    is_right = not path.startswith("package://") or _PACKAGE_PATH.fullmatch(path) is not None
-    require(is_right, "path", "have the form package://PACKAGE/inner/path", path)
 
 
 def _is_regex(pattern: str) -> bool:

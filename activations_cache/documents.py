@@ -1,4 +1,4 @@
-"""Documents from text files: plain text, JSON lines or Parquet, each also compressed by gzip."""
+"""Documents from plain text, JSON lines, Parquet (each also compressed by gzip) or datasets."""
 
 import gzip
 import io
@@ -7,11 +7,13 @@ import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from itertools import islice
+from pathlib import PurePosixPath
 
 from pyarrow import ArrowInvalid, parquet
 
-from activations_cache.config import TextSource, text_format
+from activations_cache.config import DATASET, TextSource, text_format
+from activations_cache.datasets import dataset_rows
 from activations_cache.locations import locate
 
 
@@ -38,40 +40,53 @@ def documents(source: TextSource, name: str | None = None) -> Iterator[Document]
         FileNotFoundError: If there is no such file or package.
         ValueError: If the file cannot be read, a record lacks a field, or no document is found.
     """
-    path, name = locate(source.path), name or source_name(source.path)
-    found = False
+    name, found = name or source_name(source.path), False
     try:
-        for number, (text, label) in enumerate(_records(path, source)):
+        records = islice(_records(source), source.n_documents)
+        for number, (text, label) in enumerate(records):
             if text := text.strip():
                 found = True
                 yield Document(f"{name}:{number}", text, label)
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError, ArrowInvalid) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{source.path} must be a whole {text_format(source.path)} file in UTF-8, got {reason}"
+            f"{source.path} must be a whole {_kind(source)} file in UTF-8, got {reason}"
         ) from error
     if not found:
         raise ValueError(f"{source.path} must hold text, got no document that is not empty")
 
 
 def source_name(path: str) -> str:
-    """Return the file name without folders and suffixes."""
+    """Return the name of a file or a dataset without folders and suffixes."""
     return PurePosixPath(path.removesuffix(".gz")).stem
 
 
-def _records(path: Path, source: TextSource) -> Iterator[tuple[str, str | None]]:
-    kind = text_format(source.path)
+def _kind(source: TextSource) -> str:
+    return "dataset" if source.path.startswith(DATASET) else text_format(source.path)
+
+
+def _records(source: TextSource) -> Iterator[tuple[str, str | None]]:
+    kind = _kind(source)
+    if kind == "dataset":
+        yield from _of_rows(dataset_rows(source), source)
+        return
+    path = locate(source.path)
     with gzip.open(path) if source.path.endswith(".gz") else path.open("rb") as file:
         if kind == ".parquet":
-            rows = _parquet_rows(file, source)
+            yield from _of_rows(_parquet_rows(file, source), source)
+            return
+        lines = io.TextIOWrapper(file, encoding="utf-8")
+        if kind == ".txt":
+            yield from ((text, None) for text in _parts(lines, source.document_pattern))
         else:
-            lines = io.TextIOWrapper(file, encoding="utf-8")
-            if kind == ".txt":
-                yield from ((text, None) for text in _parts(lines, source.document_pattern))
-                return
-            rows = _json_rows(lines, source)
-        for number, row in enumerate(rows, start=1):
-            yield _text(row, number, source), _label(row, number, source)
+            yield from _of_rows(_json_rows(lines, source), source)
+
+
+def _of_rows(
+    rows: Iterable[Mapping[str, object]], source: TextSource
+) -> Iterator[tuple[str, str | None]]:
+    for number, row in enumerate(rows, start=1):
+        yield _text(row, number, source), _label(row, number, source)
 
 
 def _parts(lines: Iterable[str], document_pattern: str | None) -> Iterator[str]:
@@ -112,11 +127,26 @@ def _parquet_rows(file: io.BufferedIOBase, source: TextSource) -> Iterator[Mappi
 
 def _text(row: Mapping[str, object], number: int, source: TextSource) -> str:
     text = _entry(row, source.field, number, source)
+    if source.chat:
+        return _messages(text, number, source)
     if not isinstance(text, str):
         raise ValueError(
             f"{source.path} record {number} must have text in field {source.field!r}, got {text!r}"
         )
     return text.encode(errors="replace").decode()  # JSON can hold lone surrogates, UTF-8 cannot
+
+
+def _messages(entry: object, number: int, source: TextSource) -> str:
+    """Return messages as JSON; the tokenizer's template turns them into text where they are cut."""
+    is_chat = isinstance(entry, list) and all(
+        isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in entry
+    )
+    if not is_chat or not entry:
+        raise ValueError(
+            f"{source.path} record {number} must have messages with role and content in field "
+            f"{source.field!r}, got {entry!r:.60}"
+        )
+    return json.dumps(entry, default=str)
 
 
 def _label(row: Mapping[str, object], number: int, source: TextSource) -> str | None:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +27,12 @@ from activations_cache.progress import Progress, silent
 _MANIFEST = "manifest.json"
 _WAIT_S = 1800.0
 
+Save = Callable[[Path], None]
+"""Writes what was read from a file into a directory."""
+
+Read = Callable[[Path], Save]
+"""Reads a file of another format."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -37,19 +44,22 @@ def cache_directory() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "monosema"
 
 
-def converted(path: Path, sha256: str, *, progress: Progress | None = None) -> Path:
-    """Return the directory with the weights (bfloat16 safetensors) and tokenizer of a GGUF file.
+def converted(
+    path: Path, sha256: str, *, read: Read | None = None, progress: Progress | None = None
+) -> Path:
+    """Return the directory with what a file holds: of a GGUF bfloat16 safetensors and tokenizer.
 
     The first call converts; a second process that asks meanwhile waits for it. An interrupted or
     damaged conversion is made again.
 
     Args:
-        path: The GGUF file.
+        path: The file.
         sha256: Its hash, which names the directory.
+        read: Reads the file; absent for a GGUF.
         progress: Called for each step of a conversion.
 
     Raises:
-        ModelError: If the file is no readable GGUF, or a package for reading it is missing.
+        ModelError: If the file cannot be read, or a package for reading it is missing.
     """
     models = cache_directory() / "models"
     target = models / sha256
@@ -58,7 +68,7 @@ def converted(path: Path, sha256: str, *, progress: Progress | None = None) -> P
     io.make_directory(models)
     with io.lock(models / f"{sha256}.lock", f"the conversion of {path.name}", wait_s=_WAIT_S):
         if not is_complete(target):
-            _convert(path, target, progress or silent)
+            _convert(path, target, read or _read_gguf, progress or silent)
     return target
 
 
@@ -71,21 +81,30 @@ def is_complete(directory: Path) -> bool:
         return False
 
 
-def _convert(path: Path, target: Path, progress: Progress) -> None:
+def _convert(path: Path, target: Path, read: Read, progress: Progress) -> None:
     _log.info("converting %s to %s, once", path.name, target)
     partial = target.with_name(f"{target.name}.partial")
     for leftover in (partial, target):
         shutil.rmtree(leftover, ignore_errors=True)
     progress(0, 3, "conversion steps")
-    tokenizer, model = _read(path)
+    save = read(path)
     progress(1, 3, "conversion steps")
     io.make_directory(partial)
-    with quiet():
-        tokenizer.save_pretrained(partial)
-        model.save_pretrained(partial)
+    save(partial)
     progress(2, 3, "conversion steps")
     _commit(partial, target)
     progress(3, 3, "conversion steps")
+
+
+def _read_gguf(path: Path) -> Save:
+    tokenizer, model = _read(path)
+
+    def save(partial: Path) -> None:
+        with quiet():
+            tokenizer.save_pretrained(partial)
+            model.save_pretrained(partial)
+
+    return save
 
 
 def _read(path: Path) -> tuple[Tokenizer, PreTrainedModel]:

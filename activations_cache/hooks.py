@@ -179,7 +179,12 @@ def _apply(
 def _base_model(model: nn.Module) -> nn.Module:
     """Return the backbone of a transformers model, or the module itself."""
     base = getattr(model, "base_model", model)
-    return base if isinstance(base, nn.Module) else model
+    # What DINOv3 calls its base reads embedded patches, and not the image.
+    return base if isinstance(base, nn.Module) and _first(base) == _first(model) else model
+
+
+def _first(module: nn.Module) -> str:
+    return next(iter(inspect.signature(module.forward).parameters), "")
 
 
 def _module(model: nn.Module, hook_point: str) -> nn.Module:

@@ -9,16 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from activations_cache.manifest import Plan
-
-STORAGE: dict[str, tuple[torch.dtype, str]] = {
-    "bfloat16": (torch.bfloat16, "uint16"),  # Zarr's readers agree on no bfloat16
-    "float16": (torch.float16, "float16"),
-    "float32": (torch.float32, "float32"),
-}
-"""For each dtype of a cache: how torch holds a row, and how the file names its numbers."""
+from activations_cache.storage import STORAGE, ZSTD_LEVEL, has_scale
 
 UNUSED = -1
 """In `rows/example`: this row of the shard holds nothing."""
@@ -37,6 +30,8 @@ class ArraySpec:
     fill: int = 0
     """What fills a chunk beyond the array's end and beyond a shard's valid rows."""
     attributes: dict[str, Any] = field(default_factory=dict)
+    is_compressed: bool = False
+    """Whether each file is a Zstandard frame of the chunk."""
 
     @property
     def numpy(self) -> np.dtype:
@@ -45,7 +40,7 @@ class ArraySpec:
 
     @property
     def chunk_bytes(self) -> int:
-        """Size of each file."""
+        """Size of each chunk: of its file, unless that is compressed."""
         return math.prod(self.chunk) * self.numpy.itemsize
 
     def file(self, shard: int) -> str:
@@ -54,9 +49,14 @@ class ArraySpec:
 
     def metadata(self) -> bytes:
         """Return the array's `zarr.json`."""
-        codec = {"name": "bytes", "configuration": {"endian": "little"}}
-        if self.numpy.itemsize == 1:
-            codec = {"name": "bytes"}
+        codecs: list[dict[str, Any]] = [
+            {"name": "bytes", "configuration": {"endian": "little"}}
+            if self.numpy.itemsize > 1
+            else {"name": "bytes"}
+        ]
+        if self.is_compressed:
+            zstd = {"level": ZSTD_LEVEL, "checksum": False}
+            codecs.append({"name": "zstd", "configuration": zstd})
         return _json({
             "zarr_format": 3,
             "node_type": "array",
@@ -65,7 +65,7 @@ class ArraySpec:
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk)}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "fill_value": self.fill,
-            "codecs": [codec],
+            "codecs": codecs,
             "attributes": self.attributes,
         })
 
@@ -76,6 +76,8 @@ class HookArrays:
 
     acts: ArraySpec
     """(row, d_model): the activations."""
+    scale: ArraySpec | None
+    """(row,): by what the numbers of a row are multiplied; only for int8."""
     norm: ArraySpec
     """(row,): Euclidean norm of each row as stored."""
     shard_mean: ArraySpec
@@ -92,12 +94,16 @@ class Layout:
     rows: dict[str, ArraySpec]
     """`example`, `position`, `token`, each (row,)."""
     examples: dict[str, ArraySpec]
-    """`tokens` and, if any, `label` (example, pos); `split` and `source` (example,)."""
+    """`tokens` and, if any, `label` and `segment` (example, pos); `split`, `source` (example,)."""
 
     def per_shard(self) -> list[ArraySpec]:
         """Return the arrays of which each shard has one file."""
-        hooks = [a for h in self.hooks.values() for a in (h.acts, h.norm, h.shard_mean)]
-        return [*hooks, *self.rows.values(), *self.examples.values()]
+        hooks = [a for h in self.hooks.values() for a in (h.acts, h.scale, h.norm, h.shard_mean)]
+        return [
+            *(array for array in hooks if array is not None),
+            *self.rows.values(),
+            *self.examples.values(),
+        ]
 
     def metadata(self) -> dict[str, bytes]:
         """Return every `zarr.json` of the cache by its path."""
@@ -111,27 +117,32 @@ class Layout:
 def layout_of(plan: Plan) -> Layout:
     """Return the arrays of the cache that a plan describes."""
     rows, shards = plan.n_shards * plan.rows_per_shard, plan.n_shards
-    hooks = {
-        name: HookArrays(
-            acts=ArraySpec(
-                f"{name}/acts",
-                STORAGE[plan.dtype][1],
-                (rows, d_model),
-                (plan.rows_per_shard, d_model),
-                attributes={"torch_dtype": plan.dtype, "hook_point": name},
-            ),
-            norm=ArraySpec(f"{name}/norm", "float32", (rows,), (plan.rows_per_shard,)),
-            shard_mean=ArraySpec(f"{name}/shard_mean", "float64", (shards, d_model), (1, d_model)),
-            mean=ArraySpec(f"{name}/mean", "float64", (d_model,), (d_model,)),
-        )
-        for name, d_model in plan.hook_points.items()
-    }
+    hooks = {name: _hook_arrays(plan, name, rows, shards) for name in plan.hook_points}
     return Layout(hooks, _row_arrays(plan, rows), _example_arrays(plan))
 
 
 def shard_bytes(plan: Plan) -> int:
     """Return how many bytes the files of one shard have together."""
     return sum(array.chunk_bytes for array in layout_of(plan).per_shard())
+
+
+def _hook_arrays(plan: Plan, name: str, rows: int, shards: int) -> HookArrays:
+    d_model, per_row = plan.hook_points[name], ((rows,), (plan.rows_per_shard,))
+    acts = ArraySpec(
+        f"{name}/acts",
+        STORAGE[plan.dtype][1],
+        (rows, d_model),
+        (plan.rows_per_shard, d_model),
+        is_compressed=plan.compression == "zstd",
+        attributes={"torch_dtype": plan.dtype, "hook_point": name},
+    )
+    return HookArrays(
+        acts=acts,
+        scale=ArraySpec(f"{name}/scale", "float32", *per_row) if has_scale(plan.dtype) else None,
+        norm=ArraySpec(f"{name}/norm", "float32", *per_row),
+        shard_mean=ArraySpec(f"{name}/shard_mean", "float64", (shards, d_model), (1, d_model)),
+        mean=ArraySpec(f"{name}/mean", "float64", (d_model,), (d_model,)),
+    )
 
 
 def _row_arrays(plan: Plan, rows: int) -> dict[str, ArraySpec]:
@@ -147,6 +158,8 @@ def _example_arrays(plan: Plan) -> dict[str, ArraySpec]:
     kinds = {"tokens": ("int32", grid), "split": ("int8", flat), "source": ("int32", flat)}
     if plan.label_names:
         kinds["label"] = ("int16", grid)
+    if plan.has_segments:
+        kinds["segment"] = ("int16", grid)
     attributes = {"source": list(plan.source_names), "label": list(plan.label_names)}
     return {
         name: ArraySpec(

@@ -1,7 +1,7 @@
 """The batches of a cache straight from the model, without a disk."""
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -124,12 +124,22 @@ class ActivationStream:
         ]
         return [forward for forward in forwards if len(forward.rows)]
 
+    @cached_property
+    def _bounds(self) -> tuple[Int64[np.ndarray, " example"], Int64[np.ndarray, " example"]]:
+        """Return the global number of each example's first row, and how many rows it gives."""
+        plan, examples = self._source.plan, self._source.examples
+        n_rows = examples.gives_row(slice(None), plan.skip_positions).sum(dim=1).numpy()
+        first = np.concatenate([
+            shard * plan.rows_per_shard + np.cumsum(n_rows[part]) - n_rows[part]
+            for shard, part in ((s, plan.examples_of(s)) for s in range(plan.n_shards))
+        ])
+        return first, n_rows
+
     def _numbers(self, examples: Int64[np.ndarray, " example"]) -> Int64[np.ndarray, " row"]:
         """Return the global numbers of all rows of some examples."""
-        plan = self._source.plan
-        shards, within = np.divmod(examples, plan.examples_per_shard)
-        first = shards * plan.rows_per_shard + within * plan.rows_per_example
-        return (first[:, None] + np.arange(plan.rows_per_example)).reshape(-1)
+        first, n_rows = (values[examples] for values in self._bounds)
+        within = np.arange(n_rows.sum()) - np.repeat(np.cumsum(n_rows) - n_rows, n_rows)
+        return np.repeat(first, n_rows) + within
 
     def _run(self, examples: range, hook_points: Sequence[str]) -> Batch:
         """Run the model once; the values are rounded as a cache rounds them."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from activations_cache import io
-from activations_cache.checks import at_least
-from activations_cache.config import parse_hook_point
+from activations_cache.checks import at_least, require
+from activations_cache.config import COMPRESSIONS, DTYPES, parse_hook_point
 from activations_cache.errors import CacheFormatError
 from activations_cache.records import fingerprint, first_difference, seal, unseal
 
@@ -31,7 +31,7 @@ class Plan:
     hook_points: dict[str, int]
     """d_model of each hook point, in order."""
     dtype: str
-    """bfloat16, float16 or float32."""
+    """bfloat16, float16, float32 or int8."""
     context: int
     """Tokens per example."""
     skip_positions: int
@@ -44,13 +44,18 @@ class Plan:
     """Names of the values of `examples/source`."""
     label_names: tuple[str, ...] = ()
     """Names of the values of `examples/label`; empty where there are no labels."""
+    compression: str = "none"
+    """none, or zstd for the files of `acts`."""
+    has_segments: bool = False
+    """Whether an example may hold several pieces of text that do not see each other."""
     request: dict[str, Any] = field(default_factory=dict)
     """What the caller asked for, so that the same request is recognised; not identity."""
 
     def __post_init__(self) -> None:
         """Check what a damaged or foreign file could have wrong."""
-        if self.dtype not in {"bfloat16", "float16", "float32"}:
-            raise ValueError(f"dtype must be bfloat16, float16 or float32, got {self.dtype!r}")
+        require(self.dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", self.dtype)
+        known = self.compression in COMPRESSIONS
+        require(known, "compression", f"be one of {', '.join(COMPRESSIONS)}", self.compression)
         if not self.hook_points:
             raise ValueError("hook_points must name at least one, got none")
         for name, d_model in self.hook_points.items():

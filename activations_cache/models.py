@@ -8,21 +8,26 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from activations_cache import gguf
+from activations_cache import gguf, onnx_dinov2
 from activations_cache.config import ModelConfig
 from activations_cache.loading import ModelError, Refusing, one_line, quiet
 from activations_cache.locations import PACKAGE, locate
 from activations_cache.progress import Progress, silent
+from activations_cache.sites import blocks_of
 
-_HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
+_HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*model*.safetensors"]
+_SINGLE = ("model.safetensors", "open_clip_model.safetensors")
 _CHUNK = 1 << 26
+_SAFELY: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 _VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
@@ -54,15 +59,29 @@ def load_model(config: ModelConfig, *, progress: Progress | None = None) -> Load
         ModelError: If it cannot be read, lacks weights, or has another hash.
     """
     progress = progress or silent
-    directory, identity = _files(config, progress)
+    directory, identity = files_of(config, progress)
     rule = f"model {config.path} must be readable by transformers {transformers.__version__}"
     with Refusing(rule, "check its files"), quiet():
         tokenizer = _read_tokenizer(directory)
-        model = _read_model(directory, config)
+        names = AutoConfig.from_pretrained(directory, **_SAFELY)
+        spread = {"device_map": "auto"} if config.devices == "all" else {}
+        model = read_model(directory, config, _model_class(names), **spread)
+    if config.compile:
+        compile_blocks(model)
+        identity["compiled"] = "blocks"
     identity["model"] = type(model).__name__
     identity["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
     identity["dtype"] = config.dtype
-    return LoadedModel(model, tokenizer, identity, _provenance(config, directory))
+    return LoadedModel(model, tokenizer, identity, provenance_of(config, directory))
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the forward of each block.
+
+    Block by block, so that hooks run between them and the forward can still stop at a hook point.
+    """
+    for block in blocks_of(model)[1]:
+        block.forward = torch.compile(block.forward)
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
@@ -76,12 +95,14 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     return _digest_of_json(parts)
 
 
-def _files(config: ModelConfig, progress: Progress) -> tuple[Path, dict[str, str]]:
-    """Return the directory in transformers' format, and the hashes of what it was made from."""
-    if config.path.endswith(".gguf"):
+def files_of(config: ModelConfig, progress: Progress) -> tuple[Path, dict[str, str]]:
+    """Return the directory that holds a model, and the hashes of what it was made from."""
+    if config.path.endswith((".gguf", ".onnx")):
         path = locate(config.path)
         digest = _weights_sha256(config, [path], progress)
-        return gguf.converted(path, digest, progress=progress), {"model_sha256": digest}
+        read = None if config.path.endswith(".gguf") else onnx_dinov2.read
+        directory = gguf.converted(path, digest, read=read, progress=progress)
+        return directory, {"model_sha256": digest}
     is_local = config.path.startswith(PACKAGE) or Path(config.path).is_dir()
     directory = locate(config.path) if is_local else _download(config)
     files = _weight_files(config.path, directory)
@@ -110,8 +131,9 @@ def _download(config: ModelConfig) -> Path:
 
 def _weight_files(path: str, directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
-    if (single := directory / "model.safetensors").exists():
-        files = [single]
+    single = [file for name in _SINGLE if (file := directory / name).exists()]
+    if single:
+        files = single[:1]
     elif index.exists():
         names = set(json.loads(index.read_bytes())["weight_map"].values())
         files = [directory / name for name in sorted(names)]
@@ -128,7 +150,8 @@ def _weight_files(path: str, directory: Path) -> list[Path]:
 
 
 def _config_sha256(path: str, directory: Path) -> str:
-    file = directory / "config.json"
+    names = ("config.json", "open_clip_config.json")
+    file = next((f for name in names if (f := directory / name).is_file()), directory / names[0])
     try:
         entries = json.loads(file.read_bytes())
     except (FileNotFoundError, ValueError) as error:
@@ -139,23 +162,27 @@ def _config_sha256(path: str, directory: Path) -> str:
 
 
 def _read_tokenizer(directory: Path) -> Tokenizer:
-    tokenizer = AutoTokenizer.from_pretrained(
-        directory, trust_remote_code=False, local_files_only=True
-    )
+    tokenizer = AutoTokenizer.from_pretrained(directory, **_SAFELY)
     if not isinstance(tokenizer, Tokenizer):
         raise ModelError(f"the tokenizer must be a fast one, got {type(tokenizer).__name__}")
     return tokenizer
 
 
-def _read_model(directory: Path, config: ModelConfig) -> PreTrainedModel:
-    options = {"trust_remote_code": False, "local_files_only": True}
-    model_class = _model_class(AutoConfig.from_pretrained(directory, **options))
+def read_model(
+    directory: Path, config: ModelConfig, model_class: type[PreTrainedModel], **options: Any
+) -> PreTrainedModel:
+    """Read a model of a class of transformers, in evaluation mode.
+
+    Raises:
+        ModelError: If weights are missing; what transformers raises for damaged files besides.
+    """
     model, report = model_class.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
         directory,
         dtype=getattr(torch, config.dtype),
         use_safetensors=True,
         output_loading_info=True,
         local_files_only=True,
+        **options,
     )
     if report["missing_keys"]:
         raise ModelError(
@@ -176,7 +203,8 @@ def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
-def _provenance(config: ModelConfig, directory: Path) -> dict[str, str]:
+def provenance_of(config: ModelConfig, directory: Path) -> dict[str, str]:
+    """Return the path that was asked for, and the commit where it is a hub id."""
     provenance = {"path": config.path}
     if directory.parent.name == "snapshots":  # the hub's cache names a folder by the commit
         provenance["revision"] = directory.name

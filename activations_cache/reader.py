@@ -15,16 +15,14 @@ from activations_cache.arrays import ShardedArray
 from activations_cache.batches import Batch, count_batches, read_batches, row_order
 from activations_cache.config import SPLITS, TRAINING_SPLITS
 from activations_cache.errors import CacheFormatError
+from activations_cache.hook_rows import HookRows, RowGrid, RowIds
 from activations_cache.journal import ShardRecord, journals_at, newest
-from activations_cache.layout import HookArrays, layout_of
-from activations_cache.manifest import HookStatistics, Manifest, read_manifest, read_plan
+from activations_cache.layout import layout_of
+from activations_cache.manifest import Manifest, read_manifest, read_plan
 from activations_cache.progress import Progress
 from activations_cache.records import first_difference
-from activations_cache.shard import Examples, as_float, is_in
+from activations_cache.shard import Examples, is_in
 from activations_cache.verify import verify
-
-RowIds = Int[Tensor, " row"] | slice
-"""Global row numbers; a slice means the valid rows among the numbers that it covers."""
 
 
 class RowRefs(NamedTuple):
@@ -54,12 +52,14 @@ class ActivationCache:
         self._arrays = {
             spec.path: ShardedArray(path, spec, records) for spec in self._layout.per_shard()
         }
+        self._grid = RowGrid(records, manifest.plan.rows_per_shard)
         self._rows_of: dict[tuple[str, ...], Int64[Tensor, " row"]] = {}
         self._hooks = {
-            name: HookRows(self, name, arrays) for name, arrays in self._layout.hooks.items()
+            name: HookRows(name, path, manifest, specs, self._arrays, self._grid)
+            for name, specs in self._layout.hooks.items()
         }
 
-    def __getitem__(self, hook_point: str) -> "HookRows":
+    def __getitem__(self, hook_point: str) -> HookRows:
         """Return the rows of a hook point.
 
         Raises:
@@ -85,13 +85,13 @@ class ActivationCache:
             parts = []
             for shard in self._records:
                 wanted = is_in(split[torch.from_numpy(example.valid(shard).astype(np.int64))], key)
-                parts.append(wanted.nonzero().flatten() + shard * self._capacity)
+                parts.append(wanted.nonzero().flatten() + shard * self._grid.capacity)
             self._rows_of[key] = torch.cat(parts)
         return self._rows_of[key]
 
     def refs(self, rows: RowIds) -> RowRefs:
         """Return the example, the position in it and the token id of rows."""
-        numbers = self._numbers(rows)
+        numbers = self._grid.numbers(rows)
         return RowRefs(*(self._int(f"rows/{name}", numbers) for name in RowRefs._fields))
 
     @property
@@ -156,6 +156,12 @@ class ActivationCache:
 
         return read_batches(row_order(rows, seed), read, batch=batch, numbers=range(start, total))
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of the shards' files."""
+        files = (file for record in self._records.values() for file in record.files.values())
+        return sum(int(file["bytes"]) for file in files)
+
     def n_batches(
         self,
         *,
@@ -171,31 +177,6 @@ class ActivationCache:
         """Return what is wrong with the files, one line for each problem; empty if nothing is."""
         return verify(self.path, self.manifest, self._records, progress)
 
-    @property
-    def _capacity(self) -> int:
-        return self.manifest.plan.rows_per_shard
-
-    @cached_property
-    def _valid_rows(self) -> Int64[np.ndarray, " shard"]:
-        return np.array([record.valid_rows for record in self._records.values()])
-
-    def _numbers(self, rows: RowIds) -> Int64[np.ndarray, " row"]:
-        """Return row numbers as an array, after checking that each of them holds something."""
-        n_numbers = len(self._valid_rows) * self._capacity
-        if isinstance(rows, slice):
-            numbers = np.arange(*rows.indices(n_numbers))
-            return numbers[self._is_valid(numbers)]
-        numbers = rows.numpy().astype(np.int64, copy=False)
-        inside = (numbers >= 0) & (numbers < n_numbers)
-        if inside.all() and (inside := self._is_valid(numbers)).all():
-            return numbers
-        wrong = numbers[~inside][0]
-        raise IndexError(f"rows must be numbers that cache.rows() gives, got {wrong}")
-
-    def _is_valid(self, numbers: Int64[np.ndarray, " row"]) -> np.ndarray:
-        shards, offsets = np.divmod(numbers, self._capacity)
-        return offsets < self._valid_rows[shards]
-
     def _int(self, name: str, numbers: Int64[np.ndarray, " row"]) -> Int64[Tensor, " row"]:
         return torch.from_numpy(self._arrays[name].take(numbers).astype(np.int64))
 
@@ -203,51 +184,6 @@ class ActivationCache:
         chunks = [self._arrays[path].shard(shard) for shard in self._records]
         values = np.concatenate(chunks)[: self.manifest.plan.n_examples]
         return torch.from_numpy(values.astype(np.int64))
-
-
-class HookRows:
-    """The rows of one hook point, and their statistics over the splits explain and score."""
-
-    def __init__(self, cache: ActivationCache, name: str, arrays: HookArrays) -> None:
-        self.name = name
-        self.d_model = cache.manifest.plan.hook_points[name]
-        self.statistics: HookStatistics = cache.manifest.statistics[name]
-        self._cache = cache
-        self._acts = cache._arrays[arrays.acts.path]
-        self._norm = cache._arrays[arrays.norm.path]
-        self._mean = arrays.mean
-
-    def __getitem__(self, rows: RowIds) -> Float[Tensor, "row d_model"]:
-        """Return rows as float32, in the order asked for.
-
-        Raises:
-            IndexError: If a number is not that of a valid row.
-            CacheFormatError: If a file that is touched for the first time is damaged.
-        """
-        return self.gather(self._cache._numbers(rows))
-
-    def gather(self, numbers: Int64[np.ndarray, " row"]) -> Float[Tensor, "row d_model"]:
-        """Return rows by numbers that are known to be valid."""
-        return as_float(self._acts.take(numbers), self._cache.manifest.plan.dtype)
-
-    def norms(self, rows: RowIds) -> Float[Tensor, " row"]:
-        """Return the Euclidean norms of rows without reading the rows."""
-        return torch.from_numpy(self._norm.take(self._cache._numbers(rows)))
-
-    @cached_property
-    def mean(self) -> Float[Tensor, " d_model"]:
-        """The mean row, float32."""
-        name = self._mean.file(0)
-        found = io.problem(self._cache.path / name, self._cache.manifest.files[name])
-        if found is not None:
-            raise CacheFormatError(f"the mean of {self.name} is damaged: {found}")
-        values = io.map_file(self._cache.path / name).view(self._mean.numpy)
-        return torch.from_numpy(values.astype(np.float32))
-
-    @property
-    def mean_square_norm(self) -> float:
-        """The mean of the rows' squared norms."""
-        return self.statistics.mean_square_norm
 
 
 def open_cache(path: str | Path, *, expect: Mapping[str, Any] | None = None) -> ActivationCache:

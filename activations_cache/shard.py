@@ -12,11 +12,10 @@ from torch.linalg import vector_norm
 
 from activations_cache.config import SPLITS, TRAINING_SPLITS
 from activations_cache.journal import HookSums
-from activations_cache.layout import STORAGE, layout_of
+from activations_cache.layout import layout_of
 from activations_cache.manifest import Plan
-
-NO_TOKEN = -1
-"""In `examples/tokens`: padding; the model reads something there, but it gives no row."""
+from activations_cache.packing import NO_TOKEN, positions_in_segments
+from activations_cache.storage import as_read, as_stored, compress
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,27 @@ class Examples:
     """Index into `label_names` for each token, -1 where it has none; None without labels."""
     label_names: tuple[str, ...] = ()
     """Names of the labels."""
+    segment: Int[Tensor, "example pos"] | None = None
+    """Number of the piece of text in its example; None where an example is one piece."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.tokens)
 
+    def positions(self, numbers: slice | Int[Tensor, " some"]) -> Int[Tensor, "some pos"]:
+        """Return where the tokens of some examples stand, each counted within its segment."""
+        if self.segment is None:
+            return torch.arange(self.tokens.shape[1]).expand_as(self.tokens[numbers])
+        return torch.from_numpy(positions_in_segments(self.segment[numbers].numpy()))
+
+    def gives_row(self, numbers: slice, skip_positions: int) -> Bool[Tensor, "some pos"]:
+        """Say which tokens give a row: all but padding and the first ones of each segment."""
+        real = self.tokens[numbers] != NO_TOKEN
+        return real & (self.positions(numbers) >= skip_positions)
+
 
 class Rows(NamedTuple):
-    """Rows of several hook points in the dtype of the cache, and where they come from."""
+    """Rows of several hook points as they will be read from the cache, and where they come from."""
 
     acts: dict[str, Float[Tensor, "row _"]]
     """By hook point; on the model's device."""
@@ -72,7 +84,7 @@ def rows_of(
 ) -> tuple[Rows, list[Quarantined]]:
     """Turn what a model gave for some examples into rows, and name those that must be kept out.
 
-    Positions that the plan skips, and padding, give no row.
+    Positions that the plan skips, in each segment, and padding give no row.
 
     Args:
         plan: The cache.
@@ -83,17 +95,18 @@ def rows_of(
     Returns:
         The rows in order of example and position, and the rows kept out.
     """
-    skip, storage = plan.skip_positions, STORAGE[plan.dtype][0]
-    token = examples.tokens[numbers.start : numbers.stop, skip:]
+    skip = plan.skip_positions
+    some = slice(numbers.start, numbers.stop)
+    token, real = examples.tokens[some, skip:], examples.gives_row(some, skip)[:, skip:]
     position = torch.arange(skip, plan.context).expand_as(token).reshape(-1)
     example = torch.arange(numbers.start, numbers.stop)[:, None].expand_as(token).reshape(-1)
     token = token.reshape(-1)
     given = {name: acts[name][:, skip:].reshape(len(token), -1) for name in plan.hook_points}
-    stored = {name: rows.to(storage) for name, rows in given.items()}
+    stored = {name: as_read(rows, plan.dtype) for name, rows in given.items()}
     # In float64 no square overflows, so a norm is finite in float32 only if every number is.
     norm = {n: vector_norm(rows, dim=1, dtype=torch.float64) for n, rows in stored.items()}
     finite = {name: values.float().isfinite().cpu() for name, values in norm.items()}
-    all_finite, real = torch.stack(list(finite.values())).all(dim=0), token != NO_TOKEN
+    all_finite, real = torch.stack(list(finite.values())).all(dim=0), real.reshape(-1)
     kept_out = [
         _quarantined((int(example[row]), int(position[row]), int(token[row])), row, given, finite)
         for row in (real & ~all_finite).nonzero().flatten().tolist()
@@ -140,7 +153,8 @@ class ShardBuffer:
         for name in ("example", "position", "token"):
             self._arrays[f"rows/{name}"][start:stop] = getattr(rows, name).numpy()
         for name in self.plan.hook_points:
-            self._arrays[f"{name}/acts"][start:stop] = as_stored(rows.acts[name].cpu())
+            for array, values in as_stored(rows.acts[name].cpu(), self.plan.dtype).items():
+                self._arrays[f"{name}/{array}"][start:stop] = values
             self._arrays[f"{name}/norm"][start:stop] = rows.norm[name].float().cpu().numpy()
         self.n_rows = stop
         self._count(rows)
@@ -156,11 +170,14 @@ class ShardBuffer:
             for name in self.plan.hook_points
         }
 
-    def files(self) -> dict[str, np.ndarray]:
+    def files(self) -> dict[str, bytes | np.ndarray]:
         """Return what goes into each of the shard's files, by path relative to the cache."""
         for name, total in self._sum.items():
             self._arrays[f"{name}/shard_mean"][0] = (total / max(self._n_statistics, 1)).numpy()
-        return {self._specs[path].file(self.shard): a for path, a in self._arrays.items()}
+        return {
+            spec.file(self.shard): compress(array) if spec.is_compressed else array
+            for spec, array in ((self._specs[path], a) for path, a in self._arrays.items())
+        }
 
     def _count(self, rows: Rows) -> None:
         wanted = is_in(self.examples.split[rows.example], TRAINING_SPLITS)
@@ -174,20 +191,6 @@ class ShardBuffer:
 def is_in(split: Int[Tensor, " row"], splits: tuple[str, ...]) -> Bool[Tensor, " row"]:
     """Say which of some split numbers belong to the named splits."""
     return torch.isin(split, torch.tensor([SPLITS.index(name) for name in splits]))
-
-
-def as_stored(acts: Float[Tensor, "row d_model"]) -> np.ndarray:
-    """Return rows as NumPy holds them: bfloat16 as the same bits in uint16."""
-    if acts.dtype == torch.bfloat16:
-        return acts.view(torch.int16).numpy().view(np.uint16)
-    return acts.numpy()
-
-
-def as_float(stored: np.ndarray, dtype: str) -> Float[Tensor, "row d_model"]:
-    """Return stored rows as float32; `as_stored` in reverse."""
-    if dtype == "bfloat16":
-        return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16).float()
-    return torch.from_numpy(stored).float()
 
 
 def _select(rows: Rows, good: Bool[Tensor, " row"]) -> Rows:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from activations_cache.config import SPLITS, Dtype
+from activations_cache.config import SPLITS, Compression, Dtype
 from activations_cache.manifest import Plan
 from activations_cache.reader import ActivationCache, open_cache
 from activations_cache.shard import Examples, ShardBuffer
@@ -19,13 +19,14 @@ from activations_cache.writer import CacheWriter
 _LABELS = ("noun.animal", "noun.food", "verb.motion")
 
 
-def synthetic_plan(
+def synthetic_plan(  # noqa: PLR0913
     hook_points: Mapping[str, int],
     *,
     n_examples: int,
     context: int = 17,
     rows_per_shard: int = 61,
     dtype: Dtype = "bfloat16",
+    compression: Compression = "none",
     n_labels: int = 3,
     seed: int = 0,
 ) -> Plan:
@@ -34,6 +35,7 @@ def synthetic_plan(
         made_from={"model": "linear", "seed": seed},
         hook_points=dict(hook_points),
         dtype=dtype,
+        compression=compression,
         context=context,
         skip_positions=1,
         rows_per_shard=rows_per_shard,

@@ -14,7 +14,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +21,21 @@ from jaxtyping import Int, Int32
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from activations_cache.config import SPLITS, TextConfig
+from activations_cache.config import SPLITS, TRAINING_SPLITS, TextConfig
 from activations_cache.documents import Document, documents, source_name
+from activations_cache.packing import (
+    NO_TOKEN,
+    SEPARATOR,
+    Bucket,
+    Packer,
+    Part,
+    positions_in_segments,
+)
 from activations_cache.progress import Progress, silent
 
-SEPARATOR = "\n\n"
 
-_TOKENIZER_BATCH = 64
+class TooShort(ValueError):
+    """The sources hold less text than was asked for."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +43,15 @@ class PackedText:
     """Contexts of equal length; none mixes two splits or two sources."""
 
     tokens: Int32[Tensor, "example pos"]
-    """Token ids."""
+    """Token ids; -1 is padding."""
     split: Int[Tensor, " example"]
     """Index into SPLITS."""
     source: Int[Tensor, " example"]
     """Index into `source_names`."""
     documents: Int32[Tensor, "example pos"]
     """Index into `document_ids`; -1 for separators and for what the tokenizer puts in front."""
+    segments: Int32[Tensor, "example pos"] | None
+    """Number of the piece of text in its context; None where attention is by context."""
     labels: Int32[Tensor, "example pos"]
     """Index into `label_names`; -1 where the token belongs to no labelled document."""
     document_ids: tuple[str, ...]
@@ -77,12 +86,27 @@ def pack(
         ValueError: If a source cannot be read or is too short; the message says what it gives.
     """
     rows_per_context = config.context - skip_positions
-    quotas = _quotas(config, math.ceil(n_rows / rows_per_context))
-    packer = _Packer(tokenizer, config.context, sum(quotas), progress or silent)
-    buckets = _read(config)
-    parts = [packer.cut(bucket, n) for bucket, n in zip(buckets, quotas, strict=True)]
-    _require_enough(config, n_rows, rows_per_context, [len(part.tokens) for part in parts])
-    return _assemble(config, buckets, parts)
+    buckets, n_wanted, n_given = _read(config), n_rows, 0
+    while True:
+        quotas = _quotas(config, math.ceil(n_wanted / rows_per_context))
+        packer = Packer(tokenizer, config, sum(quotas), skip_positions, progress or silent)
+        parts = [packer.cut(bucket, n) for bucket, n in zip(buckets, quotas, strict=True)]
+        _require_enough(config, n_wanted, rows_per_context, [len(part.tokens) for part in parts])
+        n_given = sum(_n_rows(part, skip_positions) for part in _training(buckets, parts))
+        if n_given >= n_rows:
+            return _assemble(config, buckets, parts)
+        # Pieces of documents and padding give fewer rows than whole contexts would.
+        n_wanted = math.ceil(n_wanted * n_rows / max(n_given, 1)) + rows_per_context
+
+
+def _training(buckets: list[Bucket], parts: list[Part]) -> list[Part]:
+    numbers = [SPLITS.index(name) for name in TRAINING_SPLITS]
+    return [p for bucket, p in zip(buckets, parts, strict=True) if bucket.split in numbers]
+
+
+def _n_rows(part: Part, skip_positions: int) -> int:
+    inside = positions_in_segments(part.segments) >= skip_positions
+    return int((inside & (part.tokens != NO_TOKEN)).sum())
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
@@ -93,73 +117,6 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     return counts
-
-
-class _Bucket(NamedTuple):
-    """The documents of one source and one split, in their order."""
-
-    source: int
-    split: int
-    documents: list[Document]
-
-
-class _Part(NamedTuple):
-    """Contexts of one bucket, and for each token the index of its document there, or -1."""
-
-    tokens: np.ndarray  # (example, pos)
-    owners: np.ndarray  # (example, pos)
-
-
-class _Packer:
-    """Joins and cuts the documents of one bucket after another."""
-
-    def __init__(self, tokenizer: Tokenizer, context: int, n_contexts: int, progress: Progress):
-        self._tokenizer = tokenizer
-        self._separator = self._ids([SEPARATOR])[0]
-        self._front = _front(tokenizer)
-        self._width = context - len(self._front)
-        if self._width < 1:
-            rule = f"exceed the {len(self._front)} tokens in front of every text"
-            raise ValueError(f"context must {rule}, got {context}")
-        self._progress = progress
-        self._n_done, self._n_wanted = 0, n_contexts * self._width
-
-    def cut(self, bucket: _Bucket, n_contexts: int) -> _Part:
-        """Return `n_contexts` contexts, or as many as the bucket fills."""
-        tokens, owners = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-        n_missing = n_contexts * self._width
-        for start in range(0, len(bucket.documents), _TOKENIZER_BATCH):
-            if n_missing == 0:
-                break
-            batch = bucket.documents[start : start + _TOKENIZER_BATCH]
-            all_ids = self._ids([document.text for document in batch])
-            for owner, ids in enumerate(all_ids, start=start):
-                tokens.append(np.array(ids + self._separator, np.int32))
-                owners.append(np.array([owner] * len(ids) + [-1] * len(self._separator), np.int32))
-            n_new = min(sum(len(ids) + len(self._separator) for ids in all_ids), n_missing)
-            n_missing -= n_new
-            self._n_done += n_new
-            self._progress(self._n_done, self._n_wanted, "tokens packed")
-        return _Part(
-            self._fold(np.concatenate(tokens), n_contexts, self._front),
-            self._fold(np.concatenate(owners), n_contexts, [-1] * len(self._front)),
-        )
-
-    def _fold(self, stream: np.ndarray, n_contexts: int, front: list[int]) -> np.ndarray:
-        n_full = min(len(stream) // self._width, n_contexts)
-        body = stream[: n_full * self._width].reshape(n_full, self._width)
-        return np.hstack([np.tile(np.array(front, np.int32), (n_full, 1)), body])
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _front(tokenizer: Tokenizer) -> list[int]:
-    """Return what the tokenizer puts before any text, such as a BOS."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    return whole[: next(starts)]
 
 
 def _quotas(config: TextConfig, n_training: int) -> list[int]:
@@ -174,7 +131,7 @@ def _quotas(config: TextConfig, n_training: int) -> list[int]:
     return quotas
 
 
-def _read(config: TextConfig) -> list[_Bucket]:
+def _read(config: TextConfig) -> list[Bucket]:
     """Read all sources and deal their documents to the splits; the split varies fastest."""
     buckets = []
     for index, (source, name) in enumerate(zip(config.sources, _names(config), strict=True)):
@@ -183,7 +140,7 @@ def _read(config: TextConfig) -> list[_Bucket]:
             dealt[_split(document, config)].append(document)
         for split, part in enumerate(dealt):
             part.sort(key=lambda document: _hash(config.seed, "order", document.text))
-            buckets.append(_Bucket(index, split, part))
+            buckets.append(Bucket(index, split, part, source.chat))
     return buckets
 
 
@@ -217,14 +174,14 @@ def _require_enough(
         n_fitting -= 1
     gives = n_fitting * rows_per_context
     name, split = _names(config)[worst // len(SPLITS)], SPLITS[worst % len(SPLITS)]
-    raise ValueError(
+    raise TooShort(
         f"text must give at least {n_rows} rows of explain and score, got {gives}: "
         f"{name} fills {n_found[worst]} of {quotas[worst]} contexts of {config.context} tokens "
         f"for {split}; lower cache.n_rows{f' to {gives}' if gives else ''} or add text"
     )
 
 
-def _assemble(config: TextConfig, buckets: list[_Bucket], parts: list[_Part]) -> PackedText:
+def _assemble(config: TextConfig, buckets: list[Bucket], parts: list[Part]) -> PackedText:
     """Put the contexts of all buckets in one order that mixes them."""
     origin = [
         (bucket.source, bucket.split, i)
@@ -246,8 +203,13 @@ def _assemble(config: TextConfig, buckets: list[_Bucket], parts: list[_Part]) ->
         "documents": np.where(owners < 0, -1, np.searchsorted(used, owners)).astype(np.int32),
         "labels": label_of[owners],  # an owner of -1 takes the last entry
     }
+    segments = None
+    if config.attention == "document":
+        tensors["segments"] = np.concatenate([part.segments for part in parts])[order]
+        segments = torch.from_numpy(tensors["segments"])
     return PackedText(
-        **{name: torch.from_numpy(array) for name, array in tensors.items()},
+        **{n: torch.from_numpy(a) for n, a in tensors.items() if n != "segments"},
+        segments=segments,
         document_ids=tuple(every[i].id for i in used),
         label_names=label_names,
         source_names=_names(config),
@@ -255,7 +217,7 @@ def _assemble(config: TextConfig, buckets: list[_Bucket], parts: list[_Part]) ->
     )
 
 
-def _owners_in_every(buckets: list[_Bucket], parts: list[_Part]) -> np.ndarray:
+def _owners_in_every(buckets: list[Bucket], parts: list[Part]) -> np.ndarray:
     """Return the owners of all parts as indices into the documents of all buckets."""
     offsets = np.cumsum([0] + [len(bucket.documents) for bucket in buckets])[:-1]
     return np.concatenate([
@@ -266,7 +228,7 @@ def _owners_in_every(buckets: list[_Bucket], parts: list[_Part]) -> np.ndarray:
 
 def _identity(config: TextConfig, tensors: dict[str, np.ndarray]) -> dict[str, object]:
     digest = hashlib.sha256()
-    for name in ("tokens", "split", "source", "labels"):
+    for name in sorted(tensors.keys() - {"documents"}):
         digest.update(tensors[name].tobytes())
     settings = asdict(config)
     for source, name in zip(settings["sources"], _names(config), strict=True):

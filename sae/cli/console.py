@@ -88,7 +88,13 @@ def skipped(label: str, path: object) -> None:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> None:
     """Print the one table of a command, and a note under it."""
     view = Table(
-        title=title, title_justify="left", caption=note, caption_justify="left", box=box.SIMPLE
+        title=title,
+        title_justify="left",
+        caption=note,
+        caption_justify="left",
+        box=box.SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,  # so that the results fit into 80 columns
     )
     for i, column in enumerate(columns):
         widest = max((len(row[i]) for row in rows), default=0)  # headings wrap, figures never

@@ -1,24 +1,9 @@
-"""`sae verify` and `sae inspect`."""
+"""`sae inspect`."""
 
 from pathlib import Path
 
-import activations_cache
 from sae import pretrained
 from sae.cli import console
-
-
-def verify_cache(path: str) -> int:
-    """Check a cache's files against their checksums; returns the exit code."""
-    cache = activations_cache.open(path)
-    with console.step("verify") as report:
-        problems = cache.verify(progress=report)
-    for problem in problems:
-        console.error(str(problem))
-    if not problems:
-        console.OUT.print(
-            f"{path}: {cache.n_rows:,} rows in {len(cache.hook_points)} hook points, whole"
-        )
-    return 1 if problems else 0
 
 
 def inspect_dictionary(path: str) -> None:

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from sae.cli import console
-from sae.cli.run_config import RunConfig
-from sae.config import ConfigError, load
+from sae.cli.cache_commands import app as cache_app
+from sae.cli.request import ConfigArgument, Overrides, run_to
+from sae.config import ConfigError
 
 app = typer.Typer(
     name="sae",
@@ -20,13 +21,6 @@ app = typer.Typer(
     "sae run configs/demo.yaml train.seed=1 output=runs/seed-1",
 )
 
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.saes.topk.d_sae=9216."),
-]
-
-
 INTERRUPTED = 130
 """What typer returns after Ctrl-C."""
 
@@ -34,7 +28,6 @@ INTERRUPTED = 130
 class Step(enum.StrEnum):
     """The steps of `sae run`, in their order; each is a command as well."""
 
-    CACHE = "cache"
     TRAIN = "train"
     EVALUATE = "evaluate"
     EXPLAIN = "explain"
@@ -42,56 +35,59 @@ class Step(enum.StrEnum):
     BROWSE = "browse"
 
 
+app.add_typer(cache_app, name="cache")
+
+
 @app.command()
 def run(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Do every step whose result is not there yet, and print the page's path under one table."""
-    _chain(config, overrides, Step.BROWSE)
-
-
-@app.command()
-def cache(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Run the model over the text and store the hook point's activations."""
-    _chain(config, overrides, Step.CACHE)
+    run_to(Step.BROWSE, config, overrides)
 
 
 @app.command()
 def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Train the config's dictionaries side by side, after the cache."""
-    _chain(config, overrides, Step.TRAIN)
+    run_to(Step.TRAIN, config, overrides)
 
 
 @app.command()
 def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Measure the dictionaries on held-out text, after training."""
-    _chain(config, overrides, Step.EVALUATE)
+    run_to(Step.EVALUATE, config, overrides)
 
 
 @app.command()
 def explain(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Label every live latent without an LLM and score the labels, after evaluation."""
-    _chain(config, overrides, Step.EXPLAIN)
+    run_to(Step.EXPLAIN, config, overrides)
 
 
 @app.command()
 def steer(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Generate with one labelled latent turned up, after explaining."""
-    _chain(config, overrides, Step.STEER)
+    run_to(Step.STEER, config, overrides)
 
 
 @app.command()
 def browse(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Write the page of a run (the same as `run`: every step before it is made sure of)."""
-    _chain(config, overrides, Step.BROWSE)
+    run_to(Step.BROWSE, config, overrides)
 
 
 @app.command()
 def verify(
     path: Annotated[str, typer.Argument(metavar="CACHE", help="A cache directory.")],
+    model: Annotated[
+        bool, typer.Option("--model", help="Also compute 64 random rows again.")
+    ] = False,
+    model_path: Annotated[
+        str | None, typer.Option(help="Where the model is now, if it has moved.")
+    ] = None,
 ) -> None:
-    """Check every committed file of a cache against its checksum."""
-    from sae.cli.inspection import verify_cache
+    """Check every committed file of a cache by its checksum, and its rows by the model."""
+    from sae.cli.caches import verify_cache
 
-    raise typer.Exit(verify_cache(path))
+    raise typer.Exit(verify_cache(path, with_model=model or bool(model_path), moved=model_path))
 
 
 @app.command()
@@ -100,13 +96,6 @@ def inspect(path: Annotated[str, typer.Argument(metavar="PATH", help="A dictiona
     from sae.cli.inspection import inspect_dictionary
 
     inspect_dictionary(path)
-
-
-def _chain(config: str, overrides: list[str] | None, last: Step) -> None:
-    checked = load(RunConfig, config, overrides or [])
-    from sae.cli.chain import run_chain
-
-    run_chain(checked, last.value)
 
 
 def main() -> None:

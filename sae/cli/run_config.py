@@ -10,8 +10,8 @@ from sae.train.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """The chain of steps: cache, train, evaluate, explain, steer, page."""
+class _Output:
+    """What is common: where the results go, and the cache."""
 
     output: str
     """Directory of everything that the run writes."""
@@ -20,7 +20,32 @@ class RunConfig:
     title: str = "Monosema"
     """Heading of the page."""
     cache: CacheConfig
-    """Model, text and hook points."""
+    """Model, data and hook points."""
+
+    def __post_init__(self) -> None:
+        """Check what no type tells."""
+        if not self.output:
+            raise ValueError("output must name a directory, got ''")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheRunConfig(_Output):
+    """The first step alone; the parts of the others may stand in the same file."""
+
+    train: TrainConfig | None = None
+    """Not needed."""
+    evaluate: EvaluateConfig | None = None
+    """Not needed."""
+    explain: ExplainConfig | None = None
+    """Not needed."""
+    steer: SteerConfig | None = None
+    """Not needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Output):
+    """The chain of steps: cache, train, evaluate, explain, steer, page."""
+
     train: TrainConfig
     """Dictionaries, side by side."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -32,8 +57,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check the parts against each other."""
-        if not self.output:
-            raise ValueError("output must name a directory, got ''")
+        super().__post_init__()
         if len(self.cache.hook_points) != 1:
             raise ValueError(
                 "cache.hook_points must be a single one for `sae run`, "

@@ -3,6 +3,9 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import Int
+from torch import Tensor
+
 from activations_cache.config import SPLITS
 from activations_cache.progress import Progress
 from sae.explain.tables import LATENTS, LatentRecord, read_latents
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
 
 N_NEUTRAL = 2
 """Held-out contexts on which the side effect is measured."""
+
+N_COMMON = 300
+"""So many of the most frequent tokens do not show that steering worked."""
 
 
 def steering_example(run: "Run", report: Progress) -> dict[str, Any]:
@@ -33,7 +39,8 @@ def steering_example(run: "Run", report: Progress) -> dict[str, Any]:
         first_position=run.config.cache.skip_positions,
     )
     records = read_latents(run.path("explain") / name / LATENTS)
-    candidates = [_candidate(run, r) for r in records if r.status == "scored"]
+    common = _common_tokens(run.cache.examples.tokens)
+    candidates = [_candidate(run, r, common) for r in records if r.status == "scored"]
     held_out = (run.cache.examples.split == SPLITS.index("hold")).nonzero().flatten()[:N_NEUTRAL]
     neutral = run.cache.examples.tokens[held_out]
     choice = choose_latent(subject, candidates, config, neutral=neutral, progress=report)
@@ -52,7 +59,13 @@ def steering_example(run: "Run", report: Progress) -> dict[str, Any]:
     }
 
 
-def _candidate(run: "Run", record: LatentRecord) -> Candidate:
+def _common_tokens(tokens: Int[Tensor, "example pos"]) -> frozenset[int]:
+    """Return the most frequent tokens of the texts."""
+    counts = tokens[tokens >= 0].bincount()
+    return frozenset(counts.topk(min(N_COMMON, len(counts))).indices.tolist())
+
+
+def _candidate(run: "Run", record: LatentRecord, common: frozenset[int]) -> Candidate:
     assert record.auc is not None, record.latent
     words = record.words if record.kind in ("word", "token") else ()
     return Candidate(
@@ -60,5 +73,5 @@ def _candidate(run: "Run", record: LatentRecord) -> Candidate:
         label=record.label,
         auc=record.auc,
         density=record.density,
-        targets=target_tokens(run.loaded.tokenizer, [word.strip() for word in words]),
+        targets=target_tokens(run.loaded.tokenizer, [word.strip() for word in words], common),
     )

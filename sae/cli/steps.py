@@ -83,7 +83,7 @@ def browse(run: "Run", report: Progress) -> None:
 
 def show(run: "Run", last: str, seconds: float) -> None:
     """Print what the command has to show: one table, and where the page lies."""
-    if last in ("cache", "train"):
+    if last == "train":
         console.OUT.print(f"{last}: {run.path(last)}", soft_wrap=True)
         return
     measured = read_json(run.path("evaluate") / REPORT)

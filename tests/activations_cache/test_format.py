@@ -1,5 +1,6 @@
 """FORMAT.md is the contract: a cache made from the document alone, and ours read by others."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -45,6 +46,8 @@ IDENTITY = {
     "n_examples": 3,
     "source_names": ["a"],
     "label_names": [],
+    "compression": "none",
+    "has_segments": False,
 }
 """3 examples in 2 shards: E = 5 // 2 = 2 and S = ceil(3 / 2) = 2."""
 
@@ -145,9 +148,9 @@ def test_a_record_of_another_version_is_refused_with_both_numbers(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hook_points", {"../../x:out": 7}), ("hook_points", {}), ("dtype", "int8"), ("context", 1),
-     ("rows_per_shard", 1), ("n_examples", 0), ("skip_positions", -1), ("n_examples", "3"),
-     ("hook_points", {HOOK: 0}), ("source_names", 5)],
+    [("hook_points", {"../../x:out": 7}), ("hook_points", {}), ("hook_points", {HOOK: 0}),
+     ("dtype", "int4"), ("compression", "lz4"), ("context", 1), ("rows_per_shard", 1),
+     ("n_examples", 0), ("n_examples", "3"), ("skip_positions", -1), ("source_names", 5)],
 )  # fmt: skip
 def test_an_identity_that_cannot_be_is_refused(tmp_path: Path, key: str, value: object):
     by_the_document(tmp_path)
@@ -204,7 +207,8 @@ def test_every_array_is_plain_zarr(tmp_path: Path):
 def test_the_document_names_the_version_and_every_array():
     text = FORMAT.read_text()
     assert f"version {FORMAT_VERSION}" in text.splitlines()[0]
-    layout = layout_of(synthetic_plan({"a.1:out": 7}, n_examples=23))
+    plan = synthetic_plan({"a.1:out": 7}, n_examples=23, dtype="int8")
+    layout = layout_of(dataclasses.replace(plan, has_segments=True))
     arrays = [*layout.per_shard(), layout.hooks["a.1:out"].mean]
     documented = dict(re.findall(r"^\| `([^`]+/\w+)` \| (`[^|]+`) \|", text, re.MULTILINE))
     names = {array.path.replace("a.1:out", "{hook point}"): array.dtype for array in arrays}

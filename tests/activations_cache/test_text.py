@@ -15,7 +15,8 @@ from tokenizers import processors
 
 from activations_cache.config import SPLITS, TextConfig, TextSource
 from activations_cache.documents import Document, documents
-from activations_cache.text import SEPARATOR, PackedText, _Packer, apportion, pack
+from activations_cache.packing import SEPARATOR, Packer
+from activations_cache.text import PackedText, apportion, pack
 from activations_cache.text import _hash as text_hash
 from activations_cache.text import _split as split_of
 
@@ -244,13 +245,13 @@ def test_only_as_many_documents_are_tokenised_as_are_needed(
     tiny_text_config, tiny_tokenizer, monkeypatch
 ):
     n_texts = []
-    ids = _Packer._ids
+    ids = Packer._ids
 
-    def counted(packer: _Packer, texts: list[str]) -> list[list[int]]:
+    def counted(packer: Packer, texts: list[str]) -> list[list[int]]:
         n_texts.append(len(texts))
         return ids(packer, texts)
 
-    monkeypatch.setattr(_Packer, "_ids", counted)
+    monkeypatch.setattr(Packer, "_ids", counted)
     few = pack(tiny_text_config, tiny_tokenizer, n_rows=61)
     n_few = sum(n_texts)
     many = pack(tiny_text_config, tiny_tokenizer, n_rows=9001)

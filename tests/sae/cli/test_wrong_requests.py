@@ -41,7 +41,7 @@ CASES = {
     "cache.skip_positions=256": "cache.skip_positions must be less than text.context=256, got 256",
     "cache.hook_points=[model.layers.15]": "cache.hook_points must have the form",
     "cache.hook_points=[model.layers.1:out, model.layers.2:out]": "cache.hook_points must be a single one",
-    "cache.dtype=int8": "cache.dtype must be one of",
+    "cache.dtype=int4": "cache.dtype must be one of",
     "cache.model.sha256=abc": "cache.model.sha256 must be 64 lower-case hexadecimal digits, got 'abc'",
     "cache.model.path=[1]": "cache.model.path must be text",
     "cache.text.context=1": "cache.text.context must be at least 2, got 1",

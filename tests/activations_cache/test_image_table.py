@@ -1,0 +1,58 @@
+"""What is known of each image lies beside the rows, under a hash that is part of the identity."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from activations_cache.builder import build
+from activations_cache.config import CacheConfig
+from activations_cache.errors import CacheFormatError
+from activations_cache.image_table import (
+    IMAGES,
+    SKIPPED,
+    ImageRecord,
+    SkippedImage,
+    read_images,
+    table_sha256,
+    write_table,
+)
+
+RECORDS = [
+    ImageRecord("photos", "cat/ä.png", "cat", "explain", "0" * 64),
+    ImageRecord("photos", "1", None, "hold", "1" * 64),
+]
+BROKEN = [SkippedImage("photos", "cat/b.png", "OSError: truncated")]
+
+
+def test_each_line_is_an_image(tmp_path: Path):
+    (tmp_path / ".locks").mkdir()
+    write_table(tmp_path, RECORDS, BROKEN)
+    lines = (tmp_path / IMAGES).read_bytes().splitlines()
+    assert [ImageRecord(**json.loads(line)) for line in lines] == RECORDS
+    assert SkippedImage(**json.loads((tmp_path / SKIPPED).read_bytes())) == BROKEN[0]
+    assert table_sha256(RECORDS) == hashlib.sha256((tmp_path / IMAGES).read_bytes()).hexdigest()
+
+
+def test_the_hash_tells_order_and_every_field():
+    hashes = {table_sha256(RECORDS), table_sha256(RECORDS[::-1])}
+    hashes |= {table_sha256([r._replace(label="dog") for r in RECORDS])}
+    hashes |= {table_sha256([r._replace(split="score") for r in RECORDS])}
+    assert len(hashes) == 4
+
+
+def test_a_table_that_is_there_is_left_alone(tmp_path: Path):
+    (tmp_path / ".locks").mkdir()
+    write_table(tmp_path, RECORDS, BROKEN)
+    write_table(tmp_path, RECORDS, [])
+    assert (tmp_path / SKIPPED).read_bytes() != b""
+    write_table(tmp_path, RECORDS[:1], [])
+    assert len((tmp_path / IMAGES).read_bytes().splitlines()) == 1
+
+
+def test_a_cache_of_text_has_no_images(tiny_cache_config: CacheConfig, tmp_path: Path):
+    text = build(replace(tiny_cache_config, n_rows=31), tmp_path / "cache")
+    with pytest.raises(CacheFormatError, match="must be a cache of images, got one of text"):
+        read_images(text)

@@ -1,0 +1,60 @@
+"""The page about a cache: known ranks, planted massive dimensions, every row in the histogram."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from activations_cache.importing import import_array
+from activations_cache.summary import MassiveDimension, effective_rank, summarise
+
+
+@pytest.mark.parametrize("rank", [1, 5, 13])
+def test_effective_rank_of_equal_singular_values_is_their_number(rank: int):
+    made = torch.Generator().manual_seed(rank)
+    left = torch.linalg.qr(torch.randn(31, rank, generator=made, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(17, rank, generator=made, dtype=torch.float64)).Q
+    x = 3 * left @ right.T
+    assert effective_rank(x.T @ x) == pytest.approx(rank, rel=1e-4)
+
+
+def test_effective_rank_by_its_definition():
+    x = torch.randn(31, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    share = torch.linalg.svdvals(x) / torch.linalg.svdvals(x).sum()
+    assert effective_rank(x.T @ x) == pytest.approx(float(torch.exp(-(share * share.log()).sum())))
+
+
+@pytest.fixture
+def rows() -> np.ndarray:
+    made = np.random.default_rng(3).standard_normal((499, 13)).astype(np.float32)
+    made[:, 5] *= 41
+    return made
+
+
+def test_a_planted_dimension_is_found_and_every_row_counted(tmp_path: Path, rows):
+    np.save(tmp_path / "rows.npy", rows)
+    cache = import_array(tmp_path / "rows.npy", tmp_path / "cache", hook_point="a.b:out")
+    found = summarise(cache, "a.b:out")
+    training = rows[cache.rows(("explain", "score")).numpy()]
+    assert found.n_sampled == len(training) == sum(found.norm_counts)
+    rms = np.sqrt(np.square(training).mean(0))
+    (massive,) = found.massive
+    assert isinstance(massive, MassiveDimension)
+    assert massive.dimension == 5
+    assert massive.rms == pytest.approx(rms[5], rel=1e-5)
+    assert massive.ratio == pytest.approx(rms[5] / np.median(rms), rel=1e-5)
+    norms = np.linalg.norm(training, axis=1)
+    assert found.norm_edges[0] <= norms.min() < norms.max() <= found.norm_edges[-1] * (1 + 1e-6)
+    mean = training.mean(0)
+    assert found.mean_share == pytest.approx(
+        np.square(mean).sum() / np.square(training).sum(1).mean(), rel=1e-4
+    )
+
+
+def test_rows_of_zeros_have_a_page(tmp_path: Path):
+    np.save(tmp_path / "rows.npy", np.zeros((23, 5), np.float32))
+    cache = import_array(tmp_path / "rows.npy", tmp_path / "cache")
+    found = summarise(cache, "embedding:out")
+    assert found.norm_counts == (found.n_sampled,)
+    assert found.massive == ()
