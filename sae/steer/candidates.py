@@ -1,11 +1,11 @@
 """Which labelled latents come into question for a steering example."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from activations_cache.models import Tokenizer
 
-MIN_AUC = 0.65
+MIN_AUC = 0.7
 """A candidate's label must tell this well where the latent fires; 0.5 is chance."""
 
 MIN_TARGETS = 3
@@ -63,15 +63,23 @@ def fit_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     return fit
 
 
-def target_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[int, ...]:
+def target_tokens(
+    tokenizer: Tokenizer, words: Sequence[str], common: Collection[int] = ()
+) -> tuple[int, ...]:
     """Ids of the tokens that are a word as a whole: inside a sentence, at its start, capitalised.
 
     Words of fewer than four letters, which are mostly grammar, what is no word, and words that the
-    tokenizer splits give none.
+    tokenizer splits give none; nor do words of which a form is among the `common` tokens, because
+    any text holds these.
     """
     whole = [word for word in words if len(word) >= 4 and word.isalpha()]
-    cased = [form for word in whole for form in (word, word.capitalize())]
-    forms = [space + form for form in cased for space in (" ", "")]
+    found = [_forms(tokenizer, word) for word in whole]
+    rare = (ids for ids in found if not set(ids) & set(common))
+    return tuple(dict.fromkeys(token for ids in rare for token in ids))
+
+
+def _forms(tokenizer: Tokenizer, word: str) -> list[int]:
+    """Ids of the forms of a word that are one token each."""
+    forms = [space + form for form in (word, word.capitalize()) for space in (" ", "")]
     ids = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
-    single = (found[0] for found in ids if len(found) == 1 and found[0] != tokenizer.unk_token_id)
-    return tuple(dict.fromkeys(single))
+    return [given[0] for given in ids if len(given) == 1 and given[0] != tokenizer.unk_token_id]
