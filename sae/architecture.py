@@ -32,7 +32,42 @@ class TopK:
         at_least("k", self.k, 1)
 
 
-Activation = ReLU | TopK
+@dataclass(frozen=True, kw_only=True)
+class BatchTopK:
+    """The k * batch largest h of a batch in training, else all above one threshold.
+
+    The threshold is what separated the two in training, so that a row's latents do not depend on
+    the rows beside it (Bussmann et al. 2024, arXiv 2412.06410).
+    """
+
+    kind: Literal["batchtopk"] = "batchtopk"
+    """Tells the activations apart."""
+    k: int = 32
+    """Latents that may fire in one row on average."""
+
+    def __post_init__(self) -> None:
+        """Check k, as far as it can be without d_sae."""
+        at_least("k", self.k, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JumpReLU:
+    """a = h where h > threshold, else 0; a threshold per latent (arXiv 2407.14435)."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    """Tells the activations apart."""
+    threshold: float = 0.1
+    """Thresholds at the start of training, in the dictionary's units."""
+    bandwidth: float = 0.1
+    """Width of the window around a threshold in which pre-activations move it, in these units."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("threshold", self.threshold, 0)
+        positive("bandwidth", self.bandwidth)
+
+
+Activation = ReLU | TopK | BatchTopK | JumpReLU
 
 _TOPK = TopK()
 
@@ -61,7 +96,7 @@ class SAEConfig:
         rule = f"be 'none' where d_out={self.d_out} differs from d_in={self.d_in}"
         require(self.b_in == "none" or self.width_out == self.d_in, "b_in", rule, self.b_in)
         positive("input_scale", self.input_scale)
-        if isinstance(self.activation, TopK):
+        if isinstance(self.activation, TopK | BatchTopK):
             k = self.activation.k
             require(k <= self.d_sae, "activation.k", f"be at most d_sae={self.d_sae}", k)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sae import activations
 from sae.activations import EncoderWeights, Latents
-from sae.architecture import ReLU, SAEConfig, TopK
+from sae.architecture import BatchTopK, JumpReLU, ReLU, SAEConfig, TopK
 from sae_kernels import sparse_decode
 
 __all__ = ["Latents", "SparseAutoencoder"]
@@ -31,6 +31,15 @@ class SparseAutoencoder(nn.Module):
         self.dec_rows = nn.Parameter(torch.zeros(config.d_sae, d_out))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
+        match config.activation:
+            case JumpReLU(threshold=threshold):
+                self.threshold = nn.Parameter(torch.full((config.d_sae,), float(threshold)))
+            case BatchTopK():  # estimated in training, not learned
+                self.register_buffer("threshold", torch.tensor(torch.nan))
+            case TopK() | ReLU():
+                self.threshold = None
+            case _:
+                assert_never(config.activation)
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
@@ -49,7 +58,7 @@ class SparseAutoencoder(nn.Module):
     def encoder(self) -> EncoderWeights:
         """The encoder's weights as the activation functions take them."""
         b_in = self.b_dec if self.config.b_in == "b_dec" else None
-        return EncoderWeights(self.enc_rows, self.b_enc, b_in)
+        return EncoderWeights(self.enc_rows, self.b_enc, b_in, self.threshold)
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Latents:
         """Sparse activations of rows in the model's units."""
@@ -82,9 +91,9 @@ class SparseAutoencoder(nn.Module):
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         """Reconstruction of rows, both in the model's units."""
         match self.config.activation:
-            case TopK():
+            case TopK() | BatchTopK():
                 return self.decode(self.encode(x))
-            case ReLU():
+            case ReLU() | JumpReLU():
                 return self.decode(self.encode_dense(x))
             case _:
                 assert_never(self.config.activation)

@@ -22,6 +22,11 @@ def l1_decoder_norm(
     return (acts * norms).sum(dim=1).mean()
 
 
+def l0_penalty(l0: Float[Tensor, ""], target: float | None) -> Float[Tensor, ""]:
+    """The mean number of latents that fire in a row, or (L0 / target - 1)^2 with a target."""
+    return l0 if target is None else (l0 / target - 1).square()
+
+
 def batch_variance(x: Float[Tensor, "batch d_out"]) -> Float[Tensor, ""]:
     """Mean over rows of ||x - mean||^2, the mean per dimension over this batch."""
     return (x - x.mean(dim=0)).square().sum(dim=1).mean()

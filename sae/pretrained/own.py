@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,7 +13,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from activations_cache import io
-from sae.architecture import Activation, ReLU, SAEConfig, TopK
+from sae.architecture import Activation, BatchTopK, JumpReLU, ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
 
 FORMAT = "monosema"
@@ -24,6 +25,12 @@ CONFIG_KEYS = {
     "format", "format_version", "d_in", "d_sae", "d_out", "activation", "b_in", "input_scale",
 }  # fmt: skip
 MAX_CONFIG_BYTES = 1 << 20
+KINDS: dict[str, type[Activation]] = {
+    "relu": ReLU,
+    "topk": TopK,
+    "batchtopk": BatchTopK,
+    "jumprelu": JumpReLU,
+}
 
 
 class DictionaryFormatError(ValueError):
@@ -39,9 +46,15 @@ def save(
         dictionary: What is written, in fp32.
         path: The directory; files of an earlier dictionary in it are replaced.
         provenance: What made it (cache fingerprint, config, versions); recorded, never compared.
+
+    Raises:
+        ValueError: If a number is not finite, such as the threshold of an untrained BatchTopK.
     """
     path = Path(path)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in dictionary.named_parameters()}
+    state = dictionary.state_dict()
+    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+        raise ValueError("a dictionary must hold finite numbers to be saved, got others")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     weights = to_safetensors(tensors)
     config = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(dictionary.config)}
     record = {**(provenance or {}), "sae_sha256": hashlib.sha256(weights).hexdigest()}
@@ -58,7 +71,7 @@ def read(path: Path, latents: slice | None = None) -> SparseAutoencoder:
             not those of the config.
     """
     config = _read_config(path)
-    expected = {name: tuple(p.shape) for name, p in _empty(config).named_parameters()}
+    expected = {name: tuple(p.shape) for name, p in _empty(config).state_dict().items()}
     try:
         with safe_open(path / WEIGHTS, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -84,15 +97,16 @@ def read(path: Path, latents: slice | None = None) -> SparseAutoencoder:
 
 
 def _part(file: safe_open, name: str, latents: slice | None) -> Tensor:
-    if latents is None or name == "b_dec":
+    is_scalar = not file.get_slice(name).get_shape()
+    if latents is None or name == "b_dec" or is_scalar:
         return file.get_tensor(name)
     return file.get_slice(name)[latents].contiguous()
 
 
 def _narrowed(config: SAEConfig, d_sae: int) -> SAEConfig:
     activation = config.activation
-    if d_sae < config.d_sae and isinstance(activation, TopK):
-        activation = TopK(k=min(activation.k, max(d_sae, 1)))
+    if d_sae < config.d_sae and isinstance(activation, TopK | BatchTopK):
+        activation = type(activation)(k=min(activation.k, max(d_sae, 1)))
     return SAEConfig(**{**_fields(config), "d_sae": d_sae, "activation": activation})
 
 
@@ -128,14 +142,18 @@ def _read_config(path: Path) -> SAEConfig:
         raise DictionaryFormatError(f"{file} must describe a dictionary, got: {error}") from error
 
 
-def _activation(record: dict) -> Activation:
-    match record:
-        case {"kind": "relu", **rest} if not rest:
-            return ReLU()
-        case {"kind": "topk", "k": int(k), **rest} if not rest:
-            return TopK(k=k)
-        case _:
-            raise ValueError(f"activation must be a known kind with its fields, got {record}")
+def _activation(record: Mapping[str, object]) -> Activation:
+    kind = KINDS.get(str(record.get("kind")))
+    wanted = {} if kind is None else {f.name: f.type for f in fields(kind) if f.name != "kind"}
+    given: dict[str, Any] = {name: value for name, value in record.items() if name != "kind"}
+    fit = all(
+        isinstance(given.get(name), int if of is int else int | float)
+        and not isinstance(given.get(name), bool)
+        for name, of in wanted.items()
+    )
+    if kind is None or given.keys() != wanted.keys() or not fit:
+        raise ValueError(f"activation must be a known kind with its fields, got {record}")
+    return kind(**given)
 
 
 def _json(record: Mapping[str, object]) -> bytes:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, assert_never
 
 from activations_cache.checks import at_least, fraction, positive, require
-from sae.architecture import Activation, ReLU, SAEConfig, TopK
+from sae.architecture import Activation, BatchTopK, JumpReLU, ReLU, SAEConfig, TopK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,32 @@ class L1:
         """Check ranges."""
         at_least("coefficient", self.coefficient, 0)
         fraction("ramp", self.ramp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class L0:
+    """Penalty on the number of latents that fire, which moves JumpReLU's thresholds.
+
+    With a target it is (L0 / target - 1)^2 of the batch's mean L0, which finds that L0 at any
+    coefficient that is large enough; without, it is the L0 itself (arXiv 2407.14435).
+    """
+
+    coefficient: float = 1.0
+    """Weight of the penalty, when E||u||^2 = d_in; without a target, small values belong here."""
+    target: float | None = None
+    """The L0 that is wanted."""
+    ramp: float = 0.05
+    """Fraction of the steps over which the weight rises from 0."""
+    threshold_lr: float | None = None
+    """Learning rate of the thresholds; the optimiser's when absent."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("coefficient", self.coefficient, 0)
+        fraction("ramp", self.ramp)
+        for name in ("target", "threshold_lr"):
+            if (value := getattr(self, name)) is not None:
+                positive(name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +115,9 @@ class DictionaryConfig:
     b_in: Literal["none", "b_dec"] = "b_dec"
     """What is subtracted before the encoder."""
     l1: L1 | None = None
-    """Sparsity penalty; needed by relu, refused by topk."""
+    """Sparsity penalty; needed by relu, refused by the others."""
+    l0: L0 | None = None
+    """Sparsity penalty; needed by jumprelu, refused by the others."""
     auxk: AuxK | None = None
     """Care for dead latents."""
     dead_after_tokens: int = 100_000
@@ -106,13 +134,13 @@ class DictionaryConfig:
     def __post_init__(self) -> None:
         """Check the fields against each other."""
         match self.activation:
-            case TopK(k=k):
-                require(self.l1 is None, "l1", "be absent for activation.kind 'topk'", self.l1)
+            case TopK(k=k) | BatchTopK(k=k):
+                self._require_losses(auxk=None)
                 require(k <= self.d_sae, "activation.k", f"be at most d_sae={self.d_sae}", k)
             case ReLU():
-                require(self.l1 is not None, "l1", "be given for activation.kind 'relu'", self.l1)
-                rule = "be absent for activation.kind 'relu'"
-                require(self.auxk is None, "auxk", rule, self.auxk)
+                self._require_losses(l1=True)
+            case JumpReLU():
+                self._require_losses(l0=True)
             case _:
                 assert_never(self.activation)
         rule = "be false beside l1, which has the decoder's norms in it"
@@ -120,6 +148,14 @@ class DictionaryConfig:
         at_least("d_sae", self.d_sae, 1)
         at_least("dead_after_tokens", self.dead_after_tokens, 1)
         positive("decoder_norm", self.decoder_norm)
+
+    def _require_losses(self, **needed: bool | None) -> None:
+        """Check that the losses fit the activation: True is needed, None allowed, else refused."""
+        of = f"for activation.kind {self.activation.kind!r}"
+        for name in ("l1", "l0", "auxk"):
+            value, is_needed = getattr(self, name), needed.get(name, False)
+            require(is_needed is not True or value is not None, name, f"be given {of}", value)
+            require(is_needed is not False or value is None, name, f"be absent {of}", value)
 
     def architecture(self, d_in: int, input_scale: float) -> SAEConfig:
         """The autoencoder's own config, once the rows are known."""

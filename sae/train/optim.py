@@ -1,11 +1,14 @@
 """Adam for latent-major weights, with the decoder's rows kept at norm 1."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim.adam import Adam
 
 from sae.train import config
+from sae_kernels import latent_adam_
 
 
 class LatentAdam(Adam):
@@ -17,7 +20,7 @@ class LatentAdam(Adam):
 
     def __init__(
         self,
-        params: list[torch.nn.Parameter],
+        params: list[torch.nn.Parameter] | list[dict[str, Any]],
         settings: config.Adam,
         unit_rows: torch.nn.Parameter | None = None,
     ) -> None:
@@ -29,21 +32,31 @@ class LatentAdam(Adam):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step, with the norm of the unit rows unchanged."""
-        if self.unit_rows is None:
+        unit = self.unit_rows
+        if unit is None or unit.grad is None:
             super().step(closure)
             return
-        if self.unit_rows.grad is not None:
-            remove_parallel_(self.unit_rows.grad, self.unit_rows)
+        grad, unit.grad = unit.grad, None  # Adam passes over what has no gradient
         super().step(closure)
-        normalise_rows_(self.unit_rows)
-
-
-def remove_parallel_(
-    grad: Float[Tensor, "d_sae d_out"], rows: Float[Tensor, "d_sae d_out"]
-) -> None:
-    """Take the component along each unit row out of its gradient, in place."""
-    along = torch.linalg.vecdot(grad, rows).unsqueeze(1)
-    grad.addcmul_(rows, along, value=-1)
+        unit.grad = grad
+        state, group = self.state[unit], self.param_groups[0]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(unit)
+            state["exp_avg_sq"] = torch.zeros_like(unit)
+        state["step"] += 1
+        latent_adam_(
+            unit.data,
+            grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            int(state["step"]),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            project=True,
+            norm="unit",
+        )
 
 
 def normalise_rows_(rows: Float[Tensor, "d_sae d_out"]) -> None:

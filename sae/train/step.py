@@ -1,18 +1,18 @@
 """TrainStep: forward, losses, backward, clipping, optimiser, schedules, dead-latent tracking."""
 
-from typing import NamedTuple, assert_never
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae import losses
-from sae.architecture import ReLU, TopK
+from sae.architecture import JumpReLU
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
+from sae.train.forward import Forward, Moment, forward
 from sae.train.optim import LatentAdam, normalise_rows_
-from sae.train.schedule import ramp, warmup_decay
-from sae_kernels import auxk
+from sae.train.schedule import warmup_decay
 
 
 class StepMetrics(NamedTuple):
@@ -30,13 +30,6 @@ class StepMetrics(NamedTuple):
     """Norm of all gradients together, before clipping."""
     finite: Float[Tensor, ""]
     """1 where the step was taken, 0 where a non-finite loss or gradient skipped it."""
-
-
-class _Forward(NamedTuple):
-    loss: Float[Tensor, ""]
-    error: Float[Tensor, ""]
-    fired: Tensor
-    l0: Float[Tensor, ""]
 
 
 class TrainStep:
@@ -79,86 +72,56 @@ class TrainStep:
             with torch.no_grad():
                 normalise_rows_(unit)
         learns = unit is not None and unit.requires_grad
-        self.optimizer = LatentAdam(self.params, config.optimizer, unit if learns else None)
+        self.optimizer = LatentAdam(self._groups(), config.optimizer, unit if learns else None)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameters with their learning rates: JumpReLU's thresholds may have their own."""
+        lr, l0 = self.config.optimizer.lr, self.config.l0
+        own = None if l0 is None else l0.threshold_lr
+        thresholds = [] if own is None else [self.autoencoder.get_parameter("threshold")]
+        rest = [p for p in self.params if all(p is not t for t in thresholds)]
+        groups = [{"params": rest, "base_lr": lr}]
+        return [*groups, {"params": thresholds, "base_lr": own}] if thresholds else groups
 
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> StepMetrics:
         """Train on these rows; a non-finite loss or gradient leaves everything but the count."""
         u = self.autoencoder.scaled(x)
-        forward = self._forward(u)
+        moment = Moment(self.n_steps, self.total_steps, self._dead, self.bf16)
+        found = forward(self.autoencoder, self.config, u, moment)
         self.optimizer.zero_grad(set_to_none=True)
-        forward.loss.backward()
+        found.loss.backward()
         clip = self.config.optimizer.clip
         norm = torch.nn.utils.clip_grad_norm_(self.params, float("inf") if clip is None else clip)
-        finite = forward.loss.isfinite() & norm.isfinite()
+        finite = found.loss.isfinite() & norm.isfinite()
         if bool(finite):
-            self._update(forward, x.shape[0])
+            self._update(found, x.shape[0])
         self.n_steps += 1
-        dead = (self.silent_rows >= self.config.dead_after_tokens).float().mean()
-        fvu = forward.error.detach() / losses.batch_variance(u)
-        return StepMetrics(forward.loss.detach(), fvu, forward.l0, dead, norm, finite.float())
+        dead = self._dead.float().mean()
+        fvu = found.error.detach() / losses.batch_variance(u)
+        return StepMetrics(found.loss.detach(), fvu, found.l0, dead, norm, finite.float())
 
-    def _update(self, forward: _Forward, n_rows: int) -> None:
+    def _update(self, found: Forward, n_rows: int) -> None:
         settings = self.config.optimizer
         factor = warmup_decay(self.n_steps, self.total_steps, settings.warmup, settings.decay)
-        self.optimizer.param_groups[0]["lr"] = settings.lr * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
+        if isinstance(self.autoencoder.config.activation, JumpReLU):
+            with torch.no_grad():  # below 0 it would let negative pre-activations through
+                self.autoencoder.get_parameter("threshold").clamp_(min=0)
+        if found.threshold is not None:
+            follow_(self.autoencoder.get_buffer("threshold"), found.threshold)
         self.silent_rows += n_rows
-        self.silent_rows[forward.fired] = 0
+        self.silent_rows[found.fired] = 0
 
-    def _forward(self, u: Float[Tensor, "batch d_in"]) -> _Forward:
-        match self.autoencoder.config.activation:
-            case TopK():
-                return self._forward_topk(u)
-            case ReLU():
-                return self._forward_relu(u)
-            case _:
-                assert_never(self.autoencoder.config.activation)
-
-    def _forward_topk(self, u: Float[Tensor, "batch d_in"]) -> _Forward:
-        with self._autocast(u.device):
-            latents = self.autoencoder.encode_scaled(u)
-        y = self.autoencoder.decode_scaled(latents)
-        error = losses.squared_error(u, y)
-        loss = error
-        dead = self.silent_rows >= self.config.dead_after_tokens
-        if self.config.auxk is not None and bool(dead.any()):
-            loss = loss + self.config.auxk.coefficient * self._auxk(u, (u - y).detach(), dead)
-        fires = latents.values > 0
-        fired = latents.indices[fires].unique()
-        return _Forward(loss, error, fired, fires.sum(dim=1).float().mean())
-
-    def _auxk(
-        self, u: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_out"], dead: Tensor
-    ) -> Float[Tensor, ""]:
-        settings, weights = self.config.auxk, self.autoencoder.encoder()
-        assert settings is not None
-        k = settings.k or max(u.shape[1] // 2, 1)
-        b_in = None if weights.b_in is None else weights.b_in.detach()
-        with self._autocast(u.device):
-            guess = auxk(
-                u, weights.enc_rows, weights.b_enc, self.autoencoder.dec_rows, dead, k, b_in=b_in
-            )
-        return losses.squared_error(residual, guess.float())
-
-    def _forward_relu(self, u: Float[Tensor, "batch d_in"]) -> _Forward:
-        assert self.config.l1 is not None
-        with self._autocast(u.device):
-            acts = self.autoencoder.encode_dense_scaled(u)
-            y = self.autoencoder.decode_scaled(acts)
-        error = losses.squared_error(u, y.float())
-        settings = self.config.l1
-        weight = settings.coefficient * ramp(self.n_steps, self.total_steps, settings.ramp)
-        penalty = losses.l1_decoder_norm(acts, self.autoencoder.dec_rows.norm(dim=1))
-        fires = acts.detach() > 0
-        fired = fires.any(dim=0).nonzero().squeeze(1)
-        return _Forward(error + weight * penalty, error, fired, fires.sum(dim=1).float().mean())
-
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16)
+    @property
+    def _dead(self) -> Bool[Tensor, " d_sae"]:
+        return self.silent_rows >= self.config.dead_after_tokens
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a resumed run needs, as flat named tensors."""
         state = {f"param.{n}": p.detach() for n, p in self.autoencoder.named_parameters()}
+        state |= {f"buffer.{n}": b for n, b in self.autoencoder.named_buffers()}
         state["silent_rows"] = self.silent_rows
         state["n_steps"] = torch.tensor(self.n_steps)
         names: dict[Tensor, str] = {p: n for n, p in self.autoencoder.named_parameters()}
@@ -188,5 +151,22 @@ class TrainStep:
                     k: v.clone().to(parameter.device if k != "step" else v.device)
                     for k, v in own.items()
                 }
+        for name, buffer in self.autoencoder.named_buffers():
+            buffer.copy_(state[f"buffer.{name}"])
         self.silent_rows.copy_(state["silent_rows"])
         self.n_steps = int(state["n_steps"])
+
+
+THRESHOLD_RATE = 0.01
+"""By how much BatchTopK's threshold follows what a batch says of it."""
+
+
+@torch.no_grad()
+def follow_(threshold: Float[Tensor, ""], seen: Float[Tensor, ""]) -> None:
+    """Move a running threshold towards the one of a batch, in place; the first is taken as it is.
+
+    A batch in which nothing fires says nothing.
+    """
+    start = torch.where(threshold.isnan(), seen, threshold)
+    moved = start + THRESHOLD_RATE * (seen - start)
+    threshold.copy_(torch.where(seen.isfinite(), moved, threshold))

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from sae.activations import pad_silent, to_dense, to_latents
-from sae.architecture import ReLU, SAEConfig, TopK
+from sae.activations import encode_batch, pad_silent, to_dense, to_latents
+from sae.architecture import BatchTopK, JumpReLU, ReLU, SAEConfig, TopK
 from sae.autoencoder import Latents, SparseAutoencoder, initialise
 
 D_IN, D_SAE, BATCH, K = 7, 23, 5, 3
@@ -18,6 +18,10 @@ def dictionary(activation=TOPK, **fields) -> SparseAutoencoder:
     with torch.no_grad():
         for p in made.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
+        if isinstance(activation, BatchTopK):
+            made.threshold.fill_(0.7)
+        if isinstance(activation, JumpReLU):
+            made.threshold.abs_()
     return made
 
 
@@ -32,6 +36,8 @@ def by_hand(made: SparseAutoencoder, x: torch.Tensor) -> tuple[torch.Tensor, tor
     )
     u = x.double() * made.config.input_scale
     h = (u - (b_dec if made.config.b_in == "b_dec" else 0)) @ enc.T + b_enc
+    if isinstance(made.config.activation, BatchTopK | JumpReLU):
+        h = h.where(h > made.threshold.detach().double(), torch.zeros(()).double())
     if isinstance(made.config.activation, TopK):
         kth = h.sort(dim=1, descending=True).values[:, K - 1 : K]
         h = h.where(h >= kth, torch.zeros(()).double())
@@ -39,7 +45,7 @@ def by_hand(made: SparseAutoencoder, x: torch.Tensor) -> tuple[torch.Tensor, tor
     return acts, (acts @ dec + b_dec) / made.config.input_scale
 
 
-@pytest.mark.parametrize("activation", [TopK(k=K), ReLU()])
+@pytest.mark.parametrize("activation", [TopK(k=K), ReLU(), BatchTopK(k=K), JumpReLU()])
 @pytest.mark.parametrize("b_in", ["none", "b_dec"])
 def test_encode_and_decode_equal_the_definition(activation, b_in):
     made, x = dictionary(activation, b_in=b_in), rows()
@@ -49,6 +55,27 @@ def test_encode_and_decode_equal_the_definition(activation, b_in):
     torch.testing.assert_close(made.encode_dense(x).double(), acts, rtol=1e-5, atol=1e-5)
     for got in (made(x), made.decode(latents), made.decode(made.encode_dense(x))):
         torch.testing.assert_close(got.double(), x_hat, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batchtopk_dictionary_encodes_no_row_before_it_has_a_threshold():
+    made = SparseAutoencoder(SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=BatchTopK(k=K)))
+    with pytest.raises(ValueError, match="must have a threshold to encode, got none; train it"):
+        made.encode(rows())
+    with pytest.raises(ValueError, match="must have a threshold"):
+        made(rows())
+
+
+def test_batchtopk_keeps_k_times_the_batch_in_training_whatever_a_row_gets():
+    made = dictionary(BatchTopK(k=K), b_in="none")
+    u = made.scaled(rows() * torch.tensor([0.1, 1, 1, 1, 10])[:, None])
+    found = encode_batch(made.config.activation, u, made.encoder())
+    fires = found.values > 0
+    assert fires.sum() == K * BATCH
+    assert len(fires.sum(dim=1).unique()) > 1
+    dense = (u @ made.enc_rows.T + made.b_enc).detach()
+    kth = dense.flatten().sort(descending=True).values[K * BATCH - 1]
+    expected = dense.where(dense >= kth, torch.zeros(()))
+    torch.testing.assert_close(to_dense(found, D_SAE), expected)
 
 
 def test_reconstruction_is_in_the_units_of_the_model():

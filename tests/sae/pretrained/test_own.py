@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save as to_safetensors
 
 import sae
 from sae.architecture import ReLU, SAEConfig, TopK
@@ -102,9 +103,12 @@ def test_damage_is_refused_in_one_line(tmp_path):
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path):
     made = dictionary(TopK(k=3))
+    sae.save(made, tmp_path / "d")
     with torch.no_grad():
         made.b_enc[4] = float("nan")
-    sae.save(made, tmp_path / "d")
+    with pytest.raises(ValueError, match="must hold finite numbers to be saved"):
+        sae.save(made, tmp_path / "other")
+    (tmp_path / "d" / "sae.safetensors").write_bytes(to_safetensors(made.state_dict()))
     with pytest.raises(
         DictionaryFormatError, match="finite float32 numbers, got others in 'b_enc'"
     ):

@@ -1,16 +1,7 @@
 import torch
 
 from sae.train import config
-from sae.train.optim import LatentAdam, remove_parallel_
-
-
-def test_parallel_part_is_taken_out():
-    rows = torch.nn.functional.normalize(torch.randn(23, 7), dim=1)
-    across = torch.randn(23, 7)
-    across -= (across * rows).sum(1, keepdim=True) * rows
-    grad = across + 3.0 * rows
-    remove_parallel_(grad, rows)
-    torch.testing.assert_close(grad, across)
+from sae.train.optim import LatentAdam
 
 
 def test_latent_adam_equals_projection_adam_normalisation():

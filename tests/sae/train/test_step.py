@@ -1,9 +1,11 @@
+import dataclasses
+
 import pytest
 import torch
 
-from sae.architecture import ReLU, TopK
+from sae.architecture import BatchTopK, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
-from sae.train.config import L1, Adam, AuxK, DictionaryConfig
+from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig
 from sae.train.step import TrainStep
 
 D_IN, D_SAE, BATCH, STEPS = 13, 53, 101, 60
@@ -25,6 +27,26 @@ def relu(**fields) -> DictionaryConfig:
         "optimizer": Adam(lr=1e-2),
     }
     return DictionaryConfig(d_sae=D_SAE, activation=ReLU(), **{**defaults, **fields})
+
+
+def batchtopk(**fields) -> DictionaryConfig:
+    return dataclasses.replace(topk(**fields), activation=BatchTopK(k=3))
+
+
+def jumprelu(**fields) -> DictionaryConfig:
+    defaults = {
+        "l0": L0(coefficient=3.0, target=3.0, threshold_lr=3e-2),
+        "optimizer": Adam(lr=1e-2),
+    }
+    return DictionaryConfig(
+        d_sae=D_SAE,
+        activation=JumpReLU(threshold=0.1, bandwidth=0.3),
+        **{**defaults, **fields},
+    )
+
+
+ALL = {"topk": topk, "relu": relu, "batchtopk": batchtopk, "jumprelu": jumprelu}
+every_kind = pytest.mark.parametrize("config", [make() for make in ALL.values()], ids=list(ALL))
 
 
 def step_of(config: DictionaryConfig, seed: int = 0, total: int = STEPS) -> TrainStep:
@@ -49,7 +71,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("config", [topk(), relu()], ids=["topk", "relu"])
+@every_kind
 def test_training_reconstructs_planted_rows(config):
     step = step_of(config)
     metrics = [step(x) for x in batches(STEPS)]
@@ -58,7 +80,7 @@ def test_training_reconstructs_planted_rows(config):
     assert all(bool(m.finite) for m in metrics)
 
 
-@pytest.mark.parametrize("config", [topk(), relu()], ids=["topk", "relu"])
+@every_kind
 def test_a_resumed_run_is_bit_equal(config):
     data = batches(20)
     whole = step_of(config, total=20)
@@ -195,3 +217,40 @@ def test_bf16_products_train_nearly_as_fp32():
         assert all(p.dtype == torch.float32 for p in autoencoder.parameters())
     assert made[0] != made[1]
     assert abs(made[0] - made[1]) < 0.05
+
+
+def test_batchtopk_learns_the_threshold_that_gives_its_k():
+    step = step_of(batchtopk(), total=300)
+    for x in batches(300):
+        step(x)
+    n_firing = [(step.autoencoder.encode(x).values > 0).sum(dim=1).float() for x in batches(5)]
+    assert float(torch.cat(n_firing).mean()) == pytest.approx(3, rel=0.1)
+    assert float(step.autoencoder.threshold) > 0
+
+
+def test_a_step_that_is_not_taken_leaves_the_threshold():
+    step = step_of(batchtopk())
+    step(batches(1)[0])
+    before = step.autoencoder.threshold.clone()
+    step(batches(2)[1] * float("inf"))
+    assert torch.equal(step.autoencoder.threshold, before)
+
+
+@pytest.mark.parametrize("target", [2.0, 5.0])
+def test_jumprelu_finds_the_l0_that_is_asked_for(target):
+    config = jumprelu(l0=L0(coefficient=10.0, target=target, threshold_lr=3e-2))
+    step = step_of(config, total=400)
+    metrics = [step(x) for x in batches(400)]
+    found = torch.stack([m.l0 for m in metrics[-20:]]).mean()
+    assert float(found) == pytest.approx(target, rel=0.15)
+    assert (step.autoencoder.threshold != 0.1).float().mean() > 0.5
+
+
+def test_thresholds_have_their_own_learning_rate():
+    rates = {}
+    for own in (1e-4, 1e-1):
+        step = step_of(jumprelu(l0=L0(coefficient=3.0, target=3.0, threshold_lr=own)))
+        for x in batches(5):
+            step(x)
+        rates[own] = (step.autoencoder.threshold - 0.1).abs().max()
+    assert rates[1e-1] > 100 * rates[1e-4] > 0
