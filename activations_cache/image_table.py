@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from activations_cache import io
 from activations_cache.errors import CacheFormatError
+from activations_cache.layout import IMAGE_TABLE
 from activations_cache.reader import ActivationCache
 from activations_cache.writer import LOCKS
 
-IMAGES = "images.jsonl"
 SKIPPED = "skipped_images.jsonl"
 
 
@@ -61,8 +61,8 @@ def write_table(
     """Write both files beside a cache's arrays, unless another writer has."""
     table = as_lines(records)
     with io.lock(path / LOCKS / "images.lock", f"the images of {path}", wait_s=float("inf")):
-        if not (path / IMAGES).exists() or (path / IMAGES).read_bytes() != table:
-            io.write_files({path / SKIPPED: as_lines(skipped), path / IMAGES: table})
+        if not (path / IMAGE_TABLE).exists() or (path / IMAGE_TABLE).read_bytes() != table:
+            io.write_files({path / SKIPPED: as_lines(skipped), path / IMAGE_TABLE: table})
 
 
 def read_images(cache: ActivationCache) -> list[ImageRecord]:
@@ -74,7 +74,7 @@ def read_images(cache: ActivationCache) -> list[ImageRecord]:
     expected = cache.identity.get("images", {}).get("table_sha256")
     if expected is None:
         raise CacheFormatError(f"{cache.path} must be a cache of images, got one of text")
-    file = cache.path / IMAGES
+    file = cache.path / IMAGE_TABLE
     data = file.read_bytes() if file.is_file() else b""
     found = hashlib.sha256(data).hexdigest()
     if found != expected:

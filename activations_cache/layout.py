@@ -13,6 +13,9 @@ import numpy as np
 from activations_cache.manifest import Plan
 from activations_cache.storage import STORAGE, ZSTD_LEVEL, has_scale
 
+IMAGE_TABLE = "images.jsonl"
+"""What is known of each image of a cache of images; no array, but checked like one."""
+
 UNUSED = -1
 """In `rows/example`: this row of the shard holds nothing."""
 

@@ -1,5 +1,6 @@
 """Checking a whole cache: every byte against its checksum, every row against its example."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from activations_cache import io
 from activations_cache.arrays import ShardedArray
 from activations_cache.errors import CacheFormatError
 from activations_cache.journal import ShardRecord
-from activations_cache.layout import UNUSED, Layout, layout_of
+from activations_cache.layout import IMAGE_TABLE, UNUSED, Layout, layout_of
 from activations_cache.manifest import MANIFEST, PLAN, Manifest, read_manifest, read_plan
 from activations_cache.progress import Progress, silent
 
@@ -44,9 +45,23 @@ def _records_problems(path: Path, manifest: Manifest) -> Iterator[str]:
                 yield f"{path / name} must exist, got no such file"
         except CacheFormatError as error:
             yield str(error)
+    if found := _table_problem(path, manifest):
+        yield found
     for name, expected in {**manifest.journals, **manifest.files}.items():
         if found := io.problem(path / name, expected):
             yield found
+
+
+def _table_problem(path: Path, manifest: Manifest) -> str | None:
+    """Compare the table of images, if there must be one, with its hash in the identity."""
+    expected = manifest.plan.made_from.get("images", {}).get("table_sha256")
+    file = path / IMAGE_TABLE
+    if expected is None:
+        return None
+    if not file.is_file():
+        return f"{file} must exist, got no such file"
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    return None if found == expected else f"{file} must have sha256 {expected}, got {found}"
 
 
 def _shard(path: Path, manifest: Manifest, record: ShardRecord) -> list[str]:

@@ -52,6 +52,7 @@ FAMILIES = {
     "clip_vision_model": _CLIP,
     "dinov2": Family("Dinov2Model"),
     "dinov2_with_registers": Family("Dinov2WithRegistersModel"),
+    "dinov3_vit": Family("DINOv3ViTModel"),
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,
     "vit": Family("ViTModel", options={"add_pooling_layer": False}),

@@ -18,7 +18,7 @@ from activations_cache.builder import build
 from activations_cache.config import CacheConfig, ModelConfig
 from activations_cache.config_images import ImagePreprocessing, ImagesConfig, ImageSource
 from activations_cache.errors import CacheFormatError
-from activations_cache.image_table import IMAGES, read_images, read_skipped
+from activations_cache.image_table import IMAGE_TABLE, read_images, read_skipped
 from activations_cache.live import stream
 from activations_cache.reader import ActivationCache
 from activations_cache.sites import sites
@@ -289,10 +289,23 @@ def test_the_stream_without_a_disk_gives_the_same_rows(cache: ActivationCache, c
 def test_a_damaged_table_is_refused_and_written_again(config: CacheConfig, tmp_path: Path):
     few = replace(config, n_rows=N_PATCHES)
     found = build(few, tmp_path / "cache")
-    whole = (found.path / IMAGES).read_bytes()
-    (found.path / IMAGES).write_bytes(whole.replace(b"cat", b"dog").replace(b"bird", b"dogs"))
+    whole = (found.path / IMAGE_TABLE).read_bytes()
+    (found.path / IMAGE_TABLE).write_bytes(whole.replace(b"cat", b"dog").replace(b"bird", b"dogs"))
     with pytest.raises(CacheFormatError, match=r"images.jsonl must have sha256 .*, got "):
         read_images(found)
     (found.path / "manifest.json").unlink()
     again = build(few, tmp_path / "cache")
-    assert (again.path / IMAGES).read_bytes() == whole
+    assert (again.path / IMAGE_TABLE).read_bytes() == whole
+
+
+def test_a_damaged_table_of_images_is_named(cache: ActivationCache):
+    table = cache.path / IMAGE_TABLE
+    whole = table.read_bytes()
+    try:
+        table.write_bytes(whole.replace(b"cat", b"dog", 1))
+        assert [IMAGE_TABLE in line for line in cache.verify()] == [True]
+        table.unlink()
+        assert cache.verify() == [f"{table} must exist, got no such file"]
+    finally:
+        table.write_bytes(whole)
+    assert cache.verify() == []

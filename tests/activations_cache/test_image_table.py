@@ -11,7 +11,7 @@ from activations_cache.builder import build
 from activations_cache.config import CacheConfig
 from activations_cache.errors import CacheFormatError
 from activations_cache.image_table import (
-    IMAGES,
+    IMAGE_TABLE,
     SKIPPED,
     ImageRecord,
     SkippedImage,
@@ -30,10 +30,12 @@ BROKEN = [SkippedImage("photos", "cat/b.png", "OSError: truncated")]
 def test_each_line_is_an_image(tmp_path: Path):
     (tmp_path / ".locks").mkdir()
     write_table(tmp_path, RECORDS, BROKEN)
-    lines = (tmp_path / IMAGES).read_bytes().splitlines()
+    lines = (tmp_path / IMAGE_TABLE).read_bytes().splitlines()
     assert [ImageRecord(**json.loads(line)) for line in lines] == RECORDS
     assert SkippedImage(**json.loads((tmp_path / SKIPPED).read_bytes())) == BROKEN[0]
-    assert table_sha256(RECORDS) == hashlib.sha256((tmp_path / IMAGES).read_bytes()).hexdigest()
+    assert (
+        table_sha256(RECORDS) == hashlib.sha256((tmp_path / IMAGE_TABLE).read_bytes()).hexdigest()
+    )
 
 
 def test_the_hash_tells_order_and_every_field():
@@ -49,7 +51,7 @@ def test_a_table_that_is_there_is_left_alone(tmp_path: Path):
     write_table(tmp_path, RECORDS, [])
     assert (tmp_path / SKIPPED).read_bytes() != b""
     write_table(tmp_path, RECORDS[:1], [])
-    assert len((tmp_path / IMAGES).read_bytes().splitlines()) == 1
+    assert len((tmp_path / IMAGE_TABLE).read_bytes().splitlines()) == 1
 
 
 def test_a_cache_of_text_has_no_images(tiny_cache_config: CacheConfig, tmp_path: Path):

@@ -17,7 +17,7 @@ from activations_cache.loading import ModelError
 from activations_cache.sites import sites
 from activations_cache.vision import LoadedVisionModel, Reading, load_any_model, load_vision_model
 
-SIZE, PATCH, D_MODEL = 21, 7, 22
+SIZE, PATCH, D_MODEL = 21, 7, 44  # DINOv3 wants a head width that 4 divides
 WIDE = {
     "hidden_size": D_MODEL,
     "num_hidden_layers": 3,
@@ -39,6 +39,12 @@ FAMILIES = {
         "Dinov2WithRegistersConfig",
         DINO | {"num_register_tokens": 3},
         "Dinov2WithRegistersModel",
+        4,
+    ),
+    "DINOv3ViTModel": (
+        "DINOv3ViTConfig",
+        VISION | {"num_register_tokens": 3},
+        "DINOv3ViTModel",
         4,
     ),
     "CLIPModel": ("CLIPConfig", TWO_TOWERS, "CLIPVisionModel", 1),
