@@ -296,16 +296,3 @@ def test_a_damaged_table_is_refused_and_written_again(config: CacheConfig, tmp_p
     (found.path / "manifest.json").unlink()
     again = build(few, tmp_path / "cache")
     assert (again.path / IMAGE_TABLE).read_bytes() == whole
-
-
-def test_a_damaged_table_of_images_is_named(cache: ActivationCache):
-    table = cache.path / IMAGE_TABLE
-    whole = table.read_bytes()
-    try:
-        table.write_bytes(whole.replace(b"cat", b"dog", 1))
-        assert [IMAGE_TABLE in line for line in cache.verify()] == [True]
-        table.unlink()
-        assert cache.verify() == [f"{table} must exist, got no such file"]
-    finally:
-        table.write_bytes(whole)
-    assert cache.verify() == []

@@ -19,6 +19,7 @@ from activations_cache.image_table import (
     table_sha256,
     write_table,
 )
+from activations_cache.synthetic import synthetic_plan, write_synthetic
 
 RECORDS = [
     ImageRecord("photos", "cat/ä.png", "cat", "explain", "0" * 64),
@@ -58,3 +59,16 @@ def test_a_cache_of_text_has_no_images(tiny_cache_config: CacheConfig, tmp_path:
     text = build(replace(tiny_cache_config, n_rows=31), tmp_path / "cache")
     with pytest.raises(CacheFormatError, match="must be a cache of images, got one of text"):
         read_images(text)
+
+
+def test_a_damaged_table_is_named_by_verify(tmp_path: Path):
+    plan = synthetic_plan({"a.1:out": 7}, n_examples=5)
+    images = {"table_sha256": table_sha256(RECORDS)}
+    plan = replace(plan, made_from={**plan.made_from, "images": images})
+    cache, table = write_synthetic(tmp_path, plan), tmp_path / IMAGE_TABLE
+    assert cache.verify() == [f"{table} must exist, got no such file"]
+    write_table(tmp_path, RECORDS, [])
+    assert cache.verify() == []
+    table.write_bytes(table.read_bytes() + b" ")
+    (problem,) = cache.verify()
+    assert problem.startswith(f"{table} must have sha256 {table_sha256(RECORDS)}, got ")
