@@ -29,7 +29,9 @@ def surroundings(packages: tuple[str, ...] = ()) -> dict[str, Any]:
     }
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], rounds: int
+) -> dict[str, list[float]]:
     """Time candidates in turns, in alternating order; the first round warms up and is dropped.
 
     Returns:

@@ -4,6 +4,7 @@ The (row, latent) entries are sorted by latent once. Each latent is then a bag o
 weight gradient is the same operation as decoding: `torch.embedding_bag` with the latents as bags.
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_kernels.launch import (
+    Backend,
     check_floating,
     check_indices,
     check_shape,
@@ -31,10 +33,10 @@ class WeightGrads(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """The entries of sparse latents in the order of their latents: `entry = row * k + column`."""
+    """The entries of sparse latents in the order of their latents, and the batch row of each."""
 
-    entries: Int[Tensor, " row"]
-    rows: Int[Tensor, " row"]
+    entries: Int[Tensor, " entry"]
+    rows: Int[Tensor, " entry"]
     lengths: Int[Tensor, " d_sae"]
     starts: Int[Tensor, " d_sae"]
 
@@ -44,21 +46,58 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def segments(indices: Int[Tensor, "batch k"], d_sae: int) -> Segments:
-    """Sort the entries by latent; entries of one latent stay in the order of the batch."""
-    flat = indices.flatten()
-    # int32 halves the passes of the radix sort
-    order = torch.sort(flat.int(), stable=True).indices
-    lengths = torch.bincount(flat, minlength=d_sae)
-    rows = order // max(1, indices.shape[1])
-    return Segments(order, rows, lengths, lengths.cumsum(0) - lengths)
+class Entries:
+    """Which latent each entry of a batch names; they are sorted once, when first asked for.
+
+    `indices` is (batch, k), or (entry,) with `row_ptr`, where row n has the entries
+    `row_ptr[n]:row_ptr[n + 1]`.
+    """
+
+    def __init__(
+        self,
+        indices: Int[Tensor, "batch k"] | Int[Tensor, " entry"],
+        d_sae: int,
+        row_ptr: Int[Tensor, " bound"] | None = None,
+    ) -> None:
+        """Take the indices as they are; nothing is computed yet."""
+        self.indices = indices
+        self.d_sae = d_sae
+        self.row_ptr = row_ptr
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The entries by latent; those of one latent stay in the order of the batch."""
+        flat = self.indices.flatten()
+        # int32 halves the passes of the radix sort
+        order = torch.sort(flat.int(), stable=True).indices
+        lengths = torch.bincount(flat, minlength=self.d_sae)
+        if self.row_ptr is None:
+            rows = order // max(1, self.indices.shape[1])
+        else:
+            rows = rows_of(self.row_ptr, len(flat))[order]
+        return Segments(order, rows, lengths, lengths.cumsum(0) - lengths)
+
+
+def rows_of(row_ptr: Int[Tensor, " bound"], n_entries: int) -> Int[Tensor, " entry"]:
+    """Name the batch row of each entry."""
+    batch = torch.arange(len(row_ptr) - 1, device=row_ptr.device)
+    return batch.repeat_interleave(row_ptr.diff(), output_size=n_entries)
 
 
 def segment_product(
-    parts: Segments, weights: Float[Tensor, "batch k"], rows: Float[Tensor, "batch d_out"]
+    entries: Entries,
+    weights: Float[Tensor, "batch k"] | Float[Tensor, " entry"],
+    rows: Float[Tensor, "batch d_out"],
+    backend: Backend = "torch",
 ) -> Float[Tensor, "d_sae d_out"]:
     """Compute `out[j] = sum of weights[n, i] * rows[n]` over the entries (n, i) of latent j."""
-    dtype = accumulator(rows.dtype)
+    if backend == "triton" and entries.row_ptr is None:
+        from sae_kernels import grads_triton
+
+        return grads_triton.segment_product(
+            entries.indices.contiguous(), weights.contiguous(), rows.contiguous(), entries.d_sae
+        )
+    parts, dtype = entries.segments, accumulator(rows.dtype)
     return torch.embedding_bag(
         rows.to(dtype).contiguous(),
         parts.rows,
@@ -68,8 +107,11 @@ def segment_product(
     )[0]
 
 
-def segment_sum(parts: Segments, weights: Float[Tensor, "batch k"]) -> Float[Tensor, " d_sae"]:
+def segment_sum(
+    entries: Entries, weights: Float[Tensor, "batch k"] | Float[Tensor, " entry"]
+) -> Float[Tensor, " d_sae"]:
     """Compute `out[j] = sum of weights[n, i]` over the entries (n, i) of latent j."""
+    parts = entries.segments
     ordered = weights.to(accumulator(weights.dtype)).flatten()[parts.entries]
     return torch.segment_reduce(ordered, "sum", lengths=parts.lengths, unsafe=True)
 
@@ -140,12 +182,19 @@ def sparse_weight_grads(
     check_shape("x", x, batch, None)
     check_indices(indices, d_sae)
     with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
-        if choose(values, backend) == "reference":
+        name = choose(values, backend)
+        if name == "reference":
             return sparse_weight_grads_reference(values, d_values, indices, grad_out, x, d_sae)
-        parts = segments(indices, d_sae)
+        if name == "triton":
+            from sae_kernels import grads_triton
+
+            latents = (values.contiguous(), d_values.contiguous(), indices.contiguous())
+            rows = (grad_out.contiguous(), x.contiguous())
+            return WeightGrads(*grads_triton.weight_grads(*latents, *rows, d_sae))
+        entries = Entries(indices, d_sae)
         return WeightGrads(
-            segment_product(parts, values, grad_out),
-            segment_product(parts, d_values, x),
-            segment_sum(parts, d_values),
+            segment_product(entries, values, grad_out),
+            segment_product(entries, d_values, x),
+            segment_sum(entries, d_values),
             _count_fired(values, indices, d_sae),
         )

@@ -1,24 +1,56 @@
 """The choice of backend, and the argument checks that the ops share."""
 
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-Backend = Literal["reference", "torch"]
+Backend = Literal["reference", "torch", "triton"]
+
+
+def _interprets() -> bool:
+    """Tell whether Triton runs its kernels on the CPU, in its interpreter."""
+    if find_spec("triton") is None:
+        return False
+    from sae_kernels.interpreter_triton import interprets
+
+    return interprets()
+
+
+def _check_triton(device: str, dtype: torch.dtype) -> None:
+    """Refuse tensors that no Triton kernel here can take."""
+    if dtype == torch.float64:
+        raise ValueError(
+            "backend 'triton' must get tensors of at most 32 bits, got torch.float64; "
+            "use backend='torch'"
+        )
+    if device == "cuda" and find_spec("triton") is None:
+        raise ValueError("backend 'triton' must have the package triton, which is not installed")
+    if device != "cuda" and not _interprets():
+        raise ValueError(
+            f"backend 'triton' must get CUDA tensors, got {device}; use backend='torch', or set "
+            "TRITON_INTERPRET=1 before the first import of triton to run the kernels in its "
+            "interpreter"
+        )
 
 
 def choose(tensor: Shaped[Tensor, "..."], backend: str | None) -> Backend:
     """Name the backend that runs an op on `tensor`; `None` asks for the fastest one there.
 
+    That is "triton" for CUDA tensors of at most 32 bits where triton is installed, else "torch".
+
     Raises:
-        ValueError: if `backend` names none that exists.
+        ValueError: if `backend` names none that exists, or one that cannot take `tensor`.
     """
     if backend is None:
-        return "torch"
+        fits = tensor.is_cuda and tensor.dtype != torch.float64
+        return "triton" if fits and find_spec("triton") is not None else "torch"
     for name in get_args(Backend):
         if backend == name:
+            if name == "triton":
+                _check_triton(tensor.device.type, tensor.dtype)
             return name
     names = ", ".join(repr(name) for name in get_args(Backend))
     raise ValueError(

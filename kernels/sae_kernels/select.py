@@ -69,7 +69,8 @@ def _pick_by_key(v: Float[Tensor, "batch d_sae"], k: int) -> _Pick:
 def _pick_directly(v: Float[Tensor, "batch d_sae"], k: int) -> _Pick:
     """Take k < n of each row, in no order; equal values in no order either."""
     n = v.shape[1]
-    if v.device.type == "cpu" and v.dtype != torch.float64 and n <= HEAP_RATIO * k:
+    fits = v.dtype != torch.float64 and n <= 1 << COLUMN_BITS
+    if v.device.type == "cpu" and fits and n <= HEAP_RATIO * k:
         return _pick_by_key(v, k)
     values, indices = v.topk(k + 1, dim=1)
     return _Pick(indices[:, :k], values[:, k - 1], values[:, k])
@@ -150,6 +151,18 @@ def _topk_select_torch(
     return TopK(values.relu() if relu else values, indices)
 
 
+def _topk_select_triton(
+    pre: Float[Tensor, "batch d_sae"], k: int, relu: bool, by_value: bool
+) -> TopK:
+    from sae_kernels import select_triton
+
+    values, indices = select_triton.topk_select(pre.detach().contiguous(), k, relu, by_value)
+    if pre.requires_grad and torch.is_grad_enabled():  # the same values again, by way of `pre`
+        values = pre.gather(1, indices)
+        values = values.relu() if relu else values
+    return TopK(values, indices)
+
+
 def topk_select(
     pre: Float[Tensor, "batch d_sae"],
     k: int,
@@ -177,9 +190,16 @@ def topk_select(
         ValueError: if `pre` is not two-dimensional, or k or the backend are out of range.
         TypeError: if `pre` is not floating point.
     """
+    if torch.compiler.is_compiling():
+        from sae_kernels.library import compiled_select
+
+        return compiled_select(pre, k, relu, sorted, backend)
     check_shape("pre", pre, None, None)
     check_floating(pre=pre)
     check_k(k, pre.shape[1])
-    if choose(pre, backend) == "reference":
+    name = choose(pre, backend)
+    if name == "reference":
         return topk_select_reference(pre, k, relu=relu, sorted=sorted)
+    if name == "triton":
+        return _topk_select_triton(pre, k, relu, sorted)
     return _topk_select_torch(pre, k, relu, sorted)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sae_kernels import TopK, encode, encode_topk, topk_select
+from sae_kernels import TopK, encode_topk, product, topk_select
 
 BACKENDS = ["reference", "torch"]
 BATCH, D_IN, D_SAE, K = 13, 7, 104, 5
@@ -112,15 +112,20 @@ def test_only_what_is_needed_gets_a_gradient(name, tensors):
 @pytest.mark.parametrize("asked", NAMES)
 def test_gradients_that_are_not_asked_for_are_not_computed(asked, tensors, monkeypatch):
     calls = []
-    for name in ("weighted_bags", "segments", "segment_product"):
-        true = getattr(encode, name)
+    for name in ("weighted_rows", "segment_sum", "segment_product"):
+        true = getattr(product, name)
         monkeypatch.setattr(
-            encode, name, lambda *args, true=true, name=name: (calls.append(name), true(*args))[1]
+            product,
+            name,
+            lambda *args, true=true, name=name, **options: (
+                calls.append(name),
+                true(*args, **options),
+            )[1],
         )
     inputs = [t.clone().requires_grad_(n == asked) for n, t in zip(NAMES, tensors, strict=True)]
     run(inputs).values.sum().backward()
-    expected = {"x": ["weighted_bags"], "enc_rows": ["segments", "segment_product"]}
-    assert calls == expected.get(asked, ["segments"])
+    expected = {"x": ["weighted_rows"], "enc_rows": ["segment_sum", "segment_product"]}
+    assert calls == expected.get(asked, ["segment_sum"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -142,7 +147,7 @@ def test_second_derivatives_are_refused(tensors):
 def test_chunks_of_rows_change_nothing(normal, monkeypatch):
     tensors = (normal(61, 29), normal(536, 29, seed=1), normal(536, seed=2), normal(29, seed=3))
     whole = run(tensors)
-    monkeypatch.setattr(encode, "WORKSPACE_BYTES", 7 * 536 * 4)
+    monkeypatch.setattr(product, "WORKSPACE_BYTES", 7 * 536 * 4)
     parts = run(tensors)
     assert torch.equal(parts.indices, whole.indices)
     assert (parts.values - whole.values).abs().max() <= 1e-5
@@ -150,13 +155,13 @@ def test_chunks_of_rows_change_nothing(normal, monkeypatch):
 
 def test_a_workspace_smaller_than_a_row_still_works(tensors, monkeypatch):
     whole = run(tensors)
-    monkeypatch.setattr(encode, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(product, "WORKSPACE_BYTES", 1)
     assert torch.equal(run(tensors).indices, whole.indices)
 
 
 def test_the_pre_activations_are_never_held_at_once(normal, monkeypatch, largest):
     batch, d_in, d_sae = 499, 5, 1024
-    monkeypatch.setattr(encode, "WORKSPACE_BYTES", 16 * d_sae * 4)
+    monkeypatch.setattr(product, "WORKSPACE_BYTES", 16 * d_sae * 4)
     inputs = [normal(batch, d_in), normal(d_sae, d_in), normal(d_sae), normal(d_in)]
     with largest:
         run([t.requires_grad_() for t in inputs]).values.sum().backward()
@@ -167,8 +172,8 @@ def test_the_pre_activations_are_never_held_at_once(normal, monkeypatch, largest
 def test_autocast_multiplies_in_bfloat16_and_selects_in_float32(backend, normal):
     tensors = (normal(61, 29), normal(536, 29, seed=1), normal(536, seed=2), normal(29, seed=3))
     x, enc_rows, b_enc, b_in = tensors
-    product = (x - b_in).bfloat16() @ enc_rows.bfloat16().T
-    expected = topk_select(product.float() + b_enc, 11)
+    low = (x - b_in).bfloat16() @ enc_rows.bfloat16().T
+    expected = topk_select(low.float() + b_enc, 11)
     with torch.autocast("cpu", torch.bfloat16):
         result = run(tensors, 11, backend=backend)
     assert result.values.dtype == torch.float32

@@ -1,9 +1,28 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from sae_kernels import launch
 from sae_kernels.launch import check_floating, check_indices, check_k, check_shape, choose
 
 X = torch.zeros(5, 7)
+
+
+@pytest.fixture
+def in_fresh_process():
+    """The error that Python code ends with in a process of its own."""
+
+    def run(code, **environment):
+        environment = {**os.environ, **environment}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=100, check=False
+        ).stderr
+
+    return run
 
 
 def test_choose_takes_the_fast_path_by_default_and_what_is_forced():
@@ -13,9 +32,57 @@ def test_choose_takes_the_fast_path_by_default_and_what_is_forced():
 
 
 def test_choose_refuses_a_backend_that_does_not_exist_and_names_those_that_do():
-    message = r"backend must be one of 'reference', 'torch' on cpu, got 'cuda'; leave it out"
+    message = (
+        r"backend must be one of 'reference', 'torch', 'triton' on cpu, got 'cuda'; leave it out"
+    )
     with pytest.raises(ValueError, match=message):
         choose(X, "cuda")
+
+
+class _OnCuda:
+    """What `choose` reads of a tensor that is on a GPU."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+
+def test_choose_takes_triton_on_cuda_where_it_is_installed(shipped, monkeypatch):
+    bare = shipped(choose)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert bare(_OnCuda(dtype), None) == "triton"
+        assert bare(_OnCuda(dtype), "triton") == "triton"
+    assert bare(_OnCuda(torch.float64), None) == "torch"
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    assert bare(_OnCuda(torch.float32), None) == "torch"
+    with pytest.raises(ValueError, match="'triton' must have the package triton"):
+        bare(_OnCuda(torch.float32), "triton")
+
+
+def test_choose_lets_the_interpreter_run_on_the_cpu_and_nothing_else(shipped, monkeypatch):
+    assert choose(X, "triton") == "triton"
+    monkeypatch.setattr(launch, "_interprets", lambda: False)
+    message = "must get CUDA tensors, got cpu; use backend='torch', or set TRITON_INTERPRET=1"
+    with pytest.raises(ValueError, match=message):
+        choose(X, "triton")
+    monkeypatch.undo()
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="must get CUDA tensors"):
+        choose(X, "triton")
+
+
+def test_choose_refuses_triton_for_64_bits():
+    with pytest.raises(
+        ValueError, match=r"at most 32 bits, got torch\.float64; use backend='torch'"
+    ):
+        choose(X.double(), "triton")
+
+
+def test_without_the_interpreter_triton_is_refused_on_the_cpu(in_fresh_process):
+    code = "import torch; from sae_kernels.launch import choose; choose(torch.ones(3), 'triton')"
+    assert "got cpu; use backend='torch'" in in_fresh_process(code, TRITON_INTERPRET="0")
 
 
 @pytest.mark.parametrize("k", [-1, 0, 24])

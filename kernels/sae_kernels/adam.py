@@ -1,0 +1,210 @@
+"""Adam over latent-major weights in one pass: projection, step, norm, 16-bit copy of the rows."""
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import BFloat16, Float
+from torch import Tensor
+
+from sae_kernels.launch import check_floating, check_shape, choose
+
+Norm = Literal["none", "unit", "max"]
+
+CHUNK = 1 << 18  # elements of a matrix stepped at a time, so that the passes meet them in the cache
+
+
+class _Settings(NamedTuple):
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+    project: bool
+    norm: Norm
+    clip: Float[Tensor, ""] | None
+
+
+class _Rows(NamedTuple):
+    """Some rows of the weights, their gradient and Adam's two states, and the shadow if any."""
+
+    rows: Float[Tensor, "d_sae d_out"]
+    grad: Float[Tensor, "d_sae d_out"]
+    exp_avg: Float[Tensor, "d_sae d_out"]
+    exp_avg_sq: Float[Tensor, "d_sae d_out"]
+    shadow: BFloat16[Tensor, "d_sae d_out"] | None
+
+    def chunk(self, start: int, n_rows: int) -> "_Rows":
+        rows, grad, exp_avg, exp_avg_sq = (t[start : start + n_rows] for t in self[:4])
+        shadow = None if self.shadow is None else self.shadow[start : start + n_rows]
+        return _Rows(rows, grad, exp_avg, exp_avg_sq, shadow)
+
+
+def _renorm_(rows: Float[Tensor, "d_sae d_out"], norm: Norm) -> None:
+    """Bring rows to norm 1 (a row of zeros stays), or those above norm 1 down to it."""
+    if norm == "none":
+        return
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    rows.div_(norms.clamp_min_(1.0 if norm == "max" else torch.finfo(rows.dtype).tiny))
+
+
+def _step_reference(t: _Rows, s: _Settings) -> None:
+    """Write Adam out, one equation a line (Kingma and Ba 2015; decay by Loshchilov and Hutter)."""
+    grad = t.grad if s.clip is None else t.grad * s.clip
+    if s.project:
+        along = (grad * t.rows).sum(1, keepdim=True) / t.rows.square().sum(1, keepdim=True)
+        grad = grad - t.rows * along.nan_to_num()
+    t.exp_avg.mul_(s.beta1).add_(grad * (1 - s.beta1))
+    t.exp_avg_sq.mul_(s.beta2).add_(grad.square() * (1 - s.beta2))
+    denominator = (t.exp_avg_sq / (1 - s.beta2**s.step)).sqrt() + s.eps
+    t.rows.mul_(1 - s.lr * s.weight_decay)
+    t.rows.sub_(s.lr * (t.exp_avg / (1 - s.beta1**s.step)) / denominator)
+    _renorm_(t.rows, s.norm)
+
+
+def _prepared(
+    t: _Rows, s: _Settings, space: Float[Tensor, "row d_out"]
+) -> Float[Tensor, "d_sae d_out"]:
+    """Return the clipped and projected gradient, in `space` where it differs from the given one."""
+    grad, space = t.grad.contiguous(), space[: len(t.grad)]  # the fused Adam reads no strides
+    if s.clip is not None:
+        grad = torch.mul(grad, s.clip, out=space)
+    if not s.project:
+        return grad
+    square = torch.linalg.vector_norm(t.rows, dim=1).square_()
+    along = torch.linalg.vecdot(grad, t.rows) / square.clamp_min_(torch.finfo(square.dtype).tiny)
+    return torch.addcmul(grad, t.rows, along[:, None], value=-1, out=space)
+
+
+def _step_torch(whole: _Rows, s: _Settings) -> None:
+    """Step some rows at a time with torch's fused Adam, which leaves them in the cache."""
+    d_sae, width = whole.rows.shape
+    n_rows = max(1, CHUNK // max(1, width))
+    space = torch.empty_like(whole.rows[:n_rows])
+    step = torch.tensor(float(s.step), device=space.device)
+    for start in range(0, d_sae, n_rows):
+        t = whole.chunk(start, n_rows)
+        torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
+            [t.rows],
+            [_prepared(t, s, space)],
+            [t.exp_avg],
+            [t.exp_avg_sq],
+            [],
+            [step],
+            lr=s.lr,
+            beta1=s.beta1,
+            beta2=s.beta2,
+            weight_decay=s.weight_decay,
+            eps=s.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        _renorm_(t.rows, s.norm)
+        if t.shadow is not None:
+            t.shadow.copy_(t.rows)
+
+
+def _step_triton(t: _Rows, s: _Settings) -> None:
+    from sae_kernels import adam_triton
+
+    adam_triton.latent_adam_(
+        t.rows,
+        t.grad.contiguous(),
+        t.exp_avg,
+        t.exp_avg_sq,
+        lr=s.lr,
+        beta1=s.beta1,
+        beta2=s.beta2,
+        eps=s.eps,
+        weight_decay=s.weight_decay,
+        bias1=1 - s.beta1**s.step,
+        bias2=1 - s.beta2**s.step,
+        project=s.project,
+        norm=s.norm,
+        clip=s.clip,
+        shadow=t.shadow,
+    )
+
+
+def _check(t: _Rows, s: _Settings) -> None:
+    check_floating(**{n: v for n, v in t._asdict().items() if n != "shadow"})
+    check_shape("rows", t.rows, None, None)
+    for name, tensor in t._asdict().items():
+        check_shape(name, tensor, *t.rows.shape)
+        if tensor is not None and name != "grad" and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got the strides {tensor.stride()}")
+    if t.shadow is not None and t.shadow.dtype != torch.bfloat16:
+        raise TypeError(f"shadow must have the dtype torch.bfloat16, got {t.shadow.dtype}")
+    check_shape("clip", s.clip)
+    if s.step < 1:
+        raise ValueError(f"step must be at least 1, got {s.step}; the first step is number 1")
+    if s.norm not in get_args(Norm):
+        raise ValueError(f"norm must be one of 'none', 'unit', 'max', got {s.norm!r}")
+    for name in ("beta1", "beta2"):
+        value = getattr(s, name)
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+    for name in ("lr", "eps", "weight_decay"):
+        value = getattr(s, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+
+@torch.no_grad()
+def latent_adam_(  # noqa: PLR0913
+    rows: Float[Tensor, "d_sae d_out"],
+    grad: Float[Tensor, "d_sae d_out"],
+    exp_avg: Float[Tensor, "d_sae d_out"],
+    exp_avg_sq: Float[Tensor, "d_sae d_out"],
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    project: bool = False,
+    norm: str = "none",
+    clip: Float[Tensor, ""] | None = None,
+    shadow: BFloat16[Tensor, "d_sae d_out"] | None = None,
+    backend: str | None = None,
+) -> None:
+    """Take one step of Adam in place, with what a dictionary does around it, in one pass.
+
+    In this order: the gradient times `clip`; less its component along the row (`project`); Adam
+    with decoupled weight decay (AdamW); the rows brought to their norm; the shadow written. The
+    states start as zeros. With betas[0] = 0 it is RMSprop with bias correction.
+
+    Args:
+        rows: weights (d_sae, d_out) in float32 or float64, contiguous.
+        grad: their gradient, which is left as it is.
+        exp_avg: first state, contiguous.
+        exp_avg_sq: second state, contiguous.
+        step: number of this step, from 1 on.
+        lr: learning rate.
+        betas: decay of the two states.
+        eps: what is added to the denominator.
+        weight_decay: each step takes lr * weight_decay of the weights off.
+        project: take out the component along the row, which would only change its norm.
+        norm: "unit" brings each row to norm 1 (a row of zeros stays), "max" those above 1 down
+            to it, "none" leaves them.
+        clip: factor of the gradient as a scalar tensor, so that no device is waited for.
+        shadow: copy of the rows in bfloat16 that is brought up to date.
+        backend: a forced backend; the fastest one by default.
+
+    Raises:
+        ValueError: if shapes, devices, strides or settings do not fit.
+        TypeError: if the dtypes do not fit.
+    """
+    t = _Rows(rows, grad, exp_avg, exp_avg_sq, shadow)
+    s = _Settings(lr, *betas, eps, weight_decay, step, project, norm, clip)  # pyright: ignore[reportArgumentType]
+    _check(t, s)
+    name = choose(rows, backend)
+    if name == "triton":
+        _step_triton(t, s)
+    elif name == "torch":
+        _step_torch(t, s)
+    else:
+        _step_reference(t, s)
+        if shadow is not None:
+            shadow.copy_(rows)

@@ -1,0 +1,120 @@
+"""Triton kernel of `latent_adam_`: a row is read once, stepped and written once."""
+
+# ruff: noqa: PLR0913
+# pyright: reportCallIssue=false
+# Kernels take what they need one by one, and a launch takes num_warps besides.
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_kernels import blocks
+
+NORMS = {"none": 0, "unit": 1, "max": 2}
+
+
+@triton.jit
+@no_type_check
+def _renormed(rows, NORM: tl.constexpr):
+    """Bring a row to norm 1 (NORM 1; zeros stay), or down to it where it is longer (NORM 2)."""
+    if NORM > 0:
+        norm = tl.sqrt(tl.sum(rows * rows, axis=0))
+        rows = rows / tl.maximum(norm, 1.0 if NORM == 2 else 1.1754944e-38)
+    return rows
+
+
+@triton.jit
+@no_type_check
+def _latent_adam_kernel(
+    rows, grad, exp_avg, exp_avg_sq, shadow, clip, width,
+    lr, beta1, new1, beta2, new2, eps, decay, unbias2,
+    PROJECT: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr, SHADOW: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Step one row a program.
+
+    `lr` has the correction of the first moment in it, `unbias2` is that of the second, `decay` is
+    what the row is multiplied by, and `new1`, `new2` are 1 - beta1 and 1 - beta2.
+    """
+    column = tl.arange(0, WIDTH)
+    inside = column < width
+    place = tl.program_id(0).to(tl.int64) * width + column
+    row = tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
+    slope = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.load(exp_avg + place, mask=inside, other=0.0).to(tl.float32)
+    square = tl.load(exp_avg_sq + place, mask=inside, other=0.0).to(tl.float32)
+    if CLIP:
+        slope *= tl.load(clip).to(tl.float32)
+    if PROJECT:
+        length = tl.maximum(tl.sum(row * row, axis=0), 1.1754944e-38)
+        slope -= row * (tl.sum(slope * row, axis=0) / length)
+    mean = beta1 * mean + new1 * slope
+    square = beta2 * square + new2 * slope * slope
+    row = decay * row - lr * mean / (tl.sqrt(square * unbias2) + eps)
+    row = _renormed(row, NORM)
+    tl.store(rows + place, row, mask=inside)
+    tl.store(exp_avg + place, mean, mask=inside)
+    tl.store(exp_avg_sq + place, square, mask=inside)
+    if SHADOW:
+        tl.store(shadow + place, row, mask=inside)
+
+
+def latent_adam_(
+    rows: Float[Tensor, "d_sae d_out"],
+    grad: Float[Tensor, "d_sae d_out"],
+    exp_avg: Float[Tensor, "d_sae d_out"],
+    exp_avg_sq: Float[Tensor, "d_sae d_out"],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    bias1: float,
+    bias2: float,
+    project: bool,
+    norm: str,
+    clip: Float[Tensor, ""] | None,
+    shadow: Float[Tensor, "d_sae d_out"] | None,
+) -> None:
+    """Clip, project, step by Adam, bring to the norm and copy to 16 bits, row by row, in place.
+
+    Args:
+        rows: weights, contiguous like the rest.
+        grad: their gradient.
+        exp_avg: Adam's first moment.
+        exp_avg_sq: Adam's second moment.
+        lr: learning rate.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, as in AdamW.
+        bias1: `1 - beta1**step`.
+        bias2: `1 - beta2**step`.
+        project: take the part of the gradient along the row out.
+        norm: "none", "unit" (every row has norm 1) or "max" (at most 1).
+        clip: what the gradient is multiplied by, on the device.
+        shadow: gets the new rows in its own dtype.
+
+    Raises:
+        ValueError: if a row is wider than one program can hold.
+    """
+    d_sae, width = rows.shape
+    if width > blocks.MAX_ROW:
+        raise ValueError(
+            f"rows must have at most {blocks.MAX_ROW} columns with backend 'triton', got {width}; "
+            "use backend='torch'"
+        )
+    if not rows.numel():
+        return
+    block = blocks.whole_row(width)
+    _latent_adam_kernel[d_sae,](
+        rows, grad, exp_avg, exp_avg_sq, rows if shadow is None else shadow,
+        rows if clip is None else clip, width,
+        lr / bias1, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, 1 / bias2,
+        PROJECT=project, NORM=NORMS[norm], CLIP=clip is not None, SHADOW=shadow is not None,
+        WIDTH=block.width, num_warps=block.warps, enable_fp_fusion=True,
+    )  # fmt: skip

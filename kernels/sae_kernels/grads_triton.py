@@ -1,0 +1,200 @@
+"""Triton kernels of the weights' gradients: deterministic, balanced for any skew, no atomics.
+
+The entries are sorted by latent. A program takes 64 sorted entries and multiplies the rows that
+they name by `S[e, f] = (latent of e == latent of f) * weight of f`: row e of the product is then
+the sum over its latent's run of entries in this block. The last entry of each run stores it. Runs
+that cross an edge of the block go to a workspace, and a second kernel adds their parts in order.
+"""
+
+# ruff: noqa: PLR0913
+# pyright: reportCallIssue=false
+# Kernels take what they need one by one, and a launch takes num_warps besides.
+
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_kernels import blocks
+from sae_kernels.grads import WeightGrads
+from sae_kernels.interpreter_triton import arch_of, interprets
+
+
+class Sorted(NamedTuple):
+    """Entries in the order of their latents: `entry = row * k + column`, and where runs start."""
+
+    latents: Int[Tensor, " entry"]
+    entries: Int[Tensor, " entry"]
+    starts: Int[Tensor, " end"]
+    k: int
+
+
+@triton.jit
+@no_type_check
+def _weighted_segments(latent, weight, rows, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """Multiply the rows by the weighted equality matrix of the latents, summing in float32."""
+    if UPCAST:
+        rows = rows.to(tl.float32)
+    same = tl.where(latent[:, None] == latent[None, :], weight[None, :], 0.0)
+    return tl.dot(same.to(rows.dtype), rows, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["n_entries", "k"])
+@no_type_check
+def _segments_kernel(
+    latents, entries, n_entries, weights, rows, k, width, out, edges,
+    ENTRIES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Sum the runs of a block of entries; programs: (block, share of its columns).
+
+    The parts of the run that comes in from the block before, and of the one that goes on into the
+    block after, are stored in `edges` (block, 2, width); the first of them where they are one.
+    """
+    block = tl.program_id(0)
+    first = block * ENTRIES
+    slot = first + tl.arange(0, ENTRIES)
+    given = slot < n_entries
+    latent = tl.load(latents + slot, mask=given, other=-1)
+    after = tl.load(latents + slot + 1, mask=slot + 1 < n_entries, other=-1)
+    before_block = tl.load(latents + first - 1, mask=first > 0, other=-2)
+    after_block = tl.load(latents + first + ENTRIES, mask=first + ENTRIES < n_entries, other=-2)
+    entry = tl.load(entries + slot, mask=given, other=0)
+    weight = tl.load(weights + entry, mask=given, other=0.0).to(tl.float32)
+    row = (entry // k).to(tl.int64)
+
+    is_last = (latent != after) | (tl.arange(0, ENTRIES) == ENTRIES - 1)
+    is_last = is_last & (latent >= 0)
+    comes_in = latent == before_block
+    goes_on = latent == after_block
+    edge = block.to(tl.int64) * 2 + tl.where(comes_in, 0, 1)
+    to_edge = is_last & (comes_in | goes_on)
+    to_out = is_last & (latent != before_block) & (latent != after_block)
+    destination = latent.to(tl.int64) * width
+    for left in range(tl.program_id(1) * WIDTH, width, tl.num_programs(1) * WIDTH):
+        column = left + tl.arange(0, WIDTH)
+        inside = column < width
+        found = tl.load(
+            rows + row[:, None] * width + column[None, :],
+            mask=given[:, None] & inside[None, :], other=0.0,
+        )  # fmt: skip
+        total = _weighted_segments(latent, weight, found, PRECISION, UPCAST)
+        place = column[None, :]
+        tl.store(out + destination[:, None] + place, total, mask=to_out[:, None] & inside[None, :])
+        tl.store(
+            edges + edge[:, None] * width + place, total, mask=to_edge[:, None] & inside[None, :]
+        )
+
+
+@triton.jit
+@no_type_check
+def _finish_kernel(starts, edges, width, out, ENTRIES: tl.constexpr, WIDTH: tl.constexpr):
+    """Clear the row of a latent without entries; add up one whose run lies in several blocks."""
+    latent = tl.program_id(0).to(tl.int64)
+    start = tl.load(starts + latent)
+    stop = tl.load(starts + latent + 1)
+    first = start // ENTRIES
+    last = (stop - 1) // ENTRIES
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < width
+    if start == stop:
+        tl.store(out + latent * width + column, tl.zeros((WIDTH,), tl.float32), mask=inside)
+    elif first < last:
+        total = tl.load(edges + (2 * first + 1) * width + column, mask=inside, other=0.0)
+        for block in range(first + 1, last + 1):
+            total += tl.load(edges + 2 * block * width + column, mask=inside, other=0.0)
+        tl.store(out + latent * width + column, total, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def _sums_kernel(starts, entries, values, d_values, sums, fired, BLOCK: tl.constexpr):
+    """sums[j] = sum of d_values and fired[j] = number of values != 0, over the entries of j."""
+    latent = tl.program_id(0).to(tl.int64)
+    start = tl.load(starts + latent)
+    stop = tl.load(starts + latent + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for first in range(start, stop, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        given = slot < stop
+        entry = tl.load(entries + slot, mask=given, other=0)
+        total += tl.load(d_values + entry, mask=given, other=0.0).to(tl.float32)
+        value = tl.load(values + entry, mask=given, other=0.0).to(tl.float32)
+        count += (value != 0).to(tl.int32)
+    tl.store(sums + latent, tl.sum(total, axis=0))
+    tl.store(fired + latent, tl.sum(count, axis=0))
+
+
+def sort_entries(indices: Int[Tensor, "batch k"], d_sae: int) -> Sorted:
+    """Sort the entries by latent; those of one latent stay in the order of the batch."""
+    latents, entries = torch.sort(indices.flatten().int(), stable=True)
+    bounds = torch.arange(d_sae + 1, dtype=torch.int32, device=indices.device)
+    starts = torch.searchsorted(latents, bounds)
+    return Sorted(latents, entries, starts, indices.shape[1])
+
+
+def _sum_segments(
+    parts: Sorted, weights: Float[Tensor, "batch k"], rows: Float[Tensor, "batch d_out"]
+) -> Float[Tensor, "d_sae d_out"]:
+    """Compute `out[j] = sum of weights[n, i] * rows[n]` over the entries (n, i) of latent j."""
+    n_entries, width, d_sae = len(parts.latents), rows.shape[1], len(parts.starts) - 1
+    options = {"dtype": torch.float32, "device": rows.device}
+    if not n_entries or not width:
+        return torch.zeros(d_sae, width, **options)
+    out = torch.empty(d_sae, width, **options)
+    # float16 would lose small weights; bfloat16 keeps their range
+    as_is = rows.dtype == torch.bfloat16 and not interprets()
+    block = blocks.segments(n_entries, width, 2 if as_is else 4, arch_of(rows))
+    n_blocks = triton.cdiv(n_entries, block.entries)
+    edges = torch.empty(n_blocks, 2, width, **options)
+    _segments_kernel[n_blocks, block.splits](
+        parts.latents, parts.entries, n_entries, weights, rows, parts.k, width, out, edges,
+        ENTRIES=block.entries, WIDTH=block.width, PRECISION="tf32x3", UPCAST=not as_is,
+        num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    slab = min(blocks.FINISH_WIDTH, blocks.next_pow2(width))
+    _finish_kernel[d_sae, triton.cdiv(width, slab)](
+        parts.starts, edges, width, out,
+        ENTRIES=block.entries, WIDTH=slab, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def segment_product(
+    indices: Int[Tensor, "batch k"],
+    weights: Float[Tensor, "batch k"],
+    rows: Float[Tensor, "batch d_out"],
+    d_sae: int,
+) -> Float[Tensor, "d_sae d_out"]:
+    """Compute `out[j] = sum of weights[n, i] * rows[n]` over the entries with index j, in float32.
+
+    Contiguous tensors. Weights are rounded to bfloat16 where the rows are bfloat16.
+    """
+    return _sum_segments(sort_entries(indices, d_sae), weights, rows)
+
+
+def weight_grads(
+    values: Float[Tensor, "batch k"],
+    d_values: Float[Tensor, "batch k"],
+    indices: Int[Tensor, "batch k"],
+    grad_out: Float[Tensor, "batch d_out"],
+    x: Float[Tensor, "batch d_in"],
+    d_sae: int,
+) -> WeightGrads:
+    """Compute all gradients of `sparse_weight_grads` from one sort, in float32.
+
+    Contiguous tensors. Weights are rounded to bfloat16 where the rows are bfloat16.
+    """
+    parts = sort_entries(indices, d_sae)
+    b_enc = torch.empty(d_sae, dtype=torch.float32, device=values.device)
+    n_fired = torch.empty(d_sae, dtype=torch.int64, device=values.device)
+    if d_sae:
+        _sums_kernel[d_sae,](
+            parts.starts, parts.entries, values, d_values, b_enc, n_fired,
+            BLOCK=blocks.SUM_ENTRIES, num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip
+    dec_rows = _sum_segments(parts, values, grad_out)
+    return WeightGrads(dec_rows, _sum_segments(parts, d_values, x), b_enc, n_fired)
