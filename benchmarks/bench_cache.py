@@ -1,6 +1,6 @@
 """How much a cache costs beside the model alone, and how fast its rows come back.
 
-`python benchmarks/bench_cache.py` takes about two minutes. Candidates are interleaved; each figure
+`python -m benchmarks.bench_cache` takes about two minutes. Candidates are interleaved; each figure
 is the median of the rounds, and ratios are medians of the ratios within a round.
 """
 

@@ -1,6 +1,6 @@
 """What 8 bits a number and compression do to a cache: size, error, and the FVU of a dictionary.
 
-`python benchmarks/bench_storage.py CACHE` copies the rows of a bfloat16 cache into an int8 one and
+`python -m benchmarks.bench_storage CACHE` copies the rows of a bfloat16 cache into an int8 one and
 a compressed one, trains the same TopK dictionary on the bfloat16 and the int8 rows, and measures
 both on the held-out bfloat16 rows.
 """
