@@ -78,9 +78,8 @@ def topk_step(shape: Shape, aux: bool = False, screen: str | None = None) -> Ste
     return run
 
 
-def dense_topk(
-    x: Tensor, model: SparseAutoencoder, k: int
-) -> tuple[Tensor, Tensor]:  # what a user writes with torch alone
+def dense_topk(x: Tensor, model: SparseAutoencoder, k: int) -> tuple[Tensor, Tensor]:
+    """What a user writes with torch alone."""
     pre = torch.addmm(model.b_enc, x - model.b_dec, model.enc_rows.T)
     top = pre.topk(k, dim=1)
     acts = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
