@@ -30,7 +30,7 @@ class Capture:
 
     def __init__(self, model: nn.Module, hook_points: Sequence[str], *, stop: bool):
         modules = [_module(model, hook_point) for hook_point in hook_points]
-        base = _base_model(model)
+        base = base_model(model)
         # Without the head where no hook point needs it.
         self._entry = base if set(modules) <= set(base.modules()) else model
         self._hook_points = tuple(hook_points)
@@ -123,7 +123,7 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     with contextlib.ExitStack() as hooks:
         for hook_point, fn in edits.items():
             hooks.callback(_attach(model, hook_point, replace(hook_point, fn)).remove)
-        base = _base_model(model)
+        base = base_model(model)
         hooks.callback(base.register_forward_pre_hook(positions.read, with_kwargs=True).remove)
         yield
 
@@ -176,7 +176,7 @@ def _apply(
     return edited.to(stream)
 
 
-def _base_model(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> nn.Module:
     """Return the backbone of a transformers model, or the module itself."""
     base = getattr(model, "base_model", model)
     # What DINOv3 calls its base reads embedded patches, and not the image.

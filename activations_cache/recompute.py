@@ -9,7 +9,7 @@ from torch import Tensor
 
 from activations_cache.cached_images import CachedImages
 from activations_cache.config import parse_hook_point
-from activations_cache.hooks import capture
+from activations_cache.hooks import base_model, capture
 from activations_cache.models import LoadedModel
 from activations_cache.progress import Progress, silent
 from activations_cache.reader import ActivationCache
@@ -112,11 +112,12 @@ def _streams(
     hook_points, inputs = cache.hook_points, _inputs(cache, loaded)
     parts: dict[str, list[Tensor]] = {name: [] for name in hook_points}
     blocks, _ = blocks_of(loaded.model)
+    base = base_model(loaded.model)  # without the head
     numbers = {name: _block_number(name, blocks) for name in hook_points}
     for chunk in needed.split(_LONGEST):
         first, rest = inputs(chunk)
         with torch.no_grad():
-            hidden = loaded.model(first, **rest, output_hidden_states=True).hidden_states
+            hidden = base(first, **rest, output_hidden_states=True).hidden_states
         last = len(hidden) - 1
         # The last one comes after the final norm, so the last block's output is captured as well.
         wanted = [name for name in hook_points if numbers[name] in (None, last)]
@@ -127,7 +128,8 @@ def _streams(
         for name, number in numbers.items():
             stream = captured[name] if name in captured else hidden[number or 0]
             parts[name].append(stream.float().cpu())
-        progress(len(parts[hook_points[0]]) * _LONGEST, len(needed), "examples computed again")
+        done = min(len(parts[hook_points[0]]) * _LONGEST, len(needed))
+        progress(done, len(needed), "examples computed again")
     return {name: torch.cat(streams) for name, streams in parts.items()}
 
 

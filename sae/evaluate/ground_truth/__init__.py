@@ -1,0 +1,50 @@
+"""Worlds whose features are known, and how well a dictionary finds them; no model, no cache."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sae.evaluate.ground_truth.ceilings import Ceilings, measure_ceilings, set_true_decoder
+    from sae.evaluate.ground_truth.config import TIERS, GroundTruthConfig
+    from sae.evaluate.ground_truth.generator import TrueBatch, batches
+    from sae.evaluate.ground_truth.run import GroundTruthReport, evaluate
+    from sae.evaluate.ground_truth.table import table_rows, table_text
+    from sae.evaluate.ground_truth.world import World, make_world
+
+__all__ = [
+    "TIERS",
+    "Ceilings",
+    "GroundTruthConfig",
+    "GroundTruthReport",
+    "TrueBatch",
+    "World",
+    "batches",
+    "evaluate",
+    "make_world",
+    "measure_ceilings",
+    "set_true_decoder",
+    "table_rows",
+    "table_text",
+]
+
+_HOME = {
+    "TIERS": "config",
+    "Ceilings": "ceilings",
+    "GroundTruthConfig": "config",
+    "GroundTruthReport": "run",
+    "TrueBatch": "generator",
+    "World": "world",
+    "batches": "generator",
+    "evaluate": "run",
+    "make_world": "world",
+    "measure_ceilings": "ceilings",
+    "set_true_decoder": "ceilings",
+    "table_rows": "table",
+    "table_text": "table",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sae.evaluate.ground_truth' has no attribute {name!r}")
+    return getattr(import_module(f"sae.evaluate.ground_truth.{_HOME[name]}"), name)

@@ -1,0 +1,149 @@
+"""`evaluate`: score a dictionary against a world whose features are known."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from activations_cache.progress import Progress, silent
+from sae.autoencoder import SparseAutoencoder
+from sae.evaluate.ground_truth.assignment import Pairs
+from sae.evaluate.ground_truth.config import GroundTruthConfig
+from sae.evaluate.ground_truth.generator import rows
+from sae.evaluate.ground_truth.scores import (
+    DirectionScores,
+    FiringCounts,
+    FiringScores,
+    cosines,
+    direction_scores,
+    matched,
+    nearest,
+)
+from sae.evaluate.ground_truth.world import World, generator_of, make_world
+from sae.metrics import FVU, L0, Agreement
+
+ROWS_AT_ONCE = 1024
+"""Rows that are encoded together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundTruthReport:
+    """What one dictionary scores in one world, and what chance gives there."""
+
+    seed: int
+    """Of the world."""
+    n_rows: int
+    """Rows that were encoded; training never saw them."""
+    n_features: int
+    """Features of the world."""
+    d_sae: int
+    """Latents of the dictionary."""
+    directions: DirectionScores
+    """Of the decoder."""
+    firing: FiringScores
+    """Over the pairs of the one-to-one assignment."""
+    f1_nearest: float
+    """F1 of every latent with its nearest feature: SynthSAEBench's F1."""
+    fvu: float
+    """Fraction of variance unexplained, centred per dimension."""
+    shrinkage: float
+    """Mean ||x_hat|| / ||x||: 1 without shrinkage."""
+    l0: float
+    """Mean number of latents that fire in a row."""
+    l0_true: float
+    """Mean number of features that fire in a row."""
+    dead: float
+    """Share of the latents that fired in no row."""
+    chance_directions: DirectionScores
+    """Of as many random directions."""
+    chance_firing: FiringScores
+    """Of the same latents, paired with features at random."""
+
+
+class _Chance(NamedTuple):
+    directions: DirectionScores
+    pairs: Pairs
+
+
+@torch.no_grad()
+def evaluate(
+    dictionary: SparseAutoencoder,
+    config: GroundTruthConfig,
+    seed: int,
+    *,
+    progress: Progress = silent,
+) -> GroundTruthReport:
+    """Score a dictionary that was trained on the world of (config, seed), on that world.
+
+    A random baseline, such as a dictionary with a frozen decoder, is a dictionary like any other.
+
+    Args:
+        dictionary: In the units of the world's rows; the work is done on its device.
+        config: The world; it names the number of rows.
+        seed: The world.
+        progress: Called with the unit "rows".
+
+    Raises:
+        ValueError: If the dictionary is not as wide as the rows.
+    """
+    widths = (dictionary.config.d_in, dictionary.config.width_out)
+    if widths != (config.d_model, config.d_model):
+        raise ValueError(
+            f"dictionary must have d_in = d_out = d_model={config.d_model}, got {widths}"
+        )
+    world = make_world(config, seed, device=dictionary.dec_rows.device)
+    cosine = cosines(world.directions, dictionary.W_dec)
+    pairs = matched(cosine)
+    chance = _chance(world, dictionary.config.d_sae, pairs)
+    sums = _Sums(pairs, nearest(cosine), chance.pairs)
+    for first in range(0, config.n_rows, ROWS_AT_ONCE):
+        end = min(first + ROWS_AT_ONCE, config.n_rows)
+        sums.update(dictionary, world, first, end)
+        progress(end, config.n_rows, "rows")
+    return GroundTruthReport(
+        seed=seed,
+        n_rows=config.n_rows,
+        n_features=world.n_features,
+        d_sae=dictionary.config.d_sae,
+        directions=direction_scores(cosine, pairs),
+        firing=sums.matched.compute(),
+        f1_nearest=sums.nearest.compute().f1,
+        fvu=sums.fvu.compute(),
+        shrinkage=sums.agreement.norm_ratio,
+        l0=sums.l0.mean,
+        l0_true=sums.l0_true.mean,
+        dead=float((sums.nearest.latent == 0).double().mean()),
+        chance_directions=chance.directions,
+        chance_firing=sums.chance.compute(),
+    )
+
+
+def _chance(world: World, d_sae: int, pairs: Pairs) -> _Chance:
+    """Scores of random directions, and the pairs with their latents shuffled."""
+    generator = generator_of(world.seed, "chance", d_sae)
+    drawn = torch.randn(d_sae, world.config.d_model, generator=generator)
+    cosine = cosines(world.directions, drawn.to(world.directions))
+    order = torch.randperm(len(pairs.latents), generator=generator)
+    shuffled = pairs._replace(latents=pairs.latents[order.to(pairs.latents.device)])
+    return _Chance(direction_scores(cosine, matched(cosine)), shuffled)
+
+
+class _Sums:
+    """The streaming figures of an evaluation."""
+
+    def __init__(self, pairs: Pairs, of_nearest: Pairs, at_random: Pairs) -> None:
+        self.matched, self.chance = FiringCounts(pairs), FiringCounts(at_random)
+        self.nearest = FiringCounts(of_nearest)
+        self.fvu, self.agreement, self.l0, self.l0_true = FVU(), Agreement(), L0(), L0()
+
+    def update(self, dictionary: SparseAutoencoder, world: World, first: int, end: int) -> None:
+        """Add rows first..end - 1 of the scoring stream."""
+        x, acts = rows(world, first, end, split="score")
+        fires = dictionary.encode_dense(x) > 0
+        x_hat = dictionary(x)
+        self.fvu.update(x, x_hat)
+        self.agreement.update(x, x_hat)
+        self.l0.update(fires.float())
+        self.l0_true.update(acts)
+        for counts in (self.matched, self.nearest, self.chance):
+            counts.update(fires, acts > 0)
