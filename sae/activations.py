@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.architecture import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from sae.architecture import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae_kernels import Csr, encode_batch_topk, encode_threshold, encode_topk
 
 
@@ -23,17 +23,30 @@ class Latents(NamedTuple):
     """Latent numbers."""
 
 
+class Magnitude(NamedTuple):
+    """How a gated latent's activation follows from h, where h > 0: max(h * scale + shift, 0)."""
+
+    scale: Float[Tensor, " d_sae"]
+    """exp(r_mag)."""
+    shift: Float[Tensor, " d_sae"]
+    """b_mag - b_gate * exp(r_mag)."""
+
+
 class EncoderWeights(NamedTuple):
     """The encoder in latent-major form, as the sparse kernels take it."""
 
     enc_rows: Float[Tensor, "d_sae d_in"]
-    """One contiguous row per latent."""
+    """One contiguous row per latent, times `norms` if there are any."""
     b_enc: Float[Tensor, " d_sae"]
-    """Bias per latent."""
+    """Bias per latent, times `norms` if there are any; b_gate for a gated dictionary."""
     b_in: Float[Tensor, " d_in"] | None
     """Subtracted from the input, if any."""
     threshold: Float[Tensor, "*d_sae"] | None = None
     """JumpReLU's (d_sae,) or BatchTopK's single one ()."""
+    magnitude: Magnitude | None = None
+    """Of a gated dictionary."""
+    norms: Float[Tensor, " d_sae"] | None = None
+    """What activations are divided by: the decoder's norms, if it gates by them."""
 
 
 def encode(
@@ -44,20 +57,38 @@ def encode(
     Raises:
         ValueError: If a BatchTopK dictionary has no threshold, because it was never trained.
     """
+    rows, bias, b_in = weights.enc_rows, weights.b_enc, weights.b_in
     match activation:
         case TopK(k=k):
-            selected = encode_topk(u, weights.enc_rows, weights.b_enc, k, b_in=weights.b_in)
-            return pad_silent(Latents(selected.values, selected.indices))
+            selected = encode_topk(u, rows, bias, k, b_in=b_in)
+            latents = pad_silent(Latents(selected.values, selected.indices))
         case BatchTopK() | JumpReLU():
-            threshold = _threshold(weights)
-            found = encode_threshold(
-                u, weights.enc_rows, weights.b_enc, threshold, b_in=weights.b_in
-            )
-            return from_csr(found)
+            latents = from_csr(encode_threshold(u, rows, bias, _threshold(weights), b_in=b_in))
+        case Gated():
+            open_gates = encode_threshold(u, rows, bias, 0.0, b_in=b_in)
+            latents = from_csr(_magnitudes(open_gates, weights))
         case ReLU():
-            return to_latents(encode_dense(activation, u, weights))
+            latents = to_latents(torch.relu(pre_acts(u, weights)))
         case _:
             assert_never(activation)
+    return _ungated(latents, weights)
+
+
+def _magnitudes(gates: Csr, weights: EncoderWeights) -> Csr:
+    """The activations of latents whose gates are open, without those that are 0."""
+    assert weights.magnitude is not None
+    scale, shift = (part[gates.indices] for part in weights.magnitude)
+    values = torch.relu(gates.values * scale + shift)
+    kept = values != 0
+    before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+    return Csr(values[kept], gates.indices[kept], before[gates.row_ptr])
+
+
+def _ungated(latents: Latents, weights: EncoderWeights) -> Latents:
+    """Divide by the norms again that the activation function saw."""
+    if weights.norms is None:
+        return latents
+    return latents._replace(values=latents.values / weights.norms[latents.indices])
 
 
 def encode_batch(
@@ -67,7 +98,7 @@ def encode_batch(
     found = encode_batch_topk(
         u, weights.enc_rows, weights.b_enc, activation.k, b_in=weights.b_in, relu=True
     )
-    return pad_silent(from_csr(found))
+    return _ungated(pad_silent(from_csr(found)), weights)
 
 
 def encode_dense(
@@ -77,13 +108,22 @@ def encode_dense(
     match activation:
         case TopK() | BatchTopK():
             return to_dense(encode(activation, u, weights), weights.enc_rows.shape[0])
-        case JumpReLU():
-            pre = pre_acts(u, weights)
-            return pre * (pre > _threshold(weights))
-        case ReLU():
-            return torch.relu(pre_acts(u, weights))
+        case JumpReLU() | Gated() | ReLU():
+            acts = dense_acts(pre_acts(u, weights), weights)
+            return acts if weights.norms is None else acts / weights.norms
         case _:
             assert_never(activation)
+
+
+def dense_acts(
+    pre: Float[Tensor, "batch d_sae"], weights: EncoderWeights
+) -> Float[Tensor, "batch d_sae"]:
+    """What ReLU, JumpReLU and Gated make of pre-activations, before any division by `norms`."""
+    if weights.magnitude is not None:
+        return torch.relu(pre * weights.magnitude.scale + weights.magnitude.shift) * (pre > 0)
+    if weights.threshold is not None:
+        return pre * (pre > weights.threshold)
+    return torch.relu(pre)
 
 
 def _threshold(weights: EncoderWeights) -> Float[Tensor, "*d_sae"]:

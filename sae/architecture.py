@@ -1,7 +1,7 @@
 """What an autoencoder is, as frozen configs; no torch here, so configs are checked at once.
 
-u = x * input_scale;  h = (u - b_in) @ W_enc + b_enc;  a = activation(h);
-y = a @ W_dec + b_dec;  x_hat = y / input_scale.
+u = input_norm(x) * input_scale;  h = (u - b_in) @ W_enc + b_enc;  a = activation(h);
+y = a @ W_dec + b_dec (+ u @ W_skip);  x_hat = y / output_scale, with the input's norm undone.
 """
 
 from dataclasses import dataclass
@@ -67,7 +67,21 @@ class JumpReLU:
         positive("bandwidth", self.bandwidth)
 
 
-Activation = ReLU | TopK | BatchTopK | JumpReLU
+@dataclass(frozen=True, kw_only=True)
+class Gated:
+    """One product decides what fires and, rescaled, how much (arXiv 2404.16014).
+
+    pi = (u - b_in) @ W_enc;  a = max(pi * exp(r_mag) + b_mag, 0) where pi + b_gate > 0, else 0.
+    """
+
+    kind: Literal["gated"] = "gated"
+    """Tells the activations apart."""
+
+
+Activation = ReLU | TopK | BatchTopK | JumpReLU | Gated
+
+B_IN = ("none", "b_dec", "own")
+INPUT_NORMS = ("none", "layer_norm", "rms")
 
 _TOPK = TopK()
 
@@ -84,23 +98,57 @@ class SAEConfig:
     """Width of the rows that are predicted; d_in when absent."""
     activation: Activation = _TOPK
     """Which latents fire."""
-    b_in: Literal["none", "b_dec"] = "b_dec"
-    """What is subtracted before the encoder: nothing, or the decoder's bias."""
+    b_in: Literal["none", "b_dec", "own"] = "b_dec"
+    """What is subtracted before the encoder: nothing, the decoder's bias, or a bias of its own."""
     input_scale: float = 1.0
-    """The factor that brings the model's rows to the dictionary's units."""
+    """The factor that brings the model's rows, normed or not, to the dictionary's units."""
+    output_scale: float | None = None
+    """The factor between the predicted rows and the dictionary's units; input_scale when absent."""
+    input_norm: Literal["none", "layer_norm", "rms"] = "none"
+    """What is done to each row first, and undone in the output."""
+    gate_by_decoder_norm: bool = False
+    """The activation sees h * |decoder row|, and what it gives is divided by that norm again."""
+    skip: bool = False
+    """A linear path from the input to the output beside the latents."""
 
     def __post_init__(self) -> None:
         """Check the sizes, and the fields against each other."""
         for name in ("d_in", "d_sae", "width_out"):
             at_least(name.replace("width_out", "d_out"), getattr(self, name), 1)
-        rule = f"be 'none' where d_out={self.d_out} differs from d_in={self.d_in}"
-        require(self.b_in == "none" or self.width_out == self.d_in, "b_in", rule, self.b_in)
+        rule = f"not be 'b_dec' where d_out={self.d_out} differs from d_in={self.d_in}"
+        require(self.b_in != "b_dec" or self.width_out == self.d_in, "b_in", rule, self.b_in)
         positive("input_scale", self.input_scale)
+        positive("output_scale", self.scale_out)
+        self._check_words()
+        if self.input_norm == "layer_norm":
+            at_least("d_in", self.d_in, 2)
         if isinstance(self.activation, TopK | BatchTopK):
             k = self.activation.k
             require(k <= self.d_sae, "activation.k", f"be at most d_sae={self.d_sae}", k)
+        if isinstance(self.activation, Gated):
+            gate = self.gate_by_decoder_norm
+            require(not gate, "gate_by_decoder_norm", "be false for activation.kind 'gated'", gate)
+
+    def _check_words(self) -> None:
+        """Check what has few values, for those who make a config from a file by themselves."""
+        for name, words in (("b_in", B_IN), ("input_norm", INPUT_NORMS)):
+            value = getattr(self, name)
+            require(value in words, name, f"be one of {', '.join(map(repr, words))}", value)
+        for name in ("gate_by_decoder_norm", "skip"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), name, "be true or false", value)
 
     @property
     def width_out(self) -> int:
         """d_out, or d_in where d_out is absent."""
         return self.d_in if self.d_out is None else self.d_out
+
+    @property
+    def scale_out(self) -> float:
+        """output_scale, or input_scale where it is absent."""
+        return self.input_scale if self.output_scale is None else self.output_scale
+
+    @property
+    def decode_needs_rows(self) -> bool:
+        """Whether the latents alone do not decide the output."""
+        return self.skip or self.input_norm != "none"

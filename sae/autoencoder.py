@@ -1,42 +1,66 @@
 """The one autoencoder: encode, decode, initialise."""
 
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae import activations
-from sae.activations import EncoderWeights, Latents
-from sae.architecture import BatchTopK, JumpReLU, ReLU, SAEConfig, TopK
+from sae.activations import EncoderWeights, Latents, Magnitude
+from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
 from sae_kernels import sparse_decode
 
 __all__ = ["Latents", "SparseAutoencoder"]
+
+NORM_EPS = 1e-5
+"""Keeps a row without spread from a division by 0."""
+
+
+class TokenNorm(NamedTuple):
+    """What the norm of the input took from each row, and the output gets back."""
+
+    mean: Float[Tensor, "batch 1"] | float
+    size: Float[Tensor, "batch 1"] | float
 
 
 class SparseAutoencoder(nn.Module):
     """A dictionary of d_sae latents over rows of width d_in.
 
-    With u = x * input_scale and b_in either 0 or b_dec:
-    a = activation((u - b_in) @ W_enc + b_enc); x_hat = (a @ W_dec + b_dec) / input_scale.
-    Inputs and outputs are in the model's units, activations `a` in the dictionary's.
+    With u = input_norm(x) * input_scale:
+    a = activation((u - b_in) @ W_enc + b_enc);  y = a @ W_dec + b_dec (+ u @ W_skip);
+    x_hat = y / output_scale with the input's norm undone. Inputs and outputs are in the model's
+    units, activations `a` in the dictionary's. A gated dictionary has b_gate, b_mag and r_mag
+    instead of b_enc, which is None.
     """
+
+    b_enc: nn.Parameter
+    threshold: Tensor | None
 
     def __init__(self, config: SAEConfig) -> None:
         """Make the parameters, all fp32 and zero; `initialise` or `sae.load` fills them."""
         super().__init__()
         self.config = config
-        d_out = config.width_out
-        self.enc_rows = nn.Parameter(torch.zeros(config.d_sae, config.d_in))
-        self.dec_rows = nn.Parameter(torch.zeros(config.d_sae, d_out))
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
+        d_in, d_sae, d_out = config.d_in, config.d_sae, config.width_out
+        self.enc_rows = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.dec_rows = nn.Parameter(torch.zeros(d_sae, d_out))
+        if isinstance(config.activation, Gated):
+            self.register_parameter("b_enc", None)
+            for name in ("b_gate", "b_mag", "r_mag"):
+                self.register_parameter(name, nn.Parameter(torch.zeros(d_sae)))
+        else:
+            self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
+        if config.b_in == "own":
+            self.b_in = nn.Parameter(torch.zeros(d_in))
+        if config.skip:
+            self.skip_rows = nn.Parameter(torch.zeros(d_out, d_in))
         match config.activation:
             case JumpReLU(threshold=threshold):
-                self.threshold = nn.Parameter(torch.full((config.d_sae,), float(threshold)))
+                self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold)))
             case BatchTopK():  # estimated in training, not learned
                 self.register_buffer("threshold", torch.tensor(torch.nan))
-            case TopK() | ReLU():
+            case TopK() | ReLU() | Gated():
                 self.threshold = None
             case _:
                 assert_never(config.activation)
@@ -52,13 +76,33 @@ class SparseAutoencoder(nn.Module):
         return self.dec_rows.detach()
 
     def direction(self, latent: int) -> Float[Tensor, " d_out"]:
-        """What an activation of 1 of this latent adds, in the model's units."""
-        return self.W_dec[latent] / self.config.input_scale
+        """What an activation of 1 of this latent adds, in the model's units.
+
+        With a norm of the input it is in units of what that norm divided the row by.
+        """
+        return self.W_dec[latent] / self.config.scale_out
 
     def encoder(self) -> EncoderWeights:
         """The encoder's weights as the activation functions take them."""
-        b_in = self.b_dec if self.config.b_in == "b_dec" else None
-        return EncoderWeights(self.enc_rows, self.b_enc, b_in, self.threshold)
+        threshold = self.threshold
+        match self.config.b_in:
+            case "none":
+                b_in = None
+            case "b_dec":
+                b_in = self.b_dec
+            case "own":
+                b_in = self.b_in
+        if isinstance(self.config.activation, Gated):
+            b_gate, scale = self.get_parameter("b_gate"), self.get_parameter("r_mag").exp()
+            magnitude = Magnitude(scale, self.get_parameter("b_mag") - b_gate * scale)
+            return EncoderWeights(self.enc_rows, b_gate, b_in, magnitude=magnitude)
+        if not self.config.gate_by_decoder_norm:
+            return EncoderWeights(self.enc_rows, self.b_enc, b_in, threshold)
+        norms = self.dec_rows.norm(dim=1)
+        rows, bias = self.enc_rows * norms[:, None], self.b_enc * norms
+        # a latent with no direction has the activation 0 rather than 0 / 0
+        divisor = norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        return EncoderWeights(rows, bias, b_in, threshold, norms=divisor)
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Latents:
         """Sparse activations of rows in the model's units."""
@@ -76,37 +120,81 @@ class SparseAutoencoder(nn.Module):
         """Dense activations of rows in the dictionary's units."""
         return activations.encode_dense(self.config.activation, u, self.encoder())
 
-    def decode(self, acts: Latents | Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_out"]:
-        """Reconstruction in the model's units, from sparse or dense activations."""
-        return self.decode_scaled(acts) / self.config.input_scale
+    def decode(
+        self,
+        acts: Latents | Float[Tensor, "batch d_sae"],
+        x: Float[Tensor, "batch d_in"] | None = None,
+    ) -> Float[Tensor, "batch d_out"]:
+        """Reconstruction in the model's units, from sparse or dense activations.
+
+        Args:
+            acts: Activations.
+            x: The rows they are of, in the model's units; only a dictionary with a skip or a norm
+                of its input needs them.
+
+        Raises:
+            ValueError: If the rows are needed and missing.
+        """
+        scale = self.config.scale_out
+        if not self.config.decode_needs_rows:
+            return self.decode_scaled(acts) / scale
+        norm = self.token_norm(self._rows(x))
+        return self.decode_scaled(acts, self.scaled(self._rows(x))) / scale * norm.size + norm.mean
 
     def decode_scaled(
-        self, acts: Latents | Float[Tensor, "batch d_sae"]
+        self,
+        acts: Latents | Float[Tensor, "batch d_sae"],
+        u: Float[Tensor, "batch d_in"] | None = None,
     ) -> Float[Tensor, "batch d_out"]:
-        """Reconstruction in the dictionary's units: y = a @ W_dec + b_dec."""
+        """Reconstruction in the dictionary's units: y = a @ W_dec + b_dec (+ u @ W_skip)."""
         if isinstance(acts, Latents):
-            return sparse_decode(acts.values, acts.indices, self.dec_rows, self.b_dec)
-        return torch.addmm(self.b_dec, acts, self.dec_rows)
+            y = sparse_decode(acts.values, acts.indices, self.dec_rows, self.b_dec)
+        else:
+            y = torch.addmm(self.b_dec, acts, self.dec_rows)
+        return y + self._rows(u) @ self.skip_rows.T if self.config.skip else y
+
+    def _rows(self, x: Float[Tensor, "batch d_in"] | None) -> Float[Tensor, "batch d_in"]:
+        if x is None:
+            form = f"skip={self.config.skip}, input_norm={self.config.input_norm!r}"
+            raise ValueError(f"decode must be given the rows x with {form}, got none; pass them")
+        return x
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         """Reconstruction of rows, both in the model's units."""
         match self.config.activation:
             case TopK() | BatchTopK():
-                return self.decode(self.encode(x))
-            case ReLU() | JumpReLU():
-                return self.decode(self.encode_dense(x))
+                return self.decode(self.encode(x), x)
+            case ReLU() | JumpReLU() | Gated():
+                return self.decode(self.encode_dense(x), x)
             case _:
                 assert_never(self.config.activation)
 
+    def token_norm(self, x: Float[Tensor, "batch d_in"]) -> TokenNorm:
+        """What the norm of the input takes from rows in the model's units, in fp32 at least."""
+        x = x.to(self.enc_rows.dtype)
+        match self.config.input_norm:
+            case "none":
+                return TokenNorm(0.0, 1.0)
+            case "rms":
+                return TokenNorm(0.0, x.square().mean(dim=-1, keepdim=True).sqrt())
+            case "layer_norm":  # with n - 1, as the dictionaries that were released have it
+                return TokenNorm(x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True))
+
     def scaled(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        """Rows in the dictionary's units, u = x * input_scale, in fp32 at least.
+        """Rows in the dictionary's units, u = input_norm(x) * input_scale, in fp32 at least.
 
         Raises:
             ValueError: If the rows are not d_in wide.
         """
         if x.shape[-1] != self.config.d_in:
             raise ValueError(f"rows must be d_in={self.config.d_in} wide, got {tuple(x.shape)}")
-        return x.to(self.enc_rows.dtype) * self.config.input_scale
+        u, scale = x.to(self.enc_rows.dtype), self.config.input_scale
+        if self.config.input_norm == "none":
+            return u * scale
+        mean, size = self.token_norm(x)
+        assert isinstance(size, Tensor)
+        is_rms = self.config.input_norm == "rms"
+        return (u - mean) / (size.clamp_min(NORM_EPS) if is_rms else size + NORM_EPS) * scale
 
 
 @torch.no_grad()
@@ -118,6 +206,8 @@ def initialise(
     decoder_norm: float = 1.0,
 ) -> None:
     """Random decoder directions of one norm, the encoder their transpose, b_dec the mean.
+
+    The other biases, r_mag and the skip are 0.
 
     Args:
         dictionary: What is filled, in place.
@@ -133,7 +223,8 @@ def initialise(
     else:
         fresh = torch.randn(dictionary.enc_rows.shape, generator=generator)
         dictionary.enc_rows.copy_(fresh / fresh.norm(dim=1, keepdim=True) * decoder_norm)
-    dictionary.b_enc.zero_()
-    dictionary.b_dec.zero_()
+    for name, parameter in dictionary.named_parameters():
+        if name not in ("enc_rows", "dec_rows", "threshold"):
+            parameter.zero_()
     if mean is not None:
-        dictionary.b_dec.copy_(mean * dictionary.config.input_scale)
+        dictionary.b_dec.copy_(mean * dictionary.config.scale_out)

@@ -1,21 +1,78 @@
 """`sae inspect`."""
 
-from pathlib import Path
+import torch
 
 from sae import pretrained
+from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
+from sae.autoencoder import SparseAutoencoder
 from sae.cli import console
 
 
-def inspect_dictionary(path: str) -> None:
-    """Print a dictionary's form and how it is applied."""
-    dictionary = pretrained.load(Path(path))
+def inspect_dictionary(path: str, format: str | None = None, allow_pt: bool = False) -> None:
+    """Print what a dictionary is, where it comes from, and how it will be applied."""
+    dictionary, source = pretrained.load_with_source(path, format, allow_pt)
     config = dictionary.config
-    norms = dictionary.W_dec.norm(dim=1)
     rows = [
+        ("format", source.source_format),
+        *(("sha256", f"{name} {digest[:16]}") for name, digest in source.source_sha256.items()),
+        *((name.replace("_", " "), text) for name, text in source.site.items()),
         ("latents", f"{config.d_sae:,}"),
-        ("width", f"{config.d_in} -> {config.width_out}"),
-        ("activation", str(config.activation)),
-        ("input", f"x * {config.input_scale:.6g}, minus {config.b_in}"),
-        ("decoder norms", f"{float(norms.min()):.3g} to {float(norms.max()):.3g}"),
+        ("width", f"{config.d_in:,} -> {config.width_out:,}"),
+        *((name, _range(tensor)) for name, tensor in _tensors(dictionary).items()),
+        *(("folded", fold) for fold in source.folds_applied),
+        *equations_of(config),
     ]
-    console.table(path, ("", ""), rows, "read as: x_hat = (a @ W_dec + b_dec) / input_scale")
+    console.table(path, ("", ""), rows, "u, h, a, y, x_hat: how it is applied")
+
+
+def equations_of(config: SAEConfig) -> list[tuple[str, str]]:
+    """How the dictionary is applied: the left and the right side of each equation."""
+    norm = {"none": "x", "layer_norm": "layer_norm(x)", "rms": "x / rms(x)"}[config.input_norm]
+    scaled = norm if config.input_scale == 1 else f"{norm} * {config.input_scale:.6g}"
+    centred = "u" if config.b_in == "none" else f"(u - {config.b_in.replace('own', 'b_in')})"
+    y = "a @ W_dec + b_dec" + (" + u @ W_skip" if config.skip else "")
+    brought = "y" if config.scale_out == 1 else f"y / {config.scale_out:.6g}"
+    brought += {"none": "", "layer_norm": " * std(x) + mean(x)", "rms": " * rms(x)"}[
+        config.input_norm
+    ]
+    bias = "" if isinstance(config.activation, Gated) else " + b_enc"
+    return [
+        ("u", scaled),
+        ("h", f"{centred} @ W_enc{bias}"),
+        ("a", _activation(config)),
+        ("y", y),
+        ("x_hat", brought),
+    ]
+
+
+def _activation(config: SAEConfig) -> str:
+    h = "h * |W_dec|" if config.gate_by_decoder_norm else "h"
+    match config.activation:
+        case ReLU():
+            text = f"relu({h})"
+        case TopK(k=k):
+            text = f"relu of the {k} largest of {h}"
+        case BatchTopK():
+            text = f"{h} where above one threshold, else 0"
+        case JumpReLU():
+            text = f"{h} where above the latent's threshold, else 0"
+        case Gated():
+            text = "relu(h * exp(r_mag) + b_mag) where h + b_gate > 0, else 0"
+    return f"({text}) / |W_dec|" if config.gate_by_decoder_norm else text
+
+
+def _tensors(dictionary: SparseAutoencoder) -> dict[str, torch.Tensor]:
+    """What tells a wrong reading by its range."""
+    tensors = {
+        "norms of decoder rows": dictionary.W_dec.norm(dim=1),
+        "norms of encoder rows": dictionary.W_enc.norm(dim=0),
+        "norm of b_dec": dictionary.b_dec.detach().norm(),
+    }
+    if dictionary.threshold is not None:
+        tensors["threshold"] = dictionary.threshold.detach()
+    return tensors
+
+
+def _range(tensor: torch.Tensor) -> str:
+    low, high = float(tensor.min()), float(tensor.max())
+    return f"{low:.4g}" if tensor.dim() == 0 else f"{low:.4g} to {high:.4g}"

@@ -91,11 +91,15 @@ def verify(
 
 
 @app.command()
-def inspect(path: Annotated[str, typer.Argument(metavar="PATH", help="A dictionary.")]) -> None:
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A directory or org/name.")],
+    format: Annotated[str | None, typer.Option(help="Where two formats fit.")] = None,
+    allow_pt: Annotated[bool, typer.Option(help="Read a pickle in a closed process.")] = False,
+) -> None:
     """Print what a dictionary is and how it will be applied."""
     from sae.cli.inspection import inspect_dictionary
 
-    inspect_dictionary(path)
+    inspect_dictionary(path, format, allow_pt)
 
 
 def main() -> None:

@@ -185,7 +185,7 @@ class _Sums:
         """Add rows."""
         x = x.to(self._dictionary.dec_rows.device)
         latents = self._dictionary.encode(x)
-        x_hat = self._dictionary.decode(latents)
+        x_hat = self._dictionary.decode(latents, x)
         self._fvu.update(x, x_hat)
         self._agreement.update(x, x_hat)
         self._l0.update(latents.values)

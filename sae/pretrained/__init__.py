@@ -4,14 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sae.pretrained.own import DictionaryFormatError, save
-    from sae.pretrained.recognise import load
+    from sae.pretrained.canonical import Source
+    from sae.pretrained.errors import DictionaryFormatError
+    from sae.pretrained.own import save
+    from sae.pretrained.recognise import Loaded, load, load_with_source
 
-__all__ = ["DictionaryFormatError", "load", "save"]
+__all__ = ["DictionaryFormatError", "Loaded", "Source", "load", "load_with_source", "save"]
 
 _HOME = {
-    "DictionaryFormatError": "sae.pretrained.own",
+    "DictionaryFormatError": "sae.pretrained.errors",
+    "Loaded": "sae.pretrained.recognise",
+    "Source": "sae.pretrained.canonical",
     "load": "sae.pretrained.recognise",
+    "load_with_source": "sae.pretrained.recognise",
     "save": "sae.pretrained.own",
 }
 

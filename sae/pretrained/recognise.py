@@ -1,12 +1,46 @@
 """sae.load: find out which format a path has, and read it."""
 
-import json
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from sae.autoencoder import SparseAutoencoder
-from sae.pretrained import own
+from sae.pretrained import (
+    dictionary_learning,
+    gemma_scope,
+    goodfire,
+    hub,
+    llama_scope,
+    llamascopium,
+    openai,
+    own,
+    qwen_scope,
+    saelens,
+    sparsify,
+)
+from sae.pretrained.canonical import Source, assemble
+from sae.pretrained.errors import DictionaryFormatError
+from sae.pretrained.files import PICKLED, Files
+
+FORMATS: dict[str, ModuleType] = {
+    module.FORMAT: module
+    for module in (
+        own, saelens, gemma_scope, sparsify, dictionary_learning, openai, llama_scope,
+        llamascopium, goodfire, qwen_scope,
+    )
+}  # fmt: skip
+"""Name -> the module that reads it; each has `fits(files)` and `read(files)`."""
+
+
+class Loaded(NamedTuple):
+    """A dictionary, and where it comes from."""
+
+    dictionary: SparseAutoencoder
+    """In the one canonical form."""
+    source: Source
+    """Format, hashes and folds: for the provenance of whatever is made of it."""
 
 
 def load(
@@ -19,43 +53,72 @@ def load(
     """Load a dictionary into the one canonical form, in fp32.
 
     Args:
-        path: A dictionary directory.
-        format: Force a format instead of recognising it; 'monosema' is the one there is so far.
-        allow_pt: Would permit pickled weights; no format that needs it is read yet.
+        path: A dictionary directory, one of its files, or as a text the name of a hub repository,
+            "org/name[/subfolder][@revision]".
+        format: Name the format instead of recognising it; one of the keys of `FORMATS`.
+        allow_pt: Permit pickled weights; they are read by a confined process.
         device: Where the weights go; the CPU when absent.
-        latents: Read this slice of the latents only. Under TopK its rows then compete among
+        latents: Keep this slice of the latents only. Under TopK its rows then compete among
             themselves alone, so use it to look at directions, not to encode.
 
     Raises:
         FileNotFoundError: If there is nothing at the path.
-        DictionaryFormatError: If it is not a whole dictionary of a known format.
+        DictionaryFormatError: If it is not a whole dictionary of a known format, or if it can be
+            read in two ways.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"a dictionary must be at {path}, got nothing there")
-    if allow_pt:
-        raise ValueError("allow_pt must be False, got True: no pickled format is read yet")
-    found = format or _recognise(path)
-    if found != own.FORMAT:
-        raise own.DictionaryFormatError(
-            f"format must be {own.FORMAT!r}, got {found!r} for {path}; other formats are not "
-            "read yet"
-        )
-    return own.read(path, latents).to(device)
+    return load_with_source(path, format, allow_pt, device, latents).dictionary
 
 
-def _recognise(path: Path) -> str:
-    config = path / own.CONFIG
-    if not config.is_file():
-        raise own.DictionaryFormatError(
-            f"{path} must be a dictionary directory with {own.CONFIG}, got none"
-        )
-    if config.stat().st_size > own.MAX_CONFIG_BYTES:
-        raise own.DictionaryFormatError(f"{config} must be at most 1 MiB, got more")
+def load_with_source(
+    path: str | Path,
+    format: str | None = None,
+    allow_pt: bool = False,
+    device: str | torch.device | None = None,
+    latents: slice | None = None,
+) -> Loaded:
+    """Load a dictionary as `load` does, and say what it was read from and what was folded."""
+    where = hub.located(path, allow_pt=allow_pt)
+    files = Files(where, allow_pt=allow_pt, is_named=format is not None)
+    found = _named(format) if format else _recognised(files)
     try:
-        record = json.loads(config.read_text())
-    except (ValueError, RecursionError) as error:
-        raise own.DictionaryFormatError(f"{config} must be readable JSON, got: {error}") from error
-    if not isinstance(record, dict) or "format" not in record:
-        raise own.DictionaryFormatError(f"{config} must name its format, got no key 'format'")
-    return str(record["format"])
+        reading = FORMATS[found].read(files)
+        dictionary = assemble(reading, latents)
+    except DictionaryFormatError as error:
+        at = "" if str(where) in str(error) else f"{where}, read as {found}: "
+        raise DictionaryFormatError(f"{at}{error}") from error
+    except ValueError as error:
+        raise DictionaryFormatError(
+            f"{where} must describe a dictionary of format {found}, got: {error}"
+        ) from error
+    source = Source(
+        source_format=found,
+        source_path=hub.name_of(path, where),
+        source_sha256=files.sha256,
+        folds_applied=reading.folds,
+        site=reading.site,
+    )
+    return Loaded(dictionary.to(device), source)
+
+
+def _named(format: str) -> str:
+    if format not in FORMATS:
+        raise DictionaryFormatError(f"format must be one of {list(FORMATS)}, got {format!r}")
+    return format
+
+
+def _recognised(files: Files) -> str:
+    fitting = [name for name, module in FORMATS.items() if module.fits(files)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise DictionaryFormatError(
+            f"{files.path} must be readable in one way, got {len(fitting)}: {fitting}; name the "
+            "right one by format="
+        )
+    if files.path.suffix in PICKLED and not files.allow_pt:
+        files.pickled(files.path.name)
+    names = sorted(p.name for p in files.path.iterdir())[:9] if files.path.is_dir() else "one file"
+    raise DictionaryFormatError(
+        f"{files.path} must be a dictionary directory with {own.CONFIG} and {own.WEIGHTS}, or the "
+        f"files of one of {list(FORMATS)[1:]}, got {names}; name the format by format="
+    )

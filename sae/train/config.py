@@ -5,64 +5,19 @@ from dataclasses import dataclass
 from typing import Literal, assert_never
 
 from activations_cache.checks import at_least, fraction, positive, require
-from sae.architecture import Activation, BatchTopK, JumpReLU, ReLU, SAEConfig, TopK
-
-
-@dataclass(frozen=True, kw_only=True)
-class L1:
-    """Penalty sum_i a_i ||W_dec[i]|| beside the squared error summed over d."""
-
-    coefficient: float = 5.0
-    """Weight of the penalty, when E||u||^2 = d_in (Scaling Monosemanticity uses 5)."""
-    ramp: float = 0.05
-    """Fraction of the steps over which the weight rises from 0."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        at_least("coefficient", self.coefficient, 0)
-        fraction("ramp", self.ramp)
-
-
-@dataclass(frozen=True, kw_only=True)
-class L0:
-    """Penalty on the number of latents that fire, which moves JumpReLU's thresholds.
-
-    With a target it is (L0 / target - 1)^2 of the batch's mean L0, which finds that L0 at any
-    coefficient that is large enough; without, it is the L0 itself (arXiv 2407.14435).
-    """
-
-    coefficient: float = 1.0
-    """Weight of the penalty, when E||u||^2 = d_in; without a target, small values belong here."""
-    target: float | None = None
-    """The L0 that is wanted."""
-    ramp: float = 0.05
-    """Fraction of the steps over which the weight rises from 0."""
-    threshold_lr: float | None = None
-    """Learning rate of the thresholds; the optimiser's when absent."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        at_least("coefficient", self.coefficient, 0)
-        fraction("ramp", self.ramp)
-        for name in ("target", "threshold_lr"):
-            if (value := getattr(self, name)) is not None:
-                positive(name, value)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuxK:
-    """Dead latents reconstruct the residual (Gao et al. 2024, arXiv 2406.04093, A.2)."""
-
-    coefficient: float = 1 / 32
-    """Weight of the dead latents' squared error."""
-    k: int | None = None
-    """Dead latents that may fire in one row; half of d_in when absent."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        at_least("coefficient", self.coefficient, 0)
-        if self.k is not None:
-            at_least("k", self.k, 1)
+from sae.architecture import Activation, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
+from sae.train.loss_config import (
+    L0,
+    L1,
+    AuxK,
+    FixedPrefixes,
+    KAnneal,
+    Matryoshka,
+    MultiTopK,
+    PAnneal,
+    PreAct,
+    Tanh,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +56,10 @@ class Adam:
             positive("clip", self.clip)
 
 
+PENALTIES = ("l1", "p_anneal", "l0", "tanh")
+TERMS = (*PENALTIES, "preact", "auxk", "multi_topk", "matryoshka", "k_anneal")
+"""Fields of a DictionaryConfig that not every activation takes."""
+
 _TOPK, _ADAM = TopK(), Adam()
 
 
@@ -112,14 +71,30 @@ class DictionaryConfig:
     """Number of latents."""
     activation: Activation = _TOPK
     """Which latents fire."""
-    b_in: Literal["none", "b_dec"] = "b_dec"
+    b_in: Literal["none", "b_dec", "own"] = "b_dec"
     """What is subtracted before the encoder."""
+    input_norm: Literal["none", "layer_norm", "rms"] = "none"
+    """What is done to each row first, and undone in the output; errors are those of normed rows."""
+    gate_by_decoder_norm: bool = False
+    """The activation sees h * |decoder row|, and what it gives is divided by that norm again."""
     l1: L1 | None = None
-    """Sparsity penalty; needed by relu, refused by the others."""
+    """Sparsity penalty; gated needs it, relu needs it or p_anneal, the others refuse it."""
+    p_anneal: PAnneal | None = None
+    """Sparsity penalty; relu needs it or l1, the others refuse it."""
     l0: L0 | None = None
-    """Sparsity penalty; needed by jumprelu, refused by the others."""
+    """Sparsity penalty; jumprelu needs it or tanh, the others refuse it."""
+    tanh: Tanh | None = None
+    """Sparsity penalty; jumprelu needs it or l0, the others refuse it."""
+    preact: PreAct | None = None
+    """Care for dead latents, of jumprelu alone."""
     auxk: AuxK | None = None
-    """Care for dead latents."""
+    """Care for dead latents, of topk and batchtopk alone."""
+    multi_topk: MultiTopK | None = None
+    """A second reconstruction from more latents, of topk alone."""
+    matryoshka: Matryoshka | None = None
+    """Reconstructions by prefixes of the latents, of topk and batchtopk alone."""
+    k_anneal: KAnneal | None = None
+    """A larger k at first, of topk and batchtopk alone."""
     dead_after_tokens: int = 100_000
     """A latent is dead when it was silent for so many rows."""
     decoder_norm: float = 1.0
@@ -134,28 +109,58 @@ class DictionaryConfig:
     def __post_init__(self) -> None:
         """Check the fields against each other."""
         match self.activation:
-            case TopK(k=k) | BatchTopK(k=k):
-                self._require_losses(auxk=None)
-                require(k <= self.d_sae, "activation.k", f"be at most d_sae={self.d_sae}", k)
+            case TopK():
+                self._allow("auxk", "matryoshka", "k_anneal", "multi_topk")
+                self._check_k(self.activation.k)
+            case BatchTopK():
+                self._allow("auxk", "matryoshka", "k_anneal")
+                self._check_k(self.activation.k)
             case ReLU():
-                self._require_losses(l1=True)
+                self._allow(one_of=("l1", "p_anneal"))
+            case Gated():
+                self._allow(one_of=("l1",))
             case JumpReLU():
-                self._require_losses(l0=True)
+                self._allow("preact", one_of=("l0", "tanh"))
             case _:
                 assert_never(self.activation)
         rule = "be false beside l1, which has the decoder's norms in it"
-        require(self.l1 is None or not self.unit_norm, "unit_norm", rule, self.unit_norm)
+        free = self.l1 is None or isinstance(self.activation, Gated)
+        require(free or not self.unit_norm, "unit_norm", rule, self.unit_norm)
+        gate, kind = self.gate_by_decoder_norm, self.activation.kind
+        rule = f"be false for activation.kind {kind!r}"
+        require(not gate or kind != "gated", "gate_by_decoder_norm", rule, gate)
         at_least("d_sae", self.d_sae, 1)
         at_least("dead_after_tokens", self.dead_after_tokens, 1)
         positive("decoder_norm", self.decoder_norm)
 
-    def _require_losses(self, **needed: bool | None) -> None:
-        """Check that the losses fit the activation: True is needed, None allowed, else refused."""
+    def _allow(self, *optional: str, one_of: tuple[str, ...] = ()) -> None:
+        """Refuse the terms of the loss that do not fit the activation, or are missing."""
         of = f"for activation.kind {self.activation.kind!r}"
-        for name in ("l1", "l0", "auxk"):
-            value, is_needed = getattr(self, name), needed.get(name, False)
-            require(is_needed is not True or value is not None, name, f"be given {of}", value)
-            require(is_needed is not False or value is None, name, f"be absent {of}", value)
+        for name in TERMS:
+            value, fits = getattr(self, name), name in (*optional, *one_of)
+            require(fits or value is None, name, f"be absent {of}", value)
+        given = [name for name in one_of if getattr(self, name) is not None]
+        if one_of and not given:
+            rule = "".join(f", or {name}," for name in one_of[1:])
+            require(False, one_of[0], f"be given{rule} {of}", None)
+        if len(given) > 1:
+            require(False, given[1], f"be absent beside {given[0]}", getattr(self, given[1]))
+
+    def _check_k(self, k: int) -> None:
+        """Check what counts latents against their number."""
+        limit = f"be at most d_sae={self.d_sae}"
+        require(k <= self.d_sae, "activation.k", limit, k)
+        if self.k_anneal is not None:
+            start = self.k_anneal.start
+            require(start <= self.d_sae, "k_anneal.start", limit, start)
+            require(start >= k, "k_anneal.start", f"be at least activation.k={k}", start)
+        if self.multi_topk is not None:
+            times = self.multi_topk.times
+            rule = f"leave times * k={k} at most d_sae={self.d_sae}"
+            require(times * k <= self.d_sae, "multi_topk.times", rule, times)
+        if isinstance(self.matryoshka, FixedPrefixes):
+            last = self.matryoshka.ends[-1]
+            require(last < self.d_sae, "matryoshka.ends", f"be below d_sae={self.d_sae}", last)
 
     def architecture(self, d_in: int, input_scale: float) -> SAEConfig:
         """The autoencoder's own config, once the rows are known."""
@@ -165,6 +170,8 @@ class DictionaryConfig:
             activation=self.activation,
             b_in=self.b_in,
             input_scale=input_scale,
+            input_norm=self.input_norm,
+            gate_by_decoder_norm=self.gate_by_decoder_norm,
         )
 
 

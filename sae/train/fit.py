@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import lightning
 import torch
+from jaxtyping import Float
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from activations_cache.progress import Progress, silent
@@ -130,15 +132,26 @@ def _new_step(
     precision: str,
 ) -> TrainStep:
     rows = cache[hook_point]
-    mean = rows.mean.double()
-    variance = rows.mean_square_norm - float(mean.square().sum())
-    d_in = mean.shape[0]
-    scale = (d_in / variance) ** 0.5
-    autoencoder = SparseAutoencoder(entry.architecture(d_in, scale))
+    scale, mean = units(rows.mean, rows.mean_square_norm, entry)
+    autoencoder = SparseAutoencoder(entry.architecture(rows.mean.shape[0], scale))
     generator = torch.Generator().manual_seed(seed)
-    initialise(autoencoder, generator, mean=mean.float(), decoder_norm=entry.decoder_norm)
+    initialise(autoencoder, generator, mean=mean, decoder_norm=entry.decoder_norm)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return TrainStep(autoencoder.to(device), entry, total_steps, precision=precision)
+
+
+def units(
+    mean: Float[Tensor, " d_in"], mean_square_norm: float, entry: DictionaryConfig
+) -> tuple[float, Float[Tensor, " d_in"] | None]:
+    """The scale that brings centred rows to a mean square norm of d_in, and where b_dec starts.
+
+    Normed rows have that size by themselves, and their mean is not that of the cache: b_dec starts
+    at 0 then.
+    """
+    if entry.input_norm != "none":
+        return 1.0, None
+    variance = mean_square_norm - float(mean.double().square().sum())
+    return (mean.shape[0] / variance) ** 0.5, mean.float()
 
 
 class _Saver:

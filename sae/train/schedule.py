@@ -1,5 +1,7 @@
 """Schedules as plain functions of the step."""
 
+import random
+
 
 def ramp(step: int, total_steps: int, fraction: float) -> float:
     """Rise linearly from 1/n to 1 over the first `fraction` of the steps, n of them, then stay."""
@@ -16,3 +18,29 @@ def warmup_decay(step: int, total_steps: int, warmup: float, decay: float) -> fl
     left = total_steps - step
     fall = 1.0 if left > n else max(left, 0) / n
     return ramp(step, total_steps, warmup) * fall
+
+
+def falling_k(step: int, total_steps: int, start: int, end: int, fraction: float) -> int:
+    """Go linearly from start to end over the first `fraction` of the steps, then stay."""
+    n = round(fraction * total_steps)
+    return end if step >= n else end + round((start - end) * (n - step) / n)
+
+
+def falling_p(step: int, total_steps: int, end: float, n: int, start: float) -> float:
+    """Stay at 1 for the fraction `start` of the steps, then reach end in n equal jumps."""
+    first = round(start * total_steps)
+    if step < first:
+        return 1.0
+    jumps = min(n, 1 + (step - first) * n // max(total_steps - first, 1))
+    return 1 - (1 - end) * jumps / n
+
+
+def random_prefixes(step: int, seed: int, n: int, d_sae: int, exponent: float) -> tuple[int, ...]:
+    """Draw n sizes with the density m^-(1 + exponent) on 1..d_sae; the same for the same step.
+
+    They rise, each stands there once, and d_sae is the last of them.
+    """
+    draw = random.Random(f"prefixes {seed} {step}")
+    left = 1 - (d_sae + 1) ** -exponent  # the density from 1 to d_sae + 1, sizes being rounded down
+    sizes = {int((1 - draw.random() * left) ** (-1 / exponent)) for _ in range(n)}
+    return tuple(sorted({min(size, d_sae) for size in sizes} | {d_sae}))

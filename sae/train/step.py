@@ -7,10 +7,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae import losses
-from sae.architecture import JumpReLU
+from sae.architecture import JumpReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
-from sae.train.forward import Forward, Moment, forward
+from sae.train.forward.result import Forward, Moment, Power
+from sae.train.forward.run import forward
 from sae.train.optim import LatentAdam, normalise_rows_
 from sae.train.schedule import warmup_decay
 
@@ -21,7 +22,8 @@ class StepMetrics(NamedTuple):
     loss: Float[Tensor, ""]
     """What was minimised."""
     fvu: Float[Tensor, ""]
-    """Squared error over this batch's variance, centred per dimension."""
+    """Squared error over this batch's variance, centred per dimension, of rows in the dictionary's
+    units."""
     l0: Float[Tensor, ""]
     """Mean number of latents that fire in a row."""
     dead: Float[Tensor, ""]
@@ -57,13 +59,15 @@ class TrainStep:
         """
         if total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+        _require_fit(autoencoder.config, config)
         self.autoencoder = autoencoder
         self.config = config
         self.total_steps = total_steps
         self.bf16 = precision == "bf16"
         self.n_steps = 0
+        self.power = Power()
         d_sae = autoencoder.config.d_sae
-        device = autoencoder.b_enc.device
+        device = autoencoder.enc_rows.device
         self.silent_rows = torch.zeros(d_sae, dtype=torch.int64, device=device)
         autoencoder.dec_rows.requires_grad_(config.frozen != "decoder")
         self.params = [p for p in autoencoder.parameters() if p.requires_grad]
@@ -76,8 +80,8 @@ class TrainStep:
 
     def _groups(self) -> list[dict[str, Any]]:
         """The parameters with their learning rates: JumpReLU's thresholds may have their own."""
-        lr, l0 = self.config.optimizer.lr, self.config.l0
-        own = None if l0 is None else l0.threshold_lr
+        lr, penalty = self.config.optimizer.lr, self.config.l0 or self.config.tanh
+        own = None if penalty is None else penalty.threshold_lr
         thresholds = [] if own is None else [self.autoencoder.get_parameter("threshold")]
         rest = [p for p in self.params if all(p is not t for t in thresholds)]
         groups = [{"params": rest, "base_lr": lr}]
@@ -86,7 +90,7 @@ class TrainStep:
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> StepMetrics:
         """Train on these rows; a non-finite loss or gradient leaves everything but the count."""
         u = self.autoencoder.scaled(x)
-        moment = Moment(self.n_steps, self.total_steps, self._dead, self.bf16)
+        moment = Moment(self.n_steps, self.total_steps, self._dead, self.bf16, self.power)
         found = forward(self.autoencoder, self.config, u, moment)
         self.optimizer.zero_grad(set_to_none=True)
         found.loss.backward()
@@ -110,7 +114,9 @@ class TrainStep:
             with torch.no_grad():  # below 0 it would let negative pre-activations through
                 self.autoencoder.get_parameter("threshold").clamp_(min=0)
         if found.threshold is not None:
-            follow_(self.autoencoder.get_buffer("threshold"), found.threshold)
+            running = self.autoencoder.get_buffer("threshold")
+            follow_(running, found.threshold, threshold_rate(self.total_steps))
+        self.power = found.power or self.power
         self.silent_rows += n_rows
         self.silent_rows[found.fired] = 0
 
@@ -124,6 +130,7 @@ class TrainStep:
         state |= {f"buffer.{n}": b for n, b in self.autoencoder.named_buffers()}
         state["silent_rows"] = self.silent_rows
         state["n_steps"] = torch.tensor(self.n_steps)
+        state["power"] = torch.tensor(self.power, dtype=torch.float64)
         names: dict[Tensor, str] = {p: n for n, p in self.autoencoder.named_parameters()}
         for param, moments in self.optimizer.state.items():
             for key, value in moments.items():
@@ -155,18 +162,34 @@ class TrainStep:
             buffer.copy_(state[f"buffer.{name}"])
         self.silent_rows.copy_(state["silent_rows"])
         self.n_steps = int(state["n_steps"])
+        self.power = Power(*state["power"].tolist())
 
 
-THRESHOLD_RATE = 0.01
-"""By how much BatchTopK's threshold follows what a batch says of it."""
+def _require_fit(form: SAEConfig, config: DictionaryConfig) -> None:
+    """Refuse an autoencoder that is not what the config says, or predicts other rows."""
+    wanted = config.architecture(form.d_in, form.input_scale)
+    if form != wanted:
+        raise ValueError(
+            f"autoencoder must be what the config describes, {wanted}, got {form}; a dictionary "
+            "that predicts other rows than its own cannot be trained here"
+        )
+
+
+THRESHOLD_BATCHES = 100
+"""BatchTopK's threshold is a mean over about so many batches, or the last 20th of a short run."""
+
+
+def threshold_rate(total_steps: int) -> float:
+    """By how much BatchTopK's threshold follows what a batch says of it."""
+    return 1 / min(max(total_steps / 20, 1), THRESHOLD_BATCHES)
 
 
 @torch.no_grad()
-def follow_(threshold: Float[Tensor, ""], seen: Float[Tensor, ""]) -> None:
+def follow_(threshold: Float[Tensor, ""], seen: Float[Tensor, ""], rate: float) -> None:
     """Move a running threshold towards the one of a batch, in place; the first is taken as it is.
 
     A batch in which nothing fires says nothing.
     """
     start = torch.where(threshold.isnan(), seen, threshold)
-    moved = start + THRESHOLD_RATE * (seen - start)
+    moved = start + rate * (seen - start)
     threshold.copy_(torch.where(seen.isfinite(), moved, threshold))

@@ -133,7 +133,7 @@ def test_wrong_width_and_wrong_configs_are_refused():
         SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=TopK(k=24))
     with pytest.raises(ValueError, match="input_scale must be a positive number, got nan"):
         SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=ReLU(), input_scale=float("nan"))
-    with pytest.raises(ValueError, match="b_in must be 'none' where d_out=11"):
+    with pytest.raises(ValueError, match="b_in must not be 'b_dec' where d_out=11"):
         SAEConfig(d_in=D_IN, d_sae=D_SAE, d_out=11, activation=ReLU())
 
 

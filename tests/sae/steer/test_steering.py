@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from activations_cache.hooks import capture
-from sae.architecture import SAEConfig
+from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.steer.config import Ablate, Add, Clamp, Scale
 from sae.steer.steering import steered_stream, steering
@@ -195,3 +195,22 @@ def test_wrong_operations_are_refused(dictionary):
     )
     with pytest.raises(ValueError, match=r"d_out must be d_in=8 .* got 5"):
         steered_stream(SparseAutoencoder(config), [Ablate(latent=3)])
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer_norm"])
+def test_a_dictionary_with_a_norm_of_its_input_steers_in_units_of_the_token(norm):
+    config = SAEConfig(
+        d_in=11, d_sae=23, activation=ReLU(), input_norm=norm, input_scale=0.7, output_scale=0.4
+    )
+    made, generator = SparseAutoencoder(config), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    h = torch.randn(13, 11, generator=generator) * torch.linspace(0.1, 30, 13)[:, None]
+    before = made.encode_dense(h)
+    after = before.clone()
+    after[:, 7] += 2.0
+    expected = h + made.decode(after, h) - made.decode(before, h)
+    fn = steered_stream(made, [Add(latent=7, value=2.0, unit="absolute")], first_position=0)
+    found = fn(h[None], torch.arange(13)[None])[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -1,7 +1,19 @@
+import re
+
 import pytest
 
-from sae.architecture import ReLU, TopK
-from sae.train.config import L1, Adam, AuxK, DictionaryConfig, TrainConfig
+from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from sae.config import ConfigError, from_dict
+from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig, TrainConfig
+from sae.train.loss_config import (
+    FixedPrefixes,
+    KAnneal,
+    MultiTopK,
+    PAnneal,
+    PreAct,
+    RandomPrefixes,
+    Tanh,
+)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +32,81 @@ from sae.train.config import L1, Adam, AuxK, DictionaryConfig, TrainConfig
             ),
             "auxk must be absent",
         ),
+        (
+            lambda: DictionaryConfig(d_sae=5, activation=JumpReLU()),
+            "l0 must be given, or tanh, for activation.kind 'jumprelu', got None",
+        ),
+        (
+            lambda: DictionaryConfig(d_sae=5, activation=JumpReLU(), l0=L0(), tanh=Tanh()),
+            "tanh must be absent beside l0",
+        ),
+        (
+            lambda: DictionaryConfig(d_sae=5, activation=ReLU(), l0=L0()),
+            "l0 must be absent for activation.kind 'relu'",
+        ),
+        (
+            lambda: DictionaryConfig(d_sae=5, activation=Gated()),
+            "l1 must be given for activation.kind 'gated', got None",
+        ),
+        (
+            lambda: DictionaryConfig(
+                d_sae=5, activation=Gated(), l1=L1(), gate_by_decoder_norm=True
+            ),
+            "gate_by_decoder_norm must be false for activation.kind 'gated', got True",
+        ),
+        (
+            lambda: DictionaryConfig(d_sae=5, activation=TopK(k=2), preact=PreAct()),
+            "preact must be absent for activation.kind 'topk'",
+        ),
+        (
+            lambda: DictionaryConfig(d_sae=5, activation=BatchTopK(k=2), multi_topk=MultiTopK()),
+            "multi_topk must be absent for activation.kind 'batchtopk'",
+        ),
+        (
+            lambda: DictionaryConfig(
+                d_sae=5,
+                activation=ReLU(),
+                l1=L1(),
+                unit_norm=False,
+                matryoshka=FixedPrefixes(ends=(2,)),
+            ),
+            "matryoshka must be absent for activation.kind 'relu'",
+        ),
+        (
+            lambda: DictionaryConfig(
+                d_sae=5, activation=TopK(k=2), matryoshka=FixedPrefixes(ends=(2, 5))
+            ),
+            "matryoshka.ends must be below d_sae=5, got 5",
+        ),
+        (
+            lambda: DictionaryConfig(d_sae=5, activation=TopK(k=2), multi_topk=MultiTopK(times=3)),
+            "multi_topk.times must leave times * k=2 at most d_sae=5, got 3",
+        ),
+        (
+            lambda: DictionaryConfig(d_sae=5, activation=TopK(k=2), k_anneal=KAnneal(start=6)),
+            "k_anneal.start must be at most d_sae=5, got 6",
+        ),
+        (
+            lambda: DictionaryConfig(d_sae=5, activation=TopK(k=2), k_anneal=KAnneal(start=1)),
+            "k_anneal.start must be at least activation.k=2, got 1",
+        ),
+        (lambda: FixedPrefixes(ends=()), "ends must rise from at least 1, got ()"),
+        (lambda: FixedPrefixes(ends=(3, 3)), "ends must rise from at least 1, got (3, 3)"),
+        (lambda: FixedPrefixes(ends=(0, 3)), "ends must rise from at least 1, got (0, 3)"),
+        (lambda: RandomPrefixes(n=0), "n must be at least 1, got 0"),
+        (lambda: RandomPrefixes(exponent=0.0), "exponent must be a positive number, got 0.0"),
+        (lambda: MultiTopK(times=1), "times must be at least 2, got 1"),
+        (lambda: Tanh(scale=0.0), "scale must be a positive number, got 0.0"),
+        (lambda: Tanh(threshold_lr=-1.0), "threshold_lr must be a positive number"),
+        (lambda: PreAct(coefficient=-2.0), "coefficient must be at least 0, got -2.0"),
+        (lambda: PAnneal(p=0.0), "p must be above 0 and at most 1, got 0.0"),
+        (
+            lambda: DictionaryConfig(
+                d_sae=5, activation=ReLU(), unit_norm=False, l1=L1(), p_anneal=PAnneal()
+            ),
+            "p_anneal must be absent beside l1",
+        ),
+        (lambda: KAnneal(start=3, until=1.5), "until must lie between 0 and 1, got 1.5"),
         (lambda: Adam(lr=0.0), "lr must be a positive number, got 0.0"),
         (lambda: Adam(lr=float("nan")), "lr must be a positive number, got nan"),
         (lambda: Adam(beta2=1.0), "beta2 must be at least 0 and below 1"),
@@ -38,6 +125,19 @@ from sae.train.config import L1, Adam, AuxK, DictionaryConfig, TrainConfig
     ],
 )
 def test_contradictions_are_refused_field_first(make, message):
-    with pytest.raises(ValueError, match=message.replace(".", r"\.")) as problem:
+    with pytest.raises(ValueError, match=re.escape(message)) as problem:
         make()
     assert str(problem.value).startswith(message.split()[0])
+
+
+def test_a_file_tells_the_kinds_of_prefixes_apart_and_names_the_dotted_key():
+    entry = {"d_sae": 53, "activation": {"kind": "topk", "k": 3}}
+    made = from_dict(
+        DictionaryConfig, {**entry, "matryoshka": {"kind": "fixed", "ends": [2, 7]}}, "f"
+    )
+    assert made.matryoshka == FixedPrefixes(ends=(2, 7))
+    made = from_dict(DictionaryConfig, {**entry, "matryoshka": {"kind": "random", "n": 3}}, "f")
+    assert made.matryoshka == RandomPrefixes(n=3)
+    wrong = {"saes": {"a": {**entry, "matryoshka": {"kind": "fixed", "ends": [7, 60]}}}}
+    with pytest.raises(ConfigError, match=r"f: saes\.a\.matryoshka\.ends must be below d_sae=53"):
+        from_dict(TrainConfig, wrong, "f")

@@ -1,6 +1,6 @@
 import pytest
 
-from sae.train.schedule import ramp, warmup_decay
+from sae.train.schedule import falling_k, falling_p, ramp, random_prefixes, warmup_decay
 
 
 def test_ramp_table():
@@ -15,3 +15,30 @@ def test_warmup_then_decay_table():
 
 def test_no_decay_stays_at_1():
     assert [warmup_decay(i, 5, 0.0, 0.0) for i in range(5)] == [1.0] * 5
+
+
+def test_k_falls_to_its_end_and_stays():
+    found = [falling_k(step, 20, 11, 3, 0.4) for step in range(10)]
+    assert found == [11, 10, 9, 8, 7, 6, 5, 4, 3, 3]
+    assert falling_k(0, 20, 11, 3, 0.0) == 3
+
+
+def test_p_stays_at_1_and_then_falls_in_equal_jumps():
+    found = [falling_p(step, 10, 0.2, 4, 0.2) for step in range(10)]
+    assert found == pytest.approx([1, 1, 0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2])
+    assert falling_p(9, 10, 0.2, 4, 1.0) == 1.0
+
+
+def test_prefixes_are_drawn_by_seed_and_step_and_favour_short_ones():
+    drawn = [random_prefixes(step, 5, 9, 97, 0.5) for step in range(400)]
+    assert drawn == [random_prefixes(step, 5, 9, 97, 0.5) for step in range(400)]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] != random_prefixes(0, 6, 9, 97, 0.5)
+    for ends in drawn:
+        assert ends[-1] == 97
+        assert list(ends) == sorted(set(ends))
+        assert 1 <= ends[0] < ends[-1]
+        assert len(ends) <= 10
+    ones = sum(random_prefixes(step, 0, 1, 97, 0.5)[0] == 1 for step in range(4000)) / 4000
+    expected = (1 - 2**-0.5) / (1 - 98**-0.5)
+    assert abs(ones - expected) < 0.03

@@ -3,9 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from sae.architecture import BatchTopK, JumpReLU, ReLU, TopK
+from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig
+from sae.train.loss_config import KAnneal, MultiTopK, PAnneal, RandomPrefixes
 from sae.train.step import TrainStep
 
 D_IN, D_SAE, BATCH, STEPS = 13, 53, 101, 60
@@ -45,7 +46,39 @@ def jumprelu(**fields) -> DictionaryConfig:
     )
 
 
-ALL = {"topk": topk, "relu": relu, "batchtopk": batchtopk, "jumprelu": jumprelu}
+def annealed_p(**fields) -> DictionaryConfig:
+    penalty = PAnneal(coefficient=0.1, p=0.5, n=5)
+    return dataclasses.replace(relu(**fields), l1=None, p_anneal=penalty)
+
+
+def gated(**fields) -> DictionaryConfig:
+    penalty = {"l1": L1(coefficient=0.3), "optimizer": Adam(lr=1e-2)}
+    return DictionaryConfig(d_sae=D_SAE, activation=Gated(), **{**penalty, **fields})
+
+
+def normed(**fields) -> DictionaryConfig:
+    """Everything at once that a TopK dictionary may have."""
+    more = {
+        "b_in": "own",
+        "input_norm": "rms",
+        "gate_by_decoder_norm": True,
+        "unit_norm": False,
+        "matryoshka": RandomPrefixes(n=4),
+        "multi_topk": MultiTopK(),
+        "k_anneal": KAnneal(start=7, until=0.3),
+    }
+    return topk(**{**more, **fields})
+
+
+ALL = {
+    "annealed_p": annealed_p,
+    "gated": gated,
+    "normed": normed,
+    "topk": topk,
+    "relu": relu,
+    "batchtopk": batchtopk,
+    "jumprelu": jumprelu,
+}
 every_kind = pytest.mark.parametrize("config", [make() for make in ALL.values()], ids=list(ALL))
 
 
@@ -125,9 +158,9 @@ def test_unit_norm_keeps_rows_at_1_and_l1_lets_them_go():
     assert float((without.autoencoder.W_dec.norm(dim=1) - 0.1).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("config", [topk(frozen="decoder"), relu(frozen="decoder")])
-def test_a_frozen_decoder_never_moves_and_the_rest_learns(config):
-    step = step_of(config)
+@pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+def test_a_frozen_decoder_never_moves_and_the_rest_learns(make):
+    step = step_of(make(frozen="decoder"))
     decoder = step.autoencoder.dec_rows.detach().clone()
     encoder = step.autoencoder.enc_rows.detach().clone()
     for x in batches(5):
@@ -220,8 +253,8 @@ def test_bf16_products_train_nearly_as_fp32():
 
 
 def test_batchtopk_learns_the_threshold_that_gives_its_k():
-    step = step_of(batchtopk(), total=300)
-    for x in batches(300):
+    step = step_of(batchtopk(), total=150)
+    for x in batches(150):
         step(x)
     n_firing = [(step.autoencoder.encode(x).values > 0).sum(dim=1).float() for x in batches(5)]
     assert float(torch.cat(n_firing).mean()) == pytest.approx(3, rel=0.1)
@@ -239,8 +272,8 @@ def test_a_step_that_is_not_taken_leaves_the_threshold():
 @pytest.mark.parametrize("target", [2.0, 5.0])
 def test_jumprelu_finds_the_l0_that_is_asked_for(target):
     config = jumprelu(l0=L0(coefficient=10.0, target=target, threshold_lr=3e-2))
-    step = step_of(config, total=400)
-    metrics = [step(x) for x in batches(400)]
+    step = step_of(config, total=200)
+    metrics = [step(x) for x in batches(200)]
     found = torch.stack([m.l0 for m in metrics[-20:]]).mean()
     assert float(found) == pytest.approx(target, rel=0.15)
     assert (step.autoencoder.threshold != 0.1).float().mean() > 0.5

@@ -1,0 +1,133 @@
+"""What every format is read into: weights by the names of the autoencoder's parameters."""
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.architecture import BatchTopK, SAEConfig, TopK
+from sae.autoencoder import SparseAutoencoder
+from sae.pretrained.errors import DictionaryFormatError
+
+WHOLE = ("b_dec", "b_in", "skip_rows")
+"""Tensors that have no axis of latents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The tensors of one dictionary, fp32, latent-major; None where the form has none."""
+
+    enc_rows: Float[Tensor, "d_sae d_in"]
+    """Row i reads latent i."""
+    dec_rows: Float[Tensor, "d_sae d_out"]
+    """Row i is the direction of latent i."""
+    b_dec: Float[Tensor, " d_out"]
+    """Bias of the decoder."""
+    b_enc: Float[Tensor, " d_sae"] | None = None
+    """Bias of the encoder."""
+    b_in: Float[Tensor, " d_in"] | None = None
+    """What is subtracted from the input, if it is not b_dec."""
+    threshold: Float[Tensor, "*d_sae"] | None = None
+    """JumpReLU's (d_sae,), or BatchTopK's single one ()."""
+    skip_rows: Float[Tensor, "d_out d_in"] | None = None
+    """y += u @ skip_rows.T."""
+    b_gate: Float[Tensor, " d_sae"] | None = None
+    """Gated: bias of the gate."""
+    b_mag: Float[Tensor, " d_sae"] | None = None
+    """Gated: bias of the magnitude."""
+    r_mag: Float[Tensor, " d_sae"] | None = None
+    """Gated: logarithm of the magnitude's factor."""
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.dec_rows.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        """Width of the input."""
+        return self.enc_rows.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of the output."""
+        return self.dec_rows.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: tensor for name, tensor in named if tensor is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One dictionary as a format's reader hands it over."""
+
+    config: SAEConfig
+    """Its form."""
+    weights: Weights
+    """Its tensors."""
+    folds: tuple[str, ...] = ()
+    """What was multiplied into the weights, or dropped because it does nothing."""
+    site: dict[str, str] = field(default_factory=dict)
+    """What the files say of the model, the hook points and the rows, in their own words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a dictionary comes from; for the provenance of what is made of it."""
+
+    source_format: str
+    """Name of the format."""
+    source_path: str
+    """The path or the hub's name, with the commit."""
+    source_sha256: dict[str, str]
+    """File name -> SHA-256 of every file that was read."""
+    folds_applied: tuple[str, ...] = ()
+    """As in Reading."""
+    site: dict[str, str] = field(default_factory=dict)
+    """As in Reading."""
+
+
+def assemble(reading: Reading, latents: slice | None = None) -> SparseAutoencoder:
+    """Make the autoencoder, or that of a slice of the latents.
+
+    Raises:
+        DictionaryFormatError: If tensors, shapes and config do not fit each other.
+    """
+    config, tensors = reading.config, reading.weights.tensors()
+    expected = {name: tuple(p.shape) for name, p in empty(config).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected:
+        raise DictionaryFormatError(f"the tensors must have the shapes {expected}, got {found}")
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise DictionaryFormatError(
+                f"{name} must be finite after folding, got NaN or infinity: a factor in the files "
+                "is out of all proportion"
+            )
+    if latents is not None:
+        tensors = {name: _part(name, tensor, latents) for name, tensor in tensors.items()}
+        config = narrowed(config, len(tensors["dec_rows"]))
+    dictionary = empty(config)
+    dictionary.load_state_dict({n: t.contiguous() for n, t in tensors.items()}, assign=True)
+    return dictionary.requires_grad_(True)
+
+
+def empty(config: SAEConfig) -> SparseAutoencoder:
+    """An autoencoder whose parameters have shapes only."""
+    with torch.device("meta"):
+        return SparseAutoencoder(config)
+
+
+def narrowed(config: SAEConfig, d_sae: int) -> SAEConfig:
+    """The config of a dictionary with fewer latents; k is cut to their number."""
+    activation = config.activation
+    if d_sae < config.d_sae and isinstance(activation, TopK | BatchTopK):
+        activation = type(activation)(k=min(activation.k, max(d_sae, 1)))
+    return replace(config, d_sae=d_sae, activation=activation)
+
+
+def _part(name: str, tensor: Tensor, latents: slice) -> Tensor:
+    return tensor if name in WHOLE or tensor.dim() == 0 else tensor[latents].clone()

@@ -1,0 +1,83 @@
+"""The keys of a foreign config file, each read with its type."""
+
+from collections.abc import Iterable, Mapping
+
+from sae.pretrained.errors import DictionaryFormatError
+
+MOST = 1 << 28
+"""No width of a dictionary is larger; products of two still fit into 64 bits."""
+MAX = 1e30
+"""Numbers beyond it have no place in fp32 weights."""
+_REQUIRED = object()
+
+
+class Fields:
+    """A JSON object whose values are taken one by one; messages name the file and the key."""
+
+    def __init__(self, record: Mapping[str, object], what: str) -> None:
+        """Take the object and the name of what it is part of."""
+        self.record, self.what = record, what
+
+    def __contains__(self, key: str) -> bool:
+        return self.record.get(key) is not None
+
+    def only(self, known: Iterable[str]) -> None:
+        """Refuse keys that are not known: one of them may change what the numbers mean."""
+        if unknown := sorted(set(self.record) - set(known)):
+            raise DictionaryFormatError(
+                f"{self.what} must have known keys, got {unknown}; update monosema, or remove "
+                "them if they do not change how the dictionary is applied"
+            )
+
+    def whole(self, key: str, default: object = _REQUIRED, least: int = 1) -> int:
+        """A whole number."""
+        value = self._value(key, default)
+        if type(value) is not int or not least <= value <= MOST:
+            self._refuse(key, f"be a whole number from {least} to {MOST:,}", value)
+        assert isinstance(value, int)
+        return value
+
+    def number(self, key: str, default: object = _REQUIRED) -> float:
+        """A number of moderate size."""
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -MAX < value < MAX:
+            self._refuse(key, f"be a number within {MAX:g}", value)
+        assert isinstance(value, int | float)
+        return float(value)
+
+    def flag(self, key: str, default: object = _REQUIRED) -> bool:
+        """True or false."""
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            self._refuse(key, "be true or false", value)
+        return bool(value)
+
+    def word(self, key: str, words: Iterable[str] = (), default: object = _REQUIRED) -> str:
+        """A text, one of `words` if there are any."""
+        value, words = self._value(key, default), tuple(words)
+        if not isinstance(value, str) or (words and value not in words):
+            self._refuse(key, f"be one of {list(words)}" if words else "be a text", value)
+        return str(value)
+
+    def part(self, key: str, default: object = _REQUIRED) -> "Fields":
+        """An object inside this one."""
+        value = self._value(key, default)
+        if not isinstance(value, dict):
+            self._refuse(key, "be an object", value)
+        assert isinstance(value, dict)
+        return Fields(value, f"{self.what}, {key}")
+
+    def texts(self, keys: Iterable[str]) -> dict[str, str]:
+        """Those of the keys that are there, as text: notes for a reader."""
+        return {key: str(self.record[key]) for key in keys if key in self}
+
+    def _value(self, key: str, default: object) -> object:
+        value = self.record.get(key)
+        if value is None:
+            value = default
+        if value is _REQUIRED:
+            raise DictionaryFormatError(f"{self.what} must have the key {key!r}, got none")
+        return value
+
+    def _refuse(self, key: str, rule: str, value: object) -> None:
+        raise DictionaryFormatError(f"{key} must {rule} in {self.what}, got {value!r}")

@@ -1,0 +1,106 @@
+"""Gemma Scope 1 (params.npz) and 2 (config.json and params.safetensors): JumpReLU, folded norms."""
+
+from torch import Tensor
+
+from sae.architecture import JumpReLU, SAEConfig
+from sae.pretrained import folds
+from sae.pretrained.canonical import Reading, Weights
+from sae.pretrained.errors import DictionaryFormatError
+from sae.pretrained.fields import Fields
+from sae.pretrained.files import Files, as_float32, expect_keys, expect_shape
+
+FORMAT = "gemma_scope"
+ARRAYS = "params.npz"
+CONFIG = "config.json"
+WEIGHTS = "params.safetensors"
+TENSORS = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
+SKIP = "affine_skip_connection"
+KEYS = {
+    "hf_hook_point_in", "hf_hook_point_out", "width", "model_name", "architecture", "l0",
+    "affine_connection", "type",
+}  # fmt: skip
+SITE = ("model_name", "hf_hook_point_in", "hf_hook_point_out", "type", "l0")
+
+
+def fits(files: Files) -> bool:
+    """Whether the files are there."""
+    return files.has(ARRAYS) or files.has(WEIGHTS)
+
+
+def read(files: Files) -> Reading:
+    """Read a dictionary of Gemma Scope, 1 or 2, whichever file is there.
+
+    Raises:
+        DictionaryFormatError: If something is missing or unknown, or if d_in = d_sae leaves the
+            orientation to the file's name alone and the format was not named.
+    """
+    if files.has(ARRAYS) == files.has(WEIGHTS):
+        raise DictionaryFormatError(f"{files.path} must hold {ARRAYS} or {WEIGHTS}, one of them")
+    is_first = files.has(ARRAYS)
+    raw = files.arrays(ARRAYS) if is_first else files.tensors(WEIGHTS)
+    raw = as_float32({_lower(name): tensor for name, tensor in raw.items()})
+    done = _drop_unit_factor(raw) if is_first else []
+    cfg = Fields({} if is_first or not files.has(CONFIG) else files.json(CONFIG), CONFIG)
+    _check(cfg, raw)
+    d_in, d_sae = raw["w_enc"].shape[0], len(raw["b_enc"])
+    if not cfg.record and d_in == d_sae and not files.is_named:
+        raise DictionaryFormatError(
+            f"w_enc must show its orientation by its shape, got {(d_in, d_sae)} and no {CONFIG}; "
+            f"name the format by format={FORMAT!r} if rows are of d_in"
+        )
+    if float(raw["threshold"].min()) < 0:
+        done.append("thresholds below 0 raised to 0")
+    weights = folds.threshold_of_relu(
+        Weights(
+            enc_rows=raw["w_enc"].T,
+            dec_rows=raw["w_dec"],
+            b_enc=raw["b_enc"],
+            b_dec=raw["b_dec"],
+            threshold=raw["threshold"],
+            skip_rows=raw[SKIP].T if SKIP in raw else None,
+        )
+    )
+    config = SAEConfig(
+        d_in=d_in,
+        d_sae=d_sae,
+        d_out=None if weights.d_out == d_in else weights.d_out,
+        activation=JumpReLU(),
+        b_in="none",
+        skip=SKIP in raw,
+    )
+    return Reading(config=config, weights=weights, folds=tuple(done), site=cfg.texts(SITE))
+
+
+def _lower(name: str) -> str:
+    return {"W_enc": "w_enc", "W_dec": "w_dec"}.get(name, name)
+
+
+def _drop_unit_factor(raw: dict[str, Tensor]) -> list[str]:
+    factor = raw.pop("scaling_factor", None)
+    if factor is None:
+        return []
+    if not bool((factor == 1).all()):
+        raise DictionaryFormatError(f"scaling_factor must be all ones in {ARRAYS}, got others")
+    return ["scaling_factor of ones dropped"]
+
+
+def _check(cfg: Fields, raw: dict[str, Tensor]) -> None:
+    """Keys and shapes; w_enc is (d_in, d_sae), w_dec (d_sae, d_out), the skip (d_in, d_out)."""
+    cfg.only(KEYS)
+    expect_keys(raw, TENSORS, "the file", frozenset({SKIP}))
+    if cfg.record:
+        cfg.word("architecture", ("jump_relu",))
+        if cfg.flag("affine_connection", SKIP in raw) != (SKIP in raw):
+            raise DictionaryFormatError(
+                f"affine_connection must say whether there is {SKIP}, got "
+                f"{cfg.record['affine_connection']} in {CONFIG}"
+            )
+    d_sae, d_out = raw["b_enc"].numel(), raw["b_dec"].numel()
+    if "width" in cfg and cfg.whole("width") != d_sae:
+        raise DictionaryFormatError(f"width must be {d_sae} in {CONFIG}, got {cfg.whole('width')}")
+    d_in = raw["w_enc"].shape[0]
+    expect_shape(raw["w_enc"], (d_in, d_sae), "w_enc")
+    expect_shape(raw["w_dec"], (d_sae, d_out), "w_dec")
+    expect_shape(raw["threshold"], (d_sae,), "threshold")
+    if SKIP in raw:
+        expect_shape(raw[SKIP], (d_in, d_out), SKIP)

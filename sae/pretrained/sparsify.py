@@ -1,0 +1,62 @@
+"""sparsify (EleutherAI): cfg.json and sae.safetensors; TopK, SAEs and skip transcoders."""
+
+from sae.architecture import SAEConfig, TopK
+from sae.pretrained.canonical import Reading, Weights
+from sae.pretrained.errors import DictionaryFormatError
+from sae.pretrained.fields import Fields
+from sae.pretrained.files import Files, as_float32, expect_keys, expect_shape
+
+FORMAT = "sparsify"
+CONFIG = "cfg.json"
+WEIGHTS = "sae.safetensors"
+TENSORS = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
+KEYS = {
+    "d_in", "k", "num_latents", "expansion_factor", "normalize_decoder", "activation",
+    "multi_topk", "skip_connection", "transcode", "signed",
+}  # fmt: skip
+
+
+def fits(files: Files) -> bool:
+    """Whether the files are there."""
+    return files.has(CONFIG) and files.has(WEIGHTS)
+
+
+def read(files: Files) -> Reading:
+    """Read a dictionary of sparsify.
+
+    Raises:
+        DictionaryFormatError: If something is missing or unknown, or for groupmax and signed
+            dictionaries, which have no form here.
+    """
+    cfg = Fields(files.json(CONFIG), CONFIG)
+    cfg.only(KEYS)
+    if cfg.word("activation", ("topk", "groupmax"), "topk") == "groupmax":
+        raise DictionaryFormatError("activation must be 'topk', got 'groupmax', which is not read")
+    if cfg.flag("signed", False):
+        raise DictionaryFormatError("signed must be false, got true: latents are never negative")
+    d_in, k = cfg.whole("d_in"), cfg.whole("k")
+    d_sae = cfg.whole("num_latents", 0, least=0) or d_in * cfg.whole("expansion_factor")
+    is_transcoder, has_skip = cfg.flag("transcode", False), cfg.flag("skip_connection", False)
+    raw = as_float32(files.tensors(WEIGHTS))
+    expect_keys(raw, TENSORS | ({"W_skip"} if has_skip else set()), WEIGHTS)
+    shapes = {"encoder.bias": (d_sae,), "b_dec": (d_in,), "W_skip": (d_in, d_in)}
+    for name, tensor in raw.items():
+        expect_shape(tensor, shapes.get(name, (d_sae, d_in)), name)
+    weights = Weights(
+        enc_rows=raw["encoder.weight"],
+        dec_rows=raw["W_dec"],
+        b_enc=raw["encoder.bias"],
+        b_dec=raw["b_dec"],
+        skip_rows=raw.get("W_skip"),
+    )
+    config = SAEConfig(
+        d_in=d_in,
+        d_sae=d_sae,
+        activation=TopK(k=k),
+        b_in="none" if is_transcoder else "b_dec",
+        skip=has_skip,
+    )
+    site = {"hook_point": f"{files.root.name} of the base model"}
+    if is_transcoder:
+        site["reads"] = "the module's input; predicts its output"
+    return Reading(config=config, weights=weights, site=site)

@@ -1,0 +1,1 @@
+"""One forward pass of training: losses, and what fired; `run` chooses by the activation."""

@@ -1,0 +1,149 @@
+"""Forward passes with dense latents: ReLU and JumpReLU with their penalties."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sae import activations, losses
+from sae.activations import EncoderWeights
+from sae.architecture import JumpReLU, ReLU
+from sae.autoencoder import SparseAutoencoder
+from sae.train.config import DictionaryConfig
+from sae.train.forward.result import Forward, Moment, Power, autocast
+from sae.train.loss_config import PAnneal
+from sae.train.schedule import falling_p, ramp
+from sae_kernels import dense_autoencode
+
+
+def forward(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    u: Float[Tensor, "batch d_in"],
+    moment: Moment,
+) -> Forward:
+    """Differentiated by hand where the kernel has all the terms, else by autograd."""
+    is_relu = isinstance(autoencoder.config.activation, ReLU)
+    others = any((config.tanh, config.preact, config.p_anneal))
+    if others or autoencoder.config.gate_by_decoder_norm or (is_relu and moment.bf16):
+        return _composed(autoencoder, config, u, moment)
+    return _fused(autoencoder, config, u, moment)
+
+
+def _fused(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    u: Float[Tensor, "batch d_in"],
+    moment: Moment,
+) -> Forward:
+    """One op, in float32."""
+    weights, activation = autoencoder.encoder(), autoencoder.config.activation
+    bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else 1.0
+    with autocast(u.device, False):
+        step = dense_autoencode(
+            u,
+            weights.enc_rows,
+            weights.b_enc,
+            autoencoder.dec_rows,
+            autoencoder.b_dec,
+            b_in=weights.b_in,
+            threshold=weights.threshold,
+            bandwidth=bandwidth,
+        )
+    error = losses.squared_error(u, step.x_hat)
+    loss = error + _penalty(config, moment, step.l1, step.l0)
+    return Forward(loss, error, step.n_fired.nonzero().squeeze(1), step.l0.detach())
+
+
+class _Acts(NamedTuple):
+    """Activations, and how many fire, both with the pseudo-gradients of the thresholds."""
+
+    acts: Float[Tensor, "batch d_sae"]
+    n_active: Float[Tensor, "batch d_sae"]
+
+
+def _composed(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    u: Float[Tensor, "batch d_in"],
+    moment: Moment,
+) -> Forward:
+    """All terms, in torch's own operations."""
+    weights, activation = autoencoder.encoder(), autoencoder.config.activation
+    bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else 1.0
+    pre = activations.pre_acts(u, weights).to(u.dtype)
+    acts, n_active = _jump(pre, weights, bandwidth)
+    error = losses.squared_error(u, autoencoder.decode_scaled(acts).to(u.dtype))
+    norms, l0 = autoencoder.dec_rows.norm(dim=1), n_active.sum(dim=1).mean()
+    power = None
+    if config.tanh is not None:
+        weight = ramp(moment.n_steps, moment.total_steps, config.tanh.ramp)
+        found = losses.tanh_decoder_norm(acts, norms, config.tanh.scale)
+        loss = error + config.tanh.coefficient * weight * found
+    elif config.p_anneal is not None:
+        power = _annealed(config.p_anneal, moment, acts.detach(), norms.detach())
+        weight = ramp(moment.n_steps, moment.total_steps, config.p_anneal.ramp) * power.scale
+        found = losses.power_decoder_norm(acts, norms, power.p)
+        loss = error + config.p_anneal.coefficient * weight * found
+    else:
+        l1 = losses.l1_decoder_norm(acts, norms)
+        loss = error + _penalty(config, moment, l1, l0)
+    if config.preact is not None and bool(moment.dead.any()):
+        loss = loss + config.preact.coefficient * _distance(pre, weights, norms, moment)
+    fires = acts.detach() > 0
+    fired = fires.any(dim=0).nonzero().squeeze(1)
+    return Forward(loss, error, fired, l0.detach(), power=power)
+
+
+def _annealed(
+    settings: PAnneal,
+    moment: Moment,
+    acts: Float[Tensor, "batch d_sae"],
+    norms: Float[Tensor, " d_sae"],
+) -> Power:
+    """The power of this step; where it has just fallen, this batch tells the new scale."""
+    before = moment.power
+    at = (moment.n_steps, moment.total_steps)
+    p = falling_p(*at, settings.p, settings.n, settings.start)
+    if p == before.p:
+        return before
+    old, new = (float(losses.power_decoder_norm(acts, norms, q)) for q in (before.p, p))
+    return Power(p, before.scale * old / new if new > 0 else before.scale)
+
+
+def _jump(pre: Float[Tensor, "batch d_sae"], weights: EncoderWeights, bandwidth: float) -> _Acts:
+    """ReLU or JumpReLU; terms of value 0 carry the thresholds' gradients (arXiv 2407.14435)."""
+    zero, threshold = pre.new_zeros(()), weights.threshold
+    fixed = zero if threshold is None else threshold.detach()
+    fires = pre.detach() > fixed
+    acts, n_active = pre.where(fires, zero), fires.to(pre.dtype)
+    if threshold is not None:
+        near = (pre.detach() - fixed).abs() < bandwidth / 2
+        moved = near.to(pre.dtype) / bandwidth * (threshold - fixed)
+        acts, n_active = acts - fixed * moved, n_active - moved
+    return _Acts(acts if weights.norms is None else acts / weights.norms, n_active)
+
+
+def _distance(
+    pre: Float[Tensor, "batch d_sae"],
+    weights: EncoderWeights,
+    norms: Float[Tensor, " d_sae"],
+    moment: Moment,
+) -> Float[Tensor, ""]:
+    """How far the dead latents are below their thresholds, in units of the output."""
+    assert weights.threshold is not None
+    dead = moment.dead.nonzero().squeeze(1)
+    of_dead = norms[dead] if weights.norms is None else norms.new_ones(len(dead))
+    return losses.pre_act_distance(pre[:, dead], weights.threshold[dead], of_dead)
+
+
+def _penalty(
+    config: DictionaryConfig, moment: Moment, l1: Float[Tensor, ""], l0: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """The sparsity penalty that is asked for, at its weight of this moment."""
+    if config.l1 is not None:
+        weight = ramp(moment.n_steps, moment.total_steps, config.l1.ramp)
+        return config.l1.coefficient * weight * l1
+    assert config.l0 is not None
+    weight = ramp(moment.n_steps, moment.total_steps, config.l0.ramp)
+    return config.l0.coefficient * weight * losses.l0_penalty(l0, config.l0.target)

@@ -1,0 +1,146 @@
+"""Forward passes with sparse latents: TopK and BatchTopK, with AuxK, multi-TopK and Matryoshka."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae import activations, losses
+from sae.activations import EncoderWeights, Latents
+from sae.architecture import BatchTopK, TopK
+from sae.autoencoder import SparseAutoencoder
+from sae.train.config import DictionaryConfig
+from sae.train.forward.result import Forward, Moment, autocast
+from sae.train.loss_config import FixedPrefixes, Matryoshka
+from sae.train.schedule import falling_k, random_prefixes
+from sae_kernels import auxk, sparse_decode_mse, topk_select
+
+
+class _Decoded(NamedTuple):
+    y: Float[Tensor, "batch d_out"]
+    error: Float[Tensor, ""]
+    loss: Float[Tensor, ""]
+
+
+def topk(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    activation: TopK,
+    u: Float[Tensor, "batch d_in"],
+    moment: Moment,
+) -> Forward:
+    """The k largest of each row, and for multi-TopK a reconstruction from more of them."""
+    weights, k, d_sae = autoencoder.encoder(), k_now(config, activation, moment), config.d_sae
+    multi = config.multi_topk
+    if multi is None:
+        latents = activations.encode(TopK(k=k), u, weights)
+        return _forward(autoencoder, config, u, moment, latents)
+    wide = activations.encode(TopK(k=min(multi.times * k, d_sae)), u, weights)
+    found = _forward(autoencoder, config, u, moment, narrowed(wide, k, weights))
+    with autocast(u.device, False):
+        error = losses.squared_error(u, autoencoder.decode_scaled(wide))
+    return found._replace(loss=found.loss + multi.coefficient * error)
+
+
+def batch_topk(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    activation: BatchTopK,
+    u: Float[Tensor, "batch d_in"],
+    moment: Moment,
+) -> Forward:
+    """The k * batch largest of the batch; the smallest of them tells the threshold."""
+    weights = autoencoder.encoder()
+    kept = replace(activation, k=k_now(config, activation, moment))
+    latents = activations.encode_batch(kept, u, weights)
+    scores = _scores(latents, weights)
+    found = _forward(autoencoder, config, u, moment, latents)
+    return found._replace(threshold=scores.masked_fill(scores <= 0, torch.inf).min())
+
+
+def k_now(config: DictionaryConfig, activation: TopK | BatchTopK, moment: Moment) -> int:
+    """The activation's k, or the larger one of a moment before annealing is over."""
+    anneal = config.k_anneal
+    if anneal is None:
+        return activation.k
+    at = (moment.n_steps, moment.total_steps)
+    return falling_k(*at, anneal.start, activation.k, anneal.until)
+
+
+def narrowed(latents: Latents, k: int, weights: EncoderWeights) -> Latents:
+    """The k largest of each row's latents; their order stays."""
+    places = topk_select(_scores(latents, weights), k).indices
+    return Latents(latents.values.gather(1, places), latents.indices.gather(1, places))
+
+
+def _scores(latents: Latents, weights: EncoderWeights) -> Float[Tensor, "batch k"]:
+    """What the selection compares: activations, times the norms if it gates by them."""
+    values = latents.values.detach()
+    return values if weights.norms is None else values * weights.norms.detach()[latents.indices]
+
+
+def prefix_ends(matryoshka: Matryoshka, d_sae: int, n_steps: int) -> tuple[int, ...]:
+    """Sizes of the prefixes at a step, the whole dictionary last."""
+    if isinstance(matryoshka, FixedPrefixes):
+        return (*matryoshka.ends, d_sae)
+    of = matryoshka
+    return random_prefixes(n_steps, of.seed, of.n, d_sae, of.exponent)
+
+
+def _forward(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    u: Float[Tensor, "batch d_in"],
+    moment: Moment,
+    latents: Latents,
+) -> Forward:
+    with autocast(u.device, False):
+        y, error, loss = _decode(autoencoder, config, u, moment, latents)
+    if config.auxk is not None and bool(moment.dead.any()):
+        guess = _auxk(autoencoder, config, u, moment.dead)
+        loss = loss + config.auxk.coefficient * losses.squared_error((u - y).detach(), guess)
+    fires = latents.values > 0
+    fired = latents.indices[fires].unique()
+    return Forward(loss, error, fired, fires.sum(dim=1).float().mean())
+
+
+def _decode(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    u: Float[Tensor, "batch d_in"],
+    moment: Moment,
+    latents: Latents,
+) -> _Decoded:
+    """The reconstruction, its error, and the loss: that error, or the mean over the prefixes."""
+    if config.matryoshka is None:
+        y = autoencoder.decode_scaled(latents)
+        error = losses.squared_error(u, y)
+        return _Decoded(y, error, error)
+    ends = prefix_ends(config.matryoshka, config.d_sae, moment.n_steps)
+    found = sparse_decode_mse(
+        latents.values,
+        latents.indices,
+        autoencoder.dec_rows,
+        autoencoder.b_dec,
+        u,
+        scale=1 / (len(u) * len(ends)),
+        prefixes=ends,
+    )
+    return _Decoded(found.x_hat, found.row_loss[:, -1].mean(), found.loss)
+
+
+def _auxk(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    u: Float[Tensor, "batch d_in"],
+    dead: Bool[Tensor, " d_sae"],
+) -> Float[Tensor, "batch d_out"]:
+    settings, weights, dec_rows = config.auxk, autoencoder.encoder(), autoencoder.dec_rows
+    assert settings is not None
+    k = settings.k or max(u.shape[1] // 2, 1)
+    b_in = None if weights.b_in is None else weights.b_in.detach()
+    if weights.norms is not None:
+        dec_rows = dec_rows / weights.norms[:, None]
+    return auxk(u, weights.enc_rows, weights.b_enc, dec_rows, dead, k, b_in=b_in).to(u.dtype)

@@ -1,0 +1,212 @@
+"""The terms of the loss and what anneals them, as frozen configs; no torch here."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from activations_cache.checks import at_least, fraction, positive, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class L1:
+    """Penalty sum_i a_i ||W_dec[i]|| beside the squared error summed over d.
+
+    For a gated dictionary a_i is max(h_i, 0) of the gates, and beside it stands the error of what
+    these reconstruct with the decoder held still (arXiv 2404.16014).
+    """
+
+    coefficient: float = 5.0
+    """Weight of the penalty, when E||u||^2 = d_in (Scaling Monosemanticity uses 5)."""
+    ramp: float = 0.05
+    """Fraction of the steps over which the weight rises from 0."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("coefficient", self.coefficient, 0)
+        fraction("ramp", self.ramp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PAnneal:
+    """Penalty sum_i (a_i ||W_dec[i]||)^p, p falling from 1 (Karvonen et al., arXiv 2408.00113).
+
+    p falls in a few jumps; at each, the weight is multiplied by what keeps the penalty of that
+    batch as large as it was.
+    """
+
+    coefficient: float = 5.0
+    """Weight of the penalty while p is 1, when E||u||^2 = d_in."""
+    ramp: float = 0.05
+    """Fraction of the steps over which the weight rises from 0."""
+    p: float = 0.2
+    """p at the end."""
+    start: float = 0.2
+    """Fraction of the steps after which p begins to fall."""
+    n: int = 10
+    """Number of jumps."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("coefficient", self.coefficient, 0)
+        require(0 < self.p <= 1, "p", "be above 0 and at most 1", self.p)
+        fraction("ramp", self.ramp)
+        fraction("start", self.start)
+        at_least("n", self.n, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class L0:
+    """Penalty on the number of latents that fire, which moves JumpReLU's thresholds.
+
+    With a target it is (L0 / target - 1)^2 of the batch's mean L0, which finds that L0 at any
+    coefficient that is large enough; without, it is the L0 itself (arXiv 2407.14435).
+    """
+
+    coefficient: float = 1.0
+    """Weight of the penalty, when E||u||^2 = d_in; without a target, small values belong here."""
+    target: float | None = None
+    """The L0 that is wanted."""
+    ramp: float = 0.05
+    """Fraction of the steps over which the weight rises from 0."""
+    threshold_lr: float | None = None
+    """Learning rate of the thresholds; the optimiser's when absent."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("coefficient", self.coefficient, 0)
+        fraction("ramp", self.ramp)
+        for name in ("target", "threshold_lr"):
+            if (value := getattr(self, name)) is not None:
+                positive(name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tanh:
+    """Penalty sum_i tanh(scale a_i ||W_dec[i]||), an L0 that all weights learn from.
+
+    Anthropic, Circuits Updates, January 2025.
+    """
+
+    coefficient: float = 10.0
+    """Weight of the penalty, when E||u||^2 = d_in."""
+    scale: float = 4.0
+    """How steeply a latent's penalty goes from 0 to 1."""
+    ramp: float = 1.0
+    """Fraction of the steps over which the weight rises from 0."""
+    threshold_lr: float | None = None
+    """Learning rate of the thresholds; the optimiser's when absent."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("coefficient", self.coefficient, 0)
+        positive("scale", self.scale)
+        fraction("ramp", self.ramp)
+        if self.threshold_lr is not None:
+            positive("threshold_lr", self.threshold_lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreAct:
+    """Dead latents are drawn to their thresholds: sum_i max(threshold_i - h_i, 0) ||W_dec[i]||.
+
+    Anthropic, Circuits Updates, January 2025.
+    """
+
+    coefficient: float = 3e-6
+    """Weight of the sum over the dead latents."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("coefficient", self.coefficient, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxK:
+    """Dead latents reconstruct the residual (Gao et al. 2024, arXiv 2406.04093, A.2)."""
+
+    coefficient: float = 1 / 32
+    """Weight of the dead latents' squared error."""
+    k: int | None = None
+    """Dead latents that may fire in one row; half of d_in when absent."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("coefficient", self.coefficient, 0)
+        if self.k is not None:
+            at_least("k", self.k, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiTopK:
+    """A second reconstruction from more latents (Gao et al. 2024, arXiv 2406.04093, 4.2)."""
+
+    coefficient: float = 1 / 8
+    """Weight of its squared error."""
+    times: int = 4
+    """It has so many times k latents."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("coefficient", self.coefficient, 0)
+        at_least("times", self.times, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPrefixes:
+    """Every prefix of the latents reconstructs the row (Bussmann et al. 2025, arXiv 2503.17547).
+
+    The squared error is the mean over the prefixes, the whole dictionary being the last of them.
+    """
+
+    kind: Literal["fixed"] = "fixed"
+    """Tells the choices of prefixes apart."""
+    ends: tuple[int, ...]
+    """Sizes of the prefixes, rising, all below d_sae."""
+
+    def __post_init__(self) -> None:
+        """Check that the prefixes rise."""
+        ends = (0, *self.ends)
+        rises = all(low < high for low, high in pairwise(ends))
+        require(len(ends) > 1 and rises, "ends", "rise from at least 1", self.ends)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomPrefixes:
+    """The same for prefixes that are drawn anew at every step, short ones more often.
+
+    Sizes m have the density m^-(1 + exponent) on 1..d_sae (Nabeshima, Matryoshka Sparse
+    Autoencoders, 2024).
+    """
+
+    kind: Literal["random"] = "random"
+    """Tells the choices of prefixes apart."""
+    n: int = 9
+    """Sizes that are drawn; equal ones count once, and the whole dictionary always joins them."""
+    exponent: float = 0.5
+    """How fast the density falls."""
+    seed: int = 0
+    """Decides, with the number of the step, what is drawn."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("n", self.n, 1)
+        positive("exponent", self.exponent)
+        at_least("seed", self.seed, 0)
+
+
+Matryoshka = FixedPrefixes | RandomPrefixes
+
+
+@dataclass(frozen=True, kw_only=True)
+class KAnneal:
+    """k begins large and falls linearly to the one of the activation."""
+
+    start: int
+    """k at the first step."""
+    until: float = 0.2
+    """Fraction of the steps after which k is the activation's."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("start", self.start, 1)
+        fraction("until", self.until)

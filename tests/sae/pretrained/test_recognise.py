@@ -1,0 +1,131 @@
+import logging
+from pathlib import Path
+
+import pytest
+
+import sae
+from sae.architecture import ReLU, SAEConfig
+from sae.autoencoder import SparseAutoencoder
+from sae.pretrained import DictionaryFormatError, hub, load_with_source
+from sae.pretrained.recognise import FORMATS
+
+D, F = 7, 23
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def sparsify(path, make, peer):
+    shapes = {"encoder.weight": (F, D), "encoder.bias": F, "W_dec": (F, D), "b_dec": D}
+    peer.write(path / "cfg.json", {"d_in": D, "k": 3, "num_latents": F})
+    peer.tensors(path / "sae.safetensors", make(**shapes))
+    return path
+
+
+def test_two_readings_are_not_guessed_between(tmp_path, make, peer):
+    sparsify(tmp_path, make, peer)
+    peer.tensors(tmp_path / "params.safetensors", make(b=3))
+    with pytest.raises(DictionaryFormatError, match=r"got 2: \['gemma_scope', 'sparsify'\]"):
+        sae.load(tmp_path)
+    assert sae.load(tmp_path, format="sparsify").config.d_sae == F
+
+
+def test_a_format_must_be_a_known_one(tmp_path, make, peer):
+    with pytest.raises(DictionaryFormatError, match=r"format must be one of.*got 'other'"):
+        sae.load(sparsify(tmp_path, make, peer), format="other")
+
+
+def test_nothing_that_is_known(tmp_path):
+    (tmp_path / "weights.safetensors").touch()
+    with pytest.raises(DictionaryFormatError, match=r"got \['weights.safetensors'\]; name the"):
+        sae.load(tmp_path)
+    for where in (tmp_path / "absent", str(tmp_path / "absent"), "not a name", "../up", "one"):
+        with pytest.raises(FileNotFoundError, match="a dictionary must be at"):
+            sae.load(where)
+
+
+def test_what_is_loaded_is_saved_and_read_back_as_our_own(tmp_path, make, peer, rows, agree):
+    loaded = load_with_source(sparsify(tmp_path / "a", make, peer))
+    sae.save(loaded.dictionary, tmp_path / "b")
+    again = load_with_source(tmp_path / "b")
+    assert again.source.source_format == "monosema"
+    assert again.dictionary.config == loaded.dictionary.config
+    assert again.source.source_sha256.keys() == {"config.json", "sae.safetensors"}
+    loaded_state, state = loaded.dictionary.state_dict(), again.dictionary.state_dict()
+    assert all(bool((state[name] == loaded_state[name]).all()) for name in state)
+
+
+def test_each_format_is_known_by_its_module_s_name():
+    named = {name for name in FORMATS if FORMATS[name].__name__ == f"sae.pretrained.{name}"}
+    assert FORMATS.keys() - named == {"monosema"}
+
+
+@pytest.fixture
+def fake_hub(tmp_path, monkeypatch):
+    """Serves a directory as the hub's client would, and records what was asked."""
+    asked = []
+    root = tmp_path / "models--org--name" / "snapshots" / COMMIT
+
+    def download(repo, revision, allow_patterns):
+        asked.append((repo, revision, allow_patterns))
+        return str(root)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    return root, asked
+
+
+def test_a_repository_of_the_hub(fake_hub, make, peer, caplog):
+    root, asked = fake_hub
+    sparsify(root / "layers.3", make, peer)
+    with caplog.at_level(logging.WARNING):
+        loaded = load_with_source("org/name/layers.3")
+    assert loaded.source.source_path == f"org/name/layers.3@{COMMIT}"
+    assert "names no commit" in caplog.text
+    repo, revision, patterns = asked[0]
+    assert (repo, revision) == ("org/name", None)
+    assert "layers.3/sae.safetensors" in patterns
+    assert not any("*" in pattern or pattern.endswith(".pt") for pattern in patterns)
+    caplog.clear()
+    sae.load(f"org/name/layers.3@{COMMIT}", allow_pt=True)
+    assert not caplog.text
+    assert asked[1][1] == COMMIT
+    assert "layers.3/ae.pt" in asked[1][2]
+
+
+def test_a_file_of_the_hub(fake_hub, make, peer):
+    root, asked = fake_hub
+    peer.pt(root / "a" / "model.pth", make(b=3))
+    with pytest.raises(DictionaryFormatError, match="pass allow_pt=True"):
+        sae.load("org/name/a/model.pth@main")
+    assert asked == [("org/name", "main", ["a/model.pth"])]
+
+
+def test_the_hub_s_refusals_are_one_line(fake_hub, monkeypatch):
+    with pytest.raises(DictionaryFormatError, match="must hold the files of a dictionary"):
+        sae.load("org/name/absent@main")
+
+    def refuse(repo, **_):
+        raise OSError("no\nconnection")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(DictionaryFormatError, match="can be fetched, got no connection"):
+        sae.load("org/name@main")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["org/../name", "org/name/../../x", "/org/name", "org/name\\x", "org//name", "org/n@", ""],
+)
+def test_names_that_are_no_names(name, fake_hub):
+    with pytest.raises(FileNotFoundError):
+        hub.parsed(name)
+    assert not fake_hub[1]
+
+
+def test_a_path_is_never_taken_for_a_repository(fake_hub):
+    with pytest.raises(FileNotFoundError, match="got nothing there"):
+        sae.load(Path("org/name"))
+    assert not fake_hub[1]
+
+
+def test_the_weights_can_be_trained_on(tmp_path):
+    sae.save(SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, activation=ReLU())), tmp_path)
+    assert all(p.requires_grad for p in sae.load(tmp_path).parameters())

@@ -1,0 +1,282 @@
+"""Each loss and its gradients against the formula written out, in float64."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from sae.activations import to_dense
+from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from sae.autoencoder import SparseAutoencoder
+from sae.train.config import DictionaryConfig
+from sae.train.forward.result import Moment, Power
+from sae.train.forward.run import forward
+from sae.train.forward.sparse import prefix_ends
+from sae.train.loss_config import (
+    L0,
+    L1,
+    AuxK,
+    FixedPrefixes,
+    KAnneal,
+    MultiTopK,
+    PAnneal,
+    PreAct,
+    RandomPrefixes,
+    Tanh,
+)
+
+D_IN, D_SAE, BATCH, K = 7, 29, 11, 3
+ENDS = (2, 5, 13)
+STEP, TOTAL = 3, 10
+DEAD = torch.arange(D_SAE) % 3 == 1
+
+
+class Case(NamedTuple):
+    """A config and its loss, written out with `h` (pre-activations) and what is needed."""
+
+    config: DictionaryConfig
+    loss: Callable
+
+
+def moment() -> Moment:
+    return Moment(STEP, TOTAL, DEAD, False, Power(0.75, 1.3))
+
+
+def filled(config: DictionaryConfig) -> SparseAutoencoder:
+    made = SparseAutoencoder(config.architecture(D_IN, 1.0))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+            if name == "threshold":
+                parameter.abs_()
+    return made.double()
+
+
+def rows() -> torch.Tensor:
+    return torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(0)).double() * 2
+
+
+def sq(residual: torch.Tensor) -> torch.Tensor:
+    return residual.square().sum(dim=1).mean()
+
+
+def linear(d, u):
+    b_in = {"none": 0.0, "b_dec": d.b_dec, "own": getattr(d, "b_in", None)}[d.config.b_in]
+    return (u - b_in) @ d.enc_rows.T
+
+
+def top(h, k):
+    return torch.relu(h) * (h >= h.sort(dim=1, descending=True).values[:, k - 1 : k])
+
+
+def decoded(d, a, end=D_SAE):
+    return a[:, :end] @ d.dec_rows[:end] + d.b_dec
+
+
+def multi_topk(d, u):
+    h = linear(d, u) + d.b_enc
+    return sq(u - decoded(d, top(h, K))) + sq(u - decoded(d, top(h, 4 * K))) / 8
+
+
+def matryoshka(d, u):
+    a = top(linear(d, u) + d.b_enc, K)
+    return sum(sq(u - decoded(d, a, end)) for end in (*ENDS, D_SAE)) / 4
+
+
+def random_matryoshka(d, u):
+    a = top(linear(d, u) + d.b_enc, K)
+    ends = prefix_ends(RandomPrefixes(n=5, seed=4), D_SAE, STEP)
+    assert len(ends) > 2
+    return sum(sq(u - decoded(d, a, end)) for end in ends) / len(ends)
+
+
+def batch_topk(d, u):
+    """Gates by the decoder's norms, and the dead ones reconstruct the residual."""
+    norms = d.dec_rows.norm(dim=1)
+    g = (linear(d, u) + d.b_enc) * norms
+    kth = g.flatten().sort(descending=True).values[K * BATCH - 1]
+    a = torch.relu(g) * (g >= kth) / norms
+    ends = (*ENDS, D_SAE)
+    error = sum(sq(u - decoded(d, a, end)) for end in ends) / 4
+    b_dec = d.b_dec.detach()
+    of_dead = ((u - b_dec) @ d.enc_rows.T + d.b_enc) * norms
+    of_dead = top(of_dead.masked_fill(~DEAD, -torch.inf), 2).nan_to_num(0.0)
+    guess = (of_dead / norms) @ d.dec_rows
+    return error + 0.3 * sq((u - decoded(d, a)).detach() - guess)
+
+
+def annealed(d, u):
+    """After 3 of 8 annealing steps from 11 to 3, k is 8."""
+    return sq(u - decoded(d, top(linear(d, u) + d.b_enc, 8)))
+
+
+def relu_by_norm(d, u):
+    a = torch.relu(linear(d, u) + d.b_enc)
+    return sq(u - decoded(d, a)) + 0.7 * (a * d.dec_rows.norm(dim=1)).sum(1).mean()
+
+
+def p_anneal(d, u):
+    """At step 3 of 10, after 2, one of two jumps from 1 to 0.5 is done: p is 0.75, as before."""
+    a = torch.relu(linear(d, u) + d.b_enc)
+    sizes = (a * d.dec_rows.norm(dim=1))[a > 0]
+    return sq(u - decoded(d, a)) + 0.7 * 1.3 * (sizes**0.75).sum() / BATCH
+
+
+def tanh(d, u):
+    """The ramp is at 4 of 5 steps; beside it the dead latents' distance to their thresholds."""
+    h, norms, theta = linear(d, u) + d.b_enc, d.dec_rows.norm(dim=1), d.threshold.detach()
+    a = h * (h > theta)
+    penalty = torch.tanh(4 * a * norms).sum(1).mean()
+    distance = (torch.relu(d.threshold - h) * norms)[:, DEAD].sum(1).mean()
+    return sq(u - decoded(d, a)) + 2.0 * 0.8 * penalty + 0.05 * distance
+
+
+def gated(d, u):
+    pi = linear(d, u)
+    a = torch.relu(pi * d.r_mag.exp() + d.b_mag) * (pi + d.b_gate > 0)
+    gates = torch.relu(pi + d.b_gate)
+    penalty = (gates * d.dec_rows.norm(dim=1)).sum(1).mean()
+    guess = gates @ d.dec_rows.detach() + d.b_dec.detach()
+    return sq(u - decoded(d, a)) + 0.7 * penalty + sq(u - guess)
+
+
+def config(activation, **fields) -> DictionaryConfig:
+    return DictionaryConfig(d_sae=D_SAE, activation=activation, **{"unit_norm": False, **fields})
+
+
+L1_NOW = L1(coefficient=0.7, ramp=0.0)
+CASES = {
+    "multi_topk": Case(config(TopK(k=K), multi_topk=MultiTopK()), multi_topk),
+    "matryoshka": Case(config(TopK(k=K), matryoshka=FixedPrefixes(ends=ENDS)), matryoshka),
+    "random": Case(
+        config(TopK(k=K), b_in="own", matryoshka=RandomPrefixes(n=5, seed=4)), random_matryoshka
+    ),
+    "batch_topk": Case(
+        config(
+            BatchTopK(k=K),
+            gate_by_decoder_norm=True,
+            matryoshka=FixedPrefixes(ends=ENDS),
+            auxk=AuxK(coefficient=0.3, k=2),
+        ),
+        batch_topk,
+    ),
+    "annealed": Case(config(TopK(k=K), k_anneal=KAnneal(start=11, until=0.8)), annealed),
+    "relu": Case(config(ReLU(), l1=L1_NOW, b_in="none", gate_by_decoder_norm=True), relu_by_norm),
+    "p_anneal": Case(
+        config(ReLU(), p_anneal=PAnneal(coefficient=0.7, ramp=0.0, p=0.5, n=2, start=0.2)), p_anneal
+    ),
+    "tanh": Case(
+        config(
+            JumpReLU(bandwidth=0.5),
+            tanh=Tanh(coefficient=2.0, ramp=0.5),
+            preact=PreAct(coefficient=0.05),
+        ),
+        tanh,
+    ),
+    "gated": Case(config(Gated(), l1=L1_NOW), gated),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def grads_of(loss, dictionary, *, without=()):
+    named = [(n, p) for n, p in dictionary.named_parameters() if n not in without]
+    found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    return {
+        n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named, found, strict=True)
+    }
+
+
+@every_case
+def test_loss_and_gradients_equal_the_formula(case):
+    dictionary, u = filled(case.config), rows()
+    got = forward(dictionary, case.config, u, moment()).loss
+    expected = case.loss(dictionary, u)
+    torch.testing.assert_close(got, expected)
+    by_name = grads_of(expected, dictionary, without=("threshold",))
+    for name, grad in grads_of(got, dictionary, without=("threshold",)).items():
+        torch.testing.assert_close(grad, by_name[name], msg=lambda text, n=name: f"{n}: {text}")
+
+
+@every_case
+def test_what_fired_and_the_error_are_those_of_the_whole_dictionary(case):
+    dictionary, u = filled(case.config), rows()
+    found = forward(dictionary, case.config, u, moment())
+    if case.config.activation == BatchTopK(k=K):
+        dictionary.threshold.fill_(float(found.threshold) * (1 - 1e-9))
+    if case.config.k_anneal is not None:
+        assert float(found.l0) > K
+        return
+    acts = dictionary.encode_dense(u)
+    torch.testing.assert_close(found.error, sq(u - decoded(dictionary, acts)))
+    assert found.fired.tolist() == (acts > 0).any(dim=0).nonzero().flatten().tolist()
+    assert float(found.l0) == pytest.approx(float((acts > 0).sum()) / BATCH)
+    assert not found.l0.requires_grad
+
+
+def test_where_p_falls_the_penalty_of_that_batch_stays_as_large_as_it_was():
+    case = CASES["p_anneal"]
+    dictionary, u = filled(case.config), rows()
+    before = moment()._replace(power=Power(1.0, 1.3))
+    found = forward(dictionary, case.config, u, before)
+    sizes = dictionary.encode_dense(u) * dictionary.dec_rows.norm(dim=1)
+    torch.testing.assert_close(found.loss - found.error, 0.7 * 1.3 * sizes.sum(1).mean())
+    assert found.power is not None
+    assert found.power.p == 0.75
+    after = forward(dictionary, case.config, u, before._replace(power=found.power))
+    assert after.power == found.power
+    torch.testing.assert_close(after.loss, found.loss)
+
+
+def test_thresholds_learn_from_the_tanh_penalty_and_from_the_error():
+    case = CASES["tanh"]
+    dictionary, u = filled(case.config), rows()
+    loss = forward(dictionary, case.config, u, moment()).loss
+    [found] = torch.autograd.grad(loss, [dictionary.threshold])
+    theta, norms = dictionary.threshold.detach(), dictionary.dec_rows.norm(dim=1)
+    h = (linear(dictionary, u) + dictionary.b_enc).detach()
+    a = (h * (h > theta)).requires_grad_()
+    sparsity = 2.0 * 0.8 * torch.tanh(4 * a * norms).sum(1).mean()
+    [d_acts] = torch.autograd.grad(sq(u - decoded(dictionary, a)) + sparsity, [a])
+    near = (h - theta).abs() < 0.25
+    assert (near & (h < theta)).any()
+    assert (near & (h > theta)).any()
+    pulled = 0.05 * ((theta > h) * norms * DEAD).sum(0) / BATCH
+    torch.testing.assert_close(found, -(d_acts * near * theta / 0.5).sum(0) + pulled)
+
+
+@pytest.mark.parametrize("terms", [{"l0": L0(coefficient=0.4, target=5.0, ramp=0.0)}])
+def test_by_hand_and_by_autograd_jumprelu_has_the_same_gradients(terms):
+    plain = config(JumpReLU(bandwidth=0.5), **terms)
+    composed = config(JumpReLU(bandwidth=0.5), preact=PreAct(coefficient=0.0), **terms)
+    dictionary, u = filled(plain), rows()
+    one = forward(dictionary, plain, u, moment())
+    other = forward(dictionary, composed, u, moment())
+    torch.testing.assert_close(one.loss, other.loss)
+    by_name = grads_of(other.loss, dictionary)
+    assert by_name["threshold"].abs().max() > 0
+    for name, grad in grads_of(one.loss, dictionary).items():
+        torch.testing.assert_close(grad, by_name[name])
+
+
+def test_multi_topk_keeps_the_latents_that_topk_alone_keeps():
+    case = CASES["multi_topk"]
+    dictionary, u = filled(case.config), rows()
+    alone = config(TopK(k=K))
+    one, other = (forward(dictionary, c, u, moment()) for c in (case.config, alone))
+    torch.testing.assert_close(one.error, other.error, rtol=0, atol=0)
+    assert torch.equal(one.fired, other.fired)
+    assert to_dense(dictionary.encode(u), D_SAE).count_nonzero() == float(other.l0) * BATCH
+
+
+def test_a_latent_whose_gate_is_shut_in_every_row_has_no_gradient():
+    case = CASES["gated"]
+    dictionary, u = filled(case.config), rows()
+    loss = forward(dictionary, case.config, u, moment()).loss
+    by_name = grads_of(loss, dictionary)
+    assert all(grad.abs().max() > 0 for grad in by_name.values())
+    with torch.no_grad():
+        dictionary.b_gate[4] = -100.0
+    shut = grads_of(forward(dictionary, case.config, u, moment()).loss, dictionary)
+    assert all(shut[n][4].abs().max() == 0 for n in ("b_gate", "b_mag", "r_mag", "enc_rows"))
