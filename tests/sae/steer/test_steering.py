@@ -213,4 +213,5 @@ def test_a_dictionary_with_a_norm_of_its_input_steers_in_units_of_the_token(norm
     expected = h + made.decode(after, h) - made.decode(before, h)
     fn = steered_stream(made, [Add(latent=7, value=2.0, unit="absolute")], first_position=0)
     found = fn(h[None], torch.arange(13)[None])[0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    rounding = 1e-5 * float(expected.abs().max())  # rows differ in size by a factor of 300
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=rounding)
