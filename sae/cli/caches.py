@@ -63,10 +63,10 @@ def show_page(cache: ActivationCache, found: list[HookSummary]) -> None:
         ("not finite", f"{manifest.n_quarantined:,} of these"),
         ("fingerprint", cache.fingerprint),
     ]
-    console.table(str(cache.path), ("", ""), [*facts, *_made_from(cache)], "")
+    console.facts(str(cache.path), [*facts, *_made_from(cache)])
     for summary in found:
         note = f"{summary.n_sampled:,} training rows, spread evenly"
-        console.table(summary.hook_point, ("", ""), _summary_rows(cache, summary), note)
+        console.facts(summary.hook_point, _summary_rows(cache, summary), note)
 
 
 def _made_from(cache: ActivationCache) -> list[tuple[str, str]]:

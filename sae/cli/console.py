@@ -104,6 +104,18 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], not
     OUT.print(view)
 
 
+def facts(title: str, rows: Sequence[tuple[str, str]], note: str = "") -> None:
+    """Print names and what they stand for, one below the other; long values wrap."""
+    view = Table.grid(padding=(0, 2))
+    view.add_column(style="dim", no_wrap=True)
+    view.add_column(overflow="fold")
+    for row in rows:
+        view.add_row(*row)
+    OUT.print(f"[bold]{title}[/]", soft_wrap=True)
+    OUT.print(view)
+    OUT.print(f"[dim]{note}[/]\n" if note else "")
+
+
 def error(message: str) -> None:
     """Print one line to stderr."""
     line = " ".join(message.split())

@@ -22,7 +22,7 @@ def inspect_dictionary(path: str, format: str | None = None, allow_pt: bool = Fa
         *(("folded", fold) for fold in source.folds_applied),
         *equations_of(config),
     ]
-    console.table(path, ("", ""), rows, "u, h, a, y, x_hat: how it is applied")
+    console.facts(path, rows, "u, h, a, y, x_hat: how it is applied")
 
 
 def equations_of(config: SAEConfig) -> list[tuple[str, str]]:

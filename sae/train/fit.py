@@ -189,9 +189,10 @@ def _fit(module: SAEModule, loader: DataLoader, logs: Path, start: int) -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, loader)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        try:
+            trainer.fit(module, loader)
+        except SystemExit as stop:  # Lightning's answer to Ctrl-C, which says nothing
+            raise KeyboardInterrupt from stop
 
 
 def read_curves(path: str | Path) -> dict[str, dict[str, tuple[float, ...]]]:

@@ -162,10 +162,11 @@ def test_a_cache_of_another_layer_is_refused_and_stays(monkeypatch, capsys, conf
 
 
 def test_an_interrupted_run_says_how_to_go_on(config, tmp_path):
-    command = [sys.executable, "-m", "sae.cli", "cache", str(config), f"output={tmp_path / 'run'}"]
+    arguments = [str(config), f"output={tmp_path / 'run'}", "train.epochs=400"]
+    command = [sys.executable, "-m", "sae.cli", "train", *arguments]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        wait_for((tmp_path / "run" / "cache").exists, process)
+        wait_for((tmp_path / "run" / "train" / "logs").exists, process)  # minutes before the end
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 1
