@@ -163,7 +163,12 @@ def test_a_cache_of_another_layer_is_refused_and_stays(monkeypatch, capsys, conf
 
 def test_an_interrupted_run_says_how_to_go_on(config, tmp_path):
     arguments = [str(config), f"output={tmp_path / 'run'}", "train.epochs=400"]
-    command = [sys.executable, "-m", "sae.cli", "train", *arguments]
+    # A shell starts background jobs with SIGINT ignored, and what they start inherits that.
+    listening = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from sae.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", listening, "train", *arguments]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         wait_for((tmp_path / "run" / "train" / "logs").exists, process)  # minutes before the end
