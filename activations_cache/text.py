@@ -86,13 +86,20 @@ def pack(
         ValueError: If a source cannot be read or is too short; the message says what it gives.
     """
     rows_per_context = config.context - skip_positions
-    buckets, n_wanted, n_given = _read(config), n_rows, 0
+    buckets, n_wanted = _read(config), n_rows
     while True:
         quotas = _quotas(config, math.ceil(n_wanted / rows_per_context))
         packer = Packer(tokenizer, config, sum(quotas), skip_positions, progress or silent)
         parts = [packer.cut(bucket, n) for bucket, n in zip(buckets, quotas, strict=True)]
-        _require_enough(config, n_wanted, rows_per_context, [len(part.tokens) for part in parts])
         n_given = sum(_n_rows(part, skip_positions) for part in _training(buckets, parts))
+        if n_wanted > n_rows and any(
+            len(part.tokens) < quota for part, quota in zip(parts, quotas, strict=True)
+        ):
+            raise TooShort(
+                f"text must give at least {n_rows} rows of explain and score, got {n_given}: "
+                "pieces of documents fill no whole contexts; lower cache.n_rows or add text"
+            )
+        _require_enough(config, n_wanted, rows_per_context, [len(part.tokens) for part in parts])
         if n_given >= n_rows:
             return _assemble(config, buckets, parts)
         # Pieces of documents and padding give fewer rows than whole contexts would.

@@ -19,7 +19,10 @@ SHAPES = (
 )
 SECONDS = 0.3
 FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, TritonError)
-"""What a candidate may die of (out of memory is a RuntimeError) without ending the suite."""
+"""What a candidate may die of without ending the suite: it is reported as failed and not timed.
+
+Out of memory is a RuntimeError; torch raises NotImplementedError for dtypes that an op lacks.
+"""
 
 Measure = Callable[[Sequence[Callable[[], Any]], float, bool], timing.Quantiles]
 

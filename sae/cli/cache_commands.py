@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from activations_cache.config import Dtype
 from sae.cli.request import ConfigArgument, Overrides
 from sae.cli.run_config import CacheRunConfig
 from sae.config import load
@@ -69,7 +70,7 @@ def import_(
     ],
     path: Annotated[str, typer.Argument(metavar="CACHE", help="The new cache's directory.")],
     hook_point: Annotated[str, typer.Option(help="How the rows are called.")] = "embedding:out",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32 or int8.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Number format of the rows.")] = "float32",
 ) -> None:
     """Turn an array of rows (embeddings, say) into a cache."""
     from sae.cli.caches import import_cache

@@ -1,7 +1,6 @@
 """`sae cache info`, `sae cache sites`, `sae cache import` and `sae verify`."""
 
 from pathlib import Path
-from typing import get_args
 
 import activations_cache
 from activations_cache import ActivationCache
@@ -108,13 +107,8 @@ def list_sites(model: str) -> None:
         console.OUT.print(name, soft_wrap=True)
 
 
-def import_cache(array: str, path: str, hook_point: str, dtype: str) -> None:
+def import_cache(array: str, path: str, hook_point: str, dtype: Dtype) -> None:
     """Turn an array into a cache and print its page."""
-    names = {name: name for name in get_args(Dtype)}
-    if dtype not in names:
-        raise ValueError(f"dtype must be one of {', '.join(names)}, got {dtype!r}")
     with console.step("import") as report:
-        cache = import_array(
-            array, path, hook_point=hook_point, dtype=names[dtype], progress=report
-        )
+        cache = import_array(array, path, hook_point=hook_point, dtype=dtype, progress=report)
     show_cache(cache)

@@ -8,9 +8,9 @@ from sae.cli import console
 from sae.cli.run_config import RunConfig
 from sae.train.fit import resolve_precision
 
-PRODUCTS_PER_STEP = {"topk": 2.5, "relu": 6.5}
+PRODUCTS_PER_STEP = {"topk": 2.5, "batchtopk": 2.5, "relu": 6.5, "jumprelu": 6.5, "gated": 8.5}
 """Time of a training step in encoder products, sparse work and the optimiser included; measured
-on two cores at (1024, 576, 4608)."""
+on two cores at (1024, 576, 4608) for topk and relu, the others by their count of products."""
 ENCODER_SHAPE = (1024, 576, 4608)
 
 

@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Turn a model's activations into a dictionary of labelled, steerable features.",
-    epilog="Every command takes a config file and dotted overrides: "
+    epilog="The steps of a run take a config file and dotted overrides: "
     "sae run configs/demo.yaml train.seed=1 output=runs/seed-1",
 )
 

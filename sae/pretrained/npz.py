@@ -39,6 +39,7 @@ def read(path: Path) -> dict[str, Tensor]:
                 member.filename.removesuffix(".npy"): _array(archive, member, path)
                 for member in members
             }
+    # zipfile raises NotImplementedError for a compression that it does not know.
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
         raise DictionaryFormatError(
             f"{path} must be a whole npz file, got: {one_line(error)}; copy it again"

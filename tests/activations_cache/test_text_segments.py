@@ -1,5 +1,6 @@
 """Contexts in which a token sees only its own document: the same as reading it alone."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from activations_cache.packing import positions_in_segments
 from activations_cache.recompute import recompute
 from activations_cache.shard import Examples
 from activations_cache.source import model_inputs
-from activations_cache.text import pack
+from activations_cache.text import TooShort, pack
 
 SKIP = 2
 
@@ -121,3 +122,23 @@ def test_every_piece_begins_with_what_the_tokenizer_puts_in_front(
     assert (packed.tokens[begins] == 0).all()
     assert (packed.documents[begins] == -1).all()
     assert begins.sum() > len(packed.tokens)
+
+
+def test_text_that_is_too_short_is_told_in_the_rows_that_were_asked_for(config, tiny_tokenizer):
+    def rows_of(n_rows: int) -> str:
+        with pytest.raises(TooShort) as error:
+            pack(config.text, tiny_tokenizer, n_rows=n_rows, skip_positions=SKIP)
+        return str(error.value)
+
+    most = next(
+        n for n in range(12001, 4001, -97) if pack_or_none(config, tiny_tokenizer, n) is not None
+    )
+    said = rows_of(most + 97)
+    assert f"must give at least {most + 97} rows of explain and score, got " in said
+    assert "pieces of documents fill no whole contexts" in said
+
+
+def pack_or_none(config, tokenizer, n_rows: int):
+    with contextlib.suppress(TooShort):
+        return pack(config.text, tokenizer, n_rows=n_rows, skip_positions=SKIP)
+    return None

@@ -7,47 +7,22 @@ from hypothesis import given
 
 from sae_kernels import TopK, select, topk_select
 from sae_kernels.select import topk_select_reference
+from tests.kernels.hard_rows import (
+    all_nan,
+    denormals,
+    distinct,
+    equal,
+    integers,
+    nan_and_inf,
+    negative,
+    zeros_of_both_signs,
+)
 
 NAN, INF = math.nan, math.inf
 BACKENDS = ["reference", "torch"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # A prime has no groups; the others have one, two and three levels of groups for small k.
 WIDTHS = [23, 547, 8 * 67, 8 * 8 * 13, 8 * 8 * 8 * 5]
-
-
-def _distinct(v):
-    return v
-
-
-def _integers(v):
-    return (2 * v).round()
-
-
-def _equal(v):
-    return torch.full_like(v, -1.25)
-
-
-def _negative(v):
-    return -v.abs() - 1
-
-
-def _nan_and_inf(v):
-    order = torch.rand(v.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    v = v.masked_fill(order < 0.04, INF).masked_fill(order > 0.96, -INF)
-    v = v.masked_fill((order > 0.1) & (order < 0.12), NAN)
-    return v.masked_fill((order > 0.2) & (order < 0.22), -NAN)
-
-
-def _all_nan(v):
-    return torch.full_like(v, NAN)
-
-
-def _zeros_of_both_signs(v):
-    return 0.0 * v.sign()
-
-
-def _denormals(v):
-    return v.sign() * (v.abs() * 3).round() * 2.0**-140
 
 
 def _one_group_wins(v):
@@ -70,14 +45,14 @@ def _equal_across_groups(v):
 
 
 CASES = [
-    _distinct,
-    _integers,
-    _equal,
-    _negative,
-    _nan_and_inf,
-    _all_nan,
-    _zeros_of_both_signs,
-    _denormals,
+    distinct,
+    integers,
+    equal,
+    negative,
+    nan_and_inf,
+    all_nan,
+    zeros_of_both_signs,
+    denormals,
     _one_group_wins,
     _first_are_largest,
     _equal_in_neighbours,
@@ -122,7 +97,7 @@ def test_equals_a_stable_sort(make, dtype, normal, oracle):
 
 @pytest.mark.parametrize("d_sae", WIDTHS)
 def test_any_k_up_to_the_width(d_sae, normal, oracle):
-    pre = _integers(normal(3, d_sae))
+    pre = integers(normal(3, d_sae))
     for k in {d_sae // 32 + 1, d_sae // 8, d_sae // 3, d_sae // 2 + 1, d_sae - 1, d_sae}:
         assert_selects(pre, k, oracle)
 
@@ -186,7 +161,7 @@ def test_relu_clamps_the_values_and_keeps_the_indices_and_nan(normal):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_views_select_like_their_copies(backend, normal):
-    base = _integers(normal(1072, 7))
+    base = integers(normal(1072, 7))
     for view in (base.T, base.view(536, 14).T[::3], base.T[:, 5:541], base[:1].expand(5, 7)):
         assert not view.is_contiguous()
         expected = topk_select(view.contiguous(), 5, backend="reference")
@@ -196,7 +171,7 @@ def test_views_select_like_their_copies(backend, normal):
 
 
 def test_the_input_is_not_written_to(normal):
-    pre = _nan_and_inf(normal(5, 536, dtype=torch.float64))
+    pre = nan_and_inf(normal(5, 536, dtype=torch.float64))
     before = pre.clone()
     topk_select(pre, 3)
     assert torch.equal(pre.view(torch.int64), before.view(torch.int64))
@@ -211,7 +186,7 @@ def test_no_rows_give_no_rows(backend):
 
 
 def test_chunks_of_rows_change_nothing(normal, monkeypatch):
-    pre = _integers(normal(11, 536))
+    pre = integers(normal(11, 536))
     whole = topk_select(pre, 7)
     for chunk in (3 * 536, 1):
         monkeypatch.setattr(select, "CHUNK", chunk)

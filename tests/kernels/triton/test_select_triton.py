@@ -7,48 +7,23 @@ import torch
 
 from sae_kernels import blocks, select_triton
 from sae_kernels.select_triton import Source, group_maxima, pick, source_of, topk_select
+from tests.kernels.hard_rows import (
+    all_nan,
+    denormals,
+    distinct,
+    equal,
+    integers,
+    nan_and_inf,
+    negative,
+    zeros_of_both_signs,
+)
 
 NAN, INF = math.nan, math.inf
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def _distinct(v):
-    return v
-
-
-def _integers(v):
-    return (2 * v).round()
-
-
-def _equal(v):
-    return torch.full_like(v, -1.25)
-
-
-def _negative(v):
-    return -v.abs() - 1
-
-
-def _nan_and_inf(v):
-    order = torch.rand(v.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    v = v.masked_fill(order < 0.04, INF).masked_fill(order > 0.96, -INF)
-    v = v.masked_fill((order > 0.1) & (order < 0.12), NAN)
-    return v.masked_fill((order > 0.2) & (order < 0.22), -NAN)
-
-
-def _all_nan(v):
-    return torch.full_like(v, NAN)
-
-
 def _all_minus_inf(v):
     return torch.full_like(v, -INF)
-
-
-def _zeros_of_both_signs(v):
-    return 0.0 * v.sign()
-
-
-def _denormals(v):
-    return v.sign() * (v.abs() * 3).round() * 2.0**-140
 
 
 def _one_group_wins(v):
@@ -63,15 +38,15 @@ def _last_are_largest(v):
 
 
 CASES = [
-    _distinct,
-    _integers,
-    _equal,
-    _negative,
-    _nan_and_inf,
-    _all_nan,
+    distinct,
+    integers,
+    equal,
+    negative,
+    nan_and_inf,
+    all_nan,
     _all_minus_inf,
-    _zeros_of_both_signs,
-    _denormals,
+    zeros_of_both_signs,
+    denormals,
     _one_group_wins,
     _last_are_largest,
 ]
@@ -104,11 +79,11 @@ def test_equals_a_stable_sort(make, dtype, normal, oracle):
     ("d_sae", "k"), [(1, 1), (23, 23), (67, 1), (547, 61), (2311, 1), (2311, 1024), (1021, 1021)]
 )
 def test_any_shape(d_sae, k, normal, oracle):
-    assert_selects(_integers(normal(2, d_sae)), k, oracle)
+    assert_selects(integers(normal(2, d_sae)), k, oracle)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("make", [_distinct, _integers, _nan_and_inf, _equal])
+@pytest.mark.parametrize("make", [distinct, integers, nan_and_inf, equal])
 def test_levels_of_groups_change_nothing(make, dtype, normal, oracle, monkeypatch):
     monkeypatch.setattr(blocks, "DIRECT_KEYS", 31)
     monkeypatch.setattr(blocks, "MAX_KEYS", 128)
@@ -123,8 +98,8 @@ def test_levels_of_groups_change_nothing(make, dtype, normal, oracle, monkeypatc
 
 
 def test_by_value_and_relu(normal, oracle):
-    pre = _nan_and_inf(normal(5, 547, dtype=torch.float64)).half()
-    pre[3] = _integers(pre[3])
+    pre = nan_and_inf(normal(5, 547, dtype=torch.float64)).half()
+    pre[3] = integers(pre[3])
     best = oracle(pre, 541)
     values, indices = topk_select(pre, 541, False, True)
     assert torch.equal(indices, best)
@@ -140,7 +115,7 @@ def test_by_value_and_relu(normal, oracle):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_group_maxima_are_the_keys_of_the_largest(dtype, normal):
-    pre = _nan_and_inf(normal(3, 547, dtype=torch.float64)).to(dtype)
+    pre = nan_and_inf(normal(3, 547, dtype=torch.float64)).to(dtype)
     keys = group_maxima(source_of(pre), 16)
     assert keys.shape == (3, 35)
     padded = torch.cat([pre.float(), torch.full((3, 13), -INF)], 1).view(3, 35, 16)
@@ -159,7 +134,7 @@ def test_picking_keys_takes_the_lower_column_of_equal_ones():
 
 @pytest.mark.parametrize("d_sae", [547, 2311])
 def test_a_bias_is_added_on_the_way(d_sae, normal):
-    pre, bias = _integers(normal(3, d_sae)), 0.5 * _integers(normal(d_sae, seed=1))
+    pre, bias = integers(normal(3, d_sae)), 0.5 * integers(normal(d_sae, seed=1))
     right = topk_select(pre + bias, 7, True, False)
     values = torch.empty(3, 7)
     indices = torch.empty(3, 7, dtype=torch.int64)
@@ -170,7 +145,7 @@ def test_a_bias_is_added_on_the_way(d_sae, normal):
 
 def test_runs_repeat_bit_by_bit_on_fresh_memory(normal):
     assert torch.empty(3).isnan().all()  # what a kernel would read where it has not written
-    pre = _integers(normal(3, 2311))
+    pre = integers(normal(3, 2311))
     first = topk_select(pre, 17, True, False)
     for again in (topk_select(pre, 17, True, False), topk_select(pre, 17, True, False)):
         assert torch.equal(first[0], again[0])
@@ -187,7 +162,7 @@ def test_no_rows_give_no_rows():
 def test_more_than_a_program_can_hold_is_sorted(dtype, normal, oracle, monkeypatch):
     monkeypatch.setattr(blocks, "MAX_K", 6)
     monkeypatch.setattr(select_triton, "_pick_kernel", None)
-    pre = _nan_and_inf(_integers(normal(3, 547, dtype=torch.float64))).to(dtype)
+    pre = nan_and_inf(integers(normal(3, 547, dtype=torch.float64))).to(dtype)
     assert_selects(pre, 7, oracle)
     clamped = topk_select(pre, 541, True, False)[0]
     assert equal_bits(clamped, pre.gather(1, oracle(pre, 541).sort(1).values).relu())

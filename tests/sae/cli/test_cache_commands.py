@@ -95,7 +95,7 @@ def test_an_array_is_imported(monkeypatch, capsys, tmp_path):
     ("arguments", "code", "said"),
     [
         (["import", "nowhere.npy", "c"], 1, "array nowhere.npy must exist"),
-        (["import", "nowhere.npy", "c", "--dtype", "int4"], 1, "dtype must be one of bfloat16"),
+        (["import", "nowhere.npy", "c", "--dtype", "int4"], 2, "'int4' is not one of 'bfloat16'"),
         (["info", "nowhere"], 1, "nowhere must be a directory with a cache"),
         (["sites", "nowhere/at/all"], 1, "must be a directory"),
         (["nowhere.yaml"], 2, "nowhere.yaml"),

@@ -1,0 +1,86 @@
+"""Every kind of dictionary goes through the whole job: cache, training, ..., page."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sae
+from sae.evaluate.report import read_json
+from sae.explain import read_latents
+
+KINDS = {
+    "relu": {"activation": {"kind": "relu"}, "l1": {"coefficient": 0.3}, "unit_norm": False},
+    "topk": {"activation": {"kind": "topk", "k": 5}},
+    "batchtopk": {"activation": {"kind": "batchtopk", "k": 5}},
+    "jumprelu": {
+        "activation": {"kind": "jumprelu"},
+        "l0": {"coefficient": 3.0, "target": 5.0, "threshold_lr": 0.03},
+    },
+    "gated": {"activation": {"kind": "gated"}, "l1": {"coefficient": 0.3}},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_model_dir, tiny_text, tiny_records) -> Path:
+    path = tmp_path_factory.mktemp("kinds")
+    record = {
+        "output": str(path / "run"),
+        "cache": {
+            "model": {"path": str(tiny_model_dir), "dtype": "float32"},
+            "text": {
+                "sources": [
+                    {"path": str(tiny_text), "document_pattern": "CHAPTER"},
+                    {"path": str(tiny_records), "field": "gloss", "label": "kind"},
+                ],
+                "context": 31,
+                "attention": "document",
+            },
+            "hook_points": ["model.layers.1:out"],
+            "n_rows": 3001,
+        },
+        "train": {
+            "batch": 127,
+            "epochs": 3,
+            "precision": "fp32",
+            "saes": {name: {"d_sae": 67, **entry} for name, entry in KINDS.items()},
+        },
+        "evaluate": {"n_contexts": 8, "n_contexts_special": 2},
+        "explain": {"min_firings": 5, "min_examples": 2},
+        "steer": {"max_new_tokens": 5, "n_candidates": 3},
+    }
+    (path / "kinds.yaml").write_text(json.dumps(record))
+    command = [sys.executable, "-m", "sae.cli", "explain", str(path / "kinds.yaml")]
+    subprocess.run(command, check=True, timeout=170)
+    return path / "run"
+
+
+def test_each_is_measured(run):
+    found = read_json(run / "evaluate" / "report.json").reconstruction
+    assert found.keys() == KINDS.keys()
+    assert all(0 < measured.fvu < 1 and measured.l0 > 0 for measured in found.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_is_labelled_and_loaded(run, kind):
+    assert json.loads((run / "explain" / kind / "summary.json").read_text())["auc"]
+    assert sae.load(run / "train" / kind).config.activation.kind == kind
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "gated"])
+def test_each_steers_and_has_a_page(run, kind):
+    config = run.parent / "kinds.yaml"
+    latent = labelled(run, kind)
+    overrides = [f"steer.dictionary={kind}", f"steer.latent={latent}", "steer.strength=2.0"]
+    command = [sys.executable, "-m", "sae.cli", "run", str(config), *overrides]
+    subprocess.run(command, check=True, timeout=120)
+    shown = json.loads((run / "steer" / "steering.json").read_text())["shown"]
+    assert (shown["dictionary"], shown["latent"]) == (kind, latent)
+    assert (run / "browse" / "index.html").stat().st_size > 20_000
+
+
+def labelled(run: Path, kind: str) -> int:
+    records = read_latents(run / "explain" / kind / "latents.parquet")
+    return next(record.latent for record in records if record.status == "scored")
