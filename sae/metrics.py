@@ -38,8 +38,8 @@ class FVU:
         """Start with no rows."""
         self.n_rows = 0
         self._mean = torch.zeros((), dtype=torch.float64)
-        self._spread = 0.0
-        self._error = 0.0
+        self._spread = torch.zeros((), dtype=torch.float64)
+        self._error = torch.zeros((), dtype=torch.float64)
 
     def update(self, x: Float[Tensor, "batch d_out"], x_hat: Float[Tensor, "batch d_out"]) -> None:
         """Add rows and their reconstructions, both in the same units."""
@@ -49,8 +49,8 @@ class FVU:
         batch = FVU()
         batch.n_rows = len(x)
         batch._mean = exact.mean(dim=0)
-        batch._spread = float((exact - batch._mean).square().sum())
-        batch._error = float((exact - x_hat.detach().double()).square().sum())
+        batch._spread = (exact - batch._mean).square().sum(dim=0)
+        batch._error = (exact - x_hat.detach().double()).square().sum(dim=0)
         self.merge(batch)
 
     def merge(self, other: "FVU") -> None:
@@ -59,10 +59,10 @@ class FVU:
         if total == 0:
             return
         step = other._mean - self._mean
-        between = float(step.square().sum()) * self.n_rows * other.n_rows / total
+        between = step.square() * (self.n_rows * other.n_rows / total)
         self._mean = self._mean + step * (other.n_rows / total)
-        self._spread += other._spread + between
-        self._error += other._error
+        self._spread = self._spread + other._spread + between
+        self._error = self._error + other._error
         self.n_rows = total
 
     def compute(self) -> float:
@@ -70,11 +70,16 @@ class FVU:
 
         It is nan where the rows seen do not vary (so also for no rows or one).
         """
-        return _ratio(self._error, self._spread)
+        return _ratio(float(self._error.sum()), float(self._spread.sum()))
+
+    def per_dimension(self) -> Float[Tensor, " d_out"]:
+        """The centred figure of each dimension; inf or nan where that dimension does not vary."""
+        return self._error / self._spread
 
     def compute_uncentred(self) -> float:
         """Squared error over sum ||x||^2: 1 is what predicting zero gives; nan for zero rows."""
-        return _ratio(self._error, self._spread + self.n_rows * float(self._mean.square().sum()))
+        square = (self._spread + self.n_rows * self._mean.square()).sum()
+        return _ratio(float(self._error.sum()), float(square))
 
 
 def fvu(x: Float[Tensor, "batch d_out"], x_hat: Float[Tensor, "batch d_out"]) -> float:
@@ -117,11 +122,8 @@ class Agreement:
 
     def merge(self, other: "Agreement") -> None:
         """Add the rows that `other` has seen."""
-        self.n_rows += other.n_rows
-        self._cosine += other._cosine
-        self._norm_ratio += other._norm_ratio
-        self._dot += other._dot
-        self._square_hat += other._square_hat
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     @property
     def cosine(self) -> float:

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,9 @@ from sae.metrics import FVU, L0, Agreement, Firing
 
 L0_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Of the rows' L0, in a report."""
+
+N_WORST = 8
+"""Dimensions that a report names."""
 
 ROWS_PER_CHUNK = 4096
 """Rows that are encoded at once where the caller does not say."""
@@ -42,6 +45,8 @@ class Reconstruction:
     """Mean number of latents that fire in a row."""
     l0_quantiles: dict[str, int]
     """The same at the quantiles L0_QUANTILES."""
+    worst_dimensions: dict[str, float] = field(default_factory=dict)
+    """FVU of the N_WORST dimensions that are reconstructed worst, by number, the worst first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,5 +207,13 @@ class _Sums:
             relative_bias=self._agreement.relative_bias,
             l0=self._l0.mean,
             l0_quantiles={str(share): self._l0.quantile(share) for share in L0_QUANTILES},
+            worst_dimensions=_worst(self._fvu.per_dimension()),
         )
         return Measured(reconstruction, self._firing)
+
+
+def _worst(fvu: Float[Tensor, " d_out"]) -> dict[str, float]:
+    """The largest that are finite: a dimension that does not vary has no figure."""
+    order = fvu.masked_fill(~fvu.isfinite(), -math.inf).argsort(descending=True, stable=True)
+    kept = order[:N_WORST].tolist()
+    return {str(i): float(fvu[i]) for i in kept if math.isfinite(float(fvu[i]))}

@@ -22,7 +22,12 @@ model = transformers.LlamaForCausalLM(config)
 print(tuple(model(torch.tensor([[3, 5, 7]])).logits.shape))
 """
 
-DISTRIBUTIONS = {"yaml": "pyyaml", "google_crc32c": "google-crc32c", "PIL": "pillow"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "google_crc32c": "google-crc32c",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 """Import name -> distribution, where they differ."""
 
 

@@ -106,6 +106,50 @@ def test_two_shards_merged_equal_one_pass():
     assert left[0].n_rows == left[1].n_rows == left[3].n_rows == 211
 
 
+def test_fvu_of_each_dimension_is_that_of_its_column():
+    x, x_hat = rows(101, 5), rows(101, 5, seed=2)
+    x[:, 3] = 2.0
+    metric = FVU()
+    for part in range(0, 101, 17):
+        metric.update(x[part : part + 17], x_hat[part : part + 17])
+    found = metric.per_dimension()
+    for i in (0, 1, 2, 4):
+        assert found[i] == pytest.approx(fvu(x[:, i : i + 1], x_hat[:, i : i + 1]), rel=1e-9)
+    assert not found[3].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("predict", "of_peers"),
+    [
+        pytest.param(
+            lambda x: x.mean(0).expand_as(x), (0.884, 0.112, 0.888, 0.888, 0.0), id="mean"
+        ),
+        pytest.param(torch.zeros_like, (-0.036, 1.0, 0.0, -0.001, 0.0), id="zero"),
+        pytest.param(lambda x: x, (1.0, 0.0, 1.0, 1.0, 1.0), id="perfect"),
+        pytest.param(lambda x: x + 2, (0.536, 0.0, 0.552, 0.552, 1.0), id="bias"),
+        pytest.param(lambda x: 0.5 * x, (0.741, 0.25, 0.75, 0.75, 0.75), id="half"),
+        pytest.param(
+            lambda x: x.mean(0) + 0.5 * (x - x.mean(0)),
+            (0.971, 0.028, 0.972, 0.972, 0.75),
+            id="half of the spread",
+        ),
+    ],
+)
+def test_what_other_projects_call_variance_explained(far_from_zero, predict, of_peers):
+    """Their formulas on the rows above: SAELens, MSAE, 1 - MSAE's NMSE, overcomplete, dict. l."""
+    x, x_hat = far_from_zero, predict(far_from_zero)
+    error, square = (x - x_hat).square().sum(1), x.square()
+    saelens = 1 - error.mean() / (square.sum(1).mean() - square.mean().square())
+    within = (x - x.mean(1, keepdim=True)).square().sum(1)
+    residual = (x - x_hat) - (x - x_hat).mean(1, keepdim=True)
+    msae = (residual.square().sum(1) / within).mean()
+    nmse = 1 - (error / square.sum(1)).mean()
+    overcomplete = 1 - error.sum() / (x - x.mean()).square().sum()
+    dictionary_learning = 1 - (x - x_hat).var(0).sum() / x.var(0).sum()
+    found = [float(v) for v in (saelens, msae, nmse, overcomplete, dictionary_learning)]
+    assert found == pytest.approx(of_peers, abs=0.012)
+
+
 def test_merging_with_nothing_changes_nothing():
     metric = FVU()
     metric.merge(FVU())

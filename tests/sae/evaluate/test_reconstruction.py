@@ -24,6 +24,17 @@ def test_known_dictionaries_have_known_figures(cache, hook_point, identity, cons
     assert {m.n_rows for m in measured.values()} == {8 * 12}
 
 
+def test_the_worst_dimensions_are_named(cache, hook_point, random_dictionary):
+    rows = cache.rows(("score",))
+    found = measure_reconstruction({"a": random_dictionary}, cache, hook_point, rows)["a"]
+    x = cache[hook_point][rows]
+    x_hat = random_dictionary(x)
+    of_each = {str(i): fvu(x[:, i : i + 1], x_hat[:, i : i + 1]) for i in range(8)}
+    worst = found.reconstruction.worst_dimensions
+    assert list(worst) == sorted(of_each, key=lambda i: -of_each[i])
+    assert worst == pytest.approx(of_each, rel=1e-6)
+
+
 def test_the_figures_are_those_of_the_metrics(cache, hook_point, random_dictionary):
     rows = cache.rows(("score",))
     measured = measure_reconstruction({"a": random_dictionary}, cache, hook_point, rows)["a"]
