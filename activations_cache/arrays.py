@@ -1,16 +1,16 @@
 """Arrays on disk, memory mapped shard by shard; each file is checked when it is first touched."""
 
-import mmap
 import tempfile
 import threading
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from jaxtyping import Int64, Shaped
 
 from activations_cache import io
+from activations_cache.address_space import AddressSpace
 from activations_cache.errors import CacheFormatError
 from activations_cache.journal import ShardRecord
 from activations_cache.layout import ArraySpec
@@ -30,7 +30,8 @@ class ShardedArray:
         self._path = path
         self._spec = spec
         self._records = records
-        self._open: dict[int, np.ndarray] = {}
+        self._space: AddressSpace | None = None
+        self._is_open = np.zeros(max(records, default=-1) + 1, np.bool_)
         self._opening = threading.Lock()
 
     def shard(self, shard: int) -> Shaped[np.ndarray, "row ..."]:
@@ -39,11 +40,13 @@ class ShardedArray:
         Raises:
             CacheFormatError: At the first touch, if the file is missing or damaged.
         """
-        if shard not in self._open:
+        if not self._is_open[shard]:
             with self._opening:
-                if shard not in self._open:
-                    self._open[shard] = self._map(shard)
-        return self._open[shard]
+                if not self._is_open[shard]:
+                    self._map(shard)
+                    self._is_open[shard] = True
+        assert self._space is not None
+        return self._space.slot(shard)
 
     def valid(self, shard: int) -> Shaped[np.ndarray, "row ..."]:
         """Return the part of a shard that holds something."""
@@ -52,20 +55,14 @@ class ShardedArray:
     def take(self, rows: Int64[np.ndarray, " row"]) -> Shaped[np.ndarray, "row ..."]:
         """Return rows by their global numbers, in the order asked for."""
         shards, offsets = np.divmod(rows, self._spec.chunk[0])
-        # 16 bits sort several times faster; beyond 65,536 shards a shard may be read in parts.
-        order = shards.astype(np.uint16).argsort(kind="stable")
-        shards, offsets = shards[order], offsets[order]
-        bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
-        found = np.empty((len(rows), *self._spec.chunk[1:]), self._spec.numpy)
-        for start, stop in pairwise(bounds):
-            if start < stop:  # "clip" writes straight into `found`; the offsets are in range
-                chunk, part = self.shard(int(shards[start])), slice(start, stop)
-                chunk.take(offsets[part], axis=0, out=found[part], mode="clip")
-        back = np.empty_like(order)
-        back[order] = np.arange(len(rows))
-        return found.take(back, axis=0)
+        for shard in np.unique(shards[~self._is_open[shards]]):
+            self.shard(int(shard))
+        if self._space is None:  # no rows were asked for
+            return np.empty((0, *self._spec.chunk[1:]), self._spec.numpy)
+        # "raise", the default, copies once more; the numbers are in range.
+        return self._space.rows.take(shards * self._space.stride + offsets, axis=0, mode="clip")
 
-    def _map(self, shard: int) -> np.ndarray:
+    def _map(self, shard: int) -> None:
         name = self._spec.file(shard)
         expected = self._records[shard].files.get(name, {"bytes": self._spec.chunk_bytes})
         found = io.problem(self._path / name, expected)
@@ -77,20 +74,22 @@ class ShardedArray:
                 f"shard {shard} is damaged: {found}; remove manifest.json and build again, "
                 "which writes only the damaged shards"
             )
-        data = io.map_file(self._path / name)
-        chunk = data if is_plain else _unpack(data, self._spec.chunk_bytes)
-        return chunk.view(self._spec.numpy).reshape(self._spec.chunk)
+        if self._space is None:
+            self._space = AddressSpace(len(self._is_open), self._spec.chunk, self._spec.numpy)
+        if is_plain:
+            with (self._path / name).open("rb") as file:
+                self._space.map(shard, file)
+            return
+        # Unnamed, so that it goes with the process; it costs page cache and no memory.
+        with tempfile.TemporaryFile(prefix="activations-") as file:
+            _unpack(io.map_file(self._path / name), self._spec.chunk_bytes, file)
+            self._space.map(shard, file)
 
 
-def _unpack(packed: np.ndarray, n_bytes: int) -> np.ndarray:
-    """Decompress into an unnamed temporary file, so that it costs page cache and no memory.
-
-    The file lies where TMPDIR says, and goes with the process.
-    """
+def _unpack(packed: np.ndarray, n_bytes: int, file: IO[bytes]) -> None:
+    """Decompress a chunk into a file."""
     data = decompress(packed)
     if len(data) != n_bytes:
         raise CacheFormatError(f"a chunk must unpack to {n_bytes:,} bytes, got {len(data):,}")
-    with tempfile.TemporaryFile(prefix="activations-") as file:
-        file.write(data)
-        file.flush()
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    file.write(data)
+    file.flush()

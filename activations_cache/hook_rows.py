@@ -15,10 +15,13 @@ from activations_cache.errors import CacheFormatError
 from activations_cache.journal import ShardRecord
 from activations_cache.layout import HookArrays
 from activations_cache.manifest import HookStatistics, Manifest
-from activations_cache.storage import as_float
+from activations_cache.storage import read_into
 
 RowIds = Int[Tensor, " row"] | slice
 """Global row numbers; a slice means the valid rows among the numbers that it covers."""
+
+_ROWS_AT_ONCE = 256
+"""So that rows are still in the processor's cache when they are made float32."""
 
 
 class RowGrid:
@@ -99,8 +102,12 @@ class HookRows:
 
     def gather(self, numbers: Int64[np.ndarray, " row"]) -> Float[Tensor, "row d_model"]:
         """Return rows by numbers that are known to be valid."""
-        scale = None if self._scale is None else self._scale.take(numbers)
-        return as_float(self._acts.take(numbers), scale, self._dtype)
+        found = torch.empty(len(numbers), self.d_model)
+        for first in range(0, len(numbers), _ROWS_AT_ONCE):
+            part = numbers[first : first + _ROWS_AT_ONCE]
+            scale = None if self._scale is None else self._scale.take(part)
+            read_into(found[first : first + len(part)], self._acts.take(part), scale, self._dtype)
+        return found
 
     def norms(self, rows: RowIds) -> Float[Tensor, " row"]:
         """Return the Euclidean norms of rows without reading the rows."""

@@ -64,14 +64,19 @@ def as_stored(rows: Float[Tensor, "row d_model"], dtype: str) -> dict[str, np.nd
     return {"acts": rows.numpy()}
 
 
-def as_float(
-    acts: Shaped[np.ndarray, "row d_model"], scale: Shaped[np.ndarray, " row"] | None, dtype: str
-) -> Float[Tensor, "row d_model"]:
-    """Return stored rows as float32; `as_stored` in reverse."""
+def read_into(
+    found: Float[Tensor, "row d_model"],
+    acts: Shaped[np.ndarray, "row d_model"],
+    scale: Shaped[np.ndarray, " row"] | None,
+    dtype: str,
+) -> None:
+    """Write stored rows as float32 into `found`; `as_stored` in reverse."""
     if dtype == "bfloat16":
-        return torch.from_numpy(acts.view(np.int16)).view(torch.bfloat16).float()
-    rows = torch.from_numpy(acts).float()
-    return rows if scale is None else rows.mul_(torch.from_numpy(scale)[:, None])
+        found.copy_(torch.from_numpy(acts.view(np.int16)).view(torch.bfloat16))
+    else:
+        found.copy_(torch.from_numpy(acts))
+    if scale is not None:
+        found.mul_(torch.from_numpy(scale)[:, None])
 
 
 def compress(data: np.ndarray) -> bytes:
