@@ -72,7 +72,7 @@ def trained(cache: ActivationCache, seed: int, path: Path) -> SparseAutoencoder:
         optimizer=Adam(lr=2e-3),
     )
     config = TrainConfig(saes={"topk": recipe}, batch=512, seed=seed)
-    train(cache, cache.hook_points[0], config, path)
+    train(cache, config, path)
     return pretrained.load(path / "topk")
 
 

@@ -2,12 +2,28 @@
 
 u = input_norm(x) * input_scale;  h = (u - b_in) @ W_enc + b_enc;  a = activation(h);
 y = a @ W_dec + b_dec (+ u @ W_skip);  x_hat = y / output_scale, with the input's norm undone.
+Where x stands for several hook points side by side, norms and scales are each hook point's own.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 from activations_cache.checks import at_least, positive, require
+
+
+class Facts(NamedTuple):
+    """What the rest of the project has to know of an activation beside its function."""
+
+    trains: Literal["sparse", "dense", "gated"]
+    """The file in sae/train/forward/ that trains it; `sparse` latents are few in every row."""
+    products: float
+    """Time of a training step in encoder products (`sae.cli.estimate`)."""
+    threshold: Literal["none", "one", "per latent"] = "none"
+    """Whether h must exceed a threshold: one that training estimates, or a parameter each."""
+    penalties: tuple[str, ...] = ()
+    """The sparsity penalties of the training config of which it needs one."""
+    terms: tuple[str, ...] = ()
+    """Other terms of the loss that it takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +32,7 @@ class ReLU:
 
     kind: Literal["relu"] = "relu"
     """Tells the activations apart."""
+    facts: ClassVar = Facts("dense", 6.5, penalties=("l1", "p_anneal"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +43,7 @@ class TopK:
     """Tells the activations apart."""
     k: int = 32
     """Latents that may fire in one row."""
+    facts: ClassVar = Facts("sparse", 2.5, terms=("auxk", "matryoshka", "k_anneal", "multi_topk"))
 
     def __post_init__(self) -> None:
         """Check k, as far as it can be without d_sae."""
@@ -44,6 +62,7 @@ class BatchTopK:
     """Tells the activations apart."""
     k: int = 32
     """Latents that may fire in one row on average."""
+    facts: ClassVar = Facts("sparse", 2.5, "one", terms=("auxk", "matryoshka", "k_anneal"))
 
     def __post_init__(self) -> None:
         """Check k, as far as it can be without d_sae."""
@@ -60,6 +79,7 @@ class JumpReLU:
     """Thresholds at the start of training, in the dictionary's units."""
     bandwidth: float = 0.1
     """Width of the window around a threshold in which pre-activations move it, in these units."""
+    facts: ClassVar = Facts("dense", 6.5, "per latent", ("l0", "tanh"), ("preact",))
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -76,14 +96,34 @@ class Gated:
 
     kind: Literal["gated"] = "gated"
     """Tells the activations apart."""
+    facts: ClassVar = Facts("gated", 8.5, penalties=("l1",))
 
 
 Activation = ReLU | TopK | BatchTopK | JumpReLU | Gated
+KINDS: dict[str, type[Activation]] = {kind.kind: kind for kind in get_args(Activation)}
+"""The activations by name."""
 
 B_IN = ("none", "b_dec", "own")
 INPUT_NORMS = ("none", "layer_norm", "rms")
 
 _TOPK = TopK()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """One hook point's part of the rows."""
+
+    hook_point: str
+    """Place in the model; empty where nobody recorded it."""
+    width: int
+    """Width of its rows."""
+    scale: float = 1.0
+    """A factor of its own beside input_scale or output_scale."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("width", self.width, 1)
+        positive("scale", self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,21 +150,25 @@ class SAEConfig:
     """The activation sees h * |decoder row|, and what it gives is divided by that norm again."""
     skip: bool = False
     """A linear path from the input to the output beside the latents."""
+    inputs: tuple[Slice, ...] = ()
+    """The hook points that are read, side by side; not recorded when empty."""
+    outputs: tuple[Slice, ...] = ()
+    """The hook points that are predicted, where they are others than those that are read."""
 
     def __post_init__(self) -> None:
         """Check the sizes, and the fields against each other."""
         for name in ("d_in", "d_sae", "width_out"):
             at_least(name.replace("width_out", "d_out"), getattr(self, name), 1)
+        self._check_slices()
         rule = f"not be 'b_dec' where d_out={self.d_out} differs from d_in={self.d_in}"
         require(self.b_in != "b_dec" or self.width_out == self.d_in, "b_in", rule, self.b_in)
         positive("input_scale", self.input_scale)
         positive("output_scale", self.scale_out)
         self._check_words()
         if self.input_norm == "layer_norm":
-            at_least("d_in", self.d_in, 2)
-        if isinstance(self.activation, TopK | BatchTopK):
-            k = self.activation.k
-            require(k <= self.d_sae, "activation.k", f"be at most d_sae={self.d_sae}", k)
+            at_least("d_in", min(part.width for part in self.slices_in), 2)
+        k = getattr(self.activation, "k", 1)
+        require(k <= self.d_sae, "activation.k", f"be at most d_sae={self.d_sae}", k)
         if isinstance(self.activation, Gated):
             gate = self.gate_by_decoder_norm
             require(not gate, "gate_by_decoder_norm", "be false for activation.kind 'gated'", gate)
@@ -137,6 +181,28 @@ class SAEConfig:
         for name in ("gate_by_decoder_norm", "skip"):
             value = getattr(self, name)
             require(isinstance(value, bool), name, "be true or false", value)
+
+    def _check_slices(self) -> None:
+        """Check that the slices fill the rows, and that a norm can be undone."""
+        for name, width in (("inputs", self.d_in), ("outputs", self.width_out)):
+            widths = [part.width for part in getattr(self, name)]
+            size = f"d_{name.removesuffix('puts')}={width}"
+            require(not widths or sum(widths) == width, name, f"fill {size}", widths)
+        undone = self.input_norm == "none" or len(self.slices_in) == 1 or not self.outputs
+        rule = "be 'none' where several hook points predict others"
+        require(undone, "input_norm", rule, self.input_norm)
+
+    @property
+    def slices_in(self) -> tuple[Slice, ...]:
+        """The parts of d_in; all of it where no hook points are recorded."""
+        return self.inputs or (Slice(hook_point="", width=self.d_in),)
+
+    @property
+    def slices_out(self) -> tuple[Slice, ...]:
+        """The parts of d_out: the outputs, or the inputs where these are predicted."""
+        if not self.outputs and self.width_out == self.d_in:
+            return self.slices_in
+        return self.outputs or (Slice(hook_point="", width=self.width_out),)
 
     @property
     def width_out(self) -> int:

@@ -1,6 +1,6 @@
 """The one autoencoder: encode, decode, initialise."""
 
-from typing import NamedTuple, assert_never
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sae import activations
 from sae.activations import EncoderWeights, Latents, Magnitude
-from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
+from sae.architecture import Gated, SAEConfig, Slice
 from sae_kernels import sparse_decode
 
 __all__ = ["Latents", "SparseAutoencoder"]
@@ -20,8 +20,8 @@ NORM_EPS = 1e-5
 class TokenNorm(NamedTuple):
     """What the norm of the input took from each row, and the output gets back."""
 
-    mean: Float[Tensor, "batch 1"] | float
-    size: Float[Tensor, "batch 1"] | float
+    mean: Float[Tensor, "batch _"] | float
+    size: Float[Tensor, "batch _"] | float
 
 
 class SparseAutoencoder(nn.Module):
@@ -55,15 +55,14 @@ class SparseAutoencoder(nn.Module):
             self.b_in = nn.Parameter(torch.zeros(d_in))
         if config.skip:
             self.skip_rows = nn.Parameter(torch.zeros(d_out, d_in))
-        match config.activation:
-            case JumpReLU(threshold=threshold):
-                self.threshold = nn.Parameter(torch.full((d_sae,), float(threshold)))
-            case BatchTopK():  # estimated in training, not learned
+        match config.activation.facts.threshold:
+            case "per latent":
+                start = float(getattr(config.activation, "threshold", 0.0))
+                self.threshold = nn.Parameter(torch.full((d_sae,), start))
+            case "one":  # estimated in training, not learned
                 self.register_buffer("threshold", torch.tensor(torch.nan))
-            case TopK() | ReLU() | Gated():
+            case "none":
                 self.threshold = None
-            case _:
-                assert_never(config.activation)
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
@@ -80,7 +79,21 @@ class SparseAutoencoder(nn.Module):
 
         With a norm of the input it is in units of what that norm divided the row by.
         """
-        return self.W_dec[latent] / self.config.scale_out
+        return self.directions[latent]
+
+    @property
+    def directions(self) -> Float[Tensor, "d_sae d_out"]:
+        """The directions of all latents, as `direction` gives each."""
+        return self.W_dec / _scales(self.config.slices_out, self.config.scale_out, self.W_dec)
+
+    def decoder_norms(self) -> Float[Tensor, " d_sae"]:
+        """||W_dec[i]||, or the sum over the output's hook points of the norms of its parts.
+
+        What penalties weigh activations by, and gates compare (Lindsey et al. 2024 for the sum).
+        """
+        parts = self.dec_rows.split([part.width for part in self.config.slices_out], dim=1)
+        norms = [part.norm(dim=1) for part in parts]
+        return norms[0] if len(norms) == 1 else torch.stack(norms).sum(dim=0)
 
     def encoder(self) -> EncoderWeights:
         """The encoder's weights as the activation functions take them."""
@@ -98,7 +111,7 @@ class SparseAutoencoder(nn.Module):
             return EncoderWeights(self.enc_rows, b_gate, b_in, magnitude=magnitude)
         if not self.config.gate_by_decoder_norm:
             return EncoderWeights(self.enc_rows, self.b_enc, b_in, threshold)
-        norms = self.dec_rows.norm(dim=1)
+        norms = self.decoder_norms()
         rows, bias = self.enc_rows * norms[:, None], self.b_enc * norms
         # a latent with no direction has the activation 0 rather than 0 / 0
         divisor = norms.clamp_min(torch.finfo(norms.dtype).tiny)
@@ -135,7 +148,7 @@ class SparseAutoencoder(nn.Module):
         Raises:
             ValueError: If the rows are needed and missing.
         """
-        scale = self.config.scale_out
+        scale = _scales(self.config.slices_out, self.config.scale_out, self.b_dec)
         if not self.config.decode_needs_rows:
             return self.decode_scaled(acts) / scale
         norm = self.token_norm(self._rows(x))
@@ -151,7 +164,11 @@ class SparseAutoencoder(nn.Module):
             y = sparse_decode(acts.values, acts.indices, self.dec_rows, self.b_dec)
         else:
             y = torch.addmm(self.b_dec, acts, self.dec_rows)
-        return y + self._rows(u) @ self.skip_rows.T if self.config.skip else y
+        return y + self.skipped(self._rows(u)) if self.config.skip else y
+
+    def skipped(self, u: Float[Tensor, "batch d_in"]) -> float | Float[Tensor, "batch d_out"]:
+        """What goes past the latents, u @ W_skip; 0 without a skip."""
+        return u @ self.skip_rows.T if self.config.skip else 0.0
 
     def _rows(self, x: Float[Tensor, "batch d_in"] | None) -> Float[Tensor, "batch d_in"]:
         if x is None:
@@ -161,16 +178,22 @@ class SparseAutoencoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         """Reconstruction of rows, both in the model's units."""
-        match self.config.activation:
-            case TopK() | BatchTopK():
-                return self.decode(self.encode(x), x)
-            case ReLU() | JumpReLU() | Gated():
-                return self.decode(self.encode_dense(x), x)
-            case _:
-                assert_never(self.config.activation)
+        is_sparse = self.config.activation.facts.trains == "sparse"
+        return self.decode(self.encode(x) if is_sparse else self.encode_dense(x), x)
 
     def token_norm(self, x: Float[Tensor, "batch d_in"]) -> TokenNorm:
         """What the norm of the input takes from rows in the model's units, in fp32 at least."""
+        widths = [part.width for part in self.config.slices_in]
+        if len(widths) == 1 or self.config.input_norm == "none":
+            return self._token_norm(x)
+        norms = [self._token_norm(part) for part in x.split(widths, dim=1)]
+        whole = (
+            torch.cat([torch.as_tensor(p).expand(len(x), w) for p, w in pairs], dim=1)
+            for pairs in (zip(parts, widths, strict=True) for parts in zip(*norms, strict=True))
+        )
+        return TokenNorm(*whole)
+
+    def _token_norm(self, x: Float[Tensor, "batch _"]) -> TokenNorm:
         x = x.to(self.enc_rows.dtype)
         match self.config.input_norm:
             case "none":
@@ -188,13 +211,35 @@ class SparseAutoencoder(nn.Module):
         """
         if x.shape[-1] != self.config.d_in:
             raise ValueError(f"rows must be d_in={self.config.d_in} wide, got {tuple(x.shape)}")
-        u, scale = x.to(self.enc_rows.dtype), self.config.input_scale
+        u = x.to(self.enc_rows.dtype)
+        scale = _scales(self.config.slices_in, self.config.input_scale, u)
         if self.config.input_norm == "none":
             return u * scale
         mean, size = self.token_norm(x)
-        assert isinstance(size, Tensor)
+        assert isinstance(size, Tensor), size
         is_rms = self.config.input_norm == "rms"
         return (u - mean) / (size.clamp_min(NORM_EPS) if is_rms else size + NORM_EPS) * scale
+
+    def scaled_out(self, x: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
+        """Rows that are to be predicted, in the dictionary's units: what y is compared with.
+
+        Raises:
+            ValueError: If the rows are not d_out wide.
+        """
+        if x.shape[-1] != self.config.width_out:
+            width = self.config.width_out
+            raise ValueError(f"predicted rows must be d_out={width} wide, got {tuple(x.shape)}")
+        v = x.to(self.dec_rows.dtype)
+        return v * _scales(self.config.slices_out, self.config.scale_out, v)
+
+
+def _scales(
+    slices: tuple[Slice, ...], scale: float, like: Float[Tensor, "*any"]
+) -> float | Float[Tensor, " d_in"]:
+    """The factor of all columns, or of each where there are several slices."""
+    if len(slices) == 1:
+        return scale * slices[0].scale
+    return torch.cat([like.new_full((part.width,), scale * part.scale) for part in slices])
 
 
 @torch.no_grad()
@@ -203,22 +248,26 @@ def initialise(
     generator: torch.Generator,
     *,
     mean: Float[Tensor, " d_out"] | None = None,
+    mean_in: Float[Tensor, " d_in"] | None = None,
     decoder_norm: float = 1.0,
 ) -> None:
     """Random decoder directions of one norm, the encoder their transpose, b_dec the mean.
 
-    The other biases, r_mag and the skip are 0.
+    Where other hook points are predicted than are read the encoder has directions of its own. The
+    other biases, r_mag and the skip are 0.
 
     Args:
         dictionary: What is filled, in place.
         generator: The only source of randomness.
         mean: Mean of the predicted rows in the model's units; b_dec is 0 without it.
+        mean_in: Mean of the rows that are read, for a b_in of its own; 0 without it.
         decoder_norm: Norm of every row of the decoder and of the encoder.
     """
+    config = dictionary.config
     rows = torch.randn(dictionary.dec_rows.shape, generator=generator)
     rows = rows / rows.norm(dim=1, keepdim=True) * decoder_norm
     dictionary.dec_rows.copy_(rows)
-    if dictionary.enc_rows.shape == rows.shape:
+    if dictionary.enc_rows.shape == rows.shape and not config.outputs:
         dictionary.enc_rows.copy_(rows)
     else:
         fresh = torch.randn(dictionary.enc_rows.shape, generator=generator)
@@ -227,4 +276,7 @@ def initialise(
         if name not in ("enc_rows", "dec_rows", "threshold"):
             parameter.zero_()
     if mean is not None:
-        dictionary.b_dec.copy_(mean * dictionary.config.scale_out)
+        dictionary.b_dec.copy_(mean * _scales(config.slices_out, config.scale_out, mean))
+    if mean_in is not None and config.b_in == "own":
+        scale = _scales(config.slices_in, config.input_scale, mean_in)
+        dictionary.b_in.copy_(mean_in * scale)

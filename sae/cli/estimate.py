@@ -8,10 +8,10 @@ from sae.cli import console
 from sae.cli.run_config import RunConfig
 from sae.train.fit import resolve_precision
 
-PRODUCTS_PER_STEP = {"topk": 2.5, "batchtopk": 2.5, "relu": 6.5, "jumprelu": 6.5, "gated": 8.5}
-"""Time of a training step in encoder products, sparse work and the optimiser included; measured
-on two cores at (1024, 576, 4608) for topk and relu, the others by their count of products."""
 ENCODER_SHAPE = (1024, 576, 4608)
+"""How many products of this shape a training step takes, sparse work and the optimiser included,
+is a fact of each activation (`sae.architecture`): measured on two cores for topk and relu, of the
+others by their count of products."""
 
 
 def announce(config: RunConfig) -> None:
@@ -21,7 +21,7 @@ def announce(config: RunConfig) -> None:
     # Without the model its width is unknown; the reference shape's width serves.
     per_latent = 2.0 * ENCODER_SHAPE[1] * rows / rate
     seconds = sum(
-        per_latent * entry.d_sae * PRODUCTS_PER_STEP[entry.activation.kind]
+        per_latent * entry.d_sae * entry.activation.facts.products
         for entry in config.train.saes.values()
     )
     console.OUT.print(

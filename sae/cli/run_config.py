@@ -7,6 +7,7 @@ from sae.evaluate.config import EvaluateConfig
 from sae.explain.config import ExplainConfig
 from sae.steer.config import SteerConfig
 from sae.train.config import TrainConfig
+from sae.train.sites import sites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class RunConfig(_Output):
                 "cache.hook_points must be a single one for `sae run`, "
                 f"got {len(self.cache.hook_points)}"
             )
+        sites(self.train.saes, self.cache.hook_points, "train.")
         name = self.steer.dictionary
         if name is not None and name not in self.train.saes:
             raise ValueError(

@@ -31,7 +31,7 @@ def cache(run: "Run", report: Progress) -> None:
 def train(run: "Run", report: Progress) -> None:
     """Train all entries of `saes:`."""
     path = run.path("train")
-    train_dictionaries(run.cache, run.hook_point, run.config.train, path, progress=report)
+    train_dictionaries(run.cache, run.config.train, path, progress=report)
 
 
 def evaluate(run: "Run", report: Progress) -> None:

@@ -51,7 +51,7 @@ def promoted_tokens(
     Raises:
         ValueError: If widths differ or k is larger than the vocabulary.
     """
-    directions = dictionary.W_dec / dictionary.config.scale_out
+    directions = dictionary.directions
     vocab, d_model = unembed.shape
     if directions.shape[1] != d_model:
         raise ValueError(

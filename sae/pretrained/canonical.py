@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.architecture import BatchTopK, SAEConfig, TopK
+from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained.errors import DictionaryFormatError
 
@@ -124,8 +124,9 @@ def empty(config: SAEConfig) -> SparseAutoencoder:
 def narrowed(config: SAEConfig, d_sae: int) -> SAEConfig:
     """The config of a dictionary with fewer latents; k is cut to their number."""
     activation = config.activation
-    if d_sae < config.d_sae and isinstance(activation, TopK | BatchTopK):
-        activation = type(activation)(k=min(activation.k, max(d_sae, 1)))
+    k = getattr(activation, "k", 1)
+    if k > max(d_sae, 1):
+        activation = replace(activation, k=max(d_sae, 1))  # pyright: ignore[reportCallIssue]
     return replace(config, d_sae=d_sae, activation=activation)
 
 

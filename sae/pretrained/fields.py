@@ -67,6 +67,14 @@ class Fields:
         assert isinstance(value, dict)
         return Fields(value, f"{self.what}, {key}")
 
+    def parts(self, key: str) -> list["Fields"]:
+        """The objects in a list inside this one; none where it is absent."""
+        value = self._value(key, [])
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            self._refuse(key, "be a list of objects", value)
+        assert isinstance(value, list)
+        return [Fields(entry, f"{self.what}, {key}") for entry in value]
+
     def texts(self, keys: Iterable[str]) -> dict[str, str]:
         """Those of the keys that are there, as text: notes for a reader."""
         return {key: str(self.record[key]) for key in keys if key in self}

@@ -14,13 +14,10 @@ from activations_cache import io
 from sae.architecture import (
     B_IN,
     INPUT_NORMS,
+    KINDS,
     Activation,
-    BatchTopK,
-    Gated,
-    JumpReLU,
-    ReLU,
     SAEConfig,
-    TopK,
+    Slice,
 )
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained.canonical import Reading, Weights, empty
@@ -36,15 +33,8 @@ PROVENANCE = "provenance.json"
 CONFIG_KEYS = {
     "format", "format_version", "d_in", "d_sae", "d_out", "activation", "b_in", "input_scale",
 }  # fmt: skip
-LATER_KEYS = {"output_scale", "input_norm", "gate_by_decoder_norm", "skip"}
+LATER_KEYS = {"output_scale", "input_norm", "gate_by_decoder_norm", "skip", "inputs", "outputs"}
 """Files that were written before these existed have their defaults."""
-KINDS: dict[str, type[Activation]] = {
-    "relu": ReLU,
-    "topk": TopK,
-    "batchtopk": BatchTopK,
-    "jumprelu": JumpReLU,
-    "gated": Gated,
-}
 
 
 def save(
@@ -124,9 +114,20 @@ def _config(files: Files) -> SAEConfig:
             input_norm=cfg.word("input_norm", INPUT_NORMS, "none"),  # pyright: ignore[reportArgumentType]
             gate_by_decoder_norm=cfg.flag("gate_by_decoder_norm", False),
             skip=cfg.flag("skip", False),
+            inputs=_slices(cfg, "inputs"),
+            outputs=_slices(cfg, "outputs"),
         )
     except ValueError as error:
         raise DictionaryFormatError(f"{file} must describe a dictionary, got: {error}") from error
+
+
+def _slices(cfg: Fields, key: str) -> tuple[Slice, ...]:
+    found = []
+    for part in cfg.parts(key):
+        part.only(field.name for field in fields(Slice))
+        point, scale = part.word("hook_point"), part.number("scale")
+        found.append(Slice(hook_point=point, width=part.whole("width"), scale=scale))
+    return tuple(found)
 
 
 def _activation(cfg: Fields) -> Activation:

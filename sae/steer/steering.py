@@ -72,7 +72,7 @@ def steered_stream(
         g = [_operate(operation, value, own) for operation, value, own in pairs]
         change = torch.stack(g, dim=1) - f
         change *= positions.reshape(-1, 1) >= first_position
-        directions = dictionary.W_dec[latents] / dictionary.config.scale_out
+        directions = dictionary.directions[latents]
         moved = change @ directions * dictionary.token_norm(h).size
         edited = (h + moved).to(stream.dtype).view(stream.shape)
         untouched = (change == 0).all(dim=1).view(*stream.shape[:2], 1)

@@ -2,10 +2,10 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Literal
 
 from activations_cache.checks import at_least, fraction, positive, require
-from sae.architecture import Activation, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
+from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK
 from sae.train.loss_config import (
     L0,
     L1,
@@ -69,6 +69,12 @@ class DictionaryConfig:
 
     d_sae: int
     """Number of latents."""
+    inputs: tuple[str, ...] = ()
+    """Hook points that are read, side by side; the cache's only one when empty."""
+    outputs: tuple[str, ...] = ()
+    """Hook points that are predicted; those that are read when empty."""
+    skip: bool = False
+    """A trained path from the input to the output beside the latents, where these are others."""
     activation: Activation = _TOPK
     """Which latents fire."""
     b_in: Literal["none", "b_dec", "own"] = "b_dec"
@@ -108,21 +114,10 @@ class DictionaryConfig:
 
     def __post_init__(self) -> None:
         """Check the fields against each other."""
-        match self.activation:
-            case TopK():
-                self._allow("auxk", "matryoshka", "k_anneal", "multi_topk")
-                self._check_k(self.activation.k)
-            case BatchTopK():
-                self._allow("auxk", "matryoshka", "k_anneal")
-                self._check_k(self.activation.k)
-            case ReLU():
-                self._allow(one_of=("l1", "p_anneal"))
-            case Gated():
-                self._allow(one_of=("l1",))
-            case JumpReLU():
-                self._allow("preact", one_of=("l0", "tanh"))
-            case _:
-                assert_never(self.activation)
+        facts = self.activation.facts
+        self._allow(*facts.terms, one_of=facts.penalties)
+        self._check_k(getattr(self.activation, "k", 1))
+        self._check_sites()
         rule = "be false beside l1, which has the decoder's norms in it"
         free = self.l1 is None or isinstance(self.activation, Gated)
         require(free or not self.unit_norm, "unit_norm", rule, self.unit_norm)
@@ -146,6 +141,22 @@ class DictionaryConfig:
         if len(given) > 1:
             require(False, given[1], f"be absent beside {given[0]}", getattr(self, given[1]))
 
+    def _check_sites(self) -> None:
+        """Check the hook points, and what is said of input and output, against each other."""
+        for name in ("inputs", "outputs"):
+            points = getattr(self, name)
+            require(len({*points}) == len(points), name, "name each hook point once", points)
+        other = bool(self.outputs)
+        require(
+            not other or self.outputs != self.inputs, "outputs", "differ from inputs", self.outputs
+        )
+        rule = "be false where what is read is predicted"
+        require(other or not self.skip, "skip", rule, self.skip)
+        rule = "be 'none' or 'own' beside outputs"
+        require(not other or self.b_in != "b_dec", "b_in", rule, self.b_in)
+        rule = "be 'none' beside outputs"
+        require(not other or self.input_norm == "none", "input_norm", rule, self.input_norm)
+
     def _check_k(self, k: int) -> None:
         """Check what counts latents against their number."""
         limit = f"be at most d_sae={self.d_sae}"
@@ -162,16 +173,30 @@ class DictionaryConfig:
             last = self.matryoshka.ends[-1]
             require(last < self.d_sae, "matryoshka.ends", f"be below d_sae={self.d_sae}", last)
 
-    def architecture(self, d_in: int, input_scale: float) -> SAEConfig:
+    def architecture(
+        self,
+        d_in: int,
+        input_scale: float = 1.0,
+        *,
+        d_out: int | None = None,
+        output_scale: float | None = None,
+        inputs: tuple[Slice, ...] = (),
+        outputs: tuple[Slice, ...] = (),
+    ) -> SAEConfig:
         """The autoencoder's own config, once the rows are known."""
         return SAEConfig(
             d_in=d_in,
             d_sae=self.d_sae,
+            d_out=d_out,
             activation=self.activation,
             b_in=self.b_in,
             input_scale=input_scale,
+            output_scale=output_scale,
             input_norm=self.input_norm,
             gate_by_decoder_norm=self.gate_by_decoder_norm,
+            skip=self.skip,
+            inputs=inputs,
+            outputs=outputs,
         )
 
 

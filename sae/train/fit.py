@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 import lightning
 import torch
-from jaxtyping import Float
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from activations_cache.progress import Progress, silent
-from sae.autoencoder import SparseAutoencoder, initialise
 from sae.config import digest
 from sae.pretrained.own import save
 from sae.train import checkpoint
+from sae.train.build import new_autoencoder
 from sae.train.config import DictionaryConfig, TrainConfig
 from sae.train.module import SAEModule
+from sae.train.reads import reads
+from sae.train.sites import Sites, sites
 from sae.train.step import TrainStep
 
 if TYPE_CHECKING:
@@ -44,16 +44,18 @@ tensors, a killed run left logs behind; the last one is about Lightning's own co
 class CacheRows(IterableDataset):
     """The rows of `cache.batches` from a given step on, for a DataLoader without a batch size."""
 
-    def __init__(self, cache: "ActivationCache", hook_point: str, config: TrainConfig) -> None:
+    def __init__(
+        self, cache: "ActivationCache", hook_points: tuple[str, ...], config: TrainConfig
+    ) -> None:
         """Take what decides the order of the rows; `start` is set before the loop begins."""
-        self.cache, self.hook_point, self.config = cache, hook_point, config
+        self.cache, self.hook_points, self.config = cache, hook_points, config
         self.start = 0
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """Yield tensors (batch, d_in), each row once per epoch, in the order of the seed."""
+        """Yield tensors (batch, width), each row once per epoch, in the order of the seed."""
         config = self.config
         for batch in self.cache.batches(
-            (self.hook_point,),
+            self.hook_points,
             batch=config.batch,
             seed=config.seed,
             start=self.start,
@@ -64,7 +66,6 @@ class CacheRows(IterableDataset):
 
 def train(
     cache: "ActivationCache",
-    hook_point: str,
     config: TrainConfig,
     path: str | Path,
     *,
@@ -76,7 +77,7 @@ def train(
     was not. The curves lie in `path/logs`, as CSV and for TensorBoard.
 
     Raises:
-        ValueError: If the cache gives less than one batch.
+        ValueError: If the cache gives less than one batch, or has not the hook points.
         FloatingPointError: If the loss is not finite in three steps in a row.
     """
     path = Path(path)
@@ -85,13 +86,15 @@ def train(
         raise ValueError(f"batch must be at most the cache's rows, got {config.batch}; lower it")
     precision = resolve_precision(config.precision)
     identity = digest({"cache": cache.fingerprint, "train": asdict(config), "precision": precision})
+    where = sites(config.saes, cache.hook_points)
     steps = {
-        name: _new_step(cache, hook_point, entry, config.seed, total_steps, precision)
+        name: _new_step(cache, where[name], entry, config.seed, total_steps, precision)
         for name, entry in config.saes.items()
     }
-    rows = CacheRows(cache, hook_point, config)
+    read = reads(where, {point: cache.d_model(point) for point in cache.hook_points})
+    rows = CacheRows(cache, read.hook_points, config)
     saver = _Saver(path / CHECKPOINTS, identity, config, progress)
-    module = SAEModule(steps, total_steps, config.log_every, saver)
+    module = SAEModule(steps, total_steps, config.log_every, saver, read.columns)
     found = checkpoint.load_newest(path / CHECKPOINTS, identity)
     if found is not None:
         module.load_full_state(*found)
@@ -101,7 +104,6 @@ def train(
         checkpoint.save(path / CHECKPOINTS, module.n_steps, module.full_state(), identity)
     provenance = {
         "cache": cache.fingerprint,
-        "hook_point": hook_point,
         "seed": config.seed,
         "rows": total_steps * config.batch,
         "precision": precision,
@@ -125,33 +127,15 @@ def resolve_precision(precision: str) -> str:
 
 def _new_step(
     cache: "ActivationCache",
-    hook_point: str,
+    where: Sites,
     entry: DictionaryConfig,
     seed: int,
     total_steps: int,
     precision: str,
 ) -> TrainStep:
-    rows = cache[hook_point]
-    scale, mean = units(rows.mean, rows.mean_square_norm, entry)
-    autoencoder = SparseAutoencoder(entry.architecture(rows.mean.shape[0], scale))
-    generator = torch.Generator().manual_seed(seed)
-    initialise(autoencoder, generator, mean=mean, decoder_norm=entry.decoder_norm)
+    autoencoder = new_autoencoder(cache, where, entry, seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return TrainStep(autoencoder.to(device), entry, total_steps, precision=precision)
-
-
-def units(
-    mean: Float[Tensor, " d_in"], mean_square_norm: float, entry: DictionaryConfig
-) -> tuple[float, Float[Tensor, " d_in"] | None]:
-    """The scale that brings centred rows to a mean square norm of d_in, and where b_dec starts.
-
-    Normed rows have that size by themselves, and their mean is not that of the cache: b_dec starts
-    at 0 then.
-    """
-    if entry.input_norm != "none":
-        return 1.0, None
-    variance = mean_square_norm - float(mean.double().square().sum())
-    return (mean.shape[0] / variance) ** 0.5, mean.float()
 
 
 class _Saver:

@@ -1,12 +1,13 @@
 """The LightningModule: several TrainSteps over the same batches; no model in here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import lightning
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.train.reads import Columns
 from sae.train.step import StepMetrics, TrainStep
 
 
@@ -23,8 +24,12 @@ class SAEModule(lightning.LightningModule):
         total_steps: int,
         log_every: int,
         after_step: Callable[[int, "SAEModule"], None],
+        columns: Mapping[str, Columns],
     ) -> None:
-        """Take the steps by name, and what is called after each of them (progress, saving)."""
+        """Take the steps by name, and what is called after each of them (progress, saving).
+
+        `columns` says which columns of a batch each dictionary reads and predicts.
+        """
         super().__init__()
         self.automatic_optimization = False
         self.steps = steps
@@ -32,15 +37,16 @@ class SAEModule(lightning.LightningModule):
         self.total_steps = total_steps
         self.log_every = log_every
         self.after_step = after_step
+        self.columns = columns
         self.n_steps = 0
         self.skipped = 0
 
     def configure_optimizers(self) -> None:
         """None: the TrainSteps hold the optimisers."""
 
-    def training_step(self, x: Float[Tensor, "batch d_in"], batch_idx: int) -> None:  # noqa: ARG002
-        """One step of every dictionary on the same rows."""
-        metrics = {name: step(x) for name, step in self.steps.items()}
+    def training_step(self, x: Float[Tensor, "batch width"], batch_idx: int) -> None:  # noqa: ARG002
+        """One step of every dictionary on the same rows, of each its own hook points."""
+        metrics = {name: step(*self.columns[name].pick(x)) for name, step in self.steps.items()}
         self.n_steps += 1
         self._require_finite(metrics)
         if self.n_steps % self.log_every == 0 or self.n_steps == self.total_steps:

@@ -7,10 +7,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae import losses
-from sae.architecture import JumpReLU, SAEConfig
+from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
-from sae.train.forward.result import Forward, Moment, Power
+from sae.train.forward.result import Forward, Moment, Power, Rows
 from sae.train.forward.run import forward
 from sae.train.optim import LatentAdam, normalise_rows_
 from sae.train.schedule import warmup_decay
@@ -37,8 +37,9 @@ class StepMetrics(NamedTuple):
 class TrainStep:
     """One optimiser step of one dictionary per call; everything that changes lives in here.
 
-    `step(x)` takes rows (batch, d_in) in the model's units and returns StepMetrics. The result
-    depends on the autoencoder, the config, the number of steps and the rows alone.
+    `step(x)` takes rows (batch, d_in) in the model's units and returns StepMetrics;
+    `step(x, target)` takes also the rows (batch, d_out) that are predicted, where these are others.
+    The result depends on the autoencoder, the config, the number of steps and the rows alone.
     """
 
     def __init__(
@@ -87,11 +88,24 @@ class TrainStep:
         groups = [{"params": rest, "base_lr": lr}]
         return [*groups, {"params": thresholds, "base_lr": own}] if thresholds else groups
 
-    def __call__(self, x: Float[Tensor, "batch d_in"]) -> StepMetrics:
-        """Train on these rows; a non-finite loss or gradient leaves everything but the count."""
+    def __call__(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        target: Float[Tensor, "batch d_out"] | None = None,
+    ) -> StepMetrics:
+        """Train on these rows; a non-finite loss or gradient leaves everything but the count.
+
+        Raises:
+            ValueError: If there is a target where the rows themselves are predicted, or none where
+                others are, or a width is wrong.
+        """
+        if (target is None) == bool(self.config.outputs):
+            has = "a target" if self.config.outputs else "no target"
+            raise ValueError(f"step must get {has} with outputs={self.config.outputs}")
         u = self.autoencoder.scaled(x)
+        rows = Rows(u, u if target is None else self.autoencoder.scaled_out(target))
         moment = Moment(self.n_steps, self.total_steps, self._dead, self.bf16, self.power)
-        found = forward(self.autoencoder, self.config, u, moment)
+        found = forward(self.autoencoder, self.config, rows, moment)
         self.optimizer.zero_grad(set_to_none=True)
         found.loss.backward()
         clip = self.config.optimizer.clip
@@ -101,7 +115,7 @@ class TrainStep:
             self._update(found, x.shape[0])
         self.n_steps += 1
         dead = self._dead.float().mean()
-        fvu = found.error.detach() / losses.batch_variance(u)
+        fvu = found.error.detach() / losses.batch_variance(rows.v)
         return StepMetrics(found.loss.detach(), fvu, found.l0, dead, norm, finite.float())
 
     def _update(self, found: Forward, n_rows: int) -> None:
@@ -110,7 +124,7 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
-        if isinstance(self.autoencoder.config.activation, JumpReLU):
+        if self.autoencoder.config.activation.facts.threshold == "per latent":
             with torch.no_grad():  # below 0 it would let negative pre-activations through
                 self.autoencoder.get_parameter("threshold").clamp_(min=0)
         if found.threshold is not None:
@@ -166,13 +180,17 @@ class TrainStep:
 
 
 def _require_fit(form: SAEConfig, config: DictionaryConfig) -> None:
-    """Refuse an autoencoder that is not what the config says, or predicts other rows."""
-    wanted = config.architecture(form.d_in, form.input_scale)
+    """Refuse an autoencoder that is not what the config says."""
+    wanted = config.architecture(
+        form.d_in,
+        form.input_scale,
+        d_out=form.d_out if config.outputs else None,
+        output_scale=form.output_scale if config.outputs else None,
+        inputs=form.inputs,
+        outputs=form.outputs,
+    )
     if form != wanted:
-        raise ValueError(
-            f"autoencoder must be what the config describes, {wanted}, got {form}; a dictionary "
-            "that predicts other rows than its own cannot be trained here"
-        )
+        raise ValueError(f"autoencoder must be what the config describes, {wanted}, got {form}")
 
 
 THRESHOLD_BATCHES = 100

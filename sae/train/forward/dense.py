@@ -10,7 +10,7 @@ from sae.activations import EncoderWeights
 from sae.architecture import JumpReLU, ReLU
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
-from sae.train.forward.result import Forward, Moment, Power, autocast
+from sae.train.forward.result import Forward, Moment, Power, Rows, autocast
 from sae.train.loss_config import PAnneal
 from sae.train.schedule import falling_p, ramp
 from sae_kernels import dense_autoencode
@@ -19,29 +19,31 @@ from sae_kernels import dense_autoencode
 def forward(
     autoencoder: SparseAutoencoder,
     config: DictionaryConfig,
-    u: Float[Tensor, "batch d_in"],
+    rows: Rows,
     moment: Moment,
 ) -> Forward:
     """Differentiated by hand where the kernel has all the terms, else by autograd."""
     is_relu = isinstance(autoencoder.config.activation, ReLU)
     others = any((config.tanh, config.preact, config.p_anneal))
-    if others or autoencoder.config.gate_by_decoder_norm or (is_relu and moment.bf16):
-        return _composed(autoencoder, config, u, moment)
-    return _fused(autoencoder, config, u, moment)
+    form = autoencoder.config
+    others = others or form.gate_by_decoder_norm or len(form.slices_out) > 1
+    if others or (is_relu and moment.bf16):
+        return _composed(autoencoder, config, rows, moment)
+    return _fused(autoencoder, config, rows, moment)
 
 
 def _fused(
     autoencoder: SparseAutoencoder,
     config: DictionaryConfig,
-    u: Float[Tensor, "batch d_in"],
+    rows: Rows,
     moment: Moment,
 ) -> Forward:
     """One op, in float32."""
     weights, activation = autoencoder.encoder(), autoencoder.config.activation
     bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else 1.0
-    with autocast(u.device, False):
+    with autocast(rows.u.device, False):
         step = dense_autoencode(
-            u,
+            rows.u,
             weights.enc_rows,
             weights.b_enc,
             autoencoder.dec_rows,
@@ -50,7 +52,8 @@ def _fused(
             threshold=weights.threshold,
             bandwidth=bandwidth,
         )
-    error = losses.squared_error(u, step.x_hat)
+        y = step.x_hat + autoencoder.skipped(rows.u)
+    error = losses.squared_error(rows.v, y)
     loss = error + _penalty(config, moment, step.l1, step.l0)
     return Forward(loss, error, step.n_fired.nonzero().squeeze(1), step.l0.detach())
 
@@ -65,16 +68,17 @@ class _Acts(NamedTuple):
 def _composed(
     autoencoder: SparseAutoencoder,
     config: DictionaryConfig,
-    u: Float[Tensor, "batch d_in"],
+    rows: Rows,
     moment: Moment,
 ) -> Forward:
     """All terms, in torch's own operations."""
     weights, activation = autoencoder.encoder(), autoencoder.config.activation
     bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else 1.0
+    u, v = rows
     pre = activations.pre_acts(u, weights).to(u.dtype)
     acts, n_active = _jump(pre, weights, bandwidth)
-    error = losses.squared_error(u, autoencoder.decode_scaled(acts).to(u.dtype))
-    norms, l0 = autoencoder.dec_rows.norm(dim=1), n_active.sum(dim=1).mean()
+    error = losses.squared_error(v, autoencoder.decode_scaled(acts, u).to(u.dtype))
+    norms, l0 = autoencoder.decoder_norms(), n_active.sum(dim=1).mean()
     power = None
     if config.tanh is not None:
         weight = ramp(moment.n_steps, moment.total_steps, config.tanh.ramp)

@@ -16,6 +16,15 @@ class Power(NamedTuple):
     """What its weight is multiplied by."""
 
 
+class Rows(NamedTuple):
+    """The rows of a step, in the dictionary's units."""
+
+    u: Float[Tensor, "batch d_in"]
+    """What is read."""
+    v: Float[Tensor, "batch d_out"]
+    """What is predicted; u itself for an autoencoder proper."""
+
+
 class Forward(NamedTuple):
     """What a forward pass gives."""
 

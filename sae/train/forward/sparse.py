@@ -9,10 +9,10 @@ from torch import Tensor
 
 from sae import activations, losses
 from sae.activations import EncoderWeights, Latents
-from sae.architecture import BatchTopK, TopK
+from sae.architecture import Activation, BatchTopK, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
-from sae.train.forward.result import Forward, Moment, autocast
+from sae.train.forward.result import Forward, Moment, Rows, autocast
 from sae.train.loss_config import FixedPrefixes, Matryoshka
 from sae.train.schedule import falling_k, random_prefixes
 from sae_kernels import auxk, sparse_decode_mse, topk_select
@@ -24,49 +24,36 @@ class _Decoded(NamedTuple):
     loss: Float[Tensor, ""]
 
 
-def topk(
-    autoencoder: SparseAutoencoder,
-    config: DictionaryConfig,
-    activation: TopK,
-    u: Float[Tensor, "batch d_in"],
-    moment: Moment,
+def forward(
+    autoencoder: SparseAutoencoder, config: DictionaryConfig, rows: Rows, moment: Moment
 ) -> Forward:
-    """The k largest of each row, and for multi-TopK a reconstruction from more of them."""
-    weights, k, d_sae = autoencoder.encoder(), k_now(config, activation, moment), config.d_sae
-    multi = config.multi_topk
+    """The latents that the activation lets through, and the losses of what they reconstruct."""
+    weights, activation = autoencoder.encoder(), k_now(config, moment)
+    multi, u = config.multi_topk, rows.u
     if multi is None:
-        latents = activations.encode(TopK(k=k), u, weights)
-        return _forward(autoencoder, config, u, moment, latents)
-    wide = activations.encode(TopK(k=min(multi.times * k, d_sae)), u, weights)
-    found = _forward(autoencoder, config, u, moment, narrowed(wide, k, weights))
+        latents = activations.encode_training(activation, u, weights)
+        found = _losses(autoencoder, config, rows, moment, latents)
+        if activation.facts.threshold != "one":
+            return found
+        scores = _scores(latents, weights)  # the smallest that was kept tells the threshold
+        return found._replace(threshold=scores.masked_fill(scores <= 0, torch.inf).min())
+    assert isinstance(activation, TopK), activation
+    wide = TopK(k=min(multi.times * activation.k, config.d_sae))
+    more = activations.encode(wide, u, weights)
+    latents = narrowed(more, activation.k, weights)
+    found = _losses(autoencoder, config, rows, moment, latents)
     with autocast(u.device, False):
-        error = losses.squared_error(u, autoencoder.decode_scaled(wide))
+        error = losses.squared_error(rows.v, autoencoder.decode_scaled(more, u))
     return found._replace(loss=found.loss + multi.coefficient * error)
 
 
-def batch_topk(
-    autoencoder: SparseAutoencoder,
-    config: DictionaryConfig,
-    activation: BatchTopK,
-    u: Float[Tensor, "batch d_in"],
-    moment: Moment,
-) -> Forward:
-    """The k * batch largest of the batch; the smallest of them tells the threshold."""
-    weights = autoencoder.encoder()
-    kept = replace(activation, k=k_now(config, activation, moment))
-    latents = activations.encode_batch(kept, u, weights)
-    scores = _scores(latents, weights)
-    found = _forward(autoencoder, config, u, moment, latents)
-    return found._replace(threshold=scores.masked_fill(scores <= 0, torch.inf).min())
-
-
-def k_now(config: DictionaryConfig, activation: TopK | BatchTopK, moment: Moment) -> int:
-    """The activation's k, or the larger one of a moment before annealing is over."""
-    anneal = config.k_anneal
-    if anneal is None:
-        return activation.k
+def k_now(config: DictionaryConfig, moment: Moment) -> Activation:
+    """The activation, or one with the larger k of a moment before annealing is over."""
+    anneal, activation = config.k_anneal, config.activation
+    if anneal is None or not isinstance(activation, TopK | BatchTopK):
+        return activation
     at = (moment.n_steps, moment.total_steps)
-    return falling_k(*at, anneal.start, activation.k, anneal.until)
+    return replace(activation, k=falling_k(*at, anneal.start, activation.k, anneal.until))
 
 
 def narrowed(latents: Latents, k: int, weights: EncoderWeights) -> Latents:
@@ -89,18 +76,18 @@ def prefix_ends(matryoshka: Matryoshka, d_sae: int, n_steps: int) -> tuple[int, 
     return random_prefixes(n_steps, of.seed, of.n, d_sae, of.exponent)
 
 
-def _forward(
+def _losses(
     autoencoder: SparseAutoencoder,
     config: DictionaryConfig,
-    u: Float[Tensor, "batch d_in"],
+    rows: Rows,
     moment: Moment,
     latents: Latents,
 ) -> Forward:
-    with autocast(u.device, False):
-        y, error, loss = _decode(autoencoder, config, u, moment, latents)
+    with autocast(rows.u.device, False):
+        y, error, loss = _decode(autoencoder, config, rows, moment, latents)
     if config.auxk is not None and bool(moment.dead.any()):
-        guess = _auxk(autoencoder, config, u, moment.dead)
-        loss = loss + config.auxk.coefficient * losses.squared_error((u - y).detach(), guess)
+        guess = _auxk(autoencoder, config, rows.u, moment.dead)
+        loss = loss + config.auxk.coefficient * losses.squared_error((rows.v - y).detach(), guess)
     fires = latents.values > 0
     fired = latents.indices[fires].unique()
     return Forward(loss, error, fired, fires.sum(dim=1).float().mean())
@@ -109,26 +96,27 @@ def _forward(
 def _decode(
     autoencoder: SparseAutoencoder,
     config: DictionaryConfig,
-    u: Float[Tensor, "batch d_in"],
+    rows: Rows,
     moment: Moment,
     latents: Latents,
 ) -> _Decoded:
     """The reconstruction, its error, and the loss: that error, or the mean over the prefixes."""
     if config.matryoshka is None:
-        y = autoencoder.decode_scaled(latents)
-        error = losses.squared_error(u, y)
+        y = autoencoder.decode_scaled(latents, rows.u)
+        error = losses.squared_error(rows.v, y)
         return _Decoded(y, error, error)
     ends = prefix_ends(config.matryoshka, config.d_sae, moment.n_steps)
+    past = autoencoder.skipped(rows.u)  # 0 without a skip, which is part of every prefix
     found = sparse_decode_mse(
         latents.values,
         latents.indices,
         autoencoder.dec_rows,
         autoencoder.b_dec,
-        u,
-        scale=1 / (len(u) * len(ends)),
+        rows.v - past,
+        scale=1 / (len(rows.v) * len(ends)),
         prefixes=ends,
     )
-    return _Decoded(found.x_hat, found.row_loss[:, -1].mean(), found.loss)
+    return _Decoded(found.x_hat + past, found.row_loss[:, -1].mean(), found.loss)
 
 
 def _auxk(

@@ -10,7 +10,7 @@ from sae.activations import to_dense
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
-from sae.train.forward.result import Moment, Power
+from sae.train.forward.result import Moment, Power, Rows
 from sae.train.forward.run import forward
 from sae.train.forward.sparse import prefix_ends
 from sae.train.loss_config import (
@@ -191,7 +191,7 @@ def grads_of(loss, dictionary, *, without=()):
 @every_case
 def test_loss_and_gradients_equal_the_formula(case):
     dictionary, u = filled(case.config), rows()
-    got = forward(dictionary, case.config, u, moment()).loss
+    got = forward(dictionary, case.config, Rows(u, u), moment()).loss
     expected = case.loss(dictionary, u)
     torch.testing.assert_close(got, expected)
     by_name = grads_of(expected, dictionary, without=("threshold",))
@@ -202,7 +202,7 @@ def test_loss_and_gradients_equal_the_formula(case):
 @every_case
 def test_what_fired_and_the_error_are_those_of_the_whole_dictionary(case):
     dictionary, u = filled(case.config), rows()
-    found = forward(dictionary, case.config, u, moment())
+    found = forward(dictionary, case.config, Rows(u, u), moment())
     if case.config.activation == BatchTopK(k=K):
         dictionary.threshold.fill_(float(found.threshold) * (1 - 1e-9))
     if case.config.k_anneal is not None:
@@ -219,12 +219,12 @@ def test_where_p_falls_the_penalty_of_that_batch_stays_as_large_as_it_was():
     case = CASES["p_anneal"]
     dictionary, u = filled(case.config), rows()
     before = moment()._replace(power=Power(1.0, 1.3))
-    found = forward(dictionary, case.config, u, before)
+    found = forward(dictionary, case.config, Rows(u, u), before)
     sizes = dictionary.encode_dense(u) * dictionary.dec_rows.norm(dim=1)
     torch.testing.assert_close(found.loss - found.error, 0.7 * 1.3 * sizes.sum(1).mean())
     assert found.power is not None
     assert found.power.p == 0.75
-    after = forward(dictionary, case.config, u, before._replace(power=found.power))
+    after = forward(dictionary, case.config, Rows(u, u), before._replace(power=found.power))
     assert after.power == found.power
     torch.testing.assert_close(after.loss, found.loss)
 
@@ -232,7 +232,7 @@ def test_where_p_falls_the_penalty_of_that_batch_stays_as_large_as_it_was():
 def test_thresholds_learn_from_the_tanh_penalty_and_from_the_error():
     case = CASES["tanh"]
     dictionary, u = filled(case.config), rows()
-    loss = forward(dictionary, case.config, u, moment()).loss
+    loss = forward(dictionary, case.config, Rows(u, u), moment()).loss
     [found] = torch.autograd.grad(loss, [dictionary.threshold])
     theta, norms = dictionary.threshold.detach(), dictionary.dec_rows.norm(dim=1)
     h = (linear(dictionary, u) + dictionary.b_enc).detach()
@@ -251,8 +251,8 @@ def test_by_hand_and_by_autograd_jumprelu_has_the_same_gradients(terms):
     plain = config(JumpReLU(bandwidth=0.5), **terms)
     composed = config(JumpReLU(bandwidth=0.5), preact=PreAct(coefficient=0.0), **terms)
     dictionary, u = filled(plain), rows()
-    one = forward(dictionary, plain, u, moment())
-    other = forward(dictionary, composed, u, moment())
+    one = forward(dictionary, plain, Rows(u, u), moment())
+    other = forward(dictionary, composed, Rows(u, u), moment())
     torch.testing.assert_close(one.loss, other.loss)
     by_name = grads_of(other.loss, dictionary)
     assert by_name["threshold"].abs().max() > 0
@@ -264,7 +264,7 @@ def test_multi_topk_keeps_the_latents_that_topk_alone_keeps():
     case = CASES["multi_topk"]
     dictionary, u = filled(case.config), rows()
     alone = config(TopK(k=K))
-    one, other = (forward(dictionary, c, u, moment()) for c in (case.config, alone))
+    one, other = (forward(dictionary, c, Rows(u, u), moment()) for c in (case.config, alone))
     torch.testing.assert_close(one.error, other.error, rtol=0, atol=0)
     assert torch.equal(one.fired, other.fired)
     assert to_dense(dictionary.encode(u), D_SAE).count_nonzero() == float(other.l0) * BATCH
@@ -273,10 +273,10 @@ def test_multi_topk_keeps_the_latents_that_topk_alone_keeps():
 def test_a_latent_whose_gate_is_shut_in_every_row_has_no_gradient():
     case = CASES["gated"]
     dictionary, u = filled(case.config), rows()
-    loss = forward(dictionary, case.config, u, moment()).loss
+    loss = forward(dictionary, case.config, Rows(u, u), moment()).loss
     by_name = grads_of(loss, dictionary)
     assert all(grad.abs().max() > 0 for grad in by_name.values())
     with torch.no_grad():
         dictionary.b_gate[4] = -100.0
-    shut = grads_of(forward(dictionary, case.config, u, moment()).loss, dictionary)
+    shut = grads_of(forward(dictionary, case.config, Rows(u, u), moment()).loss, dictionary)
     assert all(shut[n][4].abs().max() == 0 for n in ("b_gate", "b_mag", "r_mag", "enc_rows"))
