@@ -88,15 +88,58 @@ class Source:
     """As in Reading."""
     site: dict[str, str] = field(default_factory=dict)
     """As in Reading."""
+    checked_against: str = ""
+    """What the format's reader was compared with; no reader was run on released weights yet."""
 
 
-def assemble(reading: Reading, latents: slice | None = None) -> SparseAutoencoder:
-    """Make the autoencoder, or that of a slice of the latents.
+def selected(latents: int | slice | None, d_sae: int) -> slice:
+    """Return the latents that are asked for as a slice with both ends.
+
+    Raises:
+        DictionaryFormatError: If there are none among d_sae, or if they do not ascend.
+    """
+    chosen = slice(latents, latents + 1) if isinstance(latents, int) else latents or slice(None)
+    found = range(d_sae)[chosen]
+    is_outside = isinstance(latents, int) and not 0 <= latents < d_sae
+    if is_outside or not found or found.step < 1:
+        raise DictionaryFormatError(
+            f"latents must select ascending ones of 0 to {d_sae - 1}, got {latents}"
+        )
+    return slice(found.start, found.stop, found.step)
+
+
+def in_memory(weights: Weights, latents: int | slice | None = None) -> Weights:
+    """Take weights as they lie in a file, in their own dtype, into memory as fp32.
+
+    Args:
+        weights: Tensors that may be views of a mapped file; the others of the latents are not read.
+        latents: Which latents to take; all when absent.
+
+    Raises:
+        DictionaryFormatError: If a number is not finite, or for latents that are not there.
+    """
+    chosen = selected(latents, weights.d_sae)
+    taken = {}
+    for name, tensor in weights.tensors().items():
+        if latents is not None and name not in WHOLE and tensor.dim():
+            tensor = tensor[chosen].clone()
+        if not bool(tensor.isfinite().all()):
+            raise DictionaryFormatError(
+                f"the tensor of {name} must hold finite numbers, got NaN or infinity"
+            )
+        taken[name] = tensor.to(torch.float32)
+    return Weights(**taken)
+
+
+def assemble(reading: Reading, latents: int | slice | None = None) -> SparseAutoencoder:
+    """Make the autoencoder of what a reader hands over, which holds the chosen latents alone.
 
     Raises:
         DictionaryFormatError: If tensors, shapes and config do not fit each other.
     """
-    config, tensors = reading.config, reading.weights.tensors()
+    chosen = selected(latents, reading.config.d_sae)
+    config = narrowed(reading.config, len(range(reading.config.d_sae)[chosen]))
+    tensors = reading.weights.tensors()
     expected = {name: tuple(p.shape) for name, p in empty(config).state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
@@ -107,9 +150,6 @@ def assemble(reading: Reading, latents: slice | None = None) -> SparseAutoencode
                 f"{name} must be finite after folding, got NaN or infinity: a factor in the files "
                 "is out of all proportion"
             )
-    if latents is not None:
-        tensors = {name: _part(name, tensor, latents) for name, tensor in tensors.items()}
-        config = narrowed(config, len(tensors["dec_rows"]))
     dictionary = empty(config)
     dictionary.load_state_dict({n: t.contiguous() for n, t in tensors.items()}, assign=True)
     return dictionary.requires_grad_(True)
@@ -128,7 +168,3 @@ def narrowed(config: SAEConfig, d_sae: int) -> SAEConfig:
     if k > max(d_sae, 1):
         activation = replace(activation, k=max(d_sae, 1))  # pyright: ignore[reportCallIssue]
     return replace(config, d_sae=d_sae, activation=activation)
-
-
-def _part(name: str, tensor: Tensor, latents: slice) -> Tensor:
-    return tensor if name in WHOLE or tensor.dim() == 0 else tensor[latents].clone()

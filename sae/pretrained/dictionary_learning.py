@@ -8,12 +8,13 @@ from torch import Tensor
 
 from sae.architecture import Activation, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
 from sae.pretrained import folds
-from sae.pretrained.canonical import Reading, Weights
+from sae.pretrained.canonical import Reading, Weights, in_memory
 from sae.pretrained.errors import DictionaryFormatError
 from sae.pretrained.fields import Fields
-from sae.pretrained.files import Files, as_float32, expect_keys, expect_shape
+from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "dictionary_learning"
+CHECKED_AGAINST = "dictionary-learning 0.1 itself"
 CONFIG = "config.json"
 WEIGHTS = "ae.pt"
 LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
@@ -43,13 +44,19 @@ def read(files: Files) -> Reading:
             "norm is not folded; finish the run"
         )
     values = {name: torch.tensor(v) for name, v in content.values.items() if name == "k"}
-    raw = as_float32({**content.tensors, **values})
+    raw = {**content.tensors, **values}
     if kind == "AutoEncoder" and "decoder.bias" in raw:
         kind = "AutoEncoderNew"  # trainers of the second write the name of the first
     d_in, d_sae = cfg.whole("activation_dim"), cfg.whole("dict_size")
-    config, weights = READERS[kind](Given(cfg, raw, d_in, d_sae))
+    config, stored = READERS[kind](Given(cfg, raw, d_in, d_sae))
+    weights = in_memory(stored, files.latents)
+    done: list[str] = []
+    if kind == "JumpReluAutoEncoder":
+        weights = folds.threshold_of_relu(weights, done)
     site = cfg.texts(SITE) | whole.part("buffer", {}).texts(("io", "ctx_len", "d_submodule"))
-    return Reading(config=config, weights=weights, site={"dict_class": kind, **site})
+    return Reading(
+        config=config, weights=weights, folds=tuple(done), site={"dict_class": kind, **site}
+    )
 
 
 Read = tuple[SAEConfig, Weights]
@@ -130,8 +137,7 @@ def _gated(given: Given) -> Read:
 def _jump_relu(given: Given) -> Read:
     expect_keys(given.raw, PLAIN | {"threshold"}, WEIGHTS)
     weights = _with(_plain(given), given.raw["threshold"])
-    config = given.config(JumpReLU(), "none")
-    return config, folds.threshold_of_relu(weights)
+    return given.config(JumpReLU(), "none"), weights
 
 
 def _top_k(given: Given) -> Read:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from sae.pretrained.errors import DictionaryFormatError
+from sae.pretrained.errors import DictionaryFormatError, printable
 
 MOST = 1 << 28
 """No width of a dictionary is larger; products of two still fit into 64 bits."""
@@ -77,7 +77,7 @@ class Fields:
 
     def texts(self, keys: Iterable[str]) -> dict[str, str]:
         """Those of the keys that are there, as text: notes for a reader."""
-        return {key: str(self.record[key]) for key in keys if key in self}
+        return {key: printable(str(self.record[key]), 200) for key in keys if key in self}
 
     def _value(self, key: str, default: object) -> object:
         value = self.record.get(key)

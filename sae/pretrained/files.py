@@ -9,7 +9,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from sae.pretrained import npz, pickled
 from sae.pretrained.errors import DictionaryFormatError, one_line
 
 MAX_JSON_BYTES = 1 << 20
+MAX_LINE_BYTES = 1 << 16
 MAX_TENSORS = 64
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"}
 PICKLED = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
@@ -26,22 +26,40 @@ _HUB_SNAPSHOTS = "snapshots"
 class Files:
     """One dictionary's directory, or one file of it; whatever is read is hashed into `sha256`."""
 
-    def __init__(self, path: Path, *, allow_pt: bool = False, is_named: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        allow_pt: bool = False,
+        is_named: bool = False,
+        latents: int | slice | None = None,
+    ) -> None:
         """Take a directory, or one file.
 
         Args:
             path: Where the dictionary is.
             allow_pt: Pickled weights may be read, in a confined process.
             is_named: The user has named the format, so it need not be certain from the files.
+            latents: The latents that a reader takes into memory; all when absent.
         """
         self.path, self.allow_pt, self.is_named = path, allow_pt, is_named
+        self.latents = latents
         self.root = path if path.is_dir() else path.parent
-        self.sha256: dict[str, str] = {}
+        self._read: set[str] = set()
         self._pickled: dict[str, pickled.Content] = {}
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """File name -> SHA-256 of every file that was read; this reads them whole."""
+        return {name: _digest(self.root / name) for name in sorted(self._read)}
 
     def has(self, name: str) -> bool:
         """Say whether a file belongs to the dictionary."""
         return (self.path.is_dir() or self.path.name == name) and (self.root / name).is_file()
+
+    def has_beside(self, name: str) -> bool:
+        """Say whether a file lies in the directory, also where one of its files was given."""
+        return (self.root / name).is_file()
 
     def one_file(self) -> str:
         """The name of the file that was given, or of the one .pt file in the directory."""
@@ -58,7 +76,7 @@ class Files:
         return parse_json(data, str(self.root / name))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Read all tensors of a safetensors file, as they are stored."""
+        """Map all tensors of a safetensors file, as they are stored; nothing is read yet."""
         file = self._open(name)
         check_header(file)
         try:
@@ -69,24 +87,39 @@ class Files:
                 f"{file} must be a whole safetensors file, got: {one_line(error)}; copy it again"
             ) from error
 
+    def tensor_names(self, name: str) -> set[str]:
+        """The names in a safetensors file's header; none where there is no such file."""
+        return set(check_header(self._open(name))) if self.has(name) else set()
+
     def arrays(self, name: str) -> dict[str, Tensor]:
         """Read all arrays of an npz file; none may be pickled."""
         return npz.read(self._open(name))
 
-    def pickled(self, name: str) -> pickled.Content:
-        """Read the tensors and plain values of a .pt file, if the user allowed it."""
+    def pickled(self, name: str, start: int = 0) -> pickled.Content:
+        """Read the tensors and plain values of a .pt file from a byte on, if it was allowed."""
         if not self.allow_pt:
             raise DictionaryFormatError(
                 f"{self.root / name} must not be a pickled file, got one; pass allow_pt=True to "
                 "read it in a confined process, or convert it to safetensors"
             )
         if name not in self._pickled:
-            self._pickled[name] = pickled.read(self._open(name))
+            self._pickled[name] = pickled.read(self._open(name), start=start)
         return self._pickled[name]
+
+    def text(self, name: str) -> bytes:
+        """Read a text file of at most 1 MiB."""
+        return self._open(name, MAX_JSON_BYTES).read_bytes()
+
+    def first_line(self, name: str) -> bytes:
+        """Read the first line of a file with its end, at most 64 KiB of it."""
+        with self._open(name).open("rb") as stream:
+            return stream.readline(MAX_LINE_BYTES)
 
     def pickled_names(self) -> set[str]:
         """The tensors' names in a single .pt file; none where it is something else or forbidden."""
         if not self.allow_pt or self.path.is_dir() or self.path.suffix not in PICKLED:
+            return set()
+        if self.first_line(self.path.name).startswith(b"{"):  # saev's, a pickle after a line
             return set()
         return set(self.pickled(self.path.name).tensors)
 
@@ -99,9 +132,13 @@ class Files:
         size = file.stat().st_size
         if most is not None and size > most:
             raise DictionaryFormatError(f"{file} must have at most {most:,} bytes, got {size:,}")
-        with file.open("rb") as stream:
-            self.sha256[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        self._read.add(name)
         return file
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _contains(root: Path, file: Path) -> bool:
@@ -136,7 +173,7 @@ def _refuse(constant: str) -> object:
     raise ValueError(f"{constant} is not a JSON number")
 
 
-def check_header(file: Path) -> None:
+def check_header(file: Path) -> dict[str, object]:
     """Check a safetensors header before the library reads it; it accepts keys that stand twice."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -158,6 +195,7 @@ def check_header(file: Path) -> None:
             raise DictionaryFormatError(
                 f"{file} must hold tensors of {sorted(DTYPES)}, got {dtype!r} for {name!r}"
             )
+    return header
 
 
 def expect_keys(
@@ -173,18 +211,12 @@ def expect_keys(
 
 
 def expect_shape(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
-    """Require a shape."""
+    """Require a shape, and floating-point numbers."""
     if tuple(tensor.shape) != shape:
         raise DictionaryFormatError(
             f"the tensor {name} must have shape {shape}, got {tuple(tensor.shape)}"
         )
-
-
-def as_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors in fp32, and refuse numbers that are not finite."""
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise DictionaryFormatError(
-                f"the tensor {name} must hold finite numbers, got NaN or infinity"
-            )
-    return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    if not tensor.is_floating_point():
+        raise DictionaryFormatError(
+            f"the tensor {name} must hold floating-point numbers, got {tensor.dtype}"
+        )

@@ -70,9 +70,11 @@ def scales_scaling_latents(weights: Weights, s_in: float, s_out: float) -> Weigh
     )
 
 
-def threshold_of_relu(weights: Weights) -> Weights:
+def threshold_of_relu(weights: Weights, done: list[str]) -> Weights:
     """Turn relu(h) * [h > threshold] into h * [h > threshold]: thresholds below 0 become 0."""
     assert weights.threshold is not None
+    if float(weights.threshold.min()) < 0:
+        done.append("thresholds below 0 raised to 0")
     return replace(weights, threshold=weights.threshold.clamp_min(0))
 
 

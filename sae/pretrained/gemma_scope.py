@@ -1,15 +1,19 @@
 """Gemma Scope 1 (params.npz) and 2 (config.json and params.safetensors): JumpReLU, folded norms."""
 
+import re
+from pathlib import Path
+
 from torch import Tensor
 
 from sae.architecture import JumpReLU, SAEConfig
 from sae.pretrained import folds
-from sae.pretrained.canonical import Reading, Weights
+from sae.pretrained.canonical import Reading, Weights, in_memory
 from sae.pretrained.errors import DictionaryFormatError
 from sae.pretrained.fields import Fields
-from sae.pretrained.files import Files, as_float32, expect_keys, expect_shape
+from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "gemma_scope"
+CHECKED_AGAINST = "the published tutorials' code"
 ARRAYS = "params.npz"
 CONFIG = "config.json"
 WEIGHTS = "params.safetensors"
@@ -19,6 +23,13 @@ KEYS = {
     "hf_hook_point_in", "hf_hook_point_out", "width", "model_name", "architecture", "l0",
     "affine_connection", "type",
 }  # fmt: skip
+IN_PATH = {
+    "release": re.compile(r"(gemma-scope-[\w.-]+)"),
+    "layer": re.compile(r"/layer_(\d+)[/_]"),
+    "width": re.compile(r"[/_]width_(\d+[km])(?![^/_])"),
+    "average_l0": re.compile(r"/average_l0_(\d+)"),
+}
+WIDTH = re.compile(r"(\d+)([km])")
 SITE = ("model_name", "hf_hook_point_in", "hf_hook_point_out", "type", "l0")
 
 
@@ -38,9 +49,9 @@ def read(files: Files) -> Reading:
         raise DictionaryFormatError(f"{files.path} must hold {ARRAYS} or {WEIGHTS}, one of them")
     is_first = files.has(ARRAYS)
     raw = files.arrays(ARRAYS) if is_first else files.tensors(WEIGHTS)
-    raw = as_float32({_lower(name): tensor for name, tensor in raw.items()})
+    raw = {_lower(name): tensor for name, tensor in raw.items()}
     done = _drop_unit_factor(raw) if is_first else []
-    cfg = Fields({} if is_first or not files.has(CONFIG) else files.json(CONFIG), CONFIG)
+    cfg = Fields({} if is_first or not files.has_beside(CONFIG) else files.json(CONFIG), CONFIG)
     _check(cfg, raw)
     d_in, d_sae = raw["w_enc"].shape[0], len(raw["b_enc"])
     if not cfg.record and d_in == d_sae and not files.is_named:
@@ -48,18 +59,15 @@ def read(files: Files) -> Reading:
             f"w_enc must show its orientation by its shape, got {(d_in, d_sae)} and no {CONFIG}; "
             f"name the format by format={FORMAT!r} if rows are of d_in"
         )
-    if float(raw["threshold"].min()) < 0:
-        done.append("thresholds below 0 raised to 0")
-    weights = folds.threshold_of_relu(
-        Weights(
-            enc_rows=raw["w_enc"].T,
-            dec_rows=raw["w_dec"],
-            b_enc=raw["b_enc"],
-            b_dec=raw["b_dec"],
-            threshold=raw["threshold"],
-            skip_rows=raw[SKIP].T if SKIP in raw else None,
-        )
+    stored = Weights(
+        enc_rows=raw["w_enc"].T,
+        dec_rows=raw["w_dec"],
+        b_enc=raw["b_enc"],
+        b_dec=raw["b_dec"],
+        threshold=raw["threshold"],
+        skip_rows=raw[SKIP].T if SKIP in raw else None,
     )
+    weights = folds.threshold_of_relu(in_memory(stored, files.latents), done)
     config = SAEConfig(
         d_in=d_in,
         d_sae=d_sae,
@@ -68,7 +76,29 @@ def read(files: Files) -> Reading:
         b_in="none",
         skip=SKIP in raw,
     )
-    return Reading(config=config, weights=weights, folds=tuple(done), site=cfg.texts(SITE))
+    site = site_of(files.path, d_sae) | cfg.texts(SITE)
+    return Reading(config=config, weights=weights, folds=tuple(done), site=site)
+
+
+def site_of(path: Path, d_sae: int) -> dict[str, str]:
+    """What the path of the release says: release, layer, width and L0.
+
+    Raises:
+        DictionaryFormatError: If the width in the path is not that of the weights.
+    """
+    parts = path.absolute().as_posix()
+    found = {key: match[1] for key, p in IN_PATH.items() if (match := p.search(parts))}
+    width = WIDTH.fullmatch(found.get("width", ""))
+    if width and round(d_sae / (1 << {"k": 10, "m": 20}[width[2]])) not in _near(int(width[1])):
+        raise DictionaryFormatError(
+            f"the path must have the width of the weights, {d_sae:,}, got {found['width']}"
+        )
+    return found
+
+
+def _near(width: int) -> tuple[int, ...]:
+    """What 65k may be: 65,000 rounded from 65,536 is 64 * 1024."""
+    return width, round(width * 1000 / 1024)
 
 
 def _lower(name: str) -> str:

@@ -16,7 +16,8 @@ _WANTED = (
     "activation_scaler.json", "params.npz", "params.safetensors", "hyperparams.json",
     "checkpoints/final.safetensors",
 )  # fmt: skip
-_WANTED_PICKLED = ("ae.pt",)
+_WANTED_PICKLED = ("ae.pt", "weights.pt")
+_SETTINGS = ("config.json", "overcomplete.json", "config.yaml", "wandb-config.yaml")
 _FILE = re.compile(r"\.(npz|pt|pth|safetensors)$")
 _log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def located(path: str | Path, *, allow_pt: bool = False) -> Path:
     prefix = f"{address.subfolder}/" if address.subfolder else ""
     patterns = [prefix + name for name in names]
     if _FILE.search(address.subfolder):
-        patterns = [address.subfolder]
+        patterns = _of_one_file(address.subfolder)
     try:
         root = snapshot_download(address.repo, revision=address.revision, allow_patterns=patterns)
     except (OSError, ValueError) as error:
@@ -78,6 +79,13 @@ def located(path: str | Path, *, allow_pt: bool = False) -> Path:
             f"{path} must hold the files of a dictionary, got none of {patterns}"
         )
     return found
+
+
+def _of_one_file(name: str) -> list[str]:
+    """One file, and those beside it that tell how it is read."""
+    folder, _, file = name.rpartition("/")
+    others = [*_SETTINGS, file.replace("W_enc_", "W_dec_")]
+    return [name, *(f"{folder}/{other}".lstrip("/") for other in others if other != file)]
 
 
 def name_of(path: str | Path, where: Path) -> str:

@@ -8,12 +8,13 @@ import math
 
 from sae.architecture import JumpReLU, SAEConfig
 from sae.pretrained import folds
-from sae.pretrained.canonical import Reading, Weights
+from sae.pretrained.canonical import Reading, Weights, in_memory
 from sae.pretrained.errors import DictionaryFormatError
 from sae.pretrained.fields import Fields
-from sae.pretrained.files import Files, as_float32, expect_keys, expect_shape
+from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "llama_scope"
+CHECKED_AGAINST = "the authors' initialiser as published"
 CONFIG = "hyperparams.json"
 WEIGHTS = "checkpoints/final.safetensors"
 TENSORS = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}
@@ -42,18 +43,18 @@ def read(files: Files) -> Reading:
     if threshold < 0:
         raise DictionaryFormatError(f"jump_relu_threshold must be at least 0, got {threshold}")
     has_bias = cfg.flag("use_decoder_bias")
-    raw = as_float32(files.tensors(WEIGHTS))
+    raw = files.tensors(WEIGHTS)
     expect_keys(raw, TENSORS if has_bias else TENSORS - {"decoder.bias"}, WEIGHTS)
     shapes = {"encoder.weight": (d_sae, d), "decoder.weight": (d, d_sae), "decoder.bias": (d,)}
     for name, tensor in raw.items():
         expect_shape(tensor, shapes.get(name, (d_sae,)), name)
-    weights = Weights(
+    stored = Weights(
         enc_rows=raw["encoder.weight"],
         dec_rows=raw["decoder.weight"].T,
         b_enc=raw["encoder.bias"],
         b_dec=raw["decoder.bias"] if has_bias else raw["encoder.bias"].new_zeros(d),
     )
-    weights, done = _folded(cfg, weights)
+    weights, done = _folded(cfg, in_memory(stored, files.latents))
     weights = folds.one_threshold_for_all(weights, threshold)
     config = SAEConfig(d_in=d, d_sae=d_sae, activation=JumpReLU(), b_in="none")
     return Reading(config=config, weights=weights, folds=done, site=cfg.texts(SITE))

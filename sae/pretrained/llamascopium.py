@@ -1,17 +1,19 @@
 """Llamascopium (OpenMOSS, current): config.json and sae_weights.safetensors with W_E and W_D."""
 
 import math
+from dataclasses import replace
 
 from torch import Tensor
 
 from sae.architecture import Activation, JumpReLU, ReLU, SAEConfig, TopK
 from sae.pretrained import folds
-from sae.pretrained.canonical import Reading, Weights
+from sae.pretrained.canonical import Reading, Weights, in_memory
 from sae.pretrained.errors import DictionaryFormatError
 from sae.pretrained.fields import Fields
-from sae.pretrained.files import Files, as_float32, expect_keys, expect_shape
+from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "llamascopium"
+CHECKED_AGAINST = "the published code"
 CONFIG = "config.json"
 WEIGHTS = "sae_weights.safetensors"
 NORM = "dataset_average_activation_norm."
@@ -22,7 +24,7 @@ NORMS = ("dataset-wise", "token-wise", "inference")
 
 def fits(files: Files) -> bool:
     """Whether the files are there."""
-    return files.has(CONFIG) and files.has(WEIGHTS)
+    return files.has(CONFIG) and "W_E" in files.tensor_names(WEIGHTS)
 
 
 def read(files: Files) -> Reading:
@@ -33,8 +35,12 @@ def read(files: Files) -> Reading:
             threshold in the file; for a JumpReLU whose norm was folded, because its thresholds
             were not; for gated linear encoders and other types than 'sae'.
     """
-    cfg = Fields(files.json(CONFIG), CONFIG)
-    cfg.word("sae_type", ("sae",))
+    return reading(Fields(files.json(CONFIG), CONFIG), files.tensors(WEIGHTS), files)
+
+
+def reading(cfg: Fields, raw: dict[str, Tensor], files: Files) -> Reading:
+    """Read from a config and tensors under the names of this format."""
+    cfg.word("sae_type", ("sae",), "sae")
     for key in ("use_glu_encoder", "apply_decoder_bias_to_pre_encoder"):
         if cfg.flag(key, False):
             raise DictionaryFormatError(
@@ -47,13 +53,14 @@ def read(files: Files) -> Reading:
             "norm_activation must not be 'inference' for act_fn 'jumprelu', got it: the norm was "
             "folded without the thresholds; take the file from before"
         )
-    raw = as_float32(files.tensors(WEIGHTS))
     norms = {name[len(NORM) :]: raw.pop(name) for name in list(raw) if name.startswith(NORM)}
-    weights = _weights(cfg, raw, act_fn)
+    weights = in_memory(_weights(cfg, raw, act_fn), files.latents)
+    if weights.threshold is not None:
+        weights = replace(weights, threshold=folds.exp(weights.threshold))
     s_in, s_out = _scales(cfg, norm, norms, weights)
     config = SAEConfig(
         d_in=weights.d_in,
-        d_sae=weights.d_sae,
+        d_sae=_d_sae(cfg),
         d_out=None if weights.d_out == weights.d_in else weights.d_out,
         activation=_activation(cfg, act_fn),
         b_in="none",
@@ -68,7 +75,7 @@ def read(files: Files) -> Reading:
 def _weights(cfg: Fields, raw: dict[str, Tensor], act_fn: str) -> Weights:
     """The tensors in our orientation: W_E is stored as (d_in, d_sae), W_D as (d_sae, d_out)."""
     d_in = cfg.whole("d_model")
-    d_sae = int(d_in * cfg.number("expansion_factor"))
+    d_sae = _d_sae(cfg)
     has_bias = cfg.flag("use_decoder_bias")
     wanted = {"W_E", "b_E", "W_D"} | ({"b_D"} if has_bias else set())
     expect_keys(raw, wanted | ({THRESHOLD} if act_fn == "jumprelu" else set()), WEIGHTS)
@@ -81,8 +88,12 @@ def _weights(cfg: Fields, raw: dict[str, Tensor], act_fn: str) -> Weights:
         dec_rows=raw["W_D"],
         b_enc=raw["b_E"],
         b_dec=raw["b_D"] if has_bias else raw["W_D"].new_zeros(d_out),
-        threshold=folds.exp(raw[THRESHOLD]) if act_fn == "jumprelu" else None,
+        threshold=raw[THRESHOLD] if act_fn == "jumprelu" else None,  # its logarithm, as yet
     )
+
+
+def _d_sae(cfg: Fields) -> int:
+    return int(cfg.whole("d_model") * cfg.number("expansion_factor"))
 
 
 def _activation(cfg: Fields, act_fn: str) -> Activation:

@@ -3,12 +3,13 @@
 from torch import Tensor
 
 from sae.architecture import ReLU, SAEConfig, TopK
-from sae.pretrained.canonical import Reading, Weights
+from sae.pretrained.canonical import Reading, Weights, in_memory
 from sae.pretrained.errors import DictionaryFormatError
 from sae.pretrained.fields import Fields
-from sae.pretrained.files import Files, as_float32, expect_keys, expect_shape
+from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "openai"
+CHECKED_AGAINST = "the published code"
 TENSORS = {"pre_bias", "encoder.weight", "latent_bias", "decoder.weight"}
 STATISTICS = frozenset({
     "stats_last_nonzero",
@@ -32,8 +33,7 @@ def read(files: Files) -> Reading:
     """
     name = files.one_file()
     content = files.pickled(name)
-    tensors = {n: t for n, t in content.tensors.items() if n not in K_KEYS and n not in STATISTICS}
-    raw = as_float32(tensors)
+    raw = {n: t for n, t in content.tensors.items() if n not in K_KEYS and n not in STATISTICS}
     expect_keys(raw, TENSORS, name)
     d_sae, d_in = _sizes(raw)
     stored = {n: int(t) for n, t in content.tensors.items() if n in K_KEYS}
@@ -45,12 +45,13 @@ def read(files: Files) -> Reading:
         b_in="b_dec",
         input_norm="layer_norm" if isinstance(activation, TopK) else "none",
     )
-    weights = Weights(
+    stored = Weights(
         enc_rows=raw["encoder.weight"],
         dec_rows=raw["decoder.weight"].T,
         b_enc=raw["latent_bias"],
         b_dec=raw["pre_bias"],
     )
+    weights = in_memory(stored, files.latents)
     site = {"model": "gpt2", "layer": files.path.stem}
     return Reading(config=config, weights=weights, site=site)
 

@@ -20,12 +20,13 @@ from sae.architecture import (
     Slice,
 )
 from sae.autoencoder import SparseAutoencoder
-from sae.pretrained.canonical import Reading, Weights, empty
+from sae.pretrained.canonical import Reading, Weights, empty, in_memory
 from sae.pretrained.errors import DictionaryFormatError
 from sae.pretrained.fields import Fields
 from sae.pretrained.files import Files
 
 FORMAT = "monosema"
+CHECKED_AGAINST = "itself"
 FORMAT_VERSION = 1
 WEIGHTS = "sae.safetensors"
 CONFIG = "config.json"
@@ -83,11 +84,11 @@ def read(files: Files) -> Reading:
     if found != expected:
         raise DictionaryFormatError(f"{where} must hold {expected} (from {CONFIG}), got {found}")
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
+        if tensor.dtype != torch.float32:
             raise DictionaryFormatError(
-                f"{where} must hold finite float32 numbers, got others in {name!r}"
+                f"{where} must hold float32 numbers, got {tensor.dtype} in {name!r}"
             )
-    return Reading(config=config, weights=Weights(**tensors))
+    return Reading(config=config, weights=in_memory(Weights(**tensors), files.latents))
 
 
 def _config(files: Files) -> SAEConfig:

@@ -25,8 +25,8 @@ class Content(NamedTuple):
     """Numbers, texts and None; of anything else the name of its type, in angle brackets."""
 
 
-def read(path: Path) -> Content:
-    """Read a .pt file with weights_only in a confined process.
+def read(path: Path, start: int = 0) -> Content:
+    """Read a .pt file, or what follows its first `start` bytes, in a confined process.
 
     The process has no file or socket that it could open, a limit of memory, time and file size, and
     hands back a safetensors file.
@@ -37,7 +37,7 @@ def read(path: Path) -> Content:
     size = path.stat().st_size
     with tempfile.TemporaryDirectory(prefix="monosema-") as folder:
         target = Path(folder) / "weights.safetensors"
-        error = convert(path, target, SECONDS + SECONDS_PER_GIB * size / 2**30)
+        error = convert(path, target, SECONDS + SECONDS_PER_GIB * size / 2**30, start)
         if error:
             raise DictionaryFormatError(
                 f"{path} must hold tensors and plain values alone, got: {error}"
@@ -48,9 +48,9 @@ def read(path: Path) -> Content:
     return Content(tensors, values)
 
 
-def convert(path: Path, target: Path, seconds: float) -> str | None:
+def convert(path: Path, target: Path, seconds: float, start: int = 0) -> str | None:
     """Run the confined process; return what went wrong in one line, or None."""
-    command = [sys.executable, "-P", pickled_child.__file__, str(path), str(target)]
+    command = [sys.executable, "-P", pickled_child.__file__, str(path), str(target), str(start)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds, check=False, cwd=target.parent

@@ -21,8 +21,8 @@ MAX_DEPTH = 4
 GIB = 1 << 30
 
 
-def main(source_path: str, target_path: str) -> None:
-    """Convert one file.
+def main(source_path: str, target_path: str, start: str) -> None:
+    """Convert one file, or what follows its first `start` bytes.
 
     Raises:
         ValueError: If it holds something else than tensors and plain values.
@@ -31,10 +31,11 @@ def main(source_path: str, target_path: str) -> None:
         size = os.fstat(source.fileno()).st_size
         _warm_up()
         _confine(size)
-        target.write(convert(source, size))
+        source.seek(int(start))
+        target.write(convert(io.BytesIO(source.read()) if int(start) else source, size))
 
 
-def convert(source: IO[bytes], size: int) -> bytes:
+def convert(source: IO[bytes] | io.BytesIO, size: int) -> bytes:
     """Return the safetensors file of what a .pt file of `size` bytes holds."""
     content = torch.load(source, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping):

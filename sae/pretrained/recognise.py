@@ -8,27 +8,35 @@ import torch
 
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained import (
+    circuit_tracer,
     dictionary_learning,
     gemma_scope,
+    gemma_scope_layer,
     goodfire,
     hub,
     llama_scope,
+    llama_scope_r1,
     llamascopium,
+    msae,
     openai,
+    overcomplete,
     own,
     qwen_scope,
     saelens,
+    saev,
     sparsify,
+    vit_prisma,
 )
-from sae.pretrained.canonical import Source, assemble
+from sae.pretrained.canonical import Reading, Source, assemble
 from sae.pretrained.errors import DictionaryFormatError
 from sae.pretrained.files import PICKLED, Files
 
 FORMATS: dict[str, ModuleType] = {
     module.FORMAT: module
     for module in (
-        own, saelens, gemma_scope, sparsify, dictionary_learning, openai, llama_scope,
-        llamascopium, goodfire, qwen_scope,
+        own, saelens, gemma_scope, gemma_scope_layer, sparsify, dictionary_learning, openai,
+        llama_scope, llama_scope_r1, llamascopium, goodfire, qwen_scope, circuit_tracer,
+        vit_prisma, saev, overcomplete, msae,
     )
 }  # fmt: skip
 """Name -> the module that reads it; each has `fits(files)` and `read(files)`."""
@@ -48,7 +56,7 @@ def load(
     format: str | None = None,
     allow_pt: bool = False,
     device: str | torch.device | None = None,
-    latents: slice | None = None,
+    latents: int | slice | None = None,
 ) -> SparseAutoencoder:
     """Load a dictionary into the one canonical form, in fp32.
 
@@ -58,15 +66,17 @@ def load(
         format: Name the format instead of recognising it; one of the keys of `FORMATS`.
         allow_pt: Permit pickled weights; they are read by a confined process.
         device: Where the weights go; the CPU when absent.
-        latents: Keep this slice of the latents only. Under TopK its rows then compete among
-            themselves alone, so use it to look at directions, not to encode.
+        latents: Take one latent or a slice of them; of a safetensors file only their rows are
+            read. Under TopK they then compete among themselves alone, so use it to look at
+            directions, not to encode.
 
     Raises:
         FileNotFoundError: If there is nothing at the path.
         DictionaryFormatError: If it is not a whole dictionary of a known format, or if it can be
             read in two ways.
     """
-    return load_with_source(path, format, allow_pt, device, latents).dictionary
+    files, found = _found(path, format, allow_pt, latents)
+    return _assembled(files, found)[0].to(device)
 
 
 def load_with_source(
@@ -74,15 +84,35 @@ def load_with_source(
     format: str | None = None,
     allow_pt: bool = False,
     device: str | torch.device | None = None,
-    latents: slice | None = None,
+    latents: int | slice | None = None,
 ) -> Loaded:
     """Load a dictionary as `load` does, and say what it was read from and what was folded."""
+    files, found = _found(path, format, allow_pt, latents)
+    dictionary, reading = _assembled(files, found)
+    source = Source(
+        source_format=found,
+        source_path=hub.name_of(path, files.path),
+        source_sha256=files.sha256,
+        folds_applied=reading.folds,
+        site=reading.site,
+        checked_against=FORMATS[found].CHECKED_AGAINST,
+    )
+    return Loaded(dictionary.to(device), source)
+
+
+def _found(
+    path: str | Path, format: str | None, allow_pt: bool, latents: int | slice | None
+) -> tuple[Files, str]:
     where = hub.located(path, allow_pt=allow_pt)
-    files = Files(where, allow_pt=allow_pt, is_named=format is not None)
-    found = _named(format) if format else _recognised(files)
+    files = Files(where, allow_pt=allow_pt, is_named=format is not None, latents=latents)
+    return files, _named(format) if format else _recognised(files)
+
+
+def _assembled(files: Files, found: str) -> tuple[SparseAutoencoder, Reading]:
+    where = files.path
     try:
         reading = FORMATS[found].read(files)
-        dictionary = assemble(reading, latents)
+        return assemble(reading, files.latents), reading
     except DictionaryFormatError as error:
         at = "" if str(where) in str(error) else f"{where}, read as {found}: "
         raise DictionaryFormatError(f"{at}{error}") from error
@@ -90,14 +120,6 @@ def load_with_source(
         raise DictionaryFormatError(
             f"{where} must describe a dictionary of format {found}, got: {error}"
         ) from error
-    source = Source(
-        source_format=found,
-        source_path=hub.name_of(path, where),
-        source_sha256=files.sha256,
-        folds_applied=reading.folds,
-        site=reading.site,
-    )
-    return Loaded(dictionary.to(device), source)
 
 
 def _named(format: str) -> str:

@@ -6,12 +6,13 @@ from torch import Tensor
 
 from sae.architecture import Activation, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
 from sae.pretrained import folds
-from sae.pretrained.canonical import Reading, Weights
+from sae.pretrained.canonical import Reading, Weights, in_memory
 from sae.pretrained.errors import DictionaryFormatError
 from sae.pretrained.fields import Fields
-from sae.pretrained.files import Files, as_float32, expect_keys, expect_shape
+from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "saelens"
+CHECKED_AGAINST = "sae-lens 6.54 itself"
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
@@ -31,6 +32,12 @@ TENSORS = {
     "matryoshka_batchtopk": BASE | {"topk_threshold"},
 }
 """Architecture -> its tensors."""
+REFUSED = {
+    "temporal": "its encoder attends to other positions",
+    "matching_pursuit": "its encoder is a loop, not one product",
+    "abstopk": "its latents have signs",
+}
+"""Architectures that have no form here, and why."""
 LEGACY = ("standard", "topk", "jumprelu", "gated")
 KEYS = {
     "architecture", "d_in", "d_sae", "d_out", "dtype", "device", "apply_b_dec_to_input",
@@ -69,20 +76,28 @@ def read(files: Files) -> Reading:
     cfg = Fields(_modern(cfg), CONFIG) if is_legacy else cfg
     if not is_legacy:
         cfg.only(KEYS | TRAINING_KEYS)
+    if reason := REFUSED.get(cfg.word("architecture")):
+        raise DictionaryFormatError(
+            f"architecture must be one of {list(TENSORS)}, got {cfg.word('architecture')!r}: "
+            f"{reason}"
+        )
     architecture = cfg.word("architecture", TENSORS)
     if is_legacy and architecture not in LEGACY:
         raise DictionaryFormatError(
             f"architecture must be one of {list(LEGACY)} before SAELens 6, got {architecture!r}"
         )
-    raw = as_float32(files.tensors(WEIGHTS))
+    raw = files.tensors(WEIGHTS)
     done = _drop_unit_factor(raw) if is_legacy else []
+    if "log_threshold" in raw and "threshold" not in raw:  # checkpoints of training before 6.48
+        raw["threshold"] = raw.pop("log_threshold").double().exp()
+        done.append("thresholds taken from their logarithms")
     expect_keys(raw, TENSORS[architecture], WEIGHTS)
-    weights = _weights(cfg, raw)
+    weights = in_memory(_weights(cfg, raw), files.latents)
     scale = _input_scale(cfg, files)
     weights, activation = _activation(cfg, architecture, raw, weights, done)
     config = SAEConfig(
         d_in=weights.d_in,
-        d_sae=weights.d_sae,
+        d_sae=cfg.whole("d_sae"),
         d_out=None if weights.d_out == weights.d_in else weights.d_out,
         activation=activation,
         b_in="b_dec" if _is_centred(cfg, architecture) else "none",
@@ -160,8 +175,7 @@ def _activation(
 ) -> tuple[Weights, Activation]:
     if architecture not in ("topk", "batchtopk", "matryoshka_batchtopk"):
         if weights.threshold is not None:
-            done.append("thresholds below 0 raised to 0") if weights.threshold.min() < 0 else None
-            return folds.threshold_of_relu(weights), JumpReLU()
+            return folds.threshold_of_relu(weights, done), JumpReLU()
         return weights, Gated() if architecture == "gated" else ReLU()
     if cfg.flag("rescale_acts_by_decoder_norm", False):
         done.append("decoder norms, by which the activation gates, moved into the encoder")
@@ -176,7 +190,7 @@ def _activation(
         )
     # k may be a fraction: the mean number of latents per row; it plays no part after training
     k = max(round(cfg.number("k")), 1)
-    return replace(weights, threshold=threshold), BatchTopK(k=k)
+    return replace(weights, threshold=threshold.float()), BatchTopK(k=k)
 
 
 def _is_centred(cfg: Fields, architecture: str) -> bool:

@@ -1,12 +1,13 @@
 """sparsify (EleutherAI): cfg.json and sae.safetensors; TopK, SAEs and skip transcoders."""
 
 from sae.architecture import SAEConfig, TopK
-from sae.pretrained.canonical import Reading, Weights
+from sae.pretrained.canonical import Reading, Weights, in_memory
 from sae.pretrained.errors import DictionaryFormatError
 from sae.pretrained.fields import Fields
-from sae.pretrained.files import Files, as_float32, expect_keys, expect_shape
+from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "sparsify"
+CHECKED_AGAINST = "eai-sparsify 1.3 itself"
 CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"
 TENSORS = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
@@ -37,18 +38,19 @@ def read(files: Files) -> Reading:
     d_in, k = cfg.whole("d_in"), cfg.whole("k")
     d_sae = cfg.whole("num_latents", 0, least=0) or d_in * cfg.whole("expansion_factor")
     is_transcoder, has_skip = cfg.flag("transcode", False), cfg.flag("skip_connection", False)
-    raw = as_float32(files.tensors(WEIGHTS))
+    raw = files.tensors(WEIGHTS)
     expect_keys(raw, TENSORS | ({"W_skip"} if has_skip else set()), WEIGHTS)
     shapes = {"encoder.bias": (d_sae,), "b_dec": (d_in,), "W_skip": (d_in, d_in)}
     for name, tensor in raw.items():
         expect_shape(tensor, shapes.get(name, (d_sae, d_in)), name)
-    weights = Weights(
+    stored = Weights(
         enc_rows=raw["encoder.weight"],
         dec_rows=raw["W_dec"],
         b_enc=raw["encoder.bias"],
         b_dec=raw["b_dec"],
         skip_rows=raw.get("W_skip"),
     )
+    weights = in_memory(stored, files.latents)
     config = SAEConfig(
         d_in=d_in,
         d_sae=d_sae,

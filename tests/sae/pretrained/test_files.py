@@ -87,7 +87,7 @@ def test_numbers_that_are_not_finite(directory, make, peer):
         given = make(**{"encoder.weight": (F, D), "encoder.bias": F, "W_dec": (F, D), "b_dec": D})
         given["W_dec"][5, 2] = bad
         peer.tensors(directory / "sae.safetensors", given)
-        refused(directory, "W_dec must hold finite numbers")
+        refused(directory, "dec_rows must hold finite numbers")
 
 
 @pytest.mark.parametrize(

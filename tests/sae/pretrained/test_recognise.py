@@ -1,6 +1,7 @@
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sae
@@ -95,7 +96,9 @@ def test_a_file_of_the_hub(fake_hub, make, peer):
     peer.pt(root / "a" / "model.pth", make(b=3))
     with pytest.raises(DictionaryFormatError, match="pass allow_pt=True"):
         sae.load("org/name/a/model.pth@main")
-    assert asked == [("org/name", "main", ["a/model.pth"])]
+    repo, revision, patterns = asked[0]
+    assert (repo, revision, patterns[:2]) == ("org/name", "main", ["a/model.pth", "a/config.json"])
+    assert not any("*" in pattern for pattern in patterns)
 
 
 def test_the_hub_s_refusals_are_one_line(fake_hub, monkeypatch):
@@ -129,3 +132,50 @@ def test_a_path_is_never_taken_for_a_repository(fake_hub):
 def test_the_weights_can_be_trained_on(tmp_path):
     sae.save(SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, activation=ReLU())), tmp_path)
     assert all(p.requires_grad for p in sae.load(tmp_path).parameters())
+
+
+def read_so_far() -> int:
+    """Bytes that this process allocated for tensors' data at most, by the counter of the kernel."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+def test_one_latent_is_read_without_the_others(tmp_path, peer):
+    d, f = 256, 32768
+    given = {
+        "W_enc": np.zeros((d, f), np.float32), "W_dec": np.zeros((f, d), np.float32),
+        "b_enc": np.zeros(f, np.float32), "b_dec": np.zeros(d, np.float32),
+    }  # fmt: skip
+    given["W_dec"][4099], given["W_enc"][:, 4099] = 3, 5
+    record = {"architecture": "standard", "d_in": d, "d_sae": f, "apply_b_dec_to_input": True}
+    record |= {"normalize_activations": "none", "metadata": {"sae_lens_version": "6.18.0"}}
+    peer.write(tmp_path / "cfg.json", record)
+    peer.tensors(tmp_path / "sae_weights.safetensors", given)
+    del given
+    sae.load(tmp_path, latents=7)
+    before = read_so_far()
+    one = sae.load(tmp_path, latents=4099)
+    assert read_so_far() - before < 4 << 20  # the weights have 64 MiB
+    assert (one.W_dec == 3).all()
+    assert (one.W_enc == 5).all()
+    assert one.W_dec.shape == (1, d)
+
+
+@pytest.mark.parametrize("latents", [F, -1, slice(9, 3), slice(F, None), slice(None, None, -1)])
+def test_latents_that_are_not_there(tmp_path, make, peer, latents):
+    with pytest.raises(
+        DictionaryFormatError, match="latents must select ascending ones of 0 to 22"
+    ):
+        sae.load(sparsify(tmp_path, make, peer), latents=latents)
+
+
+@pytest.mark.parametrize("latents", [0, F - 1, slice(3), slice(-4, None), slice(1, 20, 3)])
+def test_latents_of_every_kind_of_choice(tmp_path, make, peer, latents):
+    path = sparsify(tmp_path, make, peer)
+    rows = range(F)[latents]
+    rows = [rows] if isinstance(rows, int) else list(rows)
+    whole, part = sae.load(path), sae.load(path, latents=latents)
+    for name in ("enc_rows", "dec_rows", "b_enc"):
+        assert (getattr(part, name) == getattr(whole, name)[rows]).all()
+    assert (part.b_dec == whole.b_dec).all()
+    assert part.config.activation.k == min(3, len(rows))

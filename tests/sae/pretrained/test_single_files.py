@@ -63,7 +63,7 @@ def test_openai(tmp_path, make, peer, rows, agree, others, k, d_sae):
         ({"activation": "TopK", "activation.k": 2, "activation.postact_fn": "Identity"}, "one of"),
         ({"new": 3}, r"known keys, got \['new'\]"),
         ({"odd": np.zeros(3, np.float32)}, r"unknown \['odd'\]"),
-        ({"latent_bias": np.full(F, np.nan, np.float32)}, "latent_bias must hold finite"),
+        ({"latent_bias": np.full(F, np.nan, np.float32)}, "b_enc must hold finite"),
         ({"decoder.weight": np.zeros((F, D), np.float32)}, r"decoder\.weight must have shape"),
     ],
 )
