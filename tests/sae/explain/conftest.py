@@ -12,6 +12,7 @@ from torch import Tensor
 from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.codes import Codes
+from sae.explain.windows import LatentWindows, Window
 from sae.explain.words import RowText
 
 HOOK = "model.layers.3:out"
@@ -186,3 +187,37 @@ def planted() -> Planted:
 
 def _letters(number: int) -> str:
     return "".join(chr(ord("a") + int(digit)) for digit in str(number))
+
+
+def topic(latent: int) -> str:
+    return "topic" + "".join(chr(ord("a") + int(digit)) for digit in str(latent))
+
+
+def planted_latent(latent: int, n: int = 24, width: int = 7) -> LatentWindows:
+    """A latent that fires on one word, at the strengths of its steps, and on nothing else."""
+    made = np.random.default_rng(latent)
+
+    def window(number: int, source: str) -> Window:
+        tokens = [f" w{made.integers(0, 97)}" for _ in range(width)]
+        acts = [0.0] * width
+        bucket, place = -1, int(made.integers(0, width))
+        if source == "active":
+            bucket = number % 5
+            tokens[place] = " " + topic(latent)
+            acts[place] = 1.0 + bucket
+        return Window(number, 0, tuple(tokens), tuple(acts), source, bucket, 0.5)
+
+    sources = ["active"] * n + ["random", "lexical", "similar", "weak"] * (n // 4)
+    windows = [window(number, source) for number, source in enumerate(sources)]
+    splits = [[w for w in windows if w.example // 4 % 2 == split] for split in (0, 1)]
+    return LatentWindows(latent, 5.0, 0.01, *map(tuple, splits))
+
+
+@pytest.fixture(scope="session")
+def latent_of() -> Callable[..., LatentWindows]:
+    return planted_latent
+
+
+@pytest.fixture(scope="session")
+def topic_of() -> Callable[[int], str]:
+    return topic

@@ -1,0 +1,200 @@
+"""Who answers a scorer's questions: a language model by prompts, or a rule that is executed."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+from sae.explain.llm.caller import Caller
+from sae.explain.llm.chat import CallFailedError, Message, Request
+from sae.explain.llm.corpus_text import NOTE, Item, escape, items_text, read_items, unescape
+from sae.explain.llm.readers import read_numbers
+
+Task = Literal["detection", "fuzzing", "simulation", "rubric", "intruder"]
+"""What is asked about a list of items."""
+
+
+class _Prompt(NamedTuple):
+    version: int
+    question: str
+    low: int
+    high: int
+    tokens_per_answer: int = 3
+
+
+_PROMPTS: Mapping[Task, _Prompt] = {
+    "detection": _Prompt(1, "Which of the numbered texts contain what the label describes? "
+        "Answer with a JSON list of {n} numbers, 1 for a text that does and 0 for one that does "
+        "not, in the order of the texts.", 0, 1),
+    "fuzzing": _Prompt(1, "In each numbered text some words are marked <<so>>. In which texts are "
+        "the marked words what the label describes? Answer with a JSON list of {n} numbers, 1 "
+        "where they are and 0 where they are not, in the order of the texts.", 0, 1),
+    "simulation": _Prompt(1, "The numbered lines are the {n} tokens of one text. A neuron responds "
+        "to what the label describes. Answer with a JSON list of {n} integers from 0 to 10, how "
+        "strongly it responds to each token, in their order.", 0, 10, 4),
+    "rubric": _Prompt(1, "Grade how well the label fits each numbered text, in which the strongest "
+        "response is marked <<so>>. 0: unrelated to all of the text. 1: related, but not near the "
+        "marked words, or only vaguely. 2: loosely related to the marked words, or related to what "
+        "is near them. 3: it cleanly identifies the marked words. Answer with a JSON list of {n} "
+        "integers, in the order of the texts.", 0, 3),
+    "intruder": _Prompt(1, "In all numbered texts but one the marked words <<so>> have something "
+        "in common. Answer with a JSON list of one number: the number of the text that does not "
+        "belong to the others.", 1, 0),
+}  # fmt: skip
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Answers questions about items."""
+
+    async def answer(self, task: Task, explanation: str, items: Sequence[Item]) -> list[float]:
+        """One number per item; for "intruder" the number of one item, from 1.
+
+        Raises:
+            CallFailedError: If there is no usable answer.
+        """
+        ...
+
+
+def question(task: Task, explanation: str, items: Sequence[Item]) -> Request:
+    """The request that a judge of flesh and weights would get."""
+    prompt = _PROMPTS[task]
+    system = prompt.question.format(n=len(items)) + " " + NOTE
+    label = f"Label: {escape(explanation)}\n\n" if explanation else ""
+    n_answers = 1 if task == "intruder" else len(items)
+    return Request(
+        prompt=f"{task}/{prompt.version}",
+        messages=(Message("system", system), Message("user", label + items_text(items))),
+        max_tokens=48 + prompt.tokens_per_answer * n_answers,
+    )
+
+
+def read_question(request: Request) -> tuple[str, str, list[Item]]:
+    """Task, label and items of a request: the inverse of `question`, whatever the texts hold."""
+    text = request.messages[-1].content
+    first = text.split("\n", 1)[0]
+    label = unescape(first.removeprefix("Label: ")) if first.startswith("Label: ") else ""
+    return request.prompt.split("/", 1)[0], label, read_items(text)
+
+
+class LLMJudge:
+    """A language model that is asked by prompts."""
+
+    def __init__(self, caller: Caller) -> None:
+        """Keep the caller."""
+        self._caller = caller
+
+    async def answer(self, task: Task, explanation: str, items: Sequence[Item]) -> list[float]:
+        """Ask and read."""
+        low, high = _PROMPTS[task].low, _PROMPTS[task].high
+        reader = read_numbers(len(items), low, high)
+        if task == "intruder":
+            reader = read_numbers(1, 1, len(items))
+        return await self._caller.ask(question(task, explanation, items), reader)
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """An executable explanation: how strongly it expects a latent to fire on each piece of text."""
+
+    def __call__(self, pieces: Sequence[str]) -> list[float]:
+        """Strengths from 0 to 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class WordRule:
+    """Fires on listed words, or on what follows them; pieces of one word share its strength."""
+
+    weights: Mapping[str, float]
+    """Strength of each word, in lower case; the largest counts as 1."""
+    previous: bool = False
+    """Whether the word before is looked up instead."""
+
+    def __call__(self, pieces: Sequence[str]) -> list[float]:
+        """Strengths from 0 to 1."""
+        top = max(self.weights.values(), default=0.0) or 1.0
+        words, of_piece = _words(pieces)
+        strength = [self.weights.get(word, 0.0) / top for word in words]
+        if self.previous:
+            strength = [0.0, *strength[:-1]]
+        return [strength[index] for index in of_piece]
+
+
+def _words(pieces: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The words that pieces make together, as `words.join_words` does, and the word of each."""
+    words: list[str] = []
+    of_piece: list[int] = []
+    before = ""
+    for piece in pieces:
+        if words and piece[:1].isalnum() and before[-1:].isalnum():
+            words[-1] += piece.strip().lower()
+        else:
+            words.append(piece.strip().lower() or piece)
+        of_piece.append(len(words) - 1)
+        before = piece
+    return words, of_piece
+
+
+class RuleJudge:
+    """Answers by executing a rule, so every scorer runs without a model."""
+
+    def __init__(self, rule: Rule) -> None:
+        """Keep the rule."""
+        self._rule = rule
+
+    async def answer(
+        self,
+        task: Task,
+        explanation: str,  # noqa: ARG002
+        items: Sequence[Item],
+    ) -> list[float]:
+        """Execute; the explanation's words are not looked at."""
+        return self.decide(task, items)
+
+    def decide(self, task: str, items: Sequence[Item]) -> list[float]:
+        """The same without waiting.
+
+        Raises:
+            CallFailedError: If the task is not one of these.
+        """
+        if task == "simulation":
+            return [10.0 * strength for strength in self._rule([item.text for item in items])]
+        found = [self._found(item) for item in items]
+        match task:
+            case "detection":
+                return [float(any(strength > 0.0 for strength, _ in words)) for words in found]
+            case "fuzzing":
+                return [float(_marked(words)) for words in found]
+            case "rubric":
+                return [_grade(words) for words in found]
+            case "intruder":
+                wrong = [number for number, words in enumerate(found, 1) if not _marked(words)]
+                return [float(wrong[0] if wrong else 1)]
+            case _:
+                raise CallFailedError("request", f"a rule cannot do {task}")
+
+    def _found(self, item: Item) -> list[tuple[float, bool]]:
+        """Strength and mark of each piece."""
+        pieces = [
+            (piece, span.marked)
+            for span in item.spans
+            for piece in re.findall(r"\s*\w+|\s*[^\w\s]", span.text)
+        ]
+        strengths = self._rule([piece for piece, _ in pieces])
+        return [(s, marked) for s, (_, marked) in zip(strengths, pieces, strict=True)]
+
+
+def _marked(words: list[tuple[float, bool]]) -> bool:
+    return any(strength > 0.0 and marked for strength, marked in words)
+
+
+def _grade(words: list[tuple[float, bool]]) -> float:
+    if _marked(words):
+        return 3.0
+    marks = [place for place, (_, marked) in enumerate(words) if marked]
+    fits = [place for place, (strength, _) in enumerate(words) if strength > 0.0]
+    if not fits:
+        return 0.0
+    near = any(abs(mark - fit) <= 3 for mark in marks for fit in fits)
+    return 2.0 if near else 1.0

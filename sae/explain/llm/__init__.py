@@ -1,0 +1,1 @@
+"""The one way to a language model: cached, replayable, within a budget, with typed failures."""

@@ -1,0 +1,107 @@
+"""A language model in this process as a client; it also gives likelihoods and embeddings."""
+
+import hashlib
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae.explain.llm.chat import CallFailedError, Message, Request, Response
+
+
+@runtime_checkable
+class LocalModel(Protocol):
+    """What `activations_cache.load_model` returns."""
+
+    @property
+    def model(self) -> nn.Module:
+        """A causal language model with `generate`."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes of weights and tokenizer."""
+        ...
+
+
+class LocalClient:
+    """Answers by a model of transformers' interface, on its own device, one request at a time."""
+
+    def __init__(self, loaded: LocalModel, title: str) -> None:
+        """Keep the model.
+
+        Args:
+            loaded: Model and tokenizer.
+            title: What it is called; a hash of its identity is added.
+        """
+        self._model: Any = loaded.model
+        self._tokenizer = loaded.tokenizer
+        digest = hashlib.sha256(repr(sorted(loaded.identity.items())).encode()).hexdigest()
+        self.name = f"local {title} {digest[:12]}"
+        """Title and identity of the model."""
+
+    async def complete(self, request: Request) -> Response:
+        """Answer one request; the event loop waits.
+
+        Raises:
+            CallFailedError: If the prompt is longer than what the model can read.
+        """
+        ids = self._ids(request.messages)
+        longest = getattr(self._model.config, "max_position_embeddings", None)
+        if longest and ids.shape[1] + request.max_tokens > longest:
+            detail = f"{ids.shape[1]} tokens and an answer do not fit into {longest} positions"
+            raise CallFailedError("length", detail)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if request.temperature > 0:
+            sampling = {"do_sample": True, "temperature": request.temperature}
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(request.seed)
+            out = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=request.max_tokens,
+                pad_token_id=self._tokenizer.eos_token_id,
+                **sampling,
+            )[0, ids.shape[1] :]
+        ended = len(out) < request.max_tokens or int(out[-1]) == self._tokenizer.eos_token_id
+        text = self._tokenizer.decode(out, skip_special_tokens=True)
+        return Response(text, "stop" if ended else "length", ids.shape[1], len(out))
+
+    def log_likelihood(self, prefix: str, text: str) -> float:
+        """Mean log probability of the text's tokens after the prefix, in nats."""
+        before = self._plain(prefix)
+        ids = torch.cat([before, self._plain(text)], dim=1)
+        with torch.no_grad():
+            logits = self._model(ids).logits[0, :-1].float()
+        chosen = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        return float(chosen[max(before.shape[1] - 1, 0) :].mean())
+
+    def embed(self, texts: list[str]) -> Float[Tensor, "batch d_model"]:
+        """Mean of the last hidden states of each text: a weak embedding, but at hand."""
+        rows = []
+        for text in texts:
+            with torch.no_grad():
+                states = self._model(self._plain(text), output_hidden_states=True).hidden_states
+            rows.append(states[-1][0].float().mean(dim=0))
+        return torch.stack(rows)
+
+    def _plain(self, text: str) -> Tensor:
+        ids = self._tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        return ids.to(self._model.device)
+
+    def _ids(self, messages: tuple[Message, ...]) -> Tensor:
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        if getattr(self._tokenizer, "chat_template", None):
+            text = self._tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        else:  # a base model: plain turns
+            text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+            text += "\n\nassistant:"
+        return self._plain(text)

@@ -1,0 +1,195 @@
+"""Explain and score many latents through one caller: every latent ends with a status."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
+
+from activations_cache.progress import Progress, silent
+from sae.explain.explainers import Explanation, LLMExplainer
+from sae.explain.judges import Judge, LLMJudge
+from sae.explain.llm.budget import Cost, estimate
+from sae.explain.llm.caller import Caller, cancelled_together
+from sae.explain.llm.chat import CallFailedError, Request, Response
+from sae.explain.llm.stand_ins import ConstantClient
+from sae.explain.scorers.score import Score, Scorer
+from sae.explain.windows import LatentWindows, Window, shuffled
+
+T = TypeVar("T")
+
+Status = Literal["done", "insufficient", "failed"]
+"""How it went with a latent."""
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What came of one latent."""
+
+    latent: int
+    """Its number."""
+    status: Status
+    """"done"; "insufficient" where it fires too seldom; "failed" for the reason given."""
+    reason: str = ""
+    """Why there is no label, or what is missing."""
+    explanation: Explanation | None = None
+    """The label."""
+    scores: tuple[Score, ...] = ()
+    """One per scorer."""
+    controls: dict[str, tuple[Score, ...]] = field(default_factory=dict)
+    """The same scorers on what should score at chance; for a subsample of the latents."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done with every latent."""
+
+    explainer: LLMExplainer
+    """Writes the label."""
+    scorers: tuple[Scorer, ...]
+    """Score it."""
+    min_windows: int = 8
+    """Fewer active windows in either split: the latent is "insufficient"."""
+    n_controls: int = 20
+    """Latents that are also scored with another's label and on shuffled windows."""
+
+
+async def explain_all(
+    latents: Sequence[LatentWindows], plan: Plan, caller: Caller, progress: Progress | None = None
+) -> list[Explained]:
+    """Explain and score latents, several at a time; the result does not depend on their order.
+
+    Args:
+        latents: What is known of each.
+        plan: What is done.
+        caller: Asks, keeps the answers, counts the cost.
+        progress: Called after each latent; the unit carries the running cost.
+
+    Returns:
+        One result per latent, in their order. When the budget is spent the rest is "failed" for
+        that reason.
+
+    Raises:
+        EndpointError: If the endpoint does not serve us.
+        ReplayMissError: If an answer is missing in replay mode.
+    """
+    work = _Work(plan, caller, progress or silent)
+    found = await work.over(latents, work.one, "latents explained")
+    chosen = shuffled([f.latent for f in found if f.status == "done"], "controls")
+    chosen = sorted(chosen[: plan.n_controls])
+    labels = {f.latent: f.explanation.text for f in found if f.explanation}
+    partner = dict(zip(chosen, chosen[1:] + chosen[:1], strict=True)) if len(chosen) > 1 else {}
+    subjects = [latent for latent in latents if latent.latent in partner]
+    other = {number: labels[partner[number]] for number in partner}
+
+    async def control(latent: LatentWindows) -> dict[str, tuple[Score, ...]]:
+        return await work.controls(latent, labels[latent.latent], other[latent.latent])
+
+    controls = await work.over(subjects, control, "controls scored")
+    by_latent = {s.latent: c for s, c in zip(subjects, controls, strict=True)}
+    return [replace(f, controls=by_latent.get(f.latent, {})) for f in found]
+
+
+class _Work:
+    def __init__(self, plan: Plan, caller: Caller, progress: Progress) -> None:
+        self._plan, self._caller, self._progress = plan, caller, progress
+        self._judge: Judge = LLMJudge(caller)
+
+    async def over(
+        self,
+        latents: Sequence[LatentWindows],
+        do: Callable[[LatentWindows], Awaitable[T]],
+        unit: str,
+    ) -> list[T]:
+        """Do something with every latent, `concurrency` of them at a time."""
+        results: dict[int, T] = {}
+        waiting = iter(enumerate(latents))
+
+        async def worker() -> None:
+            for index, latent in waiting:
+                results[index] = await do(latent)
+                text = f"{unit} · {cost_text(self._caller)}"
+                self._progress(len(results), len(latents), text)
+
+        n_workers = min(self._caller.config.concurrency, len(latents))
+        tasks = [asyncio.create_task(worker()) for _ in range(n_workers)]
+        async with cancelled_together(tasks):
+            await asyncio.gather(*tasks)
+        return [results[index] for index in range(len(latents))]
+
+    async def one(self, latent: LatentWindows) -> Explained:
+        """Explain and score one latent."""
+        least = min(len(latent.of("explain", "active")), len(latent.of("score", "active")))
+        if least < self._plan.min_windows:
+            wanted = self._plan.min_windows
+            return Explained(
+                latent.latent, "insufficient", f"{least} active windows of {wanted} wanted"
+            )
+        explanation = None
+        try:
+            explanation = await self._plan.explainer.explain(latent, self._caller)
+            scores = await self._scores(latent, explanation.text)
+        except CallFailedError as error:
+            return Explained(latent.latent, "failed", str(error), explanation)
+        return Explained(latent.latent, "done", "", explanation, scores)
+
+    async def controls(
+        self, latent: LatentWindows, label: str, other: str
+    ) -> dict[str, tuple[Score, ...]]:
+        """Score what should be at chance."""
+        try:
+            return {
+                "another's label": await self._scores(latent, other),
+                "shuffled windows": await self._scores(shuffled_windows(latent), label),
+            }
+        except CallFailedError:  # the budget; every other failure is inside the scores
+            return {}
+
+    async def _scores(self, latent: LatentWindows, label: str) -> tuple[Score, ...]:
+        scores = [scorer.score(latent, label, self._judge) for scorer in self._plan.scorers]
+        return tuple(await asyncio.gather(*scores))
+
+
+def shuffled_windows(latent: LatentWindows) -> LatentWindows:
+    """The latent with the texts of its score windows exchanged among windows of equal length."""
+    by_length: dict[int, list[Window]] = {}
+    for window in latent.score:
+        by_length.setdefault(len(window.tokens), []).append(window)
+    texts = {
+        length: iter(shuffled([w.tokens for w in windows], "shuffled windows", latent.latent))
+        for length, windows in by_length.items()
+    }
+    score = tuple(replace(w, tokens=next(texts[len(w.tokens)])) for w in latent.score)
+    return replace(latent, score=score)
+
+
+def cost_text(caller: Caller) -> str:
+    """What was spent so far, in one line."""
+    spent, config = caller.budget.spent, caller.config
+    usd = f", ${spent.usd(config):.4f}" if spent.usd(config) else ""
+    return f"{spent.requests:,} calls, {spent.tokens:,} tokens{usd}, {caller.n_cached:,} cached"
+
+
+async def estimate_all(latents: Sequence[LatentWindows], plan: Plan, caller: Caller) -> Cost:
+    """The most that explaining these latents is expected to take; nothing is called.
+
+    A stand-in answers every question to see which there are; nothing is allowed for questions that
+    are asked again, and nothing taken off for answers that are in the cache.
+    """
+    listener = _Listener()
+    quiet = replace(
+        caller.config, cache_mode="off", max_usd=None, max_tokens=None, max_requests=None
+    )
+    await explain_all(latents, plan, Caller(listener, quiet))
+    return estimate(listener.requests)
+
+
+class _Listener(ConstantClient):
+    """Answers at once and remembers what was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(1, "x" * 60)
+        self.requests: list[Request] = []
+
+    async def complete(self, request: Request) -> Response:
+        self.requests.append(request)
+        return await super().complete(request)

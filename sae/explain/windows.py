@@ -1,0 +1,85 @@
+"""Windows: short pieces of an example with one latent's activation on each token."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+Source = Literal["active", "random", "lexical", "similar", "weak"]
+"""Why a window was taken; all but "active" are negatives, each verified."""
+
+NEGATIVES: tuple[Source, ...] = get_args(Source)[1:]
+"""The four sources of negatives."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of an example as one latent sees it."""
+
+    example: int
+    """Number of the example in the cache."""
+    start: int
+    """Position of the first token, or patch."""
+    tokens: tuple[str, ...]
+    """The tokens as text; empty strings for the patches of an image."""
+    activations: tuple[float, ...]
+    """The latent's activation on each token."""
+    source: Source
+    """Why it was taken."""
+    bucket: int = -1
+    """Step of the peak, linear from 0 to the latent's largest activation; -1 for negatives."""
+    inclusion: float = 1.0
+    """Probability with which a window of this stratum was taken."""
+
+    @property
+    def text(self) -> str:
+        """The tokens joined."""
+        return "".join(self.tokens)
+
+    @property
+    def peak(self) -> float:
+        """Largest activation."""
+        return max(self.activations, default=0.0)
+
+    def marks(self, share: float = 0.3) -> tuple[bool, ...]:
+        """Which tokens have at least this share of the window's peak."""
+        least = share * self.peak
+        return tuple(value > 0 and value >= least for value in self.activations)
+
+
+@dataclass(frozen=True)
+class LatentWindows:
+    """What explainers and scorers see of one latent; the two sets come from other documents."""
+
+    latent: int
+    """Its number."""
+    max_activation: float
+    """Largest activation in the corpus."""
+    density: float
+    """Share of the rows on which it fires."""
+    explain: tuple[Window, ...]
+    """What explanations are written from."""
+    score: tuple[Window, ...]
+    """What they are scored on."""
+    promoted: tuple[str, ...] = ()
+    """Tokens that its direction makes likelier, by the logit lens."""
+    suppressed: tuple[str, ...] = ()
+    """Tokens that it makes less likely."""
+
+    def of(self, split: Literal["explain", "score"], *sources: Source) -> list[Window]:
+        """The windows of a split from these sources, in their order."""
+        windows = self.explain if split == "explain" else self.score
+        return [window for window in windows if window.source in sources]
+
+
+def seed_of(*purpose: object) -> int:
+    """A seed that depends on what it is for, and on nothing that runs before it."""
+    return int.from_bytes(hashlib.sha256(repr(purpose).encode()).digest()[:8], "big")
+
+
+def shuffled(items: Sequence[T], *purpose: object) -> list[T]:
+    """The items in an order that depends on the purpose alone."""
+    order = sorted(range(len(items)), key=lambda index: seed_of(*purpose, index))
+    return [items[index] for index in order]

@@ -1,0 +1,231 @@
+"""The caller: cache, replay, pauses, limits; the readers; the configuration."""
+
+import asyncio
+import json
+import sqlite3
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae.explain.llm.answers import AnswerCache
+from sae.explain.llm.caller import Caller
+from sae.explain.llm.chat import (
+    CallFailedError,
+    Message,
+    ReplayMissError,
+    Request,
+    Response,
+    UnavailableError,
+    canonical,
+    key_of,
+)
+from sae.explain.llm.config import LLMConfig
+from sae.explain.llm.readers import read_label, read_numbers, read_texts
+from sae.explain.llm.stand_ins import ConstantClient, ScriptedClient
+
+QUESTION = Request(prompt="t/1", messages=(Message("user", "Häh?"),), max_tokens=7)
+CONFIG = LLMConfig(model="m", retries=3, attempts=2)
+
+
+def ask(client, config=CONFIG, cache=None, read=str, pauses=None):
+    async def sleep(seconds):
+        (pauses if pauses is not None else []).append(seconds)
+
+    caller = Caller(client, config, cache, sleep=sleep)
+    return asyncio.run(caller.ask(QUESTION, read)), caller
+
+
+def test_an_answer_is_asked_for_once(tmp_path):
+    cache, client = AnswerCache(tmp_path / "a.sqlite"), ScriptedClient(["one", "two"])
+    assert ask(client, cache=cache)[0] == "one"
+    answer, caller = ask(client, cache=cache)
+    assert (answer, caller.n_cached, len(client.requests)) == ("one", 1, 1)
+    assert caller.budget.spent.requests == 0
+
+
+def test_replay_answers_from_the_file_alone(tmp_path):
+    path = tmp_path / "a.sqlite"
+    ask(ScriptedClient(["one"]), cache=AnswerCache(path))
+    replaying = LLMConfig(model="m", cache_mode="replay")
+    before = path.read_bytes()
+    silent = ScriptedClient([AssertionError("must not be called")])
+    assert ask(silent, replaying, AnswerCache(path, replay=True))[0] == "one"
+    other = ScriptedClient([AssertionError("must not be called")], name="another model")
+    with pytest.raises(ReplayMissError, match=r"got none for t/1 \(.*llm.cache_mode=read-write"):
+        ask(other, replaying, AnswerCache(path, replay=True))
+    assert path.read_bytes() == before
+
+
+def test_a_missing_or_foreign_cache_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must be a file to be replayed, got none"):
+        AnswerCache(tmp_path / "none.sqlite", replay=True)
+    (tmp_path / "text").write_text("this is no database, but it is long enough to be one" * 20)
+    with pytest.raises(ValueError, match=r"must be a cache of answers .* name another llm.cache_"):
+        AnswerCache(tmp_path / "text")
+
+
+def test_answers_are_never_changed_or_deleted(tmp_path):
+    path = tmp_path / "a.sqlite"
+    cache = AnswerCache(path)
+    question = canonical("c", QUESTION)
+    cache.put(key_of(question), question, Response("one", "stop", 1, 2))
+    cache.put(key_of(question), question, Response("two", "stop", 1, 2))
+    assert cache.get(key_of(question)) == Response("one", "stop", 1, 2)
+    raw = sqlite3.connect(path)
+    for statement in ("UPDATE answers SET answer = ''", "DELETE FROM answers"):
+        with pytest.raises(sqlite3.IntegrityError, match="answers are never"):
+            raw.execute(statement)
+    assert json.loads(raw.execute("SELECT question FROM answers").fetchone()[0])["client"] == "c"
+    raw.close()
+
+
+def test_the_key_depends_on_everything_that_is_asked():
+    changed = [
+        {"prompt": "t/2"}, {"messages": (Message("system", "Häh?"),)}, {"max_tokens": 8},
+        {"temperature": 0.5}, {"seed": 1},
+    ]  # fmt: skip
+    fields = {"prompt": "t/1", "messages": QUESTION.messages, "max_tokens": 7}
+    keys = {key_of(canonical("c", Request(**(fields | change)))) for change in changed}
+    keys |= {key_of(canonical("c", QUESTION)), key_of(canonical("d", QUESTION))}
+    assert len(keys) == 7
+
+
+def test_unusable_answers_are_asked_again_and_stored(tmp_path):
+    cache = AnswerCache(tmp_path / "a.sqlite")
+    client = ScriptedClient(["nothing", "LABEL: cats"])
+    answer, caller = ask(client, cache=cache, read=read_label)
+    assert (answer, caller.failures) == ("cats", {"parse": 1})
+    assert [request.seed for request in client.requests] == [0, 1]
+    assert ask(ScriptedClient([AssertionError()]), cache=cache, read=read_label)[0] == "cats"
+    with pytest.raises(CallFailedError, match="parse: the answer must have a line LABEL"):
+        ask(ScriptedClient(["nothing"]), read=read_label)
+
+
+def test_pauses_double_and_honour_retry_after():
+    down = UnavailableError("transport", "down")
+    busy = UnavailableError("rate", "busy", retry_after=5.0)
+    pauses: list[float] = []
+    ask(ScriptedClient([down, down, busy, "one"]), pauses=pauses)
+    assert 0.125 <= pauses[0] <= 0.375
+    assert 0.25 <= pauses[1] <= 0.75
+    assert pauses[2] == 5.0
+    assert 4.5 <= pauses[3] <= 5.0  # everybody waits, the next call too
+    long = UnavailableError("rate", "busy", retry_after=61.0)
+    with pytest.raises(CallFailedError, match="rate: asked to wait 61 s"):
+        ask(ScriptedClient([long]))
+
+
+def test_a_call_that_takes_too_long_has_failed():
+    class Slow(ConstantClient):
+        async def complete(self, request):
+            await asyncio.sleep(60)
+
+    config = LLMConfig(model="m", timeout_s=0.01, retries=1, backoff_s=0.0)
+    with pytest.raises(
+        OSError, match="got 2 failed calls in a row, the last: transport: no answer"
+    ):
+        ask(Slow(), config)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"model": ""}, "model must name a model"),
+        ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
+        ({"retries": -1}, "retries must be at least 0, got -1"),
+        ({"attempts": 0}, "attempts must be at least 1"),
+        ({"timeout_s": 0.0}, "timeout_s must be a positive number"),
+        ({"max_usd": 1.0}, "max_usd must come with usd_per_million_input"),
+        ({"max_tokens": -1}, "max_tokens must be at least 0"),
+        ({"base_url": "ftp://x"}, "base_url must be http"),
+        ({"base_url": "http://me:secret@host/v1"}, "without a name, password or query"),
+    ],
+)
+def test_wrong_settings_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message) as error:
+        LLMConfig(**({"model": "m"} | wrong))
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("LABEL: cats and dogs", "cats and dogs"),
+        ("thinking...\n**LABEL:** *cats*", "cats"),
+        ("[EXPLANATION]: cats", "cats"),
+        ('label: "cats"\n', "cats"),
+        ("LABEL: first\nLABEL: second", "second"),
+        ("LABEL: a\u202eb\x07c", "a b c"),
+        ("LABEL: " + "x" * 999, "x" * 299 + "…"),
+    ],
+)
+def test_labels_are_read(text, label):
+    assert read_label(text) == label
+
+
+@pytest.mark.parametrize(
+    "text", ["", "cats", "LABEL:", "LABEL: none", "LABEL\n: cats", "LABEL: **"]
+)
+def test_what_is_no_label_is_a_parse_failure(text):
+    with pytest.raises(CallFailedError, match=r"^parse: "):
+        read_label(text)
+
+
+def test_a_refusal_in_words_is_a_refusal():
+    with pytest.raises(CallFailedError) as error:
+        read_label("I'm sorry, but I can't help with that.")
+    assert error.value.reason == "refusal"
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("[1, 0, 1]", [1, 0, 1]), ("So: [true,false, true].", [1, 0, 1]),
+        ("[2] [0, 0, 1]", [0, 0, 1]),
+        ("[1, 0]", None), ("[1, 0, 2]", None), ("[1, 0, NaN]", None), ("1, 0, 1", None),
+        ("[1, 0, null]", None), ('["1", 0, 1]', None), ("[1e999, 0, 1]", None), ("[1, 0, 1", None),
+    ],
+)  # fmt: skip
+def test_numbers_are_read_or_refused(text, numbers):
+    if numbers is None:
+        with pytest.raises(CallFailedError, match="parse: the answer must have a list of 3"):
+            read_numbers(3, 0, 1)(text)
+    else:
+        assert read_numbers(3, 0, 1)(text) == numbers
+
+
+GOOD = ["LABEL: cats", "[1, 0, 1]", '["a", "b"]', "[EXPLANATION]: x", "I'm sorry"]
+
+
+def fuzz(text: str) -> None:
+    for read in (read_label, read_numbers(3, 0, 10), read_texts(2)):
+        try:
+            found = read(text)
+        except CallFailedError as error:
+            found = error.reason
+        assert found
+        if found not in ("parse", "refusal"):
+            assert isinstance(found, str | list)
+            if isinstance(found, str):
+                assert len(found) <= 300
+                assert found.isprintable()
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(GOOD), st.lists(st.tuples(st.integers(0, 20), st.text(max_size=5))))
+def test_mutated_answers_are_read_or_fail_by_name(text, edits):
+    for place, piece in edits:
+        text = text[:place] + piece + text[place + len(piece) // 2 :]
+    fuzz(text)
+    fuzz(text * 50)
+    fuzz("[" * 300 + text)
+
+
+@pytest.mark.long
+@settings(max_examples=10_000)
+@given(st.sampled_from(GOOD), st.lists(st.tuples(st.integers(0, 20), st.text(max_size=5))))
+def test_mutated_answers_at_length(text, edits):
+    for place, piece in edits:
+        text = text[:place] + piece + text[place + len(piece) // 2 :]
+    fuzz(text)

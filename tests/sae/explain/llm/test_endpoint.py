@@ -1,0 +1,194 @@
+"""Labels through an endpoint that fails: none lost, none twice, none made up, money kept."""
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sae.explain.explainers import LLMExplainer
+from sae.explain.llm.answers import AnswerCache
+from sae.explain.llm.caller import Caller
+from sae.explain.llm.chat import EndpointError
+from sae.explain.llm.config import LLMConfig
+from sae.explain.llm.openai_client import OpenAIClient
+from sae.explain.pipeline import Plan, explain_all
+
+KEY = "sk-canary-123456789"
+PLAN = Plan(LLMExplainer(n_windows=3), (), min_windows=2, n_controls=0)
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def label_of(system: str, user: str) -> str:
+    """The one word that all shown texts mark: the right label, recognisable in the journal."""
+    return f"LABEL: the word {re.search('<< ?(topic[a-z]+)>>', user)[1]}"
+
+
+def config_for(endpoint, **more) -> LLMConfig:
+    settings = {"timeout_s": 0.5, "retries": 20, "attempts": 9, "backoff_s": 0.01, **more}
+    return LLMConfig(model="planted", base_url=endpoint.url, give_up_after=40, **settings)
+
+
+def label(latents, config, path):
+    """Label through a fresh client and the cache at `path`."""
+
+    async def run():
+        cache, client = AnswerCache(path), OpenAIClient(config)
+        caller = Caller(client, config, cache)
+        try:
+            return await explain_all(latents, PLAN, caller), caller
+        finally:
+            cache.close()
+            await client.close()
+
+    return asyncio.run(run())
+
+
+def test_under_faults_every_latent_gets_its_own_label(serve, latent_of, topic_of, tmp_path):
+    latents = [latent_of(number) for number in range(41)]
+    with serve(rate=0.47, answer=label_of) as endpoint:
+        found, caller = label(latents, config_for(endpoint), tmp_path / "llm.sqlite")
+    assert [f.status for f in found] == ["done"] * 41
+    assert [f.explanation.text for f in found] == [f"the word {topic_of(n)}" for n in range(41)]
+    assert endpoint.n_calls <= 1.2 * 41 / 0.53 + 8  # 8 in flight
+    assert sorted(endpoint.answered) == sorted(f"LABEL: the word {topic_of(n)}" for n in range(41))
+    n_failed = sum(caller.failures.values())  # some fail before the endpoint sees them
+    assert endpoint.n_calls - 41 <= n_failed <= endpoint.n_calls - 41 + 5
+    assert endpoint.n_calls <= caller.budget.spent.requests <= endpoint.n_calls + 5
+    assert endpoint.keys == {f"Bearer {KEY}"}
+
+
+WORKER = """
+import asyncio, json, sys
+from sae.explain.explainers import LLMExplainer
+from sae.explain.llm.answers import AnswerCache
+from sae.explain.llm.caller import Caller
+from sae.explain.llm.config import LLMConfig
+from sae.explain.llm.openai_client import OpenAIClient
+from sae.explain.pipeline import Plan, explain_all
+from sae.explain.windows import LatentWindows, Window
+
+url, path, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+def window(i, word):
+    return Window(i, 0, (" a", word, " b"), (0.0, 1.0, 0.0), "active", 0)
+latents = [
+    LatentWindows(i, 1.0, 0.1, *(tuple(window(j, f" topic{chr(97 + i // 26)}{chr(97 + i % 26)}")
+    for j in range(3)) for _ in range(2))) for i in range(n)
+]
+config = LLMConfig(model="m", base_url=url, timeout_s=0.5, retries=20, attempts=9,
+                   backoff_s=0.01, give_up_after=40)
+async def run():
+    caller = Caller(OpenAIClient(config), config, AnswerCache(__import__("pathlib").Path(path)))
+    return await explain_all(latents, Plan(LLMExplainer(), (), 2, 0), caller)
+found = asyncio.run(run())
+print(json.dumps([[f.status, f.explanation and f.explanation.text] for f in found]))
+"""
+
+
+@pytest.mark.parametrize("n", [23, pytest.param(400, marks=pytest.mark.long)])
+def test_killed_runs_go_on_where_they_were(n, serve, tmp_path, repository):
+    names = [f"the word topic{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(n)]
+    arguments = [sys.executable, "-c", WORKER]
+    n_kills = 3 if n == 400 else 1
+    with serve(rate=0.47, answer=label_of) as endpoint:
+        command = [*arguments, endpoint.url, str(tmp_path / "llm.sqlite"), str(n)]
+        for kill in range(1, n_kills + 1):
+            process = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE)
+            deadline = time.monotonic() + 60
+            while len(endpoint.answered) < kill * n // (n_kills + 2):
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            process.stdout.close()
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [["done", name] for name in names]  # none lost or made up
+    assert endpoint.n_calls <= 1.2 * n / 0.53 + 8 * (n_kills + 1)
+    assert len(AnswerCache(tmp_path / "llm.sqlite")) >= n
+    twice = len(endpoint.answered) - len(set(endpoint.answered))
+    assert twice <= 8 * n_kills  # only what was under way when the run was killed
+
+
+@pytest.mark.parametrize("mode", ["401", "402", "403"])
+def test_no_service_stops_at_once_and_never_shows_the_key(mode, serve, latent_of, tmp_path):
+    began = time.monotonic()
+    with serve(mode=mode) as endpoint, pytest.raises(EndpointError) as error:
+        label([latent_of(n) for n in range(13)], config_for(endpoint), tmp_path / "llm.sqlite")
+    assert time.monotonic() - began < 5
+    assert f"must serve this key and model, got {mode}" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert KEY not in str(error.value)
+    assert endpoint.n_calls <= 8
+    for file in tmp_path.iterdir():
+        assert KEY.encode() not in file.read_bytes()
+
+
+@pytest.mark.parametrize(("mode", "concurrency"), [("500", 1), ("reset", 8), ("429", 8)])
+def test_an_endpoint_that_only_fails_stops_the_run(mode, concurrency, serve, latent_of, tmp_path):
+    began = time.monotonic()
+    with serve(mode=mode) as endpoint:
+        config = config_for(endpoint, retries=6, concurrency=concurrency)
+        with pytest.raises(EndpointError, match="failed calls in a row"):
+            label([latent_of(n) for n in range(13)], config, tmp_path / "llm.sqlite")
+    assert time.monotonic() - began < 10
+
+
+def test_an_endpoint_that_is_down_is_one_line(latent_of, tmp_path):
+    config = LLMConfig(
+        model="m", base_url="http://127.0.0.1:9/v1", backoff_s=0.001, retries=2, timeout_s=1.0
+    )
+    with pytest.raises(EndpointError, match=r"http://127.0.0.1:9/v1 m must answer, got \d+ failed"):
+        label([latent_of(1)], config, tmp_path / "llm.sqlite")
+
+
+def test_without_a_key_one_line_says_how_to_go_on(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(EndpointError, match="must have OPENAI_API_KEY, got none; set it"):
+        OpenAIClient(LLMConfig(model="m"))
+    assert OpenAIClient(LLMConfig(model="m", api_key="none")).name.endswith(" m")
+
+
+@pytest.mark.parametrize(
+    ("limit", "most_calls"),
+    [
+        ({"max_requests": 7}, 7),
+        ({"max_requests": 0}, 0),
+        ({"max_tokens": 2000}, 20),  # the endpoint counts 100 tokens a call
+        ({"max_usd": 0.002, "usd_per_million_input": 20.0}, 3),  # 90 tokens are 0.0018 $
+        ({"max_usd": 0.0, "usd_per_million_output": 1.0}, 0),
+    ],
+)
+def test_the_budget_is_never_exceeded(limit, most_calls, serve, latent_of, tmp_path):
+    latents = [latent_of(number) for number in range(29)]
+    with serve(answer=label_of) as endpoint:
+        config = config_for(endpoint, **limit)
+        found, caller = label(latents, config, tmp_path / "llm.sqlite")
+    assert endpoint.n_calls <= most_calls
+    spent = caller.budget.spent
+    assert spent.requests == endpoint.n_calls
+    assert spent.tokens <= (config.max_tokens or 10**9)
+    assert spent.usd(config) <= (1e9 if config.max_usd is None else config.max_usd)
+    not_done = [f for f in found if f.status == "failed"]
+    assert len(not_done) == 29 - endpoint.n_calls
+    assert all("budget: " + next(iter(limit)) in f.reason for f in not_done)
+
+
+def test_a_refusing_model_is_counted_and_labels_nothing(serve, latent_of, tmp_path):
+    with serve(mode="refusal") as endpoint:
+        found, caller = label(
+            [latent_of(n) for n in range(5)],
+            config_for(endpoint, attempts=2),
+            tmp_path / "l.sqlite",
+        )
+    assert {f.status for f in found} == {"failed"}
+    assert {f.explanation for f in found} == {None}
+    assert found[0].reason == "refusal: the model refused"
+    assert caller.failures == {"refusal": 10}
