@@ -71,7 +71,7 @@ def encode(
             latents = to_latents(torch.relu(pre_acts(u, weights)))
         case _:
             assert_never(activation)
-    return _ungated(latents, weights)
+    return ungated(latents, weights)
 
 
 def _magnitudes(gates: Csr, weights: EncoderWeights) -> Csr:
@@ -84,7 +84,7 @@ def _magnitudes(gates: Csr, weights: EncoderWeights) -> Csr:
     return Csr(values[kept], gates.indices[kept], before[gates.row_ptr])
 
 
-def _ungated(latents: Latents, weights: EncoderWeights) -> Latents:
+def ungated(latents: Latents, weights: EncoderWeights) -> Latents:
     """Divide by the norms again that the activation function saw."""
     if weights.norms is None:
         return latents
@@ -106,7 +106,7 @@ def encode_batch(
     found = encode_batch_topk(
         u, weights.enc_rows, weights.b_enc, activation.k, b_in=weights.b_in, relu=True
     )
-    return _ungated(pad_silent(from_csr(found)), weights)
+    return ungated(pad_silent(from_csr(found)), weights)
 
 
 def encode_dense(

@@ -6,13 +6,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae import losses
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
 from sae.train.forward.result import Forward, Moment, Power, Rows
 from sae.train.forward.run import forward
 from sae.train.optim import LatentAdam, normalise_rows_
+from sae.train.parts import gradient_norm, sum_gradients
+from sae.train.ranks import ALONE, Batch, Ranks, batch_of, mean_figures
 from sae.train.schedule import warmup_decay
 
 
@@ -49,6 +50,7 @@ class TrainStep:
         total_steps: int,
         *,
         precision: str = "fp32",
+        ranks: Ranks = ALONE,
     ) -> None:
         """Take the autoencoder, which the steps change in place.
 
@@ -57,6 +59,7 @@ class TrainStep:
             config: Losses, optimiser and dead-latent care; its form is the autoencoder's.
             total_steps: Length of the schedules.
             precision: "fp32", or "bf16" for the encoder's and the dense products.
+            ranks: The processes that train it; each gives the steps its own rows of every batch.
         """
         if total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
@@ -65,13 +68,15 @@ class TrainStep:
         self.config = config
         self.total_steps = total_steps
         self.bf16 = precision == "bf16"
+        self.ranks = ranks
         self.n_steps = 0
         self.power = Power()
         d_sae = autoencoder.config.d_sae
         device = autoencoder.enc_rows.device
         self.silent_rows = torch.zeros(d_sae, dtype=torch.int64, device=device)
         autoencoder.dec_rows.requires_grad_(config.frozen != "decoder")
-        self.params = [p for p in autoencoder.parameters() if p.requires_grad]
+        self.learned = {n: p for n, p in autoencoder.named_parameters() if p.requires_grad}
+        self.params = [*self.learned.values()]
         unit = autoencoder.dec_rows if config.unit_norm else None
         if unit is not None:
             with torch.no_grad():
@@ -95,6 +100,8 @@ class TrainStep:
     ) -> StepMetrics:
         """Train on these rows; a non-finite loss or gradient leaves everything but the count.
 
+        Every figure is that of all processes' rows together.
+
         Raises:
             ValueError: If there is a target where the rows themselves are predicted, or none where
                 others are, or a width is wrong.
@@ -104,21 +111,27 @@ class TrainStep:
             raise ValueError(f"step must get {has} with outputs={self.config.outputs}")
         u = self.autoencoder.scaled(x)
         rows = Rows(u, u if target is None else self.autoencoder.scaled_out(target))
-        moment = Moment(self.n_steps, self.total_steps, self._dead, self.bf16, self.power)
-        found = forward(self.autoencoder, self.config, rows, moment)
+        batch = batch_of(rows.v, self.ranks)
+        place = (self.n_steps, self.total_steps, self._dead, self.bf16, self.power)
+        moment = Moment(*place, self.ranks, batch.n_rows, batch.share)
         self.optimizer.zero_grad(set_to_none=True)
-        found.loss.backward()
-        clip = self.config.optimizer.clip
-        norm = torch.nn.utils.clip_grad_norm_(self.params, float("inf") if clip is None else clip)
-        finite = found.loss.isfinite() & norm.isfinite()
+        found = forward(self.autoencoder, self.config, rows, moment)
+        (found.loss * batch.share).backward()
+        sum_gradients(self.learned, self.ranks)
+        norm = gradient_norm(self.learned, self.ranks)
+        figures = torch.stack([found.loss.detach(), found.error.detach(), found.l0])
+        loss, error, l0 = mean_figures(figures, batch.share, self.ranks)
+        finite = loss.isfinite() & norm.isfinite()
         if bool(finite):
-            self._update(found, x.shape[0])
+            clip = self.config.optimizer.clip
+            if clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.params, clip, norm)
+            self._update(found, batch)
         self.n_steps += 1
-        dead = self._dead.float().mean()
-        fvu = found.error.detach() / losses.batch_variance(rows.v)
-        return StepMetrics(found.loss.detach(), fvu, found.l0, dead, norm, finite.float())
+        dead = self.ranks.latents.mean(self._dead.float().mean())
+        return StepMetrics(loss, error / batch.variance, l0, dead, norm, finite.float())
 
-    def _update(self, found: Forward, n_rows: int) -> None:
+    def _update(self, found: Forward, batch: Batch) -> None:
         settings = self.config.optimizer
         factor = warmup_decay(self.n_steps, self.total_steps, settings.warmup, settings.decay)
         for group in self.optimizer.param_groups:
@@ -131,8 +144,8 @@ class TrainStep:
             running = self.autoencoder.get_buffer("threshold")
             follow_(running, found.threshold, threshold_rate(self.total_steps))
         self.power = found.power or self.power
-        self.silent_rows += n_rows
-        self.silent_rows[found.fired] = 0
+        self.silent_rows += batch.n_rows
+        self.silent_rows[self.ranks.any(found.fired, len(self.silent_rows))] = 0
 
     @property
     def _dead(self) -> Bool[Tensor, " d_sae"]:

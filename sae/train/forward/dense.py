@@ -111,7 +111,8 @@ def _annealed(
     p = falling_p(*at, settings.p, settings.n, settings.start)
     if p == before.p:
         return before
-    old, new = (float(losses.power_decoder_norm(acts, norms, q)) for q in (before.p, p))
+    both = (losses.power_decoder_norm(acts, norms, q) for q in (before.p, p))
+    old, new = (float(moment.ranks.mean(found, moment.share)) for found in both)
     return Power(p, before.scale * old / new if new > 0 else before.scale)
 
 
@@ -150,4 +151,5 @@ def _penalty(
         return config.l1.coefficient * weight * l1
     assert config.l0 is not None
     weight = ramp(moment.n_steps, moment.total_steps, config.l0.ramp)
+    l0 = moment.ranks.mean(l0, moment.share)  # the target is that of the whole batch
     return config.l0.coefficient * weight * losses.l0_penalty(l0, config.l0.target)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae.train.ranks import ALONE, Ranks
+
 
 class Power(NamedTuple):
     """Where p-annealing stands."""
@@ -53,6 +55,12 @@ class Moment(NamedTuple):
     """Whether the encoder's and the dense products are in bfloat16."""
     power: Power = Power()
     """Where p-annealing stood after the step before."""
+    ranks: Ranks = ALONE
+    """The processes that train together."""
+    n_rows: int = 0
+    """Rows of the batch, on all processes."""
+    share: float = 1.0
+    """This process's part of them."""
 
 
 def autocast(device: torch.device, is_on: bool) -> torch.autocast:

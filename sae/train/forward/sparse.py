@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from sae.activations import EncoderWeights, Latents
 from sae.architecture import Activation, BatchTopK, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
+from sae.train.forward import together
 from sae.train.forward.result import Forward, Moment, Rows, autocast
 from sae.train.loss_config import FixedPrefixes, Matryoshka
 from sae.train.schedule import falling_k, random_prefixes
@@ -31,12 +31,12 @@ def forward(
     weights, activation = autoencoder.encoder(), k_now(config, moment)
     multi, u = config.multi_topk, rows.u
     if multi is None:
-        latents = activations.encode_training(activation, u, weights)
+        latents = _chosen(activation, u, weights, moment)
         found = _losses(autoencoder, config, rows, moment, latents)
         if activation.facts.threshold != "one":
             return found
-        scores = _scores(latents, weights)  # the smallest that was kept tells the threshold
-        return found._replace(threshold=scores.masked_fill(scores <= 0, torch.inf).min())
+        smallest = moment.ranks.smallest(_scores(latents, weights))  # of what was kept
+        return found._replace(threshold=smallest)
     assert isinstance(activation, TopK), activation
     wide = TopK(k=min(multi.times * activation.k, config.d_sae))
     more = activations.encode(wide, u, weights)
@@ -45,6 +45,15 @@ def forward(
     with autocast(u.device, False):
         error = losses.squared_error(rows.v, autoencoder.decode_scaled(more, u))
     return found._replace(loss=found.loss + multi.coefficient * error)
+
+
+def _chosen(
+    activation: Activation, u: Float[Tensor, "batch d_in"], weights: EncoderWeights, moment: Moment
+) -> Latents:
+    """The latents of these rows; BatchTopK compares them with the rows of the other processes."""
+    if isinstance(activation, BatchTopK) and not moment.ranks.alone:
+        return together.batch_topk(u, weights, activation.k, moment.n_rows, moment.ranks)
+    return activations.encode_training(activation, u, weights)
 
 
 def k_now(config: DictionaryConfig, moment: Moment) -> Activation:

@@ -1,7 +1,14 @@
+import datetime
+import os
+import traceback
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 D_IN, BATCH = 13, 101
 
@@ -21,3 +28,46 @@ def planted() -> Callable[[int], list[torch.Tensor]]:
         return out
 
     return batches
+
+
+def child(work: Callable[[], object], report: Path) -> int:
+    """Run something in a forked process that never returns here; return its id."""
+    with warnings.catch_warnings():
+        # Only this thread goes on in the child, which touches none of what the others hold.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process = os.fork()
+    if process:
+        return process
+    try:
+        work()
+    except BaseException:  # noqa: BLE001
+        report.write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)
+
+
+@pytest.fixture
+def in_ranks(tmp_path: Path) -> Callable[..., list[dict[str, torch.Tensor]]]:
+    """Call `work()` in n processes of one gloo group; what each returns, in their order."""
+
+    def run(n: int, work: Callable[[], dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        folder = tmp_path / f"ranks-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+
+        def one(rank: int) -> None:
+            timeout = datetime.timedelta(seconds=60)
+            store = f"file://{folder}/store"
+            dist.init_process_group(
+                "gloo", init_method=store, rank=rank, world_size=n, timeout=timeout
+            )
+            found = {name: t.detach().contiguous() for name, t in work().items()}
+            save_file(found, folder / f"{rank}.safetensors")
+            dist.destroy_process_group()
+
+        children = [child(lambda r=r: one(r), folder / f"{r}.txt") for r in range(n)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in children]
+        said = "\n".join(path.read_text() for path in sorted(folder.glob("*.txt")))
+        assert codes == [0] * n, said
+        return [load_file(folder / f"{rank}.safetensors") for rank in range(n)]
+
+    return run

@@ -1,0 +1,242 @@
+"""Processes that train together: rows are split along one axis of the mesh, latents along another.
+
+All collectives of training are here. A loss is a mean over rows: each process takes the mean over
+its own ones times its share of the batch, and gradients are summed. A figure that enters a loss in
+another way than as such a mean is first replaced by its value over all processes, with the
+gradient of the process's own part (`Axis.total`, `Ranks.mean`), so that the sum is right again.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from sae.losses import batch_variance
+
+TIMEOUT_SECONDS = 300.0
+"""A process that is silent for so long is taken for dead."""
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+class RankError(ConnectionError):
+    """Another process of the run died, stopped, or does something else."""
+
+
+def _in_one_line(collective: Call) -> Call:
+    """Say in one line what torch says in many when another process does not answer."""
+
+    @functools.wraps(collective)
+    def call(*args: Any, **named: Any) -> Any:
+        try:
+            return collective(*args, **named)
+        except RuntimeError as error:
+            rank, size = dist.get_rank(), dist.get_world_size()
+            reason = str(error).strip().splitlines()[0][:200]
+            raise RankError(
+                f"all {size} ranks must take part in every step, got no answer from another one "
+                f"at rank {rank} ({reason}); start all of them again, the run goes on from its "
+                "newest checkpoint"
+            ) from error
+
+    return call  # pyright: ignore[reportReturnType]
+
+
+class _Whole(torch.autograd.Function):
+    """The value of the whole with the gradient of a part."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, whole: Tensor) -> Tensor:  # noqa: ARG004
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, None
+
+
+class Axis(NamedTuple):
+    """Processes side by side; without a group, one process that has nobody beside it."""
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+
+    @_in_one_line
+    def reduce(self, tensors: Iterable[Tensor], op: dist.ReduceOp.RedOpType) -> None:
+        """Replace tensors, of the same shape everywhere, by what `op` makes of all of them."""
+        if self.size == 1:
+            return
+        pending = [dist.all_reduce(t, op, self.group, async_op=True) for t in tensors]
+        for work in pending:
+            assert work is not None
+            work.wait()
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Add up over the processes, in place."""
+        self.reduce(tensors, dist.ReduceOp.SUM)
+
+    @_in_one_line
+    def gather(self, tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "size ..."]:
+        """The tensors of all processes, in their order."""
+        if self.size == 1:
+            return tensor[None]
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(found, tensor.contiguous(), group=self.group)
+        return torch.stack(found)
+
+    def total(self, part: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """The sum over the processes, with the gradient of this one's part."""
+        if self.size == 1:
+            return part
+        whole = part.detach().clone()
+        self.sum_(whole)
+        return _Whole.apply(part, whole)
+
+    def mean(self, figure: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """The mean of a figure that every process has."""
+        return figure if self.size == 1 else self.total(figure.detach()) / self.size
+
+    def share(self, n: int) -> slice:
+        """Which of n things that stand in a row are this process's."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+
+_ONE = Axis()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among those that train the same dictionaries."""
+
+    rows: Axis = _ONE
+    """Processes that hold the same latents and read different rows."""
+    latents: Axis = _ONE
+    """Processes that read the same rows and hold different latents."""
+    world: Axis = _ONE
+    """All of them."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.world.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.world.size == 1
+
+    def mean(self, own: Float[Tensor, ""], share: float) -> Float[Tensor, ""]:
+        """The mean over all rows of a mean over `share` of them; the gradient is the own part's."""
+        if self.rows.size == 1:
+            return own
+        return _Whole.apply(own, mean_figures(own, share, self))
+
+    def any(self, latents: Int[Tensor, " latent"], d_sae: int) -> Int[Tensor, " found"]:
+        """Numbers of the latents that any process of the axis of rows names."""
+        if self.rows.size == 1:
+            return latents
+        found = torch.zeros(d_sae, dtype=torch.int32, device=latents.device)
+        found[latents] = 1
+        self.rows.reduce([found], dist.ReduceOp.MAX)
+        return found.nonzero().squeeze(1)
+
+    def smallest(self, scores: Float[Tensor, "batch k"]) -> Float[Tensor, ""]:
+        """The smallest of all processes' scores above 0; inf without any."""
+        found = scores.masked_fill(scores <= 0, torch.inf).min()
+        self.world.reduce([found], dist.ReduceOp.MIN)
+        return found
+
+    def largest(self, number: int) -> int:
+        """The largest of a number that every process has."""
+        found = torch.tensor(number, device=_device())
+        self.world.reduce([found], dist.ReduceOp.MAX)
+        return int(found)
+
+    def require_same(self, number: int, what: str) -> None:
+        """Refuse to go on when the processes do not agree on a number.
+
+        Raises:
+            RankError: If they do not.
+        """
+        most, least = self.largest(number), -self.largest(-number)
+        if most != least:
+            raise RankError(
+                f"{what} must be the same for all ranks, got {least} to {most}; do all of them "
+                "see the same directories?"
+            )
+
+
+ALONE = Ranks()
+
+
+class Batch(NamedTuple):
+    """A batch as all processes together see it."""
+
+    n_rows: int
+    """Its rows, on all processes."""
+    share: float
+    """This process's part of them."""
+    variance: Float[Tensor, ""]
+    """Mean over rows of ||v - mean||^2, the mean per dimension over the whole batch."""
+
+
+def batch_of(v: Float[Tensor, "batch d_out"], ranks: Ranks) -> Batch:
+    """Count the rows of all processes and measure their spread."""
+    if ranks.rows.size == 1:
+        return Batch(len(v), 1.0, batch_variance(v))
+    total = torch.cat([v.sum(dim=0).double(), v.new_tensor([len(v)]).double()])
+    ranks.rows.sum_(total)
+    n_rows = int(total[-1])
+    spread = (v - (total[:-1] / n_rows).to(v.dtype)).square().sum()
+    ranks.rows.sum_(spread)
+    return Batch(n_rows, len(v) / n_rows, spread / n_rows)
+
+
+def mean_figures(
+    figures: Float[Tensor, "*figure"], share: float, ranks: Ranks
+) -> Float[Tensor, "*figure"]:
+    """Means over all rows of means over each process's `share` of them."""
+    whole = figures.detach() * share
+    ranks.rows.sum_(whole)
+    return whole
+
+
+def _device() -> torch.device:
+    """Where the collectives of this process take their tensors."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def connect(latent_shards: int = 1) -> Ranks:
+    """Lay the processes of torch's process group out as a mesh; alone if there is none.
+
+    Neighbours in rank hold the parts of one dictionary, because they talk most.
+
+    Raises:
+        ValueError: If their number is not a multiple of `latent_shards`.
+    """
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size % latent_shards != 0:
+        raise ValueError(
+            f"latent_shards must divide the number of processes, {size}, got {latent_shards}; "
+            "start as many processes as shards, or a multiple of that"
+        )
+    if size == 1:
+        return ALONE
+    shape = (size // latent_shards, latent_shards)
+    mesh = init_device_mesh(_device().type, shape, mesh_dim_names=("rows", "latents"))
+    return Ranks(
+        _axis(mesh.get_group("rows")) if shape[0] > 1 else _ONE,
+        _axis(mesh.get_group("latents")) if shape[1] > 1 else _ONE,
+        Axis(None, dist.get_rank(), size),
+    )
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(group, dist.get_rank(group), dist.get_world_size(group))
