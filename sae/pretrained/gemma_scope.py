@@ -2,10 +2,11 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from sae.architecture import JumpReLU, SAEConfig
+from sae.architecture import JumpReLU, SAEConfig, Slice
 from sae.pretrained import folds
 from sae.pretrained.canonical import Reading, Weights, in_memory
 from sae.pretrained.errors import DictionaryFormatError
@@ -29,8 +30,10 @@ IN_PATH = {
     "width": re.compile(r"[/_]width_(\d+[km])(?![^/_])"),
     "average_l0": re.compile(r"/average_l0_(\d+)"),
 }
+SIDES = {"output": ":out", "input": ":in"}
 WIDTH = re.compile(r"(\d+)([km])")
-SITE = ("model_name", "hf_hook_point_in", "hf_hook_point_out", "type", "l0")
+HOOK_IN, HOOK_OUT = "hf_hook_point_in", "hf_hook_point_out"
+SITE = ("model_name", HOOK_IN, HOOK_OUT, "type", "l0")
 
 
 def fits(files: Files) -> bool:
@@ -75,9 +78,28 @@ def read(files: Files) -> Reading:
         activation=JumpReLU(),
         b_in="none",
         skip=SKIP in raw,
+        **slices(hook_points(cfg, HOOK_IN), hook_points(cfg, HOOK_OUT), d_in, weights.d_out),
     )
     site = site_of(files.path, d_sae) | cfg.texts(SITE)
     return Reading(config=config, weights=weights, folds=tuple(done), site=site)
+
+
+LISTED = re.compile(r"\{([\d,]+)\}")
+
+
+def hook_points(cfg: Fields, key: str, n_layers: int = 1) -> tuple[str, ...]:
+    """Hook points in our words, one per layer; empty where the config does not tell them.
+
+    "model.layers.17.output" becomes "model.layers.17:out"; "{all}" and "{5,9}" stand for layers.
+    """
+    said = cfg.word(key, default="")
+    listed = LISTED.search(said)
+    layers = listed[1].split(",") if listed else [str(i) for i in range(n_layers)]
+    path, _, side = said.rpartition(".")
+    if side not in SIDES or len(layers) != n_layers:
+        return ()
+    pattern = LISTED.sub("{all}", path)
+    return tuple(pattern.replace("{all}", layer) + SIDES[side] for layer in layers)
 
 
 def site_of(path: Path, d_sae: int) -> dict[str, str]:
@@ -94,6 +116,17 @@ def site_of(path: Path, d_sae: int) -> dict[str, str]:
             f"the path must have the width of the weights, {d_sae:,}, got {found['width']}"
         )
     return found
+
+
+def slices(
+    read: tuple[str, ...], predicted: tuple[str, ...], d_in: int, width: int
+) -> dict[str, Any]:
+    """The config's `inputs` and `outputs`, rows of each hook point d_in and `width` wide."""
+    if not read or not predicted:
+        return {}
+    inputs = tuple(Slice(hook_point=point, width=d_in) for point in read)
+    outputs = tuple(Slice(hook_point=point, width=width) for point in predicted)
+    return {"inputs": inputs} | ({} if inputs == outputs else {"outputs": outputs})
 
 
 def _near(width: int) -> tuple[int, ...]:

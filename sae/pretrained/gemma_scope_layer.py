@@ -5,6 +5,7 @@ is the sum of what its files give. So one file loads as a transcoder from d to n
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,18 @@ from sae.pretrained.canonical import Reading, Weights, in_memory
 from sae.pretrained.errors import DictionaryFormatError
 from sae.pretrained.fields import Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
-from sae.pretrained.gemma_scope import CONFIG, KEYS, SITE, SKIP, TENSORS, site_of
+from sae.pretrained.gemma_scope import (
+    CONFIG,
+    HOOK_IN,
+    HOOK_OUT,
+    KEYS,
+    SITE,
+    SKIP,
+    TENSORS,
+    hook_points,
+    site_of,
+    slices,
+)
 
 FORMAT = "gemma_scope_layer"
 CHECKED_AGAINST = "circuit-tracer's reader of this release, read"
@@ -70,10 +82,16 @@ def read(files: Files) -> Reading:
         activation=JumpReLU(),
         b_in="none",
         skip=SKIP in raw,
+        **_slices(cfg, layer, n_layers, d_in),
     )
     where = {"source_layer": str(layer), "output": f"{n_layers} layers of {d_in} side by side"}
     site = site_of(files.path, d_sae * n_layers) | cfg.texts(SITE) | where
     return Reading(config=config, weights=weights, folds=tuple(done), site=site)
+
+
+def _slices(cfg: Fields, layer: int, n_layers: int, d: int) -> dict[str, Any]:
+    read, predicted = hook_points(cfg, HOOK_IN, n_layers), hook_points(cfg, HOOK_OUT, n_layers)
+    return slices(read[layer : layer + 1], predicted, d, d)
 
 
 def _sizes(raw: dict[str, Tensor], layer: int) -> tuple[int, int, int]:

@@ -38,13 +38,36 @@ def plain(dictionary: SparseAutoencoder) -> Plain:
     """Take a dictionary and fold its scales and its gate by decoder norms.
 
     Raises:
-        DictionaryFormatError: If a gated row has no direction.
+        DictionaryFormatError: If a gated row has no direction, or for several hook points.
     """
     state = {
         name: tensor.detach().cpu().float() for name, tensor in dictionary.state_dict().items()
     }
-    given = Plain(dictionary.config, Weights(**state))
+    given = Plain(of_one_hook_point(dictionary.config), Weights(**state))
     return without_gate(without_scales(given))
+
+
+def of_one_hook_point(config: SAEConfig) -> SAEConfig:
+    """The config without the names of its hook points, their scales in those of the whole.
+
+    Raises:
+        DictionaryFormatError: If rows of several hook points lie side by side.
+    """
+    several = [p.hook_point for p in (*config.slices_in[1:], *config.slices_out[1:])]
+    if several:
+        raise DictionaryFormatError(
+            "a dictionary must read and predict one hook point each to be written for another "
+            f"library, got others beside it: {several}"
+        )
+    s_in = config.input_scale * config.slices_in[0].scale
+    s_out = config.scale_out * config.slices_out[0].scale
+    return replace(
+        config,
+        inputs=(),
+        outputs=(),
+        input_scale=s_in,
+        output_scale=None if s_in == s_out else s_out,
+    )
 
 
 def without_scales(given: Plain) -> Plain:

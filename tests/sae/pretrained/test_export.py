@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sae
-from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
+from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, Slice, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained import DictionaryFormatError, export, plain
 from sae.pretrained.export import TARGETS
@@ -146,6 +146,15 @@ def test_what_a_format_cannot_express_is_refused(tmp_path, to, kind, form, messa
         export.export(filled(kind, **form), tmp_path / "x", to)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "x").exists()
+
+
+def test_several_hook_points_are_refused_and_one_s_scale_is_folded(tmp_path):
+    parts = (Slice(hook_point="a:out", width=3), Slice(hook_point="b:out", width=4))
+    with pytest.raises(DictionaryFormatError, match=r"one hook point each .*'b:out'"):
+        export.export(filled(inputs=parts), tmp_path, "saelens")
+    made = filled(inputs=(Slice(hook_point="a:out", width=D, scale=0.3),))
+    assert export.export(made, tmp_path, "saelens").folds
+    same_function(made, sae.load(tmp_path))
 
 
 def test_thresholds_below_0_and_never_estimated_ones_are_refused(tmp_path):

@@ -65,6 +65,9 @@ def test_the_second_release(tmp_path, make, peer, rows, agree, is_affine):
     peer.tensors(tmp_path / "params.safetensors", given)
     loaded = load_with_source(tmp_path)
     assert loaded.source.site["hf_hook_point_in"] == "model.layers.5.output"
+    config = loaded.dictionary.config
+    assert [s.hook_point for s in config.slices_in] == ["model.layers.5:out"]
+    assert [s.hook_point for s in config.slices_out] == ["model.layers.5:out"]
     x = rows(D)
     agree(loaded.dictionary, x, *reference(peer, given, x))
 
@@ -77,6 +80,16 @@ def test_a_skip_is_applied_untransposed(tmp_path, make, peer, rows, agree):
     turned = given | {"affine_skip_connection": given["affine_skip_connection"].T}
     with pytest.raises(AssertionError, match="decode is off"):
         agree(sae.load(tmp_path), x, *reference(peer, turned, x))
+
+
+def test_what_the_path_of_the_first_release_tells(tmp_path, make):
+    path = tmp_path / "gemma-scope-2b-pt-res" / "layer_3" / "width_16k" / "average_l0_71"
+    first(path, arrays(make, d_sae=16384))
+    assert load_with_source(path).source.site == {
+        "release": "gemma-scope-2b-pt-res", "layer": "3", "width": "16k", "average_l0": "71",
+    }  # fmt: skip
+    with pytest.raises(DictionaryFormatError, match="the width of the weights, 23, got 16k"):
+        sae.load(first(path, arrays(make)))
 
 
 @pytest.mark.parametrize(

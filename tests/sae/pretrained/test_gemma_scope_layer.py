@@ -95,6 +95,11 @@ def test_what_is_told_of_the_source(tmp_path, make, peer):
         "what the decoder has for layers before the source dropped",
     )
     assert source.site["source_layer"] == "1"
+    config = sae.load(path / "params_layer_1.safetensors").config
+    assert [s.hook_point for s in config.inputs] == ["model.layers.1.pre_feedforward_layernorm:out"]
+    assert [s.hook_point for s in config.outputs] == [
+        f"model.layers.{i}.post_feedforward_layernorm:out" for i in range(N)
+    ]
     assert source.site["width"] == "1k"
     assert source.site["output"] == "3 layers of 5 side by side"
     assert "circuit-tracer" in source.checked_against
@@ -109,6 +114,16 @@ def test_without_a_config_the_kind_must_show(tmp_path, make, peer):
     with pytest.raises(DictionaryFormatError, match="w_dec must be 0 for layers before the source"):
         sae.load(tmp_path / "x" / "params_layer_1.safetensors")
     assert sae.load(tmp_path / "crosscoder" / "params_layer_1.safetensors").config.d_sae == F
+
+
+def test_layers_that_a_crosscoder_lists(tmp_path, make, peer):
+    point = "model.layers.{5,9,12}.output"
+    changes = {"type": "crosscoder", "hf_hook_point_in": point, "hf_hook_point_out": point}
+    path = put(peer, tmp_path, arrays(make), **changes)
+    config = sae.load(path / "params_layer_1.safetensors").config
+    assert [s.hook_point for s in config.inputs] == ["model.layers.9:out"]
+    names = ["model.layers.5:out", "model.layers.9:out", "model.layers.12:out"]
+    assert [s.hook_point for s in config.outputs] == names
 
 
 @pytest.mark.parametrize(
