@@ -57,13 +57,13 @@ def rows(shape: Shape, n: int | None = None) -> Tensor:
     return torch.randn(n or shape.n, shape.d, generator=torch.Generator().manual_seed(1))
 
 
-def topk_step(shape: Shape, aux: bool = False, screen: str | None = None) -> Step:
+def topk_step(
+    shape: Shape, aux: AuxK | None = None, screen: str | None = None, precision: str = "fp32"
+) -> Step:
     """The product's own training step; `screen` forces the encoder's screen."""
     model, x = dictionary(shape), rows(shape)
-    config = DictionaryConfig(
-        d_sae=shape.m, activation=TopK(k=shape.k), auxk=AuxK() if aux else None
-    )
-    step = TrainStep(model, config, 1000)
+    config = DictionaryConfig(d_sae=shape.m, activation=TopK(k=shape.k), auxk=aux)
+    step = TrainStep(model, config, 1000, precision=precision)
 
     def run() -> None:
         if aux:
@@ -202,16 +202,23 @@ def check(shape: Shape) -> None:
 
 def candidates(shape: Shape) -> dict[str, tuple[str, Step]]:
     """Name each candidate's floor and make it."""
+    topk = {
+        "encoder product, float32": product_floor(shape),
+        "topk": topk_step(shape),
+        "topk, float32 screen": topk_step(shape, screen="float32"),
+        "topk + auxk": topk_step(shape, AuxK()),
+        "topk + auxk in bf16": topk_step(shape, AuxK(products="bf16")),
+        "topk + auxk, bf16 step": topk_step(shape, AuxK(), precision="bf16"),
+        "topk, dense autograd": dense_step(shape),
+    }
+    l1 = {
+        "five products, float32": l1_floor(shape),
+        "l1, by hand": l1_step(shape, fused=True),
+        "l1, dense autograd": l1_step(shape, fused=False),
+        "l1, TrainStep": train_step_l1(shape),
+    }
     return {
-        "encoder product, float32": ("encoder product, float32", product_floor(shape)),
-        "topk": ("encoder product, float32", topk_step(shape)),
-        "topk, float32 screen": ("encoder product, float32", topk_step(shape, screen="float32")),
-        "topk + auxk": ("encoder product, float32", topk_step(shape, aux=True)),
-        "topk, dense autograd": ("encoder product, float32", dense_step(shape)),
-        "five products, float32": ("five products, float32", l1_floor(shape)),
-        "l1, by hand": ("five products, float32", l1_step(shape, fused=True)),
-        "l1, dense autograd": ("five products, float32", l1_step(shape, fused=False)),
-        "l1, TrainStep": ("five products, float32", train_step_l1(shape)),
+        name: (next(iter(family)), step) for family in (topk, l1) for name, step in family.items()
     }
 
 
@@ -236,8 +243,8 @@ def peak_memory(shape: Shape, name: str) -> float:
 def memory_of(arguments: list[str]) -> None:
     name, shape = arguments[0], Shape(*map(int, arguments[1:]))
     run = topk_step(shape) if name == "topk" else dense_step(shape)
-    run()
-    run()
+    for _ in range(2):
+        run()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
@@ -262,32 +269,23 @@ def main() -> None:
     check(shape)
     steps = candidates(shape)
     seconds = measure(steps, options.rounds)
-    found = [
-        row(name, steps[name][0], seconds, shape) | {"peak_mb": memory.get(name)}
-        for name in seconds
-    ]
-    facts = surroundings(PEERS) | {
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bf16_speedup": round(bf16_speedup(), 2),
-    }
+    found = [row(n, steps[n][0], seconds, shape) | {"peak_mb": memory.get(n)} for n in seconds]
+    facts = surroundings(PEERS) | {"bf16_speedup": round(bf16_speedup(), 2)}
+    facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     path = append("cpu_step", [facts | one for one in found])
     print(f"{path} has {len(found)} rows more")
 
 
 def row(name: str, floor: str, seconds: dict[str, list[float]], shape: Shape) -> dict[str, object]:
     values = seconds[name]
+    d_sae, k = (L1_LATENTS, None) if floor.startswith("five") else (shape.m, shape.k)
     ratios = [mine / base for mine, base in zip(values, seconds[floor], strict=True)]
     print(
         f"{name:26} {median(values):7.3f} s, {median(ratios):6.3f} x floor "
         f"({min(ratios):.2f}-{max(ratios):.2f})"
     )
     return {
-        "shape": {
-            "batch": shape.n,
-            "d_in": shape.d,
-            "d_sae": L1_LATENTS if floor.startswith("five") else shape.m,
-            "k": None if floor.startswith("five") else shape.k,
-        },
+        "shape": {"batch": shape.n, "d_in": shape.d, "d_sae": d_sae, "k": k},
         "candidate": name,
         "floor": floor,
         "cpu_seconds": {"median": median(values), "min": min(values), "max": max(values)},

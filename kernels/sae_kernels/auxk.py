@@ -1,22 +1,18 @@
 """The dead latents' reconstruction, for the AuxK loss of Gao et al. (arXiv 2406.04093, A.2)."""
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sae_kernels.grads import accumulator
 from sae_kernels.launch import check_floating, check_shape, choose
-from sae_kernels.select import topk_select
-
-
-def _keep(
-    pre: Float[Tensor, "batch d_sae"], picked: Int[Tensor, "batch k"]
-) -> Float[Tensor, "batch d_sae"]:
-    """Apply the ReLU to the picked latents, and set the others to 0."""
-    dropped = torch.ones_like(pre, dtype=torch.bool).scatter_(1, picked, False)
-    return pre.relu().masked_fill(dropped, 0.0)
+from sae_kernels.product import product_dtype
+from sae_kernels.select import CHUNK, topk_select
 
 
 def auxk_reference(
@@ -34,6 +30,76 @@ def auxk_reference(
     return _keep(pre, picked).to(dec_rows.dtype) @ dec_rows
 
 
+def _keep(
+    pre: Float[Tensor, "batch d_sae"], picked: Int[Tensor, "batch k"]
+) -> Float[Tensor, "batch d_sae"]:
+    """Apply the ReLU to the picked latents, and set the others to 0."""
+    dropped = torch.ones_like(pre, dtype=torch.bool).scatter_(1, picked, False)
+    return pre.relu().masked_fill(dropped, 0.0)
+
+
+def _largest(v: Float[Tensor, "batch d_sae"], k: int) -> Float[Tensor, "batch d_sae"]:
+    """Apply the ReLU to the k largest, as `topk_select` takes them, and set the others to 0.
+
+    On a CPU by the k-th value of each row, which costs less than the places of all k.
+    """
+    n = v.shape[1]
+    if v.device.type != "cpu" or k == n:
+        return _keep(v, topk_select(v, k).indices)
+    kth = torch.from_numpy(np.partition(v.numpy(), n - k, axis=1)[:, n - k, None].copy())
+    if bool(kth.isnan().any()):
+        return _keep(v, topk_select(v, k, backend="torch").indices)
+    dropped = v < kth  # NaN is below nothing, and stays
+    surplus = n - k - dropped.sum(dim=1, keepdim=True)
+    if bool(surplus.any()):  # of those that tie at the k-th value the last ones go
+        tied = v == kth
+        rank = tied.cumsum(dim=1, dtype=torch.int32)
+        dropped |= tied & (rank > rank[:, -1:] - surplus)
+    return v.relu().masked_fill_(dropped, 0.0)
+
+
+class _DenseAuxK(torch.autograd.Function):
+    """Encode and decode with the given latents alone; dense products, three of them backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, "batch d_in"],
+        enc_rows: Float[Tensor, "d_sae d_in"],
+        b_enc: Float[Tensor, " d_sae"],
+        dec_rows: Float[Tensor, "d_sae d_out"],
+        k: int,
+    ) -> Float[Tensor, "batch d_out"]:
+        """Multiply in the dtype of the product, without autocast inside; select in float32."""
+        low, dtype = product_dtype(x), accumulator(x.dtype)
+        ctx.dtypes = (x.dtype, dec_rows.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            x, enc_rows, dec_rows = x.to(low), enc_rows.to(low), dec_rows.to(low)
+            kept = torch.empty(len(x), len(enc_rows), dtype=low, device=x.device)
+            n_rows = max(1, CHUNK // len(enc_rows))
+            for some, found in zip(x.split(n_rows), kept.split(n_rows), strict=True):
+                pre = (some @ enc_rows.T).to(dtype).add_(b_enc)
+                found.copy_(_largest(pre, k))
+            ctx.save_for_backward(x, enc_rows, dec_rows, kept)
+            return (kept @ dec_rows).to(ctx.dtypes[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Float[Tensor, "batch d_out"]
+    ) -> tuple[Tensor | None, ...]:
+        """Go back through what was kept; a NaN keeps its gradient, as in torch.relu."""
+        x, enc_rows, dec_rows, kept = ctx.saved_tensors
+        of_x, of_rows = ctx.dtypes
+        with torch.autocast(x.device.type, enabled=False):
+            grad = grad.to(kept.dtype)
+            d_pre = (grad @ dec_rows.T).masked_fill_(kept <= 0, 0.0)
+            d_x = (d_pre @ enc_rows).to(of_x) if ctx.needs_input_grad[0] else None
+            d_enc_rows, d_dec_rows = (d_pre.T @ x).to(of_rows), (kept.T @ grad).to(of_rows)
+            d_b_enc = d_pre.sum(dim=0, dtype=accumulator(kept.dtype)).to(of_rows)
+        return d_x, d_enc_rows, d_b_enc, d_dec_rows, None
+
+
 def _auxk_torch(
     x: Float[Tensor, "batch d_in"],
     enc_rows: Float[Tensor, "d_sae d_in"],
@@ -42,11 +108,9 @@ def _auxk_torch(
     dead: Int[Tensor, " row"],
     k: int,
 ) -> Float[Tensor, "batch d_out"]:
-    """Encode and decode with the rows of the dead latents alone, dense."""
-    pre = x @ enc_rows.index_select(0, dead).T + b_enc.index_select(0, dead)
-    pre = pre.to(accumulator(x.dtype))
-    picked = topk_select(pre.detach(), k, backend="torch").indices
-    return _keep(pre, picked).to(dec_rows.dtype) @ dec_rows.index_select(0, dead)
+    """Gather the rows of the dead latents, so that all products are over them alone."""
+    rows = (t.index_select(0, dead) for t in (enc_rows, b_enc, dec_rows))
+    return _DenseAuxK.apply(x, *rows, k)  # pyright: ignore[reportReturnType]
 
 
 def auxk(  # noqa: PLR0913

@@ -128,6 +128,8 @@ class AuxK:
     """Weight of the dead latents' squared error."""
     k: int | None = None
     """Dead latents that may fire in one row; half of d_in when absent."""
+    products: Literal["step", "bf16"] = "step"
+    """Format of its dense products: that of the whole step, or bf16, which suffices to revive."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

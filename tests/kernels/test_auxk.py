@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -121,6 +123,39 @@ def test_ties_go_to_the_lowest_index(backend):
     dead = torch.tensor([False, True, True, False, True])
     out = auxk(torch.ones(1, 5), eye, torch.zeros(5), eye, dead, 2, backend=backend)
     assert out.tolist() == [[0.0, 1.0, 1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("k_aux", [1, 5, 12, 18])
+def test_hard_rows_are_selected_as_the_reference_does(k_aux):
+    """Ties, zeros of both signs, infinities and NaN, alone and together, in rows of 19."""
+    generator = torch.Generator().manual_seed(8)
+    values = torch.tensor([-math.inf, -1.0, -0.0, 0.0, 1e-40, 1.0, 1.0, 2.0, math.inf, math.nan])
+    rows = values[torch.randint(len(values), (61, 19), generator=generator)]
+    rows[0], rows[1], rows[2] = math.nan, 1.0, math.inf
+    eye, dead = torch.eye(19), torch.ones(19, dtype=torch.bool)
+    # one-hot inputs would meet inf * 0; the bias carries the values instead
+    for row in rows:
+        fixed = (torch.zeros(1, 19), eye, row, eye, dead, k_aux)
+        finite = row.nan_to_num(7.0, 6.0, -6.0)
+        plain = (torch.zeros(1, 19), eye, finite, eye, dead, k_aux)
+        want = auxk(*fixed, backend="reference")
+        torch.testing.assert_close(
+            auxk(*fixed, backend="torch"), want, rtol=0, atol=0, equal_nan=True
+        )
+        assert torch.equal(auxk(*plain, backend="torch"), auxk(*plain, backend="reference"))
+
+
+@pytest.mark.parametrize("k_aux", [3, 17])
+def test_gradients_under_autocast_are_those_of_float64_nearly(k_aux, tensors):
+    (exact, dead), results = tensors, []
+    for floats, is_on in (([t.float() for t in exact], True), (exact, False)):
+        inputs = [t.clone().requires_grad_() for t in floats]
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            out = run(inputs, dead, k_aux, backend="torch")
+        results.append(torch.autograd.grad(out.square().sum(), inputs))
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - want).norm() < 0.03 * want.norm()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

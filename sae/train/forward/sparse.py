@@ -95,7 +95,8 @@ def _losses(
     with autocast(rows.u.device, False):
         y, error, loss = _decode(autoencoder, config, rows, moment, latents)
     if config.auxk is not None and bool(moment.dead.any()):
-        guess = _auxk(autoencoder, config, rows.u, moment.dead)
+        with autocast(rows.u.device, moment.bf16 or config.auxk.products == "bf16"):
+            guess = _auxk(autoencoder, config, rows.u, moment.dead)
         loss = loss + config.auxk.coefficient * losses.squared_error((rows.v - y).detach(), guess)
     fires = latents.values > 0
     fired = latents.indices[fires].unique()
