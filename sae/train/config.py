@@ -107,8 +107,8 @@ class DictionaryConfig:
     """Norm of the decoder rows at the start."""
     unit_norm: bool = True
     """Keep the decoder rows at norm 1 and take their parallel part out of the gradient."""
-    frozen: Literal["none", "decoder"] = "none"
-    """A frozen random decoder makes a baseline: only the encoder and the biases learn."""
+    frozen: Literal["none", "decoder", "soft_decoder", "encoder"] = "none"
+    """Makes a baseline: what stays random, or, if soft, within a cosine of 0.8 of it."""
     optimizer: Adam = _ADAM
     """The optimiser and its schedule."""
 

@@ -11,6 +11,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
 from sae.train.forward.result import Forward, Moment, Power, Rows
 from sae.train.forward.run import forward
+from sae.train.frozen import anchor_of, freeze, keep_near_
 from sae.train.optim import LatentAdam, normalise_rows_
 from sae.train.parts import gradient_norm, sum_gradients
 from sae.train.ranks import ALONE, Batch, Ranks, batch_of, mean_figures
@@ -74,7 +75,8 @@ class TrainStep:
         d_sae = autoencoder.config.d_sae
         device = autoencoder.enc_rows.device
         self.silent_rows = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        autoencoder.dec_rows.requires_grad_(config.frozen != "decoder")
+        freeze(autoencoder, config.frozen)
+        self.anchor = anchor_of(autoencoder, config)
         self.learned = {n: p for n, p in autoencoder.named_parameters() if p.requires_grad}
         self.params = [*self.learned.values()]
         unit = autoencoder.dec_rows if config.unit_norm else None
@@ -137,6 +139,8 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
+        if self.anchor is not None:
+            keep_near_(self.autoencoder.dec_rows, self.anchor)
         if self.autoencoder.config.activation.facts.threshold == "per latent":
             with torch.no_grad():  # below 0 it would let negative pre-activations through
                 self.autoencoder.get_parameter("threshold").clamp_(min=0)
@@ -156,6 +160,8 @@ class TrainStep:
         state = {f"param.{n}": p.detach() for n, p in self.autoencoder.named_parameters()}
         state |= {f"buffer.{n}": b for n, b in self.autoencoder.named_buffers()}
         state["silent_rows"] = self.silent_rows
+        if self.anchor is not None:
+            state["anchor"] = self.anchor
         state["n_steps"] = torch.tensor(self.n_steps)
         state["power"] = torch.tensor(self.power, dtype=torch.float64)
         names: dict[Tensor, str] = {p: n for n, p in self.autoencoder.named_parameters()}
@@ -188,6 +194,8 @@ class TrainStep:
         for name, buffer in self.autoencoder.named_buffers():
             buffer.copy_(state[f"buffer.{name}"])
         self.silent_rows.copy_(state["silent_rows"])
+        if self.anchor is not None:
+            self.anchor.copy_(state["anchor"])
         self.n_steps = int(state["n_steps"])
         self.power = Power(*state["power"].tolist())
 
