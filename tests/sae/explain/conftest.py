@@ -119,7 +119,7 @@ def hook_point() -> str:
     return HOOK
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def identity_dictionary() -> Callable[[int], SparseAutoencoder]:
     return _reader
 

@@ -1,0 +1,234 @@
+"""From the state of the pass to the windows of each latent, and how often it fires."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from scipy import sparse
+
+from sae.explain.collect.kept import WindowRows, mixed, uniform
+from sae.explain.collect.state import N_BINS, SPLITS, State, half_octave
+from sae.explain.intervals import Interval, wilson
+from sae.explain.windows import LatentWindows, Source, Window
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Which latents fire in the same rows of the pool, by Jaccard's index."""
+
+    latent: Int64[np.ndarray, "d_sae k"]
+    """The closest ones first; -1 where there are no more."""
+    jaccard: Float64[np.ndarray, "d_sae k"]
+    """Rows in which both fire / rows in which one does."""
+
+
+@dataclass(frozen=True)
+class _Active:
+    """The kept windows of one latent and split, without those that are there twice."""
+
+    window: np.ndarray
+    peak: np.ndarray
+    acts: np.ndarray
+    is_top: np.ndarray
+
+
+class Assembler:
+    """Makes the windows of one latent at a time."""
+
+    def __init__(
+        self, state: State, tokens: Int64[np.ndarray, "example pos"], strings: Sequence[str] | None
+    ) -> None:
+        """Index the pool.
+
+        Args:
+            state: What the pass left.
+            tokens: The texts of the cache.
+            strings: Each token as text; None where positions are patches.
+        """
+        self._state, self._tokens, self._strings = state, tokens, strings
+        self._per_example = -(-tokens.shape[1] // state.width)
+        self._rows: WindowRows = state.kept.rows
+        self._start = np.searchsorted(
+            self._rows.group, np.arange(state.d_sae * len(SPLITS) + 1) * (N_BINS + 1)
+        )
+        self._fires = [self._firing_windows(split) for split in range(len(SPLITS))]
+        self._holds = [self._token_windows(split) for split in range(len(SPLITS))]
+        self.neighbours = self._together()
+
+    def of(self, latent: int) -> LatentWindows:
+        """Everything about one latent."""
+        splits = [tuple(self._split(latent, split)) for split in range(len(SPLITS))]
+        largest = float(self._state.counts["max_activation"][latent])
+        return LatentWindows(latent, largest, self.density(latent).value, splits[0], splits[1])
+
+    def density(self, latent: int) -> Interval:
+        """Share of rows on which it fires; the interval allows for bursts within examples."""
+        counts, n = self._state.counts, self._state.n_done
+        share = counts["n_fired"][latent] / n
+        spread = counts["square_fired"][latent] - 2 * share * counts["fired_by_length"][latent]
+        variance = (spread + share**2 * counts["square_length"][0]) / n**2
+        worth = share * (1 - share) / variance if variance > 0 and 0 < share < 1 else n
+        worth = min(max(float(worth), 1.0), float(n))
+        return wilson(float(share * worth), worth)
+
+    def _split(self, latent: int, split: int) -> list[Window]:
+        active = self._active(latent, split)
+        largest = float(self._state.counts["max_activation"][latent])
+        is_weak = active.peak <= self._state.config.weak_share * largest
+        found = self._stratified(latent, split, active, is_weak, largest)
+        weak = np.flatnonzero(is_weak & ~active.is_top)[: self._state.config.n_negatives].tolist()
+        found += [self._window(active, index, "weak", -1, 1.0) for index in weak]
+        return found + self._silent(latent, split)
+
+    def _active(self, latent: int, split: int) -> _Active:
+        key = latent * len(SPLITS) + split
+        rows = self._rows.take(np.arange(self._start[key], self._start[key + 1]))
+        is_top = rows.group % (N_BINS + 1) == N_BINS
+        again = ~is_top & np.isin(rows.window, rows.window[is_top])
+        order = np.flatnonzero(~again)
+        rank = np.where(is_top, -rows.peak, self._hash(rows.window, latent))
+        order = order[np.lexsort((rank[order], ~is_top[order]))]
+        return _Active(rows.window[order], rows.peak[order], rows.acts[order], is_top[order])
+
+    def _hash(self, window: np.ndarray, latent: int) -> np.ndarray:
+        salt = int(mixed(np.array([latent]), self._state.config.seed + 3)[0] >> np.uint64(2))
+        return uniform(mixed(window ^ salt, self._state.config.seed + 4))
+
+    def _stratified(
+        self, latent: int, split: int, active: _Active, is_weak: np.ndarray, largest: float
+    ) -> list[Window]:
+        """The top windows, which are there for certain, and some of each step with their p."""
+        config = self._state.config
+        step = np.ceil(active.peak / max(largest, 1e-30) * config.n_buckets).astype(int) - 1
+        step = np.clip(step, 0, config.n_buckets - 1)
+        bins = half_octave(active.peak)
+        n_all = self._state.counts["n_windows"][latent, split]
+        n_top = np.bincount(bins[active.is_top], minlength=N_BINS)
+        n_kept = np.bincount(bins[~active.is_top], minlength=N_BINS)
+        share_kept = n_kept / np.maximum(n_all - n_top, 1)
+        top = np.flatnonzero(active.is_top & ~is_weak).tolist()
+        found = [self._window(active, i, "active", int(step[i]), 1.0) for i in top]
+        for bucket in range(config.n_buckets):
+            candidates = np.flatnonzero((step == bucket) & ~active.is_top & ~is_weak)
+            taken = candidates[: config.per_bucket].tolist()
+            for index in taken:
+                p = share_kept[bins[index]] * len(taken) / len(candidates)
+                found.append(self._window(active, index, "active", bucket, float(min(p, 1.0))))
+        return found
+
+    def _silent(self, latent: int, split: int) -> list[Window]:
+        """Windows of the pool in which the latent fires nowhere, from three sources."""
+        config, windows = self._state.config, self._state.pool_windows[split]
+        silent = np.ones(len(windows), bool)
+        fires = self._fires[split]
+        silent[fires.indices[fires.indptr[latent] : fires.indptr[latent + 1]]] = False
+        order = np.flatnonzero(silent)[np.argsort(self._hash(windows[silent], latent))]
+        able_for: dict[Source, np.ndarray] = {
+            "lexical": self._lexical(latent, split),
+            "similar": self._similar(latent, split),
+            "random": np.ones(len(windows), bool),
+        }
+        found: list[Window] = []
+        used: set[int] = set()
+        none = np.zeros(self._state.width, np.float16)
+        for source, able in able_for.items():
+            chosen = [i for i in order if able[i] and i not in used][: config.n_negatives]
+            used.update(chosen)
+            found += [self._cut(int(windows[i]), none, 0.0, source, -1, 1.0) for i in chosen]
+        return found
+
+    def _lexical(self, latent: int, split: int) -> np.ndarray:
+        """Windows that hold one of the tokens at the latent's largest peaks."""
+        at_peaks = self._peak_tokens(latent)
+        holds = self._holds[split]
+        return np.asarray(holds[at_peaks].sum(axis=0)).ravel() > 0
+
+    def _peak_tokens(self, latent: int) -> np.ndarray:
+        if self._strings is None:
+            return np.empty(0, np.int64)
+        active = self._active(latent, 0)
+        best = np.argsort(-active.peak, kind="stable")[:10]
+        example, place = np.divmod(active.window[best], self._per_example)
+        position = place * self._state.width + active.acts[best].argmax(axis=1)
+        return np.unique(self._tokens[example, position])
+
+    def _similar(self, latent: int, split: int) -> np.ndarray:
+        """Windows in which a latent fires that often fires together with this one."""
+        fires, able = self._fires[split], np.zeros(len(self._state.pool_windows[split]), bool)
+        for other in self.neighbours.latent[latent]:
+            if other >= 0:
+                able[fires.indices[fires.indptr[other] : fires.indptr[other + 1]]] = True
+        return able
+
+    def _window(
+        self, active: _Active, index: int, source: Source, bucket: int, inclusion: float
+    ) -> Window:
+        peak = float(active.peak[index])
+        return self._cut(
+            int(active.window[index]), active.acts[index], peak, source, bucket, inclusion
+        )
+
+    def _cut(
+        self, window: int, acts: np.ndarray, peak: float, source: Source, bucket: int, p: float
+    ) -> Window:
+        example, place = divmod(window, self._per_example)
+        start = place * self._state.width
+        ids = self._tokens[example, start : start + self._state.width]
+        ids = ids[: int((ids >= 0).sum())] if self._strings is not None else ids
+        strings = self._strings
+        tokens = tuple("" if strings is None else strings[int(token)] for token in ids)
+        values = tuple((acts[: len(ids)].astype(np.float64) * peak).tolist())
+        return Window(example, start, tokens, values, source, bucket, p)
+
+    def _firing_windows(self, split: int) -> sparse.csc_array:
+        """(window of the pool, latent): where a latent fires."""
+        pool, windows = self._state.pool, self._state.pool_windows[split]
+        order = np.argsort(windows)
+        place = np.searchsorted(windows[order], pool.window)
+        place = order[np.minimum(place, len(order) - 1)] if len(order) else place
+        here = windows[place] == pool.window if len(order) else np.zeros(len(place), bool)
+        cells = (np.ones(here.sum(), bool), (place[here], pool.latent[here]))
+        return sparse.csc_array(cells, shape=(len(windows), self._state.d_sae), dtype=bool)
+
+    def _token_windows(self, split: int) -> sparse.csr_array:
+        """(token, window of the pool): where a token stands."""
+        windows = self._state.pool_windows[split]
+        example, place = np.divmod(windows, self._per_example)
+        position = place[:, None] * self._state.width + np.arange(self._state.width)
+        inside = position < self._tokens.shape[1]
+        ids = self._tokens[example[:, None], np.minimum(position, self._tokens.shape[1] - 1)]
+        known = inside & (ids >= 0)
+        which = np.broadcast_to(np.arange(len(windows))[:, None], ids.shape)
+        n_tokens = int(self._tokens.max()) + 1 if self._strings is None else len(self._strings)
+        cells = (np.ones(known.sum(), np.int32), (ids[known], which[known]))
+        return sparse.csr_array(cells, shape=(max(n_tokens, 1), len(windows)))
+
+    def _together(self) -> Neighbours:
+        state, k = self._state, self._state.config.n_neighbours
+        pool = state.pool
+        explain = np.isin(pool.window, state.pool_windows[0])
+        row = pool.window[explain] * state.width + pool.offset[explain]
+        _, row = np.unique(row, return_inverse=True)
+        cells = (np.ones(len(row), np.float32), (row, pool.latent[explain]))
+        fires = sparse.csc_array(cells, shape=(len(np.unique(row)), state.d_sae))
+        count = np.asarray(fires.sum(axis=0)).ravel()
+        latents, jaccards = np.full((state.d_sae, k), -1), np.zeros((state.d_sae, k))
+        both = (fires.T @ fires).tocsr()
+        for latent in np.flatnonzero(count):
+            part = slice(both.indptr[latent], both.indptr[latent + 1])
+            other, n = both.indices[part], both.data[part]
+            jaccard = np.where(other == latent, 0.0, n / (count[latent] + count[other] - n))
+            best = np.lexsort((other, -jaccard))[:k]
+            best = best[jaccard[best] > 0]
+            latents[latent, : len(best)], jaccards[latent, : len(best)] = other[best], jaccard[best]
+        return Neighbours(latents, jaccards)
+
+
+def histogram(state: State, latent: int) -> dict[str, list[float]]:
+    """Counts of the latent's activations by half octave, with the lower edge of each."""
+    counts = state.counts["histogram"][latent]
+    used = np.flatnonzero(counts)
+    edges = [math.pow(2.0, (int(index) - N_BINS // 2) / 2) for index in used]
+    return {"low": edges, "count": counts[used].astype(float).tolist()}

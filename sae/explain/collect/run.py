@@ -1,0 +1,221 @@
+"""The pass: encode every row of the explain and score splits once, and remember what is needed."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from activations_cache.progress import Progress, silent
+from sae.autoencoder import SparseAutoencoder
+from sae.explain.codes import ActivationRows
+from sae.explain.collect.config import WindowConfig
+from sae.explain.collect.kept import WindowRows, mixed, uniform
+from sae.explain.collect.state import N_BINS, SPLITS, PoolEntries, State, half_octave
+from sae.explain.words import Cache
+
+
+class _Rows(NamedTuple):
+    """The rows of a chunk, ordered by example and position."""
+
+    ids: Int[Tensor, " row"]
+    example: np.ndarray
+    window: np.ndarray
+    offset: np.ndarray
+    split: np.ndarray
+
+
+class _Fired(NamedTuple):
+    """The firings of a chunk, ordered by latent, then row."""
+
+    row: np.ndarray
+    latent: np.ndarray
+    value: np.ndarray
+
+
+class _Peaks(NamedTuple):
+    """The windows of a chunk in which a latent fires, ordered by latent, then window."""
+
+    start: np.ndarray  # first firing
+    latent: np.ndarray
+    window: np.ndarray
+    split: np.ndarray
+    peak: np.ndarray
+
+
+def window_width(cache: Cache, config: WindowConfig) -> int:
+    """Positions of a window: as configured, or whole examples."""
+    longest = cache.examples.tokens.shape[1]
+    return min(config.tokens, longest) or longest
+
+
+def collect(
+    dictionary: SparseAutoencoder,
+    cache: Cache,
+    hook_point: str,
+    config: WindowConfig,
+    *,
+    state_path: Path | None = None,
+    identity: dict[str, object] | None = None,
+    progress: Progress | None = None,
+) -> State:
+    """Go over the rows once; every row is encoded exactly once, and hold rows never.
+
+    Args:
+        dictionary: What encodes.
+        cache: Rows and texts, split by document.
+        hook_point: Which rows.
+        config: What to keep.
+        state_path: Where the state is saved now and then; an interrupted pass goes on from it.
+        identity: What must be the same for that: the cache, the dictionary.
+        progress: Called after each chunk with the number of rows done.
+
+    Raises:
+        ValueError: If a split has no rows, or activations are not finite.
+    """
+    report = progress or silent
+    state = State(dictionary.config.d_sae, window_width(cache, config), config)
+    known: dict[str, object] = {"hook_point": hook_point, **asdict(config), **(identity or {})}
+    if state_path is not None:
+        state.load(state_path, known)
+    rows = _ordered_rows(cache, state.width)
+    for number, chunk in enumerate(_chunks(rows, state.n_done, config.rows_per_chunk), 1):
+        _add(state, chunk, _encode(dictionary, cache[hook_point], chunk.ids))
+        state.n_done += len(chunk.ids)
+        if state_path is not None and number % config.save_every == 0:
+            state.save(state_path, known)
+        report(state.n_done, len(rows.ids), "rows encoded for windows")
+    state.kept.merge()
+    return state
+
+
+def _ordered_rows(cache: Cache, width: int) -> _Rows:
+    parts, splits = [], []
+    for number, split in enumerate(SPLITS):
+        ids = cache.rows((split,))
+        if not len(ids):
+            raise ValueError(f"split {split!r} must have rows, got none; build a larger cache")
+        parts.append(ids)
+        splits.append(np.full(len(ids), number, np.int8))
+    ids, split = torch.cat(parts), np.concatenate(splits)
+    refs = cache.refs(ids)
+    example, position = refs.example.numpy(), refs.position.numpy()
+    order = np.lexsort((position, example))
+    example, position = example[order], position[order]
+    per_example = -(-cache.examples.tokens.shape[1] // width)
+    window = example * per_example + position // width
+    return _Rows(ids[torch.from_numpy(order)], example, window, position % width, split[order])
+
+
+def _chunks(rows: _Rows, start: int, size: int) -> Iterator[_Rows]:
+    """Whole examples, so that no window is cut."""
+    while start < len(rows.ids):
+        end = min(start + size, len(rows.ids))
+        end = int(np.searchsorted(rows.example, rows.example[end - 1], "right"))
+        part = slice(start, end)
+        yield _Rows(rows.ids[part], *(array[part] for array in rows[1:]))  # pyright: ignore[reportArgumentType]
+        start = end
+
+
+@torch.no_grad()
+def _encode(
+    dictionary: SparseAutoencoder, activations: ActivationRows, ids: Int[Tensor, " row"]
+) -> _Fired:
+    latents = dictionary.encode(activations[ids].to(dictionary.enc_rows.device))
+    if not torch.isfinite(latents.values).all():
+        raise ValueError(
+            f"activations must be finite, got others in rows {int(ids[0])} to {int(ids[-1])}; "
+            "run `sae verify` on the cache and check the dictionary"
+        )
+    fires = latents.values != 0
+    row = fires.nonzero()[:, 0].cpu().numpy()
+    latent = latents.indices[fires].cpu().numpy()
+    value = latents.values[fires].float().cpu().numpy()
+    narrow = latent.astype(np.uint16 if dictionary.config.d_sae <= 1 << 16 else np.uint32)
+    order = np.argsort(narrow, kind="stable")  # 16-bit integers are sorted by radix
+    return _Fired(row[order], latent[order], value[order])
+
+
+def _add(state: State, rows: _Rows, fired: _Fired) -> None:
+    _count(state, rows, fired)
+    peaks = _peaks(rows, fired)
+    bins = half_octave(peaks.peak)
+    group = (peaks.latent * len(SPLITS) + peaks.split) * (N_BINS + 1)
+    n_groups = state.d_sae * len(SPLITS) * (N_BINS + 1)
+    found = np.bincount(group + bins, minlength=n_groups)
+    state.counts["n_windows"] += found.reshape(state.d_sae, len(SPLITS), N_BINS + 1)[..., :N_BINS]
+    salt = mixed(peaks.latent, state.config.seed + 1).astype(np.int64)
+    by_hash = uniform(mixed(peaks.window ^ salt, state.config.seed + 2))
+    for key, priority in ((group + bins, by_hash), (group + N_BINS, -peaks.peak - by_hash * 1e-9)):
+        chosen = np.flatnonzero(state.kept.wanted(key, priority))
+        acts = _acts(chosen, peaks, rows, fired, state.width)
+        state.kept.offer(
+            WindowRows(
+                key[chosen], priority[chosen].astype(np.float64), peaks.window[chosen],
+                peaks.peak[chosen], acts,
+            )
+        )  # fmt: skip
+    for split in range(len(SPLITS)):
+        _pool(state, split, rows, fired)
+
+
+def _count(state: State, rows: _Rows, fired: _Fired) -> None:
+    counts, d_sae = state.counts, state.d_sae
+    counts["n_fired"] += np.bincount(fired.latent, minlength=d_sae)
+    np.maximum.at(counts["max_activation"], fired.latent, fired.value)
+    cell = fired.latent * N_BINS + half_octave(fired.value)
+    counts["histogram"] += np.bincount(cell, minlength=d_sae * N_BINS).reshape(d_sae, N_BINS)
+    first = rows.example[0]
+    length = np.bincount(rows.example - first)
+    key = fired.latent * len(length) + (rows.example[fired.row] - first)  # ascends
+    start = np.flatnonzero(np.diff(key, prepend=-1))
+    n = np.diff(start, append=len(key))
+    latent, rows_of = key[start] // len(length), length[key[start] % len(length)]
+    counts["n_examples"] += np.bincount(latent, minlength=d_sae)
+    counts["square_fired"] += np.bincount(latent, n.astype(float) ** 2, minlength=d_sae)
+    counts["fired_by_length"] += np.bincount(latent, n * rows_of, minlength=d_sae)
+    counts["square_length"] += float((length.astype(float) ** 2).sum())
+
+
+def _peaks(rows: _Rows, fired: _Fired) -> _Peaks:
+    window = rows.window[fired.row]
+    begins = np.ones(len(window), bool)
+    begins[1:] = (window[1:] != window[:-1]) | (fired.latent[1:] != fired.latent[:-1])
+    start = np.flatnonzero(begins)
+    peak = np.maximum.reduceat(fired.value, start) if len(start) else fired.value[:0]
+    split = rows.split[fired.row[start]].astype(np.int64)
+    return _Peaks(start, fired.latent[start].astype(np.int64), window[start], split, peak)
+
+
+def _acts(chosen: np.ndarray, peaks: _Peaks, rows: _Rows, fired: _Fired, width: int) -> np.ndarray:
+    """Activations of the chosen windows at each position, in shares of the peak."""
+    ends = np.append(peaks.start[1:], len(fired.row))
+    length = ends[chosen] - peaks.start[chosen]
+    place = np.repeat(np.arange(len(chosen)), length)
+    inside = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+    entry = np.repeat(peaks.start[chosen], length) + inside
+    acts = np.zeros((len(chosen), width), np.float16)
+    shares = fired.value[entry] / peaks.peak[chosen][place]
+    # A weak firing keeps a share above 0: smaller ones than 6e-8 do not exist in half precision.
+    acts[place, rows.offset[fired.row[entry]]] = np.maximum(shares, 6e-8)
+    return acts
+
+
+def _pool(state: State, split: int, rows: _Rows, fired: _Fired) -> None:
+    windows = np.unique(rows.window[rows.split == split])
+    full = state.pool_windows[split]
+    if len(full) == state.config.pool:  # whatever hashes beyond the last one cannot enter
+        bar = uniform(mixed(full[-1:], state.config.seed))[0]
+        windows = windows[uniform(mixed(windows, state.config.seed)) < bar]
+    if len(windows):
+        inside = np.isin(rows.window[fired.row], windows)
+        row = fired.row[inside]
+        entries = PoolEntries(
+            rows.window[row], rows.offset[row].astype(np.int16),
+            fired.latent[inside].astype(np.int32), fired.value[inside],
+        )  # fmt: skip
+        state.add_to_pool(split, windows, entries)

@@ -1,0 +1,113 @@
+"""What the pass remembers between chunks: counts, kept windows, the pool; it can be saved."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int64
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from sae.explain.collect.config import WindowConfig
+from sae.explain.collect.kept import Kept, WindowRows, mixed, uniform
+
+N_BINS = 64
+"""Half octaves of activation, from 2^-16 to 2^16."""
+
+SPLITS = ("explain", "score")
+"""Those that are collected; hold is never looked at."""
+
+
+def half_octave(values: Float32[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
+    """Index of the half octave in which an activation lies; both ends take what is beyond."""
+    octave = np.log2(np.maximum(np.abs(values), np.float32(1e-30)))
+    return np.clip(np.floor(2 * octave) + N_BINS // 2, 0, N_BINS - 1).astype(np.int64)
+
+
+class PoolEntries(NamedTuple):
+    """Firings inside the windows of the pool."""
+
+    window: Int64[np.ndarray, " entry"]
+    """Number of the window."""
+    offset: np.ndarray
+    """Place in the window, int16."""
+    latent: np.ndarray
+    """The latent, int32."""
+    value: Float32[np.ndarray, " entry"]
+    """Its activation."""
+
+
+class State:
+    """Everything that is known after some chunks; its size is fixed by d_sae and the config."""
+
+    def __init__(self, d_sae: int, width: int, config: WindowConfig) -> None:
+        """Start with nothing known."""
+        self.d_sae, self.width, self.config = d_sae, width, config
+        self.n_done = 0
+        """Rows that were encoded."""
+        self.counts: dict[str, np.ndarray] = {
+            "n_fired": np.zeros(d_sae, np.int64),
+            "n_examples": np.zeros(d_sae, np.int64),
+            "square_fired": np.zeros(d_sae),  # sum over examples of c^2, c the firings in it
+            "fired_by_length": np.zeros(d_sae),  # sum over examples of c n, n the rows of it
+            "square_length": np.zeros(1),
+            "max_activation": np.zeros(d_sae, np.float32),
+            "histogram": np.zeros((d_sae, N_BINS), np.int64),
+            "n_windows": np.zeros((d_sae, len(SPLITS), N_BINS), np.int64),
+        }
+        per_group = np.full(N_BINS + 1, config.per_bucket + 2)
+        per_group[N_BINS] = config.n_top  # the last stratum takes the largest peaks
+        self.kept = Kept(np.tile(per_group, d_sae * len(SPLITS)), width)
+        self.pool_windows = [np.empty(0, np.int64) for _ in SPLITS]
+        """Windows of the pool of each split, by their hash."""
+        self.pool = PoolEntries(
+            np.empty(0, np.int64), np.empty(0, np.int16), np.empty(0, np.int32),
+            np.empty(0, np.float32),
+        )  # fmt: skip
+
+    def add_to_pool(self, split: int, windows: np.ndarray, entries: PoolEntries) -> None:
+        """Let windows compete for the pool of their split by their hash alone."""
+        before = self.pool_windows[split]
+        together = np.unique(np.concatenate([before, windows]))
+        order = np.argsort(uniform(mixed(together, self.config.seed)), kind="stable")
+        after = together[order[: self.config.pool]]
+        if len(before) == len(after) and np.array_equal(before, after):
+            return
+        gone = np.setdiff1d(before, after)
+        kept = PoolEntries(*(array[~np.isin(self.pool.window, gone)] for array in self.pool))
+        new = np.isin(entries.window, np.setdiff1d(after, before))
+        parts = zip(kept, (array[new] for array in entries), strict=True)
+        self.pool = PoolEntries(*(np.concatenate(pair) for pair in parts))
+        self.pool_windows[split] = after
+
+    def save(self, path: Path, identity: dict[str, object]) -> None:
+        """Write the state; `load` goes on from it."""
+        self.kept.merge()
+        arrays = {f"count.{name}": array for name, array in self.counts.items()}
+        arrays |= {f"kept.{n}": a for n, a in self.kept.rows._asdict().items()}
+        arrays |= {f"pool.{n}": a for n, a in self.pool._asdict().items()}
+        arrays |= {f"windows.{s}": a for s, a in enumerate(self.pool_windows)}
+        arrays["n_done"] = np.array([self.n_done], np.int64)
+        unfinished = path.with_name(path.name + ".partial")
+        save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, unfinished,
+                  {"identity": json.dumps(identity, sort_keys=True)})  # fmt: skip
+        unfinished.replace(path)
+
+    def load(self, path: Path, identity: dict[str, object]) -> bool:
+        """Go on from a saved state of the same identity; False if there is none."""
+        if not path.is_file() or _identity(path) != json.dumps(identity, sort_keys=True):
+            return False
+        arrays = load_file(path)
+        for name in self.counts:
+            self.counts[name] = arrays[f"count.{name}"]
+        self.kept.restore(WindowRows(*(arrays[f"kept.{n}"] for n in WindowRows._fields)))
+        self.pool = PoolEntries(*(arrays[f"pool.{n}"] for n in PoolEntries._fields))
+        self.pool_windows = [arrays[f"windows.{s}"] for s in range(len(SPLITS))]
+        self.n_done = int(arrays["n_done"][0])
+        return True
+
+
+def _identity(path: Path) -> str:
+    with safe_open(path, "numpy") as file:
+        return (file.metadata() or {}).get("identity", "")
