@@ -18,6 +18,7 @@ from activations_cache.checks import (
     split_fractions,
 )
 from activations_cache.config_images import ImagesConfig
+from activations_cache.locations import DATASET
 
 SPLITS = ("explain", "score", "hold")
 """The three disjoint parts of the documents: to make explanations, to score them, to hold out."""
@@ -33,9 +34,6 @@ COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)
 
 Attention = Literal["context", "document"]
 ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
-
-DATASET = "dataset://"
-"""What the path of a dataset of the `datasets` library begins with."""
 
 TEXT_FORMATS = (".txt", ".jsonl", ".parquet")
 

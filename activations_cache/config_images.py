@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from activations_cache.checks import at_least, package_path, positive, require, split_fractions
+from activations_cache.locations import DATASET
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
@@ -19,16 +20,26 @@ class ImageSource:
     """A set of images and where their classes stand."""
 
     path: str
-    """A folder (class = its subfolder), a .npy, a .parquet, a saved dataset, or package://..."""
+    """A folder (class = its subfolder), a .npy, a .parquet, a saved dataset, package://PACKAGE/FILE,
+    or dataset://NAME: a dataset of the `datasets` library, on the hub or in a directory."""
     field: str = "image"
-    """Field of a record that holds the image (.parquet, saved dataset)."""
+    """Field of a record that holds the image (.parquet, dataset)."""
     label: str | None = None
     """Field of a record with the class; for a .npy, the path of a .npy with the classes."""
+    subset: str | None = None
+    """Configuration of a dataset on the hub."""
+    part: str = "train"
+    """Split of a dataset://NAME, as its authors call it."""
 
     def __post_init__(self) -> None:
         """Check the fields that need no disk."""
         require(bool(self.path), "path", "not be empty", self.path)
         package_path(self.path)
+        is_dataset = self.path.startswith(DATASET)
+        require(self.path != DATASET, "path", f"have the form {DATASET}NAME", self.path)
+        only = f"be absent where path is not {DATASET}NAME"
+        require(self.subset is None or is_dataset, "subset", only, self.subset)
+        require(bool(self.part), "part", "not be empty", self.part)
         require(bool(self.field), "field", "not be empty", self.field)
         require(self.label != "", "label", "not be empty", self.label)
         if self.path.endswith(".npy") and self.label is not None:

@@ -9,18 +9,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from activations_cache.config import DATASET, TextSource
+from activations_cache.config import TextSource
+from activations_cache.config_images import ImageSource
 from activations_cache.loading import one_line
+from activations_cache.locations import DATASET
 
 ATTEMPTS = 5
 """How often a stream is opened without a new record before it is given up."""
 PAUSE_S = 1.0
 """Before the second attempt; doubled after each."""
 
+
+Source = TextSource | ImageSource
+
 _log = logging.getLogger(__name__)
 
 
-def dataset_rows(source: TextSource) -> Iterator[Mapping[str, Any]]:
+def dataset_rows(source: Source) -> Iterator[Mapping[str, Any]]:
     """Yield the records of a dataset in their order.
 
     Raises:
@@ -30,28 +35,47 @@ def dataset_rows(source: TextSource) -> Iterator[Mapping[str, Any]]:
     n_done, failures = 0, 0
     while True:
         try:
-            for record in _open(source, n_done):
+            for record in _open(source, streaming=True, start=n_done):
                 yield record
                 n_done, failures = n_done + 1, 0
         except (OSError, EOFError) as error:  # the network's errors, and aiohttp's, are OSErrors
             failures += 1
-            if failures >= ATTEMPTS:
-                raise _broken(source, n_done, error) from error
-            pause = PAUSE_S * 2 ** (failures - 1)
-            _log.warning("%s broke at record %d, again in %.0f s", source.path, n_done, pause)
-            time.sleep(pause)
+            _wait(source, n_done, failures, error)
         else:
             return
 
 
-def _broken(source: TextSource, n_done: int, error: Exception) -> ValueError:
-    return ValueError(
-        f"{source.path} must be readable, got {one_line(error)} at record {n_done}, "
-        f"{ATTEMPTS} times; check the name and the network, then run the same command again"
-    )
+def dataset_table(source: Source) -> Any:
+    """Return a dataset whose records can be read in any order; from the hub it is fetched whole.
+
+    Raises:
+        FileNotFoundError: If there is no such dataset.
+        ValueError: If it cannot be fetched or lacks the split.
+    """
+    failures = 0
+    while True:
+        try:
+            return _open(source, streaming=False)
+        except FileNotFoundError:
+            raise
+        except (OSError, EOFError) as error:
+            failures += 1
+            _wait(source, 0, failures, error)
 
 
-def _open(source: TextSource, start: int) -> Any:
+def _wait(source: Source, n_done: int, failures: int, error: Exception) -> None:
+    """Pause before the next attempt, or give up."""
+    if failures >= ATTEMPTS:
+        raise ValueError(
+            f"{source.path} must be readable, got {one_line(error)} at record {n_done}, "
+            f"{ATTEMPTS} times; check the name and the network, then run the same command again"
+        ) from error
+    pause = PAUSE_S * 2 ** (failures - 1)
+    _log.warning("%s broke at record %d, again in %.0f s", source.path, n_done, pause)
+    time.sleep(pause)
+
+
+def _open(source: Source, *, streaming: bool, start: int = 0) -> Any:
     """Return the records from number `start` on."""
     import datasets  # takes seconds
     from datasets.exceptions import DatasetNotFoundError
@@ -63,7 +87,10 @@ def _open(source: TextSource, start: int) -> Any:
             records = found[source.part] if isinstance(found, dict) else found
         else:
             records = datasets.load_dataset(
-                name, source.subset, split=source.part, streaming=not Path(name).is_dir()
+                name,
+                source.subset,
+                split=source.part,
+                streaming=streaming and not Path(name).is_dir(),
             )
     except DatasetNotFoundError as error:
         raise ValueError(f"{source.path} must be a dataset, got {one_line(error)}") from error

@@ -12,9 +12,9 @@ from pathlib import PurePosixPath
 
 from pyarrow import ArrowInvalid, parquet
 
-from activations_cache.config import DATASET, TextSource, text_format
+from activations_cache.config import TextSource, text_format
 from activations_cache.datasets import dataset_rows
-from activations_cache.locations import locate
+from activations_cache.locations import DATASET, locate
 
 
 @dataclass(frozen=True)

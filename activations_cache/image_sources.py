@@ -19,9 +19,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from activations_cache.config_images import ImageSource
+from activations_cache.datasets import dataset_table
 from activations_cache.gguf import cache_directory
 from activations_cache.loading import one_line
-from activations_cache.locations import locate
+from activations_cache.locations import DATASET, locate
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Files of a folder that are taken for images; others are not looked at."""
@@ -120,6 +121,8 @@ def open_store(source: ImageSource) -> ImageStore:
         FileNotFoundError: If it does not exist.
         ValueError: If it holds no images, or not in the form that the source says.
     """
+    if source.path.startswith(DATASET):
+        return _not_empty(_records(dataset_table(source), source), source)
     path = locate(source.path)
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
@@ -129,10 +132,14 @@ def open_store(source: ImageSource) -> ImageStore:
     elif path.suffix == ".npy":
         store = _arrays(path, source)
     elif path.is_dir() or path.suffix == ".parquet":
-        store = _records(path, source)
+        store = _records(_table(path), source)
     else:
-        kinds = "a folder, a .npy or .parquet file, or a saved dataset"
+        kinds = "a folder, a .npy or .parquet file, a saved dataset or dataset://NAME"
         raise ValueError(f"path must be {kinds}, got {source.path}")
+    return _not_empty(store, source)
+
+
+def _not_empty(store: ImageStore, source: ImageSource) -> ImageStore:
     if not store.names:
         raise ValueError(f"path must hold images, got none in {source.path}")
     return store
@@ -203,15 +210,19 @@ def _array_labels(path: str) -> list[str | None]:
     return [str(value) for value in values.tolist()]
 
 
-def _records(path: Path, source: ImageSource) -> Records:
+def _table(path: Path) -> Any:
     import datasets  # 0.8 s, for this kind of source alone
 
     if path.is_dir():
-        rows = datasets.load_from_disk(str(path))
-    else:
-        made = str(cache_directory() / "datasets")
-        with _without_bars(datasets):
-            rows = datasets.Dataset.from_parquet(str(path), cache_dir=made)
+        return datasets.load_from_disk(str(path))
+    made = str(cache_directory() / "datasets")
+    with _without_bars(datasets):
+        return datasets.Dataset.from_parquet(str(path), cache_dir=made)
+
+
+def _records(rows: Any, source: ImageSource) -> Records:
+    import datasets
+
     assert isinstance(rows, datasets.Dataset), type(rows)
     for name in (source.field, source.label):
         if name is not None and name not in rows.column_names:

@@ -4,6 +4,8 @@ import importlib.util
 from pathlib import Path
 
 PACKAGE = "package://"
+DATASET = "dataset://"
+"""What the path of a dataset of the `datasets` library begins with."""
 
 
 def locate(path: str) -> Path:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from activations_cache import datasets as reading
 from activations_cache.config_images import ImageSource
 from activations_cache.image_sources import (
     UNREADABLE,
@@ -200,3 +201,55 @@ def test_an_image_of_absurd_size_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with careful_pillow(), pytest.raises(Image.DecompressionBombWarning):
         decode(encoded(0))
+
+
+def dataset_of(n: int) -> datasets.Dataset:
+    features = datasets.Features({
+        "image": datasets.Image(),
+        "kind": datasets.ClassLabel(names=["owl", "wren"]),
+    })
+    columns = {
+        "image": [{"bytes": encoded(i), "path": None} for i in range(n)],
+        "kind": [i % 2 for i in range(n)],
+    }
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def test_a_dataset_of_the_hub_is_fetched_whole_and_read_in_any_order(monkeypatch):
+    asked, pauses = [], []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        if len(asked) < 3:
+            raise ConnectionResetError("connection reset by peer")
+        return dataset_of(5)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(reading.time, "sleep", pauses.append)
+    source = ImageSource(path="dataset://org/birds", label="kind", subset="small", part="test")
+    store = open_store(source)
+    assert asked[2] == (("org/birds", "small"), {"split": "test", "streaming": False})
+    assert pauses == [1, 2]
+    assert list(store.labels) == ["owl", "wren", "owl", "wren", "owl"]
+    np.testing.assert_array_equal(np.asarray(store.image(4)), values(4))
+
+
+def test_a_directory_that_the_library_reads_is_a_dataset(tmp_path: Path, capfd):
+    dataset_of(3).to_parquet(str(tmp_path / "test.parquet"))
+    store = open_store(ImageSource(path=f"dataset://{tmp_path}", part="test"))
+    assert store.data(2) == encoded(2)
+    with pytest.raises(ValueError, match="must have part 'train'"):
+        open_store(ImageSource(path=f"dataset://{tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"path": "dataset://"}, "path must have the form dataset://NAME"),
+        ({"path": "birds", "subset": "small"}, "subset must be absent where path is not dataset"),
+        ({"path": "birds", "part": ""}, "part must not be empty"),
+    ],
+)
+def test_a_dataset_is_named_whole(fields, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        ImageSource(**fields)
