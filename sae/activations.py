@@ -6,8 +6,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.architecture import Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
-from sae_kernels import Csr, encode_batch_topk, encode_threshold, encode_topk
+from sae.architecture import Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
+from sae_kernels import (
+    Csr,
+    encode_batch_topk,
+    encode_group_max,
+    encode_threshold,
+    encode_topk,
+)
 
 
 class Latents(NamedTuple):
@@ -62,6 +68,9 @@ def encode(
         case TopK(k=k):
             selected = encode_topk(u, rows, bias, k, b_in=b_in)
             latents = pad_silent(Latents(selected.values, selected.indices))
+        case GroupMax(k=k):
+            found = encode_group_max(u, rows, bias, k, b_in=b_in)
+            latents = pad_silent(Latents(found.values, found.indices))
         case BatchTopK() | JumpReLU():
             latents = from_csr(encode_threshold(u, rows, bias, _threshold(weights), b_in=b_in))
         case Gated():
@@ -113,14 +122,10 @@ def encode_dense(
     activation: Activation, u: Float[Tensor, "batch d_in"], weights: EncoderWeights
 ) -> Float[Tensor, "batch d_sae"]:
     """The same activations as one dense row per input row."""
-    match activation:
-        case TopK() | BatchTopK():
-            return to_dense(encode(activation, u, weights), weights.enc_rows.shape[0])
-        case JumpReLU() | Gated() | ReLU():
-            acts = dense_acts(pre_acts(u, weights), weights)
-            return acts if weights.norms is None else acts / weights.norms
-        case _:
-            assert_never(activation)
+    if activation.facts.trains == "sparse":
+        return to_dense(encode(activation, u, weights), weights.enc_rows.shape[0])
+    acts = dense_acts(pre_acts(u, weights), weights)
+    return acts if weights.norms is None else acts / weights.norms
 
 
 def dense_acts(

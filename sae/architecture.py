@@ -18,12 +18,16 @@ class Facts(NamedTuple):
     """The file in sae/train/forward/ that trains it; `sparse` latents are few in every row."""
     products: float
     """Time of a training step in encoder products (`sae.cli.estimate`)."""
+    equation: str
+    """a as a function of h and k, for people."""
     threshold: Literal["none", "one", "per latent"] = "none"
     """Whether h must exceed a threshold: one that training estimates, or a parameter each."""
     penalties: tuple[str, ...] = ()
     """The sparsity penalties of the training config of which it needs one."""
     terms: tuple[str, ...] = ()
     """Other terms of the loss that it takes."""
+    sliceable: bool = True
+    """Whether some of the latents fire as they do among all, if nothing else has to be chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,13 @@ class ReLU:
 
     kind: Literal["relu"] = "relu"
     """Tells the activations apart."""
-    facts: ClassVar = Facts("dense", 6.5, penalties=("l1", "p_anneal"))
+    facts: ClassVar = Facts(
+        "dense",
+        6.5,
+        "relu({h})",
+        penalties=("l1", "p_anneal"),
+        terms=("auxk", "matryoshka", "control"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +53,12 @@ class TopK:
     """Tells the activations apart."""
     k: int = 32
     """Latents that may fire in one row."""
-    facts: ClassVar = Facts("sparse", 2.5, terms=("auxk", "matryoshka", "k_anneal", "multi_topk"))
+    facts: ClassVar = Facts(
+        "sparse",
+        2.5,
+        "relu of the {k} largest of {h}",
+        terms=("auxk", "matryoshka", "k_anneal", "multi_topk"),
+    )
 
     def __post_init__(self) -> None:
         """Check k, as far as it can be without d_sae."""
@@ -62,7 +77,34 @@ class BatchTopK:
     """Tells the activations apart."""
     k: int = 32
     """Latents that may fire in one row on average."""
-    facts: ClassVar = Facts("sparse", 2.5, "one", terms=("auxk", "matryoshka", "k_anneal"))
+    facts: ClassVar = Facts(
+        "sparse",
+        2.5,
+        "{h} where above one threshold, else 0",
+        "one",
+        terms=("auxk", "matryoshka", "k_anneal"),
+    )
+
+    def __post_init__(self) -> None:
+        """Check k, as far as it can be without d_sae."""
+        at_least("k", self.k, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupMax:
+    """The largest h of each of k groups of neighbours, cut at 0 (sparsify's `groupmax`)."""
+
+    kind: Literal["groupmax"] = "groupmax"
+    """Tells the activations apart."""
+    k: int = 32
+    """Groups, so latents that may fire in one row; it divides d_sae."""
+    facts: ClassVar = Facts(
+        "sparse",
+        2.5,
+        "relu of the largest {h} of each of {k} groups",
+        terms=("auxk", "matryoshka"),
+        sliceable=False,
+    )
 
     def __post_init__(self) -> None:
         """Check k, as far as it can be without d_sae."""
@@ -79,7 +121,14 @@ class JumpReLU:
     """Thresholds at the start of training, in the dictionary's units."""
     bandwidth: float = 0.1
     """Width of the window around a threshold in which pre-activations move it, in these units."""
-    facts: ClassVar = Facts("dense", 6.5, "per latent", ("l0", "tanh"), ("preact",))
+    facts: ClassVar = Facts(
+        "dense",
+        6.5,
+        "{h} where above the latent's threshold, else 0",
+        "per latent",
+        ("l0", "tanh"),
+        ("preact", "auxk", "matryoshka", "control"),
+    )
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -96,12 +145,27 @@ class Gated:
 
     kind: Literal["gated"] = "gated"
     """Tells the activations apart."""
-    facts: ClassVar = Facts("gated", 8.5, penalties=("l1",))
+    facts: ClassVar = Facts(
+        "gated",
+        8.5,
+        "relu(h * exp(r_mag) + b_mag) where h + b_gate > 0, else 0",
+        penalties=("l1",),
+        terms=("control",),
+    )
 
 
-Activation = ReLU | TopK | BatchTopK | JumpReLU | Gated
+Activation = ReLU | TopK | BatchTopK | GroupMax | JumpReLU | Gated
 KINDS: dict[str, type[Activation]] = {kind.kind: kind for kind in get_args(Activation)}
 """The activations by name."""
+
+
+def check_k(activation: Activation, d_sae: int) -> None:
+    """Check what counts latents against their number."""
+    k = getattr(activation, "k", 1)
+    require(k <= d_sae, "activation.k", f"be at most d_sae={d_sae}", k)
+    divides = not isinstance(activation, GroupMax) or d_sae % k == 0
+    require(divides, "activation.k", f"divide d_sae={d_sae} into equal groups", k)
+
 
 B_IN = ("none", "b_dec", "own")
 INPUT_NORMS = ("none", "layer_norm", "rms")
@@ -167,8 +231,7 @@ class SAEConfig:
         self._check_words()
         if self.input_norm == "layer_norm":
             at_least("d_in", min(part.width for part in self.slices_in), 2)
-        k = getattr(self.activation, "k", 1)
-        require(k <= self.d_sae, "activation.k", f"be at most d_sae={self.d_sae}", k)
+        check_k(self.activation, self.d_sae)
         if isinstance(self.activation, Gated):
             gate = self.gate_by_decoder_norm
             require(not gate, "gate_by_decoder_norm", "be false for activation.kind 'gated'", gate)

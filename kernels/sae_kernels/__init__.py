@@ -10,6 +10,7 @@ from sae_kernels.decode import sparse_decode
 from sae_kernels.dense import DenseStep, dense_autoencode
 from sae_kernels.encode import encode_topk, screened_topk
 from sae_kernels.grads import WeightGrads, sparse_weight_grads
+from sae_kernels.groups import encode_group_max
 from sae_kernels.launch import Backend
 from sae_kernels.mse import DecodeLoss, sparse_decode_mse
 from sae_kernels.screen import CertifiedTopK
@@ -28,6 +29,7 @@ __all__ = [
     "batch_topk",
     "dense_autoencode",
     "encode_batch_topk",
+    "encode_group_max",
     "encode_threshold",
     "encode_topk",
     "latent_adam_",

@@ -3,7 +3,7 @@
 import torch
 
 from sae import pretrained
-from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
+from sae.architecture import Gated, SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.cli import console
 
@@ -18,6 +18,7 @@ def inspect_dictionary(path: str, format: str | None = None, allow_pt: bool = Fa
         *((name.replace("_", " "), text) for name, text in source.site.items()),
         ("latents", f"{config.d_sae:,}"),
         ("width", f"{config.d_in:,} -> {config.width_out:,}"),
+        *_hook_points(config),
         *((name, _range(tensor)) for name, tensor in _tensors(dictionary).items()),
         *(("folded", fold) for fold in source.folds_applied),
         *equations_of(config),
@@ -25,13 +26,23 @@ def inspect_dictionary(path: str, format: str | None = None, allow_pt: bool = Fa
     console.facts(path, rows, "u, h, a, y, x_hat: how it is applied")
 
 
+def _hook_points(config: SAEConfig) -> list[tuple[str, str]]:
+    """What is read and, if it is something else, what is predicted; nothing if not recorded."""
+    sides = {"reads": config.inputs, "predicts": config.outputs}
+    return [
+        (side, ", ".join(p.hook_point for p in parts)) for side, parts in sides.items() if parts
+    ]
+
+
 def equations_of(config: SAEConfig) -> list[tuple[str, str]]:
     """How the dictionary is applied: the left and the right side of each equation."""
     norm = {"none": "x", "layer_norm": "layer_norm(x)", "rms": "x / rms(x)"}[config.input_norm]
     scaled = norm if config.input_scale == 1 else f"{norm} * {config.input_scale:.6g}"
+    scaled += "" if len(config.slices_in) == 1 else " * each hook point's own factor"
     centred = "u" if config.b_in == "none" else f"(u - {config.b_in.replace('own', 'b_in')})"
     y = "a @ W_dec + b_dec" + (" + u @ W_skip" if config.skip else "")
     brought = "y" if config.scale_out == 1 else f"y / {config.scale_out:.6g}"
+    brought += "" if len(config.slices_out) == 1 else " / each hook point's own factor"
     brought += {"none": "", "layer_norm": " * std(x) + mean(x)", "rms": " * rms(x)"}[
         config.input_norm
     ]
@@ -47,17 +58,8 @@ def equations_of(config: SAEConfig) -> list[tuple[str, str]]:
 
 def _activation(config: SAEConfig) -> str:
     h = "h * |W_dec|" if config.gate_by_decoder_norm else "h"
-    match config.activation:
-        case ReLU():
-            text = f"relu({h})"
-        case TopK(k=k):
-            text = f"relu of the {k} largest of {h}"
-        case BatchTopK():
-            text = f"{h} where above one threshold, else 0"
-        case JumpReLU():
-            text = f"{h} where above the latent's threshold, else 0"
-        case Gated():
-            text = "relu(h * exp(r_mag) + b_mag) where h + b_gate > 0, else 0"
+    facts, k = config.activation.facts, getattr(config.activation, "k", None)
+    text = facts.equation.format(h=h, k=k)
     return f"({text}) / |W_dec|" if config.gate_by_decoder_norm else text
 
 

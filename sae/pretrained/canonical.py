@@ -164,6 +164,12 @@ def empty(config: SAEConfig) -> SparseAutoencoder:
 def narrowed(config: SAEConfig, d_sae: int) -> SAEConfig:
     """The config of a dictionary with fewer latents; k is cut to their number."""
     activation = config.activation
+    if d_sae < config.d_sae and not activation.facts.sliceable:
+        kind = activation.kind
+        raise DictionaryFormatError(
+            f"latents must be all {config.d_sae} for activation.kind {kind!r}, got {d_sae}; some "
+            "of them alone would fire otherwise"
+        )
     k = getattr(activation, "k", 1)
     if k > max(d_sae, 1):
         activation = replace(activation, k=max(d_sae, 1))  # pyright: ignore[reportCallIssue]

@@ -1,6 +1,6 @@
 """sparsify (EleutherAI): cfg.json and sae.safetensors; TopK, SAEs and skip transcoders."""
 
-from sae.architecture import SAEConfig, TopK
+from sae.architecture import GroupMax, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
 from sae.pretrained.errors import DictionaryFormatError
 from sae.pretrained.fields import Fields
@@ -26,13 +26,12 @@ def read(files: Files) -> Reading:
     """Read a dictionary of sparsify.
 
     Raises:
-        DictionaryFormatError: If something is missing or unknown, or for groupmax and signed
-            dictionaries, which have no form here.
+        DictionaryFormatError: If something is missing or unknown, or for signed dictionaries,
+            which have no form here.
     """
     cfg = Fields(files.json(CONFIG), CONFIG)
     cfg.only(KEYS)
-    if cfg.word("activation", ("topk", "groupmax"), "topk") == "groupmax":
-        raise DictionaryFormatError("activation must be 'topk', got 'groupmax', which is not read")
+    is_grouped = cfg.word("activation", ("topk", "groupmax"), "topk") == "groupmax"
     if cfg.flag("signed", False):
         raise DictionaryFormatError("signed must be false, got true: latents are never negative")
     d_in, k = cfg.whole("d_in"), cfg.whole("k")
@@ -54,7 +53,7 @@ def read(files: Files) -> Reading:
     config = SAEConfig(
         d_in=d_in,
         d_sae=d_sae,
-        activation=TopK(k=k),
+        activation=GroupMax(k=k) if is_grouped else TopK(k=k),
         b_in="none" if is_transcoder else "b_dec",
         skip=has_skip,
     )

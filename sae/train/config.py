@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from activations_cache.checks import at_least, fraction, positive, require
-from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK
+from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK, check_k
 from sae.train.loss_config import (
     L0,
     L1,
     AuxK,
+    Control,
     FixedPrefixes,
     KAnneal,
     Matryoshka,
     MultiTopK,
+    NestedK,
     PAnneal,
     PreAct,
     Tanh,
@@ -57,7 +59,7 @@ class Adam:
 
 
 PENALTIES = ("l1", "p_anneal", "l0", "tanh")
-TERMS = (*PENALTIES, "preact", "auxk", "multi_topk", "matryoshka", "k_anneal")
+TERMS = (*PENALTIES, "preact", "auxk", "multi_topk", "matryoshka", "k_anneal", "control")
 """Fields of a DictionaryConfig that not every activation takes."""
 
 _TOPK, _ADAM = TopK(), Adam()
@@ -94,11 +96,13 @@ class DictionaryConfig:
     preact: PreAct | None = None
     """Care for dead latents, of jumprelu alone."""
     auxk: AuxK | None = None
-    """Care for dead latents, of topk and batchtopk alone."""
+    """Care for dead latents, not of gated."""
     multi_topk: MultiTopK | None = None
     """A second reconstruction from more latents, of topk alone."""
     matryoshka: Matryoshka | None = None
-    """Reconstructions by prefixes of the latents, of topk and batchtopk alone."""
+    """Reconstructions by some of the latents, not of gated; `nested_k` of topk alone."""
+    control: Control | None = None
+    """Finds the weight of the penalty that gives an L0; of relu, jumprelu and gated alone."""
     k_anneal: KAnneal | None = None
     """A larger k at first, of topk and batchtopk alone."""
     dead_after_tokens: int = 100_000
@@ -116,8 +120,11 @@ class DictionaryConfig:
         """Check the fields against each other."""
         facts = self.activation.facts
         self._allow(*facts.terms, one_of=facts.penalties)
-        self._check_k(getattr(self.activation, "k", 1))
+        check_k(self.activation, self.d_sae)
+        self._check_k(getattr(self.activation, "k", self.d_sae))
         self._check_sites()
+        alone = self.control is None or self.p_anneal is None
+        require(alone, "control", "be absent beside p_anneal, which scales too", self.control)
         rule = "be false beside l1, which has the decoder's norms in it"
         free = self.l1 is None or isinstance(self.activation, Gated)
         require(free or not self.unit_norm, "unit_norm", rule, self.unit_norm)
@@ -160,7 +167,6 @@ class DictionaryConfig:
     def _check_k(self, k: int) -> None:
         """Check what counts latents against their number."""
         limit = f"be at most d_sae={self.d_sae}"
-        require(k <= self.d_sae, "activation.k", limit, k)
         if self.k_anneal is not None:
             start = self.k_anneal.start
             require(start <= self.d_sae, "k_anneal.start", limit, start)
@@ -172,6 +178,11 @@ class DictionaryConfig:
         if isinstance(self.matryoshka, FixedPrefixes):
             last = self.matryoshka.ends[-1]
             require(last < self.d_sae, "matryoshka.ends", f"be below d_sae={self.d_sae}", last)
+        if isinstance(self.matryoshka, NestedK):
+            kind, last = self.activation.kind, self.matryoshka.ks[-1]
+            rule = f"not be 'nested_k' for activation.kind {kind!r}"
+            require(kind == "topk", "matryoshka.kind", rule, "nested_k")
+            require(last < k, "matryoshka.ks", f"be below activation.k={k}", last)
 
     def architecture(
         self,

@@ -196,7 +196,46 @@ class RandomPrefixes:
         at_least("seed", self.seed, 0)
 
 
-Matryoshka = FixedPrefixes | RandomPrefixes
+@dataclass(frozen=True, kw_only=True)
+class NestedK:
+    """The same for the k largest latents of each row, for several k (Zaigrajew et al. 2025, MSAE).
+
+    The activation's k is the last of them (arXiv 2502.20578).
+    """
+
+    kind: Literal["nested_k"] = "nested_k"
+    """Tells the choices of latents apart."""
+    ks: tuple[int, ...]
+    """Rising, all below the activation's k."""
+    weights: Literal["uniform", "reverse"] = "uniform"
+    """Of n errors all count alike, or n for the smallest k, n - 1 for the next, down to 1."""
+
+    def __post_init__(self) -> None:
+        """Check that the numbers rise."""
+        rises = all(low < high for low, high in pairwise((0, *self.ks)))
+        require(len(self.ks) > 0 and rises, "ks", "rise from at least 1", self.ks)
+
+
+Matryoshka = FixedPrefixes | RandomPrefixes | NestedK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A controller of the penalty's weight: after each step it is multiplied by exp(rate * e).
+
+    e = L0 / target - 1 of that step's batch, cut at -1 and 1; so the weight rises while too many
+    latents fire, whatever the coefficient that it starts from.
+    """
+
+    target: float
+    """The L0 that is wanted."""
+    rate: float = 0.01
+    """How fast the weight moves."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        positive("target", self.target)
+        positive("rate", self.rate)
 
 
 @dataclass(frozen=True, kw_only=True)

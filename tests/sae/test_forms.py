@@ -9,12 +9,12 @@ import torch
 
 import sae
 from sae.activations import encode_batch, to_dense
-from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
+from sae.architecture import BatchTopK, Gated, GroupMax, JumpReLU, ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.pretrained import DictionaryFormatError
 
 D_IN, D_SAE, D_OUT, BATCH, K = 7, 23, 11, 5, 3
-ACTIVATIONS = [TopK(k=K), ReLU(), BatchTopK(k=K), JumpReLU(), Gated()]
+ACTIVATIONS = [TopK(k=K), ReLU(), BatchTopK(k=K), GroupMax(k=1), JumpReLU(), Gated()]
 FORMS = [
     {"b_in": "own"},
     {"input_norm": "layer_norm"},
@@ -23,7 +23,7 @@ FORMS = [
     {"gate_by_decoder_norm": True, "b_in": "none", "input_norm": "layer_norm", "skip": True},
     {"d_out": D_OUT, "output_scale": 1.7, "b_in": "own", "skip": True},
 ]
-LATER = ("output_scale", "input_norm", "gate_by_decoder_norm", "skip")
+LATER = ("output_scale", "input_norm", "gate_by_decoder_norm", "skip", "inputs", "outputs")
 CASES = [
     pytest.param(activation, form, id=f"{activation.kind}-{'-'.join(form)}")
     for activation, form in itertools.product(ACTIVATIONS, FORMS)
@@ -77,6 +77,8 @@ def definition(d: SparseAutoencoder, x: torch.Tensor) -> tuple[torch.Tensor, tor
         g = (pi + d.b_enc) * norms
         if isinstance(act, TopK):
             fires = g >= g.sort(dim=1, descending=True).values[:, K - 1 : K]
+        elif isinstance(act, GroupMax):
+            fires = (g >= g.max(dim=1, keepdim=True).values) & (g > 0)
         else:
             fires = g > (0.0 if d.threshold is None else d.threshold)
         a = (torch.relu(g) if isinstance(act, TopK) else g) * fires / norms
@@ -117,6 +119,10 @@ def test_every_form_is_saved_and_loaded_bit_equal(tmp_path, activation, form):
     assert state.keys() == dictionary.state_dict().keys()
     assert all(torch.equal(state[name], t) for name, t in dictionary.state_dict().items())
     assert torch.equal(back(x), dictionary(x))
+    if isinstance(activation, GroupMax):
+        with pytest.raises(DictionaryFormatError, match=r"latents must be all 23 for .*'groupmax'"):
+            sae.load(tmp_path / "d", latents=slice(5, 10))
+        return
     part = sae.load(tmp_path / "d", latents=slice(5, 10))
     assert part.config == dataclasses.replace(dictionary.config, d_sae=5)
     for name, whole in dictionary.state_dict().items():

@@ -1,7 +1,9 @@
 """Forward passes with dense latents: ReLU and JumpReLU with their penalties."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from sae.activations import EncoderWeights
 from sae.architecture import JumpReLU, ReLU
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
+from sae.train.forward import terms
 from sae.train.forward.result import Forward, Moment, Power, Rows, autocast
 from sae.train.loss_config import PAnneal
 from sae.train.schedule import falling_p, ramp
@@ -24,7 +27,7 @@ def forward(
 ) -> Forward:
     """Differentiated by hand where the kernel has all the terms, else by autograd."""
     is_relu = isinstance(autoencoder.config.activation, ReLU)
-    others = any((config.tanh, config.preact, config.p_anneal))
+    others = any((config.tanh, config.preact, config.p_anneal, config.matryoshka))
     form = autoencoder.config
     others = others or form.gate_by_decoder_norm or len(form.slices_out) > 1
     if others or (is_relu and moment.bf16):
@@ -55,6 +58,7 @@ def _fused(
         y = step.x_hat + autoencoder.skipped(rows.u)
     error = losses.squared_error(rows.v, y)
     loss = error + _penalty(config, moment, step.l1, step.l0)
+    loss = loss + terms.auxk(autoencoder, config, rows, moment, y)
     return Forward(loss, error, step.n_fired.nonzero().squeeze(1), step.l0.detach())
 
 
@@ -74,29 +78,56 @@ def _composed(
     """All terms, in torch's own operations."""
     weights, activation = autoencoder.encoder(), autoencoder.config.activation
     bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else 1.0
-    u, v = rows
+    u = rows.u
     pre = activations.pre_acts(u, weights).to(u.dtype)
     acts, n_active = _jump(pre, weights, bandwidth)
-    error = losses.squared_error(v, autoencoder.decode_scaled(acts, u).to(u.dtype))
+    y, error, loss = _decoded(autoencoder, config, rows, moment, acts)
+    loss = loss + terms.auxk(autoencoder, config, rows, moment, y)
     norms, l0 = autoencoder.decoder_norms(), n_active.sum(dim=1).mean()
     power = None
     if config.tanh is not None:
-        weight = ramp(moment.n_steps, moment.total_steps, config.tanh.ramp)
+        weight = ramp(moment.n_steps, moment.total_steps, config.tanh.ramp) * moment.power.scale
         found = losses.tanh_decoder_norm(acts, norms, config.tanh.scale)
-        loss = error + config.tanh.coefficient * weight * found
+        loss = loss + config.tanh.coefficient * weight * found
     elif config.p_anneal is not None:
         power = _annealed(config.p_anneal, moment, acts.detach(), norms.detach())
         weight = ramp(moment.n_steps, moment.total_steps, config.p_anneal.ramp) * power.scale
         found = losses.power_decoder_norm(acts, norms, power.p)
-        loss = error + config.p_anneal.coefficient * weight * found
+        loss = loss + config.p_anneal.coefficient * weight * found
     else:
         l1 = losses.l1_decoder_norm(acts, norms)
-        loss = error + _penalty(config, moment, l1, l0)
+        loss = loss + _penalty(config, moment, l1, l0)
     if config.preact is not None and bool(moment.dead.any()):
         loss = loss + config.preact.coefficient * _distance(pre, weights, norms, moment)
     fires = acts.detach() > 0
     fired = fires.any(dim=0).nonzero().squeeze(1)
     return Forward(loss, error, fired, l0.detach(), power=power)
+
+
+class _Decoded(NamedTuple):
+    y: Float[Tensor, "batch d_out"]
+    error: Float[Tensor, ""]
+    loss: Float[Tensor, ""]
+
+
+def _decoded(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    rows: Rows,
+    moment: Moment,
+    acts: Float[Tensor, "batch d_sae"],
+) -> _Decoded:
+    """The reconstruction, its error, and the loss: that error, or the mean over the prefixes."""
+    if config.matryoshka is None:
+        y = autoencoder.decode_scaled(acts, rows.u).to(rows.u.dtype)
+        error = losses.squared_error(rows.v, y)
+        return _Decoded(y, error, error)
+    ends = terms.prefix_ends(config.matryoshka, config.d_sae, moment.n_steps)
+    y, errors = autoencoder.b_dec + autoencoder.skipped(rows.u), []
+    for start, end in pairwise((0, *ends)):
+        y = y + (acts[:, start:end] @ autoencoder.dec_rows[start:end]).to(rows.u.dtype)
+        errors.append(losses.squared_error(rows.v, y))
+    return _Decoded(y, errors[-1], torch.stack(errors).mean())
 
 
 def _annealed(
@@ -147,9 +178,9 @@ def _penalty(
 ) -> Float[Tensor, ""]:
     """The sparsity penalty that is asked for, at its weight of this moment."""
     if config.l1 is not None:
-        weight = ramp(moment.n_steps, moment.total_steps, config.l1.ramp)
+        weight = ramp(moment.n_steps, moment.total_steps, config.l1.ramp) * moment.power.scale
         return config.l1.coefficient * weight * l1
     assert config.l0 is not None
-    weight = ramp(moment.n_steps, moment.total_steps, config.l0.ramp)
+    weight = ramp(moment.n_steps, moment.total_steps, config.l0.ramp) * moment.power.scale
     l0 = moment.ranks.mean(l0, moment.share)  # the target is that of the whole batch
     return config.l0.coefficient * weight * losses.l0_penalty(l0, config.l0.target)

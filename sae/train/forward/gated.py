@@ -33,7 +33,7 @@ def forward(
     guess = (torch.addmm(b_dec, gates, dec_rows) + past).to(u.dtype)
     penalty = losses.l1_decoder_norm(gates, autoencoder.decoder_norms())
     weight = config.l1.coefficient * ramp(moment.n_steps, moment.total_steps, config.l1.ramp)
-    loss = error + weight * penalty + losses.squared_error(v, guess)
+    loss = error + weight * moment.power.scale * penalty + losses.squared_error(v, guess)
     fires = acts.detach() > 0
     fired = fires.any(dim=0).nonzero().squeeze(1)
     return Forward(loss, error, fired, fires.sum(dim=1).float().mean())

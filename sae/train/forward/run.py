@@ -6,6 +6,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
 from sae.train.forward import dense, gated, sparse
 from sae.train.forward.result import Forward, Moment, Rows, autocast
+from sae.train.forward.terms import controlled
 
 
 def forward(
@@ -15,6 +16,13 @@ def forward(
     moment: Moment,
 ) -> Forward:
     """Losses of rows in the dictionary's units."""
+    found = _forward(autoencoder, config, rows, moment)
+    return found if config.control is None else controlled(config.control, found, moment)
+
+
+def _forward(
+    autoencoder: SparseAutoencoder, config: DictionaryConfig, rows: Rows, moment: Moment
+) -> Forward:
     trains = autoencoder.config.activation.facts.trains
     with autocast(rows.u.device, moment.bf16):
         match trains:

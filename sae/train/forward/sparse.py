@@ -1,9 +1,10 @@
-"""Forward passes with sparse latents: TopK and BatchTopK, with AuxK, multi-TopK and Matryoshka."""
+"""Forward passes with sparse latents, with AuxK, multi-TopK and Matryoshka."""
 
 from dataclasses import replace
 from typing import NamedTuple
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sae import activations, losses
@@ -11,11 +12,11 @@ from sae.activations import EncoderWeights, Latents
 from sae.architecture import Activation, BatchTopK, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
-from sae.train.forward import together
+from sae.train.forward import terms, together
 from sae.train.forward.result import Forward, Moment, Rows, autocast
-from sae.train.loss_config import FixedPrefixes, Matryoshka
-from sae.train.schedule import falling_k, random_prefixes
-from sae_kernels import auxk, sparse_decode_mse, topk_select
+from sae.train.loss_config import NestedK
+from sae.train.schedule import falling_k
+from sae_kernels import sparse_decode_mse, topk_select
 
 
 class _Decoded(NamedTuple):
@@ -77,14 +78,6 @@ def _scores(latents: Latents, weights: EncoderWeights) -> Float[Tensor, "batch k
     return values if weights.norms is None else values * weights.norms.detach()[latents.indices]
 
 
-def prefix_ends(matryoshka: Matryoshka, d_sae: int, n_steps: int) -> tuple[int, ...]:
-    """Sizes of the prefixes at a step, the whole dictionary last."""
-    if isinstance(matryoshka, FixedPrefixes):
-        return (*matryoshka.ends, d_sae)
-    of = matryoshka
-    return random_prefixes(n_steps, of.seed, of.n, d_sae, of.exponent)
-
-
 def _losses(
     autoencoder: SparseAutoencoder,
     config: DictionaryConfig,
@@ -94,10 +87,7 @@ def _losses(
 ) -> Forward:
     with autocast(rows.u.device, False):
         y, error, loss = _decode(autoencoder, config, rows, moment, latents)
-    if config.auxk is not None and bool(moment.dead.any()):
-        with autocast(rows.u.device, moment.bf16 or config.auxk.products == "bf16"):
-            guess = _auxk(autoencoder, config, rows.u, moment.dead)
-        loss = loss + config.auxk.coefficient * losses.squared_error((rows.v - y).detach(), guess)
+    loss = loss + terms.auxk(autoencoder, config, rows, moment, y)
     fires = latents.values > 0
     fired = latents.indices[fires].unique()
     return Forward(loss, error, fired, fires.sum(dim=1).float().mean())
@@ -115,7 +105,9 @@ def _decode(
         y = autoencoder.decode_scaled(latents, rows.u)
         error = losses.squared_error(rows.v, y)
         return _Decoded(y, error, error)
-    ends = prefix_ends(config.matryoshka, config.d_sae, moment.n_steps)
+    if isinstance(config.matryoshka, NestedK):
+        return _nested(autoencoder, config.matryoshka, rows, latents)
+    ends = terms.prefix_ends(config.matryoshka, config.d_sae, moment.n_steps)
     past = autoencoder.skipped(rows.u)  # 0 without a skip, which is part of every prefix
     found = sparse_decode_mse(
         latents.values,
@@ -129,16 +121,14 @@ def _decode(
     return _Decoded(found.x_hat + past, found.row_loss[:, -1].mean(), found.loss)
 
 
-def _auxk(
-    autoencoder: SparseAutoencoder,
-    config: DictionaryConfig,
-    u: Float[Tensor, "batch d_in"],
-    dead: Bool[Tensor, " d_sae"],
-) -> Float[Tensor, "batch d_out"]:
-    settings, weights, dec_rows = config.auxk, autoencoder.encoder(), autoencoder.dec_rows
-    assert settings is not None
-    k = settings.k or max(u.shape[1] // 2, 1)
-    b_in = None if weights.b_in is None else weights.b_in.detach()
-    if weights.norms is not None:
-        dec_rows = dec_rows / weights.norms[:, None]
-    return auxk(u, weights.enc_rows, weights.b_enc, dec_rows, dead, k, b_in=b_in).to(u.dtype)
+def _nested(
+    autoencoder: SparseAutoencoder, nested: NestedK, rows: Rows, latents: Latents
+) -> _Decoded:
+    """The error with all k latents, and the weighted mean of those with fewer and with all."""
+    weights, n = autoencoder.encoder(), len(nested.ks) + 1
+    levels = [*(narrowed(latents, k, weights) for k in nested.ks), latents]
+    y = [autoencoder.decode_scaled(level, rows.u) for level in levels]
+    errors = torch.stack([losses.squared_error(rows.v, one) for one in y])
+    shares = torch.arange(n, 0, -1) if nested.weights == "reverse" else torch.ones(n)
+    shares = shares.to(errors)
+    return _Decoded(y[-1], errors[-1], (errors * shares).sum() / shares.sum())

@@ -19,6 +19,7 @@ KINDS = {
         "activation": {"kind": "jumprelu"},
         "l0": {"coefficient": 3.0, "target": 5.0, "threshold_lr": 0.03},
     },
+    "groupmax": {"d_sae": 65, "activation": {"kind": "groupmax", "k": 5}},
     "gated": {"activation": {"kind": "gated"}, "l1": {"coefficient": 0.3}},
 }
 

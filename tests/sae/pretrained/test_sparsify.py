@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import sae
-from sae.architecture import TopK
+from sae.architecture import GroupMax, TopK
 from sae.pretrained import DictionaryFormatError, load_with_source
 
 D, F, K = 5, 20, 3
@@ -54,6 +54,16 @@ def test_a_transcoder_is_not_centred(tmp_path, make, peer, rows, agree, skip):
         agree(sae.load(path), x, *reference(peer, given, x, transcode=False))
 
 
+def test_of_each_group_of_neighbours_the_largest_fires(tmp_path, make, peer, rows, agree):
+    given, x = arrays(make, 2 * K), rows(D)
+    path = put(peer, tmp_path, given, num_latents=2 * K, activation="groupmax")
+    assert sae.load(path).config.activation == GroupMax(k=K)
+    w = peer.wide(given)
+    pre = peer.relu((x - w.b_dec) @ w.encoder_weight.T + w.encoder_bias).reshape(len(x), K, 2)
+    acts = (pre * (pre == pre.max(axis=2, keepdims=True))).reshape(len(x), 2 * K)
+    agree(sae.load(path), x, acts, acts @ w.W_dec + w.b_dec)
+
+
 def test_the_other_orientation_is_another_function(tmp_path, make, peer, rows, agree):
     given = arrays(make, D, skip=True)
     path = put(peer, tmp_path, given, num_latents=D, skip_connection=True)
@@ -67,7 +77,7 @@ def test_the_other_orientation_is_another_function(tmp_path, make, peer, rows, a
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation": "groupmax"}, "got 'groupmax', which is not read"),
+        ({"activation": "groupmax"}, "activation.k must divide d_sae=20 into equal groups, got 3"),
         ({"signed": True}, "signed must be false"),
         ({"d_in": None}, "must have the key 'd_in'"),
         ({"k": None}, "must have the key 'k'"),

@@ -2,13 +2,15 @@ import re
 
 import pytest
 
-from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from sae.architecture import BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from sae.config import ConfigError, from_dict
 from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig, TrainConfig
 from sae.train.loss_config import (
+    Control,
     FixedPrefixes,
     KAnneal,
     MultiTopK,
+    NestedK,
     PAnneal,
     PreAct,
     RandomPrefixes,
@@ -28,9 +30,9 @@ from sae.train.loss_config import (
         (lambda: DictionaryConfig(d_sae=5, activation=ReLU(), l1=L1()), "unit_norm must be false"),
         (
             lambda: DictionaryConfig(
-                d_sae=5, activation=ReLU(), l1=L1(), unit_norm=False, auxk=AuxK()
+                d_sae=5, activation=Gated(), l1=L1(), unit_norm=False, auxk=AuxK()
             ),
-            "auxk must be absent",
+            "auxk must be absent for activation.kind 'gated'",
         ),
         (
             lambda: DictionaryConfig(d_sae=5, activation=JumpReLU()),
@@ -65,12 +67,37 @@ from sae.train.loss_config import (
         (
             lambda: DictionaryConfig(
                 d_sae=5,
-                activation=ReLU(),
+                activation=Gated(),
                 l1=L1(),
-                unit_norm=False,
                 matryoshka=FixedPrefixes(ends=(2,)),
             ),
-            "matryoshka must be absent for activation.kind 'relu'",
+            "matryoshka must be absent for activation.kind 'gated'",
+        ),
+        (
+            lambda: DictionaryConfig(d_sae=7, activation=GroupMax(k=2)),
+            "activation.k must divide d_sae=7 into equal groups, got 2",
+        ),
+        (
+            lambda: DictionaryConfig(d_sae=7, activation=TopK(k=3), matryoshka=NestedK(ks=(2, 3))),
+            "matryoshka.ks must be below activation.k=3, got 3",
+        ),
+        (lambda: NestedK(ks=(2, 2)), "ks must rise from at least 1, got (2, 2)"),
+        (lambda: Control(target=0.0), "target must be a positive number"),
+        (
+            lambda: DictionaryConfig(
+                d_sae=7, activation=BatchTopK(k=3), matryoshka=NestedK(ks=(2,))
+            ),
+            "matryoshka.kind must not be 'nested_k' for activation.kind 'batchtopk'",
+        ),
+        (
+            lambda: DictionaryConfig(
+                d_sae=7,
+                activation=ReLU(),
+                unit_norm=False,
+                p_anneal=PAnneal(),
+                control=Control(target=3.0),
+            ),
+            "control must be absent beside p_anneal",
         ),
         (
             lambda: DictionaryConfig(

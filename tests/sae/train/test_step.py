@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from sae.architecture import BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig
-from sae.train.loss_config import KAnneal, MultiTopK, PAnneal, RandomPrefixes
+from sae.train.loss_config import FixedPrefixes, KAnneal, MultiTopK, PAnneal, RandomPrefixes
 from sae.train.step import TrainStep
 
 D_IN, D_SAE, BATCH, STEPS = 13, 53, 101, 60
@@ -18,6 +18,11 @@ def topk(**fields) -> DictionaryConfig:
         activation=TopK(k=3),
         **{"auxk": AuxK(), "dead_after_tokens": 4 * BATCH, "optimizer": Adam(lr=1e-2), **fields},
     )
+
+
+def groupmax(**fields) -> DictionaryConfig:
+    plain = topk(matryoshka=FixedPrefixes(ends=(5, 17)), **fields)
+    return dataclasses.replace(plain, d_sae=54, activation=GroupMax(k=3))
 
 
 def relu(**fields) -> DictionaryConfig:
@@ -73,6 +78,7 @@ def normed(**fields) -> DictionaryConfig:
 ALL = {
     "annealed_p": annealed_p,
     "gated": gated,
+    "groupmax": groupmax,
     "normed": normed,
     "topk": topk,
     "relu": relu,

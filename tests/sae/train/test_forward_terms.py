@@ -1,0 +1,120 @@
+"""Terms that several kinds have, nested k, group maxima and the controller, in float64."""
+
+import math
+
+import pytest
+import torch
+
+from sae.architecture import GroupMax, JumpReLU, ReLU, TopK
+from sae.train.forward.result import Power, Rows
+from sae.train.forward.run import forward
+from sae.train.loss_config import L0, AuxK, Control, FixedPrefixes, NestedK
+from tests.sae.train.formulas import (
+    BATCH,
+    D_SAE,
+    DEAD,
+    ENDS,
+    L1_NOW,
+    Case,
+    config,
+    decoded,
+    filled,
+    grads_of,
+    linear,
+    moment,
+    rows,
+    sq,
+    top,
+)
+
+
+def nested(d, u):
+    """n, n - 1, ... down to 1 for 2, 3 and all 5 latents."""
+    h = linear(d, u) + d.b_enc
+    errors = [sq(u - decoded(d, top(h, k))) for k in (2, 3, 5)]
+    return (3 * errors[0] + 2 * errors[1] + errors[2]) / 6
+
+
+def group_max(d, u):
+    """Of 29 groups of one latent each all fire, as with the ReLU."""
+    return sq(u - decoded(d, torch.relu(linear(d, u) + d.b_enc)))
+
+
+def aux(d, u, a, k, theta=0.0):
+    """Of the dead ones the k largest pre-activations reconstruct what is left."""
+    h = (u - d.b_dec.detach()) @ d.enc_rows.T + d.b_enc
+    of_dead = top(h.masked_fill(~DEAD, -torch.inf), k).nan_to_num(0.0)
+    return sq((u - decoded(d, a)).detach() - of_dead @ d.dec_rows)
+
+
+def relu_whole(d, u):
+    a = torch.relu(linear(d, u) + d.b_enc)
+    error = sum(sq(u - decoded(d, a, end)) for end in (*ENDS, D_SAE)) / 4
+    penalty = (a * d.dec_rows.norm(dim=1)).sum(1).mean()
+    return error + 0.7 * 1.3 * penalty + 0.3 * aux(d, u, a, 2)
+
+
+def jumprelu_whole(d, u):
+    h = linear(d, u) + d.b_enc
+    a = h * (h > d.threshold.detach())
+    error = sum(sq(u - decoded(d, a, end)) for end in (*ENDS, D_SAE)) / 4
+    penalty = 0.4 * 1.3 * ((a > 0).sum() / BATCH / 5.0 - 1).square()
+    return error + penalty + 0.3 * aux(d, u, a, 2)
+
+
+def relu_auxk(d, u):
+    a = torch.relu(linear(d, u) + d.b_enc)
+    penalty = (a * d.dec_rows.norm(dim=1)).sum(1).mean()
+    return sq(u - decoded(d, a)) + 0.7 * 1.3 * penalty + 0.3 * aux(d, u, a, 3)
+
+
+CASES = {
+    "nested": Case(config(TopK(k=5), matryoshka=NestedK(ks=(2, 3), weights="reverse")), nested),
+    "groupmax": Case(config(GroupMax(k=D_SAE)), group_max),
+    "relu_whole": Case(
+        config(
+            ReLU(),
+            l1=L1_NOW,
+            matryoshka=FixedPrefixes(ends=ENDS),
+            auxk=AuxK(coefficient=0.3, k=2),
+        ),
+        relu_whole,
+    ),
+    "jumprelu_whole": Case(
+        config(
+            JumpReLU(bandwidth=0.5),
+            l0=L0(coefficient=0.4, target=5.0, ramp=0.0),
+            matryoshka=FixedPrefixes(ends=ENDS),
+            auxk=AuxK(coefficient=0.3, k=2),
+        ),
+        jumprelu_whole,
+    ),
+    "relu_auxk": Case(config(ReLU(), l1=L1_NOW, auxk=AuxK(coefficient=0.3, k=3)), relu_auxk),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@every_case
+def test_loss_and_gradients_equal_the_formula(case):
+    dictionary, u = filled(case.config), rows()
+    got = forward(dictionary, case.config, Rows(u, u), moment()).loss
+    expected = case.loss(dictionary, u)
+    torch.testing.assert_close(got, expected)
+    by_name = grads_of(expected, dictionary, without=("threshold",))
+    for name, grad in grads_of(got, dictionary, without=("threshold",)).items():
+        torch.testing.assert_close(grad, by_name[name], msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize(("target", "factor"), [(1.0, 1.0), (1e6, -1.0)])
+def test_a_controller_moves_the_weight_towards_its_target(target, factor):
+    plain = config(ReLU(), l1=L1_NOW)
+    dictionary, u = filled(plain), rows()
+    held = config(ReLU(), l1=L1_NOW, control=Control(target=target, rate=0.25))
+    one = forward(dictionary, plain, Rows(u, u), moment())
+    other = forward(dictionary, held, Rows(u, u), moment())
+    assert torch.equal(one.loss, other.loss)
+    assert one.power is None
+    assert other.power == pytest.approx(Power(0.75, 1.3 * math.exp(0.25 * factor)), rel=1e-4)
+    near = config(ReLU(), l1=L1_NOW, control=Control(target=float(one.l0) / 1.1, rate=0.25))
+    moved = forward(dictionary, near, Rows(u, u), moment()).power
+    assert moved == pytest.approx(Power(0.75, 1.3 * math.exp(0.25 * 0.1)), rel=1e-4)
