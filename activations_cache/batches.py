@@ -15,6 +15,8 @@ BLOCK_ROWS = 256
 """Rows of a cache that stay together until the windows are permuted."""
 WINDOW_BLOCKS = 1024
 """Blocks in a window, at most; windows are of equal size."""
+ALL = slice(None)
+"""All rows of a batch."""
 
 
 class Batch(NamedTuple):
@@ -60,6 +62,7 @@ def read_batches(
     *,
     batch: int,
     numbers: range,
+    part: slice = ALL,
 ) -> Iterator[Batch]:
     """Yield the batches with the given numbers; a thread reads the next one meanwhile.
 
@@ -70,10 +73,12 @@ def read_batches(
         read: Gives the rows' activations.
         batch: Rows per batch.
         numbers: Which batches, counted from the first of the first epoch.
+        part: Which rows of each batch to read.
     """
 
     def fetch(number: int) -> Batch:
-        rows = order.take(number * batch, (number + 1) * batch)
+        first, last, _ = part.indices(batch)
+        rows = order.take(number * batch + first, number * batch + last)
         x = read(rows)
         # From pinned memory a copy to the device runs beside the training step.
         return Batch(x.pin_memory() if torch.cuda.is_available() else x, torch.from_numpy(rows))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from activations_cache import io
 from activations_cache.arrays import ShardedArray
-from activations_cache.batches import Batch, count_batches, read_batches, row_order
+from activations_cache.batches import ALL, Batch, count_batches, read_batches, row_order
 from activations_cache.config import SPLITS, TRAINING_SPLITS
 from activations_cache.errors import CacheFormatError
 from activations_cache.hook_rows import HookRows, RowGrid, RowIds
@@ -128,6 +128,7 @@ class ActivationCache:
         splits: Sequence[str] = TRAINING_SPLITS,
         start: int = 0,
         epochs: int = 1,
+        part: slice = ALL,
     ) -> Iterator[Batch]:
         """Yield shuffled batches: each valid row of the splits once per epoch.
 
@@ -141,6 +142,7 @@ class ActivationCache:
             splits: From which examples.
             start: Batches to leave out at the start, because they were used already.
             epochs: How often each row comes.
+            part: Which rows of each batch to read, for one of several processes that share them.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -154,7 +156,8 @@ class ActivationCache:
             parts = [hook.gather(numbers) for hook in hooks]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-        return read_batches(row_order(rows, seed), read, batch=batch, numbers=range(start, total))
+        numbers = range(start, total)
+        return read_batches(row_order(rows, seed), read, batch=batch, numbers=numbers, part=part)
 
     @property
     def n_bytes(self) -> int:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import activations_cache
 from activations_cache import ActivationCache, io
+from activations_cache.builder import rank_of_this_process
 from activations_cache.models import LoadedModel, load_model
-from activations_cache.progress import Progress
+from activations_cache.progress import Progress, silent
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
 from sae.cli import console, steps
@@ -81,6 +82,10 @@ STEPS = (
 )
 
 
+TOGETHER = ("cache", "train")
+"""What all processes of a launcher do together; the first one marks it as done."""
+
+
 def run_chain(config: RunConfig, last: str) -> None:
     """Run the steps up to `last`, then print the results.
 
@@ -88,13 +93,17 @@ def run_chain(config: RunConfig, last: str) -> None:
     Each step writes its result before its marker, so a killed run repeats at most that step.
     """
     run = Run(config)
+    rank, _ = rank_of_this_process()
     identity = ""
     began = time.monotonic()
     announced = False
     for step in STEPS:
         identity = digest({"after": identity, step.name: step.config(config)})
         marker = run.path(step.name) / "done.json"
-        if _is_done(marker, identity):
+        if rank > 0:
+            if not _is_done(marker, identity):
+                step.action(run, silent)
+        elif _is_done(marker, identity):
             console.skipped(step.name, run.path(step.name))
         else:
             if not announced:
@@ -104,6 +113,8 @@ def run_chain(config: RunConfig, last: str) -> None:
                 marker.unlink(missing_ok=True)
                 step.action(run, report)
             _mark(marker, identity)
+        if rank > 0 and step.name == TOGETHER[-1]:
+            return  # what follows is the first process's alone
         if step.name == last:
             break
     steps.show(run, last, time.monotonic() - began)

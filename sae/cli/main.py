@@ -10,6 +10,7 @@ from sae.cli import console
 from sae.cli.cache_commands import app as cache_app
 from sae.cli.request import ConfigArgument, Overrides, run_to
 from sae.config import ConfigError
+from sae.train.signals import Stopped
 
 app = typer.Typer(
     name="sae",
@@ -111,6 +112,8 @@ def main() -> None:
     except (ConfigError, typer.TyperException) as problem:
         is_usage = isinstance(problem, typer.TyperException)
         code = _fail(problem.format_message() if is_usage else str(problem), 2)
+    except Stopped as stop:
+        code = _fail(stop.message, int(str(stop.code)))
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; run the same command again, it goes on from here", 1)
     except (OSError, ValueError, FloatingPointError) as problem:

@@ -229,6 +229,10 @@ class TrainConfig:
     """A checkpoint is written so often."""
     log_every: int = 20
     """Steps between two points of the training curves."""
+    latent_shards: int = 1
+    """Processes that hold one dictionary together, each a part of its latents."""
+    rank_timeout_seconds: float = 300.0
+    """A process that waits so long for another one gives up."""
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
@@ -236,7 +240,8 @@ class TrainConfig:
         for name in self.saes:
             is_name = re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None
             require(is_name, "saes", "have names of letters, digits, - and _", name)
-        for name in ("batch", "epochs", "log_every"):
+        for name in ("batch", "epochs", "log_every", "latent_shards"):
             at_least(name, getattr(self, name), 1)
         at_least("seed", self.seed, 0)
         positive("checkpoint_seconds", self.checkpoint_seconds)
+        positive("rank_timeout_seconds", self.rank_timeout_seconds)

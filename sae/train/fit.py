@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -19,10 +19,14 @@ from sae.config import digest
 from sae.pretrained.own import save
 from sae.train import checkpoint
 from sae.train.build import new_autoencoder
-from sae.train.config import DictionaryConfig, TrainConfig
+from sae.train.config import TrainConfig
+from sae.train.launch import joined, local_rank, requeue
 from sae.train.module import SAEModule
+from sae.train.ranks import Ranks
 from sae.train.reads import reads
-from sae.train.sites import Sites, sites
+from sae.train.saver import Saver
+from sae.train.signals import Stopped
+from sae.train.sites import sites
 from sae.train.step import TrainStep
 
 if TYPE_CHECKING:
@@ -47,9 +51,9 @@ class CacheRows(IterableDataset):
     def __init__(
         self, cache: "ActivationCache", hook_points: tuple[str, ...], config: TrainConfig
     ) -> None:
-        """Take what decides the order of the rows; `start` is set before the loop begins."""
+        """Take what decides the order of the rows; `start` and `part` are set before the loop."""
         self.cache, self.hook_points, self.config = cache, hook_points, config
-        self.start = 0
+        self.start, self.part = 0, slice(None)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yield tensors (batch, width), each row once per epoch, in the order of the seed."""
@@ -60,6 +64,7 @@ class CacheRows(IterableDataset):
             seed=config.seed,
             start=self.start,
             epochs=config.epochs,
+            part=self.part,
         ):
             yield batch.x
 
@@ -74,34 +79,56 @@ def train(
     """Train every entry of `config.saes` side by side; returns each dictionary's directory.
 
     A run that was stopped goes on from its newest checkpoint, bit-equal on the CPU to one that
-    was not. The curves lie in `path/logs`, as CSV and for TensorBoard.
+    was not. The curves lie in `path/logs`, as CSV and for TensorBoard. Under torchrun or srun the
+    processes train together (docs/cluster.md).
 
     Raises:
         ValueError: If the cache gives less than one batch, or has not the hook points.
         FloatingPointError: If the loss is not finite in three steps in a row.
+        RankError: If another process of the run died or does not answer.
+        Stopped: After SIGTERM or SIGUSR1, once a checkpoint is written.
     """
-    path = Path(path)
+    with joined(config.latent_shards, config.rank_timeout_seconds) as ranks:
+        try:
+            return _train(cache, config, Path(path), ranks, progress)
+        except Stopped as stop:
+            if stop.wants_requeue and ranks.is_first:
+                requeue()
+            raise
+
+
+def _train(
+    cache: "ActivationCache", config: TrainConfig, path: Path, ranks: Ranks, progress: Progress
+) -> dict[str, Path]:
     total_steps = cache.n_batches(batch=config.batch, epochs=config.epochs)
     if total_steps < 1:
         raise ValueError(f"batch must be at most the cache's rows, got {config.batch}; lower it")
     precision = resolve_precision(config.precision)
-    identity = digest({"cache": cache.fingerprint, "train": asdict(config), "precision": precision})
+    identity = _identity(cache, config, precision)
     where = sites(config.saes, cache.hook_points)
     steps = {
-        name: _new_step(cache, where[name], entry, config.seed, total_steps, precision)
+        name: TrainStep(
+            new_autoencoder(cache, where[name], entry, config.seed).to(device()),
+            entry,
+            total_steps,
+            precision=precision,
+            ranks=ranks,
+        )
         for name, entry in config.saes.items()
     }
     read = reads(where, {point: cache.d_model(point) for point in cache.hook_points})
     rows = CacheRows(cache, read.hook_points, config)
-    saver = _Saver(path / CHECKPOINTS, identity, config, progress)
-    module = SAEModule(steps, total_steps, config.log_every, saver, read.columns)
+    rows.part = ranks.rows.share(config.batch)
+    saver = Saver(path / CHECKPOINTS, identity, config, ranks, progress)
+    module = SAEModule(steps, total_steps, config.log_every, saver, read.columns, config.batch)
     found = checkpoint.load_newest(path / CHECKPOINTS, identity)
+    ranks.require_same(0 if found is None else found[0], "the newest checkpoint's step")
     if found is not None:
         module.load_full_state(*found)
         rows.start = found[0]
     if module.n_steps < total_steps:
         _fit(module, DataLoader(rows, batch_size=None), path / LOGS, rows.start)
-        checkpoint.save(path / CHECKPOINTS, module.n_steps, module.full_state(), identity)
+        saver.save(module.n_steps, module.full_state())
     provenance = {
         "cache": cache.fingerprint,
         "seed": config.seed,
@@ -110,10 +137,12 @@ def train(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    return {
-        name: save(step.autoencoder, path / name, {**provenance, "recipe": asdict(step.config)})
-        for name, step in steps.items()
-    }
+    for name, step in steps.items():
+        whole = step.whole()
+        if ranks.is_first:
+            save(whole, path / name, {**provenance, "recipe": asdict(step.config)})
+    ranks.require_same(total_steps, "the number of steps")  # and all is there when one returns
+    return {name: path / name for name in steps}
 
 
 def resolve_precision(precision: str) -> str:
@@ -125,36 +154,21 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def _new_step(
-    cache: "ActivationCache",
-    where: Sites,
-    entry: DictionaryConfig,
-    seed: int,
-    total_steps: int,
-    precision: str,
-) -> TrainStep:
-    autoencoder = new_autoencoder(cache, where, entry, seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return TrainStep(autoencoder.to(device), entry, total_steps, precision=precision)
+def device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-class _Saver:
-    """Called after each step: reports progress, and saves when it is time."""
-
-    def __init__(self, root: Path, identity: str, config: TrainConfig, progress: Progress) -> None:
-        self.root, self.identity, self.config, self.progress = root, identity, config, progress
-        self.saved_at = time.monotonic()
-
-    def __call__(self, n_steps: int, module: SAEModule) -> None:
-        batch, total = self.config.batch, module.total_steps
-        self.progress(n_steps * batch, total * batch, "rows")
-        late = time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
-        if late and n_steps < total:
-            checkpoint.save(self.root, n_steps, module.full_state(), self.identity)
-            self.saved_at = time.monotonic()
+def _identity(cache: "ActivationCache", config: TrainConfig, precision: str) -> str:
+    """Digest of what is trained on what; by how many processes is no part of it."""
+    found = asdict(config)
+    for name in ("latent_shards", "rank_timeout_seconds"):
+        del found[name]
+    return digest({"cache": cache.fingerprint, "train": found, "precision": precision})
 
 
 def _fit(module: SAEModule, loader: DataLoader, logs: Path, start: int) -> None:
+    """Run Lightning's loop; it is told of one process, as the steps talk to the others."""
     version = f"from-step-{start:08d}"
     loggers: list[Logger] = [
         CSVLogger(logs, name="csv", version=version, flush_logs_every_n_steps=1),
@@ -166,15 +180,18 @@ def _fit(module: SAEModule, loader: DataLoader, logs: Path, start: int) -> None:
             warnings.filterwarnings("ignore", message=text)
         trainer = lightning.Trainer(
             accelerator="gpu" if torch.cuda.is_available() else "cpu",
-            devices=1,
+            devices=[local_rank()] if torch.cuda.is_available() else 1,
+            plugins=LightningEnvironment(),
             max_epochs=1,
-            logger=loggers,
+            logger=loggers if module.after_step.ranks.is_first else False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
         try:
             trainer.fit(module, loader)
+        except Stopped:
+            raise
         except SystemExit as stop:  # Lightning's answer to Ctrl-C, which says nothing
             raise KeyboardInterrupt from stop
 

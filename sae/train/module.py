@@ -1,13 +1,15 @@
 """The LightningModule: several TrainSteps over the same batches; no model in here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import lightning
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.train.parts import own_state, whole_state
 from sae.train.reads import Columns
+from sae.train.saver import Saver
 from sae.train.step import StepMetrics, TrainStep
 
 
@@ -23,12 +25,14 @@ class SAEModule(lightning.LightningModule):
         steps: dict[str, TrainStep],
         total_steps: int,
         log_every: int,
-        after_step: Callable[[int, "SAEModule"], None],
+        after_step: Saver,
         columns: Mapping[str, Columns],
+        rows_per_step: int,
     ) -> None:
         """Take the steps by name, and what is called after each of them (progress, saving).
 
-        `columns` says which columns of a batch each dictionary reads and predicts.
+        `columns` says which columns of a batch each dictionary reads and predicts, `rows_per_step`
+        how many rows of it all processes together have.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -38,11 +42,16 @@ class SAEModule(lightning.LightningModule):
         self.log_every = log_every
         self.after_step = after_step
         self.columns = columns
+        self.rows_per_step = rows_per_step
         self.n_steps = 0
         self.skipped = 0
 
     def configure_optimizers(self) -> None:
         """None: the TrainSteps hold the optimisers."""
+
+    def on_train_start(self) -> None:
+        """Hear signals; Lightning, which has just begun to do so, saves nothing of ours."""
+        self.after_step.signals.listen()
 
     def training_step(self, x: Float[Tensor, "batch width"], batch_idx: int) -> None:  # noqa: ARG002
         """One step of every dictionary on the same rows, of each its own hook points."""
@@ -50,8 +59,8 @@ class SAEModule(lightning.LightningModule):
         self.n_steps += 1
         self._require_finite(metrics)
         if self.n_steps % self.log_every == 0 or self.n_steps == self.total_steps:
-            self._log(metrics, x.shape[0])
-        self.after_step(self.n_steps, self)
+            self._log(metrics)
+        self.after_step(self.n_steps, self.total_steps, self.full_state)
         if self.n_steps >= self.total_steps:
             self.trainer.should_stop = True
 
@@ -64,17 +73,21 @@ class SAEModule(lightning.LightningModule):
                 f"not, up to step {self.n_steps}; lower optimizer.lr or check the cache"
             )
 
-    def _log(self, metrics: dict[str, StepMetrics], n_rows: int) -> None:
+    def _log(self, metrics: dict[str, StepMetrics]) -> None:
         flat = {
             f"{name}/{k}": float(v) for name, m in metrics.items() for k, v in m._asdict().items()
         }
-        flat["rows"] = float(self.n_steps * n_rows)
+        flat["rows"] = float(self.n_steps * self.rows_per_step)
         for logger in self.loggers:
             logger.log_metrics(flat, step=self.n_steps)
 
     def full_state(self) -> dict[str, Tensor]:
-        """The state of all dictionaries, flat, each name prefixed by its dictionary's."""
-        return {f"{n}/{k}": v for n, s in self.steps.items() for k, v in s.state_dict().items()}
+        """The state of all dictionaries, flat, each name prefixed by its dictionary's.
+
+        It does not depend on the number of processes; only the first one gets all of it.
+        """
+        whole = {n: whole_state(s.state_dict(), s.ranks) for n, s in self.steps.items()}
+        return {f"{n}/{k}": v for n, state in whole.items() for k, v in state.items()}
 
     def load_full_state(self, n_steps: int, state: dict[str, Tensor]) -> None:
         """Go on from `full_state` after `n_steps` steps."""
@@ -82,5 +95,5 @@ class SAEModule(lightning.LightningModule):
             own = {
                 k.removeprefix(f"{name}/"): v for k, v in state.items() if k.startswith(f"{name}/")
             }
-            step.load_state_dict(own)
+            step.load_state_dict(own_state(own, step.ranks))
         self.n_steps = n_steps

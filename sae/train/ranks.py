@@ -19,9 +19,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from sae.losses import batch_variance
 
-TIMEOUT_SECONDS = 300.0
-"""A process that is silent for so long is taken for dead."""
-
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
@@ -154,7 +151,9 @@ class Ranks:
 
     def largest(self, number: int) -> int:
         """The largest of a number that every process has."""
-        found = torch.tensor(number, device=_device())
+        if self.alone:
+            return int(number)
+        found = torch.tensor(int(number), device=_device())
         self.world.reduce([found], dist.ReduceOp.MAX)
         return int(found)
 

@@ -133,6 +133,10 @@ class TrainStep:
         dead = self.ranks.latents.mean(self._dead.float().mean())
         return StepMetrics(loss, error / batch.variance, l0, dead, norm, finite.float())
 
+    def whole(self) -> SparseAutoencoder:
+        """The dictionary with the latents of all processes; only the first one gets all of it."""
+        return self.autoencoder
+
     def _update(self, found: Forward, batch: Batch) -> None:
         settings = self.config.optimizer
         factor = warmup_decay(self.n_steps, self.total_steps, settings.warmup, settings.decay)

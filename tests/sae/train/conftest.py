@@ -1,5 +1,6 @@
 import datetime
 import os
+import socket
 import traceback
 import warnings
 from collections.abc import Callable
@@ -40,10 +41,36 @@ def child(work: Callable[[], object], report: Path) -> int:
         return process
     try:
         work()
-    except BaseException:  # noqa: BLE001
+    except BaseException as problem:  # noqa: BLE001
         report.write_text(traceback.format_exc())
-        os._exit(1)
+        os._exit(int(problem.code) if isinstance(problem, SystemExit) else 1)
     os._exit(0)
+
+
+@pytest.fixture
+def in_processes(tmp_path: Path) -> Callable[[int, Callable[[], object]], dict[int, Path]]:
+    """Start `work()` in n processes as torchrun does; their ids, and where a failure is told."""
+
+    def run(n: int, work: Callable[[], object]) -> dict[int, Path]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+
+        def one(rank: int) -> None:
+            os.environ.update(
+                TORCHELASTIC_RUN_ID="test",
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(n),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
+            work()
+
+        said = [tmp_path / f"said-{port}-{rank}.txt" for rank in range(n)]
+        return {child(lambda r=r: one(r), said[r]): said[r] for r in range(n)}
+
+    return run
 
 
 @pytest.fixture
