@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -138,12 +139,10 @@ class _Positions:
 
     def read(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Take the arguments of the backbone, before its layers run."""
-        arguments = dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
-        arguments |= kwargs
-        self._mask = _two_axes(arguments.get("attention_mask"))
-        self._position_ids = _two_axes(arguments.get("position_ids"))
-        cached = arguments.get("past_key_values")
-        self._n_cached = 0 if cached is None else int(cached.get_seq_length())
+        arguments = arguments_of(module, args, kwargs)
+        self._mask = two_axes(arguments.get("attention_mask"))
+        self._position_ids = two_axes(arguments.get("position_ids"))
+        self._n_cached = n_cached(arguments)
 
     def of(self, stream: Stream) -> Int[Tensor, "example pos"]:
         """Return the positions of a stream's tokens; a mask speaks before position ids."""
@@ -159,7 +158,18 @@ class _Positions:
         return positions.to(stream.device).expand(n_examples, n_new)
 
 
-def _two_axes(value: object) -> Shaped[Tensor, "example pos"] | None:
+def arguments_of(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Return the arguments of a call of a module's forward by their names."""
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+
+
+def n_cached(arguments: Mapping[str, Any]) -> int:
+    """Return how many positions stand in the KV cache that a forward is given."""
+    cached = arguments.get("past_key_values")
+    return 0 if cached is None else int(cached.get_seq_length())
+
+
+def two_axes(value: object) -> Shaped[Tensor, "example pos"] | None:
     """Return a (example, pos) tensor as it is, and None for a mask in another form."""
     return value if isinstance(value, Tensor) and value.ndim == 2 else None
 

@@ -12,6 +12,7 @@ from sae.explain.tables import LATENTS, LatentRecord, read_latents
 from sae.metrics import Firing
 from sae.steer.candidates import Candidate, target_tokens
 from sae.steer.choice import Subject, choose_latent
+from sae.steer.place import Placed
 
 if TYPE_CHECKING:
     from sae.cli.chain import Run
@@ -33,9 +34,11 @@ def steering_example(run: "Run", report: Progress) -> dict[str, Any]:
     subject = Subject(
         model=run.loaded.model,
         tokenizer=run.loaded.tokenizer,
-        hook_point=run.hook_point,
-        dictionary=run.dictionaries[name],
-        stats=Firing.read(run.path("train") / name),
+        dictionary=Placed(
+            run.dictionaries[name],
+            run.hook_point,
+            stats=Firing.read(run.path("train") / name),
+        ),
         first_position=run.config.cache.skip_positions,
     )
     records = read_latents(run.path("explain") / name / LATENTS)

@@ -1,4 +1,4 @@
-"""Puts a dictionary back into its model and turns single latents up, down or off."""
+"""Puts a dictionary back into its model: steering, attribution, search."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -6,44 +6,60 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sae.steer.candidates import Candidate, target_tokens
     from sae.steer.choice import Choice, Subject, choose_latent
-    from sae.steer.config import Ablate, Add, Clamp, Operation, Scale, SteerConfig
+    from sae.steer.config import SteerConfig
+    from sae.steer.edits import Edit, Patch, Push, Splice
     from sae.steer.effects import Effect, measure_effect
     from sae.steer.generation import generate
-    from sae.steer.steering import steering
+    from sae.steer.place import Placed, load
+    from sae.steer.positions import Patches
+    from sae.steer.steering import Count, Steering
+    from sae.steer.vectors import mean_difference, random_direction, stream_of
 
 __all__ = [
-    "Ablate",
-    "Add",
     "Candidate",
     "Choice",
-    "Clamp",
+    "Count",
+    "Edit",
     "Effect",
-    "Operation",
-    "Scale",
+    "Patch",
+    "Patches",
+    "Placed",
+    "Push",
+    "Splice",
     "SteerConfig",
+    "Steering",
     "Subject",
     "choose_latent",
     "generate",
+    "load",
+    "mean_difference",
     "measure_effect",
-    "steering",
+    "random_direction",
+    "stream_of",
     "target_tokens",
 ]
 
 _HOME = {
-    "Ablate": "sae.steer.config",
-    "Add": "sae.steer.config",
     "Candidate": "sae.steer.candidates",
     "Choice": "sae.steer.choice",
-    "Clamp": "sae.steer.config",
+    "Count": "sae.steer.steering",
+    "Edit": "sae.steer.edits",
     "Effect": "sae.steer.effects",
-    "Operation": "sae.steer.config",
-    "Scale": "sae.steer.config",
+    "Patch": "sae.steer.edits",
+    "Patches": "sae.steer.positions",
+    "Placed": "sae.steer.place",
+    "Push": "sae.steer.edits",
+    "Splice": "sae.steer.edits",
     "SteerConfig": "sae.steer.config",
+    "Steering": "sae.steer.steering",
     "Subject": "sae.steer.choice",
     "choose_latent": "sae.steer.choice",
     "generate": "sae.steer.generation",
+    "load": "sae.steer.place",
+    "mean_difference": "sae.steer.vectors",
     "measure_effect": "sae.steer.effects",
-    "steering": "sae.steer.steering",
+    "random_direction": "sae.steer.vectors",
+    "stream_of": "sae.steer.vectors",
     "target_tokens": "sae.steer.candidates",
 }
 

@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from activations_cache.hooks import edit
+from activations_cache import hooks
 from activations_cache.models import Tokenizer
 from activations_cache.progress import Progress, silent
-from sae.autoencoder import SparseAutoencoder
-from sae.metrics import Firing
 from sae.steer.candidates import DENSITY, MIN_AUC, MIN_TARGETS, Candidate, fit_candidates, named
 from sae.steer.config import SteerConfig
+from sae.steer.edits import Edit
 from sae.steer.effects import Effect, measure_effect, repeated_share
 from sae.steer.generation import Generation, generate, generate_copies
-from sae.steer.steering import each, steered_stream, steering
+from sae.steer.place import Placed
+from sae.steer.steering import Steering, per_example
 
 MAX_REPEATED = 0.15
 """A steered text with a larger share of repeated 3-grams counts as a loop."""
@@ -42,12 +42,8 @@ class Subject(NamedTuple):
     """A causal language model in evaluation mode."""
     tokenizer: Tokenizer
     """The model's."""
-    hook_point: str
-    """Where the dictionary reads and writes."""
-    dictionary: SparseAutoencoder
-    """On the model's device."""
-    stats: Firing
-    """The dictionary's; the unit of the strength."""
+    dictionary: Placed
+    """With its statistics, the unit of the strength."""
     first_position: int = 1
     """Positions below this one, the attention sinks, are left as they are."""
 
@@ -71,7 +67,7 @@ class Choice:
     """The chosen latent, with all that it was chosen from."""
 
     chosen: Trial
-    """The latent, steered once more on its own: what `steering` and `generate` give again."""
+    """The latent, steered once more on its own: what `Steering` and `generate` give again."""
     base: Generation
     """The continuation without steering."""
     effect: Effect
@@ -121,10 +117,8 @@ def choose_latent(
     chosen = trials[0].candidate
 
     def steered():
-        operations = [config.operation(chosen.latent)]
-        return steering(
-            *_place(subject), operations, stats=subject.stats, first_position=subject.first_position
-        )
+        edits = [_edit(subject, chosen, config)]
+        return Steering(subject.model, edits, first_position=subject.first_position)
 
     with steered():
         changed = _generate(subject, config)
@@ -195,25 +189,21 @@ def _trial(candidate: Candidate, found: Generation, base: Generation) -> Trial:
 
 def _steered_each(subject: Subject, candidates: list[Candidate], config: SteerConfig):
     """A context in which example i of a batch is steered by candidate i."""
-    edits = [
-        steered_stream(
-            subject.dictionary,
-            [config.operation(candidate.latent)],
-            stats=subject.stats,
-            first_position=subject.first_position,
-        )
-        for candidate in candidates
-    ]
-    return edit(subject.model, {subject.hook_point: each(edits)})
+    edits = [_edit(subject, candidate, config) for candidate in candidates]
+    fn = per_example(edits, first_position=subject.first_position)
+    return hooks.edit(subject.model, {subject.dictionary.hook_point: fn})
+
+
+def _edit(subject: Subject, candidate: Candidate, config: SteerConfig) -> Edit:
+    strength = f"{float(config.strength)!r}x max"
+    if config.mode == "clamp":
+        return Edit(subject.dictionary, latent=candidate.latent, clamp=strength)
+    return Edit(subject.dictionary, latent=candidate.latent, add=strength)
 
 
 def _generate(subject: Subject, config: SteerConfig) -> Generation:
     n_tokens = config.max_new_tokens
     return generate(subject.model, subject.tokenizer, config.prompt, max_new_tokens=n_tokens)
-
-
-def _place(subject: Subject) -> tuple[nn.Module, str, SparseAutoencoder]:
-    return subject.model, subject.hook_point, subject.dictionary
 
 
 def _rank(trial: Trial) -> tuple[bool, int, float, float, int]:

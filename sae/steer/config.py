@@ -4,59 +4,112 @@ With f the activation that a latent has at a position and d its direction, an op
 the stream there to h + (g(f) - f) d; what the dictionary does not reconstruct stays as it is.
 """
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from activations_cache.checks import at_least, require
 
-Unit = Literal["max", "absolute"]
-"""`max`: times the largest activation that the latent had when the dictionary was evaluated."""
+Unit = Literal["max", "norm", "absolute"]
+"""`max`: times the largest activation that the latent had when the dictionary was evaluated;
+`norm`: what moves the stream by so many times its own norm at that token."""
+
+_STRENGTH = re.compile(r"(?P<value>[-+]?[\d.]+(e[-+]?\d+)?)(?P<unit> ?x ?(max|norm)?)?")
+
+
+class Strength(NamedTuple):
+    """An activation, and what it is counted in."""
+
+    value: float
+    """How many."""
+    unit: Unit
+    """Of what."""
+
+
+def strength(field: str, given: float | int | str) -> Strength:
+    """Read a strength: 4.5 in the dictionary's own units, or "10x max" ("10x"), "0.5x norm".
+
+    Raises:
+        ValueError: If the unit is unknown or there is no finite number.
+    """
+    if not isinstance(given, str):
+        _finite(field, float(given))
+        return Strength(float(given), "absolute")
+    found = _STRENGTH.fullmatch(given.strip())
+    try:
+        value = float(found["value"]) if found else float("nan")
+    except ValueError:
+        value = float("nan")
+    if found is None or not abs(value) < float("inf"):
+        raise ValueError(
+            f"{field} must be a number, or one in units of max or norm such as '10x max', "
+            f"got {given!r}"
+        )
+    unit: Unit = "norm" if found[4] == "norm" else "max"
+    return Strength(value, unit if found["unit"] else "absolute")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clamp:
-    """g(f) = value: the latent fires at this strength, whatever the text."""
-
+class _OfLatent:
     latent: int
     """Number of the latent."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("latent", self.latent, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WithValue(_OfLatent):
     value: float
-    """The activation, in `unit`."""
+    """An activation, in `unit`."""
     unit: Unit = "max"
     """What `value` counts: the latent's largest activation, or the dictionary's own units."""
+    only_firing: bool = False
+    """Leave the latent alone where it does not fire."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        _finite("value", self.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clamp(_WithValue):
+    """g(f) = value: the latent fires at this strength, whatever the text."""
+
     kind: Literal["clamp"] = "clamp"
     """Tells the operations apart."""
 
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        at_least("latent", self.latent, 0)
-        _finite("value", self.value)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Add:
+class Add(_WithValue):
     """g(f) = f + value: a constant push along the direction, on top of what is there."""
 
-    latent: int
-    """Number of the latent."""
-    value: float
-    """What is added to the activation, in `unit`."""
-    unit: Unit = "max"
-    """What `value` counts: the latent's largest activation, or the dictionary's own units."""
     kind: Literal["add"] = "add"
     """Tells the operations apart."""
 
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        at_least("latent", self.latent, 0)
-        _finite("value", self.value)
+
+@dataclass(frozen=True, kw_only=True)
+class Cap(_WithValue):
+    """g(f) = min(f, value): the latent fires at most this strongly."""
+
+    kind: Literal["cap"] = "cap"
+    """Tells the operations apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
+class Floor(_WithValue):
+    """g(f) = max(f, value): the latent fires at least this strongly."""
+
+    kind: Literal["floor"] = "floor"
+    """Tells the operations apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale(_OfLatent):
     """g(f) = factor f: changes the stream only where the latent fires by itself."""
 
-    latent: int
-    """Number of the latent."""
     factor: float
     """What the activation is multiplied by."""
     kind: Literal["scale"] = "scale"
@@ -64,25 +117,19 @@ class Scale:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        at_least("latent", self.latent, 0)
+        super().__post_init__()
         _finite("factor", self.factor)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablate:
+class Ablate(_OfLatent):
     """g(f) = 0: the latent is taken out where it fires."""
 
-    latent: int
-    """Number of the latent."""
     kind: Literal["ablate"] = "ablate"
     """Tells the operations apart."""
 
-    def __post_init__(self) -> None:
-        """Check the range."""
-        at_least("latent", self.latent, 0)
 
-
-Operation = Clamp | Add | Scale | Ablate
+Operation = Clamp | Add | Cap | Floor | Scale | Ablate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +159,6 @@ class SteerConfig:
         require(bool(self.prompt), "prompt", "not be empty", self.prompt)
         at_least("max_new_tokens", self.max_new_tokens, 1)
         at_least("n_candidates", self.n_candidates, 1)
-
-    def operation(self, latent: int) -> Clamp | Add:
-        """What is done to the chosen latent."""
-        kind = Clamp if self.mode == "clamp" else Add
-        return kind(latent=latent, value=self.strength)
 
 
 def _finite(field: str, value: float) -> None:

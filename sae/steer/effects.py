@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sae.steer.generation import Generation
 
-Steered = Callable[[], AbstractContextManager[None]]
-"""Makes the context in which the model is steered, such as `lambda: steering(...)`."""
+Steered = Callable[[], AbstractContextManager[object]]
+"""Makes the context in which the model is steered, such as `lambda: Steering(...)`."""
 
 NGRAM = 3
 """Length of the token sequences whose repetition is counted."""

@@ -40,7 +40,7 @@ def generate(
 ) -> Generation:
     """Continue a prompt with the most likely token each time, until the end token.
 
-    Inside `steering` this gives the steered text. There is no sampling, no penalty and no chat
+    Inside `Steering` this gives the steered text. There is no sampling, no penalty and no chat
     template: what is seen is the model and the operations alone.
 
     Args:

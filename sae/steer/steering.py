@@ -1,172 +1,257 @@
-"""`steering`: a context in which a model runs with some latents of a dictionary changed."""
+"""`Steering`: a context in which a model runs with its stream changed, and counts where it was."""
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
-from typing import assert_never
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from activations_cache.hooks import Edit, edit
-from sae.autoencoder import SparseAutoencoder
-from sae.metrics import Firing
-from sae.steer.config import Ablate, Add, Clamp, Operation, Scale
+from activations_cache import hooks
+from activations_cache.prompts import Prompts, prompts_of
+from sae.steer.edits import Change, Edit, LatentEdits, Patch, Push, Rows, Splice
+from sae.steer.positions import Positions, check_positions, chosen
+
+_log = logging.getLogger(__name__)
+
+Applied = LatentEdits | Splice | Patch | Push
 
 
-@contextlib.contextmanager
-def steering(
-    model: nn.Module,
-    hook_point: str,
-    dictionary: SparseAutoencoder,
-    operations: Sequence[Operation],
-    *,
-    stats: Firing | None = None,
-    first_position: int = 1,
-) -> Iterator[None]:
-    """Change latents in every forward of the model inside this context, `generate` included.
+@dataclass
+class Count:
+    """Proof that a change ran: on how many tokens, counted in each forward and for each beam."""
 
-    At each position h' = h + sum_i (g_i(f_i) - f_i) d_i in float32, where f are the activations of
-    h, d_i = `dictionary.direction(i)`, and g_i the operations; the result is cast back to the
-    model's dtype. So what the dictionary does not reconstruct is kept, and where no g_i changes
-    its latent the stream is kept to the bit.
+    name: str
+    """What was changed, and where."""
+    n_seen: int = 0
+    """Tokens that passed the place."""
+    n_chosen: int = 0
+    """Those among them at which the positions hold: the change ran here."""
+    n_changed: int = 0
+    """Those among them whose stream became another."""
+    relative_size: float = 0.0
+    """Mean of |h' - h| / |h| over the tokens on which it ran."""
 
-    Args:
-        model: The model, in evaluation mode.
-        hook_point: The place whose stream the dictionary was trained on.
-        dictionary: On the model's device.
-        operations: At most one for each latent.
-        stats: Needed for values in units of a latent's maximum; `Firing.read` reads them from the
-            dictionary's directory.
-        first_position: Positions below this one are left as they are. By default that is the
-            first token, an attention sink; the length of a prompt steers only what follows it.
+    def add(
+        self,
+        n_seen: int,
+        h: Float[Tensor, "batch d_out"],
+        new: Float[Tensor, "batch d_out"],
+        is_changed: Bool[Tensor, " batch"],
+    ) -> None:
+        """Count one forward."""
+        self.n_seen += n_seen
+        n, before = len(h), self.n_chosen
+        if n == 0:
+            return
+        norm = h.detach().float().norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        size = float(((new - h).detach().float().norm(dim=1) / norm).mean())
+        self.n_chosen += n
+        self.n_changed += int(is_changed.sum())
+        self.relative_size += (size - self.relative_size) * n / (before + n)
 
-    Raises:
-        ValueError: If a latent does not exist or is named twice, or a unit is not known.
+
+class Steering:
+    """Change streams in every forward of a model inside this context, `generate` included.
+
+    At each chosen token h' = h + sum_i (g_i(f_i) - f_i) d_i in float32, where f are the
+    activations of h, d_i the directions and g_i the edits; the result is cast back to the model's
+    dtype. So what a dictionary does not reconstruct is kept, and where nothing changes its latent
+    the stream is kept to the bit. Consecutive edits of one dictionary see the same stream;
+    otherwise changes apply in the order of the forward, at one place in the order given, each to
+    the stream as the earlier ones have left it. With a KV cache and without, `generate`
+    gives the same tokens.
+
+    `counts` proves on how many tokens each change ran. A change that ran on none is logged in one
+    line when the context ends.
     """
-    fn = steered_stream(dictionary, operations, stats=stats, first_position=first_position)
-    with edit(model, {hook_point: fn}):
-        yield
+
+    def __init__(
+        self,
+        model: nn.Module,
+        changes: Sequence[Change],
+        *,
+        positions: Positions = "all",
+        first_position: int = 1,
+    ) -> None:
+        """Check the changes; nothing is hooked before the context begins.
+
+        Args:
+            model: The model, in evaluation mode.
+            changes: What is done, and where.
+            positions: On which tokens: all, prompt, generated, last (of the prompt), class, the
+                `Patches` of a ViT, or a mask over the columns of the prompts.
+            first_position: Positions below this one are left as they are. By default that is the
+                first token, an attention sink.
+
+        Raises:
+            ValueError: If there are no changes, a latent is edited twice, or the positions are
+                unknown.
+        """
+        if not changes:
+            raise ValueError("changes must name at least one edit, got none")
+        check_positions(positions)
+        self.model = model
+        self.positions: Positions = positions
+        self.first_position = first_position
+        self._applied = [(place, _joined(place, group)) for place, group in _grouped(changes)]
+        self.counts = tuple(
+            Count(" and ".join(map(str, a.edits)) if isinstance(a, LatentEdits) else str(a))
+            for _, a in self._applied
+        )
+        self._hooks: contextlib.ExitStack | None = None
+
+    def __enter__(self) -> "Steering":
+        """Attach the hooks."""
+        with contextlib.ExitStack() as stack:
+            prompts = stack.enter_context(prompts_of(self.model))
+            for (place, applied), count in zip(self._applied, self.counts, strict=True):
+                work = _Work(applied, place, count, self, prompts)
+                for point, fn in work.edits():
+                    stack.enter_context(hooks.edit(self.model, {point: fn}))
+            self._hooks = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Remove the hooks, and say which changes never ran."""
+        assert self._hooks is not None, "left without having been entered"
+        self._hooks.close()
+        for line in [] if kind is not None else self.unused():
+            _log.warning(line)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens on which the first change ran; `counts` has them all."""
+        return self.counts[0].n_chosen
+
+    def unused(self) -> list[str]:
+        """A line for each change that ran on no token."""
+        policy = "mask" if isinstance(self.positions, Tensor) else repr(self.positions)
+        return [
+            f"{count.name} ran on none of {count.n_seen} tokens with positions {policy} from "
+            f"{self.first_position} on; run the model in the context, or choose other positions"
+            for count in self.counts
+            if count.n_chosen == 0
+        ]
 
 
-def steered_stream(
-    dictionary: SparseAutoencoder,
-    operations: Sequence[Operation],
-    *,
-    stats: Firing | None = None,
-    first_position: int = 1,
-) -> Edit:
-    """The function of the stream and the positions that `steering` applies; same arguments."""
-    _check(dictionary, operations)
-    values = [_value(operation, dictionary, stats) for operation in operations]
-    numbers = [operation.latent for operation in operations]
+Place = tuple[str, str]
+"""Where a change reads and where it writes."""
 
-    @torch.no_grad()
+
+def _place(change: Change) -> Place:
+    match change:
+        case Edit(dictionary=placed) | Splice(dictionary=placed):
+            return placed.hook_point, placed.writes
+        case Patch(hook_point=point) | Push(hook_point=point):
+            return point, point
+
+
+def _grouped(changes: Sequence[Change]) -> Iterator[tuple[Place, list[Change]]]:
+    """Consecutive edits of one dictionary together, everything else by itself."""
+
+    def key(numbered: tuple[int, Change]) -> tuple[str, int]:
+        number, change = numbered
+        return ("edits", id(change.dictionary)) if isinstance(change, Edit) else ("", number)
+
+    for _, group in groupby(enumerate(changes), key):
+        of_group = [change for _, change in group]
+        yield _place(of_group[0]), of_group
+
+
+def _joined(place: Place, group: list[Change]) -> Applied:
+    edits = [change for change in group if isinstance(change, Edit)]
+    if edits:
+        return LatentEdits(edits)
+    (other,) = group
+    assert not isinstance(other, Edit), place
+    return other
+
+
+class _Work:
+    """One change at work in a model's forwards."""
+
+    def __init__(
+        self, applied: Applied, place: Place, count: Count, steering: Steering, prompts: Prompts
+    ) -> None:
+        self._applied, self._place, self._count = applied, place, count
+        self._steering, self._prompts = steering, prompts
+        self._x: Tensor | None = None
+
+    def edits(self) -> list[tuple[str, hooks.Edit]]:
+        """The functions of the stream, in the order in which a forward calls them."""
+        reads, writes = self._place
+        if reads == writes:
+            return [(writes, self._change)]
+        return [(reads, self._observe), (writes, self._change)]
+
+    def _observe(
+        self, stream: Float[Tensor, "example pos d_in"], _: Int[Tensor, "example pos"]
+    ) -> Float[Tensor, "example pos d_in"]:
+        self._x = stream
+        return stream
+
+    def _change(
+        self, stream: Float[Tensor, "example pos d_out"], positions: Int[Tensor, "example pos"]
+    ) -> Float[Tensor, "example pos d_out"]:
+        prompt = self._prompts.of(len(stream))
+        where = chosen(self._steering.positions, positions, prompt, self._steering.first_position)
+        x = stream if self._x is None else self._x
+        self._x = None
+        _require_widths(self._applied, self._place, x, stream)
+        return apply_at(self._applied, where, x, stream, positions, self._count)
+
+
+def apply_at(
+    change: Applied,
+    where: Bool[Tensor, "example pos"],
+    x: Float[Tensor, "example pos d_in"],
+    stream: Float[Tensor, "example pos d_out"],
+    positions: Int[Tensor, "example pos"],
+    count: Count | None = None,
+) -> Float[Tensor, "example pos d_out"]:
+    """The stream, changed at some of its tokens and the same to the bit at the others."""
+    at = where.flatten().nonzero().flatten()
+    flat = stream.flatten(0, 1)
+    h = flat[at]
+    changed = change(Rows(x.flatten(0, 1)[at], h, positions.reshape(-1)[at]))
+    new = torch.where(changed.is_changed[:, None], changed.h.to(stream.dtype), h)
+    if count is not None:
+        count.add(len(flat), h, new, changed.is_changed)
+    return flat.index_put((at,), new).view(stream.shape) if len(at) else stream
+
+
+def _require_widths(applied: Applied, place: Place, x: Tensor, stream: Tensor) -> None:
+    if isinstance(applied, Patch | Push):
+        given = applied.rows if isinstance(applied, Patch) else applied.vector
+        widths = [(place[1], given.shape[-1], stream.shape[-1])]
+    else:
+        placed = (
+            applied.edits[0].dictionary if isinstance(applied, LatentEdits) else applied.dictionary
+        )
+        config = placed.dictionary.config
+        widths = [
+            (place[0], config.d_in, x.shape[-1]), (place[1], config.width_out, stream.shape[-1])
+        ]  # fmt: skip
+    for point, made_for, found in widths:
+        if made_for != found:
+            raise ValueError(
+                f"a change at {point} must be made for its width, {found} in this model, got one "
+                f"for {made_for}; it belongs to another model or place"
+            )
+
+
+def per_example(edits: Sequence[Edit], *, first_position: int) -> hooks.Edit:
+    """A function of the stream that changes example i by edit i alone, for trying many at once."""
+    changes = [LatentEdits([edit]) for edit in edits]
+
     def fn(
         stream: Float[Tensor, "example pos d_model"], positions: Int[Tensor, "example pos"]
     ) -> Float[Tensor, "example pos d_model"]:
-        h = stream.flatten(0, 1).float()
-        latents = torch.tensor(numbers, device=h.device)
-        f = activations_of(dictionary, h, latents)
-        pairs = zip(operations, values, f.unbind(dim=1), strict=True)
-        g = [_operate(operation, value, own) for operation, value, own in pairs]
-        change = torch.stack(g, dim=1) - f
-        change *= positions.reshape(-1, 1) >= first_position
-        directions = dictionary.directions[latents]
-        moved = change @ directions * dictionary.token_norm(h).size
-        edited = (h + moved).to(stream.dtype).view(stream.shape)
-        untouched = (change == 0).all(dim=1).view(*stream.shape[:2], 1)
-        return torch.where(untouched, stream, edited)
+        pairs = zip(changes, stream.split(1), positions.split(1), strict=True)
+        return torch.cat([apply_at(c, p >= first_position, h, h, p) for c, h, p in pairs])
 
     return fn
-
-
-def each(edits: Sequence[Edit]) -> Edit:
-    """One function for a batch of which each example is edited by its own."""
-
-    def fn(
-        stream: Float[Tensor, "example pos d_model"], positions: Int[Tensor, "example pos"]
-    ) -> Float[Tensor, "example pos d_model"]:
-        pairs = zip(edits, stream.split(1), positions.split(1), strict=True)
-        return torch.cat([own(one, at) for own, one, at in pairs])
-
-    return fn
-
-
-def activations_of(
-    dictionary: SparseAutoencoder,
-    x: Float[Tensor, "batch d_in"],
-    latents: Int[Tensor, " k"],
-) -> Float[Tensor, "batch k"]:
-    """Activations of a few latents, 0 where one does not fire."""
-    encoded = dictionary.encode(x)
-    found = encoded.indices[:, :, None] == latents
-    return (encoded.values[:, :, None] * found).sum(dim=1)
-
-
-def _operate(
-    operation: Operation, value: float, f: Float[Tensor, " batch"]
-) -> Float[Tensor, " batch"]:
-    match operation:
-        case Clamp():
-            return torch.full_like(f, value)
-        case Add():
-            return f + value
-        case Scale():
-            return f * value
-        case Ablate():
-            return torch.zeros_like(f)
-        case _:
-            assert_never(operation)
-
-
-def _value(operation: Operation, dictionary: SparseAutoencoder, stats: Firing | None) -> float:
-    """The number of an operation in the dictionary's units."""
-    match operation:
-        case Clamp(unit="max") | Add(unit="max"):
-            return operation.value * _maximum(operation.latent, dictionary, stats)
-        case Clamp() | Add():
-            return float(operation.value)
-        case Scale():
-            return float(operation.factor)
-        case Ablate():
-            return 0.0
-        case _:
-            assert_never(operation)
-
-
-def _maximum(latent: int, dictionary: SparseAutoencoder, stats: Firing | None) -> float:
-    if stats is None:
-        raise ValueError(
-            "stats must be given for a value in units of a latent's maximum, got None; "
-            "run `sae evaluate`, which writes them beside the dictionary, or use unit='absolute'"
-        )
-    d_sae = dictionary.config.d_sae
-    if len(stats.max_activation) != d_sae:
-        raise ValueError(
-            f"stats must be of a dictionary with d_sae={d_sae}, got {len(stats.max_activation)}"
-        )
-    maximum = float(stats.max_activation[latent])
-    if maximum == 0:
-        raise ValueError(
-            f"latent {latent} must have fired for a value in units of its maximum, got a latent "
-            f"that was silent in {stats.n_rows:,} rows; use unit='absolute'"
-        )
-    return maximum
-
-
-def _check(dictionary: SparseAutoencoder, operations: Sequence[Operation]) -> None:
-    if not operations:
-        raise ValueError("operations must name at least one latent, got none")
-    numbers = [operation.latent for operation in operations]
-    if max(numbers) >= dictionary.config.d_sae:
-        raise ValueError(
-            f"latent must be below d_sae={dictionary.config.d_sae}, got {max(numbers)}"
-        )
-    if len(set(numbers)) < len(numbers):
-        raise ValueError(f"operations must name a latent once, got {sorted(numbers)}")
-    if dictionary.config.d_in != dictionary.config.width_out:
-        raise ValueError(
-            f"d_out must be d_in={dictionary.config.d_in} to steer the stream that is read, "
-            f"got {dictionary.config.width_out}"
-        )

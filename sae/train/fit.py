@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
@@ -131,6 +131,7 @@ def _train(
         saver.save(module.n_steps, module.full_state())
     provenance = {
         "cache": cache.fingerprint,
+        "model": _model_of(cache),
         "seed": config.seed,
         "rows": total_steps * config.batch,
         "precision": precision,
@@ -143,6 +144,12 @@ def _train(
             save(whole, path / name, {**provenance, "recipe": asdict(step.config)})
     ranks.require_same(total_steps, "the number of steps")  # and all is there when one returns
     return {name: path / name for name in steps}
+
+
+def _model_of(cache: "ActivationCache") -> dict[str, Any]:
+    """The model that made a cache: its hashes, its path and its dtype, as far as they are known."""
+    known = [cache.identity.get("model"), cache.manifest.provenance.get("model")]
+    return {key: value for part in known if isinstance(part, dict) for key, value in part.items()}
 
 
 def resolve_precision(precision: str) -> str:

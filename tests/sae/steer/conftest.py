@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -6,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from sae.architecture import ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.metrics import Firing
+from sae.steer.place import Placed
 
 HOOK = "model.layers.1:out"
 D_MODEL = 8
@@ -37,6 +40,12 @@ def model():
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
+@pytest.fixture(scope="session")
+def smollm2_float32(smollm2):
+    """In bfloat16 the two ways of attention round apart, whatever is steered."""
+    return copy.deepcopy(smollm2.model).float(), smollm2.tokenizer
+
+
 @pytest.fixture(params=["topk", "relu"])
 def dictionary(request):
     activation = TopK(k=5) if request.param == "topk" else ReLU()
@@ -54,6 +63,11 @@ def stats():
     stats.max_activation = torch.linspace(0.5, 3, 23)
     stats.max_activation[22] = 0
     return stats
+
+
+@pytest.fixture
+def placed(dictionary, hook_point, stats):
+    return Placed(dictionary, hook_point, stats=stats)
 
 
 @pytest.fixture

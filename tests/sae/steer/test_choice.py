@@ -7,8 +7,9 @@ import torch
 from sae.steer.candidates import Candidate
 from sae.steer.choice import Subject, Trial, _rank, choose_latent
 from sae.steer.config import SteerConfig
+from sae.steer.edits import Edit
 from sae.steer.generation import generate
-from sae.steer.steering import steering
+from sae.steer.steering import Steering
 
 CONFIG = SteerConfig(prompt="w3 w7", max_new_tokens=11, strength=4.0, n_candidates=3)
 NEVER = (34, 35, 36)
@@ -20,14 +21,14 @@ def candidate(latent, **fields):
 
 
 @pytest.fixture
-def subject(model, tokenizer, hook_point, dictionary, stats):
-    return Subject(model, tokenizer, hook_point, dictionary, stats)
+def subject(model, tokenizer, placed):
+    return Subject(model, tokenizer, placed)
 
 
 @pytest.fixture
 def steered_text(subject):
     def text(latent):
-        with steering(*subject[:1], *subject[2:4], [CONFIG.operation(latent)], stats=subject.stats):
+        with Steering(subject.model, [Edit(subject.dictionary, latent=latent, clamp="4x max")]):
             return generate(*subject[:2], CONFIG.prompt, max_new_tokens=11)
 
     return text
@@ -64,16 +65,14 @@ def test_the_latent_that_brings_its_words_is_chosen(subject, steered_text):
     json.dumps(dataclasses.asdict(choice))
 
 
-def test_many_candidates_are_screened_by_the_rise_of_their_words(subject, hook_point):
+def test_many_candidates_are_screened_by_the_rise_of_their_words(subject):
     candidates = [candidate(i, targets=(i, i + 1, i + 2)) for i in range(22)]
     prompt = torch.tensor([subject.tokenizer(CONFIG.prompt)["input_ids"]])
     base = subject.model(prompt).logits[0, -1].softmax(0)
     rise = {}
     for c in candidates:
-        with steering(
-            subject.model, hook_point, subject.dictionary, [CONFIG.operation(c.latent)],
-            stats=subject.stats,
-        ):  # fmt: skip
+        edit = Edit(subject.dictionary, latent=c.latent, clamp="4x max")
+        with Steering(subject.model, [edit]):
             steered = subject.model(prompt).logits[0, -1].softmax(0)
         rise[c.latent] = float((steered - base)[list(c.targets)].sum())
     best = sorted(rise, key=rise.__getitem__, reverse=True)[:3]

@@ -1,6 +1,6 @@
 import pytest
 
-from sae.steer.config import Ablate, Add, Clamp, Scale, SteerConfig
+from sae.steer.config import Ablate, Add, Cap, Clamp, Floor, Scale, SteerConfig, strength
 
 
 @pytest.mark.parametrize(
@@ -9,6 +9,8 @@ from sae.steer.config import Ablate, Add, Clamp, Scale, SteerConfig
         (Clamp, {"latent": -1, "value": 1.0}, r"^latent must be at least 0, got -1$"),
         (Clamp, {"latent": 1, "value": float("nan")}, r"^value must be a finite number, got nan$"),
         (Add, {"latent": 1, "value": float("inf")}, r"^value must be a finite number, got inf$"),
+        (Cap, {"latent": 1, "value": float("inf")}, r"^value must be a finite number, got inf$"),
+        (Floor, {"latent": -1, "value": 1.0}, r"^latent must be at least 0, got -1$"),
         (Scale, {"latent": 1, "factor": float("nan")}, r"^factor must be a finite number"),
         (Ablate, {"latent": -3}, r"^latent must be at least 0, got -3$"),
         (SteerConfig, {"latent": -3}, r"^latent must be at least 0, got -3$"),
@@ -23,8 +25,33 @@ def test_a_wrong_value_is_refused_by_name(make, fields, message):
         make(**fields)
 
 
-def test_the_mode_decides_the_operation():
-    clamp = SteerConfig(strength=3.0).operation(7)
-    assert clamp == Clamp(latent=7, value=3.0, unit="max")
-    add = SteerConfig(mode="add", strength=-3.0).operation(7)
-    assert add == Add(latent=7, value=-3.0, unit="max")
+@pytest.mark.parametrize(
+    ("given", "value", "unit"),
+    [
+        (4.5, 4.5, "absolute"),
+        (-2, -2.0, "absolute"),
+        ("3.25", 3.25, "absolute"),
+        ("10x max", 10.0, "max"),
+        ("10x", 10.0, "max"),
+        ("-2.5xmax", -2.5, "max"),
+        ("+1e-1x norm", 0.1, "norm"),
+        (" 0.5 x norm ", 0.5, "norm"),
+    ],
+)
+def test_strengths(given, value, unit):
+    assert strength("clamp", given) == (value, unit)
+
+
+@pytest.mark.parametrize("given", ["10x mean", "10 max", "ten", "", "1.2.3", "x", "nan"])
+def test_a_strength_in_an_unknown_unit_is_refused(given):
+    with pytest.raises(
+        ValueError, match=r"^clamp must be a number, or one in units of max or norm"
+    ):
+        strength("clamp", given)
+
+
+def test_a_strength_must_be_finite():
+    with pytest.raises(ValueError, match=r"^add must be a finite number, got inf$"):
+        strength("add", float("inf"))
+    with pytest.raises(ValueError, match=r"^add must be a number, .* got '1e999'"):
+        strength("add", "1e999")

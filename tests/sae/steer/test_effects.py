@@ -3,16 +3,15 @@ import contextlib
 import pytest
 import torch
 
-from sae.steer.config import Clamp
+from sae.steer.edits import Edit
 from sae.steer.effects import divergence, measure_effect, repeated_share, share_of
 from sae.steer.generation import generate
-from sae.steer.steering import steering
+from sae.steer.steering import Steering
 
 
 @pytest.fixture
-def steered(model, hook_point, dictionary):
-    clamp = [Clamp(latent=3, value=7.0, unit="absolute")]
-    return lambda: steering(model, hook_point, dictionary, clamp)
+def steered(model, placed):
+    return lambda: Steering(model, [Edit(placed, latent=3, clamp=7.0)])
 
 
 def log_probs(model, tokens):

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from sae.steer.config import Clamp
+from sae.steer.edits import Edit
 from sae.steer.generation import generate
-from sae.steer.steering import steering
+from sae.steer.steering import Steering
 
 
 def test_the_text_is_the_most_likely_token_each_time(model, tokenizer):
@@ -17,27 +17,26 @@ def test_the_text_is_the_most_likely_token_each_time(model, tokenizer):
 
 @pytest.mark.parametrize("first", [0, 1, 3, 5])
 @pytest.mark.parametrize("steered", [False, True])
-def test_the_cache_changes_no_token(model, tokenizer, hook_point, dictionary, steered, first):
-    operations = [Clamp(latent=3, value=7.0 if steered else 0.0, unit="absolute")]
+def test_the_cache_changes_no_token(model, tokenizer, placed, steered, first):
+    edits = [Edit(placed, latent=3, clamp=7.0 if steered else 0.0)]
 
     def run(use_cache):
-        with steering(model, hook_point, dictionary, operations, first_position=first):
+        with Steering(model, edits, first_position=first):
             return generate(model, tokenizer, "w3 w7 w9", max_new_tokens=17, use_cache=use_cache)
 
     assert run(True) == run(False)
 
 
-def test_steering_changes_the_text(model, tokenizer, hook_point, dictionary):
+def test_steering_changes_the_text(model, tokenizer, placed):
     base = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=17)
-    with steering(model, hook_point, dictionary, [Clamp(latent=3, value=7.0, unit="absolute")]):
+    with Steering(model, [Edit(placed, latent=3, clamp=7.0)]):
         steered = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=17)
     assert steered.tokens != base.tokens
 
 
-def test_a_prompt_can_be_left_out_of_steering(model, tokenizer, hook_point, dictionary):
-    clamp = [Clamp(latent=3, value=7.0, unit="absolute")]
+def test_a_prompt_can_be_left_out_of_steering(model, tokenizer, placed):
     base = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=1)
-    with steering(model, hook_point, dictionary, clamp, first_position=3):
+    with Steering(model, [Edit(placed, latent=3, clamp=7.0)], first_position=3):
         assert generate(model, tokenizer, "w3 w7 w9", max_new_tokens=1) == base
 
 

@@ -1,219 +1,217 @@
+"""The identities of steering: clamp, add, scale, ablate, cap, floor, exact in float64."""
+
 import copy
 
 import pytest
 import torch
 
 from activations_cache.hooks import capture
-from sae.architecture import ReLU, SAEConfig
+from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
-from sae.steer.config import Ablate, Add, Clamp, Scale
-from sae.steer.steering import steered_stream, steering
+from sae.steer.edits import Edit, LatentEdits, Patch, Push, Rows, Splice
+from sae.steer.latents import read_latents
+from sae.steer.place import Placed
+from sae.steer.steering import Steering, apply_at
+
+KINDS = [TopK(k=5), ReLU(), JumpReLU(threshold=0.3), BatchTopK(k=5), Gated()]
 
 
-def edited_densely(dictionary, stream, changes):
-    """Encode, change activations, decode, and put back the error: the definition, in float64."""
-    exact = SparseAutoencoder(dictionary.config)
-    exact.load_state_dict(dictionary.state_dict())
-    exact = exact.double()
-    x = stream.flatten(0, 1).double()
-    f = exact.encode_dense(x)
-    error = x - exact.decode(f)
-    changed = f.clone()
-    for latent, change in changes.items():
-        changed[:, latent] = change(f[:, latent])
-    return (exact.decode(changed) + error).view(stream.shape).detach()
-
-
-@pytest.fixture
-def firing_latent(dictionary, stream):
-    """A latent that fires in some rows and not in others."""
-    share = (dictionary.encode_dense(stream.flatten(0, 1)) != 0).double().mean(0)
-    return int((share - 0.4).abs().argmin())
-
-
-@pytest.mark.parametrize("first", [0, 1, 4])
-def test_operations_equal_encode_change_decode_and_error(
-    dictionary, stats, stream, positions, firing_latent, first
-):
-    a, b, c, d = [firing_latent, *(i for i in range(23) if i != firing_latent)][:4]
-    operations = [
-        Clamp(latent=a, value=2.0),
-        Add(latent=b, value=-1.5, unit="absolute"),
-        Scale(latent=c, factor=3.0),
-        Ablate(latent=d),
-    ]
-    fn = steered_stream(dictionary, operations, stats=stats, first_position=first)
-    found = fn(stream, positions)
-    maximum = float(stats.max_activation[a])
-    expected = edited_densely(
-        dictionary,
-        stream,
-        {
-            a: lambda f: torch.full_like(f, 2 * maximum),
-            b: lambda f: f - 1.5,
-            c: lambda f: 3 * f,
-            d: torch.zeros_like,
-        },
-    )
-    torch.testing.assert_close(found[:, first:].double(), expected[:, first:], rtol=0, atol=5e-6)
-    assert torch.equal(found[:, :first], stream[:, :first])
-    assert not torch.allclose(found[:, first:], stream[:, first:])
-
-
-def test_clamping_moves_the_stream_along_the_direction(dictionary, stream, positions):
-    fn = steered_stream(dictionary, [Clamp(latent=3, value=4.0, unit="absolute")], first_position=0)
-    moved = (fn(stream, positions) - stream).flatten(0, 1)
-    own = dictionary.encode_dense(stream.flatten(0, 1))[:, 3:4]
-    torch.testing.assert_close(moved, (4 - own) * dictionary.direction(3), rtol=1e-4, atol=1e-5)
-
-
-def test_clamping_to_its_own_value_is_the_identity(dictionary, stream, positions, firing_latent):
-    f = dictionary.encode_dense(stream.flatten(0, 1))[:, firing_latent]
-    row = int(f.argmax())
-    one, at = stream.flatten(0, 1)[row].view(1, 1, -1), torch.tensor([[5]])
-    own = float(
-        dictionary.encode(one[0]).values[dictionary.encode(one[0]).indices == firing_latent]
-    )
-    assert own > 0
-    clamp = Clamp(latent=firing_latent, value=own, unit="absolute")
-    assert torch.equal(steered_stream(dictionary, [clamp])(one, at), one)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "operation",
-    [
-        Add(latent=3, value=0.0, unit="absolute"),
-        Add(latent=3, value=0.0),
-        Scale(latent=3, factor=1.0),
-    ],
-)
-def test_no_change_keeps_every_bit(dictionary, stats, stream, positions, operation, dtype):
-    stream = stream.to(dtype)
-    stream[0, 2, 1] = -0.0
-    found = steered_stream(dictionary, [operation], stats=stats)(stream, positions)
-    assert found.dtype == dtype
-    as_bits = torch.int32 if dtype == torch.float32 else torch.int16
-    assert torch.equal(found.view(as_bits), stream.view(as_bits))
-
-
-def test_ablating_a_silent_latent_keeps_every_bit(dictionary, stream, positions):
-    dictionary.b_enc.data[5] = -1e4
-    stream[0, 2, 1] = -0.0
-    found = steered_stream(dictionary, [Ablate(latent=5)])(stream, positions)
-    assert torch.equal(found.view(torch.int32), stream.view(torch.int32))
-
-
-def test_ablating_changes_only_where_the_latent_fires(dictionary, stream, positions, firing_latent):
-    fn = steered_stream(dictionary, [Ablate(latent=firing_latent)], first_position=0)
-    changed = (fn(stream, positions) != stream).any(-1).flatten()
-    fires = dictionary.encode_dense(stream.flatten(0, 1))[:, firing_latent] != 0
-    assert torch.equal(changed, fires)
-    assert 0 < int(fires.sum()) < len(fires)
-
-
-def test_sinks_and_padding_are_left_alone(dictionary, stream):
-    positions = torch.arange(7).expand(3, 7) - torch.tensor([[0], [2], [9]])
-    clamp = Clamp(latent=3, value=9.0, unit="absolute")
-    changed = (steered_stream(dictionary, [clamp])(stream, positions) != stream).any(-1)
-    assert torch.equal(changed, positions >= 1)
-
-
-def test_a_bfloat16_stream_is_edited_in_float32(dictionary, positions, stream):
-    stream = stream.bfloat16()
-    clamp = Clamp(latent=3, value=2.0, unit="absolute")
-    found = steered_stream(dictionary, [clamp], first_position=0)(stream, positions)
-    exact = edited_densely(dictionary, stream.float(), {3: lambda f: torch.full_like(f, 2)})
-    assert torch.equal(found, exact.float().bfloat16())
-
-
-def test_steering_reaches_the_model_and_ends_with_the_context(model, hook_point, dictionary):
-    tokens = torch.randint(37, (3, 7), generator=torch.Generator().manual_seed(0))
-    base = model(tokens, use_cache=False).logits
-    clamp = Clamp(latent=3, value=9.0, unit="absolute")
-    with steering(model, hook_point, dictionary, [clamp]):
-        steered = model(tokens, use_cache=False).logits
-        with capture(model, ["model.layers.2:in"]) as run:
-            after = run(tokens)["model.layers.2:in"]
-    with capture(model, [hook_point]) as run:
-        before = run(tokens)[hook_point]
-    fn = steered_stream(dictionary, [clamp])
-    torch.testing.assert_close(after, fn(before, torch.arange(7).expand(3, 7)))
-    assert torch.equal(steered[:, 0], base[:, 0])
-    assert not torch.allclose(steered[:, 1:], base[:, 1:])
-    assert torch.equal(model(tokens, use_cache=False).logits, base)
-
-
-def test_hooks_are_removed_after_an_error(model, hook_point, dictionary):
-    clamp = Clamp(latent=3, value=9.0, unit="absolute")
-
-    def fail():
-        with steering(model, hook_point, dictionary, [clamp]):
-            raise KeyError("stop")
-
-    with pytest.raises(KeyError, match="stop"):
-        fail()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_two_layers_are_steered_in_order(model, dictionary):
-    tokens = torch.randint(37, (3, 7), generator=torch.Generator().manual_seed(0))
-    clamp = [Clamp(latent=3, value=9.0, unit="absolute")]
-    with (
-        steering(model, "model.layers.0:out", dictionary, clamp),
-        steering(model, "model.layers.1:out", dictionary, clamp),
-        capture(model, ["model.layers.1:out"], stop=False) as run,
-    ):
-        both = run(tokens)["model.layers.1:out"]
-    with (
-        steering(model, "model.layers.0:out", dictionary, clamp),
-        capture(model, ["model.layers.1:out"]) as run,
-    ):
-        first = run(tokens)["model.layers.1:out"]
-    fn = steered_stream(dictionary, clamp)
-    torch.testing.assert_close(both, fn(first, torch.arange(7).expand(3, 7)))
-
-
-def test_a_unit_without_statistics_is_refused(dictionary, stats):
-    clamp = [Clamp(latent=3, value=8.0)]
-    with pytest.raises(ValueError, match=r"stats must be given .* run `sae evaluate`"):
-        steered_stream(dictionary, clamp)
-    with pytest.raises(ValueError, match=r"latent 22 must have fired .* silent in 101 rows"):
-        steered_stream(dictionary, [Add(latent=22, value=1.0)], stats=stats)
-    stats.max_activation = torch.ones(19)
-    with pytest.raises(ValueError, match=r"stats must be of a dictionary with d_sae=23, got 19"):
-        steered_stream(dictionary, clamp, stats=stats)
-
-
-def test_wrong_operations_are_refused(dictionary):
-    with pytest.raises(ValueError, match="operations must name at least one latent, got none"):
-        steered_stream(dictionary, [])
-    with pytest.raises(ValueError, match="latent must be below d_sae=23, got 23"):
-        steered_stream(dictionary, [Ablate(latent=23)])
-    with pytest.raises(ValueError, match=r"operations must name a latent once, got \[3, 3\]"):
-        steered_stream(dictionary, [Ablate(latent=3), Scale(latent=3, factor=2.0)])
-    config = SAEConfig(
-        d_in=8, d_sae=23, d_out=5, activation=dictionary.config.activation, b_in="none"
-    )
-    with pytest.raises(ValueError, match=r"d_out must be d_in=8 .* got 5"):
-        steered_stream(SparseAutoencoder(config), [Ablate(latent=3)])
-
-
-@pytest.mark.parametrize("norm", ["rms", "layer_norm"])
-def test_a_dictionary_with_a_norm_of_its_input_steers_in_units_of_the_token(norm):
-    config = SAEConfig(
-        d_in=11, d_sae=23, activation=ReLU(), input_norm=norm, input_scale=0.7, output_scale=0.4
-    )
-    made, generator = SparseAutoencoder(config), torch.Generator().manual_seed(5)
+def randomised(config, seed=5):
+    made, generator = SparseAutoencoder(config), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    h = torch.randn(13, 11, generator=generator) * torch.linspace(0.1, 30, 13)[:, None]
-    exact = copy.deepcopy(made).double()
-    before = exact.encode_dense(h.double())
-    after = before.clone()
-    after[:, 7] += 2.0
-    moved = exact.decode(after, h.double()) - exact.decode(before, h.double())
-    fn = steered_stream(made, [Add(latent=7, value=2.0, unit="absolute")], first_position=0)
-    found = fn(h[None], torch.arange(13)[None])[0]
-    torch.testing.assert_close(found.double(), h + moved, rtol=1e-5, atol=1e-4)
+        if isinstance(config.activation, BatchTopK):
+            made.threshold.fill_(0.4)
+        if isinstance(config.activation, JumpReLU):
+            made.threshold.abs_()
+    return made.requires_grad_(False)
+
+
+def rows_of(stream):
+    return Rows(*[stream.flatten(0, 1)] * 2, torch.arange(stream.shape[1]).repeat(len(stream)))
+
+
+def everywhere(change, stream):
+    """The whole stream under a change."""
+    positions = torch.arange(stream.shape[1]).expand(stream.shape[:2])
+    return apply_at(change, torch.ones_like(positions, dtype=torch.bool), stream, stream, positions)
+
+
+def as_bits(tensor):
+    return tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
+
+
+@pytest.mark.parametrize("activation", KINDS, ids=lambda a: a.kind)
+@pytest.mark.parametrize("form", ["plain", "rms", "layer_norm", "by_decoder_norm"])
+def test_operations_equal_encode_change_decode_and_error(activation, form):
+    if form == "by_decoder_norm" and isinstance(activation, Gated):
+        pytest.skip("no such dictionary")
+    config = SAEConfig(
+        d_in=11, d_sae=23, activation=activation, input_scale=0.7, output_scale=0.4,
+        input_norm=form if form in ("rms", "layer_norm") else "none",
+        gate_by_decoder_norm=form == "by_decoder_norm",
+    )  # fmt: skip
+    dictionary = randomised(config).double()
+    x = torch.randn(13, 11, generator=torch.Generator().manual_seed(4)).double()
+    x *= torch.linspace(0.1, 30, 13)[:, None]
+    f = dictionary.encode_dense(x)
+    a, b, c, d, e, g, silent = (f != 0).double().mean(0).argsort(descending=True)[:7].tolist()
+    placed = Placed(dictionary, "here:out")
+    edits = [
+        Edit(placed, latent=a, clamp=2.0), Edit(placed, latent=b, add=-1.5),
+        Edit(placed, latent=c, scale=3.0), Edit(placed, latent=d, ablate=True),
+        Edit(placed, latent=e, cap=0.2), Edit(placed, latent=g, floor=0.3),
+        Edit(placed, latent=silent, clamp=-4.0, only_firing=True),
+    ]  # fmt: skip
+    changed = f.clone()
+    changed[:, a] = 2.0
+    changed[:, b] -= 1.5
+    changed[:, c] *= 3.0
+    changed[:, d] = 0
+    changed[:, e] = changed[:, e].clamp_max(0.2)
+    changed[:, g] = changed[:, g].clamp_min(0.3)
+    changed[:, silent] = -4.0 * (changed[:, silent] != 0)
+    expected = dictionary.decode(changed, x) + x - dictionary.decode(f, x)
+    found = LatentEdits(edits)(Rows(x, x, torch.arange(13)))
+    torch.testing.assert_close(found.h, expected, rtol=1e-12, atol=1e-10)
+    assert torch.equal(found.is_changed, (changed != f).any(1))
+    assert not torch.allclose(found.h, x)
+
+
+@pytest.mark.parametrize("activation", KINDS, ids=lambda a: a.kind)
+def test_few_latents_read_as_all(activation):
+    dictionary = randomised(SAEConfig(d_in=11, d_sae=23, activation=activation)).double()
+    x = torch.randn(13, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    latents = torch.tensor([7, 0, 22, 7])
+    whole = dictionary.encode_dense(x)
+    torch.testing.assert_close(read_latents(dictionary, x, latents), whole[:, latents])
+    assert (whole[:, latents] != 0).any()
+
+
+@pytest.mark.parametrize("activation", KINDS, ids=lambda a: a.kind)
+def test_only_topk_encodes_every_latent(monkeypatch, activation):
+    dictionary = randomised(SAEConfig(d_in=11, d_sae=23, activation=activation))
+    whole, encode = [], dictionary.encode
+    monkeypatch.setattr(dictionary, "encode", lambda x: whole.append(1) or encode(x))
+    read_latents(dictionary, torch.ones(13, 11), torch.tensor([3]))
+    assert bool(whole) == isinstance(activation, TopK)
+
+
+def test_strengths_in_units_of_the_maximum_and_of_the_norm(placed, stream):
+    flat = stream.flatten(0, 1)
+    own = read_latents(placed.dictionary, flat, torch.tensor([3]))
+    direction, norms = placed.dictionary.direction(3), flat.norm(dim=1, keepdim=True)
+    for edit, value in (
+        (Edit(placed, latent=3, clamp="2x max"), 2 * placed.stats.max_activation[3]),
+        (Edit(placed, latent=3, clamp="-2x"), -2 * placed.stats.max_activation[3]),
+        (Edit(placed, latent=3, clamp="0.5x norm"), norms / direction.norm() / 2),
+    ):  # fmt: skip
+        moved = (everywhere(LatentEdits([edit]), stream) - stream).flatten(0, 1)
+        torch.testing.assert_close(moved, (value - own) * direction, rtol=1e-4, atol=1e-4)
+
+
+def test_half_a_norm_is_half_a_norm_whatever_the_input_norm(stream):
+    for norm in ("none", "rms", "layer_norm"):
+        config = SAEConfig(d_in=8, d_sae=23, activation=ReLU(), input_norm=norm, input_scale=0.3)
+        edit = Edit(Placed(randomised(config), "here:out"), latent=3, add="0.5x norm")
+        moved = everywhere(LatentEdits([edit]), stream) - stream
+        torch.testing.assert_close(moved.norm(dim=-1), stream.norm(dim=-1) / 2, rtol=1e-4, atol=0)
+
+
+def test_clamping_to_its_own_value_is_the_identity(placed, stream):
+    f = placed.dictionary.encode_dense(stream.flatten(0, 1))
+    row, latent = divmod(int(f.argmax()), 23)
+    one = stream.flatten(0, 1)[row].view(1, 1, -1)
+    own = float(read_latents(placed.dictionary, one[0], torch.tensor([latent])))
+    assert own > 0
+    found = everywhere(LatentEdits([Edit(placed, latent=latent, clamp=own)]), one)
+    assert torch.equal(as_bits(found), as_bits(one))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("words", [{"add": 0.0}, {"add": "0x max"}, {"scale": 1.0}], ids=str)
+def test_no_change_keeps_every_bit(placed, stream, words, dtype):
+    stream = stream.to(dtype)
+    stream[0, 2, 1] = -0.0
+    found = everywhere(LatentEdits([Edit(placed, latent=3, **words)]), stream)
+    assert found.dtype == dtype
+    assert torch.equal(as_bits(found), as_bits(stream))
+
+
+def test_ablating_changes_only_where_the_latent_fires(placed, stream):
+    share = (placed.dictionary.encode_dense(stream.flatten(0, 1)) != 0).double().mean(0)
+    latent = int((share - 0.4).abs().argmin())
+    found = everywhere(LatentEdits([Edit(placed, latent=latent, ablate=True)]), stream)
+    fires = placed.dictionary.encode_dense(stream.flatten(0, 1))[:, latent] != 0
+    assert torch.equal((as_bits(found) != as_bits(stream)).any(-1).flatten(), fires)
+    assert 0 < int(fires.sum()) < len(fires)
+
+
+def test_a_bfloat16_stream_is_edited_in_float32(placed, stream):
+    stream = stream.bfloat16()
+    edits = LatentEdits([Edit(placed, latent=3, clamp=2.0)])
+    exact = everywhere(edits, stream.float())
+    assert torch.equal(everywhere(edits, stream), exact.bfloat16())
+    assert not torch.equal(exact, exact.bfloat16())
+
+
+def test_a_control_arm_moves_as_far_in_another_direction(placed, stream):
+    along = torch.randn(8, generator=torch.Generator().manual_seed(9)) * 7
+    own = everywhere(LatentEdits([Edit(placed, latent=3, clamp=9.0)]), stream) - stream
+    arm = everywhere(LatentEdits([Edit(placed, latent=3, clamp=9.0, along=along)]), stream) - stream
+    torch.testing.assert_close(own.norm(dim=-1), arm.norm(dim=-1))
+    cosine = torch.nn.functional.cosine_similarity(arm, along.expand_as(arm), dim=-1)
+    torch.testing.assert_close(cosine.abs(), torch.ones(3, 7))
+
+
+def test_splicing_with_and_without_the_error(placed, stream):
+    x_hat = placed.dictionary(stream.flatten(0, 1)).view(stream.shape)
+    torch.testing.assert_close(everywhere(Splice(placed), stream), x_hat)
+    torch.testing.assert_close(everywhere(Splice(placed, keep_error=True), stream), stream)
+    assert not torch.allclose(x_hat, stream, rtol=0.1)
+
+
+def test_patching_puts_rows_to_their_positions(stream):
+    other = -stream[0, :4]
+    found = everywhere(Patch("here:out", other), stream)
+    assert torch.equal(found[:, :4], other.expand(3, 4, 8))
+    assert torch.equal(found[:, 4:], stream[:, 4:])
+    mean = stream.mean(dim=(0, 1))
+    assert torch.equal(everywhere(Patch("here:out", mean), stream), mean.expand(3, 7, 8))
+
+
+def test_pushing_adds_a_vector_in_float32(stream):
+    vector = torch.linspace(-1, 1, 8) * 1e-3
+    found = everywhere(Push("here:out", vector), stream.bfloat16())
+    assert torch.equal(found, (stream.bfloat16().float() + vector).bfloat16())
+    assert torch.equal(
+        as_bits(everywhere(Push("here:out", 0 * vector), -0 * stream)), as_bits(-0 * stream)
+    )
+
+
+def test_a_transcoder_is_read_in_one_place_and_written_in_another(model):
+    config = SAEConfig(d_in=8, d_sae=23, d_out=8, activation=ReLU(), b_in="none", input_norm="rms")
+    dictionary = randomised(config)
+    reads, writes = "model.layers.1.mlp:in", "model.layers.1.mlp:out"
+    placed = Placed(dictionary, reads, writes)
+    tokens = torch.randint(37, (3, 7), generator=torch.Generator().manual_seed(0))
+    with capture(model, [reads, writes, "model.layers.2:in"], stop=False) as run:
+        before = run(tokens)
+        with Steering(model, [Edit(placed, latent=4, add=2.0)], first_position=0) as steering:
+            after = run(tokens)
+    x = before[reads].flatten(0, 1).double()
+    exact = copy.deepcopy(dictionary).double()
+    f = exact.encode_dense(x)
+    more = f + 2.0 * (torch.arange(23) == 4)
+    moved = (exact.decode(more, x) - exact.decode(f, x)).view(3, 7, 8)
+    found = after["model.layers.2:in"] - before["model.layers.2:in"]
+    torch.testing.assert_close(found.double(), moved, rtol=1e-3, atol=1e-4)
+    assert steering.n_tokens == 21
+
+
+def test_gradients_flow_through_an_edit(model, placed):
+    start = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    with Steering(model, [Edit(placed, latent=3, clamp=9.0)]):
+        model(inputs_embeds=start, use_cache=False).logits.sum().backward()
+    assert start.grad.abs().min() > 0

@@ -1,0 +1,319 @@
+"""Steering in `generate`: the same tokens with and without a KV cache, and counted exactly."""
+
+import contextlib
+import copy
+import logging
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from sae.architecture import ReLU, SAEConfig, TopK
+from sae.autoencoder import SparseAutoencoder, initialise
+from sae.steer.edits import Edit, Patch, Push, Splice
+from sae.steer.place import Placed
+from sae.steer.positions import Patches
+from sae.steer.steering import Steering
+from sae.steer.vectors import mean_difference, random_direction, stream_of
+
+VOCAB, D_MODEL, N_NEW = 43, 24, 9
+LENGTHS = (7, 3, 5)
+MASK = torch.tensor([[0, 1, 0, 1, 1, 0, 1], [1] * 7, [1, 1, 1, 0, 1, 0, 1]], dtype=torch.bool)
+POLICIES = {
+    "all": "all",
+    "prompt": "prompt",
+    "generated": "generated",
+    "last": "last",
+    "mask": MASK,
+}
+
+
+def gpt2():
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=D_MODEL, n_layer=3, n_head=2, n_positions=67,
+        initializer_range=0.4, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config), "transformer.h.1:out"
+
+
+def llama():
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=D_MODEL, intermediate_size=37, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.4,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), "model.layers.1:out"
+
+
+def gemma():
+    """With layers that see a window of 5 tokens, and logits that are capped."""
+    config = Gemma2Config(
+        vocab_size=VOCAB, hidden_size=D_MODEL, intermediate_size=37, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=12, initializer_range=0.4,
+        sliding_window=5, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return Gemma2ForCausalLM(config), "model.layers.1:out"
+
+
+def dictionary_of(hook_point, d_model=D_MODEL, activation=None):
+    config = SAEConfig(d_in=d_model, d_sae=53, activation=activation or TopK(k=7))
+    dictionary = SparseAutoencoder(config)
+    initialise(dictionary, torch.Generator().manual_seed(1))
+    return Placed(dictionary.requires_grad_(False), hook_point)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(gpt2, torch.float32), (llama, torch.bfloat16), (gemma, torch.bfloat16)],
+    ids=["gpt2", "llama-bf16", "gemma-bf16"],
+)
+def subject(request):
+    make, dtype = request.param
+    torch.manual_seed(3)
+    model, hook_point = make()
+    return model.to(dtype).eval().requires_grad_(False), dictionary_of(hook_point)
+
+
+@pytest.fixture
+def prompts():
+    ids = torch.randint(1, VOCAB, (3, 7), generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[0] * (7 - n) + [1] * n for n in LENGTHS])
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def generated(model, prompts, **options):
+    return model.generate(
+        **prompts, max_new_tokens=N_NEW, min_new_tokens=N_NEW, pad_token_id=0,
+        **{"do_sample": False, **options},
+    ).tolist()  # fmt: skip
+
+
+def steered(subject, prompts, positions, edit_words=None, first=1, **options):
+    model, placed = subject
+    edits = [Edit(placed, latent=5, **(edit_words or {"clamp": "1.5x norm"}))]
+    with Steering(model, edits, positions=positions, first_position=first) as steering:
+        return generated(model, prompts, **options), steering
+
+
+def n_chosen(policy, first, n_fed):
+    """Tokens that a policy chooses when each token is read once, by hand."""
+    n_after = n_fed - 1  # the last token is never read
+    if policy == "generated":
+        return len(LENGTHS) * n_after
+    if policy == "last":
+        return sum(n > first for n in LENGTHS)
+    if policy == "mask":
+        own = torch.tensor([[c >= 7 - n + first for c in range(7)] for n in LENGTHS])
+        return int((MASK & own).sum())
+    prompt = sum(max(n - first, 0) for n in LENGTHS)
+    return prompt + (len(LENGTHS) * n_after if policy == "all" else 0)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_cached_and_uncached_generation_agree(subject, prompts, policy, first):
+    base = generated(subject[0], prompts)
+    cached, steering = steered(subject, prompts, POLICIES[policy], first=first)
+    whole, recount = steered(subject, prompts, POLICIES[policy], first=first, use_cache=False)
+    assert cached == whole
+    assert cached != base
+    assert steering.n_tokens == n_chosen(policy, first, N_NEW)
+    times = N_NEW if policy in ("prompt", "last", "mask") else None
+    assert times is None or recount.n_tokens == times * steering.n_tokens
+    assert steering.counts[0].n_changed == steering.n_tokens
+    # bfloat16 rounds the stream after it was moved
+    assert steering.counts[0].relative_size == pytest.approx(1.5, rel=0.2)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}],
+    ids=["beams", "static", "chunks"],
+)  # fmt: skip
+def test_other_ways_to_generate_agree(prompts, policy, options):
+    torch.manual_seed(3)
+    model, hook_point = llama()
+    subject = model.eval().requires_grad_(False), dictionary_of(hook_point)
+    beams = {k: v for k, v in options.items() if k == "num_beams"}
+    found, steering = steered(subject, prompts, POLICIES[policy], **options)
+    whole, _ = steered(subject, prompts, POLICIES[policy], use_cache=False, **beams)
+    assert found == whole
+    assert found != generated(model, prompts, **beams)
+    assert steering.n_tokens == n_chosen(policy, 1, N_NEW) * options.get("num_beams", 1)
+
+
+def test_a_padded_prompt_is_steered_as_it_is_alone(subject, prompts):
+    cached, _ = steered(subject, prompts, "generated")
+    for row, n in enumerate(LENGTHS):
+        alone = {name: values[row : row + 1, 7 - n :] for name, values in prompts.items()}
+        text, _ = steered(subject, alone, "generated")
+        assert text[0] == cached[row][7 - n :]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_zero_strength_is_bit_identical(subject, prompts, policy):
+    model, placed = subject
+    base = model(**prompts).logits
+    for words in ({"add": 0.0}, {"scale": 1.0}, {"add": "0x norm"}):
+        with Steering(model, [Edit(placed, latent=5, **words)], positions=POLICIES[policy]):
+            assert torch.equal(model(**prompts).logits, base)
+
+
+def test_in_a_plain_forward_everything_is_prompt(subject, prompts):
+    model, placed = subject
+    right = {name: values.flip(1) for name, values in prompts.items()}
+    for policy, expected in (("all", 12), ("prompt", 12), ("last", 3), ("generated", 0)):
+        with Steering(model, [Edit(placed, latent=5, clamp=9.0)], positions=policy) as steering:
+            model(**right)
+        assert steering.n_tokens == expected  # right padding is not counted
+
+
+def test_what_is_read_on_top_of_a_cache_is_generated(subject, prompts):
+    model, placed = subject
+    ids = prompts["input_ids"][:1]
+    with Steering(model, [Edit(placed, latent=5, clamp=9.0)], positions="generated") as steering:
+        past = model(ids, use_cache=True).past_key_values
+        assert steering.n_tokens == 0
+        model(ids[:, :2], past_key_values=past, use_cache=True)
+    assert steering.n_tokens == 2
+
+
+def test_an_edit_that_never_ran_is_reported_in_one_line(subject, prompts, caplog):
+    model, placed = subject
+    edits = [Edit(placed, latent=5, clamp=9.0)]
+    with caplog.at_level(logging.WARNING), Steering(model, edits, positions="generated"):
+        model(**prompts)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"clamp of latent 5 at {placed.writes} ran on none of 21 tokens")
+    assert "positions 'generated' from 1 on" in line
+    caplog.clear()
+    with caplog.at_level(logging.WARNING), contextlib.suppress(KeyError), Steering(model, edits):
+        raise KeyError
+    assert not caplog.records
+
+
+def test_hooks_and_generate_are_put_back_after_an_error(subject, prompts):
+    model, placed = subject
+
+    def fail():
+        with Steering(model, [Edit(placed, latent=5, clamp=9.0)]):
+            assert "generate" in vars(model)
+            generated(model, prompts)
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        fail()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert "generate" not in vars(model)
+
+
+def test_nested_steerings_each_know_the_prompt(subject, prompts):
+    model, placed = subject
+    edits = [Edit(placed, latent=5, clamp=9.0)]
+    with Steering(model, edits, positions="generated") as outer:
+        with Steering(model, edits, positions="prompt") as inner:
+            generated(model, prompts)
+        generated(model, prompts)
+    assert (outer.n_tokens, inner.n_tokens) == (2 * 3 * (N_NEW - 1), 12)
+
+
+def test_several_dictionaries_and_layers_apply_in_order(subject, prompts):
+    model, placed = subject
+    before = Placed(placed.dictionary, placed.hook_point.replace("1", "0"))
+    other = dictionary_of(placed.hook_point, activation=ReLU())
+    first, second = Edit(before, latent=5, clamp=9.0), Edit(placed, latent=5, clamp=9.0)
+    third = Edit(other, latent=7, ablate=True)
+    with Steering(model, [third, first, second]) as steering:
+        both = model(**prompts).logits
+    with Steering(model, [third]), Steering(model, [first]), Steering(model, [second]):
+        assert torch.equal(model(**prompts).logits, both)
+    with Steering(model, [first, second, third]):
+        assert not torch.equal(model(**prompts).logits, both)
+    assert [count.n_chosen for count in steering.counts] == [12, 12, 12]
+
+
+def test_patching_from_the_same_prompt_changes_nothing_and_from_another_does(subject, prompts):
+    model, placed = subject
+    point = placed.hook_point
+    ids = prompts["input_ids"][:1]
+    base = model(ids).logits
+    with Steering(model, [Patch(point, stream_of(model, point, ids)[0])], first_position=0):
+        assert torch.equal(model(ids).logits, base)
+    other = stream_of(model, point, prompts["input_ids"][1:2])[0]
+    with Steering(model, [Patch(point, other)], positions="last") as steering:
+        found = model(ids).logits
+    assert steering.n_tokens == 1
+    assert torch.equal(found[:, :-1], base[:, :-1])
+    assert not torch.equal(found[:, -1], base[:, -1])
+
+
+def test_vectors_without_a_dictionary(subject, prompts):
+    model, placed = subject
+    point = placed.hook_point
+    positives, negatives = prompts["input_ids"][:1], prompts["input_ids"][1:, 2:]
+    vector = mean_difference(model, point, positives, negatives, first_position=2)
+    mean = [
+        stream_of(model, point, ids)[:, 2:].float().mean((0, 1)) for ids in (positives, negatives)
+    ]
+    torch.testing.assert_close(vector, mean[0] - mean[1])
+    random = random_direction(vector, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(random.norm(), vector.norm())
+    assert abs(torch.nn.functional.cosine_similarity(random, vector, dim=0)) < 0.7
+    base = generated(model, prompts)
+    with Steering(model, [Push(point, 30 * vector)], positions="generated") as steering:
+        assert generated(model, prompts) != base
+    assert steering.n_tokens == 3 * (N_NEW - 1)
+
+
+def test_splicing_with_the_error_keeps_the_model(prompts):
+    torch.manual_seed(3)
+    model, hook_point = llama()
+    model.eval().requires_grad_(False)
+    placed, base = dictionary_of(hook_point), model(**prompts).logits
+    with Steering(model, [Splice(placed, keep_error=True)]):
+        torch.testing.assert_close(model(**prompts).logits, base, rtol=1e-4, atol=1e-4)
+    with Steering(model, [Splice(placed)]):
+        assert not torch.allclose(model(**prompts).logits, base, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("policy", ["class", "patches"])
+def test_a_vision_model_is_steered_on_its_class_token_or_on_its_patches(vit_model, policy):
+    block = next(n for n, m in vit_model.named_modules() if type(m).__name__ == "ViTLayer")
+    placed = dictionary_of(f"{block}:out", d_model=22)
+    pixels = torch.randn(2, 3, 21, 21, generator=torch.Generator().manual_seed(0))
+    positions = "class" if policy == "class" else Patches(n_prefix=1)
+    base = stream_of(vit_model, f"{block}:out", pixels)
+    with Steering(vit_model, [Edit(placed, latent=5, clamp=9.0)], positions=positions) as steering:
+        found = stream_of(vit_model, f"{block}:out", pixels)
+    where = (found != base).any(-1)
+    expected = torch.arange(10) == 0 if policy == "class" else torch.arange(10) > 0
+    assert torch.equal(where, expected.expand(2, 10))
+    assert steering.n_tokens == 2 * int(expected.sum())
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("policy", ["all", "prompt", "generated", "last"])
+def test_cached_and_uncached_generation_agree_on_smollm2(smollm2_float32, policy):
+    model, tokenizer = smollm2_float32
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    prompts = dict(
+        tokenizer(["The weather", "When she came home, she"], return_tensors="pt", padding=True)
+    )
+    placed = dictionary_of("model.layers.15:out", d_model=576)
+    outs = []
+    for use_cache in (True, False):
+        with Steering(model, [Edit(placed, latent=5, clamp="0.7x norm")], positions=policy):
+            outs.append(
+                model.generate(**prompts, max_new_tokens=4, do_sample=False, use_cache=use_cache)
+            )
+    assert outs[0].tolist() == outs[1].tolist()
+    base = model.generate(**prompts, max_new_tokens=4, do_sample=False)
+    assert outs[0].tolist() != base.tolist()
