@@ -1,7 +1,6 @@
 """Which tokens are changed: a policy that gives the same answer with and without a KV cache."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Int
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from activations_cache.prompts import Prompt
 
-Policy = Literal["all", "prompt", "generated", "last", "class"]
+POLICIES = ("all", "prompt", "generated", "last", "class")
 """`last` is the prompt's last token; `class` is position 0, the class token of a ViT."""
 
 
@@ -21,8 +20,8 @@ class Patches:
     """Positions before the first patch: `Reading.n_prefix` of a loaded vision model."""
 
 
-Positions = Policy | Patches | Bool[Tensor, "_example _pos"]
-"""A mask has a column for each token of the prompts, padding included; nothing after it is chosen.
+Positions = str | Patches | Bool[Tensor, "_example _pos"]
+"""One of POLICIES, or a mask, which has a column for each token of the prompts, padding included; nothing after it is chosen.
 """
 
 
@@ -32,10 +31,9 @@ def check_positions(positions: Positions) -> None:
     Raises:
         ValueError: If it is not known.
     """
-    if isinstance(positions, str) and positions not in get_args(Policy):
+    if isinstance(positions, str) and positions not in POLICIES:
         raise ValueError(
-            f"positions must be one of {', '.join(get_args(Policy))}, a mask or Patches, "
-            f"got {positions!r}"
+            f"positions must be one of {', '.join(POLICIES)}, a mask or Patches, got {positions!r}"
         )
 
 

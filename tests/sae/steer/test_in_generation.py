@@ -17,11 +17,9 @@ from transformers import (
 
 from sae.architecture import ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
-from sae.steer.edits import Edit, Patch, Push, Splice
+from sae.steer.edits import Edit
 from sae.steer.place import Placed
-from sae.steer.positions import Patches
 from sae.steer.steering import Steering
-from sae.steer.vectors import mean_difference, random_direction, stream_of
 
 VOCAB, D_MODEL, N_NEW = 43, 24, 9
 LENGTHS = (7, 3, 5)
@@ -237,65 +235,6 @@ def test_several_dictionaries_and_layers_apply_in_order(subject, prompts):
     with Steering(model, [first, second, third]):
         assert not torch.equal(model(**prompts).logits, both)
     assert [count.n_chosen for count in steering.counts] == [12, 12, 12]
-
-
-def test_patching_from_the_same_prompt_changes_nothing_and_from_another_does(subject, prompts):
-    model, placed = subject
-    point = placed.hook_point
-    ids = prompts["input_ids"][:1]
-    base = model(ids).logits
-    with Steering(model, [Patch(point, stream_of(model, point, ids)[0])], first_position=0):
-        assert torch.equal(model(ids).logits, base)
-    other = stream_of(model, point, prompts["input_ids"][1:2])[0]
-    with Steering(model, [Patch(point, other)], positions="last") as steering:
-        found = model(ids).logits
-    assert steering.n_tokens == 1
-    assert torch.equal(found[:, :-1], base[:, :-1])
-    assert not torch.equal(found[:, -1], base[:, -1])
-
-
-def test_vectors_without_a_dictionary(subject, prompts):
-    model, placed = subject
-    point = placed.hook_point
-    positives, negatives = prompts["input_ids"][:1], prompts["input_ids"][1:, 2:]
-    vector = mean_difference(model, point, positives, negatives, first_position=2)
-    mean = [
-        stream_of(model, point, ids)[:, 2:].float().mean((0, 1)) for ids in (positives, negatives)
-    ]
-    torch.testing.assert_close(vector, mean[0] - mean[1])
-    random = random_direction(vector, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(random.norm(), vector.norm())
-    assert abs(torch.nn.functional.cosine_similarity(random, vector, dim=0)) < 0.7
-    base = generated(model, prompts)
-    with Steering(model, [Push(point, 30 * vector)], positions="generated") as steering:
-        assert generated(model, prompts) != base
-    assert steering.n_tokens == 3 * (N_NEW - 1)
-
-
-def test_splicing_with_the_error_keeps_the_model(prompts):
-    torch.manual_seed(3)
-    model, hook_point = llama()
-    model.eval().requires_grad_(False)
-    placed, base = dictionary_of(hook_point), model(**prompts).logits
-    with Steering(model, [Splice(placed, keep_error=True)]):
-        torch.testing.assert_close(model(**prompts).logits, base, rtol=1e-4, atol=1e-4)
-    with Steering(model, [Splice(placed)]):
-        assert not torch.allclose(model(**prompts).logits, base, rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("policy", ["class", "patches"])
-def test_a_vision_model_is_steered_on_its_class_token_or_on_its_patches(vit_model, policy):
-    block = next(n for n, m in vit_model.named_modules() if type(m).__name__ == "ViTLayer")
-    placed = dictionary_of(f"{block}:out", d_model=22)
-    pixels = torch.randn(2, 3, 21, 21, generator=torch.Generator().manual_seed(0))
-    positions = "class" if policy == "class" else Patches(n_prefix=1)
-    base = stream_of(vit_model, f"{block}:out", pixels)
-    with Steering(vit_model, [Edit(placed, latent=5, clamp=9.0)], positions=positions) as steering:
-        found = stream_of(vit_model, f"{block}:out", pixels)
-    where = (found != base).any(-1)
-    expected = torch.arange(10) == 0 if policy == "class" else torch.arange(10) > 0
-    assert torch.equal(where, expected.expand(2, 10))
-    assert steering.n_tokens == 2 * int(expected.sum())
 
 
 @pytest.mark.real
