@@ -21,8 +21,8 @@ class Patches:
 
 
 Positions = str | Patches | Bool[Tensor, "_example _pos"]
-"""One of POLICIES, or a mask, which has a column for each token of the prompts, padding included; nothing after it is chosen.
-"""
+"""One of POLICIES, the patches of a ViT, or a mask, which has a column for each token of the
+prompts, padding included; nothing after the prompts is chosen by it."""
 
 
 def check_positions(positions: Positions) -> None:
