@@ -1,6 +1,7 @@
 """`sae inspect`."""
 
 import torch
+from rich.markup import escape
 
 from sae import pretrained
 from sae.architecture import Gated, SAEConfig
@@ -14,6 +15,7 @@ def inspect_dictionary(path: str, format: str | None = None, allow_pt: bool = Fa
     config = dictionary.config
     rows = [
         ("format", source.source_format),
+        ("its reader", f"checked against {source.checked_against}; not run on released weights"),
         *(("sha256", f"{name} {digest[:16]}") for name, digest in source.source_sha256.items()),
         *((name.replace("_", " "), text) for name, text in source.site.items()),
         ("latents", f"{config.d_sae:,}"),
@@ -23,7 +25,8 @@ def inspect_dictionary(path: str, format: str | None = None, allow_pt: bool = Fa
         *(("folded", fold) for fold in source.folds_applied),
         *equations_of(config),
     ]
-    console.facts(path, rows, "u, h, a, y, x_hat: how it is applied")
+    rows = [(escape(name), escape(text)) for name, text in rows]
+    console.facts(escape(path), rows, "u, h, a, y, x_hat: how it is applied")
 
 
 def _hook_points(config: SAEConfig) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sae.cli import console
+from sae.cli import console, release_commands
 from sae.cli.cache_commands import app as cache_app
 from sae.cli.request import ConfigArgument, Overrides, run_to
 from sae.config import ConfigError
@@ -101,6 +101,11 @@ def inspect(
     from sae.cli.inspection import inspect_dictionary
 
     inspect_dictionary(path, format, allow_pt)
+
+
+app.command()(release_commands.convert)
+app.command()(release_commands.push)
+app.command(name="verify-release")(release_commands.verify_release)
 
 
 def main() -> None:

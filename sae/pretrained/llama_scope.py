@@ -26,6 +26,14 @@ def fits(files: Files) -> bool:
     return files.has(CONFIG) and files.has(WEIGHTS)
 
 
+def readings(files: Files) -> dict[str, Reading]:
+    """Both gates, whatever the config says: users and tools disagree on which was trained."""
+    return {
+        "gate by decoder norms": _read(files, gate=True),
+        "gate by h alone": _read(files, gate=False),
+    }
+
+
 def read(files: Files) -> Reading:
     """Read a dictionary of Llama Scope and fold it as its authors' initialiser did.
 
@@ -33,6 +41,10 @@ def read(files: Files) -> Reading:
         DictionaryFormatError: If something is missing or unknown, or if the files ask for another
             function than that of the release.
     """
+    return _read(files)
+
+
+def _read(files: Files, gate: bool | None = None) -> Reading:
     cfg = Fields(files.json(CONFIG), CONFIG)
     cfg.word("act_fn", ("jumprelu",))
     cfg.word("norm_activation", ("dataset-wise",))
@@ -54,13 +66,14 @@ def read(files: Files) -> Reading:
         b_enc=raw["encoder.bias"],
         b_dec=raw["decoder.bias"] if has_bias else raw["encoder.bias"].new_zeros(d),
     )
-    weights, done = _folded(cfg, in_memory(stored, files.latents))
+    gate = cfg.flag("sparsity_include_decoder_norm") if gate is None else gate
+    weights, done = _folded(cfg, in_memory(stored, files.latents), gate)
     weights = folds.one_threshold_for_all(weights, threshold)
     config = SAEConfig(d_in=d, d_sae=d_sae, activation=JumpReLU(), b_in="none")
     return Reading(config=config, weights=weights, folds=done, site=cfg.texts(SITE))
 
 
-def _folded(cfg: Fields, weights: Weights) -> tuple[Weights, tuple[str, ...]]:
+def _folded(cfg: Fields, weights: Weights, gate: bool) -> tuple[Weights, tuple[str, ...]]:
     """The norms first, then the decoder's: for transcoders the order matters."""
     norms = cfg.part("dataset_average_activation_norm")
     norm_in, norm_out = norms.number("in"), norms.number("out")
@@ -71,7 +84,7 @@ def _folded(cfg: Fields, weights: Weights) -> tuple[Weights, tuple[str, ...]]:
     s_in, s_out = math.sqrt(weights.d_in) / norm_in, math.sqrt(weights.d_in) / norm_out
     weights = folds.scales_scaling_latents(weights, s_in, s_out)
     done = (f"norms folded: input {s_in:.6g}, output {s_out:.6g}, latents in units of raw rows",)
-    if cfg.flag("sparsity_include_decoder_norm"):
+    if gate:
         weights = folds.decoder_norm_gate(weights)
         done += ("decoder norms, by which the activation gates, moved into the encoder",)
     return weights, done

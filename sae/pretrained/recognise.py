@@ -1,5 +1,7 @@
 """sae.load: find out which format a path has, and read it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -108,11 +110,42 @@ def _found(
     return files, _named(format) if format else _recognised(files)
 
 
+class Readings(NamedTuple):
+    """The ways in which a release may be meant."""
+
+    dictionaries: dict[str, SparseAutoencoder]
+    """Name of the reading -> the dictionary so read."""
+    format: str
+    """Name of the format."""
+    site: dict[str, str]
+    """What the files say of the model, as in Source."""
+
+
+def load_readings(path: str | Path, format: str | None = None, allow_pt: bool = False) -> Readings:
+    """Load every way in which a release may be meant.
+
+    Most formats have one; `sae.pretrained.verify` tells by figures which is right.
+    """
+    files, found = _found(path, format, allow_pt, None)
+    module = FORMATS[found]
+    with _naming(files.path, found):
+        several = hasattr(module, "readings")
+        readings = module.readings(files) if several else {"as loaded": module.read(files)}
+        dictionaries = {name: assemble(reading) for name, reading in readings.items()}
+    return Readings(dictionaries, found, next(iter(readings.values())).site)
+
+
 def _assembled(files: Files, found: str) -> tuple[SparseAutoencoder, Reading]:
-    where = files.path
-    try:
+    with _naming(files.path, found):
         reading = FORMATS[found].read(files)
         return assemble(reading, files.latents), reading
+
+
+@contextmanager
+def _naming(where: Path, found: str) -> Iterator[None]:
+    """Name the path and the format in what a reader refuses."""
+    try:
+        yield
     except DictionaryFormatError as error:
         at = "" if str(where) in str(error) else f"{where}, read as {found}: "
         raise DictionaryFormatError(f"{at}{error}") from error

@@ -160,3 +160,18 @@ def test_files_that_are_refused(tmp_path, make, peer):
     (tmp_path / "overcomplete.json").unlink()
     with pytest.raises(DictionaryFormatError, match=r"must hold overcomplete\.json with what the"):
         sae.load(tmp_path / "sae.pt", allow_pt=True)
+
+
+def test_tied_matrices_have_two_names_in_a_file(tmp_path, make, peer, rows, agree):
+    """torch writes what is shared once, so the file is smaller than its tensors."""
+    import torch
+
+    given = {name: torch.from_numpy(array) for name, array in arrays(make).items()}
+    given = {name: given[name] for name in ("dictionary._weights", "dictionary.multiplier")}
+    tied = {f"encoder.tied_to.{n}": given[f"dictionary.{n}"] for n in ("_weights", "multiplier")}
+    peer.write(tmp_path / "overcomplete.json", {"class": "SAE", "normalization": "l2"})
+    torch.save(given | tied, tmp_path / "sae.pt")
+    plain = {name: tensor.numpy() for name, tensor in given.items()}
+    x, dictionary = rows(D), sae.load(tmp_path, allow_pt=True)
+    assert dictionary.config.activation == ReLU()
+    agree(dictionary, x, *reference(peer, plain, x))

@@ -1,0 +1,64 @@
+"""`sae convert`, `sae push` and `sae verify-release`, as the command line asks for them."""
+
+from typing import Annotated
+
+import typer
+
+Dictionary = Annotated[str, typer.Argument(metavar="DICT", help="A directory, a file or org/name.")]
+Format = Annotated[str | None, typer.Option(help="The format, where two fit.")]
+AllowPt = Annotated[bool, typer.Option(help="Read a pickle in a closed process.")]
+
+
+def convert(
+    source: Dictionary,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The directory to write.")],
+    to: Annotated[
+        str, typer.Option(help="monosema, saelens, sparsify, dictionary_learning or saebench.")
+    ] = "monosema",
+    format: Format = None,
+    allow_pt: AllowPt = False,
+) -> None:
+    """Write a dictionary in another format, exactly, or say why that format cannot hold it."""
+    from sae.cli.releases import convert_dictionary
+
+    convert_dictionary(source, target, to, format, allow_pt)
+
+
+def push(
+    source: Annotated[str, typer.Argument(metavar="DICT", help="A directory of our own format.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name[/subfolder] of the hub.")],
+    licence: Annotated[str, typer.Option(help="As the hub names it, such as apache-2.0.")],
+    model: Annotated[str, typer.Option(help="The model it reads, a name of the hub.")],
+    hook_point: Annotated[
+        str | None, typer.Option(help="The place in the model, where the dictionary has no name.")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="report.json of `sae evaluate`; that of the run if absent.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+) -> None:
+    """Put a dictionary and a card on the Hugging Face hub, with the token of its own client."""
+    from sae.cli.releases import push_dictionary
+
+    push_dictionary(source, repo, (licence, model, hook_point), metrics, public=public)
+
+
+def verify_release(
+    source: Dictionary,
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Rows of the model it is for.")],
+    hook_points: Annotated[
+        str | None, typer.Option(help="READ, or READ,PREDICTED of a transcoder.")
+    ] = None,
+    published: Annotated[
+        str | None, typer.Option(help="l0=50,fvu=0.2 or one of them; else the L0 in its files.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=64, help="Rows to measure on.")] = 2048,
+    format: Format = None,
+    allow_pt: AllowPt = False,
+) -> None:
+    """Say which reading of a release meets its published figures on real rows."""
+    from sae.cli.releases import verify
+    from sae.pretrained.recognise import load_readings
+
+    readings = load_readings(source, format, allow_pt)
+    raise typer.Exit(verify(source, readings, cache, hook_points, published, rows))
