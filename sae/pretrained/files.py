@@ -191,7 +191,7 @@ def check_header(file: Path) -> dict[str, object]:
         )
     for name, entry in header.items():
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise DictionaryFormatError(
                 f"{file} must hold tensors of {sorted(DTYPES)}, got {dtype!r} for {name!r}"
             )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,3 +120,63 @@ def pickles_here(monkeypatch):
         target.write_bytes(pickled_child.convert(source, path.stat().st_size))
 
     monkeypatch.setattr(pickled, "convert", convert)
+
+
+class Canary:
+    """Makes a file when it is unpickled by a careless reader."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def code(path) -> bytes:
+    """A bare pickle, by its opcodes, that would run a command."""
+    return f"cos\nsystem\n(S'touch {path}'\ntR.".encode()
+
+
+def npy(array) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=array.dtype.hasobject)
+    return stream.getvalue()
+
+
+def archive(members, compression=zipfile.ZIP_STORED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as file:
+        for name, data in members:
+            file.writestr(name, data)
+    return stream.getvalue()
+
+
+def bad_archives(canary) -> dict[str, bytes]:
+    small = npy(np.zeros(5, np.float32))
+    whole = archive([("w_enc.npy", small)])
+    return {
+        "objects": archive([("w_enc.npy", npy(np.array([Canary(canary)], dtype=object)))]),
+        "texts": archive([("w_enc.npy", npy(np.array(["text"])))]),
+        "a bomb of 64 MB": archive([("w_enc.npy", bytes(64 << 20))], zipfile.ZIP_DEFLATED),
+        "300 arrays": archive([(f"{i}.npy", b"") for i in range(300)]),
+        "up": archive([("../w_enc.npy", small)]),
+        "absolute": archive([("/tmp/w_enc.npy", small)]),
+        "backslash": archive([("..\\w_enc.npy", small)]),
+        "another kind": archive([("w_enc.pkl", code(canary))]),
+        "a lie about its size": archive([
+            ("w_enc.npy", small.replace(b"(5,), }      ", b"(5000000,), }"))
+        ]),
+        "code in a header": archive([
+            ("w_enc.npy", small.replace(b"(5,), }      ", b"(f(5),), }   "))
+        ]),
+        "cut": whole[: len(whole) // 2],
+        "a flipped bit": whole[:60] + bytes([whole[60] ^ 1]) + whole[61:],
+        "no zip": b"x" * 99,
+        "bzip2 bomb": archive([("w_enc.npy", bytes(20 << 20))], zipfile.ZIP_BZIP2),
+    }
+
+
+@pytest.fixture(scope="session")
+def malice():
+    """What the makers of hostile files use."""
+    return SimpleNamespace(Canary=Canary, code=code, archives=bad_archives)
