@@ -11,7 +11,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from activations_cache import io
-from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from sae.architecture import Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained import dictionary_learning, saelens, sparsify
 from sae.pretrained.errors import DictionaryFormatError
@@ -94,7 +94,7 @@ def _to_saelens(given: Plain, site: dict[str, str]) -> Written:
 
 def _saelens_kind(given: Plain, is_transcoder: bool) -> str:
     kinds = {ReLU: "standard", TopK: "topk", JumpReLU: "jumprelu", Gated: "gated"}
-    kind = kinds[type(given.config.activation)]
+    kind = _named(kinds, given, "saelens")
     if not is_transcoder:
         return kind
     norm = given.config.input_norm
@@ -118,10 +118,8 @@ def _to_sparsify(given: Plain, site: dict[str, str]) -> Written:
     del site  # the directory's name is the hook point
     _require_plain(given, "sparsify", has_skip=True)
     config = given.config
-    if not isinstance(config.activation, TopK):
-        raise DictionaryFormatError(
-            f"the activation must be a top-k to be written as sparsify, got {config.activation}"
-        )
+    kind = _named({TopK: "topk", GroupMax: "groupmax"}, given, "sparsify")
+    assert isinstance(config.activation, TopK | GroupMax)
     is_centred = config.b_in == "b_dec"
     given = given if is_centred else centred_by(given, "none")
     record = {
@@ -130,7 +128,7 @@ def _to_sparsify(given: Plain, site: dict[str, str]) -> Written:
         "num_latents": config.d_sae,
         "expansion_factor": max(config.d_sae // config.d_in, 1),
         "normalize_decoder": False,
-        "activation": "topk",
+        "activation": kind,
         "multi_topk": False,
         "skip_connection": config.skip,
         "transcode": not is_centred,
@@ -149,7 +147,7 @@ def _to_sparsify(given: Plain, site: dict[str, str]) -> Written:
 def _to_dictionary_learning(given: Plain, site: dict[str, str]) -> Written:
     _require_plain(given, "dictionary_learning")
     given = _without_negative_thresholds(given, "dictionary_learning")
-    kind = _DICT_CLASSES[type(given.config.activation)]
+    kind = _named(_DICT_CLASSES, given, "dictionary_learning")
     if isinstance(given.config.activation, ReLU):
         given = given if given.config.b_in == "b_dec" else centred_by(given, "none")
         kind = "AutoEncoder" if given.config.b_in == "b_dec" else "AutoEncoderNew"
@@ -169,7 +167,7 @@ def _to_dictionary_learning(given: Plain, site: dict[str, str]) -> Written:
     }, given.done
 
 
-_DICT_CLASSES = {
+_DICT_CLASSES: dict[type[Activation], str] = {
     ReLU: "AutoEncoder",
     TopK: "AutoEncoderTopK",
     BatchTopK: "BatchTopKSAE",
@@ -200,6 +198,17 @@ def _state_of(given: Plain, kind: str) -> dict[str, Tensor]:
     }  # fmt: skip
     found = {name: tensor for name, tensor in named[kind].items() if tensor is not None}
     return {name: tensor.contiguous().clone() for name, tensor in found.items()}
+
+
+def _named(names: Mapping[type[Activation], str], given: Plain, to: str) -> str:
+    """The other library's name of an activation."""
+    kind = type(given.config.activation)
+    if kind not in names:
+        raise DictionaryFormatError(
+            f"the activation must be one of {[known.kind for known in names]} to be written as "
+            f"{to}, got {kind.kind!r}"
+        )
+    return names[kind]
 
 
 def _require_plain(given: Plain, to: str, has_skip: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sae.architecture import BatchTopK, JumpReLU, ReLU, SAEConfig, TopK
+from sae.architecture import BatchTopK, GroupMax, JumpReLU, ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained import folds
 from sae.pretrained.canonical import Weights
@@ -158,7 +158,7 @@ def with_unit_rows(given: Plain) -> Plain:
     off = float((n - 1).abs().max())
     if off <= UNIT:
         return given
-    if isinstance(given.config.activation, TopK):
+    if isinstance(given.config.activation, TopK | GroupMax):
         raise DictionaryFormatError(
             f"decoder rows must be unit for a top-k, got norms off by {off:.3g}: making them unit "
             "would change which latents are the k largest"

@@ -7,16 +7,18 @@ import pytest
 import torch
 
 import sae
-from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, Slice, TopK
+from sae.architecture import BatchTopK, Gated, GroupMax, JumpReLU, ReLU, SAEConfig, Slice, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained import DictionaryFormatError, export, plain
 from sae.pretrained.export import TARGETS
 
 D, F, D_OUT, K = 7, 23, 11, 3
+GROUPS = 1  # a divisor of the number of latents, which is prime
+PEERS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 pytestmark = pytest.mark.usefixtures("pickles_here")
 KINDS = {
     "relu": ReLU(), "topk": TopK(k=K), "batchtopk": BatchTopK(k=K), "jumprelu": JumpReLU(),
-    "gated": Gated(),
+    "gated": Gated(), "groupmax": GroupMax(k=GROUPS),
 }  # fmt: skip
 
 
@@ -56,22 +58,23 @@ def same_function(one, other, latents_too=True):
 
 
 EXACT = [
-    *(("saelens", kind, {}) for kind in KINDS),
-    *(("saelens", kind, {"b_in": "none"}) for kind in KINDS),
-    *(("saelens", kind, {"input_norm": "layer_norm"}) for kind in KINDS),
+    *(("saelens", kind, {}) for kind in PEERS),
+    *(("saelens", kind, {"b_in": "none"}) for kind in PEERS),
+    *(("saelens", kind, {"input_norm": "layer_norm"}) for kind in PEERS),
     ("saelens", "topk", {"input_norm": "rms"}),
     ("saelens", "relu", {"b_in": "none", "d_out": D_OUT, "skip": True}),
     ("saelens", "jumprelu", {"b_in": "none", "d_out": D_OUT}),
     ("saelens", "jumprelu", {"b_in": "none", "skip": True}),
     ("sparsify", "topk", {}),
     ("sparsify", "topk", {"b_in": "none", "skip": True}),
+    ("sparsify", "groupmax", {}),
     ("dictionary_learning", "relu", {}),
     ("dictionary_learning", "relu", {"b_in": "none"}),
     ("dictionary_learning", "topk", {}),
     ("dictionary_learning", "batchtopk", {}),
     ("dictionary_learning", "jumprelu", {"b_in": "none"}),
     ("dictionary_learning", "gated", {}),
-    *(("saebench", kind, {"unit": True}) for kind in KINDS),
+    *(("saebench", kind, {"unit": True}) for kind in PEERS),
 ]
 
 
@@ -130,8 +133,10 @@ def test_what_has_to_be_folded_is_the_same_function(tmp_path, to, kind, form, ke
         ("saelens", "topk", {"skip": True}, "must be of ReLU or JumpReLU without a norm"),
         ("saelens", "gated", {"b_in": "none", "d_out": D_OUT}, "must be of ReLU or JumpReLU"),
         ("saelens", "relu", {"input_norm": "rms", "skip": True}, "without a norm"),
-        ("sparsify", "relu", {}, "must be a top-k to be written as sparsify"),
-        ("sparsify", "batchtopk", {}, "must be a top-k to be written as sparsify"),
+        ("sparsify", "relu", {}, "must be one of .*topk.* to be written as sparsify, got 'relu'"),
+        ("sparsify", "batchtopk", {}, "to be written as sparsify, got 'batchtopk'"),
+        ("saelens", "groupmax", {}, "to be written as saelens, got 'groupmax'"),
+        ("dictionary_learning", "groupmax", {}, "got 'groupmax'"),
         ("sparsify", "topk", {"input_norm": "rms"}, "got input_norm='rms'"),
         ("sparsify", "topk", {"b_in": "none", "d_out": D_OUT}, "got d_out=11, d_in=7"),
         ("dictionary_learning", "relu", {"skip": True}, "got skip=True"),
