@@ -4,6 +4,7 @@ import pytest
 import sae
 from sae.architecture import GroupMax, TopK
 from sae.pretrained import DictionaryFormatError, load_with_source
+from sae.pretrained.recognise import load_readings
 
 D, F, K = 5, 20, 3
 CONFIG = {"d_in": D, "k": K, "num_latents": 0, "expansion_factor": 4, "normalize_decoder": True}
@@ -64,9 +65,21 @@ def test_of_each_group_of_neighbours_the_largest_fires(tmp_path, make, peer, row
     agree(sae.load(path), x, acts, acts @ w.W_dec + w.b_dec)
 
 
+def test_a_skip_that_does_not_say_transcode_has_two_readings(tmp_path, make, peer, rows, agree):
+    given, x = arrays(make, skip=True), rows(D)
+    path = put(peer, tmp_path, given, skip_connection=True)
+    agree(sae.load(path, format="sparsify"), x, *reference(peer, given, x))
+    found = load_readings(path).dictionaries
+    assert list(found) == ["centred by b_dec", "not centred"]
+    agree(found["centred by b_dec"], x, *reference(peer, given, x))
+    agree(found["not centred"], x, *reference(peer, given, x, transcode=True))
+    put(peer, tmp_path, given, skip_connection=True, transcode=True)
+    assert list(load_readings(path).dictionaries) == ["as loaded"]
+
+
 def test_the_other_orientation_is_another_function(tmp_path, make, peer, rows, agree):
     given = arrays(make, D, skip=True)
-    path = put(peer, tmp_path, given, num_latents=D, skip_connection=True)
+    path = put(peer, tmp_path, given, num_latents=D, skip_connection=True, transcode=False)
     x = rows(D)
     agree(sae.load(path), x, *reference(peer, given, x))
     for name in ("encoder.weight", "W_dec", "W_skip"):
@@ -84,7 +97,8 @@ def test_the_other_orientation_is_another_function(tmp_path, make, peer, rows, a
         ({"k": F + 1}, "activation.k must be at most"),
         ({"expansion_factor": None}, "must have the key 'expansion_factor'"),
         ({"expansion_factor": 3}, "must have shape"),
-        ({"skip_connection": True}, r"missing \['W_skip'\]"),
+        ({"skip_connection": True, "transcode": True}, r"missing \['W_skip'\]"),
+        ({"skip_connection": True}, "must say transcode where skip_connection is true"),
         ({"other": 1}, "known keys"),
         ({"transcode": "yes"}, "transcode must be true or false"),
     ],
