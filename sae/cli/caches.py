@@ -31,7 +31,7 @@ def verify_cache(path: str, *, with_model: bool, moved: str | None) -> int:
         problems = cache.verify(progress=report)
     if with_model:
         with console.step("recompute") as report:
-            problems += recompute(cache, load_any_model(_model_of(cache, moved)), progress=report)
+            problems += recompute(cache, load_any_model(model_of(cache, moved)), progress=report)
     for problem in problems:
         console.error(str(problem))
     if not problems:
@@ -90,7 +90,7 @@ def _summary_rows(cache: ActivationCache, summary: HookSummary) -> list[tuple[st
     ]
 
 
-def _model_of(cache: ActivationCache, moved: str | None) -> ModelConfig:
+def model_of(cache: ActivationCache, moved: str | None) -> ModelConfig:
     """Return the configuration of the model that a cache records."""
     recorded = cache.manifest.plan.request.get("config", {}).get("model")
     if recorded is None:

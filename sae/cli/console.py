@@ -33,11 +33,12 @@ class _Bars:
         self.task = progress.add_task(label, total=None, unit=self.unit)
 
     def __call__(self, done: int, total: int, unit: str) -> None:
-        if unit != self.unit:
+        kind = unit.split(" · ")[0]  # behind it stands what changes, such as a running cost
+        if kind != self.unit:
             self.progress.remove_task(self.task)
-            self.unit = unit
+            self.unit = kind
             self.task = self.progress.add_task(self.label, total=total, unit=unit)
-        self.progress.update(self.task, completed=done, total=total)
+        self.progress.update(self.task, completed=done, total=total, unit=unit)
 
 
 class _Lines:
@@ -50,8 +51,9 @@ class _Lines:
 
     def __call__(self, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
-        if unit != self.unit:
-            self.unit, self.began, self.first = unit, now, done
+        kind = unit.split(" · ")[0]
+        if kind != self.unit:
+            self.unit, self.began, self.first = kind, now, done
         if now - self.told >= SECONDS_PER_LINE and done > self.first:
             self.told = now
             left = (now - self.began) / (done - self.first) * (total - done)

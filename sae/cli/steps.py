@@ -8,11 +8,14 @@ from activations_cache import io
 from activations_cache.progress import Progress
 from sae.browser import write_page
 from sae.cli import console
+from sae.cli.explaining import digest_of, promoted_strings, show_summary
 from sae.cli.report import page_data, result_table
 from sae.cli.steering import steering_example
 from sae.evaluate.report import read_json, write_json
 from sae.evaluate.run import evaluate as measure
+from sae.explain.config import AutointerpConfig
 from sae.explain.run import explain as explain_latents
+from sae.explain.with_llm import Subject, client_of, label_with_llm
 from sae.train.fit import train as train_dictionaries
 
 if TYPE_CHECKING:
@@ -66,6 +69,23 @@ def explain(run: "Run", report: Progress) -> None:
             path,
             progress=report_named,
         )
+        if run.config.explain.autointerp is not None and not run.is_frozen(name):
+            explain_by_llm(run, name, run.config.explain.autointerp, report_named)
+
+
+def explain_by_llm(run: "Run", name: str, config: AutointerpConfig, report: Progress) -> None:
+    """Label one dictionary by a language model as well."""
+    dictionary, path = run.dictionaries[name], run.path("explain") / name
+    summary = label_with_llm(
+        Subject(dictionary, run.cache, run.hook_point, run.token_strings),
+        config,
+        path,
+        client_of(config),
+        promoted=promoted_strings(dictionary, run.loaded.model, run.token_strings, config),
+        identity={"cache": run.cache.fingerprint, "dictionary": digest_of(dictionary)},
+        progress=report,
+    )
+    show_summary(name, summary, path)
 
 
 def steer(run: "Run", report: Progress) -> None:

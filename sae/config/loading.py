@@ -43,6 +43,17 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     return _build(schema, data, file, origins)
 
 
+def load_overrides(schema: type[T], overrides: Sequence[str]) -> T:
+    """Return the configuration that overrides alone describe; what they leave out has its default.
+
+    Raises:
+        ConfigError: As `load`.
+    """
+    data: dict[str, object] = {}
+    origins = {_override(data, text): f"override {show(text)}" for text in overrides}
+    return _build(schema, data, "command line", origins)
+
+
 def from_dict(schema: type[T], data: Mapping[str, object], label: str) -> T:
     """Return the configuration that plain data describe, as `to_dict` made them.
 

@@ -1,16 +1,78 @@
 """How latents are labelled and scored; neither torch nor a third-party package here."""
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from activations_cache.checks import require
+from sae.explain.collect.config import WindowConfig
+from sae.explain.llm.config import LLMConfig
 
 Kind = Literal["word", "previous word", "token", "supersense", "source", "position"]
 """What a label may speak of: one property of the text at a row."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """All kinds; where two explain a latent about equally well, the first of them is taken."""
+
+Style = Literal["levels", "bills", "delphi"]
+"""How contexts are shown to an explainer."""
+
+ScorerName = Literal["detection", "fuzzing", "simulation", "rubric", "intruder"]
+"""What scores labels by asking."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutointerpConfig:
+    """Labels by a language model, and what checks them."""
+
+    llm: LLMConfig
+    """The model, and what it may cost."""
+    windows: WindowConfig = field(default_factory=WindowConfig)
+    """What is collected of every latent."""
+    style: Style = "levels"
+    """How contexts are shown to the explainer."""
+    contrastive: bool = False
+    """Whether it also sees windows in which the latent is silent."""
+    logit_lens: bool = False
+    """Whether it also sees the tokens that the latent promotes and suppresses."""
+    scorers: tuple[ScorerName, ...] = ("detection", "fuzzing")
+    """What scores the labels."""
+    n_latents: int = 100
+    """Live latents that are explained, taken by a hash."""
+    latents: tuple[int, ...] = ()
+    """These latents instead."""
+    min_windows: int = 8
+    """Fewer active windows in either split: the latent is "insufficient"."""
+    n_controls: int = 20
+    """Latents that are also scored with another's label and on shuffled windows."""
+    n_baseline: int = 10
+    """Random directions, and as many raw neurons, that are explained and scored beside them."""
+    neuronpedia_model: str = ""
+    """Neuronpedia's name of the model; with it, files for Neuronpedia are written too."""
+    neuronpedia_layer: str = "sae"
+    """Its name of the dictionary."""
+
+    def __post_init__(self) -> None:
+        """Check every field; ValueError names the first that is wrong."""
+        for name, least in {
+            "n_latents": 1,
+            "min_windows": 1,
+            "n_controls": 0,
+            "n_baseline": 0,
+        }.items():
+            require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
+        is_set = 0 < len(self.scorers) == len(set(self.scorers))
+        require(is_set, "scorers", "be one or more scorers, each once", self.scorers)
+        is_list = len(self.latents) == len(set(self.latents)) and min(self.latents, default=0) >= 0
+        require(is_list, "latents", "be numbers of latents, each once", self.latents)
+        for name in ("neuronpedia_model", "neuronpedia_layer"):
+            is_name = re.fullmatch(r"[\w.-]*", getattr(self, name)) and ".." not in getattr(
+                self, name
+            )
+            require(
+                bool(is_name), name, "be letters, digits, '-', '_' and '.'", getattr(self, name)
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +103,8 @@ class ExplainConfig:
     """Equal steps from 0 to the largest activation in a latent's histogram."""
     seed: int = 0
     """Seed of the permutations, of the control arm's pairing and of the bootstrap."""
+    autointerp: AutointerpConfig | None = None
+    """Labels by a language model as well; none when absent."""
 
     def __post_init__(self) -> None:
         """Check every field; ValueError names the first that is wrong."""

@@ -11,16 +11,14 @@ A style is a prompt version: how contexts and activations are shown.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import assert_never
 
+from sae.explain.config import Style
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import Message, Request
 from sae.explain.llm.corpus_text import NOTE, Item, escape, item, items_text
 from sae.explain.llm.readers import read_label
 from sae.explain.windows import NEGATIVES, LatentWindows, Window
-
-Style = Literal["levels", "bills", "delphi"]
-"""How contexts are shown."""
 
 _ASK = (
     "You label what a neuron of a language model responds to. Find what the shown texts have in "
