@@ -26,6 +26,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "google_crc32c": "google-crc32c",
     "sklearn": "scikit-learn",
+    "umap": "umap-learn",
     "yaml": "pyyaml",
 }
 """Import name -> distribution, where they differ."""

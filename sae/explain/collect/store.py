@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -54,7 +53,7 @@ def write_windows(
 def _window_rows(latent: LatentWindows) -> list[dict]:
     by_split = zip(SPLITS, (latent.explain, latent.score), strict=True)
     return [
-        {"latent": latent.latent, "split": split, **asdict(window)}
+        {"latent": latent.latent, "split": split, **vars(window)}
         for split, windows in by_split
         for window in windows
     ]

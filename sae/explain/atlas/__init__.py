@@ -1,0 +1,1 @@
+"""A map of a dictionary: neighbours, a plane, splitting, completeness, search."""

@@ -1,0 +1,139 @@
+"""The map of planted dictionaries: neighbours, parents, the completeness curve, search."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+from sae.explain.atlas.completeness import completeness, name_frequency
+from sae.explain.atlas.neighbours import nearest, splitting
+from sae.explain.atlas.plane import plane
+from sae.explain.atlas.search import CAUTION, SAFETY, MaxCorrelation, contrast
+
+
+def clusters(n: int = 13, size: int = 5, d: int = 31, noise: float = 0.1) -> torch.Tensor:
+    made = torch.Generator().manual_seed(0)
+    centres = torch.nn.functional.normalize(torch.randn(n, d, generator=made), dim=1)
+    rows = centres.repeat_interleave(size, 0)
+    return rows + noise * torch.randn(rows.shape, generator=made) / d**0.5
+
+
+def test_neighbours_of_planted_clusters_are_their_cluster(monkeypatch):
+    rows = clusters() * torch.rand(65, 1) * 7 + 0
+    found = nearest(rows, rows, 4, same=True)
+    assert (found.latent // 5 == torch.arange(65)[:, None] // 5).all()
+    assert (found.latent != torch.arange(65)[:, None]).all()
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    assert found.cosine[:, 0] == pytest.approx(
+        ((unit @ unit.T) - 2 * torch.eye(65)).amax(1).tolist(), abs=1e-5
+    )
+    monkeypatch.setattr("sae.explain.atlas.neighbours._CELLS", 65 * 7)  # chunks of 7
+    chunked = nearest(rows, rows, 4, same=True)
+    assert (chunked.latent == found.latent).all()
+    with pytest.raises(ValueError, match="k must lie between 1 and 64, got 65"):
+        nearest(rows, rows, 65, same=True)
+    with pytest.raises(ValueError, match="rows must be as wide as among, 31, got 30"):
+        nearest(rows[:, 1:], rows, 1)
+
+
+def test_children_have_their_planted_parent_and_new_concepts_none():
+    narrow = torch.nn.functional.normalize(clusters(size=1, noise=0.0), dim=1)
+    made = torch.Generator().manual_seed(1)
+    new = torch.randn(3, 31, generator=made)
+    new -= new @ torch.linalg.pinv(narrow) @ narrow  # orthogonal to all parents
+    wide = torch.cat([clusters(size=2), new])
+    found = splitting(narrow, wide)
+    assert found.parent[:26].tolist() == [i // 2 for i in range(26)]
+    assert found.n_children.tolist() == [2] * 13
+    assert found.parent[26:].tolist() == [-1] * 3
+    assert found.is_new.sum() == 3
+
+
+def test_the_plane_is_the_two_principal_axes():
+    rows = clusters()
+    found = plane(rows)
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    values = torch.linalg.svdvals(unit - unit.mean(0))
+    assert found.norm(dim=0) == pytest.approx(values[:2].tolist(), rel=1e-4)
+    assert torch.allclose(plane(rows * 3), found, atol=1e-4)
+    with pytest.raises(ValueError, match="must be at least 3 latents for a map, got 2"):
+        plane(rows[:2])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("umap") is not None, reason="umap is installed")
+def test_umap_is_an_extra():
+    with pytest.raises(ValueError, match=r"got 'umap'; install monosema\[umap\]"):
+        plane(clusters(), "umap")
+
+
+def test_completeness_finds_the_planted_half_way_point_at_three_widths():
+    made, products = np.random.default_rng(0), []
+    for n_alive in (1_000, 4_000, 16_000):
+        frequency = 10 ** made.uniform(-6, -2, 400)
+        middle = np.log(0.7 / n_alive)  # "slightly below 1 / alive", as was found
+        present = made.random(400) < 1 / (1 + np.exp(-1.5 * (np.log(frequency) - middle)))
+        found = completeness(frequency, present, n_alive)
+        assert found.low < 0.7 / n_alive < found.high
+        assert found.slope == pytest.approx(1.5, rel=0.3)
+        assert found.n == 400
+        products.append(found.times_alive)
+    assert products == pytest.approx([0.7] * 3, rel=0.35)  # the curves fall together
+
+
+def test_completeness_needs_both():
+    frequency = np.geomspace(1e-6, 1e-2, 13)
+    for present in (np.ones(13, bool), np.zeros(13, bool)):
+        with pytest.raises(
+            ValueError, match=r"present must hold both .* add rarer or more frequent"
+        ):
+            completeness(frequency, present, 100)
+    with pytest.raises(
+        ValueError, match="frequency must be at least 10 numbers above 0, got 13 of"
+    ):
+        completeness(np.zeros(13), np.arange(13) > 5, 100)
+    step = completeness(frequency, np.arange(13) > 6, 100)  # separable: finite all the same
+    assert frequency[6] < step.f50 < frequency[7]
+
+
+def test_names_are_counted_as_whole_words():
+    texts = ["Iron is iron", "the Iron age of Irons", "no such thing"]
+    assert name_frequency(texts, ["Iron", "Gold"]).tolist() == [2 / 11, 0]
+
+
+def test_contrasting_prompts_find_the_planted_latent_and_a_confound_drops():
+    made = torch.Generator().manual_seed(0)
+    positive, negative = torch.rand(7, 29, generator=made), torch.rand(11, 29, generator=made)
+    positive[0], negative[0] = 0.1, 0.9  # nothing tells by accident
+    positive[:, 5], negative[:, 5] = 3.0, 0.0
+    positive[:, 8], negative[:, 8] = 9.0, 9.0  # a property of both
+    largest = torch.full((29,), 3.0)
+    largest[8], largest[11] = 9.0, 0.0
+    found = contrast(positive, negative, largest, k=29)
+    assert found.latent[0] == 5
+    assert found.score[0] == 1.0
+    assert float(found.score[found.latent == 8]) == 0.0
+    assert found.latent[-1] == 11  # dead
+    assert contrast(positive, negative[:0], largest, k=1).latent.tolist() == [8]
+    with pytest.raises(ValueError, match="positive must have prompts, got none"):
+        contrast(positive[:0], negative, largest)
+
+
+def test_safety_lists_come_with_their_caution():
+    assert "says nothing about" in CAUTION
+    assert len(SAFETY) == 6
+
+
+def test_correlation_is_numpys_and_a_copy_has_one():
+    made = np.random.default_rng(0)
+    acts, units = np.maximum(made.normal(size=(211, 7)), 0), made.normal(size=(211, 13)) + 100
+    units[:, 3] = -2 * acts[:, 4] + 5
+    acts[:, 6] = 0
+    meter = MaxCorrelation(7, 13)
+    for part in np.array_split(np.arange(211), 5):
+        meter.update(torch.tensor(acts[part]).float(), torch.tensor(units[part]).float())
+    found = meter.compute()
+    expected = np.abs(np.corrcoef(acts[:, :6].T, units.T)[:6, 6:]).max(1)
+    assert found[:6].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    assert found[4] == pytest.approx(1.0, abs=1e-5)
+    assert found[6].isnan()
