@@ -14,6 +14,7 @@ from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
 from sae.cli import console
 from sae.cli.caches import model_of
+from sae.config import ConfigError
 from sae.explain.config import AutointerpConfig, ExplainConfig
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.run import explain
@@ -33,6 +34,11 @@ def explain_dictionary(
     """
     cache = activations_cache.open(cache_path)
     hook = hook_point or cache.hook_points[0]
+    if hook not in cache.hook_points:
+        known = ", ".join(cache.hook_points)
+        raise ConfigError(f"--hook-point must be one of {known}, got {hook!r}")
+    # A wrong key must not cost the passes over the cache that come first.
+    client = client_of(config.autointerp) if config.autointerp else None
     dictionary = pretrained.load(path)
     if dictionary.config.d_in != cache.d_model(hook):
         raise ValueError(
@@ -40,8 +46,12 @@ def explain_dictionary(
             f"d_in={dictionary.config.d_in}; name the hook point it was trained on"
         )
     out_dir = Path(out) if out else Path(path) / "explain"
-    # An image model or an imported array has no tokenizer to name tokens by.
     loaded = load_any_model(model_of(cache, None))
+    if not hasattr(loaded, "tokenizer"):
+        raise ValueError(
+            f"{cache_path} must hold text to be explained by words, got images; "
+            "see sae.explain.vision for those"
+        )
     strings = _token_strings(loaded)
     with console.step("explain") as report:
         found = explain(dictionary, cache, hook, strings, config, out_dir, progress=report)
@@ -57,11 +67,11 @@ def explain_dictionary(
         ],
         "labels without a language model; chance is 0.5",
     )
-    if config.autointerp is not None:
+    if config.autointerp is not None and client is not None:
         subject = Subject(dictionary, cache, hook, strings)
         with console.step("labels") as report:
             found_by_llm = label_with_llm(
-                subject, config.autointerp, out_dir, client_of(config.autointerp),
+                subject, config.autointerp, out_dir, client,
                 promoted=promoted_strings(dictionary, loaded.model, strings, config.autointerp),
                 identity={"cache": cache.fingerprint, "dictionary": digest_of(dictionary)},
                 progress=report,

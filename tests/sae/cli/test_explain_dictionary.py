@@ -1,0 +1,85 @@
+"""`sae explain DICT --cache CACHE`: one line for a wrong request, files for a right one."""
+
+import json
+
+import pytest
+import torch
+
+import activations_cache
+from sae import pretrained
+from sae.architecture import SAEConfig, TopK
+from sae.autoencoder import SparseAutoencoder, initialise
+from sae.cli import main
+from sae.explain.llm.stand_ins import ConstantClient
+
+HOOK = "model.layers.1:out"
+
+
+@pytest.fixture(scope="module")
+def paths(tiny_cache_config, tmp_path_factory):
+    """A tiny cache and a random dictionary that fits it."""
+    where = tmp_path_factory.mktemp("explain")
+    cache = activations_cache.build(tiny_cache_config, where / "cache")
+    dictionary = SparseAutoencoder(SAEConfig(d_in=23, d_sae=37, activation=TopK(k=5)))
+    initialise(dictionary, torch.Generator().manual_seed(0), mean=cache[HOOK].mean)
+    pretrained.save(dictionary, where / "dictionary")
+    wide = SparseAutoencoder(SAEConfig(d_in=29, d_sae=37, activation=TopK(k=5)))
+    pretrained.save(wide, where / "wide")
+    return where
+
+
+def sae(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["sae", "explain", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    return ended.value.code or 0
+
+
+def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sae.cli.explaining.client_of", lambda config: ConstantClient(1))
+    arguments = [
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
+        "min_firings=5", "min_examples=2", "autointerp.llm.model=m", "autointerp.n_latents=5",
+        "autointerp.n_baseline=0", "autointerp.min_windows=2", "autointerp.logit_lens=true",
+        "autointerp.windows.tokens=8",
+    ]  # fmt: skip
+    assert sae(monkeypatch, *arguments) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("failed") < shown.index("labelled")
+    assert "0.500" in shown
+    assert "calls" in shown
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        "latents.parquet", "examples.parquet", "summary.json", "windows.parquet",
+        "activity.parquet", "explanations.jsonl", "explanations.parquet", "explanations.json",
+        "llm.sqlite",
+    }  # fmt: skip
+    summary = json.loads((tmp_path / "out" / "explanations.json").read_text())
+    assert summary["n_done"] + summary["n_insufficient"] == 5
+    assert summary["n_done"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ({1: "nowhere"}, 1, "must be a directory with a cache, got no such directory"),
+        ({0: "wide"}, 1, "must read rows as wide as model.layers.1:out of"),
+        ({2: "--hook-point=x:out"}, 2, "--hook-point must be one of model.layers.1:out"),
+        ({2: "autointerp.llm.modle=x"}, 2, "is not a key of autointerp.llm; did you mean 'model'?"),
+        ({2: "autointerp.llm.model=x"}, 1, "must have OPENAI_API_KEY, got none; set it"),
+        (
+            {2: "autointerp.style=x"},
+            2,
+            "autointerp.style must be one of 'levels', 'bills', 'delphi'",
+        ),
+    ],
+)
+def test_a_wrong_request_is_one_line(change, code, message, paths, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    parts = {0: "dictionary", 1: "cache", 2: "min_firings=5"} | change
+    arguments = [str(paths / parts[0]), "--cache", str(paths / parts[1]), parts[2]]
+    assert sae(monkeypatch, *arguments) == code
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert message in " ".join(error.split())
+    assert "Traceback" not in error
