@@ -32,6 +32,7 @@ _SHOWN = {
     "delphi": "In each numbered text the tokens with strong responses are marked <<so>>; the line "
     "below lists them with their responses, 0 to 10. ",
 }
+_END = "Now the one line: LABEL: and what the texts have in common."
 _MAX_LABEL_TOKENS = 120
 
 
@@ -93,6 +94,7 @@ class LLMExplainer:
         if self.logit_lens:
             parts.append(f"Tokens that it makes likelier: {_quoted(latent.promoted)}")
             parts.append(f"Tokens that it makes less likely: {_quoted(latent.suppressed)}")
+        parts.append(_END)
         system = _ASK + _SHOWN[self.style] + NOTE
         messages = (Message("system", system), Message("user", "\n\n".join(parts)))
         return Request(prompt=self.name, messages=messages, max_tokens=_MAX_LABEL_TOKENS)

@@ -26,6 +26,7 @@ from sae.explain.llm.config import LLMConfig
 
 _log = logging.getLogger(__name__)
 _LONGEST_PAUSE = 8.0
+_WARM = 0.7
 
 T = TypeVar("T")
 
@@ -35,8 +36,8 @@ class Caller:
 
     The answer to a question that was asked before comes from the cache. Failures of the endpoint
     are tried again after a pause that doubles; an answer that is refused, cut off or not readable
-    is stored and the question asked again with another seed. All this is a function of the
-    question alone, so results do not depend on the order or on what runs beside.
+    is stored and the question asked again, warmer and with another seed. All this is a function of
+    the question alone, so results do not depend on the order or on what runs beside.
     """
 
     def __init__(
@@ -83,7 +84,10 @@ class Caller:
         """
         failure = None
         for attempt in range(self.config.attempts):
-            response = await self._answer(replace(request, seed=request.seed + attempt))
+            # At temperature 0 the same question has the same unusable answer.
+            warm = request.temperature if attempt == 0 else max(request.temperature, _WARM)
+            again = replace(request, seed=request.seed + attempt, temperature=warm)
+            response = await self._answer(again)
             try:
                 return read(_usable(response))
             except CallFailedError as error:

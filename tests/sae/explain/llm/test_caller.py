@@ -97,6 +97,7 @@ def test_unusable_answers_are_asked_again_and_stored(tmp_path):
     answer, caller = ask(client, cache=cache, read=read_label)
     assert (answer, caller.failures) == ("cats", {"parse": 1})
     assert [request.seed for request in client.requests] == [0, 1]
+    assert [request.temperature for request in client.requests] == [0.0, 0.7]
     assert ask(ScriptedClient([AssertionError()]), cache=cache, read=read_label)[0] == "cats"
     with pytest.raises(CallFailedError, match="parse: the answer must have a line LABEL"):
         ask(ScriptedClient(["nothing"]), read=read_label)

@@ -68,7 +68,8 @@ def test_explainers_show_exactly_the_windows_they_were_given(style):
     n = len(INJECTIONS)
     explainer = LLMExplainer(style, contrastive=True, logit_lens=True, n_windows=n, n_silent=n)
     content = explainer.request(latent).messages[-1].content
-    shown, silent, promoted, suppressed = content.split("\n\n")
+    shown, silent, promoted, suppressed, end = content.split("\n\n")
+    assert end.startswith("Now the one line: LABEL:")
     if style == "bills":
         texts = shown.split("<end>")[:-1]
         tokens = [
@@ -118,7 +119,7 @@ def test_the_three_styles_by_hand():
     window = Window(0, 0, (" the", " cat", " sat"), (0.0, 5.0, 1.0), "active", 4)
     latent = LatentWindows(0, 10.0, 0.1, (window,), ())
     content = {
-        style: LLMExplainer(style).request(latent).messages[-1].content
+        style: LLMExplainer(style).request(latent).messages[-1].content.split("\n\n")[0]
         for style in ("levels", "bills", "delphi")
     }
     assert content["levels"] == "1 (level 4):  the<< cat>> sat"
@@ -129,7 +130,7 @@ def test_the_three_styles_by_hand():
 def test_few_strong_tokens_are_repeated_as_bills_does():
     window = Window(0, 0, tuple("abcdef"), (0.0, 2.0, 0.0, 0.0, 0.0, 0.0), "active", 0)
     latent = LatentWindows(0, 2.0, 0.1, (window,), ())
-    content = LLMExplainer("bills").request(latent).messages[-1].content
+    content = LLMExplainer("bills").request(latent).messages[-1].content.split("\n\n")[0]
     assert content.endswith("f\t0\n<again>\nb\t10\n<end>")
 
 
