@@ -1,10 +1,14 @@
 """What has one row per latent, and how it is added up, split and joined over the ranks."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from sae.train.ranks import Ranks
+from sae.architecture import BatchTopK, SAEConfig, TopK
+from sae.autoencoder import SparseAutoencoder
+from sae.train.ranks import Axis, Ranks
 
 PIECE_BYTES = 1 << 28
 """Tensors are gathered in pieces of at most so many bytes."""
@@ -30,6 +34,8 @@ def sum_gradients(params: dict[str, torch.nn.Parameter], ranks: Ranks) -> None:
     """Add up the gradients: those of latents over the rows' processes, the others over all."""
     own, shared = [], []
     for name, parameter in params.items():
+        if parameter.grad is None and ranks.latents.size > 1:
+            parameter.grad = torch.zeros_like(parameter)  # it may have one in other processes
         if parameter.grad is not None:
             (own if of_latents(name, parameter) else shared).append(parameter.grad)
     ranks.rows.sum_(*own)
@@ -60,6 +66,31 @@ def own_state(state: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """This process's part of the state of a whole dictionary."""
     axis = ranks.latents
     return {n: t[axis.share(len(t))] if of_latents(n, t) else t for n, t in state.items()}
+
+
+def part_of(autoencoder: SparseAutoencoder, axis: Axis) -> SparseAutoencoder:
+    """A dictionary with this process's latents; itself where they are not split."""
+    if axis.size == 1:
+        return autoencoder
+    form = autoencoder.config
+    n, activation = form.d_sae // axis.size, form.activation
+    if isinstance(activation, TopK | BatchTopK):  # more cannot fire here
+        activation = replace(activation, k=min(activation.k, n))
+    part = SparseAutoencoder(replace(form, d_sae=n, activation=activation))
+    state = autoencoder.state_dict()
+    own = {name: t[axis.share(len(t))] if of_latents(name, t) else t for name, t in state.items()}
+    part.load_state_dict(own)
+    return part.to(autoencoder.enc_rows.device)
+
+
+def whole_of(part: SparseAutoencoder, form: SAEConfig, ranks: Ranks) -> SparseAutoencoder:
+    """The dictionary of which this is a part, on the CPU; only the first process gets it right."""
+    state = whole_state(part.state_dict(), ranks)
+    if not ranks.is_first:
+        return part
+    whole = SparseAutoencoder(form)
+    whole.load_state_dict(state)
+    return whole
 
 
 def _joined(part: Shaped[Tensor, "row ..."], ranks: Ranks) -> Shaped[Tensor, "whole ..."]:

@@ -11,9 +11,10 @@ from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
 from sae.train.forward.result import Forward, Moment, Power, Rows
 from sae.train.forward.run import forward
+from sae.train.forward.sharded import require_shardable
 from sae.train.frozen import anchor_of, freeze, keep_near_
 from sae.train.optim import LatentAdam, normalise_rows_
-from sae.train.parts import gradient_norm, sum_gradients
+from sae.train.parts import gradient_norm, part_of, sum_gradients, whole_of
 from sae.train.ranks import ALONE, Batch, Ranks, batch_of, mean_figures
 from sae.train.schedule import warmup_decay
 
@@ -60,12 +61,15 @@ class TrainStep:
             config: Losses, optimiser and dead-latent care; its form is the autoencoder's.
             total_steps: Length of the schedules.
             precision: "fp32", or "bf16" for the encoder's and the dense products.
-            ranks: The processes that train it; each gives the steps its own rows of every batch.
+            ranks: The processes that train it; each gives the steps its own rows of every batch,
+                and `self.autoencoder` has its own latents.
         """
         if total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         _require_fit(autoencoder.config, config)
-        self.autoencoder = autoencoder
+        require_shardable(config, ranks.latents.size)
+        self.form = autoencoder.config
+        self.autoencoder = autoencoder = part_of(autoencoder, ranks.latents)
         self.config = config
         self.total_steps = total_steps
         self.bf16 = precision == "bf16"
@@ -135,7 +139,9 @@ class TrainStep:
 
     def whole(self) -> SparseAutoencoder:
         """The dictionary with the latents of all processes; only the first one gets all of it."""
-        return self.autoencoder
+        if self.ranks.latents.size == 1:
+            return self.autoencoder
+        return whole_of(self.autoencoder, self.form, self.ranks)
 
     def _update(self, found: Forward, batch: Batch) -> None:
         settings = self.config.optimizer

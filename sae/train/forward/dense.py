@@ -57,7 +57,7 @@ def _fused(
         )
         y = step.x_hat + autoencoder.skipped(rows.u)
     error = losses.squared_error(rows.v, y)
-    loss = error + _penalty(config, moment, step.l1, step.l0)
+    loss = error + penalty(config, moment, step.l1, step.l0)
     loss = loss + terms.auxk(autoencoder, config, rows, moment, y)
     return Forward(loss, error, step.n_fired.nonzero().squeeze(1), step.l0.detach())
 
@@ -80,7 +80,7 @@ def _composed(
     bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else 1.0
     u = rows.u
     pre = activations.pre_acts(u, weights).to(u.dtype)
-    acts, n_active = _jump(pre, weights, bandwidth)
+    acts, n_active = jump(pre, weights, bandwidth)
     y, error, loss = _decoded(autoencoder, config, rows, moment, acts)
     loss = loss + terms.auxk(autoencoder, config, rows, moment, y)
     norms, l0 = autoencoder.decoder_norms(), n_active.sum(dim=1).mean()
@@ -96,7 +96,7 @@ def _composed(
         loss = loss + config.p_anneal.coefficient * weight * found
     else:
         l1 = losses.l1_decoder_norm(acts, norms)
-        loss = loss + _penalty(config, moment, l1, l0)
+        loss = loss + penalty(config, moment, l1, l0)
     if config.preact is not None and bool(moment.dead.any()):
         loss = loss + config.preact.coefficient * _distance(pre, weights, norms, moment)
     fires = acts.detach() > 0
@@ -147,7 +147,7 @@ def _annealed(
     return Power(p, before.scale * old / new if new > 0 else before.scale)
 
 
-def _jump(pre: Float[Tensor, "batch d_sae"], weights: EncoderWeights, bandwidth: float) -> _Acts:
+def jump(pre: Float[Tensor, "batch d_sae"], weights: EncoderWeights, bandwidth: float) -> _Acts:
     """ReLU or JumpReLU; terms of value 0 carry the thresholds' gradients (arXiv 2407.14435)."""
     zero, threshold = pre.new_zeros(()), weights.threshold
     fixed = zero if threshold is None else threshold.detach()
@@ -173,7 +173,7 @@ def _distance(
     return losses.pre_act_distance(pre[:, dead], weights.threshold[dead], of_dead)
 
 
-def _penalty(
+def penalty(
     config: DictionaryConfig, moment: Moment, l1: Float[Tensor, ""], l0: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
     """The sparsity penalty that is asked for, at its weight of this moment."""

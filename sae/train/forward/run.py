@@ -4,7 +4,7 @@ from typing import assert_never
 
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
-from sae.train.forward import dense, gated, sparse
+from sae.train.forward import dense, gated, sharded, sparse
 from sae.train.forward.result import Forward, Moment, Rows, autocast
 from sae.train.forward.terms import controlled
 
@@ -25,6 +25,8 @@ def _forward(
 ) -> Forward:
     trains = autoencoder.config.activation.facts.trains
     with autocast(rows.u.device, moment.bf16):
+        if moment.ranks.latents.size > 1:
+            return sharded.forward(autoencoder, config, rows, moment)
         match trains:
             case "sparse":
                 return sparse.forward(autoencoder, config, rows, moment)

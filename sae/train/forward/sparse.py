@@ -36,7 +36,7 @@ def forward(
         found = _losses(autoencoder, config, rows, moment, latents)
         if activation.facts.threshold != "one":
             return found
-        smallest = moment.ranks.smallest(_scores(latents, weights))  # of what was kept
+        smallest = moment.ranks.smallest(scores_of(latents, weights))  # of what was kept
         return found._replace(threshold=smallest)
     assert isinstance(activation, TopK), activation
     wide = TopK(k=min(multi.times * activation.k, config.d_sae))
@@ -68,11 +68,11 @@ def k_now(config: DictionaryConfig, moment: Moment) -> Activation:
 
 def narrowed(latents: Latents, k: int, weights: EncoderWeights) -> Latents:
     """The k largest of each row's latents; their order stays."""
-    places = topk_select(_scores(latents, weights), k).indices
+    places = topk_select(scores_of(latents, weights), k).indices
     return Latents(latents.values.gather(1, places), latents.indices.gather(1, places))
 
 
-def _scores(latents: Latents, weights: EncoderWeights) -> Float[Tensor, "batch k"]:
+def scores_of(latents: Latents, weights: EncoderWeights) -> Float[Tensor, "batch k"]:
     """What the selection compares: activations, times the norms if it gates by them."""
     values = latents.values.detach()
     return values if weights.norms is None else values * weights.norms.detach()[latents.indices]

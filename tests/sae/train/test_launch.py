@@ -1,5 +1,6 @@
 """Training from a cache by several processes: one result, and nobody waits for the dead."""
 
+import dataclasses
 import os
 import signal
 import time
@@ -15,8 +16,8 @@ from sae.train.fit import train
 from sae.train.launch import requeue
 
 SAES = {
-    "topk": DictionaryConfig(d_sae=29, activation=TopK(k=3), auxk=AuxK(), dead_after_tokens=303),
-    "batchtopk": DictionaryConfig(d_sae=23, activation=BatchTopK(k=2)),
+    "topk": DictionaryConfig(d_sae=30, activation=TopK(k=3), auxk=AuxK(), dead_after_tokens=303),
+    "batchtopk": DictionaryConfig(d_sae=22, activation=BatchTopK(k=2)),
 }
 CONFIG = TrainConfig(saes=SAES, batch=101, epochs=2, precision="fp32", log_every=5)
 ENDLESS = TrainConfig(saes=SAES, batch=101, epochs=999, precision="fp32", rank_timeout_seconds=3.0)
@@ -55,17 +56,20 @@ def wait_for(path):
         time.sleep(0.02)
 
 
-def test_a_run_goes_on_with_other_numbers_of_processes_after_sigterm(cache, tmp_path, in_processes):
+def test_a_run_goes_on_with_other_processes_after_sigterm(cache, tmp_path, in_processes):
+    """Two share the rows, two the latents, three the rows: the same dictionaries as of one."""
     train(cache, CONFIG, tmp_path / "one")
     path = tmp_path / "several"
     first = in_processes(2, lambda: train(cache, CONFIG, path, progress=stops_at(5 * 101)))
     codes, said = ends(first)
     assert codes == [143, 143], said
     assert [p.name for p in (path / "checkpoints").iterdir()] == ["step-00000005"]
-    second = in_processes(3, lambda: train(cache, CONFIG, path, progress=stops_at(11 * 101)))
-    assert ends(second)[0] == [143, 143, 143]
-    codes, said = ends(in_processes(2, lambda: train(cache, CONFIG, path)))
-    assert codes == [0, 0], said
+    parts = dataclasses.replace(CONFIG, latent_shards=2)
+    second = in_processes(2, lambda: train(cache, parts, path, progress=stops_at(11 * 101)))
+    codes, said = ends(second)
+    assert codes == [143, 143], said
+    codes, said = ends(in_processes(3, lambda: train(cache, CONFIG, path)))
+    assert codes == [0, 0, 0], said
     assert len(list((path / "logs" / "csv").iterdir())) == 3
     for name in SAES:
         ours, theirs = (pretrained.load(tmp_path / p / name) for p in ("several", "one"))

@@ -1,0 +1,205 @@
+"""Forward passes of a dictionary whose latents are split among processes.
+
+Each process has the same rows, encodes them with its own latents, and takes part in the selection;
+the reconstructions add up to the whole one. Its gradient is the same for each part, so that
+nothing but a (batch, d_out) sum and the candidates of the selection goes over the wire.
+"""
+
+from typing import assert_never
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae import activations, losses
+from sae.activations import EncoderWeights, Latents, pad_silent, ungated
+from sae.architecture import BatchTopK, JumpReLU, TopK
+from sae.autoencoder import SparseAutoencoder
+from sae.train.config import DictionaryConfig
+from sae.train.forward import dense, together
+from sae.train.forward.result import Forward, Moment, Rows, autocast
+from sae.train.forward.sparse import k_now, scores_of
+from sae.train.ranks import Axis
+from sae.train.schedule import ramp
+from sae_kernels import encode_topk, sparse_decode, topk_select
+
+WHOLE_ONLY = ("matryoshka", "multi_topk", "p_anneal", "tanh", "preact", "control", "resample")
+"""Terms that need all latents in one process."""
+
+
+def require_shardable(config: DictionaryConfig, n_shards: int) -> None:
+    """Refuse what cannot be trained in parts.
+
+    Raises:
+        ValueError: If the latents cannot be split evenly, or a term needs all of them.
+    """
+    if n_shards == 1:
+        return
+    if config.d_sae % n_shards != 0:
+        raise ValueError(
+            f"d_sae must be a multiple of latent_shards={n_shards}, got {config.d_sae}; round it up"
+        )
+    for name in WHOLE_ONLY:
+        if getattr(config, name, None) is not None:
+            raise ValueError(
+                f"{name} must be absent with latent_shards={n_shards}, "
+                f"got {getattr(config, name)}; set latent_shards=1"
+            )
+    kind = config.activation.kind
+    if config.activation.facts.trains == "sparse" and kind not in ("topk", "batchtopk"):
+        raise ValueError(
+            f"activation.kind must be one that is chosen over all latents with "
+            f"latent_shards={n_shards}, got {kind!r}; set latent_shards=1"
+        )
+
+
+def forward(
+    autoencoder: SparseAutoencoder, config: DictionaryConfig, rows: Rows, moment: Moment
+) -> Forward:
+    """Losses of rows in the dictionary's units; `autoencoder` holds this process's latents."""
+    trains = autoencoder.config.activation.facts.trains
+    match trains:
+        case "sparse":
+            return _sparse(autoencoder, config, rows, moment)
+        case "dense":
+            return _dense(autoencoder, config, rows, moment)
+        case "gated":
+            return _gated(autoencoder, config, rows, moment)
+        case _:
+            assert_never(trains)
+
+
+def _sparse(
+    autoencoder: SparseAutoencoder, config: DictionaryConfig, rows: Rows, moment: Moment
+) -> Forward:
+    axis, weights, activation = moment.ranks.latents, autoencoder.encoder(), k_now(config, moment)
+    if isinstance(activation, BatchTopK):
+        of_all = (moment.n_rows, moment.ranks)
+        latents = together.batch_topk(rows.u, weights, activation.k, *of_all)
+    else:
+        assert isinstance(activation, TopK), activation
+        latents = topk(rows.u, weights, activation.k, axis)
+    with autocast(rows.u.device, False):
+        part = sparse_decode(latents.values, latents.indices, autoencoder.dec_rows)
+        y = _whole(autoencoder, rows, part, axis)
+        error = losses.squared_error(rows.v, y)
+    loss = error + _auxk(autoencoder, config, rows, moment, y)
+    fires = latents.values > 0
+    l0 = axis.total(fires.sum(dim=1).float().mean())
+    threshold = None
+    if activation.facts.threshold == "one":
+        threshold = moment.ranks.smallest(scores_of(latents, weights))
+    return Forward(loss, error, latents.indices[fires].unique(), l0, threshold)
+
+
+def topk(u: Float[Tensor, "batch d_in"], weights: EncoderWeights, k: int, axis: Axis) -> Latents:
+    """This process's part of the k largest of each row: value descending, latent ascending.
+
+    The k best of each process are enough; side by side they stand in the order of the latents.
+    """
+    offered = min(k, len(weights.enc_rows))
+    own = encode_topk(u, weights.enc_rows, weights.b_enc, offered, b_in=weights.b_in)
+    kept = _kept(own.values.detach(), k, axis)
+    values = own.values.where(kept, own.values.new_zeros(()))
+    return ungated(pad_silent(Latents(values, own.indices)), weights)
+
+
+def _kept(offers: Float[Tensor, "batch k"], n_kept: int, axis: Axis) -> Bool[Tensor, "batch k"]:
+    """Which of this process's offers are among the n_kept largest of each row."""
+    n = offers.shape[1]
+    everyone = axis.gather(offers).permute(1, 0, 2).flatten(1)  # (batch, shards * k)
+    picked = topk_select(everyone, n_kept).indices
+    kept = torch.zeros_like(everyone, dtype=torch.bool).scatter_(1, picked, True)
+    return kept[:, axis.rank * n : (axis.rank + 1) * n]
+
+
+def _whole(
+    autoencoder: SparseAutoencoder, rows: Rows, part: Float[Tensor, "batch d_out"], axis: Axis
+) -> Float[Tensor, "batch d_out"]:
+    """The reconstruction from all latents; what they share has its gradient in one process."""
+    rest = autoencoder.b_dec + autoencoder.skipped(rows.u)
+    return axis.total(part.to(rows.u.dtype)) + (rest if axis.rank == 0 else rest.detach())
+
+
+def _dense(
+    autoencoder: SparseAutoencoder, config: DictionaryConfig, rows: Rows, moment: Moment
+) -> Forward:
+    axis, weights, activation = (
+        moment.ranks.latents,
+        autoencoder.encoder(),
+        autoencoder.config.activation,
+    )
+    bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else 1.0
+    pre = activations.pre_acts(rows.u, weights).to(rows.u.dtype)
+    acts, n_active = dense.jump(pre, weights, bandwidth)
+    y = _whole(autoencoder, rows, acts @ autoencoder.dec_rows, axis)
+    error = losses.squared_error(rows.v, y)
+    l1 = axis.total(losses.l1_decoder_norm(acts, autoencoder.decoder_norms()))
+    l0 = axis.total(n_active.sum(dim=1).mean())
+    loss = error + dense.penalty(config, moment, l1, l0)
+    loss = loss + _auxk(autoencoder, config, rows, moment, y)
+    fired = (acts.detach() > 0).any(dim=0).nonzero().squeeze(1)
+    return Forward(loss, error, fired, l0.detach())
+
+
+def _gated(
+    autoencoder: SparseAutoencoder, config: DictionaryConfig, rows: Rows, moment: Moment
+) -> Forward:
+    assert config.l1 is not None
+    axis, u = moment.ranks.latents, rows.u
+    b_gate, b_mag, r_mag = (autoencoder.get_parameter(n) for n in ("b_gate", "b_mag", "r_mag"))
+    weights = autoencoder.encoder()._replace(b_enc=torch.zeros_like(b_gate))
+    pi = activations.pre_acts(u, weights).to(u.dtype)
+    gates = torch.relu(pi + b_gate)
+    acts = torch.relu(pi * r_mag.exp() + b_mag) * (gates > 0)
+    error = losses.squared_error(
+        rows.v, _whole(autoencoder, rows, acts @ autoencoder.dec_rows, axis)
+    )
+    rest = (autoencoder.b_dec + autoencoder.skipped(u)).detach()
+    guess = axis.total((gates @ autoencoder.dec_rows.detach()).to(u.dtype)) + rest
+    l1 = axis.total(losses.l1_decoder_norm(gates, autoencoder.decoder_norms()))
+    weight = config.l1.coefficient * ramp(moment.n_steps, moment.total_steps, config.l1.ramp)
+    loss = error + weight * l1 + losses.squared_error(rows.v, guess)
+    fires = acts.detach() > 0
+    fired = fires.any(dim=0).nonzero().squeeze(1)
+    return Forward(loss, error, fired, axis.total(fires.sum(dim=1).float().mean()))
+
+
+def _auxk(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    rows: Rows,
+    moment: Moment,
+    y: Float[Tensor, "batch d_out"],
+) -> float | Float[Tensor, ""]:
+    """How badly the dead latents of all processes reconstruct what y leaves; 0 without."""
+    settings, axis, weights = config.auxk, moment.ranks.latents, autoencoder.encoder()
+    if settings is None:
+        return 0.0
+    dead = moment.dead.nonzero().squeeze(1)
+    n_dead = int(axis.total(torch.tensor(len(dead), device=dead.device)))
+    if n_dead == 0:
+        return 0.0
+    k = min(settings.k or max(rows.u.shape[1] // 2, 1), n_dead)
+    x = rows.u if weights.b_in is None else rows.u - weights.b_in.detach()
+    dec_rows = autoencoder.dec_rows[dead]
+    if weights.norms is not None:
+        dec_rows = dec_rows / weights.norms[dead, None]
+    with autocast(x.device, moment.bf16 or settings.products == "bf16"):
+        pre = x @ weights.enc_rows[dead].T + weights.b_enc[dead]
+        kept = _kept_dead(pre.detach().to(x.dtype), k, axis)
+        part = pre.relu().masked_fill(~kept, 0.0) @ dec_rows
+    guess = axis.total(part.to(x.dtype))
+    return settings.coefficient * losses.squared_error((rows.v - y).detach(), guess)
+
+
+def _kept_dead(pre: Float[Tensor, "batch dead"], k: int, axis: Axis) -> Bool[Tensor, "batch dead"]:
+    """Which of this process's dead latents are among the k largest of each row."""
+    n = min(k, pre.shape[1])
+    offers = pre.new_full((len(pre), k), -torch.inf)
+    own = pre.new_zeros((len(pre), 0), dtype=torch.int64)
+    if n:
+        own = topk_select(pre, n).indices
+        offers[:, :n] = pre.gather(1, own)
+    kept = _kept(offers, k, axis)[:, :n]
+    return torch.zeros_like(pre, dtype=torch.bool).scatter_(1, own, kept)
