@@ -21,12 +21,13 @@ from sae.train import checkpoint
 from sae.train.build import new_autoencoder
 from sae.train.config import TrainConfig
 from sae.train.launch import joined, local_rank, requeue
+from sae.train.memory import estimate, free_on_cpu, require_memory
 from sae.train.module import SAEModule
 from sae.train.ranks import Ranks
 from sae.train.reads import reads
 from sae.train.saver import Saver
 from sae.train.signals import Stopped
-from sae.train.sites import sites
+from sae.train.sites import Sites, sites
 from sae.train.step import TrainStep
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def _train(
     precision = resolve_precision(config.precision)
     identity = _identity(cache, config, precision)
     where = sites(config.saes, cache.hook_points)
+    _require_memory(cache, config, where, precision, ranks)
     steps = {
         name: TrainStep(
             new_autoencoder(cache, where[name], entry, config.seed).to(device()),
@@ -164,6 +166,31 @@ def resolve_precision(precision: str) -> str:
 def device() -> torch.device:
     """The GPU of this process, or the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _require_memory(
+    cache: "ActivationCache",
+    config: TrainConfig,
+    where: dict[str, Sites],
+    precision: str,
+    ranks: Ranks,
+) -> None:
+    """Refuse dictionaries that this process cannot hold."""
+    on_gpu = torch.cuda.is_available()
+    needed = {
+        name: estimate(
+            entry,
+            sum(cache.d_model(point) for point in where[name].inputs),
+            -(-config.batch // ranks.rows.size),
+            d_out=sum(map(cache.d_model, where[name].outputs or where[name].inputs)),
+            precision=precision,
+            shards=config.latent_shards,
+            on_gpu=on_gpu,
+        ).total
+        for name, entry in config.saes.items()
+    }
+    free = torch.cuda.mem_get_info(device())[0] if on_gpu else free_on_cpu()
+    require_memory(sum(needed.values()), free, ", ".join(needed), device().type)
 
 
 def _identity(cache: "ActivationCache", config: TrainConfig, precision: str) -> str:

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -126,3 +128,30 @@ def test_slurm_is_asked_to_start_the_job_again(tmp_path, monkeypatch, caplog):
     command.write_text("#!/bin/sh\necho no such job >&2; exit 1\n")
     requeue()
     assert "scontrol requeue 1234 failed: no such job" in caplog.text
+
+
+def test_the_launch_files_are_shell_and_start_the_command(repository):
+    folder = repository / "configs" / "cluster"
+    files = sorted(folder.iterdir())
+    assert [f.name for f in files] == ["one_node.sh", "slurm.sbatch", "slurm_torchrun.sbatch"]
+    for file in files:
+        subprocess.run(["bash", "-n", str(file)], check=True)
+        assert 'sae.cli train "$@"' in file.read_text()
+
+
+@pytest.mark.long
+def test_torchrun_trains_as_the_documentation_says(cache, tmp_path):
+    """The launcher itself, with its own environment, on two processes."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import activations_cache\n"
+        "from sae.architecture import TopK\n"
+        "from sae.train.config import DictionaryConfig, TrainConfig\n"
+        "from sae.train.fit import train\n"
+        "saes = {'topk': DictionaryConfig(d_sae=30, activation=TopK(k=3))}\n"
+        f"cache = activations_cache.open({str(cache.path)!r})\n"
+        f"train(cache, TrainConfig(saes=saes, batch=101), {str(tmp_path / 'run')!r})\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*command, str(script)], check=True, timeout=150)
+    assert pretrained.load(tmp_path / "run" / "topk").config.d_sae == 30

@@ -1,0 +1,104 @@
+"""The estimate of the memory, against the peak of real steps; what cannot fit never begins."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from activations_cache.synthetic import synthetic_plan, write_synthetic
+from sae.architecture import Gated, JumpReLU, ReLU, TopK
+from sae.train.config import DictionaryConfig, TrainConfig
+from sae.train.fit import train
+from sae.train.loss_config import L0, L1, Tanh
+from sae.train.memory import estimate, free_on_cpu
+
+MEASURE = """
+import json, sys, torch
+from sae.autoencoder import SparseAutoencoder, initialise
+from sae.train.step import TrainStep
+from tests.sae.train.test_memory import CASES, config_of
+torch.set_num_threads(1)
+
+def memory(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+def peak(kind, d_in, d_sae, batch, precision):
+    config, before = config_of(kind, d_sae), memory("VmRSS")
+    made = SparseAutoencoder(config.architecture(d_in))
+    initialise(made, torch.Generator().manual_seed(0))
+    step = TrainStep(made, config, 9, precision=precision)
+    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+    for _ in range(3):
+        step(torch.randn(batch, d_in))
+    return memory("VmHWM") - before
+
+for kind in ("topk", "relu", "jumprelu", "tanh", "gated"):
+    peak(kind, 64, 512, 64, "fp32")  # what libraries take once
+print(json.dumps([peak(*case) for case in CASES]))
+"""
+
+CASES = [
+    ("topk", 512, 8192, 1024, "fp32"),
+    ("topk", 512, 16384, 1024, "bf16"),
+    ("topk", 256, 16384, 4096, "fp32"),
+    ("relu", 512, 8192, 1024, "fp32"),
+    ("relu", 256, 8192, 4096, "fp32"),
+    ("relu", 512, 8192, 1024, "bf16"),
+    ("jumprelu", 512, 16384, 2048, "fp32"),
+    ("tanh", 256, 8192, 2048, "fp32"),
+    ("gated", 512, 8192, 1024, "fp32"),
+]
+
+
+def config_of(kind, d_sae):
+    return {
+        "topk": lambda: DictionaryConfig(d_sae=d_sae, activation=TopK()),
+        "relu": lambda: DictionaryConfig(d_sae=d_sae, activation=ReLU(), l1=L1(), unit_norm=False),
+        "jumprelu": lambda: DictionaryConfig(d_sae=d_sae, activation=JumpReLU(), l0=L0()),
+        "tanh": lambda: DictionaryConfig(d_sae=d_sae, activation=JumpReLU(), tanh=Tanh()),
+        "gated": lambda: DictionaryConfig(d_sae=d_sae, activation=Gated(), l1=L1()),
+    }[kind]()
+
+
+@pytest.mark.long
+def test_the_estimate_is_within_15_percent_of_the_peak(repository):
+    # large tensors go back to the system at once, so that the peak is theirs
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=repository,
+        check=True,
+    )
+    for case, peak in zip(CASES, json.loads(done.stdout), strict=True):
+        kind, d_in, d_sae, batch, precision = case
+        found = estimate(config_of(kind, d_sae), d_in, batch, precision=precision).total
+        assert abs(found / peak - 1) < 0.15, (case, found, peak)
+
+
+def test_the_estimate_counts_weights_four_times_and_shards_divide_them():
+    config = config_of("topk", 1 << 20)
+    whole = estimate(config, 4096, 8192)
+    assert whole.weights == 2 * 4 * 4096 << 20
+    assert (whole.gradients, whole.moments) == (whole.weights, 2 * whole.weights)
+    part = estimate(config, 4096, 8192, shards=8)
+    assert part.weights * 8 == whole.weights
+    assert part.activations == whole.activations
+
+
+def test_a_width_that_cannot_fit_is_refused_before_the_first_step(tmp_path):
+    cache = write_synthetic(tmp_path / "cache", synthetic_plan({"a:out": 7}, n_examples=31))
+    d_sae = free_on_cpu() // (16 * 7)
+    config = TrainConfig(saes={"wide": config_of("topk", d_sae)}, batch=101)
+    with pytest.raises(
+        ValueError, match=r"train.saes must fit into the memory of cpu, .* free"
+    ) as e:
+        train(cache, config, tmp_path / "run")
+    assert "wide" in str(e.value)
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "run").exists()
