@@ -8,6 +8,7 @@ import typer
 
 from sae.cli import console, release_commands
 from sae.cli.cache_commands import app as cache_app
+from sae.cli.evaluate_commands import compare, evaluate
 from sae.cli.request import ConfigArgument, Overrides, run_to
 from sae.config import ConfigError, load_overrides
 from sae.explain.config import ExplainConfig
@@ -31,7 +32,6 @@ class Step(enum.StrEnum):
     """The steps of `sae run`, in their order; each is a command as well."""
 
     TRAIN = "train"
-    EVALUATE = "evaluate"
     EXPLAIN = "explain"
     STEER = "steer"
     BROWSE = "browse"
@@ -52,10 +52,8 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     run_to(Step.TRAIN, config, overrides)
 
 
-@app.command()
-def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Measure the dictionaries on held-out text, after training."""
-    run_to(Step.EVALUATE, config, overrides)
+app.command()(evaluate)
+app.command()(compare)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class EvaluationReport:
 
 def write_json(report: EvaluationReport, path: str | Path) -> None:
     """Write a report; nan, which JSON has not, becomes null."""
-    text = json.dumps(_without_nan(asdict(report)), indent=1, allow_nan=False)
+    text = json.dumps(plain(report), indent=1, allow_nan=False)
     io.write_files({Path(path): (text + "\n").encode()})
 
 
@@ -90,13 +90,16 @@ def _number(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def _without_nan(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dataclasses as what JSON has, at any depth; nan becomes None."""
     match value:
         case dict():
-            return {key: _without_nan(entry) for key, entry in value.items()}
+            return {str(key): plain(entry) for key, entry in value.items()}
         case list() | tuple():
-            return [_without_nan(entry) for entry in value]
+            return [plain(entry) for entry in value]
         case float() if math.isnan(value):
             return None
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            return plain({field.name: getattr(value, field.name) for field in fields(value)})
         case _:
             return value

@@ -33,7 +33,7 @@ def evaluate(
     dictionaries: Mapping[str, SparseAutoencoder],
     cache: ActivationCache,
     hook_point: str,
-    model: nn.Module,
+    model: nn.Module | None,
     config: EvaluateConfig,
     *,
     progress: Progress | None = None,
@@ -46,7 +46,8 @@ def evaluate(
         dictionaries: By name; "zero" and "mean" are taken.
         cache: Made from the model at the hook point.
         hook_point: Which stream.
-        model: The causal language model that the cache was made from, in evaluation mode.
+        model: The causal language model that the cache was made from, in evaluation mode; without
+            one nothing is spliced.
         config: Sizes.
         progress: Called with the units "rows" and "spliced contexts", one after the other.
 
@@ -70,14 +71,16 @@ def evaluate(
     )
     for name, of_one in measured.items():
         firing[name].merge(of_one.firing)
-    context = held_out(cache, hook_point, config)
-    substitution = measure_substitution(
-        dictionaries, model, hook_point, context, config, progress=progress
-    )
+    substitution = {}
+    if model is not None:
+        context = held_out(cache, hook_point, config)
+        substitution = measure_substitution(
+            dictionaries, model, hook_point, context, config, progress=progress
+        )
     report = EvaluationReport(
         hook_point=hook_point,
         cache_fingerprint=cache.fingerprint,
-        skip_positions=context.skip_positions,
+        skip_positions=cache.manifest.plan.skip_positions,
         reconstruction={name: of_one.reconstruction for name, of_one in measured.items()},
         firing={name: summary(of_one) for name, of_one in firing.items()},
         substitution=substitution,

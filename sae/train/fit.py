@@ -143,7 +143,8 @@ def _train(
     for name, step in steps.items():
         whole = step.whole()
         if ranks.is_first:
-            save(whole, path / name, {**provenance, "recipe": asdict(step.config)})
+            own = {"hook_points": where[name].inputs, "recipe": asdict(step.config)}
+            save(whole, path / name, {**provenance, **own})
     ranks.require_same(total_steps, "the number of steps")  # and all is there when one returns
     return {name: path / name for name in steps}
 

@@ -1,0 +1,72 @@
+"""`sae evaluate` and `sae compare`; torch loads after the request is read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sae.cli.request import run_to
+
+CacheOption = Annotated[
+    str | None, typer.Option("--cache", metavar="CACHE", help="The cache they are measured on.")
+]
+HookOption = Annotated[
+    str | None, typer.Option("--hook-point", help="Where the cache holds several.")
+]
+ModelOption = Annotated[
+    bool, typer.Option("--model/--no-model", help="Also splice them into the cache's model.")
+]
+ProbeOption = Annotated[
+    int, typer.Option("--probe", min=0, help="Probe so many of the cache's labels.")
+]
+
+
+def evaluate(
+    targets: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG [KEY=VALUE]... | [GROUP=]DICT...", show_default=False),
+    ],
+    cache: CacheOption = None,
+    hook_point: HookOption = None,
+    model: ModelOption = True,
+    json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    probe: ProbeOption = 0,
+    baselines: Annotated[bool, typer.Option(help="Measure baselines beside them.")] = True,
+) -> None:
+    """Measure dictionaries on held-out rows: those of a config, or any with --cache."""
+    if cache is None:
+        if Path(targets[0].rpartition("=")[2]).is_dir():
+            raise typer.BadParameter(
+                f"--cache must be given for a dictionary, got none for {targets[0]}"
+            )
+        run_to("evaluate", targets[0], targets[1:])
+        return
+    from sae.cli.measuring import Request, measure, show
+
+    request = Request(tuple(targets), cache, hook_point, model, probe, baselines)
+    show(measure(request), json)
+
+
+def compare(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[GROUP=]DICT...", help="Those of a GROUP are its seeds and its sweep over L0."
+        ),
+    ],
+    cache: Annotated[
+        str, typer.Option("--cache", metavar="CACHE", help="What they are measured on.")
+    ],
+    hook_point: HookOption = None,
+    model: ModelOption = True,
+    out: Annotated[Path, typer.Option("--out", help="For plots and figures.")] = Path("compare"),
+    probe: ProbeOption = 0,
+    l0: Annotated[
+        float | None, typer.Option("--l0", min=0.5, help="Compare at this L0; else at the median.")
+    ] = None,
+) -> None:
+    """Hold groups of dictionaries against each other at equal L0, with ties and Pareto plots."""
+    from sae.cli.comparing import compare_and_show
+    from sae.cli.measuring import Request
+
+    compare_and_show(Request(tuple(targets), cache, hook_point, model, probe, True), out, l0)

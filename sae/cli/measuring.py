@@ -1,0 +1,269 @@
+"""`sae evaluate DICT... --cache CACHE`: dictionaries and their baselines in one table."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import activations_cache
+from activations_cache import ActivationCache, io
+from activations_cache.config import TRAINING_SPLITS, ModelConfig
+from activations_cache.models import LoadedModel
+from activations_cache.progress import Progress
+from activations_cache.vision import load_any_model
+from sae import pretrained
+from sae.autoencoder import SparseAutoencoder
+from sae.cli import console
+from sae.evaluate.baselines import (
+    covariance_of,
+    permuted_decoder,
+    principal_components,
+    random_dictionary,
+    raw_neurons,
+)
+from sae.evaluate.config import EvaluateConfig
+from sae.evaluate.probing.labels import check_hook_point
+from sae.evaluate.probing.survey import Survey, survey
+from sae.evaluate.reconstruction import measure_reconstruction
+from sae.evaluate.report import EvaluationReport, plain
+from sae.evaluate.run import evaluate
+
+ROWS_FOR_L0, ROWS_FOR_PCA = 4096, 65_536
+COLUMNS = ("dictionary", "L0", "FVU", "dead", "CE rec. (zero)", "CE rec. (mean)", "Δ CE", "KL",
+           "top-1")  # fmt: skip
+
+
+class Request(NamedTuple):
+    """What is measured, and on what."""
+
+    targets: tuple[str, ...]
+    """Paths or hub names, each with GROUP= before it or not."""
+    cache: str
+    hook_point: str | None
+    model: bool
+    probe: int
+    baselines: bool
+
+
+class Entry(NamedTuple):
+    """A dictionary that is measured."""
+
+    dictionary: SparseAutoencoder
+    path: Path
+    group: str
+    """Its recipe, or what the request names."""
+    seed: int
+
+
+class Measured(NamedTuple):
+    """All figures."""
+
+    entries: dict[str, Entry]
+    """By name, without the baselines."""
+    report: EvaluationReport
+    probes: Survey | None
+
+
+def measure(request: Request) -> Measured:
+    """Load, check and measure."""
+    cache = activations_cache.open(request.cache)
+    hook_point = _hook_point(cache, request.hook_point)
+    entries = load_entries(request.targets, cache, hook_point)
+    dictionaries = {name: entry.dictionary for name, entry in entries.items()}
+    if request.baselines:
+        with console.step("baselines") as report:
+            dictionaries |= baselines(dictionaries, cache, hook_point, report)
+    model = None
+    if request.model:
+        with console.step("model") as report:
+            model = _model(cache, report)
+    with console.step("evaluate") as report:
+        found = evaluate(dictionaries, cache, hook_point, model, EvaluateConfig(), progress=report)
+    for name, entry in entries.items():
+        if (entry.path / "sae.safetensors").is_file():
+            found.firing[name].save(entry.path)  # the unit of steering
+    probes = None
+    if request.probe:
+        l0 = {name: of_one.l0 for name, of_one in found.report.reconstruction.items()}
+        own = {name: dictionaries[name] for name in entries}
+        with console.step("probe") as report:
+            probes = survey(own, l0, cache, hook_point, request.probe, progress=report)
+    return Measured(entries, found.report, probes)
+
+
+def _hook_point(cache: ActivationCache, asked: str | None) -> str:
+    points = cache.hook_points
+    if asked is None and len(points) != 1:
+        raise ValueError(f"--hook-point must be one of {', '.join(points)}, got none; name one")
+    hook_point = asked or "".join(points)
+    check_hook_point(cache, hook_point)
+    return hook_point
+
+
+def load_entries(
+    targets: tuple[str, ...], cache: ActivationCache, hook_point: str
+) -> dict[str, Entry]:
+    """Load dictionaries and refuse those of another model or place."""
+    paths = [target.rpartition("=")[2] for target in targets]
+    recipes: dict[str, str] = {}
+    entries: dict[str, Entry] = {}
+    for target, name in zip(targets, short_names(paths), strict=True):
+        group, _, path = target.rpartition("=")
+        provenance = _provenance(Path(path))
+        _check_origin(path, provenance, cache, hook_point)
+        recipe = json.dumps(provenance.get("recipe") or name, sort_keys=True)
+        group = group or recipes.setdefault(recipe, name)
+        seed = provenance.get("seed")
+        n_before = sum(entry.group == group for entry in entries.values())
+        entries[name] = Entry(
+            pretrained.load(path), Path(path), group, n_before if seed is None else seed
+        )
+    return entries
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """The shortest ends of the paths that are all different."""
+    parts = [[part for part in Path(path).parts if part != "/"] for path in paths]
+    if len(set(map(tuple, parts))) < len(parts):
+        repeated = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"dictionaries must be given once, got {repeated} again; leave it out")
+    depth = 1
+    while len({tuple(p[-depth:]) for p in parts}) < len(parts):
+        depth += 1
+    return ["/".join(p[-depth:]) for p in parts]
+
+
+def _provenance(path: Path) -> dict[str, Any]:
+    file = path / "provenance.json"
+    return json.loads(file.read_bytes()) if file.is_file() else {}
+
+
+def _check_origin(
+    path: str, provenance: dict[str, Any], cache: ActivationCache, hook_point: str
+) -> None:
+    """What a dictionary of our own says of where it was trained must be what the cache holds."""
+    points = provenance.get("hook_points") or [provenance.get("hook_point")]
+    points = provenance.get("hook_points") or [provenance.get("hook_point")]
+    own = {
+        "hook point": ", ".join(point for point in points if point),
+        "model": _model_id(provenance.get("model")),
+    }
+    for what, held in (
+        ("hook point", hook_point),
+        ("model", _model_id(cache.identity.get("model"))),
+    ):
+        if own[what] and held and own[what] != held:
+            raise ValueError(
+                f"{path} must be a dictionary of the cache's {what} {held}, got one of "
+                f"{own[what]}; pass the cache that it was trained on"
+            )
+
+
+def _model_id(recorded: object) -> str:
+    """The hash of its weights, or what stands in its place; empty where nothing is recorded."""
+    if isinstance(recorded, dict):
+        return str(recorded.get("model_sha256", ""))
+    return str(recorded or "")
+
+
+def baselines(
+    dictionaries: Mapping[str, SparseAutoencoder],
+    cache: ActivationCache,
+    hook_point: str,
+    report: Progress,
+) -> dict[str, SparseAutoencoder]:
+    """Untrained rivals at the median L0; those with a frozen part come from training."""
+    rows = cache.rows(("hold",))
+    sample = rows[:: max(1, len(rows) // ROWS_FOR_L0)]
+    found = measure_reconstruction(dictionaries, cache, hook_point, sample, progress=report)
+    l0 = sorted(of_one.reconstruction.l0 for of_one in found.values())[len(found) // 2]
+    mean = cache[hook_point].mean
+    k = min(max(1, round(l0)), len(mean))
+    training = cache.rows(TRAINING_SPLITS)
+    covariance = covariance_of(
+        cache, hook_point, training[:: max(1, len(training) // ROWS_FOR_PCA)], progress=report
+    )
+    first = next(iter(dictionaries.values()))
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"PCA, k={k}": principal_components(mean, covariance, k),
+        f"raw neurons, k={k}": raw_neurons(mean, k),
+        f"random, k={k}": random_dictionary(first, l0, generator),
+        "permuted decoder": permuted_decoder(first, generator),
+    }
+
+
+def _model(cache: ActivationCache, report: Progress) -> torch.nn.Module | None:
+    """The cache's language model; None for images and for caches that record no model."""
+    recorded = cache.manifest.plan.request.get("config", {}).get("model")
+    if recorded is None:
+        return None
+    config = ModelConfig(
+        path=recorded["path"], revision=recorded["revision"], dtype=recorded["dtype"]
+    )
+    loaded = load_any_model(config, progress=report)
+    return loaded.model if isinstance(loaded, LoadedModel) else None
+
+
+def table_rows(report: EvaluationReport) -> list[tuple[str, ...]]:
+    """A row for each dictionary and baseline."""
+    rows = []
+    intact = report.substitution.get("intact")
+    for name, found in report.reconstruction.items():
+        row = [name, f"{found.l0:.1f}", f"{found.fvu:.3f}"]
+        row.append(f"{report.firing[name].dead_fraction:.1%}")
+        if intact is None:
+            rows.append((*row, *("-" for _ in COLUMNS[len(row) :])))
+            continue
+        effect = intact.dictionaries[name]
+        figures = (effect.ce_recovered_zero, effect.ce_recovered_mean, effect.ce_increase,
+                   effect.kl, effect.top1_agreement)  # fmt: skip
+        rows.append((*row, *(f"{figure.value:.3f}" for figure in figures)))
+    return rows
+
+
+def note_of(report: EvaluationReport) -> str:
+    """What the table's figures rest on."""
+    name = next(iter(report.reconstruction))
+    firing = report.firing[name]
+    note = (
+        f"{report.reconstruction[name].n_rows:,} held-out rows; dead: silent in {firing.n_rows:,} "
+        f"rows, so with 95 % confidence rarer than {firing.dead_density_bound:.1e}"
+    )
+    intact = report.substitution.get("intact")
+    if intact is None:
+        return note
+    return (
+        f"{note}; CE {intact.ce_base.value:.3f} nats on {intact.n_tokens:,} held-out tokens, "
+        f"positions below {report.skip_positions} left intact"
+    )
+
+
+def show(measured: Measured, path: Path | None) -> None:
+    """Print the table, and write everything as JSON where it is asked for."""
+    report = measured.report
+    console.table(report.hook_point, COLUMNS, table_rows(report), note_of(report))
+    if measured.probes is not None:
+        show_probes(measured.probes)
+    if path is not None:
+        write(path, {"report": report, "probes": measured.probes})
+
+
+def show_probes(probes: Survey) -> None:
+    """Print mean AUCs over the labels."""
+    columns = ("probe", *(f"AUC, k={k}" for k in probes.ks), "control")
+    rows = [
+        (name, *(f"{value:.3f}" for value in probes.auc[name]), f"{probes.control[name]:.3f}")
+        for name in probes.auc
+    ]
+    rows.append(("dense", *("" for _ in probes.ks[1:]), f"{probes.dense:.3f}", ""))
+    console.table("k-sparse probing", columns, rows, f"means over {', '.join(probes.labels)}")
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write JSON; nan becomes null."""
+    text = json.dumps(plain(record), indent=1, allow_nan=False)
+    io.write_files({path: (text + "\n").encode()})
+    console.OUT.print(f"figures: {path}", soft_wrap=True)

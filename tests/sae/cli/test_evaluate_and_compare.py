@@ -1,0 +1,143 @@
+"""`sae evaluate DICT...` and `sae compare` on a tiny model's cache."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import activations_cache
+from sae import pretrained
+from sae.cli import main
+from sae.evaluate.baselines import covariance_of, principal_components, random_dictionary
+
+HOOK = "model.layers.1:out"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_cache_config) -> Path:
+    """A cache, and two seeds each of a recipe that does well (wide) and of one that does not."""
+    root = tmp_path_factory.mktemp("compare")
+    cache = activations_cache.build(
+        replace(tiny_cache_config, hook_points=(HOOK,), n_rows=2003), root / "cache"
+    )
+    covariance = covariance_of(cache, HOOK, cache.rows())
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        wide = principal_components(cache[HOOK].mean, covariance, 5)
+        wide.b_dec.data += 1e-3 * torch.randn(wide.b_dec.shape, generator=generator)
+        narrow = random_dictionary(wide, 5.0, generator)
+        for name, dictionary in (("wide", wide), ("narrow", narrow)):
+            provenance = {
+                "seed": seed, "recipe": {"name": name}, "hook_points": [HOOK],
+                "model": cache.identity["model"],
+            }  # fmt: skip
+            pretrained.save(dictionary, root / f"run{seed}" / "train" / name, provenance)
+    return root
+
+
+def sae(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["sae", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main.main()
+    return int(stop.value.code)
+
+
+def paths(root: Path) -> list[str]:
+    return [str(root / f"run{seed}/train/{name}") for name in ("wide", "narrow") for seed in (0, 1)]
+
+
+def test_one_table_with_the_baselines_beside_the_dictionary(monkeypatch, capsys, trained):
+    wide = paths(trained)[0]
+    figures = trained / "figures.json"
+    code = sae(
+        monkeypatch, "evaluate", wide, "--cache", str(trained / "cache"), "--json", str(figures),
+        "--probe", "1",
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert code == 0
+    for name in ("wide", "PCA, k=5", "raw neurons, k=5", "random, k=5", "permuted decoder"):
+        assert f" {name} " in out
+    assert "dead: silent in" in out
+    assert "k-sparse probing" in out
+    assert (Path(wide) / "stats.safetensors").is_file()
+    record = json.loads(figures.read_text())
+    fvu = {name: of_one["fvu"] for name, of_one in record["report"]["reconstruction"].items()}
+    assert fvu["wide"] == pytest.approx(fvu["PCA, k=5"], abs=0.01)
+    assert fvu["wide"] < fvu["random, k=5"]
+    assert fvu["wide"] < fvu["permuted decoder"]
+    intact = record["report"]["substitution"]["intact"]["dictionaries"]
+    assert set(intact) == set(fvu)
+    assert set(record["probes"]["auc"]) == {"wide", "wide, random", "raw neurons"}
+
+
+def test_seeds_of_a_recipe_are_one_group_and_differences_are_judged(monkeypatch, capsys, trained):
+    out_path = trained / "out"
+    cache = ("--cache", str(trained / "cache"))
+    assert sae(monkeypatch, "compare", *paths(trained), *cache, "--out", str(out_path)) == 0
+    out = capsys.readouterr().out
+    record = json.loads((out_path / "compare.json").read_text())
+    groups = record["groups"]
+    assert len(set(groups.values())) == 2
+    assert groups["run0/train/wide"] == groups["run1/train/wide"] == "run0/train/wide"
+    assert record["seeds"]["run1/train/narrow"] == 1
+    (pair,) = record["comparisons"]["FVU"]
+    assert pair["verdict"] == "run0/train/wide < run0/train/narrow"
+    assert "a < b" in out
+    assert {"FVU", "Δ CE"} == set(record["comparisons"])
+    assert (out_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_named_groups_and_no_model(monkeypatch, capsys, trained):
+    targets = [f"all={path}" for path in paths(trained)]
+    code = sae(
+        monkeypatch, "compare", *targets, "--cache", str(trained / "cache"), "--no-model",
+        "--out", str(trained / "named"),
+    )  # fmt: skip
+    assert code == 0
+    record = json.loads((trained / "named" / "compare.json").read_text())
+    assert set(record["groups"].values()) == {"all"}
+    assert record["report"]["substitution"] == {}
+    assert record["comparisons"] == {"FVU": []}
+
+
+def refused(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    code = sae(monkeypatch, *arguments)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return code, error
+
+
+def test_requests_that_do_not_fit_take_one_line(monkeypatch, capsys, trained):
+    wide, cache = paths(trained)[0], str(trained / "cache")
+    code, error = refused(monkeypatch, capsys, "evaluate", wide)
+    assert (code, "--cache must be given" in error) == (2, True)
+    code, error = refused(
+        monkeypatch, capsys, "evaluate", wide, "--cache", cache, "--hook-point", "a.b:out"
+    )
+    assert (code, "must hold the hook point a.b:out, got model.layers.1:out" in error) == (1, True)
+    code, error = refused(monkeypatch, capsys, "evaluate", wide, wide, "--cache", cache)
+    assert (code, "dictionaries must be given once" in error) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", {"model_sha256": "ab" * 32}, "must be a dictionary of the cache's model"),
+        ("hook_points", ["h.7:out"], "the cache's hook point model.layers.1:out, got one of h.7"),
+    ],
+)
+def test_dictionaries_of_other_models_and_places_are_refused(
+    monkeypatch, capsys, trained, tmp_path, key, value, message
+):
+    other = tmp_path / "other"
+    shutil.copytree(paths(trained)[0], other)
+    record = json.loads((other / "provenance.json").read_text())
+    (other / "provenance.json").write_text(json.dumps({**record, key: value}))
+    arguments = ("compare", paths(trained)[0], str(other), "--cache", str(trained / "cache"))
+    code, error = refused(monkeypatch, capsys, *arguments)
+    assert code == 1
+    assert message in error
