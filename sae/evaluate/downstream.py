@@ -19,7 +19,7 @@ IMAGES_AT_ONCE = 64
 
 
 class Images(NamedTuple):
-    """Pixels as the model reads them, and their classes; fitted on one part, scored on the other."""
+    """Pixels as the model reads them, and their classes: one part to fit on, one to score on."""
 
     train: Float[Tensor, "example 3 height width"]
     train_labels: Int[Tensor, " example"]
