@@ -1,12 +1,15 @@
 """Adam over latent-major weights in one pass: projection, step, norm, 16-bit copy of the rows."""
 
 import math
+import random
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import BFloat16, Float
+from jaxtyping import BFloat16, Float, UInt8
 from torch import Tensor
 
+from sae_kernels.adam_states import Packed, n_blocks, pack_, unpack
 from sae_kernels.launch import check_floating, check_shape, choose
 
 Norm = Literal["none", "unit", "max"]
@@ -24,6 +27,14 @@ class _Settings(NamedTuple):
     project: bool
     norm: Norm
     clip: Float[Tensor, ""] | None
+
+
+class _States(NamedTuple):
+    """Adam's states in fewer bits, and what their rounding is drawn from."""
+
+    exp_avg: Packed
+    exp_avg_sq: Packed
+    seed: int
 
 
 class _Rows(NamedTuple):
@@ -61,6 +72,12 @@ def _step_reference(t: _Rows, s: _Settings) -> None:
     t.rows.mul_(1 - s.lr * s.weight_decay)
     t.rows.sub_(s.lr * (t.exp_avg / (1 - s.beta1**s.step)) / denominator)
     _renorm_(t.rows, s.norm)
+
+
+def _step_plain(t: _Rows, s: _Settings) -> None:
+    _step_reference(t, s)
+    if t.shadow is not None:
+        t.shadow.copy_(t.rows)
 
 
 def _prepared(
@@ -127,6 +144,42 @@ def _step_triton(t: _Rows, s: _Settings) -> None:
     )
 
 
+def _step_packed(
+    t: _Rows, s: _Settings, states: _States, step: Callable[[_Rows, _Settings], None]
+) -> None:
+    """Step some rows at a time with states of 32 bits, which are packed again."""
+    d_sae, width = t.rows.shape
+    n_rows = max(1, CHUNK // max(1, width))
+    mixed = random.Random(f"adam {states.seed} {s.step}").getrandbits(32)  # the CPU takes 32 bits
+    generator = torch.Generator(t.rows.device).manual_seed(mixed)
+    for start in range(0, d_sae, n_rows):
+        first, second = (state.chunk(start, n_rows) for state in states[:2])
+        part = t.chunk(start, n_rows)
+        part = part._replace(
+            exp_avg=unpack(first, signed=True), exp_avg_sq=unpack(second, signed=False)
+        )
+        step(part, s)
+        pack_(first, part.exp_avg, generator, signed=True)
+        pack_(second, part.exp_avg_sq, generator, signed=False)
+
+
+def _check_packed(t: _Rows, s: _Settings, states: _States) -> None:
+    """Check the states of fewer bits; the rest as if they had 32."""
+    if t.rows.dtype != torch.float32:
+        raise TypeError(f"rows must be float32 beside states of fewer bits, got {t.rows.dtype}")
+    for name, state in (("exp_avg", states.exp_avg), ("exp_avg_sq", states.exp_avg_sq)):
+        check_shape(name, state.numbers, *t.rows.shape)
+        if state.numbers.dtype != states.exp_avg.numbers.dtype:
+            raise TypeError(f"{name} must have the dtype of exp_avg, got {state.numbers.dtype}")
+        if not state.numbers.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got the strides {state.numbers.stride()}")
+        if state.numbers.dtype == torch.uint8:
+            if state.scales is None:
+                raise ValueError(f"scales must be given for {name} of 8 bits, got none")
+            check_shape("scales", state.scales, len(t.rows), n_blocks(t.rows.shape[1]))
+    _check(t, s)
+
+
 def _check(t: _Rows, s: _Settings) -> None:
     check_floating(**{n: v for n, v in t._asdict().items() if n != "shadow"})
     check_shape("rows", t.rows, None, None)
@@ -151,12 +204,29 @@ def _check(t: _Rows, s: _Settings) -> None:
             raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
+def _dispatch(t: _Rows, s: _Settings, states: _States, backend: str) -> None:
+    """Take the step, with states of as many bits as they have; those in `t` are nobody's."""
+    exp_avg, exp_avg_sq = states.exp_avg.numbers, states.exp_avg_sq.numbers
+    if exp_avg.dtype in (torch.bfloat16, torch.uint8) and t.rows.dtype != exp_avg.dtype:
+        _check_packed(t, s, states)
+        _step_packed(t, s, states, _step_plain if backend == "reference" else _step_torch)
+        return
+    t = t._replace(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    _check(t, s)
+    if backend == "triton":
+        _step_triton(t, s)
+    elif backend == "torch":
+        _step_torch(t, s)
+    else:
+        _step_plain(t, s)
+
+
 @torch.no_grad()
 def latent_adam_(  # noqa: PLR0913
     rows: Float[Tensor, "d_sae d_out"],
     grad: Float[Tensor, "d_sae d_out"],
-    exp_avg: Float[Tensor, "d_sae d_out"],
-    exp_avg_sq: Float[Tensor, "d_sae d_out"],
+    exp_avg: Float[Tensor, "d_sae d_out"] | UInt8[Tensor, "d_sae d_out"],
+    exp_avg_sq: Float[Tensor, "d_sae d_out"] | UInt8[Tensor, "d_sae d_out"],
     step: int,
     *,
     lr: float,
@@ -167,6 +237,8 @@ def latent_adam_(  # noqa: PLR0913
     norm: str = "none",
     clip: Float[Tensor, ""] | None = None,
     shadow: BFloat16[Tensor, "d_sae d_out"] | None = None,
+    scales: tuple[Float[Tensor, "d_sae block"], Float[Tensor, "d_sae block"]] | None = None,
+    seed: int = 0,
     backend: str | None = None,
 ) -> None:
     """Take one step of Adam in place, with what a dictionary does around it, in one pass.
@@ -174,6 +246,11 @@ def latent_adam_(  # noqa: PLR0913
     In this order: the gradient times `clip`; less its component along the row (`project`); Adam
     with decoupled weight decay (AdamW); the rows brought to their norm; the shadow written. The
     states start as zeros. With betas[0] = 0 it is RMSprop with bias correction.
+
+    Beside float32 rows the states may be bfloat16, or uint8 codes with a scale for each 256
+    neighbours of a row, the second one as its root (block-wise dynamic quantisation, Dettmers et
+    al. 2022, arXiv 2110.02861). Both are rounded at random, drawn from `seed` and `step` alone.
+    The Triton kernel takes states of 32 bits; the others run in torch's operations on any device.
 
     Args:
         rows: weights (d_sae, d_out) in float32 or float64, contiguous.
@@ -190,21 +267,15 @@ def latent_adam_(  # noqa: PLR0913
             to it, "none" leaves them.
         clip: factor of the gradient as a scalar tensor, so that no device is waited for.
         shadow: copy of the rows in bfloat16 that is brought up to date.
+        scales: those of both states (d_sae, blocks of 256), where they are uint8.
+        seed: decides, with the number of the step, how states of fewer bits are rounded.
         backend: a forced backend; the fastest one by default.
 
     Raises:
         ValueError: if shapes, devices, strides or settings do not fit.
         TypeError: if the dtypes do not fit.
     """
-    t = _Rows(rows, grad, exp_avg, exp_avg_sq, shadow)
     s = _Settings(lr, *betas, eps, weight_decay, step, project, norm, clip)  # pyright: ignore[reportArgumentType]
-    _check(t, s)
-    name = choose(rows, backend)
-    if name == "triton":
-        _step_triton(t, s)
-    elif name == "torch":
-        _step_torch(t, s)
-    else:
-        _step_reference(t, s)
-        if shadow is not None:
-            shadow.copy_(rows)
+    first, second = (None, None) if scales is None else scales
+    states = _States(Packed(exp_avg, first), Packed(exp_avg_sq, second), seed)
+    _dispatch(_Rows(rows, grad, rows, rows, shadow), s, states, choose(rows, backend))

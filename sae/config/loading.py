@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sae.config.problems import ConfigError, dotted, find_problems, printable, show
-from sae.config.schema import Keys, walk
+from sae.config.grid import BadGrid, expand, moved
+from sae.config.problems import ConfigError, Problem, dotted, find_problems, printable, show
+from sae.config.schema import Keys, implied, walk
 from sae.config.yaml12 import DEEPEST, YAMLProblem, parse, render
 
 T = TypeVar("T")
@@ -171,7 +172,14 @@ def _adapter(schema: type) -> TypeAdapter:
 
 
 def _build(schema: type[T], data: object, file: str, origins: Mapping[Keys, str]) -> T:
+    try:
+        places = expand(schema, data)
+    except BadGrid as bad:
+        raise ConfigError(_line([bad.problem], file, origins)) from None
     nodes = dict(walk(schema, data))
+    for node in nodes.values():
+        if isinstance(node.value, dict) and "kind" not in node.value and implied(node.annotation):
+            node.value["kind"] = implied(node.annotation)
     built, error = None, None
     try:
         built = _adapter(schema).validate_json(json.dumps([data]))
@@ -180,11 +188,16 @@ def _build(schema: type[T], data: object, file: str, origins: Mapping[Keys, str]
     problems = find_problems(nodes, error)
     if built is not None and not problems:
         return built[0]
+    raise ConfigError(_line([moved(problem, places) for problem in problems], file, origins))
+
+
+def _line(problems: list[Problem], file: str, origins: Mapping[Keys, str]) -> str:
+    """The first problem, with the number of others."""
     first, *others = problems
     blamed = [text for keys, text in origins.items() if _touch(keys, first.keys)]
     label = blamed[-1] if blamed else file
     more = f" (and {len(others)} more)" if others else ""
-    raise ConfigError(f"{label}: {dotted(first.keys)}{first.text}{more}")
+    return f"{label}: {dotted(first.keys)}{first.text}{more}"
 
 
 def _touch(changed: Keys, wrong: Keys) -> bool:

@@ -1,6 +1,7 @@
 """What a tree of stdlib dataclasses says of the values in a file: their types, kinds and words.
 
-A union of dataclasses that all have a field `kind: Literal[...]` is told apart by that field.
+A union of dataclasses that all have a field `kind: Literal[...]` is told apart by that field. One
+of them may have `IMPLIED: ClassVar[bool] = True`: it is meant where no kind is given.
 """
 
 import ast
@@ -52,6 +53,8 @@ def walk(annotation: Any, value: object, keys: Keys = ()) -> Iterator[tuple[Keys
     """Go through the values that the schema knows of, in the order of the file."""
     kind = value.get("kind") if isinstance(value, dict) else None
     options = members(annotation)
+    if isinstance(value, dict) and "kind" not in value:
+        kind = implied(annotation)
     named = kinds(annotation).get(kind) if isinstance(kind, str) else None
     node = Node(annotation, options[0] if len(options) == 1 else named, value)
     yield keys, node
@@ -73,6 +76,13 @@ def kinds(annotation: Any) -> dict[str, type]:
     if len(options) < 2 or not all(is_dataclass(m) and "kind" in hints(m) for m in options):
         return {}
     return {kind: member for member in options for kind in get_args(hints(member)["kind"])}
+
+
+@functools.cache
+def implied(annotation: Any) -> str | None:
+    """Return the kind that is meant where none is given, if there is one."""
+    found = (k for k, member in kinds(annotation).items() if getattr(member, "IMPLIED", False))
+    return next(found, None)
 
 
 @functools.cache
@@ -173,11 +183,17 @@ def _default(field: Field) -> str:
 
 
 def _field_docs(schema: type) -> dict[str, str]:
-    """Return the string literals that stand under the fields of a class."""
-    [definition] = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
+    """Return the string literals that stand under the fields of a class and of those it extends."""
     docs = {}
-    for above, below in itertools.pairwise(ast.iter_child_nodes(definition)):
-        match above, below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=text)):
-                docs[name] = inspect.cleandoc(str(text))
+    for part in reversed(schema.__mro__):
+        if not is_dataclass(part):
+            continue
+        [definition] = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+        for above, below in itertools.pairwise(ast.iter_child_nodes(definition)):
+            match above, below:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=text)),
+                ):
+                    docs[name] = inspect.cleandoc(str(text))
     return docs

@@ -11,6 +11,7 @@ from sae.architecture import SAEConfig, Slice
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import DictionaryConfig
 from sae.train.sites import Sites
+from sae.train.warm_start import start_from
 
 if TYPE_CHECKING:
     from activations_cache import ActivationCache
@@ -19,13 +20,16 @@ if TYPE_CHECKING:
 def new_autoencoder(
     cache: "ActivationCache", where: Sites, entry: DictionaryConfig, seed: int
 ) -> SparseAutoencoder:
-    """An initialised dictionary of these hook points of a cache, on the CPU."""
+    """The dictionary of these hook points of a cache that training begins with, on the CPU."""
     inputs = [_unit(cache, point, entry) for point in where.inputs]
     outputs = [_unit(cache, point, entry) for point in where.outputs]
-    autoencoder = SparseAutoencoder(architecture(entry, inputs, outputs))
+    form = architecture(entry, inputs, outputs)
+    if entry.init_from is not None:
+        return start_from(entry.init_from, form, unit_norm=entry.unit_norm)
+    autoencoder = SparseAutoencoder(form)
     initialise(
         autoencoder,
-        torch.Generator().manual_seed(seed),
+        torch.Generator().manual_seed(seed if entry.seed is None else entry.seed),
         mean=_mean(outputs or inputs),
         mean_in=_mean(inputs),
         decoder_norm=entry.decoder_norm,

@@ -2,9 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from activations_cache.checks import at_least, fraction, positive, require
+from activations_cache.checks import at_least, positive, require
 from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK, check_k
 from sae.train.loss_config import (
     L0,
@@ -20,42 +20,9 @@ from sae.train.loss_config import (
     PreAct,
     Tanh,
 )
+from sae.train.optim_config import Adam, Optimizer, Resample, ScheduleFree, decay
 
-
-@dataclass(frozen=True, kw_only=True)
-class Adam:
-    """Adam with warm-up and a linear decay to zero at the end."""
-
-    lr: float = 1e-3
-    """Learning rate between warm-up and decay."""
-    beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.999
-    """Decay of the second moment."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    warmup: float = 0.02
-    """Fraction of the steps over which the rate rises from 0."""
-    decay: float = 0.2
-    """Fraction of the steps, the last ones, over which the rate falls to 0."""
-    clip: float | None = 1.0
-    """Largest norm of all gradients together; no clipping when absent."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        for name in ("lr", "eps"):
-            positive(name, getattr(self, name))
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
-                )
-        for name in ("warmup", "decay"):
-            fraction(name, getattr(self, name))
-        rule = f"be at most 1 - warmup={self.warmup}"
-        require(self.warmup + self.decay <= 1, "decay", rule, self.decay)
-        if self.clip is not None:
-            positive("clip", self.clip)
+__all__ = ["L0", "L1", "Adam", "AuxK", "DictionaryConfig", "TrainConfig"]
 
 
 PENALTIES = ("l1", "p_anneal", "l0", "tanh")
@@ -113,8 +80,20 @@ class DictionaryConfig:
     """Keep the decoder rows at norm 1 and take their parallel part out of the gradient."""
     frozen: Literal["none", "decoder", "soft_decoder", "encoder"] = "none"
     """Makes a baseline: what stays random, or, if soft, within a cosine of 0.8 of it."""
-    optimizer: Adam = _ADAM
+    optimizer: Optimizer = _ADAM
     """The optimiser and its schedule."""
+    resample: Resample | None = None
+    """Dead latents begin again from rows that are reconstructed badly."""
+    ema: float | None = None
+    """Decay of a running mean of the weights, which is what is saved; none when absent."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, one after the other, to save memory; one step for all."""
+    init_from: str | None = None
+    """A dictionary to start from: any that can be loaded and has this form."""
+    seed: int | None = None
+    """Decides the first weights; the run's when absent."""
+    grid: dict[str, tuple[Any, ...]] | None = None
+    """Lists of values by dotted key: a file's entry stands for one dictionary for each choice."""
 
     def __post_init__(self) -> None:
         """Check the fields against each other."""
@@ -134,6 +113,33 @@ class DictionaryConfig:
         at_least("d_sae", self.d_sae, 1)
         at_least("dead_after_tokens", self.dead_after_tokens, 1)
         positive("decoder_norm", self.decoder_norm)
+        self._check_loop()
+
+    def _check_loop(self) -> None:
+        """Check what is not of the form or the losses."""
+        if self.ema is not None:
+            decay("ema", self.ema)
+            rule = "be absent beside optimizer.kind 'schedule_free', which averages by itself"
+            require(not isinstance(self.optimizer, ScheduleFree), "ema", rule, self.ema)
+        rule = "be absent outside of files, where each entry stands for itself"
+        require(self.grid is None, "grid", rule, self.grid)
+        at_least("accumulate", self.accumulate, 1)
+        whole = {
+            f"activation.kind {self.activation.kind!r}": self.activation.facts.threshold == "one",
+            "l0.target": self.l0 is not None and self.l0.target is not None,
+            "p_anneal": self.p_anneal is not None,
+            "control": self.control is not None,
+        }
+        for what in (name for name, is_on in whole.items() if is_on):
+            rule = f"be 1 beside {what}, which looks at the whole batch"
+            require(self.accumulate == 1, "accumulate", rule, self.accumulate)
+        rule = f"be absent beside frozen {self.frozen!r}, which it would move"
+        require(self.resample is None or self.frozen == "none", "resample", rule, self.resample)
+        if self.init_from is not None:
+            require(bool(self.init_from), "init_from", "name a dictionary", self.init_from)
+            require(self.seed is None, "seed", "be absent beside init_from", self.seed)
+        if self.seed is not None:
+            at_least("seed", self.seed, 0)
 
     def _allow(self, *optional: str, one_of: tuple[str, ...] = ()) -> None:
         """Refuse the terms of the loss that do not fit the activation, or are missing."""
@@ -242,6 +248,10 @@ class TrainConfig:
             require(is_name, "saes", "have names of letters, digits, - and _", name)
         for name in ("batch", "epochs", "log_every", "latent_shards"):
             at_least(name, getattr(self, name), 1)
+        for name, entry in self.saes.items():
+            rule = f"be at most batch={self.batch}"
+            parts = entry.accumulate
+            require(parts <= self.batch, f"saes.{name}.accumulate", rule, parts)
         at_least("seed", self.seed, 0)
         positive("checkpoint_seconds", self.checkpoint_seconds)
         positive("rank_timeout_seconds", self.rank_timeout_seconds)

@@ -14,6 +14,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch.utils.data import DataLoader, IterableDataset
 
+from activations_cache.config import TRAINING_SPLITS
 from activations_cache.progress import Progress, silent
 from sae.config import digest
 from sae.pretrained.own import save
@@ -103,7 +104,9 @@ def _train(
 ) -> dict[str, Path]:
     total_steps = cache.n_batches(batch=config.batch, epochs=config.epochs)
     if total_steps < 1:
-        raise ValueError(f"batch must be at most the cache's rows, got {config.batch}; lower it")
+        n_rows = len(cache.rows(TRAINING_SPLITS))
+        rule = f"be at most {n_rows}, the cache's rows of {' and '.join(TRAINING_SPLITS)}"
+        raise ValueError(f"train.batch must {rule}, got {config.batch}; lower it")
     precision = resolve_precision(config.precision)
     identity = _identity(cache, config, precision)
     where = sites(config.saes, cache.hook_points)

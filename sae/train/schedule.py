@@ -1,6 +1,10 @@
 """Schedules as plain functions of the step."""
 
+import math
 import random
+from typing import Literal
+
+from sae.train.optim_config import Optimizer, ScheduleFree
 
 
 def ramp(step: int, total_steps: int, fraction: float) -> float:
@@ -9,15 +13,31 @@ def ramp(step: int, total_steps: int, fraction: float) -> float:
     return 1.0 if step + 1 >= n else (step + 1) / n
 
 
-def warmup_decay(step: int, total_steps: int, warmup: float, decay: float) -> float:
-    """Rise over the first `warmup` of the steps, fall linearly over the last `decay` of them.
+def warmup_decay(
+    step: int,
+    total_steps: int,
+    warmup: float,
+    decay: float,
+    shape: Literal["linear", "cosine"] = "linear",
+) -> float:
+    """Rise over the first `warmup` of the steps, fall over the last `decay` of them.
 
-    The last step has the factor 1/n, n the number of falling steps: none is wasted at zero.
+    A linear fall of n steps ends with the factor 1/n: no step is wasted at zero.
     """
     n = round(decay * total_steps)
     left = total_steps - step
     fall = 1.0 if left > n else max(left, 0) / n
+    if shape == "cosine" and left <= n:
+        fall = (1 - math.cos(math.pi * max(left, 0) / n)) / 2
     return ramp(step, total_steps, warmup) * fall
+
+
+def rate_factor(settings: Optimizer, step: int, total_steps: int) -> float:
+    """What the learning rates are multiplied by at a step."""
+    if isinstance(settings, ScheduleFree):
+        return ramp(step, total_steps, settings.warmup)
+    at = (step, total_steps)
+    return warmup_decay(*at, settings.warmup, settings.decay, settings.decay_shape)
 
 
 def falling_k(step: int, total_steps: int, start: int, end: int, fraction: float) -> int:

@@ -8,15 +8,19 @@ from torch import Tensor
 
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
+from sae.train.accumulate import backward
+from sae.train.averages import EMA, with_means
 from sae.train.config import DictionaryConfig
 from sae.train.forward.result import Forward, Moment, Power, Rows
-from sae.train.forward.run import forward
 from sae.train.forward.sharded import require_shardable
 from sae.train.frozen import anchor_of, freeze, keep_near_
-from sae.train.optim import LatentAdam, normalise_rows_
-from sae.train.parts import gradient_norm, part_of, sum_gradients, whole_of
+from sae.train.optim import optimizer_of
+from sae.train.parts import gradient_norm, of_latents, part_of, sum_gradients, whole_of
 from sae.train.ranks import ALONE, Batch, Ranks, batch_of, mean_figures
-from sae.train.schedule import warmup_decay
+from sae.train.resample import candidates_of, is_due, resample_
+from sae.train.rows import normalise_rows_
+from sae.train.schedule import rate_factor
+from sae.train.schedule_free import ScheduleFreeAdam
 
 
 class StepMetrics(NamedTuple):
@@ -88,7 +92,8 @@ class TrainStep:
             with torch.no_grad():
                 normalise_rows_(unit)
         learns = unit is not None and unit.requires_grad
-        self.optimizer = LatentAdam(self._groups(), config.optimizer, unit if learns else None)
+        self.optimizer = optimizer_of(self._groups(), config.optimizer, unit if learns else None)
+        self.ema = None if config.ema is None else EMA(self.learned, config.ema)
 
     def _groups(self) -> list[dict[str, Any]]:
         """The parameters with their learning rates: JumpReLU's thresholds may have their own."""
@@ -121,11 +126,10 @@ class TrainStep:
         place = (self.n_steps, self.total_steps, self._dead, self.bf16, self.power)
         moment = Moment(*place, self.ranks, batch.n_rows, batch.share)
         self.optimizer.zero_grad(set_to_none=True)
-        found = forward(self.autoencoder, self.config, rows, moment)
-        (found.loss * batch.share).backward()
+        found = backward(self.autoencoder, self.config, rows, moment)
         sum_gradients(self.learned, self.ranks)
         norm = gradient_norm(self.learned, self.ranks)
-        figures = torch.stack([found.loss.detach(), found.error.detach(), found.l0])
+        figures = torch.stack([found.loss, found.error, found.l0])
         loss, error, l0 = mean_figures(figures, batch.share, self.ranks)
         finite = loss.isfinite() & norm.isfinite()
         if bool(finite):
@@ -133,19 +137,27 @@ class TrainStep:
             if clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.params, clip, norm)
             self._update(found, batch)
+            self._resample(rows)
         self.n_steps += 1
         dead = self.ranks.latents.mean(self._dead.float().mean())
         return StepMetrics(loss, error / batch.variance, l0, dead, norm, finite.float())
 
     def whole(self) -> SparseAutoencoder:
-        """The dictionary with the latents of all processes; only the first one gets all of it."""
-        if self.ranks.latents.size == 1:
-            return self.autoencoder
-        return whole_of(self.autoencoder, self.form, self.ranks)
+        """The dictionary with the latents of all processes; only the first one gets all of it.
+
+        Where a mean of the weights is kept, it is a copy that has these.
+        """
+        means = {} if self.ema is None else self.ema.means
+        if isinstance(self.optimizer, ScheduleFreeAdam):
+            averaged = self.optimizer.means()
+            means = {name: averaged[p] for name, p in self.learned.items() if p in averaged}
+        own = self.autoencoder
+        own = with_means(own, means, self.config.unit_norm) if means else own
+        return own if self.ranks.latents.size == 1 else whole_of(own, self.form, self.ranks)
 
     def _update(self, found: Forward, batch: Batch) -> None:
         settings = self.config.optimizer
-        factor = warmup_decay(self.n_steps, self.total_steps, settings.warmup, settings.decay)
+        factor = rate_factor(settings, self.n_steps, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
@@ -159,7 +171,23 @@ class TrainStep:
             follow_(running, found.threshold, threshold_rate(self.total_steps))
         self.power = found.power or self.power
         self.silent_rows += batch.n_rows
-        self.silent_rows[self.ranks.any(found.fired, len(self.silent_rows))] = 0
+        fired = found.n_fired.nonzero().squeeze(1)
+        self.silent_rows[self.ranks.any(fired, len(self.silent_rows))] = 0
+        if self.ema is not None:
+            self.ema.update(self.n_steps)
+
+    def _resample(self, rows: Rows) -> None:
+        """After the steps at which it is due, begin dead latents again."""
+        settings, n_steps = self.config.resample, self.n_steps + 1
+        if settings is None or not is_due(settings, n_steps, self.total_steps):
+            return
+        candidates = candidates_of(self.autoencoder, rows, self.ranks)
+        latents = resample_(self.autoencoder, self._dead, candidates, settings, n_steps)
+        self.silent_rows[latents] = 0
+        for name in (name for name, p in self.learned.items() if of_latents(name, p)):
+            self.optimizer.restart(self.learned[name], latents)
+            if self.ema is not None:
+                self.ema.restart(name, latents)
 
     @property
     def _dead(self) -> Bool[Tensor, " d_sae"]:
@@ -178,6 +206,8 @@ class TrainStep:
         for param, moments in self.optimizer.state.items():
             for key, value in moments.items():
                 state[f"adam.{names[param]}.{key}"] = value
+        if self.ema is not None:
+            state |= {f"ema.{name}": mean for name, mean in self.ema.means.items()}
         return state
 
     @torch.no_grad()
@@ -198,11 +228,13 @@ class TrainStep:
             own = {k.removeprefix(moments): v for k, v in state.items() if k.startswith(moments)}
             if own:
                 self.optimizer.state[parameter] = {
-                    k: v.clone().to(parameter.device if k != "step" else v.device)
+                    k: v.clone().to(parameter.device if v.dim() else v.device)
                     for k, v in own.items()
                 }
         for name, buffer in self.autoencoder.named_buffers():
             buffer.copy_(state[f"buffer.{name}"])
+        for name, mean in ({} if self.ema is None else self.ema.means).items():
+            mean.copy_(state[f"ema.{name}"])
         self.silent_rows.copy_(state["silent_rows"])
         if self.anchor is not None:
             self.anchor.copy_(state["anchor"])

@@ -35,5 +35,4 @@ def forward(
     weight = config.l1.coefficient * ramp(moment.n_steps, moment.total_steps, config.l1.ramp)
     loss = error + weight * moment.power.scale * penalty + losses.squared_error(v, guess)
     fires = acts.detach() > 0
-    fired = fires.any(dim=0).nonzero().squeeze(1)
-    return Forward(loss, error, fired, fires.sum(dim=1).float().mean())
+    return Forward(loss, error, fires.sum(dim=0), fires.sum(dim=1).float().mean())

@@ -34,8 +34,8 @@ class Forward(NamedTuple):
     """What is minimised."""
     error: Float[Tensor, ""]
     """The squared error of the whole dictionary, summed over d."""
-    fired: Int[Tensor, " latent"]
-    """Numbers of the latents that fired in any row."""
+    n_fired: Int[Tensor, " d_sae"]
+    """In how many rows each latent fired."""
     l0: Float[Tensor, ""]
     """Mean number of latents that fired in a row."""
     threshold: Float[Tensor, ""] | None = None

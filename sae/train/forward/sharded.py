@@ -45,6 +45,11 @@ def require_shardable(config: DictionaryConfig, n_shards: int) -> None:
                 f"{name} must be absent with latent_shards={n_shards}, "
                 f"got {getattr(config, name)}; set latent_shards=1"
             )
+    if config.optimizer.kind == "muon":
+        raise ValueError(
+            f"optimizer.kind must be one that goes row by row with latent_shards={n_shards}, "
+            "got 'muon'; set latent_shards=1"
+        )
     kind = config.activation.kind
     if config.activation.facts.trains == "sparse" and kind not in ("topk", "batchtopk"):
         raise ValueError(
@@ -89,7 +94,8 @@ def _sparse(
     threshold = None
     if activation.facts.threshold == "one":
         threshold = moment.ranks.smallest(scores_of(latents, weights))
-    return Forward(loss, error, latents.indices[fires].unique(), l0, threshold)
+    n_fired = latents.indices[fires].bincount(minlength=len(moment.dead))
+    return Forward(loss, error, n_fired, l0, threshold)
 
 
 def topk(u: Float[Tensor, "batch d_in"], weights: EncoderWeights, k: int, axis: Axis) -> Latents:
@@ -138,8 +144,7 @@ def _dense(
     l0 = axis.total(n_active.sum(dim=1).mean())
     loss = error + dense.penalty(config, moment, l1, l0)
     loss = loss + _auxk(autoencoder, config, rows, moment, y)
-    fired = (acts.detach() > 0).any(dim=0).nonzero().squeeze(1)
-    return Forward(loss, error, fired, l0.detach())
+    return Forward(loss, error, (acts.detach() > 0).sum(dim=0), l0.detach())
 
 
 def _gated(
@@ -161,8 +166,7 @@ def _gated(
     weight = config.l1.coefficient * ramp(moment.n_steps, moment.total_steps, config.l1.ramp)
     loss = error + weight * l1 + losses.squared_error(rows.v, guess)
     fires = acts.detach() > 0
-    fired = fires.any(dim=0).nonzero().squeeze(1)
-    return Forward(loss, error, fired, axis.total(fires.sum(dim=1).float().mean()))
+    return Forward(loss, error, fires.sum(dim=0), axis.total(fires.sum(dim=1).float().mean()))
 
 
 def _auxk(

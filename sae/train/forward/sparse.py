@@ -89,8 +89,8 @@ def _losses(
         y, error, loss = _decode(autoencoder, config, rows, moment, latents)
     loss = loss + terms.auxk(autoencoder, config, rows, moment, y)
     fires = latents.values > 0
-    fired = latents.indices[fires].unique()
-    return Forward(loss, error, fired, fires.sum(dim=1).float().mean())
+    n_fired = latents.indices[fires].bincount(minlength=config.d_sae)
+    return Forward(loss, error, n_fired, fires.sum(dim=1).float().mean())
 
 
 def _decode(

@@ -11,7 +11,27 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-D_IN, BATCH = 13, 101
+from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from sae.autoencoder import SparseAutoencoder, initialise
+from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig
+from sae.train.step import TrainStep
+
+D_IN, D_SAE, BATCH = 13, 53, 101
+LOSSES = {
+    "topk": {"activation": TopK(k=3), "auxk": AuxK(), "dead_after_tokens": 4 * BATCH},
+    "batchtopk": {"activation": BatchTopK(k=3)},
+    "relu": {
+        "activation": ReLU(),
+        "l1": L1(coefficient=0.3),
+        "unit_norm": False,
+        "decoder_norm": 0.1,
+    },
+    "jumprelu": {
+        "activation": JumpReLU(threshold=0.1, bandwidth=0.3),
+        "l0": L0(coefficient=0.1, threshold_lr=3e-2),
+    },
+    "gated": {"activation": Gated(), "l1": L1(coefficient=0.3)},
+}
 
 
 @pytest.fixture(scope="session")
@@ -98,3 +118,42 @@ def in_ranks(tmp_path: Path) -> Callable[..., list[dict[str, torch.Tensor]]]:
         return [load_file(folder / f"{rank}.safetensors") for rank in range(n)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def entry() -> Callable[..., DictionaryConfig]:
+    """Entries of `saes:` by kind, of 53 latents, and with what else they are given."""
+
+    def made(kind: str, **fields) -> DictionaryConfig:
+        return DictionaryConfig(**{
+            "d_sae": D_SAE,
+            **LOSSES[kind],
+            "optimizer": Adam(lr=1e-2),
+            **fields,
+        })
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def step_of() -> Callable[..., TrainStep]:
+    """A TrainStep from a config, on fresh weights."""
+
+    def made(config: DictionaryConfig, seed: int = 0, total: int = 60) -> TrainStep:
+        autoencoder = SparseAutoencoder(config.architecture(D_IN, 0.5))
+        generator = torch.Generator().manual_seed(seed)
+        initialise(autoencoder, generator, decoder_norm=config.decoder_norm)
+        return TrainStep(autoencoder, config, total)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def resumed() -> Callable[[TrainStep, TrainStep], TrainStep]:
+    """Give a step the state of another one, as a checkpoint would."""
+
+    def made(to: TrainStep, of: TrainStep) -> TrainStep:
+        to.load_state_dict({k: v.clone() for k, v in of.state_dict().items()})
+        return to
+
+    return made

@@ -16,6 +16,7 @@ from sae.train.loss_config import (
     RandomPrefixes,
     Tanh,
 )
+from sae.train.optim_config import Resample
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,39 @@ from sae.train.loss_config import (
         (lambda: Adam(warmup=0.9, decay=0.2), "decay must be at most 1 - warmup=0.9"),
         (lambda: AuxK(k=0), "k must be at least 1"),
         (lambda: L1(coefficient=-1.0), "coefficient must be at least 0"),
+        (
+            lambda: DictionaryConfig(d_sae=64, activation=BatchTopK(k=2), accumulate=2),
+            "accumulate must be 1 beside activation.kind 'batchtopk', which looks at the whole",
+        ),
+        (
+            lambda: DictionaryConfig(
+                d_sae=5, activation=JumpReLU(), l0=L0(target=2.0), accumulate=2
+            ),
+            "accumulate must be 1 beside l0.target",
+        ),
+        (
+            lambda: DictionaryConfig(
+                d_sae=5, activation=ReLU(), unit_norm=False, p_anneal=PAnneal(), accumulate=3
+            ),
+            "accumulate must be 1 beside p_anneal, which looks at the whole batch, got 3",
+        ),
+        (
+            lambda: DictionaryConfig(d_sae=64, frozen="decoder", resample=Resample()),
+            "resample must be absent beside frozen 'decoder', which it would move, got Resample",
+        ),
+        (
+            lambda: DictionaryConfig(d_sae=64, init_from="runs/a", seed=3),
+            "seed must be absent beside init_from, got 3",
+        ),
+        (lambda: DictionaryConfig(d_sae=64, ema=1.0), "ema must be at least 0 and below 1"),
+        (lambda: DictionaryConfig(d_sae=64, seed=-1), "seed must be at least 0, got -1"),
+        (lambda: DictionaryConfig(d_sae=64, init_from=""), "init_from must name a dictionary"),
+        (lambda: Resample(n=-1), "n must be at least 1, got -1"),
+        (lambda: Resample(until=0.0), "until must be a positive number, got 0.0"),
+        (
+            lambda: TrainConfig(saes={"a": DictionaryConfig(d_sae=64, accumulate=9)}, batch=8),
+            "saes.a.accumulate must be at most batch=8, got 9",
+        ),
         (lambda: TrainConfig(saes={}), "saes must name at least one"),
         (
             lambda: TrainConfig(saes={"../x": DictionaryConfig(d_sae=64)}),

@@ -162,7 +162,7 @@ def test_what_fired_and_the_error_are_those_of_the_whole_dictionary(case):
         return
     acts = dictionary.encode_dense(u)
     torch.testing.assert_close(found.error, sq(u - decoded(dictionary, acts)))
-    assert found.fired.tolist() == (acts > 0).any(dim=0).nonzero().flatten().tolist()
+    assert found.n_fired.tolist() == (acts > 0).sum(dim=0).tolist()
     assert float(found.l0) == pytest.approx(float((acts > 0).sum()) / BATCH)
     assert not found.l0.requires_grad
 
@@ -218,7 +218,7 @@ def test_multi_topk_keeps_the_latents_that_topk_alone_keeps():
     alone = config(TopK(k=K))
     one, other = (forward(dictionary, c, Rows(u, u), moment()) for c in (case.config, alone))
     torch.testing.assert_close(one.error, other.error, rtol=0, atol=0)
-    assert torch.equal(one.fired, other.fired)
+    assert torch.equal(one.n_fired, other.n_fired)
     assert to_dense(dictionary.encode(u), D_SAE).count_nonzero() == float(other.l0) * BATCH
 
 

@@ -1,5 +1,6 @@
 import pytest
 
+from sae.train.optim_config import Adam
 from sae.train.schedule import falling_k, falling_p, ramp, random_prefixes, warmup_decay
 
 
@@ -11,6 +12,22 @@ def test_ramp_table():
 def test_warmup_then_decay_table():
     got = [warmup_decay(i, 10, 0.2, 0.4) for i in range(10)]
     assert got == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_a_cosine_falls_slowly_first_and_last():
+    got = [warmup_decay(i, 10, 0.2, 0.4, "cosine") for i in range(10)]
+    high, low = (1 + 0.5**0.5) / 2, (1 - 0.5**0.5) / 2
+    assert got == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, high, 0.5, low])
+
+
+def test_the_shape_of_the_fall_reaches_the_optimiser(entry, step_of, planted):
+    for shape, expected in (("linear", 0.75), ("cosine", (1 + 0.5**0.5) / 2)):
+        adam = Adam(lr=1e-2, warmup=0.0, decay=0.4, decay_shape=shape)
+        step = step_of(entry("topk", optimizer=adam), total=10)
+        for x in planted(8):
+            step(x)
+        rates = [group["lr"] for group in step.optimizer.param_groups]
+        assert rates == pytest.approx([1e-2 * expected])
 
 
 def test_no_decay_stays_at_1():

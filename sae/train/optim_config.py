@@ -1,0 +1,148 @@
+"""How the weights move: optimisers with their schedules, as frozen configs; no torch here."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from activations_cache.checks import at_least, fraction, positive, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Schedule:
+    """What all optimisers share: the rate, its rise at the start, and clipping."""
+
+    lr: float = 1e-3
+    """Learning rate after warm-up."""
+    warmup: float = 0.02
+    """Fraction of the steps over which the rate rises from 0."""
+    clip: float | None = 1.0
+    """Largest norm of all gradients together; no clipping when absent."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        positive("lr", self.lr)
+        fraction("warmup", self.warmup)
+        if self.clip is not None:
+            positive("clip", self.clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Decaying(_Schedule):
+    """The same, and the rate falls at the end; with `decay: 0` it is constant."""
+
+    decay: float = 0.2
+    """Fraction of the steps, the last ones, over which the rate falls to 0; at 0 it stays."""
+    decay_shape: Literal["linear", "cosine"] = "linear"
+    """How it falls."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        fraction("decay", self.decay)
+        rule = f"be at most 1 - warmup={self.warmup}"
+        require(self.warmup + self.decay <= 1, "decay", rule, self.decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam(_Decaying):
+    """Adam (Kingma and Ba 2015); what is meant where no kind is given."""
+
+    IMPLIED: ClassVar[bool] = True
+
+    kind: Literal["adam"] = "adam"
+    """Tells the optimisers apart."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    states: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Format of both moments of the matrices: 8, 4 or about 2 bytes a weight."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        positive("eps", self.eps)
+        for name in ("beta1", "beta2"):
+            decay(name, getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(_Decaying):
+    """Momentum, orthogonalised matrix by matrix (Jordan et al. 2024); Adam for the vectors.
+
+    Updates are scaled to the size of Adam's (Liu et al., arXiv 2502.16982), so rates are of the
+    same order; on planted sparse data about three times Adam's was best.
+    """
+
+    kind: Literal["muon"] = "muon"
+    """Tells the optimisers apart."""
+    momentum: float = 0.95
+    """Decay of the momentum, which is Nesterov's."""
+    newton_schulz: int = 5
+    """Iterations of the orthogonalisation."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        decay("momentum", self.momentum)
+        at_least("newton_schulz", self.newton_schulz, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFree(_Schedule):
+    """Schedule-free Adam: averaging takes the place of a decay (Defazio et al., arXiv 2405.15682).
+
+    Gradients are taken between the newest and the averaged weights; the averaged ones are saved.
+    """
+
+    kind: Literal["schedule_free"] = "schedule_free"
+    """Tells the optimisers apart."""
+    beta1: float = 0.9
+    """Where between the newest (0) and the averaged (1) weights gradients are taken."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        positive("eps", self.eps)
+        for name in ("beta1", "beta2"):
+            decay(name, getattr(self, name))
+
+
+Optimizer = Adam | Muon | ScheduleFree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resample:
+    """Dead latents begin again from rows that are reconstructed badly (Bricken et al. 2023).
+
+    A row is drawn with a probability in proportion to its squared loss; the decoder gets its
+    direction, the encoder the same at a fifth of the living latents' mean norm, the biases 0, and
+    the optimiser forgets what it knew of the latent.
+    """
+
+    n: int = 4
+    """How often."""
+    until: float = 0.5
+    """Fraction of the steps at which it is done for the last time; the others lie evenly before."""
+    encoder_norm: float = 0.2
+    """Norm of the new encoder rows, in units of the living ones' mean."""
+    seed: int = 0
+    """Decides, with the number of the step, what is drawn."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("n", self.n, 1)
+        fraction("until", self.until)
+        positive("until", self.until)
+        positive("encoder_norm", self.encoder_norm)
+        at_least("seed", self.seed, 0)
+
+
+def decay(name: str, value: float) -> None:
+    """Require a decay: at least 0 and below 1."""
+    require(0 <= value < 1, name, "be at least 0 and below 1", value)
