@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -122,3 +123,12 @@ def error(message: str) -> None:
     """Print one line to stderr."""
     line = " ".join(message.split())
     ERR.print(f"error: {line}", markup=False)
+
+
+def side_by_side(title: str, left: tuple[str, str], right: tuple[str, str], note: str) -> None:
+    """Print two texts beside each other, each under its name."""
+    view = Table(title=title, title_justify="left", caption=note, caption_justify="left")
+    for name, _ in (left, right):
+        view.add_column(name, ratio=1, overflow="fold")
+    view.add_row(*(escape(text) for _, text in (left, right)))
+    OUT.print(view)

@@ -9,7 +9,9 @@ import typer
 from sae.cli import console, release_commands
 from sae.cli.cache_commands import app as cache_app
 from sae.cli.evaluate_commands import compare, evaluate
+from sae.cli.find_command import find
 from sae.cli.request import ConfigArgument, Overrides, run_to
+from sae.cli.steer_command import steer
 from sae.config import ConfigError, load_overrides
 from sae.explain.config import ExplainConfig
 from sae.train.signals import Stopped
@@ -38,6 +40,8 @@ class Step(enum.StrEnum):
 
 
 app.add_typer(cache_app, name="cache")
+app.command()(steer)
+app.command()(find)
 
 
 @app.command()
@@ -79,12 +83,6 @@ def explain(
     from sae.cli.explaining import explain_dictionary
 
     explain_dictionary(config, cache, hook_point, out, checked)
-
-
-@app.command()
-def steer(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Generate with one labelled latent turned up, after explaining."""
-    run_to(Step.STEER, config, overrides)
 
 
 @app.command()

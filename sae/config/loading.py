@@ -44,13 +44,20 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     return _build(schema, data, file, origins)
 
 
-def load_overrides(schema: type[T], overrides: Sequence[str]) -> T:
+def load_overrides(
+    schema: type[T], overrides: Sequence[str], options: Mapping[str, object] | None = None
+) -> T:
     """Return the configuration that overrides alone describe; what they leave out has its default.
+
+    Args:
+        schema: As for `load`.
+        overrides: As for `load`.
+        options: What a command's own options say, as plain data; overrides come after them.
 
     Raises:
         ConfigError: As `load`.
     """
-    data: dict[str, object] = {}
+    data: dict[str, object] = to_dict(options or {})
     origins = {_override(data, text): f"override {show(text)}" for text in overrides}
     return _build(schema, data, "command line", origins)
 

@@ -4,15 +4,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sae.steer.attribution import (
+        ablation_effects,
+        agreement,
+        attribute,
+        integrated_gradients,
+        logit_difference,
+    )
     from sae.steer.candidates import Candidate, target_tokens
     from sae.steer.choice import Choice, Subject, choose_latent
-    from sae.steer.config import SteerConfig
+    from sae.steer.config import SteerConfig, SweepConfig
+    from sae.steer.direct import direct_logits
     from sae.steer.edits import Edit, Patch, Push, Splice
     from sae.steer.effects import Effect, measure_effect
     from sae.steer.generation import generate
     from sae.steer.place import Placed, load
     from sae.steer.positions import Patches
+    from sae.steer.search import find_latents, nearest_latents
     from sae.steer.steering import Count, Steering
+    from sae.steer.sweep import Target
     from sae.steer.vectors import mean_difference, random_direction, stream_of
 
 __all__ = [
@@ -29,11 +39,21 @@ __all__ = [
     "SteerConfig",
     "Steering",
     "Subject",
+    "SweepConfig",
+    "Target",
+    "ablation_effects",
+    "agreement",
+    "attribute",
     "choose_latent",
+    "direct_logits",
+    "find_latents",
     "generate",
+    "integrated_gradients",
     "load",
+    "logit_difference",
     "mean_difference",
     "measure_effect",
+    "nearest_latents",
     "random_direction",
     "stream_of",
     "target_tokens",
@@ -53,11 +73,21 @@ _HOME = {
     "SteerConfig": "sae.steer.config",
     "Steering": "sae.steer.steering",
     "Subject": "sae.steer.choice",
+    "SweepConfig": "sae.steer.config",
+    "Target": "sae.steer.sweep",
+    "ablation_effects": "sae.steer.attribution",
+    "agreement": "sae.steer.attribution",
+    "attribute": "sae.steer.attribution",
     "choose_latent": "sae.steer.choice",
+    "direct_logits": "sae.steer.direct",
+    "find_latents": "sae.steer.search",
     "generate": "sae.steer.generation",
+    "integrated_gradients": "sae.steer.attribution",
     "load": "sae.steer.place",
+    "logit_difference": "sae.steer.attribution",
     "mean_difference": "sae.steer.vectors",
     "measure_effect": "sae.steer.effects",
+    "nearest_latents": "sae.steer.search",
     "random_direction": "sae.steer.vectors",
     "stream_of": "sae.steer.vectors",
     "target_tokens": "sae.steer.candidates",

@@ -14,13 +14,10 @@ from activations_cache.progress import Progress, silent
 from sae.steer.candidates import DENSITY, MIN_AUC, MIN_TARGETS, Candidate, fit_candidates, named
 from sae.steer.config import SteerConfig
 from sae.steer.edits import Edit
-from sae.steer.effects import Effect, measure_effect, repeated_share
+from sae.steer.effects import MAX_REPEATED, Effect, measure_effect, repeated_share
 from sae.steer.generation import Generation, generate, generate_copies
 from sae.steer.place import Placed
 from sae.steer.steering import Steering, per_example
-
-MAX_REPEATED = 0.15
-"""A steered text with a larger share of repeated 3-grams counts as a loop."""
 
 AT_ONCE = 32
 """Latents that are steered side by side, each on its own copy of the prompt."""

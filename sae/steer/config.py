@@ -161,5 +161,41 @@ class SteerConfig:
         at_least("n_candidates", self.n_candidates, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Which strengths are tried, on what, and how much they may cost."""
+
+    strengths: tuple[float, ...] = (-2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+    """In `unit`."""
+    unit: Literal["max", "norm"] = "max"
+    """The latent's largest activation, or the norm of the stream at each token."""
+    mode: Literal["clamp", "add"] = "clamp"
+    """Whether a strength replaces the activation or is added to it."""
+    prompts: tuple[str, ...] = ("The",)
+    """What is continued."""
+    max_new_tokens: int = 40
+    """Length of the continuations, at most."""
+    positions: Literal["all", "prompt", "generated", "last"] = "all"
+    """Which tokens are steered."""
+    first_position: int = 1
+    """Positions below this one, the attention sinks, are left as they are."""
+    max_kl: float = 0.5
+    """The largest strength is taken whose KL on neutral text keeps within this, in nats per token.
+    """
+    seed: int = 0
+    """Of the random direction."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("strengths", "prompts"):
+            require(bool(getattr(self, name)), name, "name at least one", getattr(self, name))
+        for strength in self.strengths:
+            _finite("strengths", strength)
+        require(all(self.prompts), "prompts", "not be empty", self.prompts)
+        at_least("max_new_tokens", self.max_new_tokens, 1)
+        at_least("first_position", self.first_position, 0)
+        at_least("max_kl", self.max_kl, 0)
+
+
 def _finite(field: str, value: float) -> None:
     require(abs(value) < float("inf"), field, "be a finite number", value)

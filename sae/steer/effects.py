@@ -16,6 +16,9 @@ Steered = Callable[[], AbstractContextManager[object]]
 NGRAM = 3
 """Length of the token sequences whose repetition is counted."""
 
+MAX_REPEATED = 0.15
+"""A steered text with a larger share of repeated 3-grams counts as a loop."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:

@@ -1,0 +1,294 @@
+"""Which latents a prediction depends on: by gradient, by ablation, along a path, and directly.
+
+attr_i = a_i (d_i . grad_x m) is the linear estimate of what ablating latent i at a position takes
+from a metric m of the logits (Templeton et al. 2024, "Scaling Monosemanticity", attribution).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from activations_cache.hooks import capture, edit
+from activations_cache.progress import Progress, silent
+from sae.autoencoder import Latents
+from sae.steer.latents import directions_of
+from sae.steer.place import Placed
+
+Metric = Callable[[Float[Tensor, "example pos vocab"]], Float[Tensor, " example"]]
+"""From logits to one number per example."""
+
+
+def logit_difference(target: int, against: int | None = None) -> Metric:
+    """The logit of one token at the last position, less that of another."""
+
+    def metric(logits: Float[Tensor, "example pos vocab"]) -> Float[Tensor, " example"]:
+        last = logits[:, -1].to(torch.promote_types(logits.dtype, torch.float32))
+        return last[:, target] - (0.0 if against is None else last[:, against])
+
+    return metric
+
+
+class Attribution(NamedTuple):
+    """Scores of the latents that fire, position by position; 0 where a place is padding."""
+
+    latents: Latents
+    """Activations and numbers, both (pos, k)."""
+    scores: Float[Tensor, "pos k"]
+    """What each latent is held to add to the metric at its position."""
+    metric: float
+    """The metric of the model as it is."""
+
+    def top(self, n: int) -> list[tuple[int, int, float]]:
+        """The n entries with the largest scores by size, as (position, latent, score)."""
+        order = self.scores.abs().flatten().argsort(descending=True)[:n].tolist()
+        width = self.scores.shape[1]
+        places = [divmod(i, width) for i in order]
+        return [(p, int(self.latents.indices[p, j]), float(self.scores[p, j])) for p, j in places]
+
+
+class Seen(NamedTuple):
+    """One prompt at the dictionary's place."""
+
+    ids: Int[Tensor, "example pos"]
+    x: Float[Tensor, "pos d_in"]
+    latents: Latents
+    size: Float[Tensor, "pos _"]
+    """What an activation's direction is multiplied by, from the norm of the input."""
+
+
+def attribute(
+    model: nn.Module,
+    placed: Placed,
+    input_ids: Int[Tensor, "example pos"],
+    metric: Metric,
+    *,
+    first_position: int = 1,
+) -> Attribution:
+    """Gradient times activation of every latent at every position, by one backward pass.
+
+    Args:
+        model: A model in evaluation mode.
+        placed: The dictionary and where it reads and writes.
+        input_ids: One prompt.
+        metric: Of the logits, such as `logit_difference(paris, rome)`.
+        first_position: Positions below this one have no scores.
+    """
+    seen = see(model, placed, input_ids, first_position)
+    gradient, value = _gradient(model, placed, seen.ids, metric, torch.zeros(1))
+    return Attribution(seen.latents, _along(placed, seen, gradient[0]), value[0])
+
+
+@torch.no_grad()
+def ablation_effects(
+    model: nn.Module,
+    placed: Placed,
+    input_ids: Int[Tensor, "example pos"],
+    metric: Metric,
+    entries: list[tuple[int, int]],
+    *,
+    at_once: int = 32,
+    progress: Progress | None = None,
+) -> Float[Tensor, " k"]:
+    """What the metric loses when one latent is ablated at one position, for each such entry.
+
+    Args:
+        model: A model in evaluation mode.
+        placed: The dictionary and where it reads and writes.
+        input_ids: One prompt.
+        metric: Of the logits.
+        entries: (position, latent) each.
+        at_once: Ablated prompts in one forward.
+        progress: Called after each forward.
+    """
+    progress, effects = progress or silent, []
+    seen = see(model, placed, input_ids, 0)
+    base, _ = _metric(model, placed, seen.ids, metric, torch.zeros(1))
+    for start in range(0, len(entries), at_once):
+        part = entries[start : start + at_once]
+        taken = torch.stack([_contribution(placed, seen, *entry) for entry in part])
+        moved = torch.zeros(len(part), *seen.x.shape[:1], taken.shape[1]).to(taken)
+        moved[range(len(part)), [position for position, _ in part]] = -taken
+        found, _ = _metric(model, placed, seen.ids.expand(len(part), -1), metric, moved)
+        effects.append(base[0] - found)
+        progress(start + len(part), len(entries), "ablations")
+    return torch.cat(effects)
+
+
+class Agreement(NamedTuple):
+    """How well cheap scores tell what ablation does; Templeton et al. have .81 and .12."""
+
+    attribution: float
+    """Pearson correlation of gradient times activation with the ablation's effect."""
+    activation: float
+    """Pearson correlation of the bare activation with it."""
+    n: int
+    """Entries compared: pairs of position and latent."""
+
+
+def agreement(
+    model: nn.Module,
+    placed: Placed,
+    input_ids: Int[Tensor, "example pos"],
+    metric: Metric,
+    *,
+    n: int = 256,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Agreement:
+    """Ablate the latents that fire, or a random n of them, and correlate with the estimates.
+
+    Args:
+        model: A model in evaluation mode.
+        placed: The dictionary and where it reads and writes.
+        input_ids: One prompt.
+        metric: Of the logits.
+        n: Entries at most.
+        seed: Decides which, where more fire.
+        progress: Called after each forward.
+    """
+    found = attribute(model, placed, input_ids, metric)
+    fires = (found.latents.values != 0).nonzero()
+    fires = fires[torch.randperm(len(fires), generator=torch.Generator().manual_seed(seed))[:n]]
+    position, place = fires.unbind(dim=1)
+    numbers = found.latents.indices[position, place]
+    entries = list(zip(position.tolist(), numbers.tolist(), strict=True))
+    effects = ablation_effects(model, placed, input_ids, metric, entries, progress=progress)
+    scores, values = (t[position, place] for t in (found.scores, found.latents.values))
+    return Agreement(_pearson(scores, effects), _pearson(values, effects), len(entries))
+
+
+class PathAttribution(NamedTuple):
+    """Integrated gradients, and how far they are from complete."""
+
+    attribution: Attribution
+    """Scores along the path."""
+    total: float
+    """Sum of all scores."""
+    difference: float
+    """The metric of the model as it is less that with all latents off: what the sum should be."""
+
+    @property
+    def gap(self) -> float:
+        """|total - difference| / |difference|: 0 where the path is followed exactly."""
+        return abs(self.total - self.difference) / max(abs(self.difference), 1e-12)
+
+
+def integrated_gradients(
+    model: nn.Module,
+    placed: Placed,
+    input_ids: Int[Tensor, "example pos"],
+    metric: Metric,
+    *,
+    n_steps: int = 16,
+    first_position: int = 1,
+) -> PathAttribution:
+    """Gradients averaged while all latents together go from off to what they are.
+
+    The stream is h - (1 - t) sum_i a_i d_i for t from 0 to 1, so biases and error term stay; the
+    average is taken by Gauss-Legendre (Sundararajan et al. 2017, arXiv 1703.01365).
+
+    Args:
+        model: A model in evaluation mode.
+        placed: The dictionary and where it reads and writes.
+        input_ids: One prompt.
+        metric: Of the logits.
+        n_steps: Points on the path; all in one forward.
+        first_position: Latents at positions below this one stay as they are.
+    """
+    seen = see(model, placed, input_ids, first_position)
+    directions = directions_of(placed.dictionary, seen.latents.indices.flatten())
+    directions = directions.view(*seen.latents.indices.shape, -1)
+    whole = (seen.latents.values[:, :, None] * directions).sum(dim=1) * seen.size  # (pos, d_out)
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(n_steps))
+    off = (1 - (nodes + 1) / 2).to(whole)[:, None, None] * -whole
+    gradient, _ = _gradient(model, placed, seen.ids.expand(n_steps, -1), metric, off)
+    mean = ((weights / 2).to(gradient)[:, None, None] * gradient).sum(dim=0)
+    scores = _along(placed, seen, mean)
+    ends = torch.stack([torch.zeros_like(whole), -whole])
+    with torch.no_grad():
+        found, _ = _metric(model, placed, seen.ids.expand(2, -1), metric, ends)
+    difference = float(found[0] - found[1])
+    attribution = Attribution(seen.latents, scores, float(found[0]))
+    return PathAttribution(attribution, float(scores.sum()), difference)
+
+
+@torch.no_grad()
+def see(
+    model: nn.Module, placed: Placed, input_ids: Int[Tensor, "example pos"], first_position: int
+) -> Seen:
+    """Read a prompt at the dictionary's place.
+
+    Raises:
+        ValueError: If there is not one prompt.
+    """
+    if len(input_ids) != 1:
+        raise ValueError(f"input_ids must be one prompt, got {len(input_ids)}")
+    ids = input_ids.to(next(model.parameters()).device)
+    with capture(model, [placed.hook_point]) as run:
+        x = run(ids)[placed.hook_point][0]
+    latents = placed.dictionary.encode(x)
+    values = latents.values.clone()
+    values[:first_position] = 0
+    size = placed.dictionary.token_norm(x).size
+    whole = torch.as_tensor(size).to(values).expand(len(x), 1)
+    return Seen(ids, x, Latents(values, latents.indices), whole)
+
+
+def _along(
+    placed: Placed, seen: Seen, gradient: Float[Tensor, "pos d_out"]
+) -> Float[Tensor, "pos k"]:
+    """a_i (d_i . gradient) for each latent that fires."""
+    indices, values = seen.latents.indices, seen.latents.values
+    directions = directions_of(placed.dictionary, indices.flatten()).view(*indices.shape, -1)
+    return values * seen.size * torch.einsum("pkd,pd->pk", directions, gradient.to(directions))
+
+
+def _contribution(
+    placed: Placed, seen: Seen, position: int, latent: int
+) -> Float[Tensor, " d_out"]:
+    at = seen.latents.indices[position] == latent
+    f = (seen.latents.values[position] * at).sum()
+    return f * placed.dictionary.direction(latent) * seen.size[position]
+
+
+def _metric(
+    model: nn.Module,
+    placed: Placed,
+    ids: Int[Tensor, "example pos"],
+    metric: Metric,
+    moved: Float[Tensor, "*example"],
+) -> tuple[Float[Tensor, " example"], Tensor]:
+    """The metric of each example with its stream moved, and that stream as a leaf of the graph."""
+    leaves: list[Tensor] = []
+
+    def move(stream: Tensor, _: Tensor) -> Tensor:
+        wide = stream.detach().to(torch.promote_types(stream.dtype, torch.float32))
+        leaf = (wide + moved.view(-1, *moved.shape[1:]).to(wide)).requires_grad_()
+        leaves.append(leaf)
+        return leaf
+
+    with edit(model, {placed.writes: move}):
+        logits = model(input_ids=ids, use_cache=False).logits
+    return metric(logits), leaves[0]
+
+
+def _gradient(
+    model: nn.Module,
+    placed: Placed,
+    ids: Int[Tensor, "example pos"],
+    metric: Metric,
+    moved: Float[Tensor, "*example"],
+) -> tuple[Float[Tensor, "example pos d_out"], list[float]]:
+    with torch.enable_grad():
+        found, leaf = _metric(model, placed, ids, metric, moved)
+        (gradient,) = torch.autograd.grad(found.sum(), leaf)
+    return gradient, found.detach().tolist()
+
+
+def _pearson(a: Float[Tensor, " k"], b: Float[Tensor, " k"]) -> float:
+    pair = torch.stack([a.double(), b.double().to(a.device)])
+    return float(torch.corrcoef(pair)[0, 1]) if len(a) > 1 else float("nan")

@@ -1,0 +1,171 @@
+"""Finding latents: by texts in which they fire and do not, and by the directions of others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from activations_cache.hooks import capture
+from activations_cache.models import Tokenizer
+from activations_cache.progress import Progress, silent
+from sae.autoencoder import SparseAutoencoder
+from sae.steer.place import Placed
+
+_CELLS = 1 << 25  # cosines held at once: 128 MiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A latent that fires in all positive texts and in no negative one."""
+
+    latent: int
+    """Its number."""
+    score: float
+    """Its weakest peak among the positive texts, over the latent's maximum where that is known."""
+    weakest: float
+    """The same in the dictionary's units."""
+    tokens: tuple[int, ...]
+    """The token on which it fires most in each positive text, as a position."""
+
+
+class Counting(NamedTuple):
+    """Which tokens of a text count."""
+
+    where: Literal["any", "last"] = "any"
+    """Whether a latent may fire on any token or must on the last one."""
+    first_position: int = 1
+    """Positions below this one, the attention sinks, do not count."""
+
+
+EVERYWHERE = Counting()
+
+
+def find_latents(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    placed: Placed,
+    positives: Sequence[str],
+    negatives: Sequence[str] = (),
+    counting: Counting = EVERYWHERE,
+    *,
+    progress: Progress | None = None,
+) -> list[Found]:
+    """Latents that fire in every positive text and in no negative one, the strongest first.
+
+    A concept of which many are sure needs few texts: what is common to all of them by chance is
+    taken out by negatives that are like them in everything else.
+
+    Args:
+        model: A model in evaluation mode.
+        tokenizer: The model's.
+        placed: The dictionary; with statistics the score is in units of each latent's maximum.
+        positives: Texts.
+        negatives: Texts.
+        counting: Which tokens count.
+        progress: Called after each text.
+
+    Raises:
+        ValueError: If there is no positive text, or one has no token that counts.
+    """
+    if not positives:
+        raise ValueError("positives must hold at least one text, got none")
+    progress, peaks = progress or silent, []
+    for text in (*positives, *negatives):
+        peaks.append(_peaks(model, tokenizer, placed, text, counting))
+        progress(len(peaks), len(positives) + len(negatives), "texts")
+    values = torch.stack([peak.values for peak in peaks])
+    weakest = values[: len(positives)].amin(dim=0)
+    if len(negatives):
+        weakest = weakest * (values[len(positives) :].amax(dim=0) <= 0)
+    scores = weakest
+    if placed.stats is not None:
+        scores = weakest / placed.stats.max_activation.to(weakest).clamp_min(1e-12)
+    order = scores.argsort(descending=True, stable=True)[: int((weakest > 0).sum())].tolist()
+    return [
+        Found(
+            latent=latent,
+            score=float(scores[latent]),
+            weakest=float(weakest[latent]),
+            tokens=tuple(int(p.at[latent]) for p in peaks[: len(positives)]),
+        )
+        for latent in order
+    ]
+
+
+class _Peaks(NamedTuple):
+    values: Float[Tensor, " d_sae"]
+    at: Int[Tensor, " d_sae"]
+
+
+@torch.no_grad()
+def _peaks(
+    model: nn.Module, tokenizer: Tokenizer, placed: Placed, text: str, counting: Counting
+) -> _Peaks:
+    """The largest activation of every latent in a text, and its position."""
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) <= counting.first_position:
+        raise ValueError(
+            f"texts must have more than {counting.first_position} tokens, "
+            f"got {text!r} with {len(ids)}"
+        )
+    device = next(model.parameters()).device
+    with capture(model, [placed.hook_point]) as run:
+        x = run(torch.tensor([ids], device=device))[placed.hook_point][0]
+    start = len(ids) - 1 if counting.where == "last" else counting.first_position
+    peak = placed.dictionary.encode_dense(x[start:]).max(dim=0)
+    return _Peaks(peak.values, peak.indices + start)
+
+
+class Neighbours(NamedTuple):
+    """The latents with the most similar directions, the nearest first."""
+
+    latents: Int[Tensor, "row k"]
+    """Numbers."""
+    cosines: Float[Tensor, "row k"]
+    """Cosines of the decoder rows."""
+
+
+@torch.no_grad()
+def nearest_latents(
+    dictionary: SparseAutoencoder,
+    latents: Int[Tensor, " row"],
+    among: SparseAutoencoder | None = None,
+    *,
+    k: int = 10,
+) -> Neighbours:
+    """The k latents whose decoder rows have the largest cosine with those of some latents.
+
+    Args:
+        dictionary: Whose latents are asked about.
+        latents: Their numbers.
+        among: The dictionary that is searched; the same one, without the latent itself, when
+            absent. Both must write to the same stream.
+        k: How many for each; fewer where there are not so many.
+
+    Raises:
+        ValueError: If a latent does not exist or the widths differ.
+    """
+    other = among or dictionary
+    d_sae, width = dictionary.config.d_sae, dictionary.config.width_out
+    if len(latents) and not 0 <= int(latents.min()) <= int(latents.max()) < d_sae:
+        raise ValueError(f"latents must be below d_sae={d_sae}, got {int(latents.max())}")
+    if other.config.width_out != width:
+        raise ValueError(
+            f"both dictionaries must write rows of one width, got {width} and "
+            f"{other.config.width_out}"
+        )
+    rows = torch.nn.functional.normalize(other.directions, dim=1)
+    found: list[tuple[Tensor, Tensor]] = []
+    n = min(k, len(rows) - (among is None))
+    for part in latents.split(max(1, _CELLS // len(rows))):
+        own = torch.nn.functional.normalize(dictionary.directions[part], dim=1)
+        cosines = own @ rows.T
+        if among is None:
+            cosines[range(len(part)), part] = -torch.inf
+        top = cosines.topk(n, dim=1)
+        found.append((top.indices, top.values))
+    numbers, values = zip(*found, strict=True)
+    return Neighbours(torch.cat(numbers), torch.cat(values))

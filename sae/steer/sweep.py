@@ -1,0 +1,238 @@
+"""What a latent does to a model from strength to strength, beside a random direction."""
+
+import contextlib
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from activations_cache.hooks import capture
+from activations_cache.models import Tokenizer
+from activations_cache.progress import Progress, silent
+from sae.steer.config import SweepConfig
+from sae.steer.edits import Edit
+from sae.steer.effects import MAX_REPEATED, Effect, Steered, measure_effect
+from sae.steer.generation import Generation, generate
+from sae.steer.place import Placed
+from sae.steer.steering import Steering
+from sae.steer.vectors import random_direction
+
+TAU = 0.1
+"""Another latent counts as moved where it changes by more than this share of its maximum."""
+
+LATENT, RANDOM = "latent", "random direction"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One strength of one arm; means over the prompts and over the tokens of the neutral text."""
+
+    arm: str
+    """`latent`, or `random direction` of equal norm, moved by as much at each token."""
+    strength: float
+    """In the unit of the sweep."""
+    target_gain: float
+    """Rise of log p(target tokens) over the places of the base text, in nats."""
+    target_share: float
+    """Share of the steered text's tokens that are target tokens."""
+    kl_neutral: float
+    """KL(model as it is || steered) on neutral text, in nats per token."""
+    top1_agreement: float
+    """Share of the neutral text's tokens after which both hold the same token most likely."""
+    perplexity: float
+    """Of the steered text under the model as it is."""
+    repeated: float
+    """Share of the steered text's 3-grams that occur earlier in it."""
+    is_loop: bool
+    """Whether that is more than MAX_REPEATED."""
+    n_moved: float
+    """Other latents per neutral token that changed by more than TAU of their maximum."""
+    read_back: float
+    """What the dictionary reads of the latent in the steered stream; a clamp to 5 is not read as 5.
+    """
+    n_tokens: int
+    """Tokens on which the edit ran."""
+    text: str
+    """Continuation of the first prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """All strengths of all arms, and which strength is the largest that may be taken."""
+
+    points: tuple[Point, ...]
+    """Arm after arm, strengths ascending."""
+    max_kl: float
+    """The bound on kl_neutral."""
+    perplexity_base: float
+    """Of the base texts."""
+    base: str
+    """The first prompt's continuation as it is."""
+
+    def of_arm(self, arm: str) -> list[Point]:
+        """The points of one arm."""
+        return [point for point in self.points if point.arm == arm]
+
+    @property
+    def best(self) -> Point | None:
+        """The latent's largest strength, by size, whose kl_neutral keeps within max_kl."""
+        within = [p for p in self.of_arm(LATENT) if p.kl_neutral <= self.max_kl]
+        return max(within, key=lambda p: abs(p.strength), default=None)
+
+    def write_csv(self, path: Path) -> None:
+        """Write a row for each point."""
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Point)])
+            writer.writeheader()
+            writer.writerows(asdict(point) for point in self.points)
+
+
+class Target(NamedTuple):
+    """What is swept."""
+
+    model: nn.Module
+    """A causal language model in evaluation mode."""
+    tokenizer: Tokenizer
+    """The model's."""
+    dictionary: Placed
+    """With statistics if strengths are in units of a maximum."""
+    latent: int
+    """Number of the latent."""
+    tokens: Int[Tensor, " k"]
+    """Tokens that it stands for, such as those that its direction promotes."""
+
+
+def sweep(
+    target: Target,
+    neutral: Int[Tensor, "example pos"],
+    config: SweepConfig,
+    *,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Steer by one latent and by a random direction of equal norm, at each strength.
+
+    Args:
+        target: Model, dictionary and latent.
+        neutral: Token ids of text that has nothing to do with the latent; -1 where one is short.
+        config: Strengths, prompts, bound.
+        progress: Called after each strength of each arm.
+    """
+    progress = progress or silent
+    made = target.dictionary.dictionary.direction(target.latent)
+    control = random_direction(made, torch.Generator().manual_seed(config.seed))
+    arms = {LATENT: None, RANDOM: control.to(made)}
+    bases = [_continued(target, prompt, config) for prompt in config.prompts]
+    side = _Neutral(target, neutral)
+    points: list[Point] = []
+    for arm, along in arms.items():
+        for strength in sorted(config.strengths):
+            points.append(_point(target, side, bases, config, (arm, strength, along)))
+            progress(len(points), len(arms) * len(config.strengths), "strengths")
+    nothing = _effects(target, contextlib.nullcontext, bases, bases)
+    return Sweep(
+        points=tuple(points),
+        max_kl=config.max_kl,
+        perplexity_base=math.exp(_mean([effect.nll for effect in nothing])),
+        base=bases[0].text,
+    )
+
+
+def _continued(target: Target, prompt: str, config: SweepConfig) -> Generation:
+    return generate(target.model, target.tokenizer, prompt, max_new_tokens=config.max_new_tokens)
+
+
+def _point(
+    target: Target,
+    side: "_Neutral",
+    bases: list[Generation],
+    config: SweepConfig,
+    cell: tuple[str, float, Tensor | None],
+) -> Point:
+    arm, strength, along = cell
+    text = f"{strength!r}x {config.unit}"
+    clamp, add = (text, None) if config.mode == "clamp" else (None, text)
+    edit = Edit(target.dictionary, latent=target.latent, clamp=clamp, add=add, along=along)
+
+    def steered() -> Steering:
+        where = {"positions": config.positions, "first_position": config.first_position}
+        return Steering(target.model, [edit], **where)
+
+    with steered() as steering:
+        changed = [_continued(target, prompt, config) for prompt in config.prompts]
+    found = _effects(target, steered, bases, changed)
+    repeated = _mean([effect.repeated for effect in found])
+    with steered():
+        effect = side.measure()
+    return Point(
+        arm=arm,
+        strength=float(strength),
+        target_gain=_mean([effect.target_gain for effect in found]),
+        target_share=_mean([effect.target_share for effect in found]),
+        perplexity=math.exp(_mean([effect.nll for effect in found])),
+        repeated=repeated,
+        is_loop=repeated > MAX_REPEATED,
+        n_tokens=steering.n_tokens,
+        text=changed[0].text,
+        **effect,
+    )
+
+
+def _effects(
+    target: Target, steered: Steered, bases: list[Generation], changed: list[Generation]
+) -> list[Effect]:
+    pairs = zip(bases, changed, strict=True)
+    return [measure_effect(target.model, steered, b, c, target.tokens) for b, c in pairs]
+
+
+def _mean(figures: Sequence[float]) -> float:
+    return sum(figures) / len(figures)
+
+
+class _Neutral:
+    """Neutral text, and what the model as it is makes of it."""
+
+    def __init__(self, target: Target, tokens: Int[Tensor, "example pos"]) -> None:
+        device = next(target.model.parameters()).device
+        self._target = target
+        self._ids = tokens.clamp_min(0).to(device)
+        self._mask = (tokens >= 0).to(device)
+        self._log_p, self._f = self._run()
+        stats = target.dictionary.stats
+        top = self._f.amax(dim=0) if stats is None else stats.max_activation.to(self._f)
+        self._tau = (TAU * top).clamp_min(torch.finfo(torch.float32).tiny)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Figures of the model as it is now, beside those of before."""
+        log_q, f = self._run()
+        latent = self._target.latent
+        kl = (self._log_p.exp() * (self._log_p - log_q)).sum(dim=1)
+        moved = (f - self._f).abs() > self._tau
+        moved[:, latent] = False
+        return {
+            "kl_neutral": float(kl.mean()),
+            "top1_agreement": float((self._log_p.argmax(1) == log_q.argmax(1)).float().mean()),
+            "n_moved": float(moved.sum(dim=1).float().mean()),
+            "read_back": float(f[:, latent].mean()),
+        }
+
+    @torch.no_grad()
+    def _run(self) -> tuple[Float[Tensor, "row vocab"], Float[Tensor, "row d_sae"]]:
+        """Log-probabilities and latents after each token but the first of each text."""
+        placed, where = self._target.dictionary, self._rows()
+        arguments = {"attention_mask": self._mask.long(), "use_cache": False}
+        logits = self._target.model(input_ids=self._ids, **arguments).logits[where]
+        with capture(self._target.model, [placed.hook_point]) as run:
+            rows = run(self._ids, **arguments)[placed.hook_point][where]
+        return logits.float().log_softmax(dim=1), placed.dictionary.encode_dense(rows.float())
+
+    def _rows(self) -> Bool[Tensor, "example pos"]:
+        where = self._mask.clone()
+        where[:, 0] = False  # an attention sink, which is not steered
+        return where

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from activations_cache.hooks import capture
+from sae.steer.attribution import (
+    ablation_effects,
+    agreement,
+    attribute,
+    integrated_gradients,
+    logit_difference,
+)
+from sae.steer.direct import direct_logits
+from sae.steer.place import Placed
+
+IDS = torch.randint(1, 37, (1, 7), generator=torch.Generator().manual_seed(2))
+METRIC = logit_difference(5, 11)
+
+
+@pytest.fixture
+def before_the_head(dictionary):
+    """Where nothing but a matrix follows."""
+    return Placed(dictionary, "lm_head:in")
+
+
+def test_on_a_linear_model_attribution_is_the_ablation_effect(model, before_the_head):
+    found = attribute(model, before_the_head, IDS, METRIC)
+    fires = (found.latents.values[-1] != 0).nonzero().flatten()
+    entries = [(6, int(found.latents.indices[6, j])) for j in fires]
+    effects = ablation_effects(model, before_the_head, IDS, METRIC, entries, at_once=2)
+    torch.testing.assert_close(found.scores[6, fires], effects, rtol=1e-4, atol=1e-5)
+    assert effects.abs().max() > 0.05
+    assert not found.scores[:6].any()  # the metric reads the last position alone
+    assert found.metric == pytest.approx(float(METRIC(model(IDS).logits)))
+    position, latent, score = found.top(1)[0]
+    best = int(effects.abs().argmax())
+    assert (position, latent) == entries[best]
+    assert score == pytest.approx(float(effects[best]), rel=1e-4)
+    assert agreement(model, before_the_head, IDS[:, -2:], METRIC).attribution > 0.999
+
+
+def test_integrated_gradients_of_a_linear_model_are_complete(model, before_the_head, placed):
+    linear = integrated_gradients(model, before_the_head, IDS, METRIC, n_steps=1)
+    assert linear.gap < 1e-4
+    coarse, fine = (integrated_gradients(model, placed, IDS, METRIC, n_steps=n) for n in (1, 512))
+    assert fine.gap < 0.02 < coarse.gap
+
+
+def test_ablation_takes_the_direction_out_at_one_position(model, placed, hook_point):
+    found = attribute(model, placed, IDS, METRIC)
+    latent = int(found.latents.indices[4, -1])
+    (effect,) = ablation_effects(model, placed, IDS, METRIC, [(4, latent)])
+    f, direction = found.latents.values[4, -1], placed.dictionary.direction(latent)
+
+    def without(module, args, output):
+        output = output.clone()
+        output[0, 4] -= f * direction
+        return output
+
+    handle = model.get_submodule("model.layers.1").register_forward_hook(without)
+    expected = METRIC(model(IDS).logits)
+    handle.remove()
+    torch.testing.assert_close(METRIC(model(IDS).logits)[0] - expected[0], effect)
+    assert effect.abs() > 1e-4
+
+
+def test_direct_logits_pass_the_frozen_norm_and_the_head_alone(model, dictionary):
+    placed = Placed(dictionary, "model.layers.3:out")
+    found = direct_logits(model, placed, IDS, 5, 11)
+    with capture(model, ["model.layers.3:out"]) as run:
+        h = run(IDS)["model.layers.3:out"][0]
+    readout = model.lm_head.weight[5] - model.lm_head.weight[11]
+    rms = h.square().mean(1).sqrt()
+    for position, place in ((6, 0), (3, 2)):
+        latent = int(found.latents.indices[position, place])
+        direction = dictionary.direction(latent) * model.model.norm.weight
+        expected = found.latents.values[position, place] * direction @ readout / rms[position]
+        torch.testing.assert_close(found.scores[position, place], expected, rtol=1e-3, atol=1e-5)
+    assert found.metric == pytest.approx(float(METRIC(model(IDS).logits)), rel=1e-4)
+
+
+def test_direct_logits_need_a_language_model(vit_model, dictionary):
+    placed = Placed(dictionary, "layers.0:out")
+    with pytest.raises(ValueError, match=r"output embedding and a final norm .* got ViTModel"):
+        direct_logits(vit_model, placed, IDS, 5)
+
+
+def test_one_prompt_at_a_time(model, placed):
+    with pytest.raises(ValueError, match="input_ids must be one prompt, got 2"):
+        attribute(model, placed, IDS.expand(2, -1), METRIC)
