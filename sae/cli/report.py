@@ -41,7 +41,8 @@ def result_table(run: "Run", measured: EvaluationReport, *, with_labels: bool) -
     intact = measured.substitution["intact"]
     rows = []
     for name, found in measured.reconstruction.items():
-        effect = intact.dictionaries[name]
+        spliced = measured.spliced(name)
+        effect = spliced.dictionaries[name]
         row = [
             name,
             f"{found.fvu:.3f}",
@@ -49,7 +50,7 @@ def result_table(run: "Run", measured: EvaluationReport, *, with_labels: bool) -
             f"{measured.firing[name].dead_fraction:.1%}",
             f"{effect.ce_recovered_zero.value:.3f}",
             f"{effect.ce_recovered_mean.value:.3f}",
-            f"{effect.ce.value - intact.ce_base.value:+.3f}",
+            f"{effect.ce.value - spliced.ce_base.value:+.3f}",
         ]
         if with_labels:
             row.append(_mean(_labels(run, name)["auc"]))

@@ -59,16 +59,15 @@ class RunConfig(_Output):
     def __post_init__(self) -> None:
         """Check the parts against each other."""
         super().__post_init__()
-        if len(self.cache.hook_points) != 1:
-            raise ValueError(
-                "cache.hook_points must be a single one for `sae run`, "
-                f"got {len(self.cache.hook_points)}"
-            )
-        sites(self.train.saes, self.cache.hook_points, "train.")
+        where = sites(self.train.saes, self.cache.hook_points, "train.")
         name = self.steer.dictionary
         if name is not None and name not in self.train.saes:
             raise ValueError(
                 f"steer.dictionary must be one of {', '.join(self.train.saes)}, got {name!r}"
+            )
+        if name is not None and (len(where[name].inputs) > 1 or where[name].outputs):
+            raise ValueError(
+                f"steer.dictionary must be one that reads and predicts one hook point, got {name!r}"
             )
         if self.train.batch > self.cache.n_rows:
             raise ValueError(

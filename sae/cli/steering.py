@@ -30,13 +30,14 @@ def steering_example(run: "Run", report: Progress) -> dict[str, Any]:
     `shown` holds the fields of the page's SteeringExample; `choice` how the latent was found.
     """
     config = run.config.steer
-    name = config.dictionary or next(n for n in run.dictionaries if not run.is_frozen(n))
+    name = config.dictionary or _steerable(run)
+    [hook_point], _ = run.dictionaries[name].config.sites(run.hook_point)
     subject = Subject(
         model=run.loaded.model,
         tokenizer=run.loaded.tokenizer,
         dictionary=Placed(
             run.dictionaries[name],
-            run.hook_point,
+            hook_point,
             stats=Firing.read(run.path("train") / name),
         ),
         first_position=run.config.cache.skip_positions,
@@ -60,6 +61,18 @@ def steering_example(run: "Run", report: Progress) -> dict[str, Any]:
         },
         "choice": asdict(choice),
     }
+
+
+def _steerable(run: "Run") -> str:
+    """The first dictionary that is no baseline and gives back the one stream that it reads."""
+    for name, dictionary in run.dictionaries.items():
+        config = dictionary.config
+        if not run.is_frozen(name) and not config.outputs and len(config.inputs) < 2:
+            return name
+    raise ValueError(
+        "train.saes must have a dictionary that reads and predicts one hook point to steer by, "
+        f"got {', '.join(run.dictionaries)}; add one, or end with `sae explain`"
+    )
 
 
 def _common_tokens(tokens: Int[Tensor, "example pos"]) -> frozenset[int]:

@@ -8,6 +8,7 @@ from activations_cache import io
 from activations_cache.progress import Progress
 from sae.browser import write_page
 from sae.cli import console
+from sae.cli.beside import beside
 from sae.cli.explaining import digest_of, promoted_strings, show_summary
 from sae.cli.report import page_data, result_table
 from sae.cli.steering import steering_example
@@ -62,7 +63,7 @@ def explain(run: "Run", report: Progress) -> None:
 
         explain_latents(
             dictionary,
-            run.cache,
+            beside(run.cache, dictionary, run.hook_point),
             run.hook_point,
             run.token_strings,
             run.config.explain,

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from activations_cache.progress import Progress, silent
 from activations_cache.reader import ActivationCache
+from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.metrics import FVU, L0, Agreement, Firing
 
@@ -45,6 +46,8 @@ class Reconstruction:
     """Mean number of latents that fire in a row."""
     l0_quantiles: dict[str, int]
     """The same at the quantiles L0_QUANTILES."""
+    fvu_per_hook_point: dict[str, float] = field(default_factory=dict)
+    """The FVU of each hook point's part, where several are predicted."""
     worst_dimensions: dict[str, float] = field(default_factory=dict)
     """FVU of the N_WORST dimensions that are reconstructed worst, by number, the worst first."""
 
@@ -90,10 +93,12 @@ def measure_reconstruction(
 ) -> dict[str, Measured]:
     """Reconstruct rows with several dictionaries, reading each row once.
 
+    A dictionary reads and predicts the hook points that it records.
+
     Args:
         dictionaries: By name; each on its device.
         cache: Where the rows are.
-        hook_point: Which stream.
+        hook_point: Which stream, for dictionaries that record none.
         rows: Row numbers, such as `cache.rows(("hold",))`.
         rows_per_chunk: Rows at once; the figures do not depend on it.
         progress: Called after each chunk.
@@ -103,9 +108,11 @@ def measure_reconstruction(
     """
     _require_width(dictionaries, cache, hook_point)
     sums = {name: _Sums(dictionary) for name, dictionary in dictionaries.items()}
-    for x in _chunks(cache, hook_point, rows, rows_per_chunk, progress or silent):
-        for of_one in sums.values():
-            of_one.update(x)
+    where = {name: d.config.sites(hook_point) for name, d in dictionaries.items()}
+    points = [point for of in where.values() for side in of for point in side]
+    for x in _chunks(cache, points, rows, rows_per_chunk, progress or silent):
+        for name, of_one in sums.items():
+            of_one.update(*(_beside(x, side) for side in where[name]))
     return {name: of_one.result() for name, of_one in sums.items()}
 
 
@@ -129,9 +136,12 @@ def firing_statistics(
     """
     firing = {name: Firing(d.config.d_sae) for name, d in dictionaries.items()}
     _require_width(dictionaries, cache, hook_point)
-    for x in _chunks(cache, hook_point, rows, rows_per_chunk, progress or silent):
+    where = {name: d.config.sites(hook_point)[0] for name, d in dictionaries.items()}
+    points = [point for read in where.values() for point in read]
+    for x in _chunks(cache, points, rows, rows_per_chunk, progress or silent):
         for name, dictionary in dictionaries.items():
-            firing[name].update(dictionary.encode(x.to(dictionary.dec_rows.device)))
+            own = _beside(x, where[name]).to(dictionary.dec_rows.device)
+            firing[name].update(dictionary.encode(own))
     return firing
 
 
@@ -155,15 +165,35 @@ def summary(firing: Firing) -> FiringSummary:
 
 def _chunks(
     cache: ActivationCache,
-    hook_point: str,
+    hook_points: Iterable[str],
     rows: Int[Tensor, " row"],
     rows_per_chunk: int,
     progress: Progress,
-) -> Iterator[Float[Tensor, "row d_in"]]:
-    source = cache[hook_point]
+) -> Iterator[dict[str, Tensor]]:
+    """Rows by hook point, each read once."""
+    sources = {point: cache[point] for point in hook_points}
     for start in range(0, len(rows), rows_per_chunk):
-        yield source[rows[start : start + rows_per_chunk]]
+        numbers = rows[start : start + rows_per_chunk]
+        yield {point: source[numbers] for point, source in sources.items()}
         progress(min(start + rows_per_chunk, len(rows)), len(rows), "rows")
+
+
+def _beside(x: Mapping[str, Tensor], hook_points: Sequence[str]) -> Float[Tensor, "row _"]:
+    parts = [x[point] for point in hook_points]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _require_sites(name: str, config: SAEConfig, cache: ActivationCache) -> None:
+    """Refuse recorded hook points that the cache has not, or has in another width."""
+    for part in (*config.inputs, *config.outputs):
+        known = part.hook_point in cache.hook_points
+        width = cache.d_model(part.hook_point) if known else None
+        if width != part.width:
+            has = ", ".join(f"{point} ({cache.d_model(point)})" for point in cache.hook_points)
+            raise ValueError(
+                f"dictionary {name!r} must have hook points of the cache, which are {has}, got "
+                f"{part.hook_point} ({part.width}); build a cache with it"
+            )
 
 
 def _require_width(
@@ -171,7 +201,9 @@ def _require_width(
 ) -> None:
     d_model = cache.d_model(hook_point)
     for name, dictionary in dictionaries.items():
-        if dictionary.config.d_in != d_model or dictionary.config.width_out != d_model:
+        if dictionary.config.inputs:
+            _require_sites(name, dictionary.config, cache)
+        elif dictionary.config.d_in != d_model or dictionary.config.width_out != d_model:
             raise ValueError(
                 f"dictionary {name!r} must have d_in = d_out = {d_model}, the width of {hook_point}"
                 f", got {dictionary.config.d_in} and {dictionary.config.width_out}"
@@ -185,14 +217,21 @@ class _Sums:
         self._dictionary = dictionary
         self._fvu, self._agreement, self._l0 = FVU(), Agreement(), L0()
         self._firing = Firing(dictionary.config.d_sae)
+        parts = dictionary.config.slices_out
+        self._parts = {part.hook_point: FVU() for part in parts} if len(parts) > 1 else {}
 
-    def update(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Add rows."""
-        x = x.to(self._dictionary.dec_rows.device)
+    def update(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]) -> None:
+        """Add rows, and those that are predicted."""
+        x, target = (rows.to(self._dictionary.dec_rows.device) for rows in (x, target))
         latents = self._dictionary.encode(x)
         x_hat = self._dictionary.decode(latents, x)
-        self._fvu.update(x, x_hat)
-        self._agreement.update(x, x_hat)
+        self._fvu.update(target, x_hat)
+        self._agreement.update(target, x_hat)
+        widths = [part.width for part in self._dictionary.config.slices_out]
+        for part, *pair in zip(
+            self._parts.values(), target.split(widths, 1), x_hat.split(widths, 1), strict=False
+        ):
+            part.update(*pair)
         self._l0.update(latents.values)
         self._firing.update(latents)
 
@@ -206,6 +245,7 @@ class _Sums:
             norm_ratio=self._agreement.norm_ratio,
             relative_bias=self._agreement.relative_bias,
             l0=self._l0.mean,
+            fvu_per_hook_point={name: part.compute() for name, part in self._parts.items()},
             l0_quantiles={str(share): self._l0.quantile(share) for share in L0_QUANTILES},
             worst_dimensions=_worst(self._fvu.per_dimension()),
         )

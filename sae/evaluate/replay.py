@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from activations_cache.config import parse_hook_point
-from activations_cache.hooks import edit
+from activations_cache.hooks import Edit, edit
 
 Replacement = Callable[[Float[Tensor, "example pos d_model"]], Float[Tensor, "example pos d_model"]]
 """From the stream at the hook point to what shall flow on instead."""
@@ -35,11 +35,15 @@ class Replay:
     for which it does not (blocks that run twice, say) is run in full each time.
     """
 
-    def __init__(self, model: nn.Module, hook_point: str) -> None:
-        """Take a model in evaluation mode; nothing is changed in it between the calls."""
+    def __init__(self, model: nn.Module, hook_point: str, *more: str) -> None:
+        """Take a model in evaluation mode; nothing is changed in it between the calls.
+
+        `more` are hook points at which `spliced` may replace the stream too.
+        """
         self._model = model
         self._hook_point = hook_point
-        self._blocks = _blocks_before(model, hook_point)
+        before = [_blocks_before(model, point) for point in (hook_point, *more)]
+        self._blocks = min(before, key=len)
         self._returned: dict[nn.Module, object] = {}
         self._tried = not self._blocks
 
@@ -52,18 +56,21 @@ class Replay:
 
     @torch.no_grad()
     def spliced(
-        self, input_ids: Int[Tensor, "example pos"], replacement: Replacement
+        self,
+        input_ids: Int[Tensor, "example pos"],
+        replacement: Replacement,
+        more: Mapping[str, Replacement] | None = None,
     ) -> Float[Tensor, "example pos vocab"]:
         """Logits with `replacement(stream)` in place of the stream.
 
         Args:
             input_ids: The same as in the last call of `base`.
             replacement: What flows on instead.
+            more: The same at further hook points.
         """
-        with (
-            _returning(self._returned),
-            edit(self._model, {self._hook_point: lambda stream, _: replacement(stream)}),
-        ):
+        each = {self._hook_point: replacement, **(more or {})}
+        edits = {point: _edit(fn) for point, fn in each.items()}
+        with _returning(self._returned), edit(self._model, edits):
             return self._logits(input_ids)
 
     def _base(self, input_ids: Int[Tensor, "example pos"]) -> Base:
@@ -104,6 +111,10 @@ class Replay:
 
     def _logits(self, input_ids: Int[Tensor, "example pos"]) -> Float[Tensor, "example pos vocab"]:
         return self._model(input_ids=input_ids, use_cache=False).logits
+
+
+def _edit(replacement: Replacement) -> Edit:
+    return lambda stream, _: replacement(stream)
 
 
 def _blocks_before(model: nn.Module, hook_point: str) -> list[nn.Module]:

@@ -31,6 +31,11 @@ class EvaluationReport:
     config: dict[str, Any]
     """The EvaluateConfig."""
 
+    def spliced(self, name: str) -> Substitution:
+        """Where the effect of a dictionary with intact special positions stands."""
+        found = (s for s in self.substitution.values() if s.special == "intact")
+        return next(s for s in found if name in s.dictionaries)
+
 
 def write_json(report: EvaluationReport, path: str | Path) -> None:
     """Write a report; nan, which JSON has not, becomes null."""

@@ -97,6 +97,7 @@ def held_out(cache: ActivationCache, hook_point: str, config: EvaluateConfig) ->
         tokens=cache.examples.tokens[numbers],
         skip_positions=cache.manifest.plan.skip_positions,
         mean=cache[hook_point].mean,
+        means={point: cache[point].mean for point in cache.hook_points},
     )
 
 

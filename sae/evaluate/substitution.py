@@ -8,12 +8,14 @@ flows there reaches all later tokens.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
+from activations_cache.hooks import capture
 from activations_cache.progress import Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
@@ -32,6 +34,8 @@ class HeldOut(NamedTuple):
     """Special positions at the start of each context."""
     mean: Float[Tensor, " d_model"]
     """The mean row of the stream."""
+    means: Mapping[str, Float[Tensor, " _"]] = MappingProxyType({})
+    """Mean rows of other hook points, for the dictionaries that predict these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +79,39 @@ class Substitution:
 class _Task(NamedTuple):
     special: str
     name: str
-    replacement: Replacement
+    replacements: Mapping[str, Replacement]
     n_contexts: int
+
+
+class _Streams:
+    """What dictionaries of several or other hook points read, of the contexts at hand.
+
+    It is read from the model as it is, so that every part of a dictionary's output stands for the
+    same rows.
+    """
+
+    def __init__(self, model: nn.Module, dictionaries: Mapping[str, SparseAutoencoder]) -> None:
+        read = (part.hook_point for d in dictionaries.values() for part in d.config.inputs)
+        self._model, self._points = model, tuple(dict.fromkeys(read))
+        self._streams: dict[str, Tensor] = {}
+
+    def read(self, input_ids: Int[Tensor, "example pos"]) -> None:
+        """Run the model up to the last of the hook points."""
+        if self._points:
+            with capture(self._model, self._points) as run:
+                self._streams = run(input_ids)
+
+    def reconstructed(self, dictionary: SparseAutoencoder, part: int) -> Replacement:
+        """The dictionary's output for one of the hook points that it predicts."""
+        config = dictionary.config
+
+        def replace(stream: Float[Tensor, "example pos _"]) -> Float[Tensor, "example pos _"]:
+            streams = [self._streams[p.hook_point].flatten(0, 1).float() for p in config.inputs]
+            x_hat = dictionary(torch.cat(streams, dim=1))
+            own = x_hat.split([p.width for p in config.slices_out], dim=1)[part]
+            return own.view(stream.shape).to(stream)
+
+        return replace
 
 
 def measure_substitution(
@@ -90,23 +125,53 @@ def measure_substitution(
 ) -> dict[str, Substitution]:
     """Run the model over the same contexts as it is, ablated, and with each dictionary.
 
+    The stream is replaced where a dictionary predicts it, at all of its hook points together.
+
     Args:
         dictionaries: By name; "zero" and "mean" are taken.
         model: A causal language model in evaluation mode.
-        hook_point: Where the stream is replaced.
+        hook_point: Where the stream is replaced by dictionaries that record no hook point.
         held_out: What the model reads.
         config: Sizes; the first `n_contexts_special` contexts are also run with the special
             positions spliced.
         progress: Called after each forward.
 
     Returns:
-        By treatment: "intact", and "spliced" if it was asked for.
+        By treatment: "intact", and "spliced" if it was asked for. Where dictionaries predict other
+        places, those of each further place stand under "intact at PLACE" and "spliced at PLACE".
 
     Raises:
         ValueError: If a dictionary has a reserved name.
     """
-    tasks = list(_tasks(dictionaries, held_out, config))
-    tallies = _run(tasks, Replay(model, hook_point), held_out, config, progress or silent)
+    if reserved := {"zero", "mean"} & set(dictionaries):
+        raise ValueError(f"dictionaries must not be named {min(reserved)!r}; rename it")
+    groups: dict[tuple[str, ...], dict[str, SparseAutoencoder]] = {}
+    for name, dictionary in dictionaries.items():
+        groups.setdefault(dictionary.config.sites(hook_point)[1], {})[name] = dictionary
+    first = next(iter(groups), (hook_point,))
+    main = (hook_point,) if (hook_point,) in groups else first
+    found: dict[str, Substitution] = {}
+    for points in sorted(groups or {main: {}}, key=lambda points: points != main):
+        means = {point: held_out.means.get(point, held_out.mean) for point in points}
+        here = held_out._replace(means=means)
+        suffix = "" if points == main else f" at {' + '.join(points)}"
+        measured = _measured(groups.get(points, {}), model, here, config, progress or silent)
+        found |= {f"{special}{suffix}": of_one for special, of_one in measured.items()}
+    return found
+
+
+def _measured(
+    dictionaries: Mapping[str, SparseAutoencoder],
+    model: nn.Module,
+    held_out: HeldOut,
+    config: EvaluateConfig,
+    progress: Progress,
+) -> dict[str, Substitution]:
+    """By treatment, of the dictionaries that predict the places in `held_out.means`."""
+    streams = _Streams(model, dictionaries)
+    tasks = list(_tasks(dictionaries, streams, held_out, config))
+    replay = Replay(model, *held_out.means)
+    tallies = _run(tasks, replay, streams, held_out, config, progress)
     return {
         special: _summary(special, of_special, config)
         for special in dict.fromkeys(task.special for task in tasks)
@@ -115,22 +180,33 @@ def measure_substitution(
 
 
 def _tasks(
-    dictionaries: Mapping[str, SparseAutoencoder], held_out: HeldOut, config: EvaluateConfig
+    dictionaries: Mapping[str, SparseAutoencoder],
+    streams: _Streams,
+    held_out: HeldOut,
+    config: EvaluateConfig,
 ) -> Iterator[_Task]:
-    if reserved := {"zero", "mean"} & set(dictionaries):
-        raise ValueError(f"dictionaries must not be named {min(reserved)!r}; rename it")
-    rows: dict[str, Replacement] = {
-        "zero": torch.zeros_like,
-        "mean": lambda stream: held_out.mean.to(stream).expand_as(stream),
-        **{name: _reconstructed(dictionary) for name, dictionary in dictionaries.items()},
+    points = tuple(held_out.means)
+    rows: dict[str, Mapping[str, Replacement]] = {
+        "zero": dict.fromkeys(points, torch.zeros_like),
+        "mean": {point: _constant(mean) for point, mean in held_out.means.items()},
     }
+    for name, dictionary in dictionaries.items():
+        plain = not dictionary.config.outputs and len(dictionary.config.inputs) < 2
+        rows[name] = {
+            point: _reconstructed(dictionary) if plain else streams.reconstructed(dictionary, part)
+            for part, point in enumerate(points)
+        }
     n_contexts = len(held_out.tokens)
-    for name, replacement in rows.items():
-        kept = _keeping(replacement, held_out.skip_positions)
+    for name, each in rows.items():
+        kept = {point: _keeping(fn, held_out.skip_positions) for point, fn in each.items()}
         yield _Task("intact", name, kept, n_contexts)
     if config.n_contexts_special:
-        for name, replacement in rows.items():
-            yield _Task("spliced", name, replacement, min(n_contexts, config.n_contexts_special))
+        for name, each in rows.items():
+            yield _Task("spliced", name, each, min(n_contexts, config.n_contexts_special))
+
+
+def _constant(row: Float[Tensor, " d_model"]) -> Replacement:
+    return lambda stream: row.to(stream).expand_as(stream)
 
 
 def _reconstructed(dictionary: SparseAutoencoder) -> Replacement:
@@ -147,6 +223,7 @@ def _keeping(replacement: Replacement, skip_positions: int) -> Replacement:
 def _run(
     tasks: list[_Task],
     replay: Replay,
+    streams: _Streams,
     held_out: HeldOut,
     config: EvaluateConfig,
     progress: Progress,
@@ -158,11 +235,13 @@ def _run(
         tokens = held_out.tokens[start : start + config.contexts_per_forward]
         input_ids = tokens.clamp_min(0)
         base = replay.base(input_ids).logits
+        streams.read(input_ids)
         for task in tasks:
             n_here = min(len(tokens), task.n_contexts - start)
             if n_here <= 0:
                 continue
-            logits = replay.spliced(input_ids, task.replacement)
+            first, *more = task.replacements.items()
+            logits = replay.spliced(input_ids, first[1], dict(more))
             tally = compare(base, logits, tokens, held_out.skip_positions)
             part = Tally(*(values[:n_here] for values in tally))
             parts.setdefault((task.special, task.name), []).append(part)

@@ -42,7 +42,8 @@ def promoted_tokens(
     leaving out the layers between and the norm's division, which changes the logits' scale only.
 
     Args:
-        dictionary: Whose decoder rows are read, in the model's units.
+        dictionary: Whose decoder rows are read, in the model's units; of several hook points the
+            last one's part.
         unembed: The model's output embedding.
         final_norm_weight: Weight of the final RMS norm; without it the directions stay as they are.
         k: How many tokens at each end.
@@ -51,7 +52,8 @@ def promoted_tokens(
     Raises:
         ValueError: If widths differ or k is larger than the vocabulary.
     """
-    directions = dictionary.directions
+    widths = [part.width for part in dictionary.config.slices_out]
+    directions = dictionary.directions.split(widths, dim=1)[-1]
     vocab, d_model = unembed.shape
     if directions.shape[1] != d_model:
         raise ValueError(

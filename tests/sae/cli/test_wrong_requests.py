@@ -40,7 +40,9 @@ CASES = {
     "cache.n_rows=0": "cache.n_rows must be at least 1, got 0",
     "cache.skip_positions=256": "cache.skip_positions must be less than text.context=256, got 256",
     "cache.hook_points=[model.layers.15]": "cache.hook_points must have the form",
-    "cache.hook_points=[model.layers.1:out, model.layers.2:out]": "cache.hook_points must be a single one",
+    "cache.hook_points=[model.layers.1:out, model.layers.2:out]": (
+        "train.saes.topk.inputs must name hook points of the cache"
+    ),
     "cache.dtype=int4": "cache.dtype must be one of",
     "cache.model.sha256=abc": "cache.model.sha256 must be 64 lower-case hexadecimal digits, got 'abc'",
     "cache.model.path=[1]": "cache.model.path must be text",
