@@ -1,5 +1,10 @@
 """The forward and the backward pass of a batch, whole or in parts that fit into memory."""
 
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor
+
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
 from sae.train.forward.result import Forward, Moment, Rows
@@ -11,11 +16,18 @@ def backward(
     config: DictionaryConfig,
     rows: Rows,
     moment: Moment,
+    loss_of: Callable[[Forward], Float[Tensor, ""]] | None = None,
 ) -> Forward:
     """Add the gradients of these rows' part of the loss to the parameters; return their figures.
 
     All terms that may be accumulated are means over rows, so the parts weigh as their rows do.
+    `loss_of` makes another loss of what the forward pass found, where all rows are one part.
     """
+    if loss_of is not None:
+        found = forward(autoencoder, config, rows, moment)
+        loss = loss_of(found)
+        (loss * moment.share).backward()
+        return found._replace(loss=loss.detach(), error=found.error.detach(), l0=found.l0.detach())
     u_parts, v_parts = (r.tensor_split(config.accumulate) for r in rows)
     parts = map(Rows, u_parts, v_parts)
     n_rows = len(rows.u)

@@ -1,5 +1,6 @@
 """TrainStep: forward, losses, backward, clipping, optimiser, schedules, dead-latent tracking."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -108,10 +109,17 @@ class TrainStep:
         self,
         x: Float[Tensor, "batch d_in"],
         target: Float[Tensor, "batch d_out"] | None = None,
+        *,
+        loss_of: Callable[[Forward], Float[Tensor, ""]] | None = None,
     ) -> StepMetrics:
         """Train on these rows; a non-finite loss or gradient leaves everything but the count.
 
         Every figure is that of all processes' rows together.
+
+        Args:
+            x: Rows in the model's units.
+            target: The rows that are predicted, where these are others.
+            loss_of: What is minimised instead of the loss on these rows, made from it.
 
         Raises:
             ValueError: If there is a target where the rows themselves are predicted, or none where
@@ -126,7 +134,7 @@ class TrainStep:
         place = (self.n_steps, self.total_steps, self._dead, self.bf16, self.power)
         moment = Moment(*place, self.ranks, batch.n_rows, batch.share)
         self.optimizer.zero_grad(set_to_none=True)
-        found = backward(self.autoencoder, self.config, rows, moment)
+        found = backward(self.autoencoder, self.config, rows, moment, loss_of)
         sum_gradients(self.learned, self.ranks)
         norm = gradient_norm(self.learned, self.ranks)
         figures = torch.stack([found.loss, found.error, found.l0])
