@@ -11,6 +11,7 @@ from sae.cli.cache_commands import app as cache_app
 from sae.cli.evaluate_commands import compare, evaluate
 from sae.cli.find_command import find
 from sae.cli.request import ConfigArgument, Overrides, run_to
+from sae.cli.scaling import app as scaling_app
 from sae.cli.steer_command import steer
 from sae.config import ConfigError, load_overrides
 from sae.explain.config import ExplainConfig
@@ -42,6 +43,7 @@ class Step(enum.StrEnum):
 app.add_typer(cache_app, name="cache")
 app.command()(steer)
 app.command()(find)
+app.add_typer(scaling_app, name="scaling")
 
 
 @app.command()

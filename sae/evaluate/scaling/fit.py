@@ -1,0 +1,260 @@
+"""`fit_laws`: the laws that finished runs allow, with intervals, and warnings where they end.
+
+Two laws, by what the runs vary. Widths and rows (Templeton et al. 2024, in the form of Hoffmann et
+al. 2022, arXiv 2203.15556): L = E + A F^-a + B S^-b over F latents and S rows. Under a compute
+C = F S the least loss is at F* = (a A / (b B))^(1 / (a + b)) C^(b / (a + b)) and S* = C / F*, and
+L* - E falls as C^(-a b / (a + b)). Widths and k (Gao et al. 2024, arXiv 2406.04093, 3.1):
+L = exp(alpha + beta_k log k + beta_n log n + gamma log k log n) + exp(zeta + eta log k).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+from scipy.optimize import least_squares
+
+from activations_cache.progress import Progress, silent
+from sae.evaluate.scaling.rates import Fitted, RateLaw, best_rates, fitted, rate_law
+from sae.evaluate.scaling.runs import Run
+
+HUBER = 1e-2
+"""Residual of a log loss from which it counts linearly, so that one bad run does not decide."""
+
+FEWEST_RUNS = 7
+"""Both laws have five or six parameters."""
+
+
+class Law(NamedTuple):
+    """A law of the loss."""
+
+    names: tuple[str, ...]
+    """Of its parameters, and of what follows from them."""
+    log_loss: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    """Of parameters and points."""
+    figures: Callable[[np.ndarray], np.ndarray]
+    """The figures that `names` name, of parameters."""
+    starts: Callable[[float], list[np.ndarray]]
+    """Where the fit begins, of the smallest log loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedLaw:
+    """A law with its figures."""
+
+    law: Law
+    """Its form."""
+    figures: dict[str, Fitted]
+    """By name."""
+    theta: Float64[np.ndarray, " k"]
+    """The parameters as `law` takes them."""
+    residual: float
+    """Root mean square of the residuals of log L."""
+    warnings: tuple[str, ...] = ()
+    """What forbids reading more into it."""
+
+    def loss(self, first: float | int, second: float | int) -> float:
+        """Expected loss of (d_sae, rows) or (d_sae, k)."""
+        return float(np.exp(self.law.log_loss(self.theta, np.array([[first, second]])))[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimum:
+    """The best division of a compute."""
+
+    compute: float
+    """Latents x rows."""
+    d_sae: Fitted
+    """F*."""
+    rows: Fitted
+    """S*."""
+    loss: float
+    """L*."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Laws:
+    """What the runs allow."""
+
+    compute: FittedLaw | None
+    """Where widths and rows vary."""
+    optimum: Optimum | None
+    """By `compute`, at the median compute of the runs."""
+    width: FittedLaw | None
+    """Where widths and k vary, and the rows do not."""
+    rate: RateLaw | None
+    """Where the learning rate was varied."""
+    best: tuple[Run, ...]
+    """The runs that were fitted: of each size the one of the best learning rate."""
+
+
+def _log_compute(theta: np.ndarray, points: np.ndarray) -> np.ndarray:
+    e, log_a, a, log_b, b = theta
+    f, s = np.log(points).T
+    return np.logaddexp(e, np.logaddexp(log_a - a * f, log_b - b * s))
+
+
+def _compute_figures(theta: np.ndarray) -> np.ndarray:
+    e, log_a, a, log_b, b = theta
+    exponents = (b / (a + b), a / (a + b), -a * b / (a + b))
+    return np.array([np.exp(e), np.exp(log_a), a, np.exp(log_b), b, *exponents])
+
+
+def _compute_starts(low: float) -> list[np.ndarray]:
+    grid = product((low - 2, low - 0.1), (2.0,), (0.2, 0.6), (2.0, 6.0), (0.2, 0.6))
+    return [np.array(start) for start in grid]
+
+
+def _log_width(theta: np.ndarray, points: np.ndarray) -> np.ndarray:
+    alpha, beta_k, beta_n, gamma, zeta, eta = theta
+    n, k = np.log(points).T
+    return np.logaddexp(alpha + beta_k * k + beta_n * n + gamma * k * n, zeta + eta * k)
+
+
+def _width_starts(low: float) -> list[np.ndarray]:
+    grid = product((0.0, 2.0), (-0.3,), (-0.1, -0.4), (0.0,), (low - 3, low - 0.5), (0.0, -0.5))
+    return [np.array(start) for start in grid]
+
+
+COMPUTE = Law(
+    ("E", "A", "a", "B", "b", "exponent of F*", "exponent of S*", "exponent of L* - E"),
+    _log_compute,
+    _compute_figures,
+    _compute_starts,
+)
+WIDTH = Law(
+    ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta"),
+    _log_width,
+    lambda theta: theta,
+    _width_starts,
+)
+
+
+def fit_laws(
+    runs: Sequence[Run], *, n_resamples: int = 200, seed: int = 0, progress: Progress = silent
+) -> Laws:
+    """Fit what the runs vary.
+
+    Args:
+        runs: Finished runs; those of one size that differ in the learning rate give `rate`, and
+            the best of them goes into the other laws.
+        n_resamples: Bootstrap resamples of the runs; one that repeats too few of them is drawn
+            again.
+        seed: Of the resamples.
+        progress: Called with the unit "resamples".
+
+    Raises:
+        ValueError: If no law has enough runs.
+    """
+    best, rate = best_rates(runs), rate_law(runs)
+    widths, rows, ks = ({getattr(r, n) for r in best} for n in ("d_sae", "rows", "k"))
+    enough = len(best) >= FEWEST_RUNS and len(widths) > 2
+    by_compute = enough and len(rows) > 2 and len(ks) == 1
+    by_width = enough and len(rows) == 1 and len(ks) > 2 and None not in ks
+    if not by_compute and not by_width and rate is None:
+        raise ValueError(
+            f"runs must be at least {FEWEST_RUNS} that vary 3 widths, and 3 numbers of rows at one "
+            f"k or 3 k at one number of rows, got {len(best)} of {len(widths)} widths, {len(rows)} "
+            f"numbers of rows and {len(ks)} k; `sae scaling plan` makes such a grid"
+        )
+    again = _Bootstrap(n_resamples, np.random.default_rng(seed), progress)
+    compute = optimum = width = None
+    if by_compute:
+        points = np.array([(run.d_sae, run.rows) for run in best], dtype=float)
+        compute, thetas = _fit(COMPUTE, points, best, again)
+        optimum = _optimum(compute, thetas, float(np.median([run.compute for run in best])))
+        compute = _with_warnings(compute, optimum, best)
+    if by_width:
+        points = np.array([(run.d_sae, run.k) for run in best], dtype=float)
+        width, _ = _fit(WIDTH, points, best, again)
+    return Laws(compute=compute, optimum=optimum, width=width, rate=rate, best=tuple(best))
+
+
+def best_width(theta: np.ndarray, compute: float) -> float:
+    """F* of the law COMPUTE for a compute in latents x rows."""
+    _, log_a, a, log_b, b = theta
+    return float(np.exp((np.log(a / b) + log_a - log_b + b * np.log(compute)) / (a + b)))
+
+
+class _Bootstrap(NamedTuple):
+    n: int
+    draw: np.random.Generator
+    progress: Progress
+
+
+def _fit(
+    law: Law, points: Float64[np.ndarray, "run 2"], runs: Sequence[Run], again: _Bootstrap
+) -> tuple[FittedLaw, Float64[np.ndarray, "resample k"]]:
+    """The law, and its parameters on all runs and then on each resample."""
+    losses = np.log([run.loss for run in runs])
+    theta = min(
+        (_minimum(law, start, points, losses) for start in law.starts(float(losses.min()))),
+        key=lambda found: found[1],
+    )[0]
+    thetas = [theta]
+    while len(thetas) <= again.n:
+        drawn = again.draw.integers(len(runs), size=len(runs))
+        if len(np.unique(drawn)) >= FEWEST_RUNS - 1:
+            thetas.append(_minimum(law, theta, points[drawn], losses[drawn])[0])
+            again.progress(len(thetas) - 1, again.n, "resamples")
+    columns = np.array([law.figures(t) for t in thetas]).T
+    error = law.log_loss(theta, points) - losses
+    found = FittedLaw(
+        law=law,
+        figures={name: fitted(of_one) for name, of_one in zip(law.names, columns, strict=True)},
+        theta=theta,
+        residual=float(np.sqrt(np.mean(error**2))),
+    )
+    return found, np.array(thetas)
+
+
+def _minimum(
+    law: Law,
+    start: np.ndarray,
+    points: Float64[np.ndarray, "run 2"],
+    losses: Float64[np.ndarray, " run"],
+) -> tuple[np.ndarray, float]:
+    found = least_squares(
+        lambda theta: law.log_loss(theta, points) - losses,
+        start,
+        loss="huber",
+        f_scale=HUBER,
+        x_scale="jac",
+        xtol=1e-12,
+        ftol=1e-12,
+        gtol=1e-12,
+    )
+    return found.x, float(found.cost)
+
+
+def _optimum(law: FittedLaw, thetas: Float64[np.ndarray, "resample k"], compute: float) -> Optimum:
+    widths = np.array([best_width(theta, compute) for theta in thetas])
+    best = float(widths[0])
+    return Optimum(
+        compute=compute,
+        d_sae=fitted(widths),
+        rows=fitted(compute / widths),
+        loss=law.loss(best, compute / best),
+    )
+
+
+def _with_warnings(law: FittedLaw, optimum: Optimum, runs: Sequence[Run]) -> FittedLaw:
+    """Say where the law is no more than a guess."""
+    found = []
+    for name, at, tried in (
+        ("width", optimum.d_sae.value, [run.d_sae for run in runs]),
+        ("rows", optimum.rows.value, [run.rows for run in runs]),
+    ):
+        if not min(tried) < at < max(tried):
+            found.append(
+                f"the best {name} at the median compute, {at:.4g}, is not inside the grid "
+                f"({min(tried):.4g} to {max(tried):.4g}): the optimum is extrapolated; extend it"
+            )
+    found += [
+        f"the interval of {name} reaches 0: the runs do not show that it matters"
+        for name in ("a", "b")
+        if not law.figures[name].low > 0
+    ]
+    return FittedLaw(**{**vars(law), "warnings": tuple(found)})
