@@ -1,12 +1,14 @@
-"""How much of a world whose features are known our TopK finds, beside its baseline and ceilings.
+"""How much of a world whose features are known our recipes find, beside baselines and ceilings.
 
-    python -m benchmarks.ground_truth [--tier ci] [--seeds 3] [--rows 1000000] [--d-sae N] [--k K]
+    python -m benchmarks.ground_truth [--tier ci] [--seeds 3] [--rows 1000000] [--recipes]
 
-For each seed a world is made; on its rows one pass trains three dictionaries: `topk` (a lively
-AuxK), `frozen` (the same with a random decoder that never learns: the baseline) and `true decoder`
-(the same with the true directions as its decoder: what is then missing is the encoder's part).
-`probe` and `oracle` need no training. Shorter runs than the published 200 million rows, and worlds
-made here rather than downloaded, are not SynthSAEBench results.
+For each seed a world is made; on its rows one pass trains, side by side: `default`
+(configs/default.yaml), three random baselines of it (`frozen decoder`, `soft-frozen decoder`,
+`frozen encoder`), `topk` (a lively AuxK, no prefixes) and `true decoder` (default with the true
+directions as a decoder that never learns: what is then missing is the encoder's part). --recipes
+adds every other recipe of configs/ at the same L0: k, or the coefficient of the penalty that gives
+it. `probe` and `oracle` need no training. Shorter runs than the published 200 million rows, and
+worlds made here rather than downloaded, are not SynthSAEBench results.
 """
 
 import argparse
@@ -16,9 +18,10 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.ground_truth_recipes import at_l0, new_step, others, recipe
 from benchmarks.rows import append, surroundings
 from sae.architecture import TopK
-from sae.autoencoder import SparseAutoencoder, initialise
+from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.ground_truth import (
     TIERS,
     Ceilings,
@@ -32,14 +35,18 @@ from sae.evaluate.ground_truth import (
     table_rows,
     table_text,
 )
-from sae.evaluate.ground_truth.table import COLUMNS, figure
+from sae.evaluate.ground_truth.table import CHANCE, COLUMNS, figure
 from sae.train.config import Adam, AuxK, DictionaryConfig
 from sae.train.step import TrainStep
 
 WIDTHS = {"full": 4096}
 """Latents where they are not as many as the features."""
 
-KINDS = ("topk", "frozen", "true decoder")
+BASELINES = {
+    "frozen decoder": "decoder",
+    "soft-frozen decoder": "soft_decoder",
+    "frozen encoder": "encoder",
+}
 
 
 def main() -> None:
@@ -47,21 +54,21 @@ def main() -> None:
     arguments = _arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = TIERS[arguments.tier]
-    reports: dict[str, list[GroundTruthReport]] = {kind: [] for kind in KINDS}
+    reports: dict[str, list[GroundTruthReport]] = {}
     ceilings: list[Ceilings] = []
     for seed in range(arguments.seeds):
         world = make_world(config, seed, device=device)
         size = _size(world, arguments)
-        recipe = _recipe(size, arguments)
-        for kind, dictionary in _trained(world, recipe, arguments).items():
-            reports[kind].append(evaluate(dictionary, config, seed))
+        entries = _entries(world, size, arguments)
+        for name, dictionary in _trained(world, entries, arguments).items():
+            reports.setdefault(name, []).append(evaluate(dictionary, config, seed))
         ceilings.append(
             measure_ceilings(config, seed, k=size.k, n_features=size.d_sae, device=device)
         )
         print(f"seed {seed} done ({size})", file=sys.stderr)
     print(table_text([*table_rows(reports), *_lines(ceilings)]))
     if arguments.record:
-        append("ground_truth", [_record(arguments, reports)])
+        append("ground_truth", [_record(arguments, reports, ceilings)])
 
 
 def _arguments() -> argparse.Namespace:
@@ -70,7 +77,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=None, help="of default and topk; else auto")
+    parser.add_argument("--recipes", action="store_true", help="all recipes of configs/ as well")
     parser.add_argument("--d-sae", type=int, default=None, help="as many as features if absent")
     parser.add_argument("--k", type=int, default=None, help="the world's own mean L0 if absent")
     parser.add_argument(
@@ -92,39 +100,44 @@ def _size(world: World, arguments: argparse.Namespace) -> Size:
     return Size(d_sae, k)
 
 
-def _recipe(size: Size, arguments: argparse.Namespace) -> DictionaryConfig:
-    return DictionaryConfig(
+def _entries(
+    world: World, size: Size, arguments: argparse.Namespace
+) -> dict[str, DictionaryConfig]:
+    batch = arguments.batch
+    ours = recipe("default", "default", size.d_sae, size.k, batch)
+    ours = replace(ours, optimizer=replace(ours.optimizer, lr=arguments.lr or "auto"))
+    plain = DictionaryConfig(
         d_sae=size.d_sae,
         activation=TopK(k=size.k),
         auxk=AuxK(coefficient=0.5),
-        dead_after_tokens=15 * arguments.batch,
-        optimizer=Adam(lr=arguments.lr, decay=0.5),
+        dead_after_tokens=15 * batch,
+        optimizer=Adam(lr=arguments.lr or 3e-3, decay=0.5),
     )
+    found = {"default": ours, "topk": plain, "true decoder": replace(ours, frozen="decoder")}
+    found |= {name: replace(ours, frozen=kind) for name, kind in BASELINES.items()}
+    if arguments.recipes:
+        for file, name in others():
+            entry = recipe(file, name, size.d_sae, size.k, batch)
+            found[f"{file}:{name}"] = at_l0(world, entry, size.k, batch)
+    return found
 
 
 def _trained(
-    world: World, recipe: DictionaryConfig, arguments: argparse.Namespace
+    world: World, entries: dict[str, DictionaryConfig], arguments: argparse.Namespace
 ) -> dict[str, SparseAutoencoder]:
     n_batches = arguments.rows // arguments.batch
-    steps = {kind: _step(kind, world, recipe, n_batches) for kind in KINDS}
+    steps = {name: _step(name, world, entry, n_batches) for name, entry in entries.items()}
     for made in batches(world, arguments.batch, n_batches):
         for step in steps.values():
             step(made.x)
-    return {kind: step.autoencoder for kind, step in steps.items()}
+    return {name: step.autoencoder for name, step in steps.items()}
 
 
-def _step(kind: str, world: World, recipe: DictionaryConfig, n_batches: int) -> TrainStep:
-    """Units and bias come from rows of the stream, as `sae train` takes them from a cache."""
-    (first,) = batches(world, 4096, 1)
-    mean = first.x.mean(dim=0)
-    scale = float((world.config.d_model / (first.x - mean).square().sum(dim=1).mean()).sqrt())
-    entry = recipe if kind == "topk" else replace(recipe, frozen="decoder")
-    dictionary = SparseAutoencoder(entry.architecture(world.config.d_model, scale))
-    initialise(dictionary, torch.Generator().manual_seed(world.seed), mean=mean.cpu())
-    dictionary.to(mean.device)
-    if kind == "true decoder":
-        set_true_decoder(dictionary, world)
-    return TrainStep(dictionary, entry, n_batches)
+def _step(name: str, world: World, entry: DictionaryConfig, n_batches: int) -> TrainStep:
+    step = new_step(world, entry, n_batches)
+    if name == "true decoder":
+        set_true_decoder(step.autoencoder, world)
+    return step
 
 
 def _lines(ceilings: list[Ceilings]) -> list[tuple[str, ...]]:
@@ -137,12 +150,27 @@ def _lines(ceilings: list[Ceilings]) -> list[tuple[str, ...]]:
     return [("probe (ceiling)", n, *probe), ("oracle top-k (ceiling)", n, *oracle)]
 
 
-def _record(arguments: argparse.Namespace, reports: dict[str, list[GroundTruthReport]]) -> dict:
+def _record(
+    arguments: argparse.Namespace,
+    reports: dict[str, list[GroundTruthReport]],
+    ceilings: list[Ceilings],
+) -> dict:
     figures = {
         kind: {name: [read(report) for report in of_one] for name, read in COLUMNS.items()}
         for kind, of_one in reports.items()
     }
-    return {"request": vars(arguments), "figures": figures, **surroundings()}
+    chance = {name: [read(r) for r in reports["default"]] for name, read in CHANCE.items()}
+    ceiling = {
+        "probe F1": [of_one.probe.f1 for of_one in ceilings],
+        "oracle FVU": [of_one.oracle_fvu for of_one in ceilings],
+    }
+    return {
+        "request": vars(arguments),
+        "figures": figures,
+        "chance": chance,
+        "ceilings": ceiling,
+        **surroundings(),
+    }
 
 
 if __name__ == "__main__":

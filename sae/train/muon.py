@@ -22,13 +22,13 @@ class LatentMuon(Adam):
         unit_rows: torch.nn.Parameter | None = None,
     ) -> None:
         """Take Muon's settings; `unit_rows` is one of the params, (d_sae, d_out), or None."""
-        super().__init__(params, lr=settings.lr, fused=True)
+        super().__init__(params, lr=settings.first_lr, fused=True)
         every = [p for group in self.param_groups for p in group["params"]]
         self.matrices = [p for p in every if p.dim() == 2]
         self.unit_rows = unit_rows
         self.muon = Muon(
             self.matrices,
-            lr=settings.lr,
+            lr=settings.first_lr,
             weight_decay=0.0,
             momentum=settings.momentum,
             ns_steps=settings.newton_schulz,

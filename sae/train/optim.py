@@ -51,7 +51,8 @@ class LatentAdam(Adam):
     ) -> None:
         """Take Adam's settings; `unit_rows` is one of the params, (d_sae, d_out), or None."""
         betas = (settings.beta1, settings.beta2)
-        super().__init__(params, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
+        lr = settings.first_lr
+        super().__init__(params, lr=lr, betas=betas, eps=settings.eps, fused=True)
         self.unit_rows = unit_rows
         self.dtype = DTYPES[settings.states]
         small = self.dtype != torch.float32

@@ -10,8 +10,8 @@ from activations_cache.checks import at_least, fraction, positive, require
 class _Schedule:
     """What all optimisers share: the rate, its rise at the start, and clipping."""
 
-    lr: float = 1e-3
-    """Learning rate after warm-up."""
+    lr: float | Literal["auto"] = 1e-3
+    """Learning rate after warm-up; auto, for Adam alone: by `schedule.automatic_rate`."""
     warmup: float = 0.02
     """Fraction of the steps over which the rate rises from 0."""
     clip: float | None = 1.0
@@ -19,10 +19,18 @@ class _Schedule:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        positive("lr", self.lr)
+        if self.lr != "auto":
+            positive("lr", self.lr)
+        rule = "be a number for this optimizer"
+        require(self.lr != "auto" or isinstance(self, Adam), "lr", rule, self.lr)
         fraction("warmup", self.warmup)
         if self.clip is not None:
             positive("clip", self.clip)
+
+    @property
+    def first_lr(self) -> float:
+        """What an optimiser is made with; TrainStep sets `auto` before each step."""
+        return 0.0 if self.lr == "auto" else self.lr
 
 
 @dataclass(frozen=True, kw_only=True)

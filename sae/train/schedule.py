@@ -40,6 +40,22 @@ def rate_factor(settings: Optimizer, step: int, total_steps: int) -> float:
     return warmup_decay(*at, settings.warmup, settings.decay, settings.decay_shape)
 
 
+def automatic_rate(d_sae: int, n_rows: int) -> float:
+    """The learning rate `auto`: 0.01 sqrt(rows of a step / latents), at most 0.01.
+
+    The fall with the width is Gao et al.'s (arXiv 2406.04093, A.3), the rise with the batch that of
+    Adam's noise; the factor is what found most features of worlds with known ones (docs,
+    ground_truth). The scale of the input is not in it: rows reach the step in the dictionary's
+    units, where their mean square norm is d_in whatever the model's is, and Adam's steps do not
+    depend on the scale of the loss.
+
+    Args:
+        d_sae: Latents of the whole dictionary.
+        n_rows: Rows of a step, over all processes.
+    """
+    return 0.01 * min(1.0, (n_rows / d_sae) ** 0.5)
+
+
 def falling_k(step: int, total_steps: int, start: int, end: int, fraction: float) -> int:
     """Go linearly from start to end over the first `fraction` of the steps, then stay."""
     n = round(fraction * total_steps)

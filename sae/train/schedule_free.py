@@ -25,7 +25,7 @@ class ScheduleFreeAdam(Optimizer):
         unit_rows: torch.nn.Parameter | None = None,
     ) -> None:
         """Take the settings; `unit_rows` is one of the params, (d_sae, d_out), or None."""
-        super().__init__(params, {"lr": settings.lr})
+        super().__init__(params, {"lr": settings.first_lr})
         self.settings = settings
         self.unit_rows = unit_rows
 

@@ -20,7 +20,7 @@ from sae.train.parts import gradient_norm, of_latents, part_of, sum_gradients, w
 from sae.train.ranks import ALONE, Batch, Ranks, batch_of, mean_figures
 from sae.train.resample import candidates_of, is_due, resample_
 from sae.train.rows import normalise_rows_
-from sae.train.schedule import rate_factor
+from sae.train.schedule import automatic_rate, rate_factor
 from sae.train.schedule_free import ScheduleFreeAdam
 
 
@@ -167,7 +167,9 @@ class TrainStep:
         settings = self.config.optimizer
         factor = rate_factor(settings, self.n_steps, self.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            lr = group["base_lr"]
+            base = automatic_rate(self.config.d_sae, batch.n_rows) if lr == "auto" else lr
+            group["lr"] = base * factor
         self.optimizer.step()
         if self.anchor is not None:
             keep_near_(self.autoencoder.dec_rows, self.anchor)

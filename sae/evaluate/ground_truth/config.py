@@ -187,6 +187,8 @@ class GroundTruthConfig:
             require(whole, "hierarchy", "be absent beside a toy model's geometry", self.hierarchy)
 
 
+_PLANTED = Normal(first=1.0, last=1.0, std_mean=0.25, std_std=0.0)
+
 TIERS: dict[str, GroundTruthConfig] = {
     "pentagon": GroundTruthConfig(
         n_features=5,
@@ -201,6 +203,20 @@ TIERS: dict[str, GroundTruthConfig] = {
         geometry=ToyModel(importance=0.95),
         firing=Zipf(exponent=0.0, highest=0.03, lowest=0.03),
         magnitude=Uniform(),
+    ),
+    "planted": GroundTruthConfig(
+        n_features=448,
+        d_model=96,
+        firing=Zipf(highest=0.166, lowest=0.008),
+        magnitude=_PLANTED,
+        noise=0.05,
+    ),
+    "planted-uniform": GroundTruthConfig(
+        n_features=448,
+        d_model=56,
+        firing=Zipf(exponent=0.0, highest=4 / 448, lowest=4 / 448),
+        magnitude=_PLANTED,
+        noise=0.05,
     ),
     "ci": GroundTruthConfig(
         n_features=211,
@@ -230,4 +246,5 @@ TIERS: dict[str, GroundTruthConfig] = {
         n_rows=500_000,
     ),
 }
-"""Worlds by name: two toys of seconds, `ci` seconds, `small` minutes, `full` (a GPU) an hour."""
+"""Worlds by name: two toys of seconds, the flat `planted` ones and `ci` of a minute, `small` of
+minutes, `full` (a GPU) of an hour."""

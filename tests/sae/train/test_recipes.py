@@ -33,6 +33,7 @@ SOURCES = {
     "anthropic_2025_01": "January 2025",
     "batchtopk": "2412.06410",
     "crosscoder": "October 2024",
+    "default": "2503.17547",
     "gated": "2404.16014",
     "jumprelu_gemma_scope": "2408.05147",
     "matryoshka_batchtopk": "2503.17547",

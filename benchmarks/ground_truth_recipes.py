@@ -1,0 +1,91 @@
+"""The recipes of configs/ brought to the size of a world whose features are known."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sae.autoencoder import SparseAutoencoder, initialise
+from sae.cli.run_config import RunConfig
+from sae.config import load
+from sae.evaluate.ground_truth import World, batches
+from sae.train.config import DictionaryConfig
+from sae.train.loss_config import FixedPrefixes
+from sae.train.step import TrainStep
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+PENALTIES = ("l1", "p_anneal", "l0", "tanh")
+TRIALS, TRIAL_STEPS = 6, 400
+"""Trainings that look for the penalty's coefficient at a given L0, and how long they are."""
+
+
+def recipe(file: str, name: str, d_sae: int, k: int, batch: int) -> DictionaryConfig:
+    """An entry of a file of configs/, with prefixes as large a share, and dead after as many steps.
+
+    Its learning rate stays: `auto`, or the number that the file chose for its own 700 steps.
+    """
+    config = load(RunConfig, CONFIGS / f"{file}.yaml").train
+    entry = config.saes[name]
+    return _resized(entry, d_sae, k, entry.dead_after_tokens * batch // config.batch)
+
+
+def _resized(entry: DictionaryConfig, d_sae: int, k: int, dead: int) -> DictionaryConfig:
+    activation, prefixes = entry.activation, entry.matryoshka
+    if hasattr(activation, "k"):
+        activation = replace(activation, k=k)
+    if isinstance(prefixes, FixedPrefixes):
+        ends = sorted({max(1, end * d_sae // entry.d_sae) for end in prefixes.ends})
+        prefixes = replace(prefixes, ends=tuple(ends))
+    return replace(
+        entry,
+        d_sae=d_sae,
+        activation=activation,
+        matryoshka=prefixes,
+        dead_after_tokens=max(1, dead),
+    )
+
+
+def others() -> Iterable[tuple[str, str]]:
+    """File and name of every entry of configs/ that reads and predicts one hook point's rows."""
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        if path.stem in {"default", "demo"}:
+            continue
+        for name, entry in load(RunConfig, path).train.saes.items():
+            if entry.frozen == "none" and not getattr(entry, "outputs", ()):
+                yield path.stem, name
+
+
+def new_step(world: World, entry: DictionaryConfig, n_steps: int) -> TrainStep:
+    """Units and bias come from rows of the stream, as `sae train` takes them from a cache."""
+    (first, _), *_ = batches(world, 4096, 1)
+    mean = first.mean(dim=0)
+    scale = float((world.config.d_model / (first - mean).square().sum(dim=1).mean()).sqrt())
+    is_plain = entry.input_norm == "none"
+    made = SparseAutoencoder(entry.architecture(world.config.d_model, scale if is_plain else 1.0))
+    initialise(
+        made,
+        torch.Generator().manual_seed(world.seed),
+        mean=mean.cpu() if is_plain else None,
+        decoder_norm=entry.decoder_norm,
+    )
+    return TrainStep(made.to(mean.device), entry, n_steps)
+
+
+def at_l0(world: World, entry: DictionaryConfig, l0: float, batch: int) -> DictionaryConfig:
+    """The entry with the coefficient of its penalty that gives an L0, found by bisection."""
+    name = next((p for p in PENALTIES if getattr(entry, p) is not None), None)
+    if name is None:
+        return entry
+    penalty = getattr(entry, name)
+    if getattr(penalty, "target", None) is not None:
+        return replace(entry, **{name: replace(penalty, target=l0)})
+    low, high = 1e-3 * penalty.coefficient, 1e2 * penalty.coefficient
+    rows = [made.x for made in batches(world, batch, TRIAL_STEPS)]
+    for _ in range(TRIALS):
+        middle = (low * high) ** 0.5
+        tried = replace(entry, **{name: replace(penalty, coefficient=middle)})
+        step = new_step(world, tried, len(rows))
+        found = [float(step(x).l0) for x in rows][-20:]
+        low, high = (middle, high) if sum(found) / len(found) > l0 else (low, middle)
+    return replace(entry, **{name: replace(penalty, coefficient=(low * high) ** 0.5)})

@@ -1,0 +1,58 @@
+"""The learning rate `auto`: one formula, in the dictionary's units."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae.architecture import TopK
+from sae.autoencoder import SparseAutoencoder, initialise
+from sae.cli.run_config import RunConfig
+from sae.config import ConfigError, load
+from sae.train.config import Adam, DictionaryConfig
+from sae.train.schedule import automatic_rate
+from sae.train.step import TrainStep
+
+D_IN, D_SAE, BATCH, STEPS = 13, 409, 101, 5
+CONFIG = Path(__file__).parents[3] / "configs" / "default.yaml"
+
+
+def test_it_falls_with_the_root_of_the_width_and_rises_with_that_of_the_batch_up_to_a_limit():
+    assert automatic_rate(400, 100) == pytest.approx(0.005)
+    assert automatic_rate(1600, 100) == pytest.approx(0.0025)
+    assert automatic_rate(1600, 400) == pytest.approx(0.005)
+    assert automatic_rate(100, 400) == 0.01
+
+
+def trained(rows: list[torch.Tensor], lr: float | str, scale: float = 0.5) -> SparseAutoencoder:
+    adam = dataclasses.replace(Adam(), lr=lr)
+    config = DictionaryConfig(d_sae=D_SAE, activation=TopK(k=3), optimizer=adam)
+    made = SparseAutoencoder(config.architecture(D_IN, scale))
+    initialise(made, torch.Generator().manual_seed(0))
+    step = TrainStep(made, config, STEPS)
+    for x in rows:
+        step(x)
+    return made
+
+
+def test_a_step_takes_it_from_the_width_and_the_rows(planted):
+    rows = planted(STEPS)
+    auto = trained(rows, "auto")
+    assert torch.equal(auto.dec_rows, trained(rows, automatic_rate(D_SAE, BATCH)).dec_rows)
+    assert not torch.equal(auto.dec_rows, trained(rows, 0.01).dec_rows)
+
+
+def test_the_scale_of_the_rows_does_not_matter(planted):
+    rows = planted(STEPS)
+    times_8 = trained([8 * x for x in rows], "auto", scale=0.5 / 8)
+    assert torch.equal(trained(rows, "auto").dec_rows, times_8.dec_rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("fast", "lr must be a number or 'auto', got 'fast'"), ("-1", "lr must be a positive number")],
+)
+def test_other_words_and_numbers_are_refused(value, message):
+    with pytest.raises(ConfigError, match=message):
+        load(RunConfig, CONFIG, [f"train.saes.default.optimizer.lr={value}"])
