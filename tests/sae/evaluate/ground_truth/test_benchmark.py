@@ -9,12 +9,15 @@ def test_the_benchmark_trains_scores_and_prints_one_table(easy, monkeypatch, cap
     monkeypatch.setitem(ground_truth.TIERS, "easy", easy)
     ground_truth.main()
     head, *lines = capsys.readouterr().out.splitlines()
-    names = ["topk", "frozen", "true decoder"]
+    names = ["default", "topk", "true decoder", *ground_truth.BASELINES]
     starts = [start for name in names for start in (name, f"{name}, chance")]
     assert head.split()[:4] == ["dictionary", "seeds", "MCC", "MMCS"]
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=False)] == starts
-    assert [line.split()[0] for line in lines[6:]] == ["probe", "oracle"]
-    topk, frozen, truth = (float(lines[place].split("1  ")[1].split()[0]) for place in (0, 2, 4))
+    assert [line.split()[0] for line in lines[12:]] == ["probe", "oracle"]
+    default, topk, truth, frozen = (
+        float(lines[place].split("1  ")[1].split()[0]) for place in (0, 2, 4, 6)
+    )
     assert truth == 1
     assert frozen + 0.2 < topk
+    assert frozen + 0.1 < default
     assert topk < 1
