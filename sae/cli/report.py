@@ -14,6 +14,7 @@ from sae.browser import (
     ResultTable,
     SteeringExample,
 )
+from sae.cli.unembedding import unembedding
 from sae.evaluate.report import EvaluationReport, read_json
 from sae.explain.logit_lens import PromotedTokens, promoted_tokens
 from sae.explain.tables import EXAMPLES, LATENTS, SUMMARY, LatentRecord, read_examples, read_latents
@@ -29,8 +30,6 @@ CAUTIONS = (
     "A latent may stand for something that these texts do not show.",
 )
 N_PROMOTED = 8
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
-"""What model families call the norm before the unembedding."""
 
 
 def result_table(run: "Run", measured: EvaluationReport, *, with_labels: bool) -> ResultTable:
@@ -164,11 +163,4 @@ def _latent_page(
 
 
 def _logit_lens(run: "Run", name: str) -> PromotedTokens:
-    model = run.loaded.model
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"the logit lens must have an output embedding, {type(model)} has none")
-    unembed = head.weight.float()
-    norms = (getattr(model.base_model, n, None) for n in FINAL_NORMS)
-    weight = next((norm.weight.float() for norm in norms if norm is not None), None)
-    return promoted_tokens(run.dictionaries[name], unembed, weight, N_PROMOTED)
+    return promoted_tokens(run.dictionaries[name], *unembedding(run.loaded.model), N_PROMOTED)

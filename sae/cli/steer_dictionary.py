@@ -14,6 +14,7 @@ from activations_cache.config import ModelConfig, TextSource
 from activations_cache.documents import documents
 from activations_cache.models import LoadedModel, Tokenizer, load_model
 from sae.cli import console
+from sae.cli.unembedding import unembedding
 from sae.explain.logit_lens import promoted_tokens
 from sae.pretrained import load as load_dictionary
 from sae.steer.edits import Edit
@@ -31,8 +32,6 @@ EVERY = 997
 N_NEUTRAL_TOKENS = 48
 N_TARGETS = 10
 """So many promoted tokens stand for a latent."""
-
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
 
 
 def steer_dictionary(path: str, request: SteerRequest) -> None:
@@ -129,12 +128,7 @@ def _promoted(path: str, placed: Placed, loaded: LoadedModel, latent: int) -> In
     """The tokens that a latent's direction promotes most, which stand for it in a sweep."""
     placed.require_latent(latent)
     alone = load_dictionary(path, latents=slice(latent, latent + 1))
-    head = loaded.model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"model must have an output embedding, got {type(loaded.model).__name__}")
-    norms = (getattr(loaded.model.base_model, name, None) for name in FINAL_NORMS)
-    weight = next((norm.weight.float() for norm in norms if norm is not None), None)
-    return promoted_tokens(alone, head.weight.float(), weight, N_TARGETS).promoted[0]
+    return promoted_tokens(alone, *unembedding(loaded.model), N_TARGETS).promoted[0]
 
 
 def _neutral(request: SteerRequest, tokenizer: Tokenizer) -> Int[Tensor, "example pos"]:
