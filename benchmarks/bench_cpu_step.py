@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.peer_steps import peer_steps
 from benchmarks.rows import ROOT, append, surroundings
 from sae.architecture import ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
@@ -210,6 +211,7 @@ def candidates(shape: Shape) -> dict[str, tuple[str, Step]]:
         "topk + auxk in bf16": topk_step(shape, AuxK(products="bf16")),
         "topk + auxk, bf16 step": topk_step(shape, AuxK(), precision="bf16"),
         "topk, dense autograd": dense_step(shape),
+        **peer_steps(rows(shape), shape.m, shape.k),
     }
     l1 = {
         "five products, float32": l1_floor(shape),
