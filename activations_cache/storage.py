@@ -70,13 +70,19 @@ def read_into(
     scale: Shaped[np.ndarray, " row"] | None,
     dtype: str,
 ) -> None:
-    """Write stored rows as float32 into `found`; `as_stored` in reverse."""
-    if dtype == "bfloat16":
-        found.copy_(torch.from_numpy(acts.view(np.int16)).view(torch.bfloat16))
+    """Write stored rows as float32 into `found`; `as_stored` in reverse.
+
+    With NumPy, which stays in its thread: torch's ones would get in the way of the training step.
+    """
+    rows = found.numpy()
+    if dtype == "bfloat16":  # the upper half of a float32
+        bits = rows.view(np.uint32)
+        np.copyto(bits, acts)
+        np.left_shift(bits, 16, out=bits)
     else:
-        found.copy_(torch.from_numpy(acts))
+        np.copyto(rows, acts)
     if scale is not None:
-        found.mul_(torch.from_numpy(scale)[:, None])
+        np.multiply(rows, scale[:, None], out=rows)
 
 
 def compress(data: np.ndarray) -> bytes:
