@@ -41,8 +41,6 @@ class Step(enum.StrEnum):
 
 
 app.add_typer(cache_app, name="cache")
-app.command()(steer)
-app.command()(find)
 app.add_typer(scaling_app, name="scaling")
 
 
@@ -85,6 +83,10 @@ def explain(
     from sae.cli.explaining import explain_dictionary
 
     explain_dictionary(config, cache, hook_point, out, checked)
+
+
+app.command()(find)
+app.command()(steer)
 
 
 @app.command()
