@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sae.cli import console, release_commands
+from sae.cli.bench_command import PASSED_ON, bench
 from sae.cli.cache_commands import app as cache_app
 from sae.cli.evaluate_commands import compare, evaluate
 from sae.cli.find_command import find
@@ -126,6 +127,7 @@ def inspect(
 app.command()(release_commands.convert)
 app.command()(release_commands.push)
 app.command(name="verify-release")(release_commands.verify_release)
+app.command(context_settings=PASSED_ON)(bench)
 
 
 def main() -> None:
