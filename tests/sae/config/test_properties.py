@@ -20,7 +20,7 @@ values = (
     | words
     | st.sampled_from(["topk", "relu", "decoder", "float32", {}, [], {"kind": "topk"}, [[1]]])
     | st.lists(st.integers() | words, max_size=2).map(lambda items: [str(i) for i in items])
-)
+).map(copy.deepcopy)  # sampled_from gives the same object again, and mutated() writes into it
 
 
 @pytest.fixture(scope="module")
