@@ -113,9 +113,8 @@ def load_entries(
         group, _, path = target.rpartition("=")
         provenance = _provenance(Path(path))
         _check_origin(path, provenance, cache, hook_point)
-        recipe = json.dumps(provenance.get("recipe") or name, sort_keys=True)
-        group = group or recipes.setdefault(recipe, name)
-        seed = provenance.get("seed")
+        recipe, seed = _recipe_and_seed(provenance)
+        group = group or recipes.setdefault(recipe or name, name)
         n_before = sum(entry.group == group for entry in entries.values())
         entries[name] = Entry(
             pretrained.load(path), Path(path), group, n_before if seed is None else seed
@@ -135,6 +134,14 @@ def short_names(paths: list[str]) -> list[str]:
     return ["/".join(p[-depth:]) for p in parts]
 
 
+def _recipe_and_seed(provenance: dict[str, Any]) -> tuple[str | None, int | None]:
+    """What tells groups apart, and the seed of the first weights: an entry's own, or its run's."""
+    recipe = dict(provenance.get("recipe") or {})
+    own = recipe.pop("seed", None)
+    seed = provenance.get("seed") if own is None else own
+    return json.dumps(recipe, sort_keys=True) if recipe else None, seed
+
+
 def _provenance(path: Path) -> dict[str, Any]:
     file = path / "provenance.json"
     return json.loads(file.read_bytes()) if file.is_file() else {}
@@ -144,7 +151,6 @@ def _check_origin(
     path: str, provenance: dict[str, Any], cache: ActivationCache, hook_point: str
 ) -> None:
     """What a dictionary of our own says of where it was trained must be what the cache holds."""
-    points = provenance.get("hook_points") or [provenance.get("hook_point")]
     points = provenance.get("hook_points") or [provenance.get("hook_point")]
     own = {
         "hook point": ", ".join(point for point in points if point),

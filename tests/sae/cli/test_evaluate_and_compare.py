@@ -91,6 +91,28 @@ def test_seeds_of_a_recipe_are_one_group_and_differences_are_judged(monkeypatch,
     assert (out_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_seeds_of_one_pass_are_told_apart_by_their_entries(monkeypatch, capsys, trained, tmp_path):
+    """A grid over `seed` trains its entries in one run, whose own seed is the same for all."""
+    targets, one_pass = [], tmp_path / "pass" / "train"
+    for seed, path in enumerate(paths(trained)[:2]):
+        shutil.copytree(path, one_pass / f"wide-{seed}")
+        targets.append(str(one_pass / f"wide-{seed}"))
+        record = json.loads((Path(path) / "provenance.json").read_text())
+        record |= {"seed": 0, "recipe": {**record["recipe"], "seed": seed}}
+        (one_pass / f"wide-{seed}" / "provenance.json").write_text(json.dumps(record))
+    code = sae(
+        monkeypatch, "compare", *targets, *paths(trained)[2:], "--cache", str(trained / "cache"),
+        "--no-model", "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert code == 0
+    record = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert record["groups"]["pass/train/wide-1"] == "pass/train/wide-0"
+    assert record["seeds"]["pass/train/wide-0"] == 0
+    assert record["seeds"]["pass/train/wide-1"] == 1
+    (pair,) = record["comparisons"]["FVU"]
+    assert pair["verdict"] == "pass/train/wide-0 < run0/train/narrow"
+
+
 def test_named_groups_and_no_model(monkeypatch, capsys, trained):
     targets = [f"all={path}" for path in paths(trained)]
     code = sae(
