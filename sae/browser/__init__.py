@@ -1,29 +1,48 @@
-"""The result page of a run: one HTML file that opens without a server and without a network.
+"""The feature browser: a folder of static pages that opens without a server and without a network.
 
-`PageData` and its parts are plain data; `write_page(data, path)` writes the file. Everything here
-needs the standard library alone, so the names are imported directly.
+`Site` and its parts are plain data; `write_site(site, path)` writes the folder and
+`sae.browser.server` shows it on a local address. Everything here needs the standard library alone,
+so the names are imported directly.
 """
 
+from sae.browser.latent import Attribution, Example, Explanation, Image, Latent, Score
 from sae.browser.page import write_page
-from sae.browser.page_data import (
-    Context,
+from sae.browser.page_data import Context, DictionaryPage, LatentPage, PageData
+from sae.browser.site import (
+    Column,
+    Comparison,
+    Completeness,
     Curve,
-    DictionaryPage,
+    Dictionary,
     Histogram,
-    LatentPage,
-    PageData,
+    Map,
     ResultTable,
+    Site,
     SteeringExample,
 )
+from sae.browser.write import write_site
 
 __all__ = [
+    "Attribution",
+    "Column",
+    "Comparison",
+    "Completeness",
     "Context",
     "Curve",
+    "Dictionary",
     "DictionaryPage",
+    "Example",
+    "Explanation",
     "Histogram",
+    "Image",
+    "Latent",
     "LatentPage",
+    "Map",
     "PageData",
     "ResultTable",
+    "Score",
+    "Site",
     "SteeringExample",
     "write_page",
+    "write_site",
 ]

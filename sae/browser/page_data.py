@@ -6,11 +6,12 @@ anything is written.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from activations_cache.checks import require
+from sae.browser.site import Curve, Histogram, ResultTable, SteeringExample
 
 
 def _require_finite(field: str, values: Iterable[float | int]) -> None:
@@ -27,74 +28,6 @@ def _require_unique(field: str, values: Iterable[object]) -> None:
     for value in values:
         require(value not in seen, field, "be unique", value)
         seen.add(value)
-
-
-@dataclass(frozen=True)
-class ResultTable:
-    """The one table of the run; the first column names the row."""
-
-    columns: tuple[str, ...]
-    """Headings; the first one heads the names."""
-    rows: tuple[tuple[str, ...], ...]
-    """Cells as they are to be read, one row per dictionary or baseline."""
-    note: str
-    """What the figures were measured on, shown under the table; may be empty."""
-
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            require(
-                len(row) == len(self.columns),
-                "rows",
-                f"have one cell per column ({len(self.columns)})",
-                row,
-            )
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The metrics of one dictionary while it was trained."""
-
-    name: str
-    """The dictionary's name."""
-    steps: tuple[int, ...]
-    """Rows seen at each point, ascending."""
-    values: Mapping[str, tuple[float, ...]]
-    """For each metric, such as "FVU", one value per point; a value that is not finite is a gap."""
-
-    def __post_init__(self) -> None:
-        ascending = all(a <= b for a, b in zip(self.steps, self.steps[1:], strict=False))
-        require(ascending, "steps", "ascend", self.steps)
-        for metric, values in self.values.items():
-            require(
-                len(values) == len(self.steps),
-                f"values[{metric!r}]",
-                f"have one value per step ({len(self.steps)})",
-                len(values),
-            )
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Counts between edges."""
-
-    edges: tuple[float, ...]
-    """One more than counts, strictly ascending; base-10 logarithms if log10."""
-    counts: tuple[int, ...]
-    """How many fell between edges[i] and edges[i + 1]."""
-    log10: bool
-    """Whether the edges are base-10 logarithms of the quantity."""
-
-    def __post_init__(self) -> None:
-        require(
-            len(self.edges) == len(self.counts) + 1,
-            "edges",
-            f"be one more than counts ({len(self.counts)})",
-            len(self.edges),
-        )
-        require(all(map(math.isfinite, self.edges)), "edges", "be finite", self.edges)
-        ascending = all(a < b for a, b in zip(self.edges, self.edges[1:], strict=False))
-        require(ascending, "edges", "ascend strictly", self.edges)
-        _require_finite("counts", self.counts)
 
 
 @dataclass(frozen=True)
@@ -206,31 +139,6 @@ class DictionaryPage:
         _require_unique("latents' numbers", numbers)
         largest = max(numbers, default=-1)
         require(largest < self.d_sae, "latents' numbers", f"be below d_sae={self.d_sae}", largest)
-
-
-@dataclass(frozen=True)
-class SteeringExample:
-    """What the model writes with and without one latent changed."""
-
-    dictionary: str
-    """Name of the dictionary."""
-    latent: int
-    """Number of the latent."""
-    label: str
-    """The latent's label."""
-    strength: float
-    """How far it was turned, in `unit`."""
-    prompt: str
-    """The text given to the model."""
-    base: str
-    """The model's continuation, without the prompt."""
-    steered: str
-    """The continuation of the steered model, without the prompt."""
-    unit: str = "times its maximum"
-    """What `strength` counts."""
-
-    def __post_init__(self) -> None:
-        require(math.isfinite(self.strength), "strength", "be finite", self.strength)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.browser_example import example_site
 from sae.browser import (
     Context,
     Curve,
@@ -21,6 +22,7 @@ from sae.browser import (
     PageData,
     ResultTable,
     SteeringExample,
+    write_site,
 )
 
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
@@ -115,6 +117,16 @@ def _leb128(raw: bytes) -> Iterator[int]:
         if byte < 128:
             yield number
             number, shift = 0, 0
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the example of every part as a folder and gives its index.html."""
+
+    def make(name: str = "site", n_latents: int = 251, payload: str | None = None) -> Path:
+        return write_site(example_site(n_latents, payload), tmp_path / name)
+
+    return make
 
 
 class Chromium:
