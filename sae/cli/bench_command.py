@@ -9,12 +9,13 @@ import typer
 
 from sae.config import ConfigError
 
-Bench = Literal["auto", "gpu", "cpu", "cache", "storage"]
+Bench = Literal["auto", "gpu", "cpu", "cache", "storage", "labels"]
 MODULES = {
     "gpu": "benchmarks.gpu_suite",
     "cpu": "benchmarks.bench_cpu_step",
     "cache": "benchmarks.bench_cache",
     "storage": "benchmarks.bench_storage",
+    "labels": "benchmarks.bench_labels",
 }
 ROOT = Path(__file__).resolve().parents[2]
 PASSED_ON = {"ignore_unknown_options": True}

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from sae.config import ConfigError
 from sae.explain.config import AutointerpConfig, ExplainConfig
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.run import explain
+from sae.explain.scores import Mean
+from sae.explain.summary import Summary
 from sae.explain.with_llm import Subject, client_of, label_with_llm
 
 N_TOKENS = 10
@@ -55,18 +57,7 @@ def explain_dictionary(
     strings = _token_strings(loaded)
     with console.step("explain") as report:
         found = explain(dictionary, cache, hook, strings, config, out_dir, progress=report)
-    summary = found.summary
-    console.facts(
-        str(out_dir),
-        [
-            ("scored", f"{summary.n_scored:,} of {summary.n_latents:,} latents"),
-            ("insufficient", f"{summary.n_insufficient:,}"),
-            ("dead", f"{summary.n_dead:,}"),
-            ("AUC", f"{summary.auc.mean:.3f} [{summary.auc.low:.3f}, {summary.auc.high:.3f}]"),
-            ("AUC of exchanged labels", f"{summary.control_auc.mean:.3f}"),
-        ],
-        "labels without a language model; chance is 0.5",
-    )
+    show_labels(str(out_dir), found.summary, found.baselines)
     if config.autointerp is not None and client is not None:
         subject = Subject(dictionary, cache, hook, strings)
         with console.step("labels") as report:
@@ -77,6 +68,36 @@ def explain_dictionary(
                 progress=report,
             )  # fmt: skip
         show_summary(path, found_by_llm, out_dir)
+
+
+def show_labels(title: str, summary: Summary, baselines: Mapping[str, Summary]) -> None:
+    """Print what came of the labels without a language model, failures first."""
+    arms = {"its latents": summary, **baselines}
+    rows = [
+        (
+            name,
+            f"{arm.n_insufficient:,}",
+            f"{arm.n_scored:,}",
+            _with_ends(arm.beats_null),
+            _with_ends(arm.auc),
+            _with_ends(arm.auc_strong),
+            _with_ends(arm.control_auc),
+        )
+        for name, arm in arms.items()
+    ]
+    columns = (
+        "", "insufficient", "scored", "beat null", "AUC", "AUC, strongest tenth", "exchanged",
+    )  # fmt: skip
+    note = (
+        f"{summary.n_latents:,} latents, {summary.n_dead:,} dead; labels without a language model, "
+        f"scored on {summary.n_rows_score:,} rows of other documents; beat null: share of the live "
+        "latents whose AUC beats its permutations at 1 %; chance is 0.5"
+    )
+    console.table(title, columns, rows, note)
+
+
+def _with_ends(found: Mean) -> str:
+    return f"{found.mean:.3f} ±{(found.high - found.low) / 2:.3f}"
 
 
 def _token_strings(loaded: Any) -> list[str]:

@@ -1,5 +1,7 @@
 """Latents that nobody trained, for comparison: random directions and raw neurons of the stream."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,7 +12,7 @@ from sae.autoencoder import SparseAutoencoder
 
 @torch.no_grad()
 def baseline_dictionary(
-    rows: Float[Tensor, "row d_in"], n: int, density: float, seed: int
+    rows: Float[Tensor, "row d_in"], n: int, density: float | Sequence[float], seed: int
 ) -> SparseAutoencoder:
     """A dictionary of n random directions followed by n neurons, each as dense as asked.
 
@@ -21,14 +23,16 @@ def baseline_dictionary(
     Args:
         rows: A sample, in the model's units, from which mean and quantiles are taken.
         n: Latents of each kind; neurons repeat where there are fewer coordinates.
-        density: Share of the rows on which each is to fire.
+        density: Share of the rows on which each is to fire; or one for each of the n.
         seed: Of directions, coordinates and signs.
 
     Raises:
-        ValueError: If the density does not lie between 0 and 1.
+        ValueError: If a density does not lie between 0 and 1.
     """
-    if not 0 < density < 1:
-        raise ValueError(f"density must lie between 0 and 1, got {density}")
+    densities = list(density) if isinstance(density, Sequence) else [density] * n
+    wrong = [each for each in densities if not 0 < each < 1]
+    if wrong:
+        raise ValueError(f"density must lie between 0 and 1, got {wrong[0]}")
     d_in = rows.shape[1]
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(2 * n, d_in, generator=generator)
@@ -41,5 +45,7 @@ def baseline_dictionary(
     )
     dictionary.enc_rows.copy_(directions)
     dictionary.dec_rows.copy_(directions)
-    dictionary.b_enc.copy_(-(rows @ directions.T).quantile(1 - density, dim=0))
+    for latent, direction in enumerate(directions):
+        bar = (rows @ direction).quantile(1 - densities[latent % n])
+        dictionary.b_enc[latent] = -bar
     return dictionary

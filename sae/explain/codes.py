@@ -71,6 +71,13 @@ class Codes:
         part = slice(self.start[latent], self.start[latent] + self.n_fired[latent])
         return Firings(self.row[part], self.value[part])
 
+    def part(self, first: int, last: int) -> "Codes":
+        """The latents first, ..., last - 1 alone, without a copy."""
+        n_fired = self.n_fired[first:last]
+        start = int(self.start[first])
+        entries = slice(start, start + int(n_fired.sum()))
+        return Codes(n_fired, self.row[entries], self.value[entries], self.n_rows)
+
     def block(self, first: int, last: int) -> Entries:
         """Entries of the latents first, ..., last - 1, without a copy of the rows."""
         counts = self.n_fired[first:last]

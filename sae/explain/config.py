@@ -95,6 +95,10 @@ class ExplainConfig:
     """Shrinkage of p(fires | word): pseudo-rows that fire at the latent's own rate."""
     permutations: int = 4
     """Permuted copies of the text that show what chance gives; few latents get more of them."""
+    null_permutations: int = 99
+    """Permuted copies of the unseen documents that a label's score is compared with."""
+    n_baseline: int = 128
+    """Random directions, and as many raw neurons, that are labelled and scored the same way."""
     top_contexts: int = 5
     """Contexts kept per latent, from different examples, by peak activation."""
     context_tokens: int = 32
@@ -110,8 +114,8 @@ class ExplainConfig:
         """Check every field; ValueError names the first that is wrong."""
         at_least = {
             "min_firings": 2, "min_examples": 2, "words_per_label": 1, "min_word_count": 1,
-            "permutations": 2, "top_contexts": 1, "context_tokens": 1, "histogram_bins": 1,
-            "seed": 0,
+            "permutations": 2, "null_permutations": 1, "n_baseline": 0, "top_contexts": 1,
+            "context_tokens": 1, "histogram_bins": 1, "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))

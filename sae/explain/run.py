@@ -1,54 +1,26 @@
 """Explain a dictionary: encode the cache, label every latent, score the labels, write all down."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from activations_cache.progress import Progress, silent
 from sae.autoencoder import SparseAutoencoder
+from sae.explain.baselines import baseline_dictionary
 from sae.explain.codes import encode_rows
 from sae.explain.config import ExplainConfig, Kind
 from sae.explain.examples import Activity, Context, ContextFinder, Part, activity
+from sae.explain.held_out import HeldOut, held_out
 from sae.explain.labels import Labels, fires_enough, make_labels
-from sae.explain.scores import FLOOR, Mean, Scores, bootstrap_mean, derangement, score_rules
+from sae.explain.scores import Scores, derangement, score_rules
+from sae.explain.summary import Found, Summary, flat, known_or_none, summary_of
 from sae.explain.tables import EXAMPLES, LATENTS, LatentRecord, write_tables
 from sae.explain.words import Cache, SplitRows, TextReader
 
-
-@dataclass(frozen=True)
-class Summary:
-    """The dictionary's labels in a few figures; nan where there is nothing to average."""
-
-    n_latents: int
-    """All latents."""
-    n_scored: int
-    """Live latents whose label was scored."""
-    n_insufficient: int
-    """Live latents that fire too seldom to be scored; counted, never dropped."""
-    n_dead: int
-    """Latents that never fire in the two splits."""
-    auc: Mean
-    """Mean AUC over the scored latents; its interval is a bootstrap over latents."""
-    auc_median: float
-    """Median AUC over the scored latents."""
-    auc_all_live: float
-    """Mean AUC over all live latents, the insufficient ones counted at the floor."""
-    auc_wide: Mean
-    """Mean AUC of the larger rules, which are not what the labels say."""
-    control_auc: Mean
-    """Mean AUC when every latent is scored with another latent's label."""
-    share_above_chance: float
-    """Share of the scored latents whose interval lies above the floor."""
-    floor: float
-    """The AUC of knowing nothing."""
-    n_rows_explain: int
-    """Rows from which the labels were made."""
-    n_rows_score: int
-    """Rows on which they were scored."""
+_SAMPLE = 32_768
 
 
 @dataclass(frozen=True)
@@ -65,16 +37,20 @@ class Explained:
     """AUC of the labels."""
     wide: Scores
     """AUC of the larger rules."""
+    held_out: HeldOut
+    """What chance gives each label on the same documents, and what strong firings do."""
     control: Scores
     """AUC of other latents' labels; nan everywhere if fewer than two latents were scored."""
     activity: Activity
     """How often and how strongly the latents fire."""
     summary: Summary
     """All of it in a few figures."""
-    latents_path: Path | None
+    latents_path: Path | None = None
     """latents.parquet, if it was written."""
-    examples_path: Path | None
+    examples_path: Path | None = None
     """examples.parquet, if it was written."""
+    baselines: Mapping[str, Summary] = field(default_factory=dict)
+    """The same figures of latents that nobody trained, where files were written."""
 
 
 def explain(
@@ -116,7 +92,13 @@ def explain(
     fired = [part.codes.n_fired for part in parts]
     records = (_record(explained, fired, latent) for latent in range(len(fired[0])))
     contexts = _contexts(finder, len(fired[0]), report)
-    summary = {"config": dataclasses.asdict(config), **_flat(explained.summary)}
+    arms = _baselines(cache, hook_point, splits, explained, config, report)
+    explained = dataclasses.replace(explained, baselines=arms)
+    summary = {
+        **flat(explained.summary),
+        "baselines": {name: flat(arm) for name, arm in arms.items()},
+        "config": dataclasses.asdict(config),
+    }
     write_tables(out_dir, records, contexts, config.top_contexts, summary)
     paths = {"latents_path": out_dir / LATENTS, "examples_path": out_dir / EXAMPLES}
     return dataclasses.replace(explained, **paths)
@@ -161,41 +143,55 @@ def explain_codes(
     scores = score_rules(labels.rules, labels.kinds, codes, text, wanted)
     wide = score_rules(labels.wide, labels.kinds, codes, text, wanted)
     control = score_rules(labels.rules.of(partner), labels.kinds, codes, text, exchanged)
+    unseen = held_out(labels, made_from.codes, codes, text, wanted, config, progress)
     active = activity((made_from, scored_on), config.histogram_bins)
     live = active.n_fired > 0
     status = np.where(wanted, "scored", np.where(live, "insufficient", "dead"))
-    found = (scores, wide, control)
-    summary = _summary(found, wanted, live, (made_from.codes.n_rows, codes.n_rows), generator)
+    found = Found(scores, wide, control, unseen)
+    summary = summary_of(found, wanted, live, (made_from.codes.n_rows, codes.n_rows), generator)
     paths = (None, None)
-    return Explained(labels, names, tuple(status.tolist()), *found, active, summary, *paths)
-
-
-def _summary(
-    found: tuple[Scores, Scores, Scores],
-    wanted: np.ndarray,
-    live: np.ndarray,
-    n_rows: tuple[int, int],
-    generator: np.random.Generator,
-) -> Summary:
-    scores, wide, control = found
-    auc = scores.auc[wanted]
-    n_scored, n_live = int(wanted.sum()), int(live.sum())
-    at_floor = FLOOR * (n_live - n_scored)
-    return Summary(
-        n_latents=len(wanted),
-        n_scored=n_scored,
-        n_insufficient=n_live - n_scored,
-        n_dead=len(wanted) - n_live,
-        auc=bootstrap_mean(auc, generator),
-        auc_median=float(np.median(auc)) if n_scored else math.nan,
-        auc_all_live=float(auc.sum() + at_floor) / n_live if n_live else math.nan,
-        auc_wide=bootstrap_mean(wide.auc[wanted], generator),
-        control_auc=bootstrap_mean(control.auc[np.isfinite(control.auc)], generator),
-        share_above_chance=float((scores.low[wanted] > FLOOR).mean()) if n_scored else math.nan,
-        floor=FLOOR,
-        n_rows_explain=n_rows[0],
-        n_rows_score=n_rows[1],
+    return Explained(
+        labels,
+        names,
+        tuple(status.tolist()),
+        scores,
+        wide,
+        unseen,
+        control,
+        active,
+        summary,
+        *paths,
     )
+
+
+def _baselines(
+    cache: Cache,
+    hook_point: str,
+    splits: Mapping[str, SplitRows],
+    explained: Explained,
+    config: ExplainConfig,
+    report: Progress,
+) -> dict[str, Summary]:
+    """Random directions and raw neurons, as dense as latents spread evenly over the live ones."""
+    density = np.sort(explained.activity.density[explained.activity.n_fired > 0])
+    n = config.n_baseline
+    if not (n and len(density)):
+        return {}
+    places = np.linspace(0, len(density) - 1, n).round().astype(int)
+    ids = splits["explain"].ids
+    rows = cache[hook_point][ids[:: max(1, len(ids) // _SAMPLE)]].cpu()
+    untrained = baseline_dictionary(
+        rows, n, np.clip(density[places], 1 / len(rows), 0.5).tolist(), config.seed
+    )
+    codes = [encode_rows(untrained, cache[hook_point], s.ids, report) for s in splits.values()]
+    found = {}
+    for first, name in ((0, "random directions"), (n, "raw neurons")):
+        made_from, scored_on = (
+            Part(split, of_split.part(first, first + n), splits[split].text)
+            for split, of_split in zip(splits, codes, strict=True)
+        )
+        found[name] = explain_codes(made_from, scored_on, explained.names, config, report).summary
+    return found
 
 
 def _contexts(finder: ContextFinder, d_sae: int, progress: Progress) -> Iterator[Context]:
@@ -206,7 +202,7 @@ def _contexts(finder: ContextFinder, d_sae: int, progress: Progress) -> Iterator
 
 
 def _record(explained: Explained, fired: Sequence[np.ndarray], latent: int) -> LatentRecord:
-    labels, active = explained.labels, explained.activity
+    labels, active, unseen = explained.labels, explained.activity, explained.held_out
     listed = labels.rules.value[latent] >= 0
     has_label = bool(listed.any())
 
@@ -225,29 +221,20 @@ def _record(explained: Explained, fired: Sequence[np.ndarray], latent: int) -> L
         npmi=of_words(labels.npmi),
         gain=float(labels.gain[latent]) if has_label else None,
         p_value=float(labels.p_value[latent]) if has_label else None,
-        auc=_known(float(explained.scores.auc[latent])),
-        low=_known(float(explained.scores.low[latent])),
-        high=_known(float(explained.scores.high[latent])),
-        control_auc=_known(float(explained.control.auc[latent])),
-        auc_wide=_known(float(explained.wide.auc[latent])),
+        auc=known_or_none(float(explained.scores.auc[latent])),
+        low=known_or_none(float(explained.scores.low[latent])),
+        high=known_or_none(float(explained.scores.high[latent])),
+        control_auc=known_or_none(float(explained.control.auc[latent])),
+        auc_wide=known_or_none(float(explained.wide.auc[latent])),
         n_fired_explain=int(fired[0][latent]),
         n_fired_score=int(fired[1][latent]),
         density=float(active.density[latent]),
         max_activation=float(active.max_activation[latent]),
         histogram=tuple(active.histogram[latent].tolist()),
+        p_held_out=known_or_none(float(unseen.p_value[latent])),
+        auc_strong=known_or_none(float(unseen.auc_strong[latent])),
+        p_strong=known_or_none(float(unseen.p_strong[latent])),
+        curve=tuple(known_or_none(share) for share in unseen.curve[latent].tolist()),
+        curve_n=tuple(unseen.curve_n[latent].tolist()),
+        base=known_or_none(float(unseen.base[latent])),
     )
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _flat(summary: Summary) -> dict[str, object]:
-    """The summary as JSON takes it: means as objects, nan, which JSON does not know, as null."""
-    flat: dict[str, object] = {}
-    for field in dataclasses.fields(summary):
-        value = getattr(summary, field.name)
-        if isinstance(value, Mean):
-            value = {end: _known(number) for end, number in value._asdict().items()}
-        flat[field.name] = _known(value) if isinstance(value, float) else value
-    return flat

@@ -67,6 +67,19 @@ class LatentRecord:
     """Largest activation on them."""
     histogram: tuple[int, ...]
     """Counts of its activations in equal steps from 0 to max_activation, silent rows left out."""
+    p_held_out: float | None
+    """Share of permuted unseen texts on which the label scores as well; auc beats its null at 1 %
+    where this is at most 0.01."""
+    auc_strong: float | None
+    """AUC of the strongest tenth of the firings against the silent rows; None where too few."""
+    p_strong: float | None
+    """The same share for it."""
+    curve: tuple[float | None, ...]
+    """Share of the firings in each fifth of its largest activation with one of the words."""
+    curve_n: tuple[int, ...]
+    """Firings in each fifth."""
+    base: float | None
+    """Share of all rows with one of the words."""
 
 
 _TEXTS, _FLOATS = pa.list_(pa.string()), pa.list_(pa.float32())
@@ -77,6 +90,8 @@ _LATENT_SCHEMA = pa.schema({
     "low": pa.float64(), "high": pa.float64(), "control_auc": pa.float64(),
     "auc_wide": pa.float64(), "n_fired_explain": pa.int64(), "n_fired_score": pa.int64(),
     "density": pa.float64(), "max_activation": pa.float32(), "histogram": pa.list_(pa.int64()),
+    "p_held_out": pa.float64(), "auc_strong": pa.float64(), "p_strong": pa.float64(),
+    "curve": pa.list_(pa.float64()), "curve_n": pa.list_(pa.int64()), "base": pa.float64(),
 })  # fmt: skip
 _CONTEXT_SCHEMA = pa.schema({
     "latent": pa.int32(), "rank": pa.int16(), "activation": pa.float32(), "example": pa.int64(),

@@ -244,5 +244,22 @@ def test_a_table_of_other_columns_is_refused(finished, tmp_path):
 def test_every_stage_reports_to_its_end(planted, tmp_path):
     last: dict[str, tuple[int, int]] = {}
     _run(planted, tmp_path, CONFIG, lambda done, total, unit: last.update({unit: (done, total)}))
-    assert set(last) == {"rows encoded", "passes over the text", "latents' contexts"}
+    assert set(last) == {
+        "rows encoded", "passes over the text", "permutations of the unseen texts",
+        "latents' contexts",
+    }  # fmt: skip
     assert all(done == total for done, total in last.values())
+
+
+def test_untrained_latents_stand_beside_them(planted, finished):
+    explained, out = finished
+    written = json.loads((out / tables.SUMMARY).read_text())
+    assert next(iter(written)) == "n_insufficient"  # what failed comes first
+    assert set(written["baselines"]) == {"random directions", "raw neurons"}
+    for name, arm in explained.baselines.items():
+        assert arm.n_latents == CONFIG.n_baseline
+        assert written["baselines"][name]["auc"]["mean"] == arm.auc.mean
+    directions = explained.baselines["random directions"]  # they mix the topics
+    assert directions.auc.mean < explained.summary.auc.mean
+    assert explained.summary.beats_null.mean == pytest.approx(17 / 19, abs=1 / 19)
+    assert explained.summary.beats_null.low < explained.summary.beats_null.mean
