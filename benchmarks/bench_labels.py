@@ -52,7 +52,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Explained]:
         found[Path(path).name] = explain(
             dictionary, rows, hook_point, strings, config, Path(arguments.out) / Path(path).name
         )
-        print(f"{path} done", flush=True)  # noqa: T201
+        print(f"{path} done", flush=True)
     return found
 
 
@@ -153,7 +153,7 @@ def main() -> None:
     first = next(iter(found.values()))
     arms = {name: explained.summary for name, explained in found.items()} | dict(first.baselines)
     rows = [row_of(name, summary) for name, summary in arms.items()]
-    print(table(arms))  # noqa: T201
+    print(table(arms))
     for name in found:
         if name + FROZEN in found:
             differences = compared(found[name], found[name + FROZEN])
@@ -161,7 +161,7 @@ def main() -> None:
                          "differences": differences})  # fmt: skip
             for what, d in differences.items():
                 ends = f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-                print(f"{name}: {what}: {ends}: {d['verdict']}")  # noqa: T201
+                print(f"{name}: {what}: {ends}: {d['verdict']}")
     about = {"seed": arguments.seed, "permutations": arguments.permutations}
     append("labels", [{**surroundings(), **about, **row} for row in rows])
 

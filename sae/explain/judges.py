@@ -110,12 +110,17 @@ class WordRule:
     """Strength of each word, in lower case; the largest counts as 1."""
     previous: bool = False
     """Whether the word before is looked up instead."""
+    pair: bool = False
+    """Whether it is the word before and the word, with a blank between."""
 
     def __call__(self, pieces: Sequence[str]) -> list[float]:
         """Strengths from 0 to 1."""
         top = max(self.weights.values(), default=0.0) or 1.0
         words, of_piece = _words(pieces)
-        strength = [self.weights.get(word, 0.0) / top for word in words]
+        keys = words
+        if self.pair:
+            keys = [f"{a} {b}" for a, b in zip(["", *words], words, strict=False)]
+        strength = [self.weights.get(key, 0.0) / top for key in keys]
         if self.previous:
             strength = [0.0, *strength[:-1]]
         return [strength[index] for index in of_piece]

@@ -32,12 +32,13 @@ from sae.explain.words import RowText
 _PREFIX: Mapping[Kind, str] = {
     "word": "word: ",
     "previous word": "after ",
+    "word pair": "words: ",
     "token": "token: ",
     "supersense": "glosses about ",
     "source": "source: ",
     "position": "position in text: ",
 }
-_QUOTED: tuple[Kind, ...] = ("word", "previous word", "token")
+_QUOTED: tuple[Kind, ...] = ("word", "previous word", "word pair", "token")
 _NEAR = 0.95
 _RATIOS = 1200
 _MOST_PERMUTATIONS = 100

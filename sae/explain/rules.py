@@ -10,17 +10,18 @@ from sae.explain.windows import LatentWindows
 
 
 def rule_of(labels: Labels, latent: int, names: Mapping[Kind, Sequence[str]]) -> WordRule | None:
-    """The rule of a label that text alone can be tested by: of words, or of the word before.
+    """The rule of a label that text alone can be tested by: of words, of the word before, of both.
 
     Tokens count as the words that they spell. Labels of other kinds (supersense, source, position)
     speak of more than a window's text; they have the AUC of the corpus scores and no rule here.
     """
     kind = labels.kinds[labels.rules.kind[latent]]
     words = [word.strip().lower() for word in labels.words(latent, names)]
-    if not words or kind not in ("word", "previous word", "token"):
+    if not words or kind not in ("word", "previous word", "word pair", "token"):
         return None
     weights = labels.rules.weight[latent][: len(words)].tolist()
-    return WordRule(dict(zip(words, weights, strict=True)), previous=kind == "previous word")
+    known = dict(zip(words, weights, strict=True))
+    return WordRule(known, previous=kind == "previous word", pair=kind == "word pair")
 
 
 async def score_rule(

@@ -12,6 +12,8 @@ from torch import Tensor
 from sae.explain.codes import ActivationRows
 from sae.explain.config import Kind
 
+_LEAST_PAIR = 2
+
 
 @runtime_checkable
 class RowRefs(Protocol):
@@ -107,6 +109,19 @@ class Words:
     names: tuple[str, ...]
     """The words, lower-cased; what is neither letter nor digit is a word of its own."""
 
+    def pairs(self) -> tuple[Int32[np.ndarray, "example pos"], tuple[str, ...]]:
+        """Every two words in a row that come at least twice, and what they are called; -1: none."""
+        key = self.previous.astype(np.int64) * len(self.names) + self.word
+        begins = np.ones(key.shape, bool)  # a word of several tokens counts once
+        begins[:, 1:] = key[:, 1:] != key[:, :-1]
+        known, count = np.unique(key[begins & (self.previous >= 0)], return_counts=True)
+        known = known[count >= _LEAST_PAIR]
+        place = np.minimum(np.searchsorted(known, key), max(len(known) - 1, 0))
+        is_known = known[place] == key if len(known) else np.zeros(key.shape, bool)
+        first, second = np.divmod(known, len(self.names))
+        names = [f"{self.names[a]} {self.names[b]}" for a, b in zip(first, second, strict=True)]
+        return np.where(is_known, place, -1).astype(np.int32), tuple(names)
+
 
 @dataclass(frozen=True)
 class SplitRows:
@@ -140,10 +155,12 @@ class TextReader:
                 "that made the cache"
             )
         self._words = join_words(self._tokens, token_strings)
+        self._pair, pair_names = self._words.pairs()
         longest = self._tokens.shape[1].bit_length()
         self.names: Mapping[Kind, Sequence[str]] = {
             "word": self._words.names,
             "previous word": self._words.names,
+            "word pair": pair_names,
             "token": token_strings,
             "supersense": cache.label_names,
             "source": tuple(name.rsplit("/", 1)[-1] for name in cache.examples.source_names),
@@ -163,6 +180,7 @@ class TextReader:
         values: dict[Kind, np.ndarray] = {
             "word": self._words.word[at],
             "previous word": self._words.previous[at],
+            "word pair": self._pair[at],
             "token": self._tokens[at],
             "supersense": self._cache.token_labels(ids).numpy(),
             "source": self._cache.examples.source.numpy()[example],

@@ -5,11 +5,13 @@ import sys
 
 import pytest
 
-from sae.explain.config import KINDS, ExplainConfig
+from sae.explain.config import ALL_KINDS, KINDS, ExplainConfig
 
 
-def test_default_lets_all_kinds_compete():
+def test_default_lets_all_kinds_but_pairs_compete():
     assert ExplainConfig().kinds == KINDS
+    assert set(ALL_KINDS) - set(KINDS) == {"word pair"}
+    assert ExplainConfig(kinds=ALL_KINDS).kinds == ALL_KINDS
     assert KINDS[0] == "word"
 
 

@@ -4,10 +4,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from sae.explain.codes import encode_rows
 from sae.explain.config import ExplainConfig
 from sae.explain.labels import fires_enough, make_labels, n_examples
+from sae.explain.rules import rule_of
+from sae.explain.run import explain
 from sae.explain.words import TextReader
 
 N_EX, N_POS = 151, 47
@@ -218,3 +221,21 @@ def test_codes_of_the_planted_cache_are_read_through_the_dictionary(
     place = (ids - 3) // 2
     dense = planted.cache.acts.flatten(0, 1)[place].numpy()
     assert (codes.n_fired == (dense > 0).sum(axis=0)).all()
+
+
+def test_a_latent_of_two_words_in_a_row_gets_their_pair_and_its_rule(
+    fake_cache, identity_dictionary
+):
+    """It fires on the second of two words, each of which comes alone as often."""
+    made = np.random.default_rng(0)
+    strings = [f" w{chr(97 + i)}" for i in range(11)]
+    tokens = torch.from_numpy(made.integers(0, 11, (211, 37)))
+    acts = torch.zeros(211, 37, 1)
+    acts[:, 1:, 0] = ((tokens[:, :-1] == 3) & (tokens[:, 1:] == 5)).float()
+    cache = fake_cache(tokens, acts, torch.arange(211) % 2, torch.zeros(211, dtype=torch.int64))
+    config = ExplainConfig(kinds=("word", "previous word", "word pair"), n_baseline=0)
+    found = explain(identity_dictionary(1), cache, "model.layers.3:out", strings, config, None)
+    assert found.labels.text(0, found.names) == 'words: "wd wf"'
+    assert found.scores.auc[0] > 0.99
+    rule = rule_of(found.labels, 0, found.names)
+    assert rule([" wd", " wf", " wf", " wd", " wa", " wf"]) == [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]

@@ -46,6 +46,18 @@ def test_words_do_not_cross_examples():
     assert second == [("some", None), (",", "some")]
 
 
+def test_pairs_that_come_twice_are_known_and_stay_inside_examples():
+    found = join_words(np.array([[3, 0, 1, 2, 3], [2, 3, 0, 2, 0], [0, 1, 2, 3, 7]]), STRINGS)
+    pair, names = found.pairs()
+    assert set(names) == {"handsome ,", ", clever"}  # once: "clever handsome", ", hand", ...
+    shown = [[names[i] if i >= 0 else "" for i in row] for row in pair.tolist()]
+    assert shown == [
+        ["", "", "", "handsome ,", ", clever"],
+        ["", ", clever", "", "", ""],
+        ["", "", "handsome ,", ", clever", ""],
+    ]
+
+
 def test_case_and_leading_space_do_not_make_another_word():
     found = join_words(np.array([[0, 2, 4]]), STRINGS)
     assert found.word[0, 0] == found.word[0, 2]
