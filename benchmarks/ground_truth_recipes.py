@@ -11,7 +11,7 @@ from sae.cli.run_config import RunConfig
 from sae.config import load
 from sae.evaluate.ground_truth import World, batches
 from sae.train.config import DictionaryConfig
-from sae.train.loss_config import FixedPrefixes
+from sae.train.loss_config import FixedPrefixes, NestedK
 from sae.train.step import TrainStep
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -37,6 +37,9 @@ def _resized(entry: DictionaryConfig, d_sae: int, k: int, dead: int) -> Dictiona
     if isinstance(prefixes, FixedPrefixes):
         ends = sorted({max(1, end * d_sae // entry.d_sae) for end in prefixes.ends})
         prefixes = replace(prefixes, ends=tuple(ends))
+    if isinstance(prefixes, NestedK):
+        ks = sorted({max(1, one * k // entry.activation.k) for one in prefixes.ks} - {k})
+        prefixes = replace(prefixes, ks=tuple(ks))
     return replace(
         entry,
         d_sae=d_sae,
@@ -47,12 +50,16 @@ def _resized(entry: DictionaryConfig, d_sae: int, k: int, dead: int) -> Dictiona
 
 
 def others() -> Iterable[tuple[str, str]]:
-    """File and name of every entry of configs/ that reads and predicts one hook point's rows."""
+    """File and name of every entry of configs/ that reads and predicts the rows of a single stream.
+
+    Entries that name hook points are those of transcoders and crosscoders and what stands beside
+    them: a world has one stream.
+    """
     for path in sorted(CONFIGS.glob("*.yaml")):
         if path.stem in {"default", "demo"}:
             continue
         for name, entry in load(RunConfig, path).train.saes.items():
-            if entry.frozen == "none" and not getattr(entry, "outputs", ()):
+            if entry.frozen == "none" and not entry.inputs and not entry.outputs:
                 yield path.stem, name
 
 
