@@ -2,10 +2,10 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from activations_cache.progress import Progress as Report
 
@@ -25,15 +26,30 @@ ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 SECONDS_PER_LINE = 10.0
 
 
+class _WithLines(Progress):
+    """Bars, and below them lines that say more."""
+
+    lines: Sequence[str] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bars, then the lines; as many as fit on the screen."""
+        yield self.make_tasks_table(self.tasks)
+        shown = self.lines[: max(OUT.height - 3, 1)]
+        yield from (
+            Text(f"  {line}", style="dim", overflow="ellipsis", no_wrap=True) for line in shown
+        )
+
+
 class _Bars:
     """One bar at a time, for the unit that a step reports at the moment."""
 
-    def __init__(self, progress: Progress, label: str) -> None:
+    def __init__(self, progress: _WithLines, label: str) -> None:
         self.progress, self.label = progress, label
         self.unit = "starting"
         self.task = progress.add_task(label, total=None, unit=self.unit)
 
     def __call__(self, done: int, total: int, unit: str) -> None:
+        unit, *self.progress.lines = unit.split("\n")
         kind = unit.split(" · ")[0]  # behind it stands what changes, such as a running cost
         if kind != self.unit:
             self.progress.remove_task(self.task)
@@ -52,6 +68,7 @@ class _Lines:
 
     def __call__(self, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
+        unit, *lines = unit.split("\n")
         kind = unit.split(" · ")[0]
         if kind != self.unit:
             self.unit, self.began, self.first = kind, now, done
@@ -59,6 +76,8 @@ class _Lines:
             self.told = now
             left = (now - self.began) / (done - self.first) * (total - done)
             OUT.print(f"  {self.label}: {done:,} of {total:,} {unit}, {left:.0f} s left")
+            for line in lines:
+                OUT.print(f"    {line}", soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -76,7 +95,7 @@ def step(label: str) -> Iterator[Report]:
             TextColumn("ETA"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=OUT, transient=True, refresh_per_second=4) as progress:
+        with _WithLines(*columns, console=OUT, transient=True, refresh_per_second=4) as progress:
             yield _Bars(progress, label)
     else:
         yield _Lines(label)

@@ -18,7 +18,7 @@ from sae.cli.unembedding import unembedding
 from sae.evaluate.report import EvaluationReport, read_json
 from sae.explain.logit_lens import PromotedTokens, promoted_tokens
 from sae.explain.tables import EXAMPLES, LATENTS, SUMMARY, LatentRecord, read_examples, read_latents
-from sae.train.fit import read_curves
+from sae.train.curves import read_curves
 
 if TYPE_CHECKING:
     from sae.cli.chain import Run

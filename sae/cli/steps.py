@@ -12,6 +12,7 @@ from sae.cli.beside import beside
 from sae.cli.explaining import digest_of, promoted_strings, show_summary
 from sae.cli.report import page_data, result_table
 from sae.cli.steering import steering_example
+from sae.cli.training import show_training
 from sae.evaluate.report import read_json, write_json
 from sae.evaluate.run import evaluate as measure
 from sae.explain.config import AutointerpConfig
@@ -105,7 +106,7 @@ def browse(run: "Run", report: Progress) -> None:
 def show(run: "Run", last: str, seconds: float) -> None:
     """Print what the command has to show: one table, and where the page lies."""
     if last == "train":
-        console.OUT.print(f"{last}: {run.path(last)}", soft_wrap=True)
+        show_training(run.path(last), run.config.title)
         return
     measured = read_json(run.path("evaluate") / REPORT)
     table = result_table(run, measured, with_labels=last != "evaluate")

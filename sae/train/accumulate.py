@@ -29,11 +29,11 @@ def backward(
         (loss * moment.share).backward()
         return found._replace(loss=loss.detach(), error=found.error.detach(), l0=found.l0.detach())
     u_parts, v_parts = (r.tensor_split(config.accumulate) for r in rows)
-    parts = map(Rows, u_parts, v_parts)
-    n_rows = len(rows.u)
-    found = [_part(autoencoder, config, part, moment, len(part.u) / n_rows) for part in parts]
-    first, *others = found
-    for other in others:
+    parts = list(map(Rows, u_parts, v_parts))
+    shares = [len(part.u) / len(rows.u) for part in parts]
+    first = _part(autoencoder, config, parts[0], moment, shares[0])
+    for part, share in zip(parts[1:], shares[1:], strict=True):
+        other = _part(autoencoder, config, part, moment, share)
         first = first._replace(
             loss=first.loss + other.loss,
             error=first.error + other.error,

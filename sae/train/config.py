@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from activations_cache.checks import at_least, positive, require
 from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK, check_k
+from sae.train.log_config import Wandb
 from sae.train.loss_config import (
     L0,
     L1,
@@ -235,6 +236,8 @@ class TrainConfig:
     """A checkpoint is written so often."""
     log_every: int = 20
     """Steps between two points of the training curves."""
+    wandb: Wandb | None = None
+    """Log to Weights & Biases as well."""
     latent_shards: int = 1
     """Processes that hold one dictionary together, each a part of its latents."""
     rank_timeout_seconds: float = 300.0

@@ -1,6 +1,6 @@
 """Train the dictionaries of a TrainConfig from a cache, with Lightning; resumable at any moment."""
 
-import csv
+import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 import lightning
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader, IterableDataset
 
 from activations_cache.config import TRAINING_SPLITS
 from activations_cache.progress import Progress, silent
 from sae.config import digest
 from sae.pretrained.own import save
-from sae.train import checkpoint
+from sae.train import checkpoint, curves
 from sae.train.build import new_autoencoder
 from sae.train.config import TrainConfig
 from sae.train.launch import joined, local_rank, requeue
+from sae.train.loggers import loggers, require_wandb
 from sae.train.memory import estimate, free_on_cpu, require_memory
+from sae.train.meter import Meter
 from sae.train.module import SAEModule
 from sae.train.ranks import Ranks
 from sae.train.reads import reads
@@ -33,8 +35,8 @@ from sae.train.step import TrainStep
 
 if TYPE_CHECKING:
     from activations_cache import ActivationCache
+    from activations_cache.batches import Batch
 
-LOGS = "logs"
 CHECKPOINTS = "checkpoints"
 NOT_OURS = (
     ".*configure_optimizers.*",
@@ -56,19 +58,28 @@ class CacheRows(IterableDataset):
         """Take what decides the order of the rows; `start` and `part` are set before the loop."""
         self.cache, self.hook_points, self.config = cache, hook_points, config
         self.start, self.part = 0, slice(None)
+        self.meter: Meter | None = None
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yield tensors (batch, width), each row once per epoch, in the order of the seed."""
+        batches = iter(self._batches())
+        while True:
+            with contextlib.nullcontext() if self.meter is None else self.meter.timed():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch.x
+
+    def _batches(self) -> "Iterator[Batch]":
         config = self.config
-        for batch in self.cache.batches(
+        return self.cache.batches(
             self.hook_points,
             batch=config.batch,
             seed=config.seed,
             start=self.start,
             epochs=config.epochs,
             part=self.part,
-        ):
-            yield batch.x
+        )
 
 
 def train(
@@ -81,11 +92,12 @@ def train(
     """Train every entry of `config.saes` side by side; returns each dictionary's directory.
 
     A run that was stopped goes on from its newest checkpoint, bit-equal on the CPU to one that
-    was not. The curves lie in `path/logs`, as CSV and for TensorBoard. Under torchrun or srun the
-    processes train together (docs/cluster.md).
+    was not. The curves lie in `path/logs`, as CSV and for TensorBoard, and are drawn into
+    `path/curves.png`. Under torchrun or srun the processes train together (docs/cluster.md).
 
     Raises:
-        ValueError: If the cache gives less than one batch, or has not the hook points.
+        ValueError: If the cache gives less than one batch, or has not the hook points, or W&B is
+            asked for and not installed.
         FloatingPointError: If the loss is not finite in three steps in a row.
         RankError: If another process of the run died or does not answer.
         Stopped: After SIGTERM or SIGUSR1, once a checkpoint is written.
@@ -102,6 +114,7 @@ def train(
 def _train(
     cache: "ActivationCache", config: TrainConfig, path: Path, ranks: Ranks, progress: Progress
 ) -> dict[str, Path]:
+    require_wandb(config.wandb)
     total_steps = cache.n_batches(batch=config.batch, epochs=config.epochs)
     if total_steps < 1:
         n_rows = len(cache.rows(TRAINING_SPLITS))
@@ -125,15 +138,23 @@ def _train(
     rows = CacheRows(cache, read.hook_points, config)
     rows.part = ranks.rows.share(config.batch)
     saver = Saver(path / CHECKPOINTS, identity, config, ranks, progress)
-    module = SAEModule(steps, total_steps, config.log_every, saver, read.columns, config.batch)
+    rows.meter = meter = Meter(steps, config.batch, config.log_every, ranks)
+    module = SAEModule(steps, total_steps, saver, read.columns, meter)
     found = checkpoint.load_newest(path / CHECKPOINTS, identity)
     ranks.require_same(0 if found is None else found[0], "the newest checkpoint's step")
     if found is not None:
         module.load_full_state(*found)
         rows.start = found[0]
     if module.n_steps < total_steps:
-        _fit(module, DataLoader(rows, batch_size=None), path / LOGS, rows.start)
-        saver.save(module.n_steps, module.full_state())
+        made = []
+        if ranks.is_first:
+            made = loggers(path / curves.LOGS, rows.start, config.wandb, identity)
+        try:
+            _fit(module, DataLoader(rows, batch_size=None), made)
+            saver.save(module.n_steps, module.full_state())
+        finally:  # after a signal as well: by then the checkpoint is written
+            if ranks.is_first:
+                curves.draw(path)
     provenance = {
         "cache": cache.fingerprint,
         "model": _model_of(cache),
@@ -198,20 +219,15 @@ def _require_memory(
 
 
 def _identity(cache: "ActivationCache", config: TrainConfig, precision: str) -> str:
-    """Digest of what is trained on what; by how many processes is no part of it."""
+    """Digest of what is trained on what; not by how many processes, nor what is logged."""
     found = asdict(config)
-    for name in ("latent_shards", "rank_timeout_seconds"):
+    for name in ("latent_shards", "rank_timeout_seconds", "log_every", "wandb"):
         del found[name]
     return digest({"cache": cache.fingerprint, "train": found, "precision": precision})
 
 
-def _fit(module: SAEModule, loader: DataLoader, logs: Path, start: int) -> None:
+def _fit(module: SAEModule, loader: DataLoader, made: list[Logger]) -> None:
     """Run Lightning's loop; it is told of one process, as the steps talk to the others."""
-    version = f"from-step-{start:08d}"
-    loggers: list[Logger] = [
-        CSVLogger(logs, name="csv", version=version, flush_logs_every_n_steps=1),
-        TensorBoardLogger(logs, name="tensorboard", version=version),
-    ]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for text in NOT_OURS:
@@ -221,7 +237,7 @@ def _fit(module: SAEModule, loader: DataLoader, logs: Path, start: int) -> None:
             devices=[local_rank()] if torch.cuda.is_available() else 1,
             plugins=LightningEnvironment(),
             max_epochs=1,
-            logger=loggers if module.after_step.ranks.is_first else False,
+            logger=made,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -232,27 +248,3 @@ def _fit(module: SAEModule, loader: DataLoader, logs: Path, start: int) -> None:
             raise
         except SystemExit as stop:  # Lightning's answer to Ctrl-C, which says nothing
             raise KeyboardInterrupt from stop
-
-
-def read_curves(path: str | Path) -> dict[str, dict[str, tuple[float, ...]]]:
-    """The training curves of each dictionary: {name: {"rows": ..., "fvu": ..., "l0": ...}}."""
-    lines = _logged_lines(Path(path) / LOGS / "csv")
-    if not lines:
-        return {}
-    rows = tuple(float(line["rows"]) for line in lines)
-    curves: dict[str, dict[str, tuple[float, ...]]] = {}
-    for key in lines[0]:
-        name, slash, metric = key.partition("/")
-        if slash:
-            curve = curves.setdefault(name, {"rows": rows})
-            curve[metric] = tuple(float(line[key]) for line in lines)
-    return curves
-
-
-def _logged_lines(directory: Path) -> list[dict[str, str]]:
-    """One line per logged step; where a resumed run repeated steps, the later lines count."""
-    by_step: dict[int, dict[str, str]] = {}
-    for file in sorted(directory.glob("from-step-*/metrics.csv")):
-        with file.open(newline="") as lines:
-            by_step |= {int(line["step"]): line for line in csv.DictReader(lines)}
-    return [by_step[step] for step in sorted(by_step)]

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.train.meter import Meter
 from sae.train.parts import own_state, whole_state
 from sae.train.reads import Columns
 from sae.train.saver import Saver
@@ -24,25 +25,23 @@ class SAEModule(lightning.LightningModule):
         self,
         steps: dict[str, TrainStep],
         total_steps: int,
-        log_every: int,
         after_step: Saver,
         columns: Mapping[str, Columns],
-        rows_per_step: int,
+        meter: Meter,
     ) -> None:
         """Take the steps by name, and what is called after each of them (progress, saving).
 
-        `columns` says which columns of a batch each dictionary reads and predicts, `rows_per_step`
-        how many rows of it all processes together have.
+        `columns` says which columns of a batch each dictionary reads and predicts; `meter` makes
+        the figures that are logged.
         """
         super().__init__()
         self.automatic_optimization = False
         self.steps = steps
         self.autoencoders = torch.nn.ModuleDict({n: s.autoencoder for n, s in steps.items()})
         self.total_steps = total_steps
-        self.log_every = log_every
         self.after_step = after_step
         self.columns = columns
-        self.rows_per_step = rows_per_step
+        self.meter = meter
         self.n_steps = 0
         self.skipped = 0
 
@@ -52,13 +51,18 @@ class SAEModule(lightning.LightningModule):
     def on_train_start(self) -> None:
         """Hear signals; Lightning, which has just begun to do so, saves nothing of ours."""
         self.after_step.signals.listen()
+        self.meter.start()
 
     def training_step(self, x: Float[Tensor, "batch width"], batch_idx: int) -> None:  # noqa: ARG002
         """One step of every dictionary on the same rows, of each its own hook points."""
-        metrics = {name: step(*self.columns[name].pick(x)) for name, step in self.steps.items()}
+        is_due = self.meter.before(self.n_steps + 1, self.total_steps)
+        metrics = {}
+        for name, step in self.steps.items():
+            with self.meter.timed(name):
+                metrics[name] = step(*self.columns[name].pick(x))
         self.n_steps += 1
         self._require_finite(metrics)
-        if self.n_steps % self.log_every == 0 or self.n_steps == self.total_steps:
+        if is_due:
             self._log(metrics)
         self.after_step(self.n_steps, self.total_steps, self.full_state)
         if self.n_steps >= self.total_steps:
@@ -74,12 +78,10 @@ class SAEModule(lightning.LightningModule):
             )
 
     def _log(self, metrics: dict[str, StepMetrics]) -> None:
-        flat = {
-            f"{name}/{k}": float(v) for name, m in metrics.items() for k, v in m._asdict().items()
-        }
-        flat["rows"] = float(self.n_steps * self.rows_per_step)
+        figures = self.meter.read(metrics, self.n_steps, self.total_steps)
         for logger in self.loggers:
-            logger.log_metrics(flat, step=self.n_steps)
+            logger.log_metrics(figures, step=self.n_steps)
+        self.after_step.lines = self.meter.lines
 
     def full_state(self) -> dict[str, Tensor]:
         """The state of all dictionaries, flat, each name prefixed by its dictionary's.

@@ -35,6 +35,7 @@ class Saver:
         self.ranks, self.progress = ranks, progress
         self.signals = Signals()
         self.saved_at = time.monotonic()
+        self.lines: tuple[str, ...] = ()
 
     def __call__(
         self, n_steps: int, total_steps: int, state: Callable[[], dict[str, Tensor]]
@@ -45,7 +46,8 @@ class Saver:
             Stopped: If a signal came; the checkpoint of this step is written.
         """
         if self.ranks.is_first:
-            self.progress(n_steps * self.config.batch, total_steps * self.config.batch, "rows")
+            done, total = n_steps * self.config.batch, total_steps * self.config.batch
+            self.progress(done, total, "\n".join(("rows", *self.lines)))
         late = time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
         wish = LATE if late and self.ranks.is_first and n_steps < total_steps else 0
         wish = self.ranks.largest(self.signals.received or wish)

@@ -22,6 +22,8 @@ from sae.train.resample import candidates_of, is_due, resample_
 from sae.train.rows import normalise_rows_
 from sae.train.schedule import automatic_rate, rate_factor
 from sae.train.schedule_free import ScheduleFreeAdam
+from sae.train.threshold import follow_, threshold_rate
+from sae.train.watch import Watch
 
 
 class StepMetrics(NamedTuple):
@@ -81,6 +83,7 @@ class TrainStep:
         self.ranks = ranks
         self.n_steps = 0
         self.power = Power()
+        self.watch: Watch | None = None
         d_sae = autoencoder.config.d_sae
         device = autoencoder.enc_rows.device
         self.silent_rows = torch.zeros(d_sae, dtype=torch.int64, device=device)
@@ -141,6 +144,8 @@ class TrainStep:
         loss, error, l0 = mean_figures(figures, batch.share, self.ranks)
         finite = loss.isfinite() & norm.isfinite()
         if bool(finite):
+            if self.watch is not None:
+                self.watch.see(found, rows, batch.n_rows)
             clip = self.config.optimizer.clip
             if clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.params, clip, norm)
@@ -264,23 +269,3 @@ def _require_fit(form: SAEConfig, config: DictionaryConfig) -> None:
     )
     if form != wanted:
         raise ValueError(f"autoencoder must be what the config describes, {wanted}, got {form}")
-
-
-THRESHOLD_BATCHES = 100
-"""BatchTopK's threshold is a mean over about so many batches, or the last 20th of a short run."""
-
-
-def threshold_rate(total_steps: int) -> float:
-    """By how much BatchTopK's threshold follows what a batch says of it."""
-    return 1 / min(max(total_steps / 20, 1), THRESHOLD_BATCHES)
-
-
-@torch.no_grad()
-def follow_(threshold: Float[Tensor, ""], seen: Float[Tensor, ""], rate: float) -> None:
-    """Move a running threshold towards the one of a batch, in place; the first is taken as it is.
-
-    A batch in which nothing fires says nothing.
-    """
-    start = torch.where(threshold.isnan(), seen, threshold)
-    moved = start + rate * (seen - start)
-    threshold.copy_(torch.where(seen.isfinite(), moved, threshold))

@@ -59,7 +59,7 @@ def _fused(
     error = losses.squared_error(rows.v, y)
     loss = error + penalty(config, moment, step.l1, step.l0)
     loss = loss + terms.auxk(autoencoder, config, rows, moment, y)
-    return Forward(loss, error, step.n_fired, step.l0.detach())
+    return Forward(loss, error, step.n_fired, step.l0.detach(), y.detach())
 
 
 class _Acts(NamedTuple):
@@ -100,7 +100,7 @@ def _composed(
     if config.preact is not None and bool(moment.dead.any()):
         loss = loss + config.preact.coefficient * _distance(pre, weights, norms, moment)
     fires = acts.detach() > 0
-    return Forward(loss, error, fires.sum(dim=0), l0.detach(), power=power)
+    return Forward(loss, error, fires.sum(dim=0), l0.detach(), y.detach(), power=power)
 
 
 class _Decoded(NamedTuple):

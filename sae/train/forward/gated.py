@@ -27,7 +27,8 @@ def forward(
     pi = activations.pre_acts(u, weights).to(u.dtype)
     gates = torch.relu(pi + b_gate)
     acts = torch.relu(pi * r_mag.exp() + b_mag) * (gates > 0)
-    error = losses.squared_error(v, autoencoder.decode_scaled(acts, u).to(u.dtype))
+    y = autoencoder.decode_scaled(acts, u).to(u.dtype)
+    error = losses.squared_error(v, y)
     dec_rows, b_dec = autoencoder.dec_rows.detach(), autoencoder.b_dec.detach()
     past = torch.as_tensor(autoencoder.skipped(u)).detach()
     guess = (torch.addmm(b_dec, gates, dec_rows) + past).to(u.dtype)
@@ -35,4 +36,5 @@ def forward(
     weight = config.l1.coefficient * ramp(moment.n_steps, moment.total_steps, config.l1.ramp)
     loss = error + weight * moment.power.scale * penalty + losses.squared_error(v, guess)
     fires = acts.detach() > 0
-    return Forward(loss, error, fires.sum(dim=0), fires.sum(dim=1).float().mean())
+    l0 = fires.sum(dim=1).float().mean()
+    return Forward(loss, error, fires.sum(dim=0), l0, y.detach())

@@ -38,6 +38,8 @@ class Forward(NamedTuple):
     """In how many rows each latent fired."""
     l0: Float[Tensor, ""]
     """Mean number of latents that fired in a row."""
+    y: Float[Tensor, "batch d_out"]
+    """The whole dictionary's reconstruction, detached; of a batch in parts the first one's."""
     threshold: Float[Tensor, ""] | None = None
     """For BatchTopK: the smallest activation that was kept."""
     power: Power | None = None

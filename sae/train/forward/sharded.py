@@ -95,7 +95,7 @@ def _sparse(
     if activation.facts.threshold == "one":
         threshold = moment.ranks.smallest(scores_of(latents, weights))
     n_fired = latents.indices[fires].bincount(minlength=len(moment.dead))
-    return Forward(loss, error, n_fired, l0, threshold)
+    return Forward(loss, error, n_fired, l0, y.detach(), threshold)
 
 
 def topk(u: Float[Tensor, "batch d_in"], weights: EncoderWeights, k: int, axis: Axis) -> Latents:
@@ -144,7 +144,7 @@ def _dense(
     l0 = axis.total(n_active.sum(dim=1).mean())
     loss = error + dense.penalty(config, moment, l1, l0)
     loss = loss + _auxk(autoencoder, config, rows, moment, y)
-    return Forward(loss, error, (acts.detach() > 0).sum(dim=0), l0.detach())
+    return Forward(loss, error, (acts.detach() > 0).sum(dim=0), l0.detach(), y.detach())
 
 
 def _gated(
@@ -157,16 +157,16 @@ def _gated(
     pi = activations.pre_acts(u, weights).to(u.dtype)
     gates = torch.relu(pi + b_gate)
     acts = torch.relu(pi * r_mag.exp() + b_mag) * (gates > 0)
-    error = losses.squared_error(
-        rows.v, _whole(autoencoder, rows, acts @ autoencoder.dec_rows, axis)
-    )
+    y = _whole(autoencoder, rows, acts @ autoencoder.dec_rows, axis)
+    error = losses.squared_error(rows.v, y)
     rest = (autoencoder.b_dec + autoencoder.skipped(u)).detach()
     guess = axis.total((gates @ autoencoder.dec_rows.detach()).to(u.dtype)) + rest
     l1 = axis.total(losses.l1_decoder_norm(gates, autoencoder.decoder_norms()))
     weight = config.l1.coefficient * ramp(moment.n_steps, moment.total_steps, config.l1.ramp)
     loss = error + weight * l1 + losses.squared_error(rows.v, guess)
     fires = acts.detach() > 0
-    return Forward(loss, error, fires.sum(dim=0), axis.total(fires.sum(dim=1).float().mean()))
+    l0 = axis.total(fires.sum(dim=1).float().mean())
+    return Forward(loss, error, fires.sum(dim=0), l0, y.detach())
 
 
 def _auxk(

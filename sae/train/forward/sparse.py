@@ -90,7 +90,7 @@ def _losses(
     loss = loss + terms.auxk(autoencoder, config, rows, moment, y)
     fires = latents.values > 0
     n_fired = latents.indices[fires].bincount(minlength=config.d_sae)
-    return Forward(loss, error, n_fired, fires.sum(dim=1).float().mean())
+    return Forward(loss, error, n_fired, fires.sum(dim=1).float().mean(), y.detach())
 
 
 def _decode(

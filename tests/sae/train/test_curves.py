@@ -1,4 +1,4 @@
-from sae.train.fit import read_curves
+from sae.train.curves import read_curves
 
 
 def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path):

@@ -1,0 +1,44 @@
+"""Where figures go: CSV files, TensorBoard, and Weights & Biases where it is asked for."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from sae.train.log_config import Wandb
+
+
+def require_wandb(wanted: Wandb | None) -> None:
+    """Refuse a run whose figures could not be logged as they should.
+
+    Raises:
+        ValueError: If Weights & Biases is asked for and not installed.
+    """
+    if wanted is not None and find_spec("wandb") is None:
+        raise ValueError(
+            "train.wandb must be absent where the package wandb is not installed, got project "
+            f"{wanted.project!r}; pip install 'monosema[wandb]', or remove it"
+        )
+
+
+def loggers(logs: Path, start: int, wanted: Wandb | None, identity: str) -> list[Logger]:
+    """The loggers of a run that begins at a step; a resumed one goes on in the same W&B run."""
+    version = f"from-step-{start:08d}"
+    made: list[Logger] = [
+        CSVLogger(logs, name="csv", version=version, flush_logs_every_n_steps=1),
+        TensorBoardLogger(logs, name="tensorboard", version=version),
+    ]
+    if wanted is not None:
+        from lightning.pytorch.loggers import WandbLogger  # imports wandb when it is made
+
+        made.append(
+            WandbLogger(
+                project=wanted.project,
+                name=wanted.name,
+                offline=wanted.offline,
+                save_dir=logs,
+                id=identity[:16],
+                resume="allow",
+            )
+        )
+    return made
