@@ -1,0 +1,238 @@
+// The map of a dictionary's latents on a canvas: hover names a latent, a click opens it.
+"use strict";
+
+const N_COLOURED = 8; // clusters that get a colour of their own; the others are told by hovering
+const NEAR = 14; // pixels
+
+/** A section with the map of one of the dictionaries. */
+function mapSection(dictionaries) {
+  const frame = el("div", { class: "map-frame" });
+  const open = async (dictionary) => {
+    frame.replaceChildren(el("p", { class: "notice" }, "Reading the latents …"));
+    const map = await readMap(dictionary).catch((error) => error);
+    frame.replaceChildren(
+      map instanceof Error ? el("p", { role: "alert" }, said(map.message)) : new LatentMap(map).node,
+    );
+  };
+  const options = dictionaries.map((one) => [one.id, visible(one.name)]);
+  const choose = (id) => open(router.dictionaries.get(id));
+  const choices = options.length > 1 ? choice("Dictionary", options, options[0][0], choose) : null;
+  const node = section("Map of latents", { id: "map" }, choices, frame);
+  node.start = () => open(dictionaries[0]);
+  return node;
+}
+
+/** The planes that a dictionary's latents can be laid out in, and the columns that colour them. */
+async function readMap(about) {
+  const dictionary = await about.ready();
+  const planes = [];
+  const file = dictionary.map ? await load(`${dictionary.id}/map`) : null;
+  if (file)
+    planes.push({ name: dictionary.map.method, note: dictionary.map.note, x: floats(file.x), y: floats(file.y) });
+  const density = dictionary.values.get("density").map((value) => Math.log10(value || NaN));
+  for (const { id, name } of dictionary.columns.filter((column) => column.kind === "score"))
+    planes.push({ name: `density and ${name}`, note: `Density (logarithmic) to the right, ${name} upwards.`,
+      x: density, y: dictionary.values.get(id) });
+  if (!planes.length)
+    planes.push({ name: "density and max activation", note: "Density (logarithmic) to the right, largest activation upwards.",
+      x: density, y: dictionary.values.get("max_activation") });
+  return { dictionary, planes, cluster: file?.cluster ? integers(file.cluster) : null };
+}
+
+class LatentMap {
+  constructor({ dictionary, planes, cluster }) {
+    Object.assign(this, { dictionary, planes, cluster, plane: planes[0], at: -1, only: null });
+    this.colour = cluster ? "cluster" : (dictionary.columns.find((one) => one.kind === "score")?.id ?? "density");
+    this.zoom = { scale: 1, x: 0.5, y: 0.5 };
+    this.canvas = el("canvas", {
+      class: "map",
+      tabindex: "0",
+      role: "application",
+      "aria-label": `Map of the latents of ${dictionary.name}: arrow keys go to the next point, Enter opens it`,
+      onpointermove: (event) => this.onMove(event),
+      onpointerdown: (event) => this.onDown(event),
+      onpointerup: (event) => this.onUp(event),
+      onpointerleave: () => this.leave(),
+      onkeydown: (event) => this.onKey(event),
+      onwheel: (event) => this.onWheel(event),
+      onblur: () => this.leave(),
+    });
+    this.legend = el("div", { class: "map-legend" });
+    this.note = el("p", { class: "note" });
+    this.node = el("div", { class: "map-card" }, this.tools(), this.canvas, this.legend, this.note);
+    this.observer = new ResizeObserver(() => this.draw());
+    this.observer.observe(this.canvas);
+    addEventListener("themechange", () => this.canvas.isConnected && this.draw());
+    this.usePlane(0);
+  }
+
+  tools() {
+    const columns = this.dictionary.columns.map(({ id, name }) => [id, visible(name)]);
+    const colours = this.cluster ? [["cluster", "cluster"], ...columns] : columns;
+    const planes = this.planes.map((plane, i) => [String(i), visible(plane.name)]);
+    const zoom = (text, label, factor) => button(text, { class: "quiet", "aria-label": label, title: label }, () => this.magnify(factor));
+    return el(
+      "div",
+      { class: "map-tools" },
+      choice("Layout", planes, "0", (i) => this.usePlane(Number(i))),
+      choice("Colour", colours, this.colour, (id) => {
+        this.colour = id;
+        this.draw();
+      }),
+      el("div", { class: "zoom", role: "group", "aria-label": "Zoom" },
+        zoom("+", "Zoom in", 1.6), zoom("−", "Zoom out", 1 / 1.6), zoom("⤢", "Whole map", 0)),
+    );
+  }
+
+  usePlane(i) {
+    this.plane = this.planes[i];
+    const finite = (values) => values.filter(Number.isFinite);
+    const extent = (values) => finite(values).reduce(([low, high], value) =>
+      [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+    const { x, y } = this.plane;
+    this.extent = [extent(x), extent(y)];
+    this.drawn = this.dictionary.order("latent", 1).filter((row) => Number.isFinite(x[row]) && Number.isFinite(y[row]));
+    this.note.replaceChildren(said(this.plane.note), ` ${whole.format(this.drawn.length)} latents are drawn.`);
+    this.magnify(0);
+  }
+
+  /** Pixels of a latent. */
+  place(row) {
+    const [[left, right], [low, high]] = this.extent;
+    const { width, height } = this.size;
+    const { scale, x, y } = this.zoom;
+    const u = (this.plane.x[row] - left) / (right - left || 1);
+    const v = 1 - (this.plane.y[row] - low) / (high - low || 1);
+    return [
+      width / 2 + (u - x) * scale * (width - 24),
+      height / 2 + (v - y) * scale * (height - 24),
+    ];
+  }
+
+  draw() {
+    const width = this.canvas.clientWidth;
+    const height = this.canvas.clientHeight;
+    if (!width || !height) return;
+    const ratio = devicePixelRatio || 1;
+    this.size = { width, height };
+    this.canvas.width = width * ratio;
+    this.canvas.height = height * ratio;
+    const paint = this.canvas.getContext("2d");
+    paint.scale(ratio, ratio);
+    const colour = pointColours(this);
+    this.legend.replaceChildren(...colour.legend);
+    const size = Math.min(9, Math.max(2, Math.sqrt((width * height) / this.drawn.length / 16)) * Math.sqrt(this.zoom.scale));
+    for (const row of this.drawn) {
+      const [x, y] = this.place(row);
+      if (x < -9 || y < -9 || x > width + 9 || y > height + 9) continue;
+      paint.fillStyle = colour.of(row);
+      paint.globalAlpha = colour.dim(row) ? 0.12 : 0.85;
+      paint.beginPath();
+      paint.arc(x, y, size / 2, 0, 7);
+      paint.fill();
+    }
+    if (this.at >= 0) this.ring(paint, this.at);
+  }
+
+  ring(paint, row) {
+    const [x, y] = this.place(row);
+    paint.globalAlpha = 1;
+    paint.strokeStyle = colourOf("--ink");
+    paint.lineWidth = 2;
+    paint.beginPath();
+    paint.arc(x, y, 7, 0, 7);
+    paint.stroke();
+  }
+
+  nearest(x, y, accepts = () => true) {
+    let [best, least] = [-1, Infinity];
+    for (const row of this.drawn) {
+      const [u, v] = this.place(row);
+      const far = (u - x) ** 2 + (v - y) ** 2;
+      if (far < least && accepts(u - x, v - y, row)) [best, least] = [row, far];
+    }
+    return { row: best, far: Math.sqrt(least) };
+  }
+
+  onMove(event) {
+    if (this.drag) return this.pan(event);
+    const { row, far } = this.nearest(event.offsetX, event.offsetY);
+    return this.point(far <= NEAR ? row : -1);
+  }
+
+  /** Marks a latent and says what it is. */
+  point(row) {
+    if (row === this.at) return;
+    this.at = row;
+    this.canvas.classList.toggle("on", row >= 0);
+    this.draw();
+    if (row < 0) return hideTip();
+    const [x, y] = this.place(row);
+    const { left, top } = this.canvas.getBoundingClientRect();
+    const { dictionary, cluster } = this;
+    const figures = dictionary.columns.map((column) => [said(column.name), ` ${shown(column.kind, dictionary.value(column.id, row))}`]);
+    const group = cluster && cluster[row] >= 0 ? [["cluster ", said(visible(dictionary.map.clusters[cluster[row]] ?? ""))]] : [];
+    const head = [el("b", {}, said(visible(dictionary.label(row) || "(no label)"))), ` #${row}`];
+    showTip(left + x, top + y, head, ...figures, ...group);
+    announce(`${dictionary.label(row) || "no label"}, latent ${row}`);
+  }
+
+  leave() {
+    this.drag = null;
+    this.point(-1);
+  }
+
+  onDown(event) {
+    this.drag = { x: event.offsetX, y: event.offsetY, moved: false };
+    if (event.pointerType === "touch") this.onTouch(event);
+  }
+
+  onTouch(event) {
+    this.drag = null;
+    const { row, far } = this.nearest(event.offsetX, event.offsetY);
+    this.tapped = far <= NEAR * 1.5 && row === this.at; // the first tap names, the second opens
+    this.point(far <= NEAR * 1.5 ? row : -1);
+  }
+
+  onUp(event) {
+    const moved = this.drag?.moved;
+    this.drag = null;
+    const open = event.pointerType === "touch" ? this.tapped : !moved;
+    if (open && this.at >= 0) goTo(latentHash(this.dictionary, this.at));
+  }
+
+  pan(event) {
+    const [x, y] = [event.offsetX - this.drag.x, event.offsetY - this.drag.y];
+    if (!this.drag.moved && Math.hypot(x, y) < 4) return;
+    const { width, height } = this.size;
+    this.zoom.x -= x / (this.zoom.scale * (width - 24));
+    this.zoom.y -= y / (this.zoom.scale * (height - 24));
+    this.drag = { x: event.offsetX, y: event.offsetY, moved: true };
+    this.draw();
+  }
+
+  /** Zooms by a factor about the middle, or shows all for 0. */
+  magnify(factor) {
+    const scale = Math.min(64, Math.max(1, this.zoom.scale * factor));
+    this.zoom = scale === 1 ? { scale: 1, x: 0.5, y: 0.5 } : { ...this.zoom, scale };
+    this.draw();
+  }
+
+  onWheel(event) {
+    if (!event.ctrlKey && !event.metaKey) return; // the page scrolls
+    event.preventDefault();
+    this.magnify(event.deltaY < 0 ? 1.25 : 0.8);
+  }
+
+  onKey(event) {
+    const ways = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+    if (event.key === "Enter" && this.at >= 0) goTo(latentHash(this.dictionary, this.at));
+    if (!Object.hasOwn(ways, event.key)) return;
+    event.preventDefault();
+    const [a, b] = ways[event.key];
+    const ahead = (x, y, row) => row !== this.at && a * x + b * y > Math.abs(b * x - a * y);
+    const from = this.at >= 0 ? this.place(this.at) : [this.size.width / 2, this.size.height / 2];
+    const { row } = this.nearest(...from, ahead);
+    if (row >= 0) this.point(row);
+  }
+}
