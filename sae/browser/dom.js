@@ -88,10 +88,16 @@ function announce(text) {
 // ---- the note that follows the pointer or the focus
 
 const tip = el("div", { id: "tip", role: "tooltip", hidden: true });
+let tipAnchor = null;
 
 function showTip(x, y, ...lines) {
+  tipAnchor = null;
   tip.replaceChildren(...lines.map((line) => el("div", {}, line)));
   tip.hidden = false;
+  placeTip(x, y);
+}
+
+function placeTip(x, y) {
   const { width, height } = tip.getBoundingClientRect();
   const above = y - height - 14;
   const left = Math.min(x + 12, document.documentElement.clientWidth - width - 8);
@@ -103,6 +109,14 @@ function showTip(x, y, ...lines) {
 function showTipAt(node, ...lines) {
   const { left, top } = node.getBoundingClientRect();
   showTip(left, top, ...lines);
+  tipAnchor = node;
+}
+
+/** After scrolling the pointer is elsewhere, but what has the focus keeps its note. */
+function moveTip() {
+  if (!tipAnchor) return hideTip();
+  const { left, top } = tipAnchor.getBoundingClientRect();
+  return placeTip(left, top);
 }
 
 function hideTip() {

@@ -10,7 +10,7 @@ function figure(caption, label, height, draw) {
   let drawn = 0;
   new ResizeObserver(() => {
     const width = Math.floor(node.clientWidth - parseFloat(getComputedStyle(node).paddingLeft) * 2);
-    if (width === drawn || width < 80) return;
+    if (width === drawn || !(width >= 80)) return; // also while it is not in the page
     drawn = width;
     image.setAttribute("viewBox", `0 0 ${width} ${height}`);
     image.setAttribute("width", width);

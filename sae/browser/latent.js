@@ -63,7 +63,7 @@ function latentBody(dictionary, latent) {
   const lens = tokensBox(latent);
   const relations = [
     latentsBox(dictionary, "Nearest latents", "cosine of the directions", latent.nearest, score),
-    latentsBox(dictionary, "Fire together", "Jaccard of the rows", latent.cofiring, score),
+    latentsBox(dictionary, "Fire together", "correlation over the rows", latent.cofiring, score),
   ];
   return el(
     "div",

@@ -62,7 +62,7 @@ async function start() {
   document.body.append(tip);
   document.getElementById("skip").addEventListener("click", skipBar);
   addEventListener("keydown", onKey);
-  addEventListener("scroll", hideTip, { passive: true });
+  addEventListener("scroll", moveTip, { passive: true });
   await startRouter();
 }
 

@@ -92,7 +92,7 @@ class LatentMap {
     const { x, y } = this.plane;
     this.extent = [extent(x), extent(y)];
     this.drawn = this.dictionary.order("latent", 1).filter((row) => Number.isFinite(x[row]) && Number.isFinite(y[row]));
-    this.note.replaceChildren(said(this.plane.note), ` ${whole.format(this.drawn.length)} latents are drawn.`);
+    this.note.replaceChildren(`${whole.format(this.drawn.length)} latents · `, said(this.plane.note));
     this.magnify(0);
   }
 
@@ -155,6 +155,7 @@ class LatentMap {
   }
 
   onMove(event) {
+    this.byKey = false;
     if (this.drag) return this.pan(event);
     const { row, far } = this.nearest(event.offsetX, event.offsetY);
     return this.point(far <= NEAR ? row : -1);
@@ -167,14 +168,21 @@ class LatentMap {
     this.canvas.classList.toggle("on", row >= 0);
     this.draw();
     if (row < 0) return hideTip();
-    const [x, y] = this.place(row);
-    const { left, top } = this.canvas.getBoundingClientRect();
+    const { left, top } = this.pointRect(row);
     const { dictionary, cluster } = this;
     const figures = dictionary.columns.map((column) => [said(column.name), ` ${shown(column.kind, dictionary.value(column.id, row))}`]);
     const group = cluster && cluster[row] >= 0 ? [["cluster ", said(visible(dictionary.map.clusters[cluster[row]] ?? ""))]] : [];
     const head = [el("b", {}, said(visible(dictionary.label(row) || "(no label)"))), ` #${row}`];
-    showTip(left + x, top + y, head, ...figures, ...group);
+    showTip(left, top, head, ...figures, ...group);
+    if (this.byKey) tipAnchor = { getBoundingClientRect: () => this.pointRect(row) };
     announce(`${dictionary.label(row) || "no label"}, latent ${row}`);
+  }
+
+  /** Where a latent is in the window. */
+  pointRect(row) {
+    const [x, y] = this.place(row);
+    const { left, top } = this.canvas.getBoundingClientRect();
+    return { left: left + x, top: top + y };
   }
 
   leave() {
@@ -233,6 +241,7 @@ class LatentMap {
     const ahead = (x, y, row) => row !== this.at && a * x + b * y > Math.abs(b * x - a * y);
     const from = this.at >= 0 ? this.place(this.at) : [this.size.width / 2, this.size.height / 2];
     const { row } = this.nearest(...from, ahead);
+    this.byKey = true;
     if (row >= 0) this.point(row);
   }
 }

@@ -103,7 +103,7 @@ function completenessSection(dictionaries) {
       : `Half of the concepts of frequency ${number(found.f50)}` +
         (missing(found.low) ? "" : ` (${number(found.low)} to ${number(found.high)})`) +
         " have a latent" +
-        (missing(found.times_alive) ? "." : `: ${number(found.times_alive)} times one over the alive latents.`);
+        (missing(found.times_alive) ? "." : `; times the alive latents that is ${number(found.times_alive)}.`);
     return el("article", { class: "card" }, el("h3", {}, said(one.name)), completenessChart(found),
       half ? el("p", { class: "note" }, half) : null, found.note ? el("p", { class: "note" }, said(found.note)) : null);
   };

@@ -36,7 +36,7 @@ function heatPicture({ image, fires, peak }, scale, label) {
     heat,
     mark,
   );
-  paintHeat(heat, columns, fires, scale);
+  paintHeat(heat, columns, rows, fires, scale);
   outline(mark, peak, rows, columns);
   const tell = (patch, show) => {
     outline(mark, patch, rows, columns);
@@ -70,12 +70,17 @@ function heatPicture({ image, fires, peak }, scale, label) {
   return node;
 }
 
-/** One canvas pixel per patch; the page enlarges it. */
-function paintHeat(canvas, columns, fires, scale) {
+/** One canvas pixel per patch, enlarged by the page: a veil that lifts where the latent fires, so
+    that its strength is told by brightness to every eye, and a warm tint. */
+function paintHeat(canvas, columns, rows, fires, scale) {
   const paint = canvas.getContext("2d");
-  for (const [patch, value] of fires) {
-    const level = Math.min(1, value / scale);
-    paint.fillStyle = `rgb(255 ${Math.round(200 - 110 * level)} 0 / ${(0.15 + 0.55 * level).toFixed(3)})`;
+  for (let patch = 0; patch < rows * columns; patch += 1) {
+    const level = Math.min(1, (fires.get(patch) ?? 0) / scale);
+    const veil = 0.62 * (1 - level);
+    const tint = 0.34 * level;
+    paint.fillStyle = `rgb(16 20 26 / ${veil.toFixed(3)})`;
+    paint.fillRect(patch % columns, Math.floor(patch / columns), 1, 1);
+    paint.fillStyle = `rgb(255 150 20 / ${tint.toFixed(3)})`;
     paint.fillRect(patch % columns, Math.floor(patch / columns), 1, 1);
   }
 }

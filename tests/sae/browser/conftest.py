@@ -241,3 +241,17 @@ def chromium(tmp_path: Path) -> Iterator[Chromium]:
     browser = Chromium(tmp_path / "profile")
     yield browser
     browser.close()
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    """One browser for all tests of a file: what a test sets of it, it sets back."""
+    browser = Chromium(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """index.html of the example of every part, made once for all tests of a file; only to read."""
+    return write_site(example_site(), tmp_path_factory.mktemp("example") / "site")
