@@ -227,6 +227,34 @@ class Chromium:
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
         self.frames()
 
+    def settle(self, address: str) -> None:
+        """Waits until the view of an address stands on the page."""
+        shown = (
+            f"router.route?.hash === {json.dumps(address)} && "
+            "!document.querySelector('.map-frame > .notice')"
+        )
+        self.run(
+            "new Promise((yes, no) => { const end = Date.now() + 9000; const look = () => "
+            f"{shown} ? yes() : Date.now() > end ? no(Error('not shown')) : setTimeout(look, 5);"
+            " look(); })"
+        )
+        self.frames()
+
+    def load(self, page: Path, address: str) -> None:
+        """Loads the browser's folder at an address."""
+        self.open(page.as_uri() + address)
+        self.settle(address)
+
+    def write(self, text: str) -> None:
+        """Text into the field that has the focus."""
+        self.call("Input.insertText", text=text)
+        self.frames()
+
+    def complaints(self) -> list[dict[str, Any]]:
+        """What the page has complained of since it was loaded."""
+        bad = ("Log.entryAdded", "Runtime.exceptionThrown", "Page.javascriptDialogOpening")
+        return [event for event in self.events if event.get("method") in bad]
+
     def close(self) -> None:
         """Ends the browser."""
         os.close(self._out)
