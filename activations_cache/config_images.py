@@ -20,8 +20,8 @@ class ImageSource:
     """A set of images and where their classes stand."""
 
     path: str
-    """A folder (class = its subfolder), a .npy, a .parquet, a saved dataset, package://PACKAGE/FILE,
-    or dataset://NAME: a dataset of the `datasets` library, on the hub or in a directory."""
+    """A folder or .tar (class = its subfolder), a .npy, .parquet, saved dataset,
+    package://PACKAGE/FILE, or dataset://NAME: one of the `datasets` library, on the hub or not."""
     field: str = "image"
     """Field of a record that holds the image (.parquet, dataset)."""
     label: str | None = None

@@ -1,14 +1,11 @@
-"""Where images come from: folders, NumPy arrays, Parquet files and saved datasets.
+"""Where images come from: folders, tar files, NumPy arrays, Parquet files and saved datasets.
 
 Each is opened as an `ImageStore`, which reads nothing until an image is asked for. The order of the
 images depends on nothing but the source.
 """
 
 import contextlib
-import io
-import struct
-import warnings
-import zlib
+import tarfile
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,37 +13,14 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from activations_cache.config_images import ImageSource
 from activations_cache.datasets import dataset_table
 from activations_cache.gguf import cache_directory
+from activations_cache.image_decoding import SUFFIXES, decode
 from activations_cache.loading import one_line
 from activations_cache.locations import DATASET, locate
-
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Files of a folder that are taken for images; others are not looked at."""
-
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What is decoded, whatever a file is called: Pillow reads others by running Ghostscript."""
-
-UNREADABLE = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
-"""What Pillow's decoders raise for damaged bytes, and the file system for files out of reach."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +35,28 @@ class Folder:
     def data(self, index: int) -> bytes:
         """Return the file's bytes."""
         return (self.root / self.names[index]).read_bytes()
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image, decoded."""
+        return decode(self.data(index))
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Image files in an uncompressed .tar, read where they lie; classes as in a folder."""
+
+    path: Path
+    names: Sequence[str]
+    labels: Sequence[str | None]
+    places: Sequence[tuple[int, int]]
+    """Where each file begins, and its length."""
+
+    def data(self, index: int) -> bytes:
+        """Return the file's bytes."""
+        start, length = self.places[index]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return file.read(length)
 
     def image(self, index: int) -> Image.Image:
         """Return an image, decoded."""
@@ -110,7 +106,7 @@ class Records:
         return decode(self.data(index))
 
 
-ImageStore = Folder | Arrays | Records
+ImageStore = Folder | Archive | Arrays | Records
 """The images of a source. `names` are paths relative to it, or numbers; `labels` the classes."""
 
 
@@ -129,12 +125,14 @@ def open_store(source: ImageSource) -> ImageStore:
         raise ValueError(f"path must name one of {splits} inside {source.path}, got their folder")
     if path.is_dir() and not (path / "dataset_info.json").is_file():
         store = _folder(path, source)
+    elif path.suffix == ".tar":
+        store = _archive(path, source)
     elif path.suffix == ".npy":
         store = _arrays(path, source)
     elif path.is_dir() or path.suffix == ".parquet":
         store = _records(_table(path), source)
     else:
-        kinds = "a folder, a .npy or .parquet file, a saved dataset or dataset://NAME"
+        kinds = "a folder, a .tar, .npy or .parquet file, a saved dataset or dataset://NAME"
         raise ValueError(f"path must be {kinds}, got {source.path}")
     return _not_empty(store, source)
 
@@ -145,37 +143,41 @@ def _not_empty(store: ImageStore, source: ImageSource) -> ImageStore:
     return store
 
 
-def decode(data: bytes) -> Image.Image:
-    """Return an encoded image, all of it read, turned as its EXIF entry says; of several the first.
-
-    Raises:
-        OSError: If the bytes are no whole image; of other errors see UNREADABLE.
-    """
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    image.load()
-    return ImageOps.exif_transpose(image)
-
-
-@contextlib.contextmanager
-def careful_pillow() -> Iterator[None]:
-    """Silence Pillow's remarks on files that it can read, and refuse images of absurd size.
-
-    Not for use in a thread, as warnings are one for all; threads started inside are covered.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
-
-
 def _folder(path: Path, source: ImageSource) -> Folder:
-    if source.label is not None:
-        rule = "be absent for a folder, whose subfolders are the classes"
-        raise ValueError(f"label must {rule}, got {source.label!r} for {source.path}")
+    _no_label(source)
     found = (file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     names = (name.as_posix() for name in found if not name.name.startswith("."))
     names = sorted(name for name in names if (path / name).is_file())
-    return Folder(path, names, [n.split("/")[0] if "/" in n else None for n in names])
+    return Folder(path, names, _first_folders(names))
+
+
+def _archive(path: Path, source: ImageSource) -> Archive:
+    _no_label(source)
+    try:
+        with tarfile.open(path, "r:") as archive:
+            files = [m for m in archive if m.isreg() and not m.issparse()]
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(
+            f"path must be an uncompressed .tar, got {source.path}: {one_line(error)}"
+        ) from error
+    found = [m for m in files if Path(m.name).suffix.lower() in SUFFIXES]
+    found = sorted((m for m in found if Path(m.name).name[0] != "."), key=lambda m: m.name)
+    names = [m.name.removeprefix("./") for m in found]
+    tops = set(_first_folders(names))
+    if len(tops) == 1 and None not in tops and all(name.count("/") > 1 for name in names):
+        names = [name.partition("/")[2] for name in names]  # one folder holds everything
+    places = [(m.offset_data, m.size) for m in found]
+    return Archive(path, names, _first_folders(names), places)
+
+
+def _no_label(source: ImageSource) -> None:
+    if source.label is not None:
+        rule = "be absent where subfolders are the classes"
+        raise ValueError(f"label must {rule}, got {source.label!r} for {source.path}")
+
+
+def _first_folders(names: Sequence[str]) -> list[str | None]:
+    return [name.split("/")[0] if "/" in name else None for name in names]
 
 
 def _arrays(path: Path, source: ImageSource) -> Arrays:

@@ -20,7 +20,8 @@ from PIL import Image
 
 from activations_cache.config import TRAINING_SPLITS
 from activations_cache.config_images import ImagesConfig
-from activations_cache.image_sources import UNREADABLE, ImageStore, careful_pillow, open_store
+from activations_cache.image_decoding import UNREADABLE, careful_pillow
+from activations_cache.image_sources import ImageStore, open_store
 from activations_cache.image_table import ImageRecord, SkippedImage
 from activations_cache.loading import one_line
 from activations_cache.preprocessing import Preprocessing, as_rgb

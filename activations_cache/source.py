@@ -25,7 +25,7 @@ from activations_cache.vision import LoadedVisionModel, load_vision_model
 
 _STAMP_BYTES = 1 << 20
 _MAX_LABELS = 2**15
-_FILES = (".gguf", ".gz", ".jsonl", ".npy", ".onnx", ".parquet", ".txt")
+_FILES = (".gguf", ".gz", ".jsonl", ".npy", ".onnx", ".parquet", ".tar", ".txt")
 
 AnyModel = LoadedModel | LoadedVisionModel
 

@@ -1,6 +1,7 @@
 """Images and their classes are found in folders, arrays, Parquet files and saved datasets."""
 
 import io
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -14,14 +15,8 @@ from PIL import Image
 
 from activations_cache import datasets as reading
 from activations_cache.config_images import ImageSource
-from activations_cache.image_sources import (
-    UNREADABLE,
-    Arrays,
-    Folder,
-    careful_pillow,
-    decode,
-    open_store,
-)
+from activations_cache.image_decoding import UNREADABLE, careful_pillow, decode
+from activations_cache.image_sources import Archive, Arrays, Folder, open_store
 
 N_FILES = 23
 
@@ -63,6 +58,48 @@ def test_a_folder_gives_its_first_subfolders_as_classes(folder: Path):
     assert store.labels[at] == "dog"
     assert store.data(at) == encoded(4)
     np.testing.assert_array_equal(np.asarray(store.image(at)), values(4))
+
+
+def packed(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def test_a_tar_gives_what_the_folder_gives(folder: Path, tmp_path: Path):
+    expected = open_store(ImageSource(path=str(folder)))
+    for name in ("photos", "."):
+        file = tmp_path / f"packed{len(name)}.tar"
+        with tarfile.open(file, "w") as archive:
+            archive.add(folder, arcname=name)
+        store = open_store(ImageSource(path=str(file)))
+        assert isinstance(store, Archive)
+        assert list(store.names) == list(expected.names)
+        assert list(store.labels) == list(expected.labels)
+        every = range(N_FILES)
+        assert [store.data(i) for i in every] == [expected.data(i) for i in every]
+        np.testing.assert_array_equal(np.asarray(store.image(4)), np.asarray(expected.image(4)))
+
+
+def test_links_of_a_tar_are_not_followed_and_one_class_stays_one(tmp_path: Path):
+    path = packed(tmp_path / "a.tar", {"cat/1.png": encoded(1), "cat/2.png": encoded(2)})
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("cat/3.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    store = open_store(ImageSource(path=str(path)))
+    assert list(store.names) == ["cat/1.png", "cat/2.png"]
+    assert list(store.labels) == ["cat", "cat"]
+
+
+@pytest.mark.parametrize("data", [b"", b"no tar", encoded(1)])
+def test_what_is_no_tar_is_refused(tmp_path: Path, data: bytes):
+    (tmp_path / "bad.tar").write_bytes(data)
+    with pytest.raises(ValueError, match=r"path must (be an uncompressed \.tar|hold images), got"):
+        open_store(ImageSource(path=str(tmp_path / "bad.tar")))
 
 
 def test_images_beside_the_classes_have_none(folder: Path):
@@ -141,10 +178,13 @@ def test_what_is_no_source_of_images_is_refused(folder: Path, tmp_path: Path):
     objects = tmp_path / "objects.npy"
     np.save(objects, np.array([{}]), allow_pickle=True)
     for changes, message in (
-        ({"path": str(folder), "label": "x"}, "label must be absent for a folder, whose subfold"),
+        ({"path": str(folder), "label": "x"}, "label must be absent where subfolders are the cla"),
         ({"path": str(tmp_path / "empty")}, "path must hold images, got none in .*empty"),
         ({"path": str(tmp_path / "split")}, "path must name one of train inside"),
-        ({"path": str(folder / "notes.txt")}, "path must be a folder, a .npy or .parquet file"),
+        (
+            {"path": str(folder / "notes.txt")},
+            "path must be a folder, a .tar, .npy or .parquet file",
+        ),
         ({"path": floats}, r"must be uint8 of shape .*, got float64 \(2, 5, 5, 3\)"),
         ({"path": flat}, r"must be uint8 of shape .*, got uint8 \(2, 5\)"),
         ({"path": str(objects)}, "path must be a .npy file of numbers, got"),
