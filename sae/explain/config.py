@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from activations_cache.checks import require
 from sae.explain.collect.config import WindowConfig
 from sae.explain.llm.config import LLMConfig
+from sae.explain.vision.config import ImageLabelConfig
 
 Kind = Literal["word", "previous word", "word pair", "token", "supersense", "source", "position"]
 """What a label may speak of: one property of the text at a row."""
@@ -111,6 +112,8 @@ class ExplainConfig:
     """Equal steps from 0 to the largest activation in a latent's histogram."""
     seed: int = 0
     """Seed of the permutations, of the control arm's pairing and of the bootstrap."""
+    images: ImageLabelConfig = field(default_factory=ImageLabelConfig)
+    """Labels where the cache is of images; what is of text above is not read then."""
     autointerp: AutointerpConfig | None = None
     """Labels by a language model as well; none when absent."""
 
