@@ -28,11 +28,13 @@ class LatentRecord:
     latent: int
     """Its number."""
     status: str
-    """"scored"; "insufficient" where it fires too seldom for a score; "dead" where never."""
+    """"scored"; "insufficient" where it fires too seldom for a score; "dead" where never; of images
+    also "unlabelled" where no class is certain."""
     label: str
     """The label as text; empty where it fires too seldom in the explain split."""
     kind: str
-    """What the label speaks of: word, previous word, token, supersense, source or position."""
+    """What the label speaks of: word, previous word, token, supersense, source or position; of
+    images class or group."""
     words: tuple[str, ...]
     """What the label lists, most informative first."""
     weights: tuple[float, ...]
@@ -46,7 +48,8 @@ class LatentRecord:
     gain: float | None
     """Information of the rule above that of permuted texts, in nats."""
     p_value: float | None
-    """Of the rule, by permutation; the search over words and kinds is allowed for."""
+    """Of the rule, by permutation; the search over words and kinds is allowed for. Of images
+    Fisher's."""
     auc: float | None
     """Score of the label on the score split; 0.5 is chance."""
     low: float | None

@@ -25,6 +25,15 @@ class Firing(NamedTuple):
     """Activation."""
 
 
+class Seen(NamedTuple):
+    """What labels and scores are made of: images, their peaks and classes."""
+
+    peaks: Float32[np.ndarray, "example d_sae"]
+    """Largest activation of each latent on each image; 0 where it is silent."""
+    classes: Int64[np.ndarray, " example"]
+    """Number of each image's class."""
+
+
 class ImagePart:
     """The images of a split that have a class, and all firings on them.
 
@@ -77,6 +86,10 @@ class ImagePart:
         """Where one latent fires."""
         rows, values = self.codes.of(latent)
         return Firing(self._image[rows], self._patch[rows], values)
+
+    def seen(self, first: int, last: int) -> Seen:
+        """Peaks of the latents first, ..., last - 1, and the classes."""
+        return Seen(self.peaks[:, first:last], self.classes)
 
     @cached_property
     def peaks(self) -> Float32[np.ndarray, "example d_sae"]:

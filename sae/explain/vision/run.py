@@ -5,11 +5,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from activations_cache.progress import Progress, silent
 from sae.autoencoder import SparseAutoencoder
+from sae.explain.baselines import baseline_dictionary
 from sae.explain.config import ExplainConfig
 from sae.explain.examples import Context
 from sae.explain.intervals import Interval
@@ -21,6 +23,12 @@ from sae.explain.vision.labelling import mutual_information
 from sae.explain.vision.pictures import top_pictures
 from sae.explain.vision.summary import ImageSummary, Judge, Scored
 from sae.explain.words import Cache
+
+N_STEPS = 5
+"""Equal steps of a latent's peak, from 0 to its largest, of the curve."""
+
+SAMPLE = 16_384
+"""Rows from which the thresholds of untrained latents are taken, at most."""
 
 PRIOR_IMAGES = 1.0
 """Pseudo-images, firing at the latent's own rate, in p(fires | class)."""
@@ -38,6 +46,15 @@ class Pictures:
     """Patches of an image; row by row they are the first token numbers."""
 
 
+class ExplainedImages(NamedTuple):
+    """The labels of a dictionary in figures."""
+
+    summary: ImageSummary
+    """Of its own latents."""
+    untrained: dict[str, ImageSummary]
+    """Of random directions and raw neurons that are as dense as its latents."""
+
+
 def explain_images(
     dictionary: SparseAutoencoder,
     pictures: Pictures,
@@ -46,7 +63,7 @@ def explain_images(
     out_dir: Path | None,
     *,
     progress: Progress | None = None,
-) -> ImageSummary:
+) -> ExplainedImages:
     """Label all latents by classes on the explain split and score the labels on the score split.
 
     Needs 4 bytes for each image and latent beside the firings.
@@ -55,7 +72,7 @@ def explain_images(
         dictionary: What is explained.
         pictures: Of what the dictionary was trained on, split by image.
         hook_point: Which activations it reads.
-        config: How; of it `images`, `seed`, `histogram_bins` and `words_per_label`.
+        config: How; of it `images`, `n_baseline`, `seed`, `histogram_bins`, `words_per_label`.
         out_dir: Where latents.parquet, examples.parquet and summary.json go; None writes none.
         progress: Called with the units "rows encoded" and "latents' pictures".
 
@@ -66,16 +83,53 @@ def explain_images(
     cache, own = pictures.cache, config.images
     concepts = concepts_of(cache.label_names, own.group_separator)
     parts = [ImagePart(dictionary, cache, hook_point, s, report) for s in ("explain", "score")]
-    found = Judge(parts[0], parts[1], concepts, own, config.seed).scored()
-    if out_dir is None:
-        return found.summary
     d_sae = parts[0].codes.d_sae
+    seen = [part.seen(0, d_sae) for part in parts]
+    found = Judge(seen[0], seen[1], concepts, own, config.seed).scored()
+    arms = _untrained(parts, pictures.cache, hook_point, concepts, config, report)
+    explained = ExplainedImages(found.summary, arms)
+    if out_dir is None:
+        return explained
     records = (_record(found, parts, concepts, config, latent) for latent in range(d_sae))
     examples = _examples(parts, pictures, config, report)
-    summary = {"config": dataclasses.asdict(config), **_flat(found.summary)}
+    n_rows = {f"n_rows_{part.split}": part.codes.n_rows for part in parts}
+    summary = {
+        **_flat(found.summary),
+        **n_rows,
+        "baselines": {name: _flat(arm) for name, arm in arms.items()},
+        "config": dataclasses.asdict(config),
+    }
     n_examples = own.top_images + 5 * own.bucket_images
     write_tables(out_dir, records, examples, n_examples, summary)
-    return found.summary
+    return explained
+
+
+def _untrained(
+    parts: Sequence[ImagePart],
+    cache: Cache,
+    hook_point: str,
+    concepts: Concepts,
+    config: ExplainConfig,
+    report: Progress,
+) -> dict[str, ImageSummary]:
+    """Random directions and raw neurons, as dense as latents spread evenly over the live ones."""
+    n_fired = np.sum([part.codes.n_fired for part in parts], axis=0)
+    density = np.sort(n_fired[n_fired > 0] / sum(part.codes.n_rows for part in parts))
+    n = config.n_baseline
+    if not (n and len(density)):
+        return {}
+    places = np.linspace(0, len(density) - 1, n).round().astype(int)
+    ids = cache.rows(("explain",))
+    rows = cache[hook_point][ids[:: max(1, len(ids) // SAMPLE)]].cpu()
+    wanted = np.clip(density[places], 1 / len(rows), 0.5).tolist()
+    untrained = baseline_dictionary(rows, n, wanted, config.seed)
+    on = [ImagePart(untrained, cache, hook_point, part.split, report) for part in parts]
+    found = {}
+    for first, name in ((0, "random directions"), (n, "raw neurons")):
+        seen = [part.seen(first, first + n) for part in on]
+        judge = Judge(seen[0], seen[1], concepts, config.images, config.seed)
+        found[name] = judge.scored().summary
+    return found
 
 
 def _examples(
@@ -119,7 +173,7 @@ def _record(
         information=tuple(information for information, _ in known),
         npmi=tuple(npmi for _, npmi in known),
         gain=None,
-        p_value=_known(float(found.scores.p_value[latent])),
+        p_value=float(labels.p_value[latent, best]) if best >= 0 else None,
         auc=_known(float(found.scores.auc[latent])),
         low=_known(float(found.scores.low[latent])),
         high=_known(float(found.scores.high[latent])),
@@ -130,7 +184,26 @@ def _record(
         density=len(values) / sum(part.codes.n_rows for part in parts),
         max_activation=largest,
         histogram=tuple(bins.tolist()) if len(values) else (),
+        p_held_out=_known(float(found.scores.p_value[latent])),
+        auc_strong=None,
+        p_strong=None,
+        **_curve(parts[1], concepts, best, latent),
     )
+
+
+def _curve(part: ImagePart, concepts: Concepts, best: int, latent: int) -> dict[str, Any]:
+    """Share of the images with the label's class by steps of the latent's peak, unseen images."""
+    if best < 0:
+        return {"curve": (), "curve_n": (), "base": None}
+    has, peaks = concepts.has(part.classes)[:, best], part.peaks[:, latent]
+    step = np.ceil(peaks / max(float(peaks.max()), 1e-12) * N_STEPS).astype(int)
+    inside = [has[step == i] for i in range(1, N_STEPS + 1)]
+    shares = tuple(float(each.mean()) if len(each) else None for each in inside)
+    return {
+        "curve": shares,
+        "curve_n": tuple(len(each) for each in inside),
+        "base": float(has.mean()),
+    }
 
 
 def _listed(found: Scored, latent: int, best: int, config: ExplainConfig) -> list[int]:

@@ -10,7 +10,7 @@ from sae.explain.intervals import Interval, wilson
 from sae.explain.scores import FLOOR, Mean
 from sae.explain.vision.concepts import Concepts
 from sae.explain.vision.config import ImageLabelConfig, Method
-from sae.explain.vision.firing import ImagePart
+from sae.explain.vision.firing import Seen
 from sae.explain.vision.held_out import HeldOut, aucs, held_out
 from sae.explain.vision.labelling import ImageLabels, make_labels
 
@@ -89,8 +89,8 @@ class Judge:
 
     def __init__(
         self,
-        made_from: ImagePart,
-        scored_on: ImagePart,
+        made_from: Seen,
+        scored_on: Seen,
         concepts: Concepts,
         config: ImageLabelConfig,
         seed: int,
@@ -156,8 +156,8 @@ class Judge:
             by_method={method: _figures(found, n_live) for method, found in judged.items()},
             best_of_class=self._best_of_class(),
             floor=FLOOR,
-            n_images_explain=self._parts[0].n_images,
-            n_images_score=self._parts[1].n_images,
+            n_images_explain=len(self._parts[0].classes),
+            n_images_score=len(self._parts[1].classes),
             influence=tuple(own.influence.tolist()),
         )
 
