@@ -19,16 +19,27 @@ class EvaluateConfig:
     """Rows that are encoded at once."""
     n_rows_firing: int = 50_000
     """Training rows in which firing is counted, beside all held-out rows; 0 for none."""
+    n_images: int = 2000
+    """Training images, and as many held out, whose classes are told with each dictionary spliced
+    in; 0 for none."""
+    n_neighbours: int = 5
+    """Nearest training images that tell a class."""
     n_resamples: int = 2000
-    """Bootstrap resamples of the contexts, for the intervals."""
+    """Bootstrap resamples of the contexts or images, for the intervals."""
     seed: int = 0
     """Decides which contexts and rows are taken, and the resamples."""
 
     def __post_init__(self) -> None:
         """Check ranges, and the fields against each other."""
-        for name in ("n_contexts", "contexts_per_forward", "rows_per_chunk", "n_resamples"):
+        for name in (
+            "n_contexts",
+            "contexts_per_forward",
+            "rows_per_chunk",
+            "n_neighbours",
+            "n_resamples",
+        ):
             at_least(name, getattr(self, name), 1)
-        for name in ("n_contexts_special", "n_rows_firing", "seed"):
+        for name in ("n_contexts_special", "n_rows_firing", "n_images", "seed"):
             at_least(name, getattr(self, name), 0)
         fewer = self.n_contexts_special <= self.n_contexts
         rule = f"be at most n_contexts={self.n_contexts}"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from activations_cache.config import parse_hook_point
@@ -23,8 +23,13 @@ class Base(NamedTuple):
 
     stream: Float[Tensor, "example pos d_model"]
     """At the hook point, in the model's dtype."""
-    logits: Float[Tensor, "example pos vocab"]
-    """In the model's dtype."""
+    logits: Float[Tensor, "example ..."]
+    """What is read of the model, in its dtype."""
+
+
+def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """What is read of a causal language model."""
+    return model(input_ids=input_ids, use_cache=False).logits
 
 
 class Replay:
@@ -35,11 +40,19 @@ class Replay:
     for which it does not (blocks that run twice, say) is run in full each time.
     """
 
-    def __init__(self, model: nn.Module, hook_point: str, *more: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        hook_point: str,
+        *more: str,
+        read: Callable[[nn.Module, Tensor], Tensor] = logits_of,
+    ) -> None:
         """Take a model in evaluation mode; nothing is changed in it between the calls.
 
-        `more` are hook points at which `spliced` may replace the stream too.
+        `more` are hook points at which `spliced` may replace the stream too; `read` runs the model
+        on what it reads and returns what is wanted of it.
         """
+        self._read = read
         self._model = model
         self._hook_point = hook_point
         before = [_blocks_before(model, point) for point in (hook_point, *more)]
@@ -48,7 +61,7 @@ class Replay:
         self._tried = not self._blocks
 
     @torch.no_grad()
-    def base(self, input_ids: Int[Tensor, "example pos"]) -> Base:
+    def base(self, input_ids: Shaped[Tensor, "example ..."]) -> Base:
         """Run the whole model and remember what the following calls of `spliced` need."""
         if not self._tried:
             self._try(input_ids[:1])
@@ -57,10 +70,10 @@ class Replay:
     @torch.no_grad()
     def spliced(
         self,
-        input_ids: Int[Tensor, "example pos"],
+        input_ids: Shaped[Tensor, "example ..."],
         replacement: Replacement,
         more: Mapping[str, Replacement] | None = None,
-    ) -> Float[Tensor, "example pos vocab"]:
+    ) -> Float[Tensor, "example ..."]:
         """Logits with `replacement(stream)` in place of the stream.
 
         Args:
@@ -73,7 +86,7 @@ class Replay:
         with _returning(self._returned), edit(self._model, edits):
             return self._logits(input_ids)
 
-    def _base(self, input_ids: Int[Tensor, "example pos"]) -> Base:
+    def _base(self, input_ids: Tensor) -> Base:
         seen: list[Tensor] = []
         calls: dict[nn.Module, list[object]] = {block: [] for block in self._blocks}
         late: set[nn.Module] = set()
@@ -97,7 +110,7 @@ class Replay:
         self._returned = {block: calls[block][0] for block in once}
         return Base(seen[0], logits)
 
-    def _try(self, input_ids: Int[Tensor, "example pos"]) -> None:
+    def _try(self, input_ids: Tensor) -> None:
         self._tried = True
         expected = self._base(input_ids)
         if torch.equal(self.spliced(input_ids, lambda _: expected.stream), expected.logits):
@@ -109,8 +122,8 @@ class Replay:
     def _names(self) -> tuple[str, str]:
         return type(self._model).__name__, self._hook_point
 
-    def _logits(self, input_ids: Int[Tensor, "example pos"]) -> Float[Tensor, "example pos vocab"]:
-        return self._model(input_ids=input_ids, use_cache=False).logits
+    def _logits(self, input_ids: Tensor) -> Tensor:
+        return self._read(self._model, input_ids)
 
 
 def _edit(replacement: Replacement) -> Edit:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from activations_cache import io
+from sae.evaluate.downstream import Accuracy, Downstream
 from sae.evaluate.intervals import Interval
 from sae.evaluate.reconstruction import FiringSummary, Reconstruction
 from sae.evaluate.substitution import Effect, Substitution
@@ -30,6 +31,8 @@ class EvaluationReport:
     """By treatment of the special positions: `intact`, and `spliced` where it was asked for."""
     config: dict[str, Any]
     """The EvaluateConfig."""
+    downstream: Downstream | None = None
+    """What classes of images are told by, where the cache is of images with classes."""
 
     def spliced(self, name: str) -> Substitution:
         """Where the effect of a dictionary with intact special positions stands."""
@@ -56,6 +59,7 @@ def read_json(path: str | Path) -> EvaluationReport:
             "reconstruction": _each(record["reconstruction"], _reconstruction),
             "firing": _each(record["firing"], _firing),
             "substitution": _each(record["substitution"], _substitution),
+            "downstream": _downstream(record.get("downstream")),
         })
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} must be a report of `sae evaluate`, got: {error}") from error
@@ -81,6 +85,17 @@ def _substitution(record: dict[str, Any]) -> Substitution:
     dictionaries = _each(record["dictionaries"], _effect)
     ce_base = _interval(record["ce_base"])
     return Substitution(**{**record, **effects, "dictionaries": dictionaries, "ce_base": ce_base})
+
+
+def _downstream(record: dict[str, Any] | None) -> Downstream | None:
+    if record is None:
+        return None
+    sides = {side: _each(record[side], _accuracy) for side in ("spliced", "intact")}
+    return Downstream(**{**record, **sides})
+
+
+def _accuracy(record: dict[str, Any]) -> Accuracy:
+    return Accuracy(**_each(record, _interval))
 
 
 def _effect(record: dict[str, Any]) -> Effect:

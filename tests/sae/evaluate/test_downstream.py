@@ -1,11 +1,16 @@
+import json
+
 import pytest
 import torch
 
 from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
-from sae.evaluate.downstream import Images, downstream, features
+from sae.evaluate.config import EvaluateConfig
+from sae.evaluate.downstream import AS_IT_IS, Images, Place, downstream, features
+from sae.evaluate.report import EvaluationReport, read_json, write_json
 
 HOOK = "layers.1:out"
+CONFIG = EvaluateConfig(n_resamples=97)
 
 
 @pytest.fixture
@@ -16,7 +21,12 @@ def images():
     pixels = 0.3 * torch.randn(46, 3, 21, 21, generator=generator)
     pixels[labels == 0, :, :11] += 2
     pixels[labels == 1, :, 11:] += 2
-    return Images(pixels[:29], labels[:29], pixels[29:], labels[29:])
+    numbers = torch.arange(46)
+    return Images(pixels.__getitem__, numbers[:29], labels[:29], numbers[29:], labels[29:])
+
+
+def place(model, n_intact=1):
+    return Place(model, HOOK, torch.zeros(22), n_intact)
 
 
 def dictionary(directions):
@@ -31,28 +41,59 @@ def test_a_perfect_dictionary_costs_nothing_and_ablations_all(vit_model, images)
     both = torch.cat([torch.eye(22), -torch.eye(22)])
     seen = []
     found = downstream(
-        {"perfect": dictionary(both), "nothing": dictionary(0 * both)}, vit_model, HOOK, images,
-        progress=lambda *told: seen.append(told),
+        {"perfect": dictionary(both), "nothing": dictionary(0 * both)}, place(vit_model), images,
+        CONFIG, progress=lambda *told: seen.append(told),
     )  # fmt: skip
-    assert list(found) == ["as it is", "zero", "mean", "perfect", "nothing"]
-    assert found["as it is"].linear == 1.0
-    assert found["as it is"].knn == 1.0
-    assert found["perfect"] == found["as it is"]
+    for side in (found.spliced, found.intact):
+        assert list(side) == [AS_IT_IS, "zero", "mean", "perfect", "nothing"]
+        assert side[AS_IT_IS].linear.value == side[AS_IT_IS].knn.value == 1.0
+        assert side["perfect"] == side[AS_IT_IS]
+        assert side["perfect"].knn_change.low == side["perfect"].knn_change.high == 0
     chance = float((images.test_labels == 0).double().mean())
     for name in ("zero", "mean", "nothing"):
-        assert abs(found[name].linear - 0.5) == pytest.approx(abs(chance - 0.5))
-    assert seen[-1] == (5, 5, "streams")
+        accuracy = found.spliced[name]
+        assert abs(accuracy.linear.value - 0.5) == pytest.approx(abs(chance - 0.5))
+        assert accuracy.linear.low < accuracy.linear.value < accuracy.linear.high
+        assert accuracy.linear_change.value == pytest.approx(accuracy.linear.value - 1)
+        # What the class token has read before the hook point survives where it is left intact.
+        assert found.intact[name].linear.value > accuracy.linear.value
+    assert (found.n_train, found.n_test, found.n_classes) == (29, 17, 2)
+    assert seen[-1] == (10, 10, "features fitted")
+    assert (46, 46, "spliced images") in seen
+
+
+def test_without_a_position_to_leave_there_is_one_treatment(vit_model, images):
+    found = downstream({}, place(vit_model, n_intact=0), images, CONFIG)
+    assert found.intact == {}
+    assert list(found.spliced) == [AS_IT_IS, "zero", "mean"]
 
 
 def test_features_are_those_of_the_model(vit_model, images):
-    found = features(vit_model, HOOK, images.test, lambda stream: stream)
-    output = vit_model(images.test)
-    assert torch.allclose(found, output.pooler_output, atol=1e-5)
+    streams = {"same": lambda stream: stream, "twice": lambda stream: 2 * stream}
+    found = features(place(vit_model), images.pixels, images.test, streams)
+    output = vit_model(images.pixels(images.test))
+    for n in (0, 1):
+        assert torch.allclose(found[n, "same"], output.pooler_output, atol=1e-5)
+    assert not torch.allclose(found[0, "twice"], found[1, "twice"], atol=1e-3)
+
+
+def test_a_report_with_accuracies_is_read_as_it_was_written(vit_model, images, tmp_path):
+    found = downstream({}, place(vit_model), images, CONFIG)
+    report = EvaluationReport(
+        hook_point=HOOK, cache_fingerprint="", skip_positions=1, reconstruction={}, firing={},
+        substitution={}, config={}, downstream=found,
+    )  # fmt: skip
+    write_json(report, tmp_path / "report.json")
+    assert read_json(tmp_path / "report.json") == report
+    older = json.loads((tmp_path / "report.json").read_text())
+    del older["downstream"]
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    assert read_json(tmp_path / "older.json").downstream is None
 
 
 def test_one_class_and_taken_names_are_refused(vit_model, images):
     one = images._replace(test_labels=torch.zeros(17, dtype=torch.int64))
     with pytest.raises(ValueError, match="images to score on must have two classes, got 1"):
-        downstream({}, vit_model, HOOK, one)
+        downstream({}, place(vit_model), one, CONFIG)
     with pytest.raises(ValueError, match="must not be named 'mean'; rename it"):
-        downstream({"mean": dictionary(torch.eye(22))}, vit_model, HOOK, images)
+        downstream({"mean": dictionary(torch.eye(22))}, place(vit_model), images, CONFIG)
