@@ -40,6 +40,7 @@ async function compareView(route) {
     { class: "compare-view" },
     el("h1", { tabindex: "-1" }, said(pair.of.name), " beside ", said(pair.to.name)),
     pair.note ? el("p", { class: "subtitle" }, said(pair.note)) : null,
+    otherComparisons(pair.id),
     el("p", { class: "meta" }, el("a", { href: other }, "The other way round: ", said(pair.to.name), " beside ", said(pair.of.name))),
     compareSummary(pair),
     view.bar,
@@ -47,6 +48,12 @@ async function compareView(route) {
     view.table.node,
   );
   return { title: `${pair.of.name} beside ${pair.to.name}`, node, rows: view.table, shown: () => view.refresh(), close: () => view.table.close() };
+}
+
+function otherComparisons(id) {
+  const name = (one) => visible(router.dictionaries.get(one)?.name ?? one);
+  const options = router.data.comparisons.map((one) => [one.id, `${name(one.a)} beside ${name(one.b)}`]);
+  return options.length > 1 ? choice("Comparison", options, id, (to) => goTo(`#${to}`)) : null;
 }
 
 function compareSummary(pair) {

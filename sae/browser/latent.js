@@ -126,7 +126,7 @@ function wordsBox({ words }) {
     el("li", {}, el("span", { class: "word" }, said(visible(word))), meter(Math.abs(weight) / most),
       el("span", { class: "figures" }, measured(weight))),
   );
-  return box("Words it goes with", "by weight", el("ol", { class: "words" }, items));
+  return box("Words it goes with", "and their weights", el("ol", { class: "words" }, items));
 }
 
 function tokensBox({ promoted, suppressed }) {

@@ -121,7 +121,7 @@ class LatentMap {
     paint.scale(ratio, ratio);
     const colour = pointColours(this);
     this.legend.replaceChildren(...colour.legend);
-    const size = Math.min(9, Math.max(2, Math.sqrt((width * height) / this.drawn.length / 16)) * Math.sqrt(this.zoom.scale));
+    const size = Math.min(9, Math.max(2.4, Math.sqrt((width * height) / this.drawn.length / 8)) * Math.sqrt(this.zoom.scale));
     for (const row of this.drawn) {
       const [x, y] = this.place(row);
       if (x < -9 || y < -9 || x > width + 9 || y > height + 9) continue;

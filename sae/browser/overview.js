@@ -33,8 +33,9 @@ function cautions(texts) {
 
 const NUMERIC = /^[-−+±]?[\d.,]+\s*(%|[a-z]{1,3})?(\s*[±(–-].*)?$|^[–—-]?$/i;
 
-function resultsSection({ columns, rows, note }) {
-  if (!rows.length) return null;
+function resultsSection(results) {
+  if (!results?.rows.length) return null;
+  const { columns, rows, note } = results;
   const numeric = columns.map((_, i) => i > 0 && rows.every((row) => NUMERIC.test(row[i].trim())));
   const kind = (i) => (numeric[i] ? "number" : null);
   const head = columns.map((text, i) =>
@@ -77,9 +78,9 @@ function dictionaryCard(dictionary, chart) {
     ["latents", whole.format(d_sae)],
     ["alive", whole.format(n_live) + part(n_live)],
     ["dead", n_dead ? filter("status=dead", whole.format(n_dead) + part(n_dead)) : "0"],
-    [`dense (> ${percent(dense_above)})`, n_dense ? filter(`in.density=${dense_above}..`, whole.format(n_dense) + part(n_dense)) : "0"],
+    [`dense (> ${percent(dense_above)})`, n_dense ? filter(`in.density=${dense_above}..`, whole.format(n_dense) + part(n_dense)) : n_dense],
     ["rows measured", whole.format(n_rows)],
-  ].map(([term, value]) => el("div", {}, el("dt", {}, term), el("dd", {}, value)));
+  ].filter(([, value]) => !missing(value)).map(([term, value]) => el("div", {}, el("dt", {}, term), el("dd", {}, value)));
   return el(
     "article",
     { class: "card" },

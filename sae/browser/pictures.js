@@ -76,7 +76,7 @@ function paintHeat(canvas, columns, rows, fires, scale) {
   const paint = canvas.getContext("2d");
   for (let patch = 0; patch < rows * columns; patch += 1) {
     const level = Math.min(1, (fires.get(patch) ?? 0) / scale);
-    const veil = 0.62 * (1 - level);
+    const veil = 0.5 * (1 - level);
     const tint = 0.34 * level;
     paint.fillStyle = `rgb(16 20 26 / ${veil.toFixed(3)})`;
     paint.fillRect(patch % columns, Math.floor(patch / columns), 1, 1);

@@ -50,7 +50,7 @@ class RowTable {
   }
 
   height() {
-    return matchMedia("(max-width: 720px)").matches ? 58 : 36; // rows.css has the same numbers
+    return matchMedia("(max-width: 720px)").matches ? 74 : 36; // rows.css has the same numbers
   }
 
   draw() {

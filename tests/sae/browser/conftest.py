@@ -279,7 +279,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
     browser.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """index.html of the example of every part, made once for all tests of a file; only to read."""
+    """index.html of the example of every part, made once for all tests; only to read."""
     return write_site(example_site(), tmp_path_factory.mktemp("example") / "site")

@@ -1,6 +1,7 @@
 """The views in a real browser: they load, they are read with mouse and keyboard, they fit."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def test_an_address_of_nothing_says_so(address: str, reader: Any, example: Path)
     assert reader.complaints() == []
 
 
-def test_a_missing_file_is_named(reader: Any, site: Any) -> None:
-    page = site("broken")
+def test_a_missing_file_is_named(reader: Any, example: Path, tmp_path: Path) -> None:
+    page = shutil.copytree(example.parent, tmp_path / "site") / "index.html"
     (page.parent / "data/d0/latents/0.js").unlink()
     reader.load(page, "#d0/latent/12")
     assert reader.run(H1) == "This cannot be shown"
