@@ -11,7 +11,11 @@ function trainingSection(curves) {
     "Training",
     { id: "training" },
     el("ul", { class: "legend" }, legend),
-    el("div", { class: "charts" }, names.map((metric) => metricChart(metric, curves))),
+    el(
+      "div",
+      { class: "charts" },
+      names.map((metric) => metricChart(metric, curves)),
+    ),
   );
 }
 

@@ -21,11 +21,17 @@ class Dictionary {
       Array.from({ length: this.n_tables }, (_, i) => load(`${this.id}/table/${i}`)),
     );
     this.labels = parts.flatMap((part) => part.labels);
-    this.status = joined(Uint8Array, parts.map((part) => bytes(part.status)));
+    this.status = joined(
+      Uint8Array,
+      parts.map((part) => bytes(part.status)),
+    );
     this.values = new Map(
       this.columns.map(({ id }, i) => [
         id,
-        joined(Float32Array, parts.map((part) => floats(part.columns[i]))),
+        joined(
+          Float32Array,
+          parts.map((part) => floats(part.columns[i])),
+        ),
       ]),
     );
     return this;
@@ -72,8 +78,16 @@ class Dictionary {
   sorted(id, sign) {
     const rows = Uint32Array.from(this.status.keys()).filter((row) => this.status[row] > 0);
     if (id === "latent") return sign > 0 ? rows : rows.reverse();
-    if (id === "label") return rows.sort(byText(this.labels.map((text) => text.toLowerCase()), sign));
-    const keys = this.values.get(id).map((value) => (Number.isNaN(value) ? Infinity : sign * value));
+    if (id === "label")
+      return rows.sort(
+        byText(
+          this.labels.map((text) => text.toLowerCase()),
+          sign,
+        ),
+      );
+    const keys = this.values
+      .get(id)
+      .map((value) => (Number.isNaN(value) ? Infinity : sign * value));
     return rows.sort((a, b) => keys[a] - keys[b] || a - b || 0);
   }
 
@@ -83,8 +97,16 @@ class Dictionary {
     const named = /^#?\d+$/.test(query.trim()) ? Number(query.trim().replace("#", "")) : -1;
     const hits = words.length ? this.matches(words) : null;
     const bounds = [
-      ...Object.entries(least).map(([id, bound]) => (row) => this.value(id, row) >= bound),
-      ...Object.entries(most).map(([id, bound]) => (row) => this.value(id, row) <= bound),
+      ...Object.entries(least).map(
+        ([id, bound]) =>
+          (row) =>
+            this.value(id, row) >= bound,
+      ),
+      ...Object.entries(most).map(
+        ([id, bound]) =>
+          (row) =>
+            this.value(id, row) <= bound,
+      ),
     ];
     const code = STATUS.indexOf(status);
     const passes = (row) =>
@@ -127,8 +149,12 @@ function withStrings(found, strings) {
     ...example,
     tokens: example.tokens.map(text),
     source: text(example.source) ?? "",
-    fires: new Map(Array.from({ length: example.fires.length / 2 }, (_, i) =>
-      [example.fires[2 * i], example.fires[2 * i + 1]])),
+    fires: new Map(
+      Array.from({ length: example.fires.length / 2 }, (_, i) => [
+        example.fires[2 * i],
+        example.fires[2 * i + 1],
+      ]),
+    ),
     image: example.image && { ...example.image, name: text(example.image.name) ?? "" },
   }));
   const weighed = (pairs) => pairs.map(([i, value]) => [text(i), value]);
@@ -159,7 +185,11 @@ class Lines {
     const [first, ...others] = [...words].sort((a, b) => b.length - a.length);
     const hits = new Uint8Array(this.starts.length);
     let line = 0;
-    for (let at = this.text.indexOf(first); at >= 0; at = this.text.indexOf(first, this.starts[line + 1])) {
+    for (
+      let at = this.text.indexOf(first);
+      at >= 0;
+      at = this.text.indexOf(first, this.starts[line + 1])
+    ) {
       while (line + 1 < this.starts.length && this.starts[line + 1] <= at) line += 1;
       if (line + 1 >= this.starts.length) break;
       const whole = others.length ? this.text.slice(this.starts[line], this.starts[line + 1]) : "";

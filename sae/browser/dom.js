@@ -34,7 +34,12 @@ let headings = 0;
 /** A part of a view with its heading. */
 function section(heading, attributes = {}, ...children) {
   const id = `heading-${(headings += 1)}`;
-  return el("section", { "aria-labelledby": id, ...attributes }, el("h2", { id }, heading), ...children);
+  return el(
+    "section",
+    { "aria-labelledby": id, ...attributes },
+    el("h2", { id }, heading),
+    ...children,
+  );
 }
 
 /** A bordered box of a latent's page; `aside` says what is in it in a few words. */

@@ -71,7 +71,8 @@ function valueAxis(values, range) {
 
 function drawAxes(image, width, height, axes) {
   const bottom = height - FRAME.bottom;
-  for (const value of axes.yTicks) drawRow(image, width, axes.y(value), (axes.yText ?? tick)(value));
+  for (const value of axes.yTicks)
+    drawRow(image, width, axes.y(value), (axes.yText ?? tick)(value));
   image.append(
     svg("line", { class: "axis", x1: FRAME.left, x2: width - FRAME.right, y1: bottom, y2: bottom }),
   );

@@ -41,7 +41,9 @@ function percent(share) {
   if (share === 0) return "0 %";
   // What is short of all is not shown as all.
   const short = share > 0.99 && share < 1;
-  return short ? `${Math.floor(1000 * share) / 10} %` : `${number(Number((100 * share).toPrecision(2)))} %`;
+  return short
+    ? `${Math.floor(1000 * share) / 10} %`
+    : `${number(Number((100 * share).toPrecision(2)))} %`;
 }
 
 function raised(exponent) {

@@ -15,7 +15,14 @@ function densityChart(dictionary, extent, most) {
     const xTicks = log10 ? rough.filter(Number.isInteger) : rough;
     const xText = (edge) => (log10 ? `10${raised(edge)}` : tick(edge));
     const yTicks = roundTicks(0, most, 4);
-    drawAxes(image, width, height, { x, y, xTicks, yTicks, xText, xLabel: "density (share of rows)" });
+    drawAxes(image, width, height, {
+      x,
+      y,
+      xTicks,
+      yTicks,
+      xText,
+      xLabel: "density (share of rows)",
+    });
     const bars = counts.map((count, i) => ({
       from: x(edges[i]),
       to: x(edges[i + 1]),
@@ -44,13 +51,22 @@ function activationChart(counts, maximum) {
     const y = log ? logScale([0.5, most], range) : linearScale([0, most], range);
     const yTicks = log ? logTicks(1, most).slice(0, 5) : roundTicks(0, most, 3);
     const xTicks = [0, 1, 2, 3, 4, 5].map((fifth) => (fifth * maximum) / 5);
-    drawAxes(image, width, height, { x, y, xTicks, yTicks, xLabel: "activation, in fifths of the maximum" });
+    drawAxes(image, width, height, {
+      x,
+      y,
+      xTicks,
+      yTicks,
+      xLabel: "activation, in fifths of the maximum",
+    });
     const edge = (i) => (i / counts.length) * maximum;
     const bars = counts.map((count, i) => ({
       from: x(edge(i)),
       to: x(edge(i + 1)),
       count: log ? Math.max(count, 0.5) : count,
-      lines: [[`${number(count)} rows`], [`activation ${number(edge(i))} to ${number(edge(i + 1))}`]],
+      lines: [
+        [`${number(count)} rows`],
+        [`activation ${number(edge(i))} to ${number(edge(i + 1))}`],
+      ],
     }));
     drawBars(image, height, y, bars);
   });
@@ -68,7 +84,13 @@ function completenessChart(found) {
   return figure("Completeness: concepts that have a latent", label, height, (image, width) => {
     const x = logScale(extent, [FRAME.left + 8, width - FRAME.right - 8]);
     const y = linearScale([0, 1], [height - FRAME.bottom, FRAME.top]);
-    const axes = { x, y, xTicks: logTicks(...extent), yTicks: [0, 0.25, 0.5, 0.75, 1], yText: percent };
+    const axes = {
+      x,
+      y,
+      xTicks: logTicks(...extent),
+      yTicks: [0, 0.25, 0.5, 0.75, 1],
+      yText: percent,
+    };
     drawAxes(image, width, height, { ...axes, xLabel: "frequency in the corpus" });
     if (found.f50 !== null && found.slope !== null) drawLogistic(image, x, y, extent, found);
     for (const point of points) image.append(completenessDot(point, x, y));
@@ -79,8 +101,10 @@ function completenessChart(found) {
 function drawLogistic(image, x, y, [low, high], { f50, slope }) {
   const at = (i) => low * (high / low) ** (i / 48);
   const share = (frequency) => 1 / (1 + Math.exp(-slope * Math.log(frequency / f50)));
-  const path = Array.from({ length: 49 }, (_, i) =>
-    `${i ? "L" : "M"}${x(at(i)).toFixed(1)} ${y(share(at(i))).toFixed(1)}`).join("");
+  const path = Array.from(
+    { length: 49 },
+    (_, i) => `${i ? "L" : "M"}${x(at(i)).toFixed(1)} ${y(share(at(i))).toFixed(1)}`,
+  ).join("");
   image.append(svg("path", { class: "line series-0", d: path }));
 }
 
@@ -88,5 +112,10 @@ function completenessDot([frequency, share, n], x, y) {
   const lines = [[`${percent(share)} of ${n ?? "–"} concepts`], [`frequency ${number(frequency)}`]];
   const note = (event) => showTip(event.clientX, event.clientY, ...lines);
   const place = { cx: x(frequency), cy: y(share), r: 3 + Math.min(5, Math.sqrt(n ?? 1) / 2) };
-  return svg("circle", { class: "point-dot", ...place, onpointermove: note, onpointerleave: hideTip });
+  return svg("circle", {
+    class: "point-dot",
+    ...place,
+    onpointermove: note,
+    onpointerleave: hideTip,
+  });
 }

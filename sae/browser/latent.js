@@ -41,7 +41,17 @@ function latentHead(dictionary, latent, found) {
     const to = neighbour(dictionary, latent, by);
     if (to === null) return el("span", { class: "step off", "aria-hidden": "true" }, text);
     const keys = by < 0 ? "ArrowLeft" : "ArrowRight";
-    return el("a", { class: "step", href: latentHash(dictionary, to), "aria-label": label, title: label, "aria-keyshortcuts": keys }, text);
+    return el(
+      "a",
+      {
+        class: "step",
+        href: latentHash(dictionary, to),
+        "aria-label": label,
+        title: label,
+        "aria-keyshortcuts": keys,
+      },
+      text,
+    );
   };
   const place = at < 0 ? "" : `${whole.format(at + 1)} of ${whole.format(rows.length)}`;
   const label = found?.label || dictionary.label(latent);
@@ -49,12 +59,31 @@ function latentHead(dictionary, latent, found) {
   return el(
     "header",
     { class: "latent-head" },
-    el("nav", { class: "steps", "aria-label": "Other latents" }, step(-1, "←", "Previous latent"), step(1, "→", "Next latent"),
-      el("a", { class: "place", href: tableHash(dictionary, address) }, query ? [place, " for ", said(visible(query))] : place || "table")),
+    el(
+      "nav",
+      { class: "steps", "aria-label": "Other latents" },
+      step(-1, "←", "Previous latent"),
+      step(1, "→", "Next latent"),
+      el(
+        "a",
+        { class: "place", href: tableHash(dictionary, address) },
+        query ? [place, " for ", said(visible(query))] : place || "table",
+      ),
+    ),
     el("p", { class: "meta" }, said(dictionary.name), ` · latent ${latent}`, kind),
-    el("h1", { tabindex: "-1" }, label ? said(visible(label)) : el("span", { class: "empty" }, "(no label)")),
+    el(
+      "h1",
+      { tabindex: "-1" },
+      label ? said(visible(label)) : el("span", { class: "empty" }, "(no label)"),
+    ),
     (found?.explanations ?? []).map(({ text, by }) =>
-      el("p", { class: "explanation" }, said(visible(text)), by ? el("span", { class: "aside" }, " ", said(by)) : null)),
+      el(
+        "p",
+        { class: "explanation" },
+        said(visible(text)),
+        by ? el("span", { class: "aside" }, " ", said(by)) : null,
+      ),
+    ),
   );
 }
 
@@ -78,7 +107,8 @@ function latentBody(dictionary, latent) {
 
 function activationsBox(latent) {
   const { density, max_activation, n_fired, histogram } = latent;
-  if (latent.status === "dead") return box("Activations", "", empty("It never fired on these rows."));
+  if (latent.status === "dead")
+    return box("Activations", "", empty("It never fired on these rows."));
   const every = density > 0 && density < 0.5 ? `1 row in ${whole.format(1 / density)}` : null;
   const figures = [
     ["density", percent(density)],
@@ -87,8 +117,12 @@ function activationsBox(latent) {
     ["largest", measured(max_activation)],
   ].filter(([, value]) => value !== null);
   const some = histogram.some((count) => count > 0);
-  return box("Activations", "zeros left out", facts(figures),
-    some ? activationChart(histogram, max_activation) : empty("No histogram was recorded."));
+  return box(
+    "Activations",
+    "zeros left out",
+    facts(figures),
+    some ? activationChart(histogram, max_activation) : empty("No histogram was recorded."),
+  );
 }
 
 // ---- the command
@@ -123,8 +157,13 @@ function wordsBox({ words }) {
   if (!words.length) return null;
   const most = Math.max(...words.map(([, weight]) => Math.abs(weight))) || 1;
   const items = words.map(([word, weight]) =>
-    el("li", {}, el("span", { class: "word" }, said(visible(word))), meter(Math.abs(weight) / most),
-      el("span", { class: "figures" }, measured(weight))),
+    el(
+      "li",
+      {},
+      el("span", { class: "word" }, said(visible(word))),
+      meter(Math.abs(weight) / most),
+      el("span", { class: "figures" }, measured(weight)),
+    ),
   );
   return box("Words it goes with", "and their weights", el("ol", { class: "words" }, items));
 }
@@ -133,21 +172,60 @@ function tokensBox({ promoted, suppressed }) {
   if (!promoted.length && !suppressed.length) return null;
   const values = [...promoted, ...suppressed].map(([, value]) => Math.abs(value ?? 0));
   const most = Math.max(...values) || 1;
-  const item = (kind) => ([token, value]) =>
-    el("li", {}, chip(token, kind), missing(value) ? null : [meter(Math.abs(value) / most, kind), el("span", { class: "figures" }, signed(value))]);
+  const item =
+    (kind) =>
+    ([token, value]) =>
+      el(
+        "li",
+        {},
+        chip(token, kind),
+        missing(value)
+          ? null
+          : [meter(Math.abs(value) / most, kind), el("span", { class: "figures" }, signed(value))],
+      );
+  const weighed = values.some((value) => value > 0);
   const list = (heading, kind, tokens) =>
-    el("div", {}, el("h3", {}, heading), tokens.length ? el("ol", { class: "words" }, tokens.map(item(kind))) : empty("None was recorded."));
-  return box("Tokens it writes", "logit lens", el("div", { class: "lens" },
-    list("promoted +", "promoted", promoted), list("suppressed −", "suppressed", suppressed)));
+    el(
+      "div",
+      {},
+      el("h3", {}, heading),
+      tokens.length
+        ? el("ol", { class: weighed ? "words" : "chips" }, tokens.map(item(kind)))
+        : empty("None was recorded."),
+    );
+  return box(
+    "Tokens it writes",
+    "logit lens",
+    el(
+      "div",
+      { class: "lens" },
+      list("promoted +", "promoted", promoted),
+      list("suppressed −", "suppressed", suppressed),
+    ),
+  );
 }
 
 function latentsBox(dictionary, heading, aside, pairs, text) {
   if (!pairs.length) return null;
   const items = pairs.map(([latent, value, rows]) =>
-    el("li", {},
-      el("a", { href: latentHash(dictionary, latent) }, said(visible(dictionary.label(latent) || `latent ${latent}`))),
+    el(
+      "li",
+      {},
+      el(
+        "a",
+        { href: latentHash(dictionary, latent) },
+        said(visible(dictionary.label(latent) || `latent ${latent}`)),
+      ),
       meter(value),
-      el("span", { class: "figures", title: rows === undefined ? null : `${whole.format(rows)} rows together` }, text(value))),
+      el(
+        "span",
+        {
+          class: "figures",
+          title: rows === undefined ? null : `${whole.format(rows)} rows together`,
+        },
+        text(value),
+      ),
+    ),
   );
   return box(heading, aside, el("ol", { class: "words links" }, items));
 }

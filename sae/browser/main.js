@@ -16,11 +16,19 @@ function drawBar(route) {
   const items = links.map(([href, text, on]) =>
     el("li", {}, el("a", { href, "aria-current": on ? "page" : null }, text)),
   );
-  document.getElementById("bar").replaceChildren(
-    el("a", { class: "run", href: "#overview" }, said(router.data.title)),
-    el("nav", { "aria-label": "Views" }, el("ul", {}, items)),
-    el("div", { class: "bar-tools" }, dictionarySelect(current, route), themeSwitch(), helpButton()),
-  );
+  document
+    .getElementById("bar")
+    .replaceChildren(
+      el("a", { class: "run", href: "#overview" }, said(router.data.title)),
+      el("nav", { "aria-label": "Views" }, el("ul", {}, items)),
+      el(
+        "div",
+        { class: "bar-tools" },
+        dictionarySelect(current, route),
+        themeSwitch(),
+        helpButton(),
+      ),
+    );
 }
 
 function dictionarySelect(current, route) {
@@ -40,7 +48,11 @@ function themeSwitch() {
     setTheme(THEMES[(THEMES.indexOf(currentTheme()) + 1) % THEMES.length]);
     node.textContent = names[currentTheme()];
   };
-  const node = button(names[currentTheme()], { class: "quiet theme", title: "Colours: auto, light, dark" }, set);
+  const node = button(
+    names[currentTheme()],
+    { class: "quiet theme", title: "Colours: auto, light, dark" },
+    set,
+  );
   return node;
 }
 
@@ -68,6 +80,8 @@ async function start() {
 
 start().catch((error) => {
   const text = `This page cannot be shown: ${error.message}`;
-  document.getElementById("page").replaceChildren(el("p", { class: "notice", role: "alert" }, text));
+  document
+    .getElementById("page")
+    .replaceChildren(el("p", { class: "notice", role: "alert" }, text));
   throw error;
 });

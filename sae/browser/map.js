@@ -4,45 +4,18 @@
 const N_COLOURED = 8; // clusters that get a colour of their own; the others are told by hovering
 const NEAR = 14; // pixels
 
-/** A section with the map of one of the dictionaries. */
-function mapSection(dictionaries) {
-  const frame = el("div", { class: "map-frame" });
-  const open = async (dictionary) => {
-    frame.replaceChildren(el("p", { class: "notice" }, "Reading the latents …"));
-    const map = await readMap(dictionary).catch((error) => error);
-    frame.replaceChildren(
-      map instanceof Error ? el("p", { role: "alert" }, said(map.message)) : new LatentMap(map).node,
-    );
-  };
-  const options = dictionaries.map((one) => [one.id, visible(one.name)]);
-  const choose = (id) => open(router.dictionaries.get(id));
-  const choices = options.length > 1 ? choice("Dictionary", options, options[0][0], choose) : null;
-  const node = section("Map of latents", { id: "map" }, choices, frame);
-  node.start = () => open(dictionaries[0]);
-  return node;
-}
-
-/** The planes that a dictionary's latents can be laid out in, and the columns that colour them. */
-async function readMap(about) {
-  const dictionary = await about.ready();
-  const planes = [];
-  const file = dictionary.map ? await load(`${dictionary.id}/map`) : null;
-  if (file)
-    planes.push({ name: dictionary.map.method, note: dictionary.map.note, x: floats(file.x), y: floats(file.y) });
-  const density = dictionary.values.get("density").map((value) => Math.log10(value || NaN));
-  for (const { id, name } of dictionary.columns.filter((column) => column.kind === "score"))
-    planes.push({ name: `density and ${name}`, note: `Density (logarithmic) to the right, ${name} upwards.`,
-      x: density, y: dictionary.values.get(id) });
-  if (!planes.length)
-    planes.push({ name: "density and max activation", note: "Density (logarithmic) to the right, largest activation upwards.",
-      x: density, y: dictionary.values.get("max_activation") });
-  return { dictionary, planes, cluster: file?.cluster ? integers(file.cluster) : null };
+function disc(paint, x, y, radius) {
+  paint.beginPath();
+  paint.arc(x, y, radius, 0, 7);
+  paint.fill();
 }
 
 class LatentMap {
   constructor({ dictionary, planes, cluster }) {
     Object.assign(this, { dictionary, planes, cluster, plane: planes[0], at: -1, only: null });
-    this.colour = cluster ? "cluster" : (dictionary.columns.find((one) => one.kind === "score")?.id ?? "density");
+    this.colour = cluster
+      ? "cluster"
+      : (dictionary.columns.find((one) => one.kind === "score")?.id ?? "density");
     this.zoom = { scale: 1, x: 0.5, y: 0.5 };
     this.canvas = el("canvas", {
       class: "map",
@@ -59,7 +32,9 @@ class LatentMap {
     });
     this.legend = el("div", { class: "map-legend" });
     this.note = el("p", { class: "note" });
-    this.node = el("div", { class: "map-card" }, this.tools(), this.canvas, this.legend, this.note);
+    this.top = el("canvas", { class: "map-top", "aria-hidden": "true" }); // the ring, apart from the many points
+    const layers = el("div", { class: "map-layers" }, this.canvas, this.top);
+    this.node = el("div", { class: "map-card" }, this.tools(), layers, this.legend, this.note);
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(this.canvas);
     addEventListener("themechange", () => this.canvas.isConnected && this.draw());
@@ -70,7 +45,10 @@ class LatentMap {
     const columns = this.dictionary.columns.map(({ id, name }) => [id, visible(name)]);
     const colours = this.cluster ? [["cluster", "cluster"], ...columns] : columns;
     const planes = this.planes.map((plane, i) => [String(i), visible(plane.name)]);
-    const zoom = (text, label, factor) => button(text, { class: "quiet", "aria-label": label, title: label }, () => this.magnify(factor));
+    const zoom = (text, label, factor) =>
+      button(text, { class: "quiet", "aria-label": label, title: label }, () =>
+        this.magnify(factor),
+      );
     return el(
       "div",
       { class: "map-tools" },
@@ -79,20 +57,33 @@ class LatentMap {
         this.colour = id;
         this.draw();
       }),
-      el("div", { class: "zoom", role: "group", "aria-label": "Zoom" },
-        zoom("+", "Zoom in", 1.6), zoom("−", "Zoom out", 1 / 1.6), zoom("⤢", "Whole map", 0)),
+      el(
+        "div",
+        { class: "zoom", role: "group", "aria-label": "Zoom" },
+        zoom("+", "Zoom in", 1.6),
+        zoom("−", "Zoom out", 1 / 1.6),
+        zoom("⤢", "Whole map", 0),
+      ),
     );
   }
 
   usePlane(i) {
     this.plane = this.planes[i];
     const finite = (values) => values.filter(Number.isFinite);
-    const extent = (values) => finite(values).reduce(([low, high], value) =>
-      [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+    const extent = (values) =>
+      finite(values).reduce(
+        ([low, high], value) => [Math.min(low, value), Math.max(high, value)],
+        [Infinity, -Infinity],
+      );
     const { x, y } = this.plane;
     this.extent = [extent(x), extent(y)];
-    this.drawn = this.dictionary.order("latent", 1).filter((row) => Number.isFinite(x[row]) && Number.isFinite(y[row]));
-    this.note.replaceChildren(`${whole.format(this.drawn.length)} latents · `, said(this.plane.note));
+    this.drawn = this.dictionary
+      .order("latent", 1)
+      .filter((row) => Number.isFinite(x[row]) && Number.isFinite(y[row]));
+    this.note.replaceChildren(
+      `${whole.format(this.drawn.length)} latents · `,
+      said(this.plane.note),
+    );
     this.magnify(0);
   }
 
@@ -113,30 +104,42 @@ class LatentMap {
     const width = this.canvas.clientWidth;
     const height = this.canvas.clientHeight;
     if (!width || !height) return;
-    const ratio = devicePixelRatio || 1;
     this.size = { width, height };
-    this.canvas.width = width * ratio;
-    this.canvas.height = height * ratio;
-    const paint = this.canvas.getContext("2d");
-    paint.scale(ratio, ratio);
+    const paint = this.blank(this.canvas);
     const colour = pointColours(this);
     this.legend.replaceChildren(...colour.legend);
-    const size = Math.min(9, Math.max(2.4, Math.sqrt((width * height) / this.drawn.length / 8)) * Math.sqrt(this.zoom.scale));
+    const size = Math.min(
+      9,
+      Math.max(2.4, Math.sqrt((width * height) / this.drawn.length / 8)) *
+        Math.sqrt(this.zoom.scale),
+    );
     for (const row of this.drawn) {
       const [x, y] = this.place(row);
       if (x < -9 || y < -9 || x > width + 9 || y > height + 9) continue;
       paint.fillStyle = colour.of(row);
       paint.globalAlpha = colour.dim(row) ? 0.12 : 0.85;
-      paint.beginPath();
-      paint.arc(x, y, size / 2, 0, 7);
-      paint.fill();
+      if (size < 4) paint.fillRect(x - size / 2, y - size / 2, size, size);
+      else disc(paint, x, y, size / 2);
     }
-    if (this.at >= 0) this.ring(paint, this.at);
+    this.ring();
   }
 
-  ring(paint, row) {
-    const [x, y] = this.place(row);
-    paint.globalAlpha = 1;
+  /** An empty canvas of the size of the map, in the pixels of the screen. */
+  blank(canvas) {
+    const ratio = devicePixelRatio || 1;
+    canvas.width = this.size.width * ratio;
+    canvas.height = this.size.height * ratio;
+    const paint = canvas.getContext("2d");
+    paint.scale(ratio, ratio);
+    return paint;
+  }
+
+  /** Marks the latent that is pointed at. */
+  ring() {
+    if (!this.size) return;
+    const paint = this.blank(this.top);
+    if (this.at < 0) return;
+    const [x, y] = this.place(this.at);
     paint.strokeStyle = colourOf("--ink");
     paint.lineWidth = 2;
     paint.beginPath();
@@ -166,12 +169,18 @@ class LatentMap {
     if (row === this.at) return;
     this.at = row;
     this.canvas.classList.toggle("on", row >= 0);
-    this.draw();
+    this.ring();
     if (row < 0) return hideTip();
     const { left, top } = this.pointRect(row);
     const { dictionary, cluster } = this;
-    const figures = dictionary.columns.map((column) => [said(column.name), ` ${shown(column.kind, dictionary.value(column.id, row))}`]);
-    const group = cluster && cluster[row] >= 0 ? [["cluster ", said(visible(dictionary.map.clusters[cluster[row]] ?? ""))]] : [];
+    const figures = dictionary.columns.map((column) => [
+      said(column.name),
+      ` ${shown(column.kind, dictionary.value(column.id, row))}`,
+    ]);
+    const group =
+      cluster && cluster[row] >= 0
+        ? [["cluster ", said(visible(dictionary.map.clusters[cluster[row]] ?? ""))]]
+        : [];
     const head = [el("b", {}, said(visible(dictionary.label(row) || "(no label)"))), ` #${row}`];
     showTip(left, top, head, ...figures, ...group);
     if (this.byKey) tipAnchor = { getBoundingClientRect: () => this.pointRect(row) };

@@ -27,7 +27,11 @@ function clusterColours(map) {
   const one = (text, i) => {
     const dot = el("span", { class: "dot-mark", "aria-hidden": "true", "--colour": colours[i] });
     const on = () => pick(map.only === i ? null : i);
-    return button([dot, said(visible(text))], { class: "cluster", "aria-pressed": String(map.only === i) }, on);
+    return button(
+      [dot, said(visible(text))],
+      { class: "cluster", "aria-pressed": String(map.only === i) },
+      on,
+    );
   };
   return {
     of: (row) => colours[map.cluster[row]] ?? other,
@@ -42,14 +46,24 @@ function shadeColours({ dictionary, colour }) {
   const read = column.kind === "share" ? (value) => Math.log10(value || NaN) : (value) => value;
   const values = dictionary.values.get(colour).map(read);
   const sorted = values.filter(Number.isFinite).sort();
-  const [low, high] = [sorted[Math.floor(sorted.length * 0.01)] ?? 0, sorted[Math.ceil(sorted.length * 0.99) - 1] ?? 1];
+  const [low, high] = [
+    sorted[Math.floor(sorted.length * 0.01)] ?? 0,
+    sorted[Math.ceil(sorted.length * 0.99) - 1] ?? 1,
+  ];
   const shades = Array.from({ length: N_SHADES }, (_, i) => colourOf(`--shade-${i}`));
   const other = colourOf("--faint");
-  const index = (value) => Math.min(N_SHADES - 1, Math.max(0, Math.floor(((value - low) / (high - low || 1)) * N_SHADES)));
+  const index = (value) =>
+    Math.min(N_SHADES - 1, Math.max(0, Math.floor(((value - low) / (high - low || 1)) * N_SHADES)));
   const back = (value) => shown(column.kind, column.kind === "share" ? 10 ** value : value);
   const ramp = shades.map((shade) => el("span", { class: "shade", "--colour": shade }));
-  const legend = el("p", { class: "ramp" }, said(column.name), ` ${back(low)} `,
-    el("span", { class: "shades", "aria-hidden": "true" }, ramp), ` ${back(high)}`);
+  const legend = el(
+    "p",
+    { class: "ramp" },
+    said(column.name),
+    ` ${back(low)} `,
+    el("span", { class: "shades", "aria-hidden": "true" }, ramp),
+    ` ${back(high)}`,
+  );
   return {
     of: (row) => (Number.isFinite(values[row]) ? shades[index(values[row])] : other),
     dim: () => false,

@@ -8,8 +8,12 @@ async function overviewView() {
   const node = el(
     "div",
     { class: "overview" },
-    el("header", { class: "title" }, el("h1", { tabindex: "-1" }, said(data.title)),
-      data.subtitle ? el("p", { class: "subtitle" }, said(data.subtitle)) : null),
+    el(
+      "header",
+      { class: "title" },
+      el("h1", { tabindex: "-1" }, said(data.title)),
+      data.subtitle ? el("p", { class: "subtitle" }, said(data.subtitle)) : null,
+    ),
     el("div", { class: "about" }, facts(data.facts), cautions(data.cautions)),
     resultsSection(data.results),
     dictionariesSection(dictionaries),
@@ -52,15 +56,26 @@ function resultsSection(results) {
     el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, head)),
     el("tbody", { role: "rowgroup" }, body),
   );
-  const frame = el("div", { class: "table-frame", tabindex: "0", role: "region", "aria-label": "Results" }, table);
-  return section("Results", { id: "results" }, frame, note ? el("p", { class: "note" }, said(note)) : null);
+  const frame = el(
+    "div",
+    { class: "table-frame", tabindex: "0", role: "region", "aria-label": "Results" },
+    table,
+  );
+  return section(
+    "Results",
+    { id: "results" },
+    frame,
+    note ? el("p", { class: "note" }, said(note)) : null,
+  );
 }
 
 // ---- dictionaries
 
 function dictionariesSection(dictionaries) {
   if (!dictionaries.length) return null;
-  const filled = dictionaries.filter((one) => one.density_histogram?.counts.some((count) => count > 0));
+  const filled = dictionaries.filter((one) =>
+    one.density_histogram?.counts.some((count) => count > 0),
+  );
   const edges = filled.flatMap((one) => one.density_histogram.edges);
   const extent = [Math.min(...edges), Math.max(...edges)];
   const most = Math.max(...filled.flatMap((one) => one.density_histogram.counts));
@@ -78,9 +93,16 @@ function dictionaryCard(dictionary, chart) {
     ["latents", whole.format(d_sae)],
     ["alive", whole.format(n_live) + part(n_live)],
     ["dead", n_dead ? filter("status=dead", whole.format(n_dead) + part(n_dead)) : "0"],
-    [`dense (> ${percent(dense_above)})`, n_dense ? filter(`in.density=${dense_above}..`, whole.format(n_dense) + part(n_dense)) : n_dense],
+    [
+      `dense (> ${percent(dense_above)})`,
+      n_dense
+        ? filter(`in.density=${dense_above}..`, whole.format(n_dense) + part(n_dense))
+        : n_dense,
+    ],
     ["rows measured", whole.format(n_rows)],
-  ].filter(([, value]) => !missing(value)).map(([term, value]) => el("div", {}, el("dt", {}, term), el("dd", {}, value)));
+  ]
+    .filter(([, value]) => !missing(value))
+    .map(([term, value]) => el("div", {}, el("dt", {}, term), el("dd", {}, value)));
   return el(
     "article",
     { class: "card" },
@@ -104,19 +126,40 @@ function completenessSection(dictionaries) {
       : `Half of the concepts of frequency ${number(found.f50)}` +
         (missing(found.low) ? "" : ` (${number(found.low)} to ${number(found.high)})`) +
         " have a latent" +
-        (missing(found.times_alive) ? "." : `; times the alive latents that is ${number(found.times_alive)}.`);
-    return el("article", { class: "card" }, el("h3", {}, said(one.name)), completenessChart(found),
-      half ? el("p", { class: "note" }, half) : null, found.note ? el("p", { class: "note" }, said(found.note)) : null);
+        (missing(found.times_alive)
+          ? "."
+          : `; times the alive latents that is ${number(found.times_alive)}.`);
+    return el(
+      "article",
+      { class: "card" },
+      el("h3", {}, said(one.name)),
+      completenessChart(found),
+      half ? el("p", { class: "note" }, half) : null,
+      found.note ? el("p", { class: "note" }, said(found.note)) : null,
+    );
   };
-  return section("Completeness", { id: "completeness" }, el("div", { class: "charts" }, measuredOnes.map(card)));
+  return section(
+    "Completeness",
+    { id: "completeness" },
+    el("div", { class: "charts" }, measuredOnes.map(card)),
+  );
 }
 
 function comparisonsSection(comparisons) {
   if (!comparisons.length) return null;
   const name = (id) => said(router.dictionaries.get(id)?.name ?? id);
   const item = ({ id, a, b, note }) =>
-    el("li", {}, el("a", { href: `#${id}` }, name(a), " beside ", name(b)), note ? [" · ", said(note)] : null);
-  return section("Comparisons", { id: "comparisons" }, el("ul", { class: "plain-list" }, comparisons.map(item)));
+    el(
+      "li",
+      {},
+      el("a", { href: `#${id}` }, name(a), " beside ", name(b)),
+      note ? [" · ", said(note)] : null,
+    );
+  return section(
+    "Comparisons",
+    { id: "comparisons" },
+    el("ul", { class: "plain-list" }, comparisons.map(item)),
+  );
 }
 
 function steeringSection(examples) {
@@ -125,7 +168,9 @@ function steeringSection(examples) {
 }
 
 function steeringCard(example) {
-  const dictionary = [...router.dictionaries.values()].find((one) => one.name === example.dictionary);
+  const dictionary = [...router.dictionaries.values()].find(
+    (one) => one.name === example.dictionary,
+  );
   const of = [said(example.dictionary), ` · latent ${example.latent}`];
   const link = dictionary ? el("a", { href: latentHash(dictionary, example.latent) }, of) : of;
   const side = (title, text, kind) =>
@@ -133,14 +178,29 @@ function steeringCard(example) {
       "div",
       { class: `side ${kind}` },
       el("h4", {}, title),
-      el("p", { class: "reading", dir: "auto" }, el("span", { class: "prompt" }, said(example.prompt, "span")),
-        text ? said(text, "span") : el("em", { class: "empty" }, " (nothing was written)")),
+      el(
+        "p",
+        { class: "reading", dir: "auto" },
+        el("span", { class: "prompt" }, said(example.prompt, "span")),
+        text ? said(text, "span") : el("em", { class: "empty" }, " (nothing was written)"),
+      ),
     );
   return el(
     "article",
     { class: "card steering" },
     el("h3", {}, said(example.label || "(no label)")),
-    el("p", { class: "meta" }, link, ` · turned to ${number(example.strength)} `, said(example.unit)),
-    el("div", { class: "sides" }, side("As it is", example.base, "base"), side("Steered", example.steered, "steered")),
+    el(
+      "p",
+      { class: "meta" },
+      link,
+      ` · turned to ${number(example.strength)} `,
+      said(example.unit),
+    ),
+    el(
+      "div",
+      { class: "sides" },
+      side("As it is", example.base, "base"),
+      side("Steered", example.steered, "steered"),
+    ),
   );
 }

@@ -4,7 +4,11 @@
 function heatSwitch() {
   const set = (on) => document.documentElement.classList.toggle("without-heat", !on);
   set(true);
-  const input = el("input", { type: "checkbox", checked: true, onchange: (event) => set(event.target.checked) });
+  const input = el("input", {
+    type: "checkbox",
+    checked: true,
+    onchange: (event) => set(event.target.checked),
+  });
   return el("label", { class: "check" }, input, " heat map");
 }
 
@@ -20,7 +24,13 @@ function pictureItem(example, scale) {
       "figure",
       {},
       heatPicture(example, scale, `${name}: strongest activation ${value}`),
-      el("figcaption", {}, el("b", { class: "figures" }, value), " ", el("span", { class: "file" }, said(name))),
+      el(
+        "figcaption",
+        {},
+        el("b", { class: "figures" }, value),
+        " ",
+        el("span", { class: "file" }, said(name)),
+      ),
     ),
   );
 }
@@ -31,8 +41,20 @@ function heatPicture({ image, fires, peak }, scale, label) {
   const mark = el("span", { class: "patch", "aria-hidden": "true" });
   const node = el(
     "div",
-    { class: "picture", tabindex: "0", role: "img", "aria-label": label, "--ratio": image.width / image.height },
-    el("img", { src: `data/images/${Number(image.id)}.jpg`, alt: "", loading: "lazy", width: image.width, height: image.height }),
+    {
+      class: "picture",
+      tabindex: "0",
+      role: "img",
+      "aria-label": label,
+      "--ratio": image.width / image.height,
+    },
+    el("img", {
+      src: `data/images/${Number(image.id)}.jpg`,
+      alt: "",
+      loading: "lazy",
+      width: image.width,
+      height: image.height,
+    }),
     heat,
     mark,
   );
@@ -47,7 +69,9 @@ function heatPicture({ image, fires, peak }, scale, label) {
   node.addEventListener("pointermove", (event) => {
     const { left, top, width, height } = node.getBoundingClientRect();
     const cell = (share, n) => Math.min(n - 1, Math.max(0, Math.floor(share * n)));
-    at = cell((event.clientY - top) / height, rows) * columns + cell((event.clientX - left) / width, columns);
+    at =
+      cell((event.clientY - top) / height, rows) * columns +
+      cell((event.clientX - left) / width, columns);
     tell(at, (...lines) => showTip(event.clientX, event.clientY, ...lines));
   });
   const rest = () => {
@@ -57,9 +81,14 @@ function heatPicture({ image, fires, peak }, scale, label) {
   };
   node.addEventListener("pointerleave", rest);
   node.addEventListener("blur", rest);
-  node.addEventListener("focus", () => node.matches(":focus-visible") && tell(at, (...lines) => showTipAt(node, ...lines)));
+  node.addEventListener(
+    "focus",
+    () => node.matches(":focus-visible") && tell(at, (...lines) => showTipAt(node, ...lines)),
+  );
   node.addEventListener("keydown", (event) => {
-    const by = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+    const by = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[
+      event.key
+    ];
     if (!by) return;
     event.preventDefault();
     event.stopPropagation();
@@ -105,29 +134,57 @@ async function galleryView(route) {
   const page = Math.min(pages, Math.max(1, Number(route.params.get("page")) || 1));
   const shownRows = rows.slice((page - 1) * PAGE, page * PAGE);
   const latents = await Promise.all(shownRows.map((row) => dictionary.latent(row)));
-  const link = (to, text) => (to < 1 || to > pages ? null : el("a", { href: `#${dictionary.id}/pictures?page=${to}` }, text));
+  const link = (to, text) =>
+    to < 1 || to > pages ? null : el("a", { href: `#${dictionary.id}/pictures?page=${to}` }, text);
   const node = el(
     "div",
     { class: "gallery-view" },
     el("h1", { tabindex: "-1" }, "Pictures of ", said(dictionary.name)),
-    el("p", { class: "meta" }, `The strongest pictures of ${whole.format(rows.length)} latents, in the order of the `,
-      el("a", { href: tableHash(dictionary, found.address) }, "table"), "."),
+    el(
+      "p",
+      { class: "meta" },
+      `The strongest pictures of ${whole.format(rows.length)} latents, in the order of the `,
+      el("a", { href: tableHash(dictionary, found.address) }, "table"),
+      ".",
+    ),
     el("div", { class: "box-tools" }, heatSwitch()),
-    el("ol", { class: "gallery" }, latents.filter(Boolean).map((latent) => galleryItem(dictionary, latent))),
-    el("nav", { class: "pages", "aria-label": "Pages" }, link(page - 1, "← previous"),
-      el("span", {}, `page ${page} of ${pages}`), link(page + 1, "next →")),
+    el(
+      "ol",
+      { class: "gallery" },
+      latents.filter(Boolean).map((latent) => galleryItem(dictionary, latent)),
+    ),
+    el(
+      "nav",
+      { class: "pages", "aria-label": "Pages" },
+      link(page - 1, "← previous"),
+      el("span", {}, `page ${page} of ${pages}`),
+      link(page + 1, "next →"),
+    ),
   );
   return { title: `Pictures of ${dictionary.name}`, node };
 }
 
 function galleryItem(dictionary, latent) {
   const seen = latent.examples.filter(({ image }) => image).slice(0, PICTURES);
-  const scale = Math.max(latent.max_activation ?? 0, ...seen.flatMap(({ fires }) => [...fires.values()])) || 1;
+  const scale =
+    Math.max(latent.max_activation ?? 0, ...seen.flatMap(({ fires }) => [...fires.values()])) || 1;
   return el(
     "li",
     { class: "card" },
-    el("h2", {}, el("a", { href: latentHash(dictionary, latent.latent) }, said(visible(latent.label || "(no label)"))),
-      el("span", { class: "aside" }, ` #${latent.latent} · max ${measured(latent.max_activation)}`)),
-    el("ol", { class: "pictures small" }, seen.map((example) => pictureItem(example, scale))),
+    el(
+      "h2",
+      {},
+      el(
+        "a",
+        { href: latentHash(dictionary, latent.latent) },
+        said(visible(latent.label || "(no label)")),
+      ),
+      el("span", { class: "aside" }, ` #${latent.latent} · max ${measured(latent.max_activation)}`),
+    ),
+    el(
+      "ol",
+      { class: "pictures small" },
+      seen.map((example) => pictureItem(example, scale)),
+    ),
   );
 }

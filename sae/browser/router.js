@@ -1,7 +1,14 @@
 // Addresses: #overview, #d0/table?q=river, #d0/latent/193, #d0/pictures, #c0/pair/193, #prompt.
 "use strict";
 
-const router = { data: null, server: null, dictionaries: new Map(), view: null, turn: 0, fresh: false };
+const router = {
+  data: null,
+  server: null,
+  dictionaries: new Map(),
+  view: null,
+  turn: 0,
+  fresh: false,
+};
 const scrolled = new Map();
 
 /** What an address asks for; anything may stand there. */
@@ -20,7 +27,8 @@ function viewOf(route) {
   const { head, kind, item, dictionary, comparison } = route;
   if (head === "" || head === "overview") return overviewView;
   if (dictionary && kind === "table") return tableView;
-  if (dictionary && kind === "latent" && item !== null && item < dictionary.d_sae) return latentPage;
+  if (dictionary && kind === "latent" && item !== null && item < dictionary.d_sae)
+    return latentPage;
   if (dictionary?.kind === "image" && kind === "pictures") return galleryView;
   if (comparison) return compareView;
   if (head === "prompt" && readers().length) return promptView;
@@ -36,8 +44,12 @@ function readers() {
 async function nowhereView(route) {
   const back = el("a", { href: "#overview" }, "To the overview");
   const address = el("code", {}, said(visible(route.hash.slice(0, 200))));
-  const node = el("div", {}, el("h1", { tabindex: "-1" }, "Nothing is here"),
-    el("p", {}, "This folder has no page ", address, ". ", back, "."));
+  const node = el(
+    "div",
+    {},
+    el("h1", { tabindex: "-1" }, "Nothing is here"),
+    el("p", {}, "This folder has no page ", address, ". ", back, "."),
+  );
   return { title: "Nothing is here", node };
 }
 
@@ -64,17 +76,25 @@ async function follow() {
 }
 
 function failedView(error) {
-  const node = el("div", {}, el("h1", { tabindex: "-1" }, "This cannot be shown"),
-    el("p", { role: "alert" }, said(error.message)));
+  const node = el(
+    "div",
+    {},
+    el("h1", { tabindex: "-1" }, "This cannot be shown"),
+    el("p", { role: "alert" }, said(error.message)),
+  );
   return { title: "This cannot be shown", node };
 }
 
 /** Follows a link of ours: to the top of the new page; back and forward return to where one was. */
 function startRouter() {
   history.scrollRestoration = "manual";
-  addEventListener("click", (event) => {
-    if (event.target.closest?.("a[href^='#']")) router.fresh = true;
-  }, { capture: true });
+  addEventListener(
+    "click",
+    (event) => {
+      if (event.target.closest?.("a[href^='#']")) router.fresh = true;
+    },
+    { capture: true },
+  );
   addEventListener("scroll", () => scrolled.set(router.route?.hash, scrollY), { passive: true });
   addEventListener("hashchange", follow);
   return follow();

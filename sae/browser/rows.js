@@ -42,11 +42,19 @@ class RowTable {
   heading(column, id, sign) {
     const on = column.id === id;
     const sorted = on ? (sign > 0 ? "ascending" : "descending") : null;
-    const mark = el("span", { class: "sort-mark", "aria-hidden": "true" }, on ? (sign > 0 ? "▲" : "▼") : "");
-    const by = button([said(column.name), mark], { title: column.note || null }, () =>
-      this.onSort(column.id, on ? -sign : column.first ?? -1),
+    const mark = el(
+      "span",
+      { class: "sort-mark", "aria-hidden": "true" },
+      on ? (sign > 0 ? "▲" : "▼") : "",
     );
-    return el("th", { scope: "col", role: "columnheader", class: column.kind, "aria-sort": sorted }, by);
+    const by = button([said(column.name), mark], { title: column.note || null }, () =>
+      this.onSort(column.id, on ? -sign : (column.first ?? -1)),
+    );
+    return el(
+      "th",
+      { scope: "col", role: "columnheader", class: column.kind, "aria-sort": sorted },
+      by,
+    );
   }
 
   height() {
@@ -65,7 +73,9 @@ class RowTable {
     const active = this.body.contains(document.activeElement)
       ? document.activeElement.closest("tr")?.ariaRowIndex
       : null;
-    const shownRows = Array.from(this.rows.slice(first, last), (row, i) => this.line(row, first + i));
+    const shownRows = Array.from(this.rows.slice(first, last), (row, i) =>
+      this.line(row, first + i),
+    );
     this.body.replaceChildren(
       this.space(first * tall),
       ...shownRows,
@@ -83,7 +93,8 @@ class RowTable {
   line(row, at) {
     const cells = this.columns.map((column) => {
       const attributes = { class: column.kind, "data-column": column.name };
-      if (column.header) return el("th", { scope: "row", role: "rowheader", ...attributes }, column.cell(row));
+      if (column.header)
+        return el("th", { scope: "row", role: "rowheader", ...attributes }, column.cell(row));
       return el("td", { role: "cell", ...attributes }, column.cell(row));
     });
     return el("tr", { role: "row", "aria-rowindex": at + 2 }, cells);
@@ -114,7 +125,14 @@ class RowTable {
 
   onKey(event) {
     const page = Math.max(1, Math.floor(innerHeight / this.height()) - 4);
-    const moves = { ArrowUp: -1, ArrowDown: 1, PageUp: -page, PageDown: page, Home: -Infinity, End: Infinity };
+    const moves = {
+      ArrowUp: -1,
+      ArrowDown: 1,
+      PageUp: -page,
+      PageDown: page,
+      Home: -Infinity,
+      End: Infinity,
+    };
     if (!Object.hasOwn(moves, event.key) || event.altKey || event.ctrlKey || event.metaKey) return;
     const row = event.target.closest("tr[aria-rowindex]");
     if (!row) return;

@@ -56,7 +56,8 @@ function writeFilters(dictionary, { query, status, sort, least, most }) {
   if (sort.join() !== defaultSort(dictionary).join())
     params.set("sort", `${sort[1] < 0 ? "-" : ""}${sort[0]}`);
   for (const { id } of dictionary.columns)
-    if (id in least || id in most) params.set(`in.${id}`, `${least[id] ?? ""}..${most[id] ?? ""}`);
+    if (Object.hasOwn(least, id) || Object.hasOwn(most, id))
+      params.set(`in.${id}`, `${least[id] ?? ""}..${most[id] ?? ""}`);
   return params.toString();
 }
 
@@ -85,7 +86,10 @@ class TableView {
     this.bar = this.filterBar();
     this.node = el(
       "div",
-      { class: "table-view", onclick: (event) => event.target.closest("td a, th a") && this.write() },
+      {
+        class: "table-view",
+        onclick: (event) => event.target.closest("td a, th a") && this.write(),
+      },
       el("h1", { tabindex: "-1" }, "Latents of ", said(dictionary.name)),
       this.bar,
       this.count,
@@ -112,9 +116,19 @@ class TableView {
     return el(
       "form",
       { class: "filters", role: "search", onsubmit: (event) => event.preventDefault() },
-      el("label", { class: "field search" }, el("span", {}, "Search labels, words, tokens ", el("kbd", {}, "/")), this.search),
+      el(
+        "label",
+        { class: "field search" },
+        el("span", {}, "Search labels, words, tokens ", el("kbd", {}, "/")),
+        this.search,
+      ),
       choice("Which", STATUSES, this.filters.status, (status) => this.change({ status })),
-      el("details", { open: chosen > 0 }, el("summary", {}, "Ranges"), el("div", { class: "bounds" }, bounds)),
+      el(
+        "details",
+        { open: chosen > 0 },
+        el("summary", {}, "Ranges"),
+        el("div", { class: "bounds" }, bounds),
+      ),
     );
   }
 
@@ -126,14 +140,29 @@ class TableView {
       const change = (event) => {
         const { [id]: _, ...others } = this.filters[side];
         const text = event.target.value.replace("%", "");
-        this.change({ [side]: isNumber(text) ? { ...others, [id]: Number((Number(text) / unit).toPrecision(12)) } : others });
+        this.change({
+          [side]: isNumber(text)
+            ? { ...others, [id]: Number((Number(text) / unit).toPrecision(12)) }
+            : others,
+        });
       };
       const value = bound === undefined ? null : Number((bound * unit).toPrecision(6));
-      return el("input", { type: "text", inputmode: "decimal", "aria-label": `${name} ${label}`,
-        placeholder: label, value, oninput: change });
+      return el("input", {
+        type: "text",
+        inputmode: "decimal",
+        "aria-label": `${name} ${label}`,
+        placeholder: label,
+        value,
+        oninput: change,
+      });
     };
-    return el("fieldset", {}, el("legend", {}, said(name), unit === 100 ? " in %" : ""),
-      input("least", "at least"), input("most", "at most"));
+    return el(
+      "fieldset",
+      {},
+      el("legend", {}, said(name), unit === 100 ? " in %" : ""),
+      input("least", "at least"),
+      input("most", "at most"),
+    );
   }
 
   onSearchKey(event) {
@@ -194,12 +223,16 @@ function latentColumns(dictionary) {
     const dead = dictionary.status[row] === 1 ? el("span", { class: "tag" }, "dead") : null;
     return el("a", { href: latentHash(dictionary, row) }, words, dead);
   };
-  const top = (id) => dictionary.values.get(id).reduce((most, value) => (value > most ? value : most), 0);
+  const top = (id) =>
+    dictionary.values.get(id).reduce((most, value) => (value > most ? value : most), 0);
   const figures = dictionary.columns.map((column) => {
     const scale = barScale(column, top(column.id));
     const cell = (row) => {
       const value = dictionary.value(column.id, row);
-      return [el("span", {}, shown(column.kind, value)), missing(value) ? null : meter(scale(value))];
+      return [
+        el("span", {}, shown(column.kind, value)),
+        missing(value) ? null : meter(scale(value)),
+      ];
     };
     return { ...column, kind: "number", cell };
   });
@@ -213,7 +246,7 @@ function latentColumns(dictionary) {
 /** How long the bar under a number is: shares by their logarithm, scores from their floor. */
 function barScale(column, most) {
   if (column.kind === "share") return (value) => (value > 0 ? 1 + Math.log10(value) / 5 : 0);
-  const floor = column.kind === "score" ? column.floor ?? 0 : 0;
+  const floor = column.kind === "score" ? (column.floor ?? 0) : 0;
   const high = column.kind === "score" ? 1 : most;
   return (value) => (value - floor) / (high - floor || 1);
 }

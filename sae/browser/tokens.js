@@ -7,17 +7,32 @@
  * One token of it is a tab stop; the arrow keys go on to the others that have a value.
  */
 function tokenText({ tokens, values, scale, peak, unit = "activation", onpick = null }) {
-  const spans = tokens.map((token, i) => tokenSpan(token, i, { value: values.get(i), scale, peak, unit, onpick }));
-  const stop = spans[peak]?.matches(".lit") ? spans[peak] : spans.find((span) => span.matches(".lit"));
+  const spans = tokens.map((token, i) =>
+    tokenSpan(token, i, { value: values.get(i), scale, peak, unit, onpick }),
+  );
+  const stop = spans[peak]?.matches(".lit")
+    ? spans[peak]
+    : spans.find((span) => span.matches(".lit"));
   stop?.setAttribute("tabindex", "0");
   const note = (event) => {
     const span = event.target.closest("[data-i]");
     if (!span || (event.type === "focusin" && !span.matches(":focus-visible"))) return hideTip();
     const i = Number(span.dataset.i);
-    const lines = [[el("bdi", { class: "exact" }, visible(tokens[i]))], [`${unit} ${valueText(values.get(i) ?? 0, unit)}`]];
-    return event.type === "focusin" ? showTipAt(span, ...lines) : showTip(event.clientX, event.clientY, ...lines);
+    const lines = [
+      [el("bdi", { class: "exact" }, visible(tokens[i]))],
+      [`${unit} ${valueText(values.get(i) ?? 0, unit)}`],
+    ];
+    return event.type === "focusin"
+      ? showTipAt(span, ...lines)
+      : showTip(event.clientX, event.clientY, ...lines);
   };
-  const listeners = { onpointerover: note, onpointerdown: note, onpointerleave: hideTip, onfocusin: note, onfocusout: hideTip };
+  const listeners = {
+    onpointerover: note,
+    onpointerdown: note,
+    onpointerleave: hideTip,
+    onfocusin: note,
+    onfocusout: hideTip,
+  };
   return el("p", { class: "reading", dir: "auto", onkeydown: moveToken, ...listeners }, spans);
 }
 
@@ -35,7 +50,12 @@ function tokenSpan(token, i, { value, scale, peak, unit, onpick }) {
   if (onpick) classes.push("pick");
   const attributes = { class: classes.join(" "), "data-i": i };
   if (has) {
-    Object.assign(attributes, { "--level": level.toFixed(3), role: "mark", tabindex: "-1", "data-value": valueText(value, unit) });
+    Object.assign(attributes, {
+      "--level": level.toFixed(3),
+      role: "mark",
+      tabindex: "-1",
+      "data-value": valueText(value, unit),
+    });
     attributes["aria-description"] = `${unit} ${valueText(value, unit)}`;
   }
   if (onpick) Object.assign(attributes, { onclick: () => onpick(i), tabindex: "0" });
@@ -61,7 +81,11 @@ function valuesSwitch() {
   };
   const on = remembered("values", "off") === "on";
   set(on);
-  const input = el("input", { type: "checkbox", checked: on, onchange: (event) => set(event.target.checked) });
+  const input = el("input", {
+    type: "checkbox",
+    checked: on,
+    onchange: (event) => set(event.target.checked),
+  });
   return el("label", { class: "check" }, input, " values");
 }
 
@@ -72,17 +96,24 @@ const FIFTHS = ["lowest fifth", "second fifth", "middle fifth", "fourth fifth", 
 function examplesBox(latent) {
   const { examples, status } = latent;
   if (!examples.length) {
-    const why = status === "dead" ? "None: it never fired on these rows." : "No example was kept of this latent.";
+    const why =
+      status === "dead"
+        ? "None: it never fired on these rows."
+        : "No example was kept of this latent.";
     return box("Examples", "", empty(why));
   }
   const pictures = examples.some((example) => example.image);
-  const scale = Math.max(latent.max_activation ?? 0, ...examples.flatMap(({ fires }) => [...fires.values()])) || 1;
+  const scale =
+    Math.max(latent.max_activation ?? 0, ...examples.flatMap(({ fires }) => [...fires.values()])) ||
+    1;
   const fifths = [4, 3, 2, 1, 0].filter((fifth) => examples.some(({ bucket }) => bucket === fifth));
   const groups = fifths.map((fifth) => {
     const those = examples.filter(({ bucket }) => bucket === fifth);
     return fifthGroup(fifth, those, { scale, maximum: latent.max_activation, pictures });
   });
-  const what = pictures ? "the outline marks the strongest patch" : "shaded and underlined by activation; the peak is bold";
+  const what = pictures
+    ? "the outline marks the strongest patch"
+    : "shaded and underlined by activation; the peak is bold";
   const tool = pictures ? heatSwitch() : valuesSwitch();
   const node = box("Examples", what, el("div", { class: "box-tools" }, tool), groups);
   node.classList.add("examples-box");
@@ -92,18 +123,33 @@ function examplesBox(latent) {
 function fifthGroup(fifth, examples, { scale, maximum, pictures }) {
   const edge = (i) => measured((i / 5) * (maximum ?? scale));
   const marks = [0, 1, 2, 3, 4].map((i) => el("i", { class: i <= fifth ? "on" : "" }));
-  const heading = el("h3", {}, el("span", { class: "fifth", "aria-hidden": "true" }, marks),
-    FIFTHS[fifth], el("span", { class: "aside" }, ` ${edge(fifth)} to ${edge(fifth + 1)}`));
-  const items = examples.map((example) => (pictures ? pictureItem(example, scale) : textItem(example, scale)));
-  return el("div", { class: "fifth-group", id: `fifth-${fifth}` }, heading,
-    el("ol", { class: pictures ? "pictures" : "contexts" }, items));
+  const heading = el(
+    "h3",
+    {},
+    el("span", { class: "fifth", "aria-hidden": "true" }, marks),
+    FIFTHS[fifth],
+    el("span", { class: "aside" }, ` ${edge(fifth)} to ${edge(fifth + 1)}`),
+  );
+  const items = examples.map((example) =>
+    pictures ? pictureItem(example, scale) : textItem(example, scale),
+  );
+  return el(
+    "div",
+    { class: "fifth-group", id: `fifth-${fifth}` },
+    heading,
+    el("ol", { class: pictures ? "pictures" : "contexts" }, items),
+  );
 }
 
 function textItem({ tokens, fires, peak, source }, scale) {
   return el(
     "li",
     {},
-    el("span", { class: "peak-value", title: "activation at the peak" }, measured(fires.get(peak) ?? 0)),
+    el(
+      "span",
+      { class: "peak-value", title: "activation at the peak" },
+      measured(fires.get(peak) ?? 0),
+    ),
     tokenText({ tokens, values: fires, scale, peak }),
     source ? el("span", { class: "source" }, said(visible(source))) : null,
   );
@@ -116,11 +162,27 @@ function attributionsBox({ attributions }) {
   const items = attributions.map(({ tokens, values, target, effect, note }) => {
     const scale = Math.max(...values.map(Math.abs)) || 1;
     const places = new Map(values.map((value, i) => [i, value]));
-    const peak = values.reduce((best, value, i) => (Math.abs(value) > Math.abs(values[best]) ? i : best), 0);
-    return el("li", {},
-      el("p", { class: "meta" }, "towards ", chip(target),
-        missing(effect) ? null : [" together ", el("b", { class: "figures" }, signed(effect))], note ? [" · ", said(note)] : null),
-      tokenText({ tokens, values: places, scale, peak, unit: "effect" }));
+    const peak = values.reduce(
+      (best, value, i) => (Math.abs(value) > Math.abs(values[best]) ? i : best),
+      0,
+    );
+    return el(
+      "li",
+      {},
+      el(
+        "p",
+        { class: "meta" },
+        "towards ",
+        chip(target),
+        missing(effect) ? null : [" together ", el("b", { class: "figures" }, signed(effect))],
+        note ? [" · ", said(note)] : null,
+      ),
+      tokenText({ tokens, values: places, scale, peak, unit: "effect" }),
+    );
   });
-  return box("Attribution", "what the latent adds to a prediction; dotted lines take away", el("ol", { class: "attributions" }, items));
+  return box(
+    "Attribution",
+    "what the latent adds to a prediction; dotted lines take away",
+    el("ol", { class: "attributions" }, items),
+  );
 }

@@ -47,7 +47,7 @@ def test_scripts_are_strict_short_and_say_what_they_are(name: str) -> None:
     assert lines[0].startswith("// ")
     assert '"use strict";' in lines[:6]
     assert len(lines) <= 300
-    assert max(map(len, lines)) <= 160
+    assert max(map(len, lines)) <= 115
 
 
 @pytest.mark.parametrize("name", STYLES)
