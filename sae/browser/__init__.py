@@ -6,8 +6,6 @@ so the names are imported directly.
 """
 
 from sae.browser.latent import Attribution, Example, Explanation, Image, Latent, Score
-from sae.browser.page import write_page
-from sae.browser.page_data import Context, DictionaryPage, LatentPage, PageData
 from sae.browser.site import (
     Column,
     Comparison,
@@ -27,22 +25,17 @@ __all__ = [
     "Column",
     "Comparison",
     "Completeness",
-    "Context",
     "Curve",
     "Dictionary",
-    "DictionaryPage",
     "Example",
     "Explanation",
     "Histogram",
     "Image",
     "Latent",
-    "LatentPage",
     "Map",
-    "PageData",
     "ResultTable",
     "Score",
     "Site",
     "SteeringExample",
-    "write_page",
     "write_site",
 ]

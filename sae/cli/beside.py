@@ -1,6 +1,6 @@
 """A cache as a dictionary of several hook points reads it."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,11 +18,9 @@ class _Rows(NamedTuple):
         return torch.cat([self.cache[point][rows] for point in self.hook_points], dim=1)
 
 
-def beside(
-    cache: ActivationCache, dictionary: SparseAutoencoder, hook_point: str
-) -> ActivationCache:
+def beside(cache: ActivationCache, dictionary: SparseAutoencoder, hook_point: str) -> Any:
     """The cache with what the dictionary reads; `hook_point` if it records nothing."""
-    return cast(ActivationCache, _Beside(cache, dictionary.config.sites(hook_point)[0]))
+    return _Beside(cache, dictionary.config.sites(hook_point)[0])
 
 
 class _Beside:

@@ -20,7 +20,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.cli import console, steps
 from sae.cli.estimate import announce
 from sae.cli.run_config import RunConfig
-from sae.config import digest
+from sae.config import digest, dump
 
 
 class Run:
@@ -82,6 +82,9 @@ STEPS = (
 )
 
 
+CONFIG = "run.yaml"
+"""The run's own config, beside its results: what `sae browse RUN` goes by."""
+
 TOGETHER = ("cache", "train")
 """What all processes of a launcher do together; the first one marks it as done."""
 
@@ -94,6 +97,8 @@ def run_chain(config: RunConfig, last: str) -> None:
     """
     run = Run(config)
     rank, _ = rank_of_this_process()
+    if rank == 0:
+        io.write_files({run.output / CONFIG: dump(config).encode()})
     identity = ""
     began = time.monotonic()
     announced = False

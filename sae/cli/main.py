@@ -8,6 +8,7 @@ import typer
 
 from sae.cli import console, release_commands
 from sae.cli.bench_command import PASSED_ON, bench
+from sae.cli.browse_command import browse
 from sae.cli.cache_commands import app as cache_app
 from sae.cli.evaluate_commands import compare, evaluate
 from sae.cli.find_command import find
@@ -90,10 +91,7 @@ app.command()(find)
 app.command()(steer)
 
 
-@app.command()
-def browse(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Write the page of a run (the same as `run`: every step before it is made sure of)."""
-    run_to(Step.BROWSE, config, overrides)
+app.command()(browse)
 
 
 @app.command()

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 import activations_cache
 from activations_cache import io
 from activations_cache.progress import Progress
-from sae.browser import write_page
+from sae.browser import write_site
 from sae.cli import console
 from sae.cli.beside import beside
+from sae.cli.browse_run import site_of_run
 from sae.cli.explaining import digest_of, promoted_strings, show_summary
-from sae.cli.report import page_data, result_table
+from sae.cli.report import result_table
 from sae.cli.steering import steering_example
 from sae.cli.training import show_training
 from sae.evaluate.report import read_json, write_json
@@ -97,10 +98,8 @@ def steer(run: "Run", report: Progress) -> None:
 
 
 def browse(run: "Run", report: Progress) -> None:
-    """Write the page."""
-    report(0, 1, "page")
-    write_page(page_data(run), run.path("browse") / PAGE)
-    report(1, 1, "page")
+    """Write the browser's folder."""
+    write_site(site_of_run(run, report), run.path("browse"), progress=report)
 
 
 def show(run: "Run", last: str, seconds: float) -> None:

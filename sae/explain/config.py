@@ -106,6 +106,8 @@ class ExplainConfig:
     """Random directions, and as many raw neurons, that are labelled and scored the same way."""
     top_contexts: int = 5
     """Contexts kept per latent, from different examples, by peak activation."""
+    bucket_contexts: int = 2
+    """Further contexts from each fifth of a latent's activations, spread evenly over it."""
     context_tokens: int = 32
     """Tokens of a kept context, around its peak."""
     histogram_bins: int = 20
@@ -122,6 +124,7 @@ class ExplainConfig:
         at_least = {
             "min_firings": 2, "min_examples": 2, "words_per_label": 1, "min_word_count": 1,
             "permutations": 2, "null_permutations": 1, "n_baseline": 0, "top_contexts": 1,
+            "bucket_contexts": 0,
             "context_tokens": 1, "histogram_bins": 1, "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():

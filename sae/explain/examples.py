@@ -11,6 +11,9 @@ from sae.explain.codes import Codes
 from sae.explain.config import ExplainConfig
 from sae.explain.words import Examples, RowText
 
+N_FIFTHS = 5
+"""Steps from 0 to a latent's largest activation, from each of which contexts are shown."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -88,17 +91,29 @@ class ContextFinder:
             np.maximum.at(self._n_tokens, part.text.example, part.text.position + 1)
 
     def find(self, latent: int) -> Iterator[Context]:
-        """The contexts of one latent, the largest peak first, each from another example."""
+        """The contexts of one latent, each from another example, the largest peak first."""
         fired = self._fired(latent)
         if len(fired.value) == 0:
             return
         starts = np.flatnonzero(np.diff(fired.example, prepend=-1))
         ends = np.append(starts[1:], len(fired.value))
         peaks = np.maximum.reduceat(fired.value, starts)
-        best = np.argsort(-peaks, kind="stable")[: self._config.top_contexts]
-        for rank, run in enumerate(best):
+        order = np.argsort(-peaks, kind="stable")
+        for rank, run in enumerate(self._chosen(order, peaks[order])):
             inside = _Fired(*(array[starts[run] : ends[run]] for array in fired))
             yield self._context(latent, rank, inside)
+
+    def _chosen(self, order: np.ndarray, peaks: np.ndarray) -> np.ndarray:
+        """The contexts with the largest peaks, then some of each fifth, spread evenly over it."""
+        n_top, n_each = self._config.top_contexts, self._config.bucket_contexts
+        rest, fifth = order[n_top:], np.ceil(peaks[n_top:] / peaks[0] * N_FIFTHS)
+        chosen = [order[:n_top]]
+        for lower in range(N_FIFTHS, 0, -1):
+            inside = rest[fifth == lower]
+            n = min(n_each, len(inside))
+            places = np.arange(n) * len(inside) // max(n, 1)
+            chosen.append(inside[places])
+        return np.concatenate(chosen)
 
     def _fired(self, latent: int) -> _Fired:
         columns = []

@@ -1,9 +1,10 @@
 """The files that explaining leaves: latents.parquet, examples.parquet and summary.json."""
 
 import dataclasses
+import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -161,6 +162,24 @@ def read_examples(path: Path, latent: int | None = None) -> list[Context]:
     return [Context(**row) for row in _rows(path, _CONTEXT_SCHEMA, only)]
 
 
+def iter_examples(path: Path) -> Iterator[tuple[int, list[Context]]]:
+    """The contexts of one latent after the other, without holding the file in memory.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be a file; run `sae explain` to make it")
+    batches = pq.ParquetFile(path).iter_batches(batch_size=4096)
+    rows = (_tuples(row) for batch in batches for row in batch.to_pylist())
+    for latent, group in itertools.groupby(rows, lambda row: row["latent"]):
+        yield latent, [Context(**row) for row in group]
+
+
+def _tuples(row: dict) -> dict:
+    return {name: tuple(item) if isinstance(item, list) else item for name, item in row.items()}
+
+
 def _rows(
     path: Path, schema: pa.Schema, only: list[tuple[str, str, int]] | None = None
 ) -> list[dict]:
@@ -172,7 +191,4 @@ def _rows(
             f"columns of {path} must be {schema.names}, got {names}; run `sae explain` again"
         )
     rows = pq.read_table(path, filters=only).to_pylist()
-    return [
-        {name: tuple(item) if isinstance(item, list) else item for name, item in row.items()}
-        for row in rows
-    ]
+    return [_tuples(row) for row in rows]

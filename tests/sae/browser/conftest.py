@@ -1,9 +1,7 @@
-"""A small page of plain data, its reader, and a Chromium that tests drive over a pipe."""
+"""An example of the browser as a folder, and a Chromium that tests drive over a pipe."""
 
-import base64
 import json
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,110 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.browser_example import example_site
-from sae.browser import (
-    Context,
-    Curve,
-    DictionaryPage,
-    Histogram,
-    LatentPage,
-    PageData,
-    ResultTable,
-    SteeringExample,
-    write_site,
-)
-
-DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
-
-
-def _latent(latent: int, label: str) -> LatentPage:
-    tokens = ("It", " is", " a", f" {label}", "\n")
-    return LatentPage(
-        latent=latent,
-        label=label,
-        kind="word",
-        auc=0.875,
-        auc_low=0.8125,
-        auc_high=0.9375,
-        status="scored",
-        density=0.03125,
-        max_activation=8.0,
-        words=((label, 4.5), ("other", 1.25)),
-        promoted=(f" {label}", "s"),
-        suppressed=("ing",),
-        contexts=(Context(tokens, (0.0, 0.001, 0.0, 8.0, 2.0), 3, f"book of {label}"),),
-        histogram=(7, 3, 0, 1),
-    )
-
-
-def _dictionary(name: str, labels: tuple[str, ...]) -> DictionaryPage:
-    return DictionaryPage(
-        name=name,
-        summary=f"the dictionary {name}",
-        d_sae=23,
-        n_rows=1009,
-        n_live=19,
-        n_dead=4,
-        density_histogram=Histogram((-4.0, -3.0, -2.0, -1.0), (5, 11, 3), log10=True),
-        latents=tuple(_latent(3 * i + 2, label) for i, label in enumerate(labels)),
-    )
-
-
-@pytest.fixture
-def make_page() -> Callable[[str], PageData]:
-    """A page in which one text stands at every place that a text can have."""
-
-    def make(text: str) -> PageData:
-        return PageData(
-            title=text,
-            subtitle=text,
-            facts=((text, text),),
-            results=ResultTable((text, "FVU"), ((text, "0.25"), ("other", text)), text),
-            curves=(Curve(text, (7, 11, 13), {text: (0.5, 0.25, 0.125)}),),
-            dictionaries=(_dictionary(text, (text, "river", "music")), _dictionary("relu", ("x",))),
-            steering=(SteeringExample(text, 2, text, 8.0, text, text, text, text),),
-            cautions=(text,),
-        )
-
-    return make
-
-
-@pytest.fixture
-def read_data() -> Callable[[Path], dict[str, Any]]:
-    """The data of a written page, contexts unpacked to {tokens, activations, peak, source}."""
-
-    def read(path: Path) -> dict[str, Any]:
-        found = DATA.search(path.read_text(encoding="utf-8"))
-        assert found is not None
-        data = json.loads(found[1])
-        for dictionary in data["dictionaries"]:
-            columns = dictionary["latents"]
-            for scale, contexts in zip(
-                columns.get("scale", []), columns.get("contexts", []), strict=True
-            ):
-                contexts[:] = [_unpack(context, scale, data) for context in contexts]
-        return data
-
-    return read
-
-
-def _unpack(context: list[Any], scale: float, data: dict[str, Any]) -> dict[str, Any]:
-    levels = base64.b64decode(context[1])
-    return {
-        "tokens": tuple(data["strings"][i] for i in _leb128(base64.b64decode(context[0]))),
-        "activations": tuple(level / 255 * scale for level in levels),
-        "peak": context[2],
-        "source": data["strings"][context[3]],
-    }
-
-
-def _leb128(raw: bytes) -> Iterator[int]:
-    number, shift = 0, 0
-    for byte in raw:
-        number |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            yield number
-            number, shift = 0, 0
+from sae.browser import write_site
 
 
 @pytest.fixture

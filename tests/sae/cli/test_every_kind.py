@@ -79,7 +79,7 @@ def test_each_steers_and_has_a_page(run, kind):
     subprocess.run(command, check=True, timeout=120)
     shown = json.loads((run / "steer" / "steering.json").read_text())["shown"]
     assert (shown["dictionary"], shown["latent"]) == (kind, latent)
-    assert (run / "browse" / "index.html").stat().st_size > 20_000
+    assert (run / "browse" / "data" / "d0" / "latents" / "0.js").stat().st_size > 20_000
 
 
 def labelled(run: Path, kind: str) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,7 +76,8 @@ def test_the_whole_job_then_again_at_once(monkeypatch, capsys, config, labelled)
     out = capsys.readouterr().out
     assert "topk-frozen" in out
     page = config.parent / "run" / "browse" / "index.html"
-    assert page.stat().st_size > 20_000
+    assert page.stat().st_size > 500
+    assert (page.parent / "data" / "d0" / "latents" / "0.js").stat().st_size > 20_000
     weights = (config.parent / "run" / "train" / "topk" / "sae.safetensors").stat().st_mtime_ns
     began = time.monotonic()
     assert sae(monkeypatch, "run", str(config), latent) == 0
@@ -87,6 +89,56 @@ def test_the_whole_job_then_again_at_once(monkeypatch, capsys, config, labelled)
     steering = json.loads((config.parent / "run" / "steer" / "steering.json").read_text())
     assert steering["shown"]["latent"] == labelled
     assert load(config.parent / "run" / "train" / "topk").config.d_sae == 67
+
+
+def test_a_run_is_browsed_from_its_directory(monkeypatch, capsys, config, labelled, tmp_path):
+    assert sae(monkeypatch, "browse", str(config.parent / "run"), "--out", str(tmp_path / "b")) == 0
+    assert str(tmp_path / "b" / "index.html") in capsys.readouterr().out
+    index = data(tmp_path / "b", "index")
+    [dictionary] = index["dictionaries"]  # the frozen one is a row of the table alone
+    assert (dictionary["name"], dictionary["d_sae"]) == ("topk", 67)
+    assert [row[0] for row in index["results"]["rows"]] == ["topk", "topk-frozen"]
+    assert [curve["metrics"][0][0] for curve in index["curves"]] == ["FVU", "FVU"]
+    group = data(tmp_path / "b", "d0/latents/0")
+    shown = group["latents"][labelled]
+    rows = load(config.parent / "run" / "train" / "topk").dec_rows.detach()
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    cosine = unit @ unit[labelled]
+    cosine[labelled] = -1
+    assert shown["nearest"][0][0] == int(cosine.argmax())
+    assert shown["nearest"][0][1] == pytest.approx(float(cosine.max()), abs=1e-4)
+    assert len(shown["promoted"]) == len(shown["suppressed"]) == 10
+    assert shown["scores"][0]["name"] == "AUC"
+    assert f"--latent {labelled}=5x" in shown["command"]
+    assert any(latent and latent["cofiring"] for latent in group["latents"])
+    attributed = [a for latent in group["latents"] if latent for a in latent["attributions"]]
+    assert attributed
+    assert any(a["effect"] is not None for a in attributed)
+
+
+def test_a_dictionary_with_labels_is_browsed(monkeypatch, capsys, config, labelled, tmp_path):
+    path = tmp_path / "topk"
+    shutil.copytree(config.parent / "run" / "train" / "topk", path)
+    assert sae(monkeypatch, "browse", str(path)) == 1
+    assert "run `sae explain" in capsys.readouterr().err
+    shutil.copytree(config.parent / "run" / "explain" / "topk", path / "explain")
+    assert sae(monkeypatch, "browse", str(path)) == 0
+    index = data(path / "browse", "index")
+    assert (index["results"], index["curves"]) == (None, [])
+    shown = data(path / "browse", "d0/latents/0")["latents"][labelled]
+    assert (shown["promoted"], shown["cofiring"], shown["attributions"]) == ([], [], [])
+    assert shown["examples"]
+    assert shown["nearest"]
+
+
+def test_a_directory_without_a_run_is_refused(monkeypatch, capsys, tmp_path):
+    assert sae(monkeypatch, "browse", str(tmp_path)) == 2
+    assert "RUN must be a directory with run.yaml" in capsys.readouterr().err
+
+
+def data(folder: Path, key: str):
+    text = (folder / "data" / f"{key}.js").read_text(encoding="utf-8")
+    return json.loads(text[text.index(",'") + 2 : -3].replace("\\\\", "\\"))
 
 
 def test_a_changed_part_is_made_again_and_the_parts_before_it_are_not(

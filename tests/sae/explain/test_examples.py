@@ -44,7 +44,7 @@ def _finder(parts, **settings: int) -> ContextFinder:
 
 
 def test_contexts_come_from_different_examples_by_peak(parts):
-    contexts = list(_finder(parts, top_contexts=4, context_tokens=5).find(0))
+    contexts = list(_finder(parts, top_contexts=4, bucket_contexts=0, context_tokens=5).find(0))
     assert [context.rank for context in contexts] == [0, 1, 2, 3]
     assert [context.example for context in contexts] == [3, 0, 2, 5]
     assert [context.activation for context in contexts] == [9.0, 5.0, 4.0, 3.0]
@@ -52,6 +52,17 @@ def test_contexts_come_from_different_examples_by_peak(parts):
     assert contexts[0].source == "glosses.jsonl"
     for context in contexts:
         assert context.activations[context.peak] == context.activation
+
+
+def test_further_contexts_come_from_each_fifth(parts):
+    contexts = list(_finder(parts, top_contexts=1, bucket_contexts=1).find(0))
+    # Peaks 9 | 5, 4, 3, 0.5: of 9 the fifths 3, 3, 2, 1; of two in the same fifth the larger.
+    assert [context.activation for context in contexts] == [9.0, 5.0, 3.0, 0.5]
+    assert [context.rank for context in contexts] == [0, 1, 2, 3]
+    more = list(_finder(parts, top_contexts=1, bucket_contexts=3).find(0))
+    assert [context.activation for context in more] == [9.0, 5.0, 4.0, 3.0, 0.5]
+    none = list(_finder(parts, top_contexts=2, bucket_contexts=0).find(0))
+    assert [context.activation for context in none] == [9.0, 5.0]
 
 
 def test_window_lies_around_the_peak_and_inside_the_example(parts):

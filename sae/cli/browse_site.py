@@ -1,0 +1,175 @@
+"""What a run, or a dictionary with its labels, gives the browser to show."""
+
+import json
+import math
+from itertools import combinations
+from pathlib import Path
+
+import torch
+
+from activations_cache.models import LoadedModel
+from activations_cache.progress import Progress
+from sae.browser import Column, Comparison, Dictionary, Histogram, Map
+from sae.browser.site import DENSE_ABOVE
+from sae.cli.beside import beside
+from sae.cli.browse_attribution import attributions_of
+from sae.cli.browse_latents import Known, Latents
+from sae.cli.browse_subject import Around, Subject
+from sae.cli.unembedding import unembedding
+from sae.explain.atlas.clusters import cluster_names, clusters
+from sae.explain.atlas.cofiring import Together, cofiring
+from sae.explain.atlas.neighbours import nearest
+from sae.explain.atlas.plane import plane
+from sae.explain.codes import encode_rows
+from sae.explain.logit_lens import promoted_tokens
+from sae.explain.results import JSON_LINES
+from sae.explain.tables import EXAMPLES, LATENTS, LatentRecord, read_latents
+
+N_PROMOTED, N_NEIGHBOURS, N_CLUSTERS = 10, 8, 12
+ROWS_FOR_COFIRING = 32_768
+N_PAIRS = 6
+LEAST_COSINE = 0.5
+N_RANDOM = 1000
+
+
+def dictionary_of(
+    subject: Subject, around: Around, histogram: Histogram | None, report: Progress
+) -> Dictionary:
+    """Everything about one dictionary; its latents are read from the files as they are written."""
+    records = read_latents(subject.explained / LATENTS)
+    known = _known(subject, around, report)
+    rows = subject.dictionary.dec_rows.detach()
+    n_live = sum(record.status != "dead" for record in records)
+    scorers = sorted({s["scorer"] for found in known.explained.values() for s in found["scores"]})
+    return Dictionary(
+        name=subject.name,
+        summary=f"{_activation(subject)}, {n_live:,} live latents of {len(records):,}",
+        d_sae=len(records),
+        n_rows=_n_rows(subject.explained),
+        n_live=n_live,
+        n_dead=len(records) - n_live,
+        n_dense=sum(record.density > DENSE_ABOVE for record in records),
+        columns=(
+            Column("auc", "AUC", "score", 0.5, "how well the label tells where the latent fires"),
+            *(Column(f"llm:{scorer}", scorer, "score") for scorer in scorers),
+            Column("n_fired", "firings", "count", note="rows on which it fires"),
+        ),
+        density_histogram=histogram or _histogram(records),
+        latents=Latents(records, subject.explained / EXAMPLES, known),
+        map=_map(rows, records) if len(records) >= 3 else None,
+    )
+
+
+def _activation(subject: Subject) -> str:
+    return str(subject.dictionary.config.activation)
+
+
+def _n_rows(explained: Path) -> int:
+    summary = json.loads((explained / "summary.json").read_text())
+    return summary["n_rows_explain"] + summary["n_rows_score"]
+
+
+def _known(subject: Subject, around: Around, report: Progress) -> Known:
+    rows = subject.dictionary.dec_rows.detach()
+    k = min(N_NEIGHBOURS, len(rows) - 1)
+    neighbours = nearest(rows, rows, k, same=True) if k else None
+    report(0, 1, "latents' neighbours")
+    lens = None
+    if around.loaded is not None and _has_lens(subject, around.loaded):
+        lens = promoted_tokens(
+            subject.dictionary, *unembedding(around.loaded.model), N_PROMOTED, progress=report
+        )
+    attributed = {}
+    if around.loaded is not None and around.cache is not None:
+        attributed = attributions_of(subject.dictionary, subject.hook_point, around, report)
+    return Known(
+        path=subject.path,
+        strings=around.strings,
+        neighbours=neighbours,
+        together=_together(subject, around, report),
+        lens=lens,
+        explained=read_explained(subject.explained),
+        attributed=attributed,
+    )
+
+
+def _has_lens(subject: Subject, loaded: LoadedModel) -> bool:
+    head = getattr(loaded.model, "get_output_embeddings", lambda: None)()
+    width = subject.dictionary.config.slices_out[-1].width
+    return head is not None and head.weight.shape[1] == width
+
+
+def _together(
+    subject: Subject, around: Around, report: Progress
+) -> list[tuple[Together, ...]] | None:
+    """Co-firing over rows that are spread evenly over the splits that labels come from."""
+    if around.cache is None:
+        return None
+    cache = beside(around.cache, subject.dictionary, subject.hook_point)
+    rows = cache.rows(("explain", "score"))
+    sample = rows[:: max(1, math.ceil(len(rows) / ROWS_FOR_COFIRING))]
+    codes = encode_rows(subject.dictionary, cache[subject.hook_point], sample, report)
+    return cofiring(codes, N_NEIGHBOURS, progress=report)
+
+
+def read_explained(explained: Path) -> dict[int, dict]:
+    """What a language model said of latents, by latent; empty where none was asked."""
+    file = explained / JSON_LINES
+    if not file.is_file():
+        return {}
+    with file.open(encoding="utf-8") as lines:
+        found = [json.loads(line) for line in lines]
+    return {record["latent"]: record for record in found}
+
+
+def _histogram(records: list[LatentRecord]) -> Histogram | None:
+    live = torch.tensor([r.density for r in records if r.density > 0]).log10()
+    if not len(live):
+        return None
+    first = min(-1, math.floor(float(live.min())))
+    counts = torch.histc(live, bins=4 * -first, min=first, max=0)
+    edges = tuple(first + i / 4 for i in range(len(counts) + 1))
+    return Histogram(edges, tuple(int(count) for count in counts.tolist()), log10=True)
+
+
+def _map(rows: torch.Tensor, records: list[LatentRecord]) -> Map:
+    points = plane(rows)
+    live = torch.tensor([record.status != "dead" for record in records])
+    points[~live] = math.nan
+    group = clusters(rows, N_CLUSTERS)
+    words = [record.words if record.kind in {"word", "token"} else () for record in records]
+    x, y = (tuple(axis) for axis in points.T.tolist())
+    return Map(
+        "PCA of unit decoder rows",
+        x,
+        y,
+        tuple(cluster_names(group, words, int(group.max()) + 1)),
+        tuple(group.masked_fill(~live, -1).tolist()),
+        "Two of many directions: near here need not be near. Clusters: k-means over all "
+        "directions, named by the words that their labels have more often than others.",
+    )
+
+
+def comparisons_of(subjects: list[Subject], report: Progress) -> tuple[Comparison, ...]:
+    """Pairs of dictionaries that write to the same place."""
+    found = []
+    pairs = [
+        (a, b)
+        for a, b in combinations(subjects, 2)
+        if a.dictionary.dec_rows.shape[1] == b.dictionary.dec_rows.shape[1]
+        and a.hook_point == b.hook_point
+    ]
+    for done, (a, b) in enumerate(pairs[:N_PAIRS], 1):
+        of_a, of_b = (s.dictionary.dec_rows.detach() for s in (a, b))
+        generator = torch.Generator().manual_seed(0)
+        random = torch.randn(N_RANDOM, of_b.shape[1], generator=generator)
+        chance = nearest(random, of_b, 1).cosine.quantile(0.95)
+        forth, back = nearest(of_a, of_b, 1), nearest(of_b, of_a, 1)
+        in_b, in_a = (
+            tuple(zip(n.latent[:, 0].tolist(), n.cosine[:, 0].tolist(), strict=True))
+            for n in (forth, back)
+        )
+        note = "Cosines of decoder rows; that directions agree does not say that firings do."
+        found.append(Comparison(a.name, b.name, in_b, in_a, LEAST_COSINE, float(chance), note))
+        report(done, len(pairs), "pairs of dictionaries")
+    return tuple(found)

@@ -1,0 +1,63 @@
+"""Latents that fire together: the correlation of firing over rows."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+from activations_cache.progress import Progress, silent
+from sae.explain.codes import Codes
+
+_LATENTS_AT_ONCE = 512
+
+
+class Together(NamedTuple):
+    """A latent that fires where another one fires."""
+
+    latent: int
+    """Its number."""
+    correlation: float
+    """Phi: the Pearson correlation of firing, 1 or 0, over rows; chance gives 0 at any density."""
+    n_rows: int
+    """Rows on which both fire."""
+
+
+def cofiring(
+    codes: Codes, k: int, *, least: int = 5, progress: Progress | None = None
+) -> list[tuple[Together, ...]]:
+    """For every latent the k others whose firing correlates most with its own, best first.
+
+    Args:
+        codes: Firings on a sample of rows.
+        k: How many at most; only positive correlations count.
+        least: Rows on which both must fire: fewer say nothing.
+        progress: Called after each chunk of latents.
+    """
+    report = progress or silent
+    start = np.append(codes.start, len(codes.row))
+    ones = np.ones(len(codes.row), np.float32)  # counts below 2^24 stay exact
+    fires = sparse.csr_array((ones, codes.row, start), shape=(codes.d_sae, codes.n_rows))
+    by_row = sparse.csr_array(fires.T)
+    found: list[tuple[Together, ...]] = []
+    for first in range(0, codes.d_sae, _LATENTS_AT_ONCE):
+        both = sparse.csr_array(fires[first : first + _LATENTS_AT_ONCE] @ by_row)
+        for place in range(len(both.indptr) - 1):
+            entries = slice(both.indptr[place], both.indptr[place + 1])
+            counts = both.data[entries].astype(np.int64)
+            found.append(_best(codes, first + place, both.indices[entries], counts, k, least))
+        report(len(found), codes.d_sae, "latents' co-firing")
+    return found
+
+
+def _best(
+    codes: Codes, latent: int, others: np.ndarray, both: np.ndarray, k: int, least: int
+) -> tuple[Together, ...]:
+    keep = (both >= least) & (others != latent)
+    others, both = others[keep], both[keep].astype(np.float64)
+    n, own, theirs = codes.n_rows, float(codes.n_fired[latent]), codes.n_fired[others]
+    spread = own * (n - own) * theirs * (n - theirs)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        phi = np.where(spread > 0, (n * both - own * theirs) / np.sqrt(spread), 0.0)
+    order = np.lexsort((others, -phi))[:k]
+    order = order[phi[order] > 0]
+    return tuple(Together(int(others[i]), float(phi[i]), int(both[i])) for i in order)
