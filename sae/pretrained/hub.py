@@ -1,4 +1,4 @@
-"""Dictionaries on the Hugging Face hub: "org/name[/subfolder][@revision]"."""
+"""Dictionaries on the Hugging Face hub: `org/name[/subfolder][@revision]`."""
 
 import logging
 import re

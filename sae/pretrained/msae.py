@@ -1,6 +1,6 @@
 """MSAE (Matryoshka autoencoders of CLIP): one pickled file whose settings stand in its name.
 
-N_D_ACTIVATION[_K][_WEIGHTING]_TIED_NORMALIZE_CAP....pth; rows are centred and scaled by numbers
+`N_D_ACTIVATION[_K][_WEIGHTING]_TIED_NORMALIZE_CAP....pth`; rows are centred and scaled by numbers
 that lie in the file.
 """
 

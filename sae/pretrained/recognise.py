@@ -64,7 +64,7 @@ def load(
 
     Args:
         path: A dictionary directory, one of its files, or as a text the name of a hub repository,
-            "org/name[/subfolder][@revision]".
+            `org/name[/subfolder][@revision]`.
         format: Name the format instead of recognising it; one of the keys of `FORMATS`.
         allow_pt: Permit pickled weights; they are read by a confined process.
         device: Where the weights go; the CPU when absent.
