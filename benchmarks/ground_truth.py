@@ -13,12 +13,15 @@ worlds made here rather than downloaded, are not SynthSAEBench results.
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks.ground_truth_recipes import at_l0, new_step, others, recipe
+from benchmarks.peer_recipes import train_peers
 from benchmarks.rows import append, surroundings
 from sae.architecture import TopK
 from sae.autoencoder import SparseAutoencoder
@@ -39,6 +42,7 @@ from sae.evaluate.ground_truth.table import CHANCE, COLUMNS, figure
 from sae.train.config import Adam, AuxK, DictionaryConfig
 from sae.train.step import TrainStep
 
+PEERS = ("sae-lens", "dictionary-learning", "eai-sparsify")
 WIDTHS = {"full": 4096}
 """Latents where they are not as many as the features."""
 
@@ -62,6 +66,9 @@ def main() -> None:
         entries = _entries(world, size, arguments)
         for name, dictionary in _trained(world, entries, arguments).items():
             reports.setdefault(name, []).append(evaluate(dictionary, config, seed))
+        if arguments.peers:
+            for name, dictionary in _peers(world, size, arguments).items():
+                reports.setdefault(name, []).append(evaluate(dictionary, config, seed))
         ceilings.append(
             measure_ceilings(config, seed, k=size.k, n_features=size.d_sae, device=device)
         )
@@ -79,6 +86,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=None, help="of default and topk; else auto")
     parser.add_argument("--recipes", action="store_true", help="all recipes of configs/ as well")
+    parser.add_argument("--peers", action="store_true", help="recipes of other projects as well")
     parser.add_argument("--d-sae", type=int, default=None, help="as many as features if absent")
     parser.add_argument("--k", type=int, default=None, help="the world's own mean L0 if absent")
     parser.add_argument(
@@ -113,6 +121,8 @@ def _entries(
         dead_after_tokens=15 * batch,
         optimizer=Adam(lr=arguments.lr or 3e-3, decay=0.5),
     )
+    if arguments.peers:
+        return {"default": ours}
     found = {"default": ours, "topk": plain, "true decoder": replace(ours, frozen="decoder")}
     found |= {name: replace(ours, frozen=kind) for name, kind in BASELINES.items()}
     if arguments.recipes:
@@ -131,6 +141,15 @@ def _trained(
         for step in steps.values():
             step(made.x)
     return {name: step.autoencoder for name, step in steps.items()}
+
+
+def _peers(world: World, size: Size, arguments: argparse.Namespace) -> dict[str, SparseAutoencoder]:
+    n_batches = arguments.rows // arguments.batch
+
+    def rows() -> Iterator[Tensor]:
+        return (made.x for made in batches(world, arguments.batch, n_batches))
+
+    return train_peers(rows, n_batches, size.d_sae, size.k, world.seed)
 
 
 def _step(name: str, world: World, entry: DictionaryConfig, n_batches: int) -> TrainStep:
@@ -169,7 +188,7 @@ def _record(
         "figures": figures,
         "chance": chance,
         "ceilings": ceiling,
-        **surroundings(),
+        **surroundings(PEERS if arguments.peers else ()),
     }
 
 
