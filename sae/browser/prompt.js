@@ -65,8 +65,10 @@ class PromptView {
     this.found = found;
     this.latents = strongestLatents(found.fires);
     this.said.textContent = `${found.tokens.length} tokens, ${this.latents.length} latents`;
-    if (found.skipped)
-      this.said.append(`; the first ${found.skipped} were not trained on and have no latents`);
+    if (found.skipped > 0) {
+      const first = found.skipped === 1 ? "token was" : `${found.skipped} tokens were`;
+      this.said.append(`; the first ${first} not trained on, so no latents are shown there`);
+    }
     return this.show({});
   }
 
