@@ -34,6 +34,7 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".jpg": "image/jpeg",
+    ".svg": "image/svg+xml",
 }
 _SECONDS = 30
 

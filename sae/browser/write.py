@@ -86,7 +86,7 @@ def _write_all(site: Site, path: Path, progress: Progress) -> None:
     (path / "assets").mkdir(parents=True)
     source = resources.files("sae.browser")
     for asset in source.iterdir():
-        if asset.name.endswith((".js", ".css")) and not asset.name.startswith("page"):
+        if asset.name.endswith((".js", ".css", ".svg")):
             (path / "assets" / asset.name).write_bytes(asset.read_bytes())
     page = Template(source.joinpath(INDEX).read_text(encoding="utf-8")).substitute(
         policy=html.escape(POLICY, quote=False), title=html.escape(site.title)

@@ -8,6 +8,7 @@ import pytest
 SOURCE = resources.files("sae.browser")
 SCRIPTS = sorted(f.name for f in SOURCE.iterdir() if f.name.endswith(".js"))
 STYLES = sorted(f.name for f in SOURCE.iterdir() if f.name.endswith(".css"))
+ICON = "icon.svg"
 BANNED = (
     r"(inner|outer)HTML",
     r"insertAdjacentHTML",
@@ -41,7 +42,7 @@ def test_the_bans_find_what_they_ban(code: str) -> None:
     assert any(re.search(ban, code) for ban in BANNED)
 
 
-@pytest.mark.parametrize("name", [n for n in SCRIPTS if not n.startswith("page")])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_strict_short_and_say_what_they_are(name: str) -> None:
     lines = SOURCE.joinpath(name).read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("// ")
@@ -61,8 +62,7 @@ def test_styles_are_short_and_load_nothing(name: str) -> None:
 def test_the_page_names_every_file_once_and_no_other() -> None:
     page = SOURCE.joinpath("index.html").read_text(encoding="utf-8")
     named = re.findall(r'(?:src|href)="assets/([^"]+)"', page)
-    ours = [name for name in SCRIPTS + STYLES if not name.startswith("page")]
-    assert sorted(named) == sorted(ours)
+    assert sorted(named) == sorted([*SCRIPTS, *STYLES, ICON])
     assert re.findall(r'src="(data/[^"]+)"', page) == ["data/index.js", "data/server.js"]
     assert " style=" not in page
     assert re.findall(r"\son\w+=", page) == []
