@@ -1,17 +1,18 @@
 """From the state of the pass to the windows of each latent, and how often it fires."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64, Int64
 from scipy import sparse
 
+from sae.explain.collect.cuts import SOURCES, Cuts, Texts
 from sae.explain.collect.kept import WindowRows, mixed, uniform
 from sae.explain.collect.state import N_BINS, SPLITS, State, half_octave
 from sae.explain.intervals import Interval, wilson
-from sae.explain.windows import LatentWindows, Source, Window
+from sae.explain.windows import LatentWindows, Source
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class _Active:
     acts: np.ndarray
     is_top: np.ndarray
 
+    def cuts(self, index: np.ndarray, source: Source, bucket: np.ndarray, p: np.ndarray) -> Cuts:
+        """Some of them, as what they are taken for."""
+        origin = np.full(len(index), SOURCES.index(source))
+        return Cuts(self.window[index], self.peak[index], self.acts[index], origin, bucket, p)
+
 
 class Assembler:
     """Makes the windows of one latent at a time."""
@@ -47,8 +53,9 @@ class Assembler:
             tokens: The texts of the cache.
             strings: Each token as text; None where positions are patches.
         """
-        self._state, self._tokens, self._strings = state, tokens, strings
-        self._per_example = -(-tokens.shape[1] // state.width)
+        self._state, self._tokens, self._has_strings = state, tokens, strings is not None
+        self.texts = Texts(tokens, strings, state.width)
+        self._n_strings = len(strings) if strings is not None else int(tokens.max()) + 1
         self._rows: WindowRows = state.kept.rows
         self._start = np.searchsorted(
             self._rows.group, np.arange(state.d_sae * len(SPLITS) + 1) * (N_BINS + 1)
@@ -59,7 +66,7 @@ class Assembler:
 
     def of(self, latent: int) -> LatentWindows:
         """Everything about one latent."""
-        splits = [tuple(self._split(latent, split)) for split in range(len(SPLITS))]
+        splits = [tuple(self.texts.windows(cuts)) for cuts in self.cuts(latent)]
         largest = float(self._state.counts["max_activation"][latent])
         return LatentWindows(latent, largest, self.density(latent).value, splits[0], splits[1])
 
@@ -73,14 +80,17 @@ class Assembler:
         worth = min(max(float(worth), 1.0), float(n))
         return wilson(float(share * worth), worth)
 
-    def _split(self, latent: int, split: int) -> list[Window]:
-        active = self._active(latent, split)
-        largest = float(self._state.counts["max_activation"][latent])
-        is_weak = active.peak <= self._state.config.weak_share * largest
-        found = self._stratified(latent, split, active, is_weak, largest)
-        weak = np.flatnonzero(is_weak & ~active.is_top)[: self._state.config.n_negatives].tolist()
-        found += [self._window(active, index, "weak", -1, 1.0) for index in weak]
-        return found + self._silent(latent, split)
+    def cuts(self, latent: int) -> list[Cuts]:
+        """Its windows in each split, as arrays."""
+        active = [self._active(latent, split) for split in range(len(SPLITS))]
+        at_peaks = self._peak_tokens(active[0])
+        return [
+            Cuts.joined([
+                *self._stratified(latent, split, active[split]),
+                *self._silent(latent, split, at_peaks),
+            ])
+            for split in range(len(SPLITS))
+        ]
 
     def _active(self, latent: int, split: int) -> _Active:
         key = latent * len(SPLITS) + split
@@ -96,11 +106,11 @@ class Assembler:
         salt = int(mixed(np.array([latent]), self._state.config.seed + 3)[0] >> np.uint64(2))
         return uniform(mixed(window ^ salt, self._state.config.seed + 4))
 
-    def _stratified(
-        self, latent: int, split: int, active: _Active, is_weak: np.ndarray, largest: float
-    ) -> list[Window]:
-        """The top windows, which are there for certain, and some of each step with their p."""
+    def _stratified(self, latent: int, split: int, active: _Active) -> Iterator[Cuts]:
+        """The top windows, which are certain, some of each step with their p, weak ones."""
         config = self._state.config
+        largest = float(self._state.counts["max_activation"][latent])
+        is_weak = active.peak <= config.weak_share * largest
         step = np.ceil(active.peak / max(largest, 1e-30) * config.n_buckets).astype(int) - 1
         step = np.clip(step, 0, config.n_buckets - 1)
         bins = half_octave(active.peak)
@@ -108,17 +118,17 @@ class Assembler:
         n_top = np.bincount(bins[active.is_top], minlength=N_BINS)
         n_kept = np.bincount(bins[~active.is_top], minlength=N_BINS)
         share_kept = n_kept / np.maximum(n_all - n_top, 1)
-        top = np.flatnonzero(active.is_top & ~is_weak).tolist()
-        found = [self._window(active, i, "active", int(step[i]), 1.0) for i in top]
+        top = np.flatnonzero(active.is_top & ~is_weak)
+        yield active.cuts(top, "active", step[top], np.ones(len(top)))
         for bucket in range(config.n_buckets):
             candidates = np.flatnonzero((step == bucket) & ~active.is_top & ~is_weak)
-            taken = candidates[: config.per_bucket].tolist()
-            for index in taken:
-                p = share_kept[bins[index]] * len(taken) / len(candidates)
-                found.append(self._window(active, index, "active", bucket, float(min(p, 1.0))))
-        return found
+            taken = candidates[: config.per_bucket]
+            p = share_kept[bins[taken]] * len(taken) / max(len(candidates), 1)
+            yield active.cuts(taken, "active", step[taken], np.minimum(p, 1.0))
+        weak = np.flatnonzero(is_weak & ~active.is_top)[: config.n_negatives]
+        yield active.cuts(weak, "weak", np.full(len(weak), -1), np.ones(len(weak)))
 
-    def _silent(self, latent: int, split: int) -> list[Window]:
+    def _silent(self, latent: int, split: int, at_peaks: np.ndarray) -> Iterator[Cuts]:
         """Windows of the pool in which the latent fires nowhere, from three sources."""
         config, windows = self._state.config, self._state.pool_windows[split]
         silent = np.ones(len(windows), bool)
@@ -126,31 +136,32 @@ class Assembler:
         silent[fires.indices[fires.indptr[latent] : fires.indptr[latent + 1]]] = False
         order = np.flatnonzero(silent)[np.argsort(self._hash(windows[silent], latent))]
         able_for: dict[Source, np.ndarray] = {
-            "lexical": self._lexical(latent, split),
+            "lexical": self._lexical(split, at_peaks),
             "similar": self._similar(latent, split),
             "random": np.ones(len(windows), bool),
         }
-        found: list[Window] = []
-        used: set[int] = set()
-        none = np.zeros(self._state.width, np.float16)
         for source, able in able_for.items():
-            chosen = [i for i in order if able[i] and i not in used][: config.n_negatives]
-            used.update(chosen)
-            found += [self._cut(int(windows[i]), none, 0.0, source, -1, 1.0) for i in chosen]
-        return found
+            chosen = order[able[order]][: config.n_negatives]
+            order = order[~np.isin(order, chosen)]
+            yield _Active(
+                windows[chosen],
+                np.zeros(len(chosen), np.float32),
+                np.zeros((len(chosen), self._state.width), np.float16),
+                np.zeros(len(chosen), bool),
+            ).cuts(np.arange(len(chosen)), source, np.full(len(chosen), -1), np.ones(len(chosen)))
 
-    def _lexical(self, latent: int, split: int) -> np.ndarray:
+    def _lexical(self, split: int, at_peaks: np.ndarray) -> np.ndarray:
         """Windows that hold one of the tokens at the latent's largest peaks."""
-        at_peaks = self._peak_tokens(latent)
-        holds = self._holds[split]
-        return np.asarray(holds[at_peaks].sum(axis=0)).ravel() > 0
+        holds, able = self._holds[split], np.zeros(len(self._state.pool_windows[split]), bool)
+        for token in at_peaks:
+            able[holds.indices[holds.indptr[token] : holds.indptr[token + 1]]] = True
+        return able
 
-    def _peak_tokens(self, latent: int) -> np.ndarray:
-        if self._strings is None:
+    def _peak_tokens(self, active: _Active) -> np.ndarray:
+        if not self._has_strings:
             return np.empty(0, np.int64)
-        active = self._active(latent, 0)
         best = np.argsort(-active.peak, kind="stable")[:10]
-        example, place = np.divmod(active.window[best], self._per_example)
+        example, place = np.divmod(active.window[best], self.texts.per_example)
         position = place * self._state.width + active.acts[best].argmax(axis=1)
         return np.unique(self._tokens[example, position])
 
@@ -161,26 +172,6 @@ class Assembler:
             if other >= 0:
                 able[fires.indices[fires.indptr[other] : fires.indptr[other + 1]]] = True
         return able
-
-    def _window(
-        self, active: _Active, index: int, source: Source, bucket: int, inclusion: float
-    ) -> Window:
-        peak = float(active.peak[index])
-        return self._cut(
-            int(active.window[index]), active.acts[index], peak, source, bucket, inclusion
-        )
-
-    def _cut(
-        self, window: int, acts: np.ndarray, peak: float, source: Source, bucket: int, p: float
-    ) -> Window:
-        example, place = divmod(window, self._per_example)
-        start = place * self._state.width
-        ids = self._tokens[example, start : start + self._state.width]
-        ids = ids[: int((ids >= 0).sum())] if self._strings is not None else ids
-        strings = self._strings
-        tokens = tuple("" if strings is None else strings[int(token)] for token in ids)
-        values = tuple((acts[: len(ids)].astype(np.float64) * peak).tolist())
-        return Window(example, start, tokens, values, source, bucket, p)
 
     def _firing_windows(self, split: int) -> sparse.csc_array:
         """(window of the pool, latent): where a latent fires."""
@@ -195,15 +186,11 @@ class Assembler:
     def _token_windows(self, split: int) -> sparse.csr_array:
         """(token, window of the pool): where a token stands."""
         windows = self._state.pool_windows[split]
-        example, place = np.divmod(windows, self._per_example)
-        position = place[:, None] * self._state.width + np.arange(self._state.width)
-        inside = position < self._tokens.shape[1]
-        ids = self._tokens[example[:, None], np.minimum(position, self._tokens.shape[1] - 1)]
-        known = inside & (ids >= 0)
+        ids = self.texts.ids(windows)
+        known = ids >= 0
         which = np.broadcast_to(np.arange(len(windows))[:, None], ids.shape)
-        n_tokens = int(self._tokens.max()) + 1 if self._strings is None else len(self._strings)
         cells = (np.ones(known.sum(), np.int32), (ids[known], which[known]))
-        return sparse.csr_array(cells, shape=(max(n_tokens, 1), len(windows)))
+        return sparse.csr_array(cells, shape=(max(self._n_strings, 1), len(windows)))
 
     def _together(self) -> Neighbours:
         state, k = self._state, self._state.config.n_neighbours

@@ -37,6 +37,12 @@ class PoolEntries(NamedTuple):
     value: Float32[np.ndarray, " entry"]
     """Its activation."""
 
+    @staticmethod
+    def none() -> "PoolEntries":
+        """No firings."""
+        kinds = (np.int64, np.int16, np.int32, np.float32)
+        return PoolEntries(*(np.empty(0, kind) for kind in kinds))
+
 
 class State:
     """Everything that is known after some chunks; its size is fixed by d_sae and the config."""
@@ -61,10 +67,8 @@ class State:
         self.kept = Kept(np.tile(per_group, d_sae * len(SPLITS)), width)
         self.pool_windows = [np.empty(0, np.int64) for _ in SPLITS]
         """Windows of the pool of each split, by their hash."""
-        self.pool = PoolEntries(
-            np.empty(0, np.int64), np.empty(0, np.int16), np.empty(0, np.int32),
-            np.empty(0, np.float32),
-        )  # fmt: skip
+        self._pool: list[PoolEntries] = [PoolEntries.none()]
+        self._n_entered = 0
 
     def add_to_pool(self, split: int, windows: np.ndarray, entries: PoolEntries) -> None:
         """Let windows compete for the pool of their split by their hash alone."""
@@ -74,12 +78,27 @@ class State:
         after = together[order[: self.config.pool]]
         if len(before) == len(after) and np.array_equal(before, after):
             return
-        gone = np.setdiff1d(before, after)
-        kept = PoolEntries(*(array[~np.isin(self.pool.window, gone)] for array in self.pool))
-        new = np.isin(entries.window, np.setdiff1d(after, before))
-        parts = zip(kept, (array[new] for array in entries), strict=True)
-        self.pool = PoolEntries(*(np.concatenate(pair) for pair in parts))
+        fresh = np.setdiff1d(after, before)
+        new = np.isin(entries.window, fresh)
+        self._pool.append(PoolEntries(*(array[new] for array in entries)))
+        self._n_entered += len(fresh)
         self.pool_windows[split] = after
+        if self._n_entered > self.config.pool:  # not for every chunk: it copies the whole pool
+            self._settle()
+
+    @property
+    def pool(self) -> PoolEntries:
+        """Firings inside the windows of the pool, in the order of the rows."""
+        self._settle()
+        return self._pool[0]
+
+    def _settle(self) -> None:
+        """Drop the firings of windows that have left the pool."""
+        if len(self._pool) == 1:
+            return
+        joined = PoolEntries(*(np.concatenate(p) for p in zip(*self._pool, strict=True)))
+        stays = np.isin(joined.window, np.concatenate(self.pool_windows))
+        self._pool, self._n_entered = [PoolEntries(*(array[stays] for array in joined))], 0
 
     def save(self, path: Path, identity: dict[str, object]) -> None:
         """Write the state; `load` goes on from it."""
@@ -102,7 +121,7 @@ class State:
         for name in self.counts:
             self.counts[name] = arrays[f"count.{name}"]
         self.kept.restore(WindowRows(*(arrays[f"kept.{n}"] for n in WindowRows._fields)))
-        self.pool = PoolEntries(*(arrays[f"pool.{n}"] for n in PoolEntries._fields))
+        self._pool = [PoolEntries(*(arrays[f"pool.{n}"] for n in PoolEntries._fields))]
         self.pool_windows = [arrays[f"windows.{s}"] for s in range(len(SPLITS))]
         self.n_done = int(arrays["n_done"][0])
         return True

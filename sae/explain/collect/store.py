@@ -4,11 +4,13 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from activations_cache.progress import Progress, silent
 from sae.explain.collect.assemble import Assembler, histogram
+from sae.explain.collect.cuts import Cuts
 from sae.explain.collect.state import SPLITS, State
 from sae.explain.windows import LatentWindows, Window
 
@@ -36,27 +38,36 @@ def write_windows(
     """Write both files, a few latents at a time; each appears when it is whole."""
     directory.mkdir(parents=True, exist_ok=True)
     report = progress or silent
-    for name, schema, rows_of in (
-        (WINDOWS, _WINDOW_SCHEMA, lambda latent: _window_rows(assembler.of(latent))),
-        (ACTIVITY, _ACTIVITY_SCHEMA, lambda latent: [_activity(state, assembler, latent)]),
-    ):
+    tables = (
+        (WINDOWS, _WINDOW_SCHEMA, lambda latents: _windows(assembler, latents)),
+        (ACTIVITY, _ACTIVITY_SCHEMA, lambda latents: _activities(state, assembler, latents)),
+    )
+    for name, schema, table_of in tables:
         unfinished = directory / f"{name}.partial"
         with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
             for first in range(0, state.d_sae, _PER_GROUP):
                 last = min(first + _PER_GROUP, state.d_sae)
-                rows = [row for latent in range(first, last) for row in rows_of(latent)]
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                writer.write_table(table_of(range(first, last)))
                 report(last, state.d_sae, f"latents in {name}")
         os.replace(unfinished, directory / name)
 
 
-def _window_rows(latent: LatentWindows) -> list[dict]:
-    by_split = zip(SPLITS, (latent.explain, latent.score), strict=True)
-    return [
-        {"latent": latent.latent, "split": split, **vars(window)}
-        for split, windows in by_split
-        for window in windows
-    ]
+def _windows(assembler: Assembler, latents: range) -> pa.Table:
+    cuts = [of_split for latent in latents for of_split in assembler.cuts(latent)]
+    n = [len(of_split.window) for of_split in cuts]
+    owners = np.repeat(np.array(latents, np.int32), len(SPLITS))
+    splits = np.tile(np.arange(len(SPLITS)), len(latents))
+    columns = {
+        "latent": pa.array(np.repeat(owners, n)),
+        "split": pa.array(SPLITS).take(pa.array(np.repeat(splits, n))),
+        **assembler.texts.columns(Cuts.joined(cuts)),
+    }
+    return pa.table(columns, schema=_WINDOW_SCHEMA)
+
+
+def _activities(state: State, assembler: Assembler, latents: range) -> pa.Table:
+    rows = [_activity(state, assembler, latent) for latent in latents]
+    return pa.Table.from_pylist(rows, schema=_ACTIVITY_SCHEMA)
 
 
 def _activity(state: State, assembler: Assembler, latent: int) -> dict:

@@ -188,7 +188,7 @@ def test_splits_are_disjoint_for_any_corpus_and_naive_sampling_leaks(n_windows, 
 def test_together_is_jaccards_index(planted, found):
     _, assembler = found
     pool = set(assembler._state.pool_windows[0].tolist())
-    per_example = assembler._per_example
+    per_example = assembler.texts.per_example
     acts = planted.cache.acts
     rows = [
         acts[w // per_example, p]
