@@ -1,103 +1,141 @@
 """`sae explain DICT --cache CACHE`: explain any dictionary on any cache that fits it."""
 
 import hashlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 import activations_cache
+from activations_cache import ActivationCache
 from activations_cache.vision import load_any_model
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
 from sae.cli import console
 from sae.cli.caches import model_of
+from sae.cli.explained import (
+    show_atlas,
+    show_estimate,
+    show_labels,
+    show_scores,
+    show_summary,
+)
 from sae.config import ConfigError
-from sae.explain.config import AutointerpConfig, ExplainConfig
+from sae.explain.atlas.run import draw_atlas
+from sae.explain.config import AtlasConfig, AutointerpConfig, ExplainConfig, RuleConfig
 from sae.explain.logit_lens import promoted_tokens
+from sae.explain.rule_scores import score_rules_of
 from sae.explain.run import explain
-from sae.explain.scores import Mean
-from sae.explain.summary import Summary
-from sae.explain.with_llm import Subject, client_of, label_with_llm
+from sae.explain.subject import Subject
+from sae.explain.with_llm import client_of, estimate_cost, label_with_llm
 
 N_TOKENS = 10
 """Promoted and suppressed tokens that an explainer is shown."""
 
 
-def explain_dictionary(
-    path: str, cache_path: str, hook_point: str | None, out: str | None, config: ExplainConfig
-) -> None:
+class Task(NamedTuple):
+    """What the command was asked."""
+
+    path: str
+    """The dictionary."""
+    cache: str
+    hook_point: str | None
+    out: str | None
+    narrow: str | None
+    """A narrower dictionary, whose latents are the parents."""
+    dry_run: bool
+
+
+def explain_dictionary(task: Task, config: ExplainConfig) -> None:
     """Label a dictionary without a language model, and by one if the config names one.
 
     Raises:
         ValueError: If the dictionary does not fit the cache.
     """
-    cache = activations_cache.open(cache_path)
-    hook = hook_point or cache.hook_points[0]
+    cache = activations_cache.open(task.cache)
+    hook = task.hook_point or cache.hook_points[0]
     if hook not in cache.hook_points:
         known = ", ".join(cache.hook_points)
         raise ConfigError(f"--hook-point must be one of {known}, got {hook!r}")
     # A wrong key must not cost the passes over the cache that come first.
-    client = client_of(config.autointerp) if config.autointerp else None
-    dictionary = pretrained.load(path)
-    if dictionary.config.d_in != cache.d_model(hook):
-        raise ValueError(
-            f"{path} must read rows as wide as {hook} of {cache_path}, {cache.d_model(hook)}, got "
-            f"d_in={dictionary.config.d_in}; name the hook point it was trained on"
-        )
-    out_dir = Path(out) if out else Path(path) / "explain"
+    wants_client = config.autointerp is not None and not task.dry_run
+    client = client_of(config.autointerp) if config.autointerp and wants_client else None
+    dictionary, narrow = (
+        None if path is None else _fitting(path, cache, hook, task.cache)
+        for path in (task.path, task.narrow)
+    )
+    assert dictionary is not None
     loaded = load_any_model(model_of(cache, None))
     if not hasattr(loaded, "tokenizer"):
         raise ValueError(
-            f"{cache_path} must hold text to be explained by words, got images; "
+            f"{task.cache} must hold text to be explained by words, got images; "
             "see sae.explain.vision for those"
         )
-    strings = _token_strings(loaded)
-    with console.step("explain") as report:
-        found = explain(dictionary, cache, hook, strings, config, out_dir, progress=report)
-    show_labels(str(out_dir), found.summary, found.baselines)
+    subject = Subject(dictionary, cache, hook, _token_strings(loaded))
+    out_dir = Path(task.out) if task.out else Path(task.path) / "explain"
+    identity: dict[str, object] = {
+        "cache": cache.fingerprint, "dictionary": digest_of(dictionary)
+    }  # fmt: skip
+    promoted = []
+    if config.autointerp is not None:
+        promoted = promoted_strings(
+            dictionary, loaded.model, subject.token_strings, config.autointerp
+        )
+    more = {"promoted": promoted, "identity": identity}
+    if task.dry_run and config.autointerp is not None:
+        with console.step("estimate") as report:
+            cost = estimate_cost(subject, config.autointerp, out_dir, **more, progress=report)
+        show_estimate(task.path, cost, config.autointerp)
+        return
+    without_llm(subject, config, out_dir, identity, narrow)
     if config.autointerp is not None and client is not None:
-        subject = Subject(dictionary, cache, hook, strings)
         with console.step("labels") as report:
             found_by_llm = label_with_llm(
-                subject, config.autointerp, out_dir, client,
-                promoted=promoted_strings(dictionary, loaded.model, strings, config.autointerp),
-                identity={"cache": cache.fingerprint, "dictionary": digest_of(dictionary)},
-                progress=report,
-            )  # fmt: skip
-        show_summary(path, found_by_llm, out_dir)
+                subject, config.autointerp, out_dir, client, **more, progress=report
+            )
+        show_summary(task.path, found_by_llm, out_dir)
 
 
-def show_labels(title: str, summary: Summary, baselines: Mapping[str, Summary]) -> None:
-    """Print what came of the labels without a language model, failures first."""
-    arms = {"its latents": summary, **baselines}
-    rows = [
-        (
-            name,
-            f"{arm.n_insufficient:,}",
-            f"{arm.n_scored:,}",
-            _with_ends(arm.beats_null),
-            _with_ends(arm.auc),
-            _with_ends(arm.auc_strong),
-            _with_ends(arm.control_auc),
+def _fitting(
+    path: str, cache: ActivationCache, hook_point: str, cache_path: str
+) -> SparseAutoencoder:
+    dictionary = pretrained.load(path)
+    if dictionary.config.d_in != cache.d_model(hook_point):
+        raise ValueError(
+            f"{path} must read rows as wide as {hook_point} of {cache_path}, "
+            f"{cache.d_model(hook_point)}, got d_in={dictionary.config.d_in}; name the hook point "
+            "it was trained on"
         )
-        for name, arm in arms.items()
-    ]
-    columns = (
-        "", "insufficient", "scored", "beat null", "AUC", "AUC, strongest tenth", "exchanged",
-    )  # fmt: skip
-    note = (
-        f"{summary.n_latents:,} latents, {summary.n_dead:,} dead; labels without a language model, "
-        f"scored on {summary.n_rows_score:,} rows of other documents; beat null: share of the live "
-        "latents whose AUC beats its permutations at 1 %; chance is 0.5"
-    )
-    console.table(title, columns, rows, note)
+    return dictionary
 
 
-def _with_ends(found: Mean) -> str:
-    return f"{found.mean:.3f} ±{(found.high - found.low) / 2:.3f}"
+def without_llm(
+    subject: Subject,
+    config: ExplainConfig,
+    out_dir: Path,
+    identity: dict[str, object],
+    narrow: SparseAutoencoder | None,
+) -> None:
+    """Labels, the rules executed, the map."""
+    dictionary, cache, hook = subject.dictionary, subject.cache, subject.hook_point
+    with console.step("explain") as report:
+        found = explain(
+            dictionary, cache, hook, subject.token_strings, config, out_dir, progress=report
+        )
+    show_labels(str(out_dir), found.summary, found.baselines)
+    with console.step("rules") as report:
+        scores = score_rules_of(
+            subject, found.labels, found.names, config.rules or RuleConfig(), out_dir,
+            identity=identity, progress=report,
+        )  # fmt: skip
+    show_scores("labels executed as rules, on windows", scores, out_dir)
+    with console.step("atlas") as report:
+        drawn = draw_atlas(
+            dictionary, cache, hook, config.atlas or AtlasConfig(), out_dir,
+            narrow=narrow, progress=report,
+        )  # fmt: skip
+    show_atlas(drawn, out_dir)
 
 
 def _token_strings(loaded: Any) -> list[str]:
@@ -130,34 +168,3 @@ def promoted_strings(
         ([str(token_strings[i]) for i in up], [str(token_strings[i]) for i in down])
         for up, down in ends
     ]
-
-
-def show_summary(name: str, summary: dict[str, Any], path: Path) -> None:
-    """Print what came of the labels by a language model, failures first."""
-    reasons = ", ".join(f"{n} {reason}" for reason, n in summary["failed_by_reason"].items())
-    facts = [
-        ("failed", f"{summary['n_failed']:,}" + (f" ({reasons})" if reasons else "")),
-        ("insufficient", f"{summary['n_insufficient']:,}"),
-        ("labelled", f"{summary['n_done']:,}"),
-    ]
-    facts += [(scorer, _figures(figures)) for scorer, figures in summary["scores"].items()]
-    arms = {**summary["controls"]}
-    arms |= {arm: found["scores"] for arm, found in summary["baselines"].items()}
-    for arm, scores in arms.items():
-        facts += [(f"{scorer}: {arm}", _figures(figures)) for scorer, figures in scores.items()]
-    cost = summary["cost"]
-    calls = f"{cost['requests']:,} calls, {cost['cached']:,} answers from the cache"
-    n_tokens = cost["input_tokens"] + cost["output_tokens"]
-    facts.append(("cost", f"{calls}, {n_tokens:,} tokens, ${cost['usd']:.4f}"))
-    console.facts(f"{name}: labels by {_model(summary)}", facts, str(path))
-
-
-def _figures(figures: dict[str, Any]) -> str:
-    if figures["mean"] is None:
-        return f"no value for {figures['n_without_value']} latents"
-    half = "" if figures["half_width"] is None else f" ± {figures['half_width']:.3f}"
-    return f"{figures['mean']:.3f}{half} (floor {figures['floor']:.2f}, n {figures['n']})"
-
-
-def _model(summary: dict[str, Any]) -> str:
-    return re.sub(r"[^\w./:-]", "", summary["config"]["llm"]["model"])

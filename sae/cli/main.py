@@ -11,12 +11,12 @@ from sae.cli.bench_command import PASSED_ON, bench
 from sae.cli.browse_command import browse
 from sae.cli.cache_commands import app as cache_app
 from sae.cli.evaluate_commands import compare, evaluate
+from sae.cli.explain_command import explain
 from sae.cli.find_command import find
 from sae.cli.request import ConfigArgument, Overrides, run_to
 from sae.cli.scaling import app as scaling_app
 from sae.cli.steer_command import steer
-from sae.config import ConfigError, load_overrides
-from sae.explain.config import ExplainConfig
+from sae.config import ConfigError
 from sae.train.signals import Stopped
 
 app = typer.Typer(
@@ -62,31 +62,7 @@ app.command()(evaluate)
 app.command()(compare)
 
 
-@app.command()
-def explain(
-    config: Annotated[
-        str,
-        typer.Argument(metavar="CONFIG|DICT", help="A YAML file, or with --cache a dictionary."),
-    ],
-    overrides: Overrides = None,
-    cache: Annotated[str | None, typer.Option(help="Explain DICT on this cache.")] = None,
-    hook_point: Annotated[str | None, typer.Option(help="Of the cache; its first one.")] = None,
-    out: Annotated[str | None, typer.Option(help="Result directory; DICT/explain.")] = None,
-) -> None:
-    """Label latents and score the labels: those of a run, or with --cache of any dictionary.
-
-    With --cache the overrides are those of `explain:`, such as min_firings=50 or
-    autointerp.llm.model=NAME autointerp.llm.base_url=URL for labels by a language model.
-    """
-    if cache is None:
-        run_to(Step.EXPLAIN, config, overrides)
-        return
-    checked = load_overrides(ExplainConfig, overrides or [])
-    from sae.cli.explaining import explain_dictionary
-
-    explain_dictionary(config, cache, hook_point, out, checked)
-
-
+app.command()(explain)
 app.command()(find)
 app.command()(steer)
 

@@ -10,7 +10,8 @@ from sae.browser import write_site
 from sae.cli import console
 from sae.cli.beside import beside
 from sae.cli.browse_run import site_of_run
-from sae.cli.explaining import digest_of, promoted_strings, show_summary
+from sae.cli.explained import show_summary
+from sae.cli.explaining import digest_of, promoted_strings
 from sae.cli.report import result_table
 from sae.cli.steering import steering_example
 from sae.cli.training import show_training
@@ -18,7 +19,8 @@ from sae.evaluate.report import read_json, write_json
 from sae.evaluate.run import evaluate as measure
 from sae.explain.config import AutointerpConfig
 from sae.explain.run import explain as explain_latents
-from sae.explain.with_llm import Subject, client_of, label_with_llm
+from sae.explain.subject import Subject
+from sae.explain.with_llm import client_of, label_with_llm
 from sae.train.fit import train as train_dictionaries
 
 if TYPE_CHECKING:

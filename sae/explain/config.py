@@ -81,6 +81,46 @@ class AutointerpConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RuleConfig:
+    """Scores of the labels without a language model by executing them on windows."""
+
+    n_latents: int = 100
+    """Live latents, taken by a hash; 0 collects windows and scores none."""
+    scorers: tuple[ScorerName, ...] = ("detection", "fuzzing", "simulation", "rubric", "intruder")
+    """What scores them."""
+    min_windows: int = 8
+    """Fewer active windows in either split: the latent is "insufficient"."""
+    windows: WindowConfig = field(default_factory=WindowConfig)
+    """What is collected of every latent."""
+
+    def __post_init__(self) -> None:
+        """Check every field; ValueError names the first that is wrong."""
+        for name, least in {"n_latents": 0, "min_windows": 1}.items():
+            require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
+        is_set = 0 < len(self.scorers) == len(set(self.scorers))
+        require(is_set, "scorers", "be one or more scorers, each once", self.scorers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtlasConfig:
+    """The map of a dictionary."""
+
+    plane: Literal["pca", "umap"] = "pca"
+    """How directions become two coordinates; UMAP needs monosema[umap]."""
+    n_neighbours: int = 8
+    """Closest latents by decoder cosine that are written for each one."""
+    n_rows: int = 8192
+    """Rows over which latents are correlated with the coordinates of the stream."""
+    n_concepts: int = 2000
+    """Words, taken by a hash, for the curve of completeness."""
+
+    def __post_init__(self) -> None:
+        """Check every field; ValueError names the first that is wrong."""
+        for name, least in {"n_neighbours": 1, "n_rows": 2, "n_concepts": 10}.items():
+            require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExplainConfig:
     """Labels from corpus statistics and their scores on other documents."""
 
@@ -116,6 +156,10 @@ class ExplainConfig:
     """Seed of the permutations, of the control arm's pairing and of the bootstrap."""
     images: ImageLabelConfig = field(default_factory=ImageLabelConfig)
     """Labels where the cache is of images; what is of text above is not read then."""
+    rules: RuleConfig | None = None
+    """Windows of every latent, and the labels executed on them; neither when absent."""
+    atlas: AtlasConfig | None = None
+    """The map as well; none when absent."""
     autointerp: AutointerpConfig | None = None
     """Labels by a language model as well; none when absent."""
 

@@ -17,9 +17,7 @@ from sae.explain.pipeline import Explained
 from sae.explain.scorers.score import Score
 from sae.explain.windows import LatentWindows
 
-JSON_LINES = "explanations.jsonl"
-PARQUET = "explanations.parquet"
-SUMMARY = "explanations.json"
+STEM = "explanations"
 NEURONPEDIA = "neuronpedia"
 
 _SCORE = pa.struct({
@@ -97,16 +95,17 @@ def _share(holds: list[bool], n: int) -> float | None:
 
 
 def write_results(
-    directory: Path, found: Sequence[Explained], summary: Mapping[str, object]
+    directory: Path, found: Sequence[Explained], summary: Mapping[str, object], stem: str = STEM
 ) -> None:
-    """Write the three files, each under another name first, the summary last."""
+    """Write STEM.jsonl, STEM.parquet and STEM.json, each under another name first."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / SUMMARY).unlink(missing_ok=True)
-    _put(directory / JSON_LINES, "".join(_line(asdict(f)) for f in found).encode())
-    unfinished = directory / f"{PARQUET}.partial"
+    lines, table, last = (directory / f"{stem}.{end}" for end in ("jsonl", "parquet", "json"))
+    last.unlink(missing_ok=True)
+    _put(lines, "".join(_line(asdict(f)) for f in found).encode())
+    unfinished = table.with_name(f"{table.name}.partial")
     pq.write_table(pa.Table.from_pylist([_row(f) for f in found], schema=_SCHEMA), unfinished)
-    os.replace(unfinished, directory / PARQUET)
-    _put(directory / SUMMARY, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+    os.replace(unfinished, table)
+    _put(last, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _line(record: Mapping[str, object]) -> str:

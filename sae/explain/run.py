@@ -9,9 +9,10 @@ import numpy as np
 
 from activations_cache.progress import Progress, silent
 from sae.autoencoder import SparseAutoencoder
+from sae.explain.atlas.run import words_with_a_latent
 from sae.explain.baselines import baseline_dictionary
 from sae.explain.codes import encode_rows
-from sae.explain.config import ExplainConfig, Kind
+from sae.explain.config import AtlasConfig, ExplainConfig, Kind
 from sae.explain.examples import Activity, Context, ContextFinder, Part, activity
 from sae.explain.held_out import HeldOut, held_out
 from sae.explain.labels import Labels, fires_enough, make_labels
@@ -94,8 +95,13 @@ def explain(
     contexts = _contexts(finder, len(fired[0]), report)
     arms = _baselines(cache, hook_point, splits, explained, config, report)
     explained = dataclasses.replace(explained, baselines=arms)
+    concepts = words_with_a_latent(
+        explained.labels, reader.names, parts[0].text.values["word"], fired[0],
+        explained.summary.n_latents - explained.summary.n_dead, config.atlas or AtlasConfig(),
+    )  # fmt: skip
     summary = {
         **flat(explained.summary),
+        "completeness": concepts,
         "baselines": {name: flat(arm) for name, arm in arms.items()},
         "config": dataclasses.asdict(config),
     }

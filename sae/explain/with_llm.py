@@ -3,63 +3,30 @@
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from activations_cache.progress import Progress, silent
-from sae.autoencoder import SparseAutoencoder
 from sae.explain.baselines import baseline_dictionary
-from sae.explain.collect.assemble import Assembler
-from sae.explain.collect.run import collect
-from sae.explain.collect.state import State
-from sae.explain.collect.store import write_windows
 from sae.explain.config import AutointerpConfig
 from sae.explain.explainers import LLMExplainer
 from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.budget import Cost
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import Client
+from sae.explain.llm.stand_ins import ConstantClient
 from sae.explain.pipeline import Explained, Plan, estimate_all, explain_all
 from sae.explain.results import export_neuronpedia, summarise, write_results
-from sae.explain.scorers.detection import Detection, Fuzzing
-from sae.explain.scorers.intruder import Intruder
-from sae.explain.scorers.rubric import Rubric
-from sae.explain.scorers.score import Scorer
-from sae.explain.scorers.simulation import Simulation
-from sae.explain.windows import LatentWindows, shuffled
-from sae.explain.words import Cache
+from sae.explain.scorers.choice import scorers_of
+from sae.explain.subject import Subject, chosen
+from sae.explain.windows import LatentWindows
 
 ANSWERS = "llm.sqlite"
 _SAMPLE = 8192
 
-_SCORERS: dict[str, Scorer] = {
-    scorer.name: scorer for scorer in (Detection(), Fuzzing(), Simulation(), Rubric(), Intruder())
-}
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is explained."""
-
-    dictionary: SparseAutoencoder
-    """The dictionary."""
-    cache: Cache
-    """Activations and texts, split by document."""
-    hook_point: str
-    """Which activations the dictionary reads."""
-    token_strings: Sequence[str]
-    """Each token as text."""
-
-    def collected(self, config: AutointerpConfig, **more: Any) -> tuple[State, Assembler]:
-        """Go over the cache once."""
-        state = collect(self.dictionary, self.cache, self.hook_point, config.windows, **more)
-        tokens = self.cache.examples.tokens.numpy()
-        return state, Assembler(state, tokens, self.token_strings)
 
 
 def label_with_llm(
@@ -91,19 +58,8 @@ def label_with_llm(
         ReplayMissError: If an answer is missing in replay mode.
     """
     report = progress or silent
-    out_dir.mkdir(parents=True, exist_ok=True)
-    path = out_dir / "windows.state.safetensors"
-    state, assembler = subject.collected(
-        config, state_path=path, identity=identity, progress=report
-    )
-    write_windows(out_dir, state, assembler, report)
-    path.unlink(missing_ok=True)
-    latents = [assembler.of(latent) for latent in _chosen(state, config)]
-    if promoted:
-        latents = [_with_tokens(latent, *promoted[latent.latent]) for latent in latents]
-    groups = {"": latents}
-    if config.n_baseline:
-        groups |= _baselines(subject, config, latents, report)
+    groups = _groups(subject, config, out_dir, promoted, identity or {}, report)
+    latents = groups[""]
     found, caller = asyncio.run(_run(groups, config, out_dir, client, report))
     summary = summarise(found[""], caller)
     summary["baselines"] = {
@@ -118,6 +74,52 @@ def label_with_llm(
     return summary
 
 
+def estimate_cost(
+    subject: Subject,
+    config: AutointerpConfig,
+    out_dir: Path,
+    *,
+    promoted: Sequence[tuple[Sequence[str], Sequence[str]]] = (),
+    identity: dict[str, object] | None = None,
+    progress: Progress | None = None,
+) -> Cost:
+    """The most that `label_with_llm` is expected to take; nothing is called, no model is needed."""
+    groups = _groups(subject, config, out_dir, promoted, identity or {}, progress or silent)
+    return asyncio.run(_estimate(groups, config, Caller(ConstantClient(), config.llm)))
+
+
+def _groups(
+    subject: Subject,
+    config: AutointerpConfig,
+    out_dir: Path,
+    promoted: Sequence[tuple[Sequence[str], Sequence[str]]],
+    identity: dict[str, object],
+    report: Progress,
+) -> dict[str, list[LatentWindows]]:
+    """The windows of the latents, under no name, and of the baselines."""
+    state, assembler = subject.collected(
+        config.windows, out_dir, identity=identity, progress=report
+    )
+    wanted = chosen(state, config.n_latents, config.latents, config.windows.seed)
+    latents = [assembler.of(latent) for latent in wanted]
+    if promoted:
+        latents = [_with_tokens(latent, *promoted[latent.latent]) for latent in latents]
+    groups = {"": latents}
+    if config.n_baseline:
+        groups |= _baselines(subject, config, latents, report)
+    return groups
+
+
+async def _estimate(
+    groups: dict[str, list[LatentWindows]], config: AutointerpConfig, caller: Caller
+) -> Cost:
+    wanted = Cost()
+    for name, latents in groups.items():
+        plan = plan_of(config, with_controls=not name)
+        wanted = wanted.plus(await estimate_all(latents, plan, caller))
+    return wanted
+
+
 async def _run(
     groups: dict[str, list[LatentWindows]],
     config: AutointerpConfig,
@@ -130,9 +132,7 @@ async def _run(
         where = Path(config.llm.cache_path) if config.llm.cache_path else out_dir / ANSWERS
         answers = AnswerCache(where, replay=config.llm.cache_mode == "replay")
     caller = Caller(client, config.llm, answers)
-    wanted = Cost()
-    for latents in groups.values():
-        wanted = wanted.plus(await estimate_all(latents, plan_of(config), caller))
+    wanted = await _estimate(groups, config, caller)
     _log.warning(
         "at most about %s calls, %s tokens, $%.4f before answers that are cached",
         f"{wanted.requests:,}", f"{wanted.tokens:,}", wanted.usd(config.llm),
@@ -152,21 +152,10 @@ def plan_of(config: AutointerpConfig, *, with_controls: bool = True) -> Plan:
     """The explainer and the scorers that a config names."""
     return Plan(
         LLMExplainer(config.style, config.contrastive, config.logit_lens),
-        tuple(_SCORERS[name] for name in config.scorers),
+        scorers_of(config.scorers),
         config.min_windows,
         config.n_controls if with_controls else 0,
     )
-
-
-def _chosen(state: State, config: AutointerpConfig) -> list[int]:
-    """The latents that are named, or as many of the live ones as wanted, by a hash."""
-    if config.latents:
-        beyond = [latent for latent in config.latents if latent >= state.d_sae]
-        if beyond:
-            raise ValueError(f"latents must be below d_sae={state.d_sae}, got {beyond[0]}")
-        return sorted(config.latents)
-    live = state.counts["n_fired"].nonzero()[0].tolist()
-    return sorted(shuffled(live, "latents", config.windows.seed)[: config.n_latents])
 
 
 def _with_tokens(
@@ -185,7 +174,9 @@ def _baselines(
     n, density = config.n_baseline, densities[len(densities) // 2] if densities else 0.01
     seed = config.windows.seed
     untrained = baseline_dictionary(rows.cpu(), n, min(max(density, 1e-4), 0.5), seed)
-    _, assembler = replace(subject, dictionary=untrained).collected(config, progress=report)
+    _, assembler = replace(subject, dictionary=untrained, known={}).collected(
+        config.windows, progress=report
+    )
     made = [assembler.of(latent) for latent in range(2 * n)]
     return {"random directions": made[:n], "raw neurons": made[n:]}
 

@@ -41,7 +41,8 @@ def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, 
         str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
         "min_firings=5", "min_examples=2", "autointerp.llm.model=m", "autointerp.n_latents=5",
         "autointerp.n_baseline=0", "autointerp.min_windows=2", "autointerp.logit_lens=true",
-        "autointerp.windows.tokens=8",
+        "autointerp.windows.tokens=8", "n_baseline=7", "rules.windows.tokens=8",
+        "rules.n_latents=5", "rules.min_windows=2",
     ]  # fmt: skip
     assert sae(monkeypatch, *arguments) == 0
     shown = capsys.readouterr().out
@@ -52,11 +53,67 @@ def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, 
     assert names == {
         "latents.parquet", "examples.parquet", "summary.json", "windows.parquet",
         "activity.parquet", "explanations.jsonl", "explanations.parquet", "explanations.json",
-        "llm.sqlite",
+        "llm.sqlite", "rules.jsonl", "rules.parquet", "rules.json", "atlas.parquet", "atlas.json",
     }  # fmt: skip
+    assert "says nothing about what the model does" in " ".join(shown.split())
+    assert "raw neurons" in shown
     summary = json.loads((tmp_path / "out" / "explanations.json").read_text())
     assert summary["n_done"] + summary["n_insufficient"] == 5
     assert summary["n_done"] > 0
+
+
+def test_a_dry_run_estimates_and_asks_nobody(paths, tmp_path, monkeypatch, capsys):
+    def refuse(config):
+        raise AssertionError("no client is needed")
+
+    monkeypatch.setattr("sae.cli.explaining.client_of", refuse)
+    arguments = [
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
+        "--dry-run", "--max-usd", "0.5", "--max-tokens", "9999", "autointerp.llm.model=m",
+        "autointerp.llm.usd_per_million_input=20", "autointerp.n_latents=5",
+        "autointerp.n_baseline=0", "autointerp.min_windows=2", "autointerp.windows.tokens=8",
+    ]  # fmt: skip
+    assert sae(monkeypatch, *arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "max_usd 0.5 max_tokens 9,999" in shown
+    assert "nothing was called" in shown
+    assert "cost $0." in shown
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"windows.parquet", "activity.parquet"}
+
+
+def test_limits_reach_the_client(paths, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sae.cli.explaining.client_of", lambda config: ConstantClient(1))
+    monkeypatch.setattr("sae.cli.explaining.without_llm", lambda *arguments: None)
+    arguments = [
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
+        "--max-tokens=0", "autointerp.llm.model=m", "autointerp.n_latents=5",
+        "autointerp.n_baseline=0", "autointerp.min_windows=2", "autointerp.windows.tokens=8",
+    ]  # fmt: skip
+    assert sae(monkeypatch, *arguments) == 0
+    assert "budget" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "explanations.json").read_text())
+    assert summary["cost"]["requests"] == 0
+    assert summary["failed_by_reason"] == {"budget": summary["n_failed"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.yaml", "--dry-run"], "--dry-run must come with --cache CACHE, got none"),
+        (["x.yaml", "--across", "y"], "--across must come with --cache CACHE, got none"),
+        (["d", "--cache", "c", "--dry-run"], "--dry-run must come with autointerp.llm.model=NAME"),
+        (
+            ["d", "--cache", "c", "--max-usd", "1", "autointerp.llm.model=m"],
+            "autointerp.llm.max_usd must come with usd_per_million_input",
+        ),
+        (["d", "--cache", "c", "--max-tokens", "9"], "autointerp.llm.model"),
+    ],
+)
+def test_wrong_flags_are_one_line(arguments, message, monkeypatch, capsys):
+    assert sae(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in " ".join(error.split())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from sae.explain.llm.chat import ReplayMissError
 from sae.explain.llm.config import LLMConfig
 from sae.explain.llm.stand_ins import ConstantClient, RandomClient, ScriptedClient
 from sae.explain.oracle import OracleClient
-from sae.explain.with_llm import Subject, label_with_llm
+from sae.explain.subject import Subject
+from sae.explain.with_llm import label_with_llm
 
 HOOK = "model.layers.3:out"
 CONFIG = AutointerpConfig(

@@ -1,0 +1,50 @@
+"""`sae explain`: labels of a run's latents, or of any dictionary on any cache that fits it."""
+
+from typing import Annotated
+
+import typer
+
+from sae.cli.request import Overrides, run_to
+from sae.config import ConfigError, load_overrides
+from sae.explain.config import ExplainConfig
+
+
+def explain(  # noqa: PLR0913
+    config: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG|DICT", help="A YAML file, or with --cache a dictionary."),
+    ],
+    overrides: Overrides = None,
+    cache: Annotated[str | None, typer.Option(help="Explain DICT on this cache.")] = None,
+    hook_point: Annotated[str | None, typer.Option(help="Of the cache; its first one.")] = None,
+    out: Annotated[str | None, typer.Option(help="Result directory; DICT/explain.")] = None,
+    across: Annotated[
+        str | None, typer.Option(help="A narrower dictionary: which latents did it split?")
+    ] = None,
+    max_usd: Annotated[float | None, typer.Option(help="A model's answers cost no more.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="The same in tokens.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate a model's answers, ask nothing.")
+    ] = False,
+) -> None:
+    """Label latents and score the labels: those of a run, or with --cache of any dictionary.
+
+    With --cache the overrides are those of `explain:`, such as min_firings=50 or
+    autointerp.llm.model=NAME autointerp.llm.base_url=URL for labels by a language model.
+    """
+    limits = {"max_usd": max_usd, "max_tokens": max_tokens}
+    given = [f"autointerp.llm.{key}={value}" for key, value in limits.items() if value is not None]
+    if cache is None:
+        alone = {"--out": out, "--hook-point": hook_point, "--across": across}
+        wrong = next((name for name, value in alone.items() if value), "")
+        wrong = wrong or ("--dry-run" if dry_run else "")
+        if wrong:
+            raise ConfigError(f"{wrong} must come with --cache CACHE, got none")
+        run_to("explain", config, [*(overrides or []), *(f"explain.{key}" for key in given)])
+        return
+    checked = load_overrides(ExplainConfig, [*(overrides or []), *given])
+    if dry_run and checked.autointerp is None:
+        raise ConfigError("--dry-run must come with autointerp.llm.model=NAME, got none")
+    from sae.cli.explaining import Task, explain_dictionary
+
+    explain_dictionary(Task(config, cache, hook_point, out, across, dry_run), checked)

@@ -1,0 +1,93 @@
+"""Labels without a language model, put before the scorers of labels by one: rules are executed.
+
+The scores stand beside those of a language model's labels: same windows, same scorers, same
+controls; nothing is asked and nothing can fail.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from activations_cache.progress import Progress, silent
+from sae.explain.config import Kind, RuleConfig
+from sae.explain.explainers import Explanation
+from sae.explain.judges import WordRule
+from sae.explain.labels import Labels
+from sae.explain.pipeline import Explained, shuffled_windows
+from sae.explain.results import summarise, write_results
+from sae.explain.rules import rule_of, score_rule
+from sae.explain.scorers.choice import scorers_of
+from sae.explain.subject import Subject, chosen
+from sae.explain.windows import LatentWindows
+
+METHOD = "corpus rule/1"
+STEM = "rules"
+"""Of the files: rules.jsonl, rules.parquet and rules.json."""
+
+
+def score_rules_of(
+    subject: Subject,
+    labels: Labels,
+    names: Mapping[Kind, Sequence[str]],
+    config: RuleConfig,
+    out_dir: Path,
+    *,
+    identity: dict[str, object] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Execute the rules of some latents on their score windows, and write what came of it.
+
+    Args:
+        subject: Whose latents.
+        labels: Theirs.
+        names: What the labels' values are called.
+        config: How many, which scorers, which windows.
+        out_dir: Where the files go.
+        identity: What the saved state of an interrupted pass depends on.
+        progress: Called in every stage.
+
+    Returns:
+        The summary, as it is written to rules.json.
+    """
+    report = progress or silent
+    state, assembler = subject.collected(
+        config.windows, out_dir, identity=identity, progress=report
+    )
+    latents = chosen(state, config.n_latents, (), config.windows.seed)
+    rules = {latent: rule_of(labels, latent, names) for latent in latents}
+    scored = [latent for latent in latents if rules[latent] is not None]
+    partner = dict(zip(scored, scored[1:] + scored[:1], strict=True))
+    found = []
+    for done, latent in enumerate(latents, 1):
+        other = rules[partner[latent]] if latent in partner else None
+        text = labels.text(latent, names)
+        found.append(_explained(assembler.of(latent), text, rules[latent], other, config))
+        report(done, len(latents), "rules executed")
+    summary = {**summarise(found, None), "config": asdict(config)}
+    write_results(out_dir, found, summary, STEM)
+    return summary
+
+
+def _explained(
+    windows: LatentWindows,
+    text: str,
+    rule: WordRule | None,
+    other: WordRule | None,
+    config: RuleConfig,
+) -> Explained:
+    least = min(len(windows.of("explain", "active")), len(windows.of("score", "active")))
+    if least < config.min_windows:
+        reason = f"{least} active windows of {config.min_windows} wanted"
+        return Explained(windows.latent, "insufficient", reason)
+    if rule is None:
+        return Explained(windows.latent, "insufficient", "no label that a text can be tested by")
+    scorers = scorers_of(config.scorers)
+    scores = asyncio.run(score_rule(windows, rule, scorers))
+    controls = {}
+    if other is not None and other != rule:
+        controls["another's label"] = asyncio.run(score_rule(windows, other, scorers))
+    shuffled = asyncio.run(score_rule(shuffled_windows(windows), rule, scorers))
+    controls["shuffled windows"] = shuffled
+    label = Explanation(windows.latent, text, METHOD)
+    return Explained(windows.latent, "done", "", label, scores, controls)
