@@ -22,7 +22,7 @@ from sae.explain.atlas.neighbours import nearest
 from sae.explain.atlas.plane import plane
 from sae.explain.codes import encode_rows
 from sae.explain.logit_lens import promoted_tokens
-from sae.explain.results import JSON_LINES
+from sae.explain.results import STEM
 from sae.explain.tables import EXAMPLES, LATENTS, LatentRecord, read_latents
 
 N_PROMOTED, N_NEIGHBOURS, N_CLUSTERS = 10, 8, 12
@@ -114,7 +114,7 @@ def _together(
 
 def read_explained(explained: Path) -> dict[int, dict]:
     """What a language model said of latents, by latent; empty where none was asked."""
-    file = explained / JSON_LINES
+    file = explained / f"{STEM}.jsonl"
     if not file.is_file():
         return {}
     with file.open(encoding="utf-8") as lines:
