@@ -16,12 +16,15 @@ HookOption = Annotated[
 ModelOption = Annotated[
     bool, typer.Option("--model/--no-model", help="Also splice them into the cache's model.")
 ]
+ContextsOption = Annotated[
+    int, typer.Option("--contexts", min=1, help="Held-out contexts that each is spliced into.")
+]
 ProbeOption = Annotated[
     int, typer.Option("--probe", min=0, help="Probe so many of the cache's labels.")
 ]
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913  (options are parameters)
     targets: Annotated[
         list[str],
         typer.Argument(metavar="CONFIG [KEY=VALUE]... | [GROUP=]DICT...", show_default=False),
@@ -29,6 +32,7 @@ def evaluate(
     cache: CacheOption = None,
     hook_point: HookOption = None,
     model: ModelOption = True,
+    contexts: ContextsOption = 24,
     json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     probe: ProbeOption = 0,
     baselines: Annotated[bool, typer.Option(help="Measure baselines beside them.")] = True,
@@ -43,11 +47,11 @@ def evaluate(
         return
     from sae.cli.measuring import Request, measure, show
 
-    request = Request(tuple(targets), cache, hook_point, model, probe, baselines)
+    request = Request(tuple(targets), cache, hook_point, contexts * model, probe, baselines)
     show(measure(request), json)
 
 
-def compare(
+def compare(  # noqa: PLR0913
     targets: Annotated[
         list[str],
         typer.Argument(
@@ -59,6 +63,7 @@ def compare(
     ],
     hook_point: HookOption = None,
     model: ModelOption = True,
+    contexts: ContextsOption = 24,
     out: Annotated[Path, typer.Option("--out", help="For plots and figures.")] = Path("compare"),
     probe: ProbeOption = 0,
     l0: Annotated[
@@ -69,4 +74,5 @@ def compare(
     from sae.cli.comparing import compare_and_show
     from sae.cli.measuring import Request
 
-    compare_and_show(Request(tuple(targets), cache, hook_point, model, probe, True), out, l0)
+    request = Request(tuple(targets), cache, hook_point, contexts * model, probe, True)
+    compare_and_show(request, out, l0)

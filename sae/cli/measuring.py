@@ -42,7 +42,8 @@ class Request(NamedTuple):
     """Paths or hub names, each with GROUP= before it or not."""
     cache: str
     hook_point: str | None
-    model: bool
+    contexts: int
+    """Held-out contexts for each dictionary spliced into the model; 0 for no model."""
     probe: int
     baselines: bool
 
@@ -76,11 +77,15 @@ def measure(request: Request) -> Measured:
         with console.step("baselines") as report:
             dictionaries |= baselines(dictionaries, cache, hook_point, report)
     model = None
-    if request.model:
+    if request.contexts:
         with console.step("model") as report:
             model = _model(cache, report)
+    config = EvaluateConfig()
+    if request.contexts:
+        n = request.contexts
+        config = EvaluateConfig(n_contexts=n, n_contexts_special=n // 3)
     with console.step("evaluate") as report:
-        found = evaluate(dictionaries, cache, hook_point, model, EvaluateConfig(), progress=report)
+        found = evaluate(dictionaries, cache, hook_point, model, config, progress=report)
     for name, entry in entries.items():
         if (entry.path / "sae.safetensors").is_file():
             found.firing[name].save(entry.path)  # the unit of steering

@@ -77,7 +77,8 @@ def test_one_table_with_the_baselines_beside_the_dictionary(monkeypatch, capsys,
 def test_seeds_of_a_recipe_are_one_group_and_differences_are_judged(monkeypatch, capsys, trained):
     out_path = trained / "out"
     cache = ("--cache", str(trained / "cache"))
-    assert sae(monkeypatch, "compare", *paths(trained), *cache, "--out", str(out_path)) == 0
+    arguments = (*paths(trained), *cache, "--out", str(out_path), "--contexts", "3")
+    assert sae(monkeypatch, "compare", *arguments) == 0
     out = capsys.readouterr().out
     record = json.loads((out_path / "compare.json").read_text())
     groups = record["groups"]
@@ -88,6 +89,8 @@ def test_seeds_of_a_recipe_are_one_group_and_differences_are_judged(monkeypatch,
     assert pair["verdict"] == "run0/train/wide < run0/train/narrow"
     assert "a < b" in out
     assert {"FVU", "Δ CE"} == set(record["comparisons"])
+    spliced = record["report"]["substitution"]
+    assert (spliced["intact"]["n_contexts"], spliced["spliced"]["n_contexts"]) == (3, 1)
     assert (out_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
