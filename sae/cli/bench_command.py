@@ -9,13 +9,14 @@ import typer
 
 from sae.config import ConfigError
 
-Bench = Literal["auto", "gpu", "cpu", "cache", "storage", "labels"]
+Bench = Literal["auto", "gpu", "cpu", "cache", "storage", "labels", "browser"]
 MODULES = {
     "gpu": "benchmarks.gpu_suite",
     "cpu": "benchmarks.bench_cpu_step",
     "cache": "benchmarks.bench_cache",
     "storage": "benchmarks.bench_storage",
     "labels": "benchmarks.bench_labels",
+    "browser": "benchmarks.browser",
 }
 ROOT = Path(__file__).resolve().parents[2]
 PASSED_ON = {"ignore_unknown_options": True}
@@ -28,7 +29,7 @@ def bench(
         list[str] | None, typer.Argument(metavar="[OPTION]...", help="Those of the benchmark.")
     ] = None,
 ) -> None:
-    """Measure kernels, steps or caches of a source checkout; e.g. sae bench cpu --rounds 5."""
+    """Measure kernels, steps, caches, the browser; e.g. sae bench cpu --rounds 5."""
     if not (ROOT / "benchmarks").is_dir():
         raise ConfigError(
             f"sae bench must run from a source checkout, got the installed package in {ROOT}; "
