@@ -24,9 +24,8 @@ function onKey(event) {
 
 function actionOf(key, route, view) {
   const dictionary = route?.dictionary ?? router.dictionaries.values().next().value;
-  const table = route?.kind === "table";
   const actions = {
-    "/": dictionary && (() => searchFrom(dictionary, table)),
+    "/": dictionary && (() => searchFrom(dictionary)),
     Escape: escapeOf(route),
     ArrowLeft: view?.step && (() => view.step(-1)),
     ArrowRight: view?.step && (() => view.step(1)),
@@ -44,14 +43,16 @@ function escapeOf(route) {
   return () => goTo(tableHash(dictionary, lastFound.get(dictionary.id)?.address ?? ""));
 }
 
-function searchFrom(dictionary, here) {
-  if (!here) {
-    router.focusSearch = true;
-    goTo(tableHash(dictionary));
+/** To the search field of this view or, where there is none, to that of the table. */
+function searchFrom(dictionary) {
+  const field = document.getElementById("search");
+  if (field) {
+    field.focus();
+    field.select();
     return;
   }
-  document.getElementById("search").focus();
-  document.getElementById("search").select();
+  router.focusSearch = true;
+  goTo(tableHash(dictionary));
 }
 
 function showKeys() {

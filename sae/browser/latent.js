@@ -217,14 +217,10 @@ function latentsBox(dictionary, heading, aside, pairs, text) {
         said(visible(dictionary.label(latent) || `latent ${latent}`)),
       ),
       meter(value),
-      el(
-        "span",
-        {
-          class: "figures",
-          title: rows === undefined ? null : `${whole.format(rows)} rows together`,
-        },
-        text(value),
-      ),
+      el("span", { class: "figures" }, text(value)),
+      rows === undefined
+        ? null
+        : el("span", { class: "rows-together" }, `${whole.format(rows)} rows together`),
     ),
   );
   return box(heading, aside, el("ol", { class: "words links" }, items));

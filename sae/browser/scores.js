@@ -9,16 +9,17 @@ function scoresBox({ scores, status }) {
     };
     return box("Scores", "", empty(why[status] ?? "Not scored."));
   }
+  const counted = scores.some(({ n }) => !missing(n));
   const names = [...new Set(scores.map(({ name }) => name))];
   const groups = names.map((name) => {
     const those = scores.filter((one) => one.name === name);
     return el(
       "tbody",
       {},
-      those.map((one) => scoreRow(one, spanOf(those))),
+      those.map((one) => scoreRow(one, spanOf(those), counted)),
     );
   });
-  const heads = ["score", "value", "interval", "n"].map((text, i) =>
+  const heads = ["score", "value", "interval", ...(counted ? ["n"] : [])].map((text, i) =>
     el("th", { scope: "col", class: i === 1 || i === 3 ? "number" : null }, text),
   );
   const table = el("table", { class: "scores" }, el("thead", {}, el("tr", {}, heads)), groups);
@@ -37,7 +38,7 @@ function spanOf(rows) {
   return [Math.min(0, ...values), Math.max(1, ...values)];
 }
 
-function scoreRow({ name, value, low, high, floor, n, control, note }, span) {
+function scoreRow({ name, value, low, high, floor, n, control, note }, span, counted) {
   const known = !missing(low) && !missing(high);
   const interval = known ? `${score(low)} to ${score(high)}` : "";
   const title = control
@@ -59,7 +60,7 @@ function scoreRow({ name, value, low, high, floor, n, control, note }, span) {
       missing(value) ? null : intervalMark({ value, low, high, floor, known }, span),
       el("span", { class: "interval-text" }, interval),
     ),
-    el("td", { class: "number" }, missing(n) ? "" : whole.format(n)),
+    counted ? el("td", { class: "number" }, missing(n) ? "" : whole.format(n)) : null,
   );
 }
 

@@ -126,6 +126,9 @@ def test_help_and_overview_have_keys_and_fields_keep_theirs(reader: Any, example
     reader.run("document.activeElement.blur()")
     reader.press("o")
     reader.settle("#overview")
+    reader.press("/")
+    reader.settle("#d0/table")
+    assert reader.run("document.activeElement.id") == "search"
 
 
 # ---- the overview's map and the latents
