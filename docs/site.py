@@ -34,7 +34,7 @@ def on_config(config: Any) -> Any:
     more = {"About": ["glossary.md", "contributing.md", "benchmarks.md", "changelog.md"]}
     use = next(entry["In use"] for entry in config.nav if "In use" in entry)
     use += ["cache_format.md", "kernels.md"]
-    config.nav.insert(1, "readme.md")
+    config.nav.insert(1, {"Overview": "readme.md"})
     config.nav.insert(3, {"Tutorials": tutorials})
     config.nav += [{"API": [page for page, _ in api_pages()]}, more]
     return config
