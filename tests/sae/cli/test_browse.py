@@ -1,0 +1,111 @@
+"""The prompt view's answers, and what serving a run's browser says."""
+
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from activations_cache.config import ModelConfig
+from activations_cache.models import load_model
+from benchmarks.browser_example import example_site
+from sae.architecture import SAEConfig, TopK
+from sae.autoencoder import SparseAutoencoder
+from sae.browser import write_site
+from sae.browser.server import BrowserServer
+from sae.cli import browsing, main
+from sae.cli.browse_prompt import MAX_TOKENS, PromptReader
+from sae.cli.browsing import Asked
+from sae.cli.chain import Run
+
+HOOK = "model.layers.1:out"
+
+
+@pytest.fixture
+def run(tiny_model_dir: Path) -> Run:
+    """As much of a run as reading a text needs."""
+    loaded = load_model(ModelConfig(path=str(tiny_model_dir), dtype="float32"))
+    d_in = loaded.model.config.hidden_size
+    torch.manual_seed(0)
+    dictionary = SparseAutoencoder(SAEConfig(d_in=d_in, d_sae=67, activation=TopK(k=5)))
+    torch.nn.init.normal_(dictionary.enc_rows)
+    n_tokens = loaded.model.get_input_embeddings().weight.shape[0]
+    known = Run.__new__(Run)  # what a config would lead to stands in its place
+    known.__dict__.update(
+        loaded=loaded,
+        dictionaries={"topk": dictionary},
+        hook_point=HOOK,
+        config=SimpleNamespace(cache=SimpleNamespace(skip_positions=2)),
+        token_strings=loaded.tokenizer.batch_decode([[i] for i in range(n_tokens)]),
+    )
+    return known
+
+
+@torch.no_grad()
+def test_a_text_gives_the_latents_of_each_token(run: Run) -> None:
+    text = "She came home and read the letter."
+    found = PromptReader(run)("topk", text)
+    ids = run.loaded.tokenizer(text)["input_ids"]
+    assert len(found.tokens) == len(found.fires) == len(ids) > 4
+    assert "".join(found.tokens).endswith("letter.")
+    states = run.loaded.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    dense = run.dictionaries["topk"].encode_dense(states[2][0])
+    assert found.skipped == 2
+    assert found.fires[:2] == ((), ())
+    for position in range(2, len(ids)):
+        values, latents = dense[position].sort(descending=True)
+        n = int((values > 0).sum())
+        assert [latent for latent, _ in found.fires[position]] == latents[:n].tolist()
+        shown = [value for _, value in found.fires[position]]
+        torch.testing.assert_close(torch.tensor(shown), values[:n])
+
+
+def test_a_text_that_cannot_be_read_is_refused(run: Run) -> None:
+    with pytest.raises(ValueError, match=f"text must have 1 to {MAX_TOKENS} tokens, got"):
+        PromptReader(run)("topk", "a b " * MAX_TOKENS)
+    assert len(PromptReader(run)("topk", "lone \ud800 surrogate").tokens) > 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_site(example_site(7), tmp_path / "topk" / "browse").parent
+
+
+def served(folder: Path, port: int = 0, host: str = "127.0.0.1", token: str | None = None) -> None:
+    browsing.show(Asked(folder.parent, None, None, None), (host, port, token))
+
+
+def test_what_is_there_is_served_until_ctrl_c(monkeypatch, capsys, folder: Path) -> None:
+    def interrupted(server: BrowserServer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BrowserServer, "serve_forever", interrupted)
+    before = (folder / "data" / "index.js").stat().st_mtime_ns
+    served(folder)
+    out = capsys.readouterr().out
+    assert "browser: http://127.0.0.1:" in out
+    assert "ended" in out
+    assert (folder / "data" / "index.js").stat().st_mtime_ns == before
+
+
+def test_a_taken_port_and_an_open_host_are_refused(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"--port must be free on 127.0.0.1, got {port}"):
+            served(folder, port)
+    with pytest.raises(ValueError, match="pass --token too"):
+        served(folder, host="0.0.0.0")
+
+
+def test_the_command_hands_on_what_it_was_asked(monkeypatch, tmp_path: Path) -> None:
+    asked = []
+    monkeypatch.setattr(browsing, "show", lambda *given: asked.append(given))
+    (tmp_path / "sae.safetensors").write_bytes(b"")
+    options = ["--serve", "--host", "::1", "--port", "0", "--token", "t", "--cache", "c"]
+    monkeypatch.setattr(sys, "argv", ["sae", "browse", str(tmp_path), *options, "--out", "o"])
+    with pytest.raises(SystemExit) as stop:
+        main.main()
+    assert stop.value.code == 0
+    assert asked == [(Asked(tmp_path, None, "o", "c"), ("::1", 0, "t"))]
