@@ -23,17 +23,15 @@ def show_labels(title: str, summary: Summary, baselines: Mapping[str, Summary]) 
             _with_ends(arm.beats_null),
             _with_ends(arm.auc),
             _with_ends(arm.auc_strong),
-            _with_ends(arm.control_auc),
         )
         for name, arm in arms.items()
     ]
-    columns = (
-        "", "insufficient", "scored", "beat null", "AUC", "AUC, strongest tenth", "exchanged",
-    )  # fmt: skip
+    columns = ("", "too rare", "scored", "beat null", "AUC", "strongest 10 %")
     note = (
         f"{summary.n_latents:,} latents, {summary.n_dead:,} dead; labels without a language model, "
         f"scored on {summary.n_rows_score:,} rows of other documents; beat null: share of the live "
-        "latents whose AUC beats its permutations at 1 %; chance is 0.5"
+        "latents whose AUC beats its permutations at 1 %; AUC of all and of the strongest tenth of "
+        f"the firings, chance is 0.5; with another latent's label {_with_ends(summary.control_auc)}"
     )
     console.table(title, columns, rows, note)
 

@@ -21,6 +21,7 @@ from sae.cli.explained import (
     show_scores,
     show_summary,
 )
+from sae.cli.scoring_tools import tools_for
 from sae.config import ConfigError
 from sae.explain.atlas.run import draw_atlas
 from sae.explain.config import AtlasConfig, AutointerpConfig, ExplainConfig, RuleConfig
@@ -72,7 +73,8 @@ def explain_dictionary(task: Task, config: ExplainConfig) -> None:
             f"{task.cache} must hold text to be explained by words, got images; "
             "see sae.explain.vision for those"
         )
-    subject = Subject(dictionary, cache, hook, _token_strings(loaded))
+    tools = tools_for(config, dictionary, cache, hook, loaded)  # pyright: ignore[reportArgumentType]
+    subject = Subject(dictionary, cache, hook, _token_strings(loaded), tools)
     out_dir = Path(task.out) if task.out else Path(task.path) / "explain"
     identity: dict[str, object] = {
         "cache": cache.fingerprint, "dictionary": digest_of(dictionary)

@@ -23,8 +23,11 @@ lose on other documents (mean AUC 0.682 with them, 0.684 without, on the demo's 
 Style = Literal["levels", "bills", "delphi"]
 """How contexts are shown to an explainer."""
 
-ScorerName = Literal["detection", "fuzzing", "simulation", "rubric", "intruder"]
-"""What scores labels by asking."""
+ScorerName = Literal[
+    "detection", "fuzzing", "simulation", "rubric", "intruder",
+    "embedding", "surprisal", "output side", "sensitivity",
+]  # fmt: skip
+"""What scores labels: the first five by asking, the others by the model that is explained."""
 
 
 @dataclass(frozen=True, kw_only=True)

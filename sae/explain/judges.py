@@ -8,7 +8,10 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import CallFailedError, Message, Request
 from sae.explain.llm.corpus_text import NOTE, Item, escape, items_text, read_items, unescape
-from sae.explain.llm.readers import read_numbers
+from sae.explain.llm.readers import read_numbers, read_texts
+
+N_TEXTS = 10
+"""Texts that a judge writes for a label."""
 
 Task = Literal["detection", "fuzzing", "simulation", "rubric", "intruder"]
 """What is asked about a list of items."""
@@ -56,6 +59,29 @@ class Judge(Protocol):
         ...
 
 
+@runtime_checkable
+class Writer(Protocol):
+    """A judge that also writes."""
+
+    async def texts(self, explanation: str) -> list[str]:
+        """Texts that fit a label.
+
+        Raises:
+            CallFailedError: If there is no usable answer.
+        """
+        ...
+
+
+def texts_question(explanation: str) -> Request:
+    """The request for texts that fit a label."""
+    system = (
+        f"Write {N_TEXTS} different sentences of ordinary prose that contain what the label "
+        f"describes. Answer with a JSON list of {N_TEXTS} strings and nothing else. "
+    )
+    messages = (Message("system", system + NOTE), Message("user", f"Label: {escape(explanation)}"))
+    return Request(prompt="texts/1", messages=messages, max_tokens=48 + 48 * N_TEXTS)
+
+
 def question(task: Task, explanation: str, items: Sequence[Item]) -> Request:
     """The request that a judge of flesh and weights would get."""
     prompt = _PROMPTS[task]
@@ -67,6 +93,14 @@ def question(task: Task, explanation: str, items: Sequence[Item]) -> Request:
         messages=(Message("system", system), Message("user", label + items_text(items))),
         max_tokens=48 + prompt.tokens_per_answer * n_answers,
     )
+
+
+def allowed(task: str, n_items: int) -> tuple[int, int, int] | None:
+    """How many numbers the answer to a task has, the least and the largest; None: no numbers."""
+    prompt = next((prompt for name, prompt in _PROMPTS.items() if name == task), None)
+    if prompt is None:
+        return None
+    return (1, 1, n_items) if task == "intruder" else (n_items, prompt.low, prompt.high)
 
 
 def read_question(request: Request) -> tuple[str, str, list[Item]]:
@@ -86,11 +120,13 @@ class LLMJudge:
 
     async def answer(self, task: Task, explanation: str, items: Sequence[Item]) -> list[float]:
         """Ask and read."""
-        low, high = _PROMPTS[task].low, _PROMPTS[task].high
-        reader = read_numbers(len(items), low, high)
-        if task == "intruder":
-            reader = read_numbers(1, 1, len(items))
-        return await self._caller.ask(question(task, explanation, items), reader)
+        known = allowed(task, len(items))
+        assert known is not None, task
+        return await self._caller.ask(question(task, explanation, items), read_numbers(*known))
+
+    async def texts(self, explanation: str) -> list[str]:
+        """Ask for texts that fit a label."""
+        return await self._caller.ask(texts_question(explanation), read_texts(N_TEXTS))
 
 
 @runtime_checkable

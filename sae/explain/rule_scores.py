@@ -18,6 +18,7 @@ from sae.explain.pipeline import Explained, shuffled_windows
 from sae.explain.results import summarise, write_results
 from sae.explain.rules import rule_of, score_rule
 from sae.explain.scorers.choice import scorers_of
+from sae.explain.scorers.score import Scorer
 from sae.explain.subject import Subject, chosen
 from sae.explain.windows import LatentWindows
 
@@ -58,11 +59,15 @@ def score_rules_of(
     rules = {latent: rule_of(labels, latent, names) for latent in latents}
     scored = [latent for latent in latents if rules[latent] is not None]
     partner = dict(zip(scored, scored[1:] + scored[:1], strict=True))
-    found = []
+    found, scorers = [], scorers_of(config.scorers, subject.tools)
     for done, latent in enumerate(latents, 1):
         other = rules[partner[latent]] if latent in partner else None
         text = labels.text(latent, names)
-        found.append(_explained(assembler.of(latent), text, rules[latent], other, config))
+        found.append(
+            _explained(
+                assembler.of(latent), text, rules[latent], other, scorers, config.min_windows
+            )
+        )
         report(done, len(latents), "rules executed")
     summary = {**summarise(found, None), "config": asdict(config)}
     write_results(out_dir, found, summary, STEM)
@@ -74,20 +79,21 @@ def _explained(
     text: str,
     rule: WordRule | None,
     other: WordRule | None,
-    config: RuleConfig,
+    scorers: Sequence[Scorer],
+    min_windows: int,
 ) -> Explained:
     least = min(len(windows.of("explain", "active")), len(windows.of("score", "active")))
-    if least < config.min_windows:
-        reason = f"{least} active windows of {config.min_windows} wanted"
+    if least < min_windows:
+        reason = f"{least} active windows of {min_windows} wanted"
         return Explained(windows.latent, "insufficient", reason)
     if rule is None:
         return Explained(windows.latent, "insufficient", "no label that a text can be tested by")
-    scorers = scorers_of(config.scorers)
-    scores = asyncio.run(score_rule(windows, rule, scorers))
+    scores = asyncio.run(score_rule(windows, rule, scorers, text))
     controls = {}
     if other is not None and other != rule:
-        controls["another's label"] = asyncio.run(score_rule(windows, other, scorers))
-    shuffled = asyncio.run(score_rule(shuffled_windows(windows), rule, scorers))
+        words = ", ".join(other.weights)
+        controls["another's label"] = asyncio.run(score_rule(windows, other, scorers, words))
+    shuffled = asyncio.run(score_rule(shuffled_windows(windows), rule, scorers, text))
     controls["shuffled windows"] = shuffled
     label = Explanation(windows.latent, text, METHOD)
     return Explained(windows.latent, "done", "", label, scores, controls)

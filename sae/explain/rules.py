@@ -25,8 +25,11 @@ def rule_of(labels: Labels, latent: int, names: Mapping[Kind, Sequence[str]]) ->
 
 
 async def score_rule(
-    latent: LatentWindows, rule: WordRule, scorers: Sequence[Scorer]
+    latent: LatentWindows, rule: WordRule, scorers: Sequence[Scorer], label: str = ""
 ) -> tuple[Score, ...]:
-    """Score a rule by executing it, with the scorers that a language model is asked by."""
+    """Score a rule by executing it, with the scorers that a language model is asked by.
+
+    `label` is what the rule is called, for scorers that read it.
+    """
     judge: Judge = RuleJudge(rule)
-    return tuple([await scorer.score(latent, "", judge) for scorer in scorers])
+    return tuple([await scorer.score(latent, label, judge) for scorer in scorers])

@@ -11,6 +11,7 @@ from sae.explain.collect.config import WindowConfig
 from sae.explain.collect.run import collect
 from sae.explain.collect.state import State
 from sae.explain.collect.store import write_windows
+from sae.explain.scorers.choice import Tools
 from sae.explain.windows import shuffled
 from sae.explain.words import Cache
 
@@ -27,6 +28,8 @@ class Subject:
     """Which activations the dictionary reads."""
     token_strings: Sequence[str]
     """Each token as text."""
+    tools: Tools | None = None
+    """What scorers need that look into the model."""
     known: dict[object, tuple[State, Assembler]] = field(default_factory=dict, repr=False)
     """What was collected, by its settings and where it was written."""
 

@@ -10,7 +10,7 @@ import torch
 
 from activations_cache.progress import Progress, silent
 from sae.explain.baselines import baseline_dictionary
-from sae.explain.config import AutointerpConfig
+from sae.explain.config import AutointerpConfig, ScorerName
 from sae.explain.explainers import LLMExplainer
 from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.budget import Cost
@@ -19,7 +19,8 @@ from sae.explain.llm.chat import Client
 from sae.explain.llm.stand_ins import ConstantClient
 from sae.explain.pipeline import Explained, Plan, estimate_all, explain_all
 from sae.explain.results import export_neuronpedia, summarise, write_results
-from sae.explain.scorers.choice import scorers_of
+from sae.explain.scorers.causal import Sensitivity
+from sae.explain.scorers.choice import WITH_TOOLS, Tools, scorers_of
 from sae.explain.subject import Subject, chosen
 from sae.explain.windows import LatentWindows
 
@@ -60,7 +61,7 @@ def label_with_llm(
     report = progress or silent
     groups = _groups(subject, config, out_dir, promoted, identity or {}, report)
     latents = groups[""]
-    found, caller = asyncio.run(_run(groups, config, out_dir, client, report))
+    found, caller = asyncio.run(_run(groups, config, out_dir, client, subject.tools, report))
     summary = summarise(found[""], caller)
     summary["baselines"] = {
         name: summarise(results, None) for name, results in found.items() if name
@@ -115,7 +116,7 @@ async def _estimate(
 ) -> Cost:
     wanted = Cost()
     for name, latents in groups.items():
-        plan = plan_of(config, with_controls=not name)
+        plan = _questions_of(config, is_baseline=bool(name))
         wanted = wanted.plus(await estimate_all(latents, plan, caller))
     return wanted
 
@@ -125,6 +126,7 @@ async def _run(
     config: AutointerpConfig,
     out_dir: Path,
     client: Client,
+    tools: Tools | None,
     report: Progress,
 ) -> tuple[dict[str, list[Explained]], Caller]:
     answers = None
@@ -140,7 +142,7 @@ async def _run(
     found = {}
     try:
         for name, latents in groups.items():
-            plan = plan_of(config, with_controls=not name)
+            plan = plan_of(config, tools, is_baseline=bool(name))
             found[name] = await explain_all(latents, plan, caller, report)
     finally:
         if answers is not None:
@@ -148,14 +150,34 @@ async def _run(
     return found, caller
 
 
-def plan_of(config: AutointerpConfig, *, with_controls: bool = True) -> Plan:
-    """The explainer and the scorers that a config names."""
+def plan_of(
+    config: AutointerpConfig, tools: Tools | None = None, *, is_baseline: bool = False
+) -> Plan:
+    """The explainer and the scorers that a config names.
+
+    Baselines have no controls of their own, and no scorers that look into the model: those know the
+    dictionary alone.
+    """
+    names: list[ScorerName] = [
+        name for name in config.scorers if not (is_baseline and name in WITH_TOOLS)
+    ]
     return Plan(
         LLMExplainer(config.style, config.contrastive, config.logit_lens),
-        scorers_of(config.scorers),
+        scorers_of(names, tools),
         config.min_windows,
-        config.n_controls if with_controls else 0,
+        0 if is_baseline else config.n_controls,
     )
+
+
+def _questions_of(config: AutointerpConfig, *, is_baseline: bool) -> Plan:
+    """The same without what asks nobody, for the estimate."""
+    asking = [n for n in config.scorers if n not in WITH_TOOLS]
+    some = replace(config, scorers=tuple(asking) or ("detection",))
+    plan = plan_of(some, is_baseline=is_baseline)
+    scorers = plan.scorers if asking else ()
+    if "sensitivity" in config.scorers and not is_baseline:
+        scorers += (Sensitivity(None, lambda latent, texts: [0.0] * len(texts)),)  # noqa: ARG005
+    return replace(plan, scorers=scorers)
 
 
 def _with_tokens(
@@ -194,8 +216,10 @@ def client_of(config: AutointerpConfig) -> Client:
         return OpenAIClient(config.llm)
     from activations_cache.config import ModelConfig
     from activations_cache.models import load_model
+    from sae.explain.llm.constrained import ConstrainedClient
     from sae.explain.llm.local_client import LocalClient
 
     path = config.llm.model
+    kind = ConstrainedClient if config.llm.constrained else LocalClient
     with torch.no_grad():
-        return LocalClient(load_model(ModelConfig(path=path, dtype="float32")), path.split("/")[-1])
+        return kind(load_model(ModelConfig(path=path, dtype="float32")), path.split("/")[-1])

@@ -31,6 +31,7 @@ SINGLES_OUT = 0.5
 share of its firings are on it."""
 
 _CELLS = 1 << 24  # activations held at once
+_TENTHS = 10
 _LARGEST = 1 << 28  # latents x units that are correlated
 
 SCHEMA = pa.schema({
@@ -168,8 +169,19 @@ def words_with_a_latent(
     able = [word for word in np.flatnonzero(count >= 5).tolist() if names["word"][word].isalpha()]
     words = np.array(shuffled(able, "concepts")[: config.n_concepts], np.int64)
     has = np.array([int(word) in present for word in words], bool)
+    points = _points(count[words] / len(values), has)
     try:
         fit = completeness(count[words] / len(values), has, n_alive)
     except ValueError as error:
-        return {"reason": str(error), "n": len(words), "n_present": int(has.sum())}
-    return fit._asdict()
+        return {"reason": str(error), "n": len(words), "points": points}
+    return {**fit._asdict(), "points": points}
+
+
+def _points(frequency: np.ndarray, has: np.ndarray) -> list[list[float]]:
+    """Frequency, share with a latent and number of the words of each tenth by frequency."""
+    order = np.argsort(frequency, kind="stable")
+    return [
+        [float(np.exp(np.log(frequency[part]).mean())), float(has[part].mean()), len(part)]
+        for part in np.array_split(order, _TENTHS)
+        if len(part)
+    ]

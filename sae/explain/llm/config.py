@@ -17,6 +17,9 @@ class LLMConfig:
     """Name that the endpoint knows; for kind "local" a path as `cache.model.path` takes it."""
     kind: Literal["openai", "local"] = "openai"
     """Where the model runs."""
+    constrained: bool = True
+    """Whether a local model's numbers are the likeliest allowed ones, and its label what it writes
+    behind LABEL:; else it answers freely, and is asked again where it cannot be read."""
     base_url: str | None = None
     """Endpoint such as http://127.0.0.1:8000/v1; OpenAI's own when absent."""
     api_key: Literal["environment", "none"] = "environment"

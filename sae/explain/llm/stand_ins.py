@@ -1,5 +1,6 @@
 """Clients that are no language models: for tests, for trying a pipeline, for chance floors."""
 
+import json
 import random
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from sae.explain.llm.chat import (
     key_of,
 )
 
+_N_TEXTS = 10
 _RANGES = {"detection": (0, 1), "fuzzing": (0, 1), "rubric": (0, 3), "simulation": (0, 10)}
 
 
@@ -47,6 +49,8 @@ class ConstantClient:
             return reply(request, f"[{max(1, min(self._number, n))}]")
         if task in _RANGES:
             return reply(request, str([self._number] * n))
+        if task == "texts":
+            return reply(request, json.dumps([self._label] * _N_TEXTS))
         return reply(request, f"LABEL: {self._label}")
 
 

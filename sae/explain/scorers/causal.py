@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from activations_cache.hooks import edit
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.intervals import auc, wilson
-from sae.explain.judges import Judge
+from sae.explain.judges import Judge, Writer
 from sae.explain.llm.chat import CallFailedError
 from sae.explain.scorers.score import Score, scored
 from sae.explain.windows import LatentWindows
@@ -106,8 +106,8 @@ class Sensitivity:
     1 - (1 - density)^tokens.
     """
 
-    texts_for: Callable[[str], Awaitable[list[str]]]
-    """Label to texts that fit it: written by a language model, or chosen from a labelled set."""
+    texts_for: Callable[[str], Awaitable[list[str]]] | None
+    """Label to texts that fit it, such as those of a labelled set; None: the judge writes them."""
     peaks_on: Callable[[int, Sequence[str]], list[float]]
     """Latent and texts to its largest activation on each."""
     n_tokens: int = 32
@@ -119,12 +119,15 @@ class Sensitivity:
         self,
         latent: LatentWindows,
         explanation: str,
-        judge: Judge | None = None,  # noqa: ARG002
+        judge: Judge | None = None,
     ) -> Score:
         """Get texts, run them, count."""
         floor = 1 - (1 - latent.density) ** self.n_tokens
+        texts_for = self.texts_for or (judge.texts if isinstance(judge, Writer) else None)
+        if texts_for is None:
+            return Score(self.name, floor, 0, 0, reason="nobody to write texts")
         try:
-            texts = await self.texts_for(explanation)
+            texts = await texts_for(explanation)
         except CallFailedError as error:
             if error.reason == "budget":
                 raise

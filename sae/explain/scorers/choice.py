@@ -1,19 +1,63 @@
-"""The scorers that need nothing but a judge, by their names."""
+"""The scorers by their names, and what those of them need that look into a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
 
 from sae.explain.config import ScorerName
+from sae.explain.scorers.causal import NextLogProbs, OutputSide, Sensitivity
 from sae.explain.scorers.detection import Detection, Fuzzing
 from sae.explain.scorers.intruder import Intruder
 from sae.explain.scorers.rubric import Rubric
 from sae.explain.scorers.score import Scorer
 from sae.explain.scorers.simulation import Simulation
+from sae.explain.scorers.text import Embed, Embedding, LogLikelihood, Surprisal
 
 _SCORERS: dict[str, Scorer] = {
     scorer.name: scorer for scorer in (Detection(), Fuzzing(), Simulation(), Rubric(), Intruder())
 }
 
+WITH_TOOLS: tuple[ScorerName, ...] = ("embedding", "surprisal", "output side", "sensitivity")
+"""Those that need a model."""
 
-def scorers_of(names: Sequence[ScorerName]) -> tuple[Scorer, ...]:
-    """In the order of the names."""
-    return tuple([_SCORERS[name] for name in names])
+
+@dataclass(frozen=True)
+class Tools:
+    """What a model gives to scorers."""
+
+    embed: Embed
+    """Texts to vectors."""
+    log_likelihood: LogLikelihood
+    """How probable a text is after a prefix."""
+    next_log_probs: NextLogProbs
+    """What amplifying a latent does to the next token."""
+    promoted: Int[Tensor, "d_sae k"]
+    """Token ids by the logit lens."""
+    peaks_on: Callable[[int, Sequence[str]], list[float]]
+    """A latent's largest activation on texts."""
+
+
+def scorers_of(names: Sequence[ScorerName], tools: Tools | None = None) -> tuple[Scorer, ...]:
+    """In the order of the names.
+
+    Raises:
+        ValueError: If one needs a model and there is none.
+    """
+    known = dict(_SCORERS)
+    if tools is not None:
+        more: tuple[Scorer, ...] = (
+            Embedding(tools.embed),
+            Surprisal(tools.log_likelihood),
+            OutputSide(tools.next_log_probs, tools.promoted),
+            Sensitivity(None, tools.peaks_on),
+        )
+        known |= {scorer.name: scorer for scorer in more}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ValueError(
+            f"scorers must be {', '.join(known)} without a model, got {missing[0]!r}; "
+            "use `sae explain`, which has one"
+        )
+    return tuple([known[name] for name in names])

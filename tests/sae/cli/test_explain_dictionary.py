@@ -62,6 +62,26 @@ def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, 
     assert summary["n_done"] > 0
 
 
+def test_scorers_that_look_into_the_model(paths, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sae.cli.explaining.client_of", lambda config: ConstantClient(1))
+    arguments = [
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
+        "autointerp.llm.model=m", "autointerp.n_latents=3", "autointerp.n_baseline=2",
+        "autointerp.min_windows=2", "autointerp.windows.tokens=8", "rules.n_latents=5",
+        "rules.min_windows=2", "rules.windows.tokens=8", "n_baseline=0", "min_firings=5",
+        'autointerp.scorers=["embedding", "surprisal", "output side", "sensitivity"]',
+        'rules.scorers=["embedding", "surprisal", "output side", "sensitivity"]',
+    ]  # fmt: skip
+    assert sae(monkeypatch, *arguments) == 0, capsys.readouterr().err
+    asked = json.loads((tmp_path / "out" / "explanations.json").read_text())
+    executed = json.loads((tmp_path / "out" / "rules.json").read_text())
+    names = {"embedding", "surprisal", "output side", "sensitivity"}
+    assert asked["scores"].keys() == executed["scores"].keys() == names
+    assert all(asked["scores"][name]["mean"] is not None for name in names)
+    assert executed["scores"]["sensitivity"]["n"] == 0  # a rule writes no texts: no value, no 0
+    assert asked["baselines"]["raw neurons"]["scores"] == {}
+
+
 def test_a_dry_run_estimates_and_asks_nobody(paths, tmp_path, monkeypatch, capsys):
     def refuse(config):
         raise AssertionError("no client is needed")

@@ -71,6 +71,8 @@ def test_words_are_complete_where_they_are_frequent(codes_of, text_of):
         labels, names, text.values["word"], codes.n_fired, int(has.sum()), AtlasConfig()
     )
     assert found["n"] == n_words
+    assert sum(n for _, _, n in found["points"]) == n_words
+    assert found["points"][0][1] < 0.2 < 0.8 < found["points"][-1][1]
     assert found["share_present"] == pytest.approx(has.mean())
     boundary = zipf[n_with] / zipf.sum()
     assert boundary / 2 < found["f50"] < boundary * 2
