@@ -18,6 +18,7 @@ from sae.explain.scorers.score import Score
 from sae.explain.windows import LatentWindows
 
 STEM = "explanations"
+JSON_LINES = f"{STEM}.jsonl"
 NEURONPEDIA = "neuronpedia"
 
 _SCORE = pa.struct({
