@@ -15,6 +15,7 @@ MODULES = {
     "cpu": "benchmarks.bench_cpu_step",
     "cache": "benchmarks.bench_cache",
     "storage": "benchmarks.bench_storage",
+    "loop": "benchmarks.bench_loop",
     "labels": "benchmarks.bench_labels",
     "browser": "benchmarks.browser",
 }

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import activations_cache
 from activations_cache import io
+from activations_cache.builder import rank_of_this_process
 from activations_cache.progress import Progress
 from sae.browser import write_site
 from sae.cli import console
@@ -21,6 +22,7 @@ from sae.explain.config import AutointerpConfig
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import Subject
 from sae.explain.with_llm import client_of, label_with_llm
+from sae.train.curves import draw
 from sae.train.fit import train as train_dictionaries
 
 if TYPE_CHECKING:
@@ -39,7 +41,11 @@ def cache(run: "Run", report: Progress) -> None:
 def train(run: "Run", report: Progress) -> None:
     """Train all entries of `saes:`."""
     path = run.path("train")
-    train_dictionaries(run.cache, run.config.train, path, progress=report)
+    try:
+        train_dictionaries(run.cache, run.config.train, path, progress=report)
+    finally:  # after a signal as well: by then the checkpoint is written
+        if rank_of_this_process()[0] == 0:
+            draw(path)
 
 
 def evaluate(run: "Run", report: Progress) -> None:

@@ -21,6 +21,7 @@ STYLES = ("-", "--", ":", "-.")
 MOST_BANDS = 4
 """Curves, that of the run among them, with more of which bands hide each other."""
 PER_LINE = 4
+PANEL_INCHES, LEGEND_INCHES = 2.7, 0.6
 """Panels side by side."""
 
 
@@ -81,8 +82,12 @@ def draw(path: str | Path) -> Path | None:
     if not panels:
         return None
     n_lines = -(-len(panels) // PER_LINE)
-    figure = Figure(figsize=(3.9 * PER_LINE, 2.7 * n_lines + 0.5), dpi=110, layout="constrained")
+    height = PANEL_INCHES * n_lines + LEGEND_INCHES
+    figure = Figure(figsize=(3.9 * PER_LINE, height), dpi=110)
     places = figure.subplots(n_lines, PER_LINE, squeeze=False).flatten()
+    # layout engines draw everything twice to measure it
+    edges = {"left": 0.04, "right": 0.99, "top": 1 - 0.3 / height, "bottom": 1.05 / height}
+    figure.subplots_adjust(**edges, wspace=0.2, hspace=0.42)
     for axes, panel in zip(places, panels, strict=False):
         _draw_panel(axes, panel, curves)
     for axes in places[len(panels) :]:
@@ -94,7 +99,7 @@ def draw(path: str | Path) -> Path | None:
         for handle, label in zip(handles, labels, strict=True)
     }
     figure.legend(
-        shown.values(), shown.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=9
+        shown.values(), shown.keys(), loc="lower center", ncols=6, frameon=False, fontsize=9
     )
     data = bytes_io.BytesIO()
     figure.savefig(data, format="png")

@@ -1,6 +1,7 @@
 """Train the dictionaries of a TrainConfig from a cache, with Lightning; resumable at any moment."""
 
 import contextlib
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ import lightning
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import Logger
-from torch.utils.data import DataLoader, IterableDataset
 
 from activations_cache.config import TRAINING_SPLITS
 from activations_cache.progress import Progress, silent
@@ -49,8 +49,8 @@ NOT_OURS = (
 tensors, a killed run left logs behind; the last one is about Lightning's own code."""
 
 
-class CacheRows(IterableDataset):
-    """The rows of `cache.batches` from a given step on, for a DataLoader without a batch size."""
+class CacheRows:
+    """The rows of `cache.batches` from a given step on."""
 
     def __init__(
         self, cache: "ActivationCache", hook_points: tuple[str, ...], config: TrainConfig
@@ -92,8 +92,8 @@ def train(
     """Train every entry of `config.saes` side by side; returns each dictionary's directory.
 
     A run that was stopped goes on from its newest checkpoint, bit-equal on the CPU to one that
-    was not. The curves lie in `path/logs`, as CSV and for TensorBoard, and are drawn into
-    `path/curves.png`. Under torchrun or srun the processes train together (docs/cluster.md).
+    was not. The curves lie in `path/logs`, as CSV and for TensorBoard; `curves.draw(path)` makes a
+    picture of them. Under torchrun or srun the processes train together (docs/cluster.md).
 
     Raises:
         ValueError: If the cache gives less than one batch, or has not the hook points, or W&B is
@@ -149,12 +149,13 @@ def _train(
         made = []
         if ranks.is_first:
             made = loggers(path / curves.LOGS, rows.start, config.wandb, identity)
-        try:
-            _fit(module, DataLoader(rows, batch_size=None), made)
-            saver.save(module.n_steps, module.full_state())
-        finally:  # after a signal as well: by then the checkpoint is written
-            if ranks.is_first:
-                curves.draw(path)
+        _fit(module, rows, made)
+        if module.n_steps < total_steps:
+            raise OSError(
+                f"{cache.path} must give {total_steps} batches of {config.batch} rows, got "
+                f"{module.n_steps}; run `sae verify`"
+            )
+        saver.save(module.n_steps, module.full_state())
     provenance = {
         "cache": cache.fingerprint,
         "model": _model_of(cache),
@@ -226,7 +227,7 @@ def _identity(cache: "ActivationCache", config: TrainConfig, precision: str) -> 
     return digest({"cache": cache.fingerprint, "train": found, "precision": precision})
 
 
-def _fit(module: SAEModule, loader: DataLoader, made: list[Logger]) -> None:
+def _fit(module: SAEModule, rows: CacheRows, made: list[Logger]) -> None:
     """Run Lightning's loop; it is told of one process, as the steps talk to the others."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
@@ -243,7 +244,7 @@ def _fit(module: SAEModule, loader: DataLoader, made: list[Logger]) -> None:
             enable_model_summary=False,
         )
         try:
-            trainer.fit(module, loader)
+            trainer.fit(module, itertools.repeat(iter(rows)))
         except Stopped:
             raise
         except SystemExit as stop:  # Lightning's answer to Ctrl-C, which says nothing

@@ -1,6 +1,7 @@
 """The LightningModule: several TrainSteps over the same batches; no model in here."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 
 import lightning
 import torch
@@ -13,12 +14,16 @@ from sae.train.reads import Columns
 from sae.train.saver import Saver
 from sae.train.step import StepMetrics, TrainStep
 
+MOMENT = 0.1
+"""Seconds after which Lightning has its turn again: it takes a third of a millisecond."""
+
 
 class SAEModule(lightning.LightningModule):
     """Trains dictionaries side by side; the result of each is what it would be alone.
 
     Optimisation is manual: a TrainStep owns its optimiser, and Lightning's `global_step` stays
-    0, so this module counts the steps and stops the Trainer itself.
+    0, so this module counts the steps and stops the Trainer itself. What Lightning takes for a
+    batch is the iterator of all batches, again and again.
     """
 
     def __init__(
@@ -53,7 +58,18 @@ class SAEModule(lightning.LightningModule):
         self.after_step.signals.listen()
         self.meter.start()
 
-    def training_step(self, x: Float[Tensor, "batch width"], batch_idx: int) -> None:  # noqa: ARG002
+    def training_step(self, batches: Iterator[Tensor]) -> None:
+        """As many steps as begin within a moment; Lightning's own work is done once for them."""
+        until = time.monotonic() + MOMENT
+        for x in batches:
+            self.step(x.to(self.device, non_blocking=True))
+            if self.n_steps >= self.total_steps:
+                break
+            if time.monotonic() >= until:
+                return
+        self.trainer.should_stop = True
+
+    def step(self, x: Float[Tensor, "batch width"]) -> None:
         """One step of every dictionary on the same rows, of each its own hook points."""
         is_due = self.meter.before(self.n_steps + 1, self.total_steps)
         metrics = {}
@@ -65,8 +81,6 @@ class SAEModule(lightning.LightningModule):
         if is_due:
             self._log(metrics)
         self.after_step(self.n_steps, self.total_steps, self.full_state)
-        if self.n_steps >= self.total_steps:
-            self.trainer.should_stop = True
 
     def _require_finite(self, metrics: dict[str, StepMetrics]) -> None:
         bad = [name for name, m in metrics.items() if not bool(m.finite)]

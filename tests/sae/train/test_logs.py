@@ -4,6 +4,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.image import imread
 
 from activations_cache.synthetic import synthetic_plan, write_synthetic
@@ -38,6 +39,7 @@ def test_a_run_leaves_curves_as_csv_for_tensorboard_and_as_a_picture(cache, tmp_
     assert curves[""]["eta_seconds"][-1] == 0
     assert curves["topk"]["l0"][-1] == pytest.approx(3, abs=0.2)
     assert list((tmp_path / "run" / "logs" / "tensorboard").rglob("events.out.tfevents.*"))
+    assert draw(tmp_path / "run") == tmp_path / "run" / "curves.png"
     height, width, _ = imread(tmp_path / "run" / "curves.png").shape
     assert (height > 600, width > 1500) == (True, True)
     assert said[0] == "rows"
@@ -78,8 +80,9 @@ def test_wandb_is_one_more_logger_where_it_is_chosen(tmp_path, monkeypatch):
     """A resumed run goes on in the same run there: its id is that of what is trained on what."""
     made = []
 
-    class Recorder:
+    class Recorder(DummyLogger):
         def __init__(self, **settings):
+            super().__init__()
             made.append(settings)
 
     monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", Recorder)
