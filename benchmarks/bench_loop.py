@@ -5,8 +5,9 @@
 `bare` calls the step on rows in memory; `loop` is `sae.train.fit.train` as it is: rows are read
 from a cache on disk, Lightning, figures to CSV and TensorBoard every 20 steps, signals, progress.
 Both are timed from the end of the first step to the end of the last one, in turns; starting,
-compiling and the checkpoint at the end are outside. One thread; the reading thread has a core of
-its own only where one is free, so CPU time of the process is given beside the time by the clock.
+compiling and the checkpoint at the end are outside. The next rows are read by a thread of its own
+beside the step; where no core is free for it, the clock and the process's CPU time have its work in
+them, and on a machine that others use, theirs. The CPU time of the thread that trains has neither.
 """
 
 import argparse
@@ -39,7 +40,9 @@ class Time(NamedTuple):
     clock: float
     """Seconds."""
     cpu: float
-    """Seconds of the process, its threads together."""
+    """CPU seconds of the process, the thread that reads ahead among them."""
+    main: float
+    """CPU seconds of the thread that trains."""
 
 
 def main() -> None:
@@ -78,6 +81,7 @@ def measure(folder: Path, rounds: int, n_steps: int) -> dict:
         "bare_step_cpu_ms": 1e3 * min(one.cpu for one, _ in pairs) / (len(rows) - 1),
         "ratio_clock": _spread([loop.clock / one.clock for one, loop in pairs]),
         "ratio_cpu": _spread([loop.cpu / one.cpu for one, loop in pairs]),
+        "ratio_main_thread": _spread([loop.main / one.main for one, loop in pairs]),
         "ratio_of_fastest": min(loop.clock for _, loop in pairs)
         / min(one.clock for one, _ in pairs),
     }
@@ -102,12 +106,12 @@ def whole(cache: ActivationCache, config: TrainConfig, path: Path) -> Time:
 
 
 def _now() -> Time:
-    return Time(time.perf_counter(), time.process_time())
+    return Time(time.perf_counter(), time.process_time(), time.thread_time())
 
 
 def _between(ends: list[Time]) -> Time:
     first, last = ends[0], ends[-1]
-    return Time(last.clock - first.clock, last.cpu - first.cpu)
+    return Time(*(end - begin for begin, end in zip(first, last, strict=True)))
 
 
 def _spread(ratios: list[float]) -> dict[str, float]:

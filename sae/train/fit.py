@@ -165,13 +165,20 @@ def _train(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    for name, step in steps.items():
-        whole = step.whole()
-        if ranks.is_first:
-            own = {"hook_points": where[name].inputs, "recipe": asdict(step.config)}
-            save(whole, path / name, {**provenance, **own})
+    _save(steps, where, path, provenance)
     ranks.require_same(total_steps, "the number of steps")  # and all is there when one returns
     return {name: path / name for name in steps}
+
+
+def _save(
+    steps: dict[str, TrainStep], where: dict[str, Sites], path: Path, provenance: dict[str, Any]
+) -> None:
+    """Write every dictionary; the first process does."""
+    for name, step in steps.items():
+        whole = step.whole()
+        if step.ranks.is_first:
+            own = {"hook_points": where[name].inputs, "recipe": asdict(step.config)}
+            save(whole, path / name, {**provenance, **own})
 
 
 def _model_of(cache: "ActivationCache") -> dict[str, Any]:
