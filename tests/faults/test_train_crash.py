@@ -1,7 +1,9 @@
-"""Training may be killed at any moment: resumed, and resumed again, it ends with the same bits."""
+"""Killed at any moment and resumed, or beside others: training ends with the same bits."""
 
+import dataclasses
 import os
 import random
+import shutil
 import signal
 import time
 import warnings
@@ -9,7 +11,7 @@ import warnings
 import pytest
 
 from activations_cache.synthetic import synthetic_plan, write_synthetic
-from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from sae.architecture import BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from sae.train import checkpoint
 from sae.train.config import Adam, DictionaryConfig, TrainConfig
 from sae.train.fit import train
@@ -30,9 +32,13 @@ KINDS = {
     ),
     "tanh": DictionaryConfig(activation=JumpReLU(), tanh=Tanh(), preact=PreAct(), **COMMON),
     "gated": DictionaryConfig(activation=Gated(), l1=L1(), **COMMON),
+    "groupmax": DictionaryConfig(activation=GroupMax(k=3), **{**COMMON, "d_sae": 21}),
     "frozen": DictionaryConfig(activation=TopK(k=3), frozen="decoder", **COMMON),
 }
 SEED = 11
+CONFIG = TrainConfig(
+    saes=KINDS, batch=101, epochs=2, precision="fp32", checkpoint_seconds=0.01, seed=SEED
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,28 +74,66 @@ def kill_after_a_checkpoint(process, path, pause):
     os.waitpid(process, 0)
 
 
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory):
+    """What a run of every kind leaves that nothing disturbed."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    train(cache, CONFIG, path)
+    return path
+
+
+def require_same_bits(path, whole):
+    ours, theirs = newest(path), newest(whole)
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not ours[name].equal(theirs[name])]
+    for name in KINDS:
+        assert dictionary(path, name) == dictionary(whole, name)
+
+
+def dictionary(path, name):
+    return (path / name / "sae.safetensors").read_bytes()
+
+
 def test_a_training_of_every_kind_that_is_killed_twice_ends_with_the_same_bits(
-    cache, tmp_path, monkeypatch
+    cache, whole, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("activations_cache.io.fsync", lambda descriptor: None)
-    config = TrainConfig(
-        saes=KINDS, batch=101, epochs=2, precision="fp32", checkpoint_seconds=0.01, seed=SEED
-    )
     draw = random.Random(SEED)
     for _ in range(2):
-        process = started(cache, config, tmp_path / "killed")
+        process = started(cache, CONFIG, tmp_path / "killed")
         kill_after_a_checkpoint(process, tmp_path / "killed", 0.1 * draw.random())
-    process = started(cache, config, tmp_path / "killed")
+    process = started(cache, CONFIG, tmp_path / "killed")
     assert os.waitpid(process, 0)[1] == 0
     assert len(list(tmp_path.glob("killed/logs/csv/*"))) >= 2
+    require_same_bits(tmp_path / "killed", whole)
+
+
+@pytest.mark.long
+def test_thirty_random_kills_end_with_the_same_bits(cache, tmp_path, monkeypatch):
+    """At any moment: while dictionaries are made, in a step, while a checkpoint is written."""
+    monkeypatch.setattr("activations_cache.io.fsync", lambda descriptor: None)
+    config = dataclasses.replace(CONFIG, epochs=6)
+    draw, n_kills = random.Random(SEED), 0
+    while n_kills < 30:
+        process = started(cache, config, tmp_path / "killed")
+        time.sleep(draw.uniform(0.05, 1.2))
+        if os.waitpid(process, os.WNOHANG) != (0, 0):  # it is done: once more from the beginning
+            shutil.rmtree(tmp_path / "killed")
+            continue
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        n_kills += 1
+    process = started(cache, config, tmp_path / "killed")
+    assert os.waitpid(process, 0)[1] == 0
     train(cache, config, tmp_path / "whole")
-    states = [newest(tmp_path / path) for path in ("killed", "whole")]
-    assert states[0].keys() == states[1].keys()
-    differ = [name for name in states[0] if not states[0][name].equal(states[1][name])]
-    assert not differ
-    for name in KINDS:
-        ours, theirs = (tmp_path / p / name / "sae.safetensors" for p in ("killed", "whole"))
-        assert ours.read_bytes() == theirs.read_bytes()
+    require_same_bits(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_alone_ends_with_the_bits_that_it_has_in_the_list(kind, cache, whole, tmp_path):
+    alone = dataclasses.replace(CONFIG, saes={kind: KINDS[kind]})
+    train(cache, alone, tmp_path / "run")
+    assert dictionary(tmp_path / "run", kind) == dictionary(whole, kind)
 
 
 def newest(path):

@@ -1,0 +1,97 @@
+"""What cannot be trained is refused in one line that says what must hold and what was given."""
+
+import pytest
+import torch
+
+from activations_cache.synthetic import synthetic_plan, write_synthetic
+from sae import pretrained
+from sae.architecture import TopK
+from sae.autoencoder import SparseAutoencoder, initialise
+from sae.train.config import L1, DictionaryConfig, TrainConfig
+from sae.train.fit import train
+from sae.train.loss_config import FixedPrefixes
+from sae.train.memory import free_on_cpu
+
+D_IN = 7
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    plan = synthetic_plan({"a.1:out": D_IN}, n_examples=31, dtype="float32")
+    return write_synthetic(tmp_path_factory.mktemp("cache") / "cache", plan)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> str:
+    """A dictionary that reads 13 columns."""
+    made = SparseAutoencoder(DictionaryConfig(d_sae=23, activation=TopK(k=3)).architecture(13))
+    initialise(made, torch.Generator().manual_seed(0))
+    path = tmp_path_factory.mktemp("wide") / "wide"
+    pretrained.save(made, path)
+    return str(path)
+
+
+def topk(**fields):
+    return DictionaryConfig(**{"d_sae": 23, "activation": TopK(k=3), **fields})
+
+
+CASES = {
+    "k > d_sae": (
+        lambda wide: topk(activation=TopK(k=24)),
+        "activation.k must be at most d_sae=23, got 24",
+    ),
+    "prefixes beyond d_sae": (
+        lambda wide: topk(matryoshka=FixedPrefixes(ends=(5, 29))),
+        "matryoshka.ends must be below d_sae=23, got 29",
+    ),
+    "L1 with TopK": (
+        lambda wide: topk(l1=L1()),
+        "l1 must be absent for activation.kind 'topk', got L1(coefficient=5.0, ramp=0.05)",
+    ),
+    "cache narrower than d_in": (
+        lambda wide: topk(init_from=wide),
+        "init_from must be a dictionary with d_in=7, got 13 in {wide}; choose",
+    ),
+    "hook point missing": (
+        lambda wide: topk(inputs=("a.2:out",)),
+        "saes.a.inputs must name hook points of the cache (a.1:out), got 'a.2:out'",
+    ),
+    "width that cannot fit": (
+        lambda wide: topk(d_sae=free_on_cpu() // (16 * D_IN)),
+        "train.saes must fit into the memory of cpu, ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_refused_before_the_first_step(case, cache, wide, tmp_path):
+    make, message = CASES[case]
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the whole message is compared
+        train(cache, TrainConfig(saes={"a": make(wide)}, batch=53), tmp_path / "run")
+    said = str(refused.value)
+    assert said.startswith(message.format(wide=wide)), said
+    assert "\n" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_three_steps_in_a_row_that_are_not_finite_end_the_run(cache, tmp_path, monkeypatch):
+    """Two and a good one between them do not; the last checkpoint is that of a good step."""
+    batches = type(cache).batches
+
+    def poisoned(self, *args, **named):
+        for n, batch in enumerate(batches(self, *args, **named)):
+            x = batch.x.clone()
+            x[3, 5] = float("nan") if n in {1, 2, 4, 5, 6} else x[3, 5]
+            yield batch._replace(x=x)
+
+    monkeypatch.setattr(type(cache), "batches", poisoned)
+    seen = []
+    config = TrainConfig(saes={"a": topk()}, batch=53, epochs=2, precision="fp32")
+    with pytest.raises(FloatingPointError) as ended:
+        train(cache, config, tmp_path / "run", progress=lambda done, *_: seen.append(done // 53))
+    assert str(ended.value) == (
+        "the loss of a must be finite, got three steps in a row that are not, up to step 7; lower "
+        "optimizer.lr or check the cache"
+    )
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "run" / "a").exists()
