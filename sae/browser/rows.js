@@ -16,7 +16,7 @@ class RowTable {
     this.body = el("tbody", { role: "rowgroup", onkeydown: (event) => this.onKey(event) });
     this.node = el(
       "table",
-      { class: "rows", role: "table", "aria-label": label },
+      { class: "rows", role: "table", "aria-label": label, "--columns": columns.length },
       el("thead", { role: "rowgroup" }, this.head),
       this.body,
     );
@@ -58,7 +58,7 @@ class RowTable {
   }
 
   height() {
-    return matchMedia("(max-width: 720px)").matches ? 74 : 36; // rows.css has the same numbers
+    return matchMedia("(max-width: 900px)").matches ? 74 : 36; // rows.css has the same numbers
   }
 
   draw() {

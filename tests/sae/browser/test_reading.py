@@ -54,6 +54,7 @@ NAMELESS = """[...document.querySelectorAll(
 ).map((node) => node.outerHTML.slice(0, 90))"""
 TWICE = """[...document.querySelectorAll('[id]')].map((n) => n.id)
   .filter((id, i, all) => all.indexOf(id) < i)"""
+OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 LEVELS = """[...document.querySelectorAll('h1, h2, h3, h4')].map((n) => Number(n.tagName[1]))"""
 
 
@@ -70,15 +71,24 @@ def test_text_stands_out_and_nothing_overflows_at_any_width(
     wears(reader, scheme)
     reader.size(2560, 1300)
     reader.load(example, address)
-    for width in (2560, 1024, 360):
+    for width in (2560, 1024, 760, 360):
         reader.size(width, 800)
         reader.frames()
-        overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        assert reader.run(overflow) <= 0
+        assert reader.run(OVERFLOW) <= 0
     assert reader.run(CONTRAST) == []
     reader.size(1024, 800)
     reader.frames()
     assert reader.run(CONTRAST) == []
+
+
+def test_words_without_end_widen_nothing(reader: Any, site: Any) -> None:
+    page = site(n_latents=31, payload="averylongwordwithoutanyspace" * 9)
+    for address in ("#overview", "#d0/table", "#d0/latent/12", "#c0", "#c0/pair/12"):
+        reader.load(page, address)
+        for width in (1024, 360):
+            reader.size(width, 800)
+            reader.frames()
+            assert reader.run(OVERFLOW) <= 0
 
 
 @pytest.mark.parametrize("address", VIEWS)
