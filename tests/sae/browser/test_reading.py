@@ -91,6 +91,17 @@ def test_words_without_end_widen_nothing(reader: Any, site: Any) -> None:
             assert reader.run(OVERFLOW) <= 0
 
 
+@pytest.mark.parametrize("width", [2560, 1280, 1024, 360])
+def test_a_token_of_the_logit_lens_stays_on_one_line(
+    width: int, reader: Any, example: Path
+) -> None:
+    reader.size(width, 800)
+    reader.load(example, "#d0/latent/12")
+    chips = "[...document.querySelectorAll('.lens .chip')]"
+    assert reader.run(f"{chips}.length") >= 4
+    assert reader.run(f"Math.max(...{chips}.map(c => c.getBoundingClientRect().height))") < 30
+
+
 @pytest.mark.parametrize("address", VIEWS)
 def test_controls_have_names_and_headings_an_order(
     address: str, reader: Any, example: Path
