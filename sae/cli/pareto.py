@@ -19,6 +19,10 @@ MARGIN = 1.4
 """Factor of L0 that is left free on either side."""
 
 
+WIDE = 4.0
+"""Largest by smallest value from which on a figure is drawn on a logarithmic scale."""
+
+
 class Series(NamedTuple):
     """One group."""
 
@@ -41,14 +45,15 @@ def plot(panels: Sequence[Panel], target: float, path: Path) -> Path:
     figure = Figure(figsize=(4.2 * len(panels), 4.4), dpi=140, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
-        _draw(axis, panel, target)
+        draw(axis, panel, target)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path)
     return path
 
 
-def _draw(axis: Axes, panel: Panel, target: float) -> None:
+def draw(axis: Axes, panel: Panel, target: float) -> None:
+    """Draw one panel."""
     for number, series in enumerate(panel.series):
         colour = COLOURS[number % len(COLOURS)]
         marker = MARKERS[number % len(MARKERS)]
@@ -69,8 +74,18 @@ def _draw(axis: Axes, panel: Panel, target: float) -> None:
     axis.tick_params(labelsize=8)
     found = [p.l0 for series in panel.series for p in series.points if p.l0 > 0] + [target]
     low, high = min(found) / MARGIN, max(found) * MARGIN
-    ticks = [m * 10.0**e for e in range(-1, 7) for m in (1, 1.5, 2, 3, 5, 7)]
     axis.set_xlim(low, high)
-    axis.set_xticks([tick for tick in ticks if low <= tick <= high])
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xticks(_ticks(low, high))
+    values = [p.value for series in panel.series for p in series.points]
+    values += [p.value for p in panel.baselines.values()]
+    if min(values) > 0 and max(values) > WIDE * min(values):
+        axis.set_yscale("log")  # or baselines press what is compared into a line
+        axis.set_yticks(_ticks(*axis.get_ylim()))
+    for part in (axis.xaxis, axis.yaxis):
+        part.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        part.set_minor_locator(NullLocator())
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    ticks = [m * 10.0**e for e in range(-6, 7) for m in (1, 1.5, 2, 3, 5, 7)]
+    return [tick for tick in ticks if low <= tick <= high]

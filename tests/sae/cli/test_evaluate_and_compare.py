@@ -1,6 +1,7 @@
 """`sae evaluate DICT...` and `sae compare` on a tiny model's cache."""
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -8,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import activations_cache
 from sae import pretrained
-from sae.cli import main
+from sae.cli import main, pareto
+from sae.cli.pareto import Panel, Series
 from sae.evaluate.baselines import covariance_of, principal_components, random_dictionary
+from sae.evaluate.comparison import Point
 
 HOOK = "model.layers.1:out"
 
@@ -127,6 +131,17 @@ def test_named_groups_and_no_model(monkeypatch, capsys, trained):
     assert set(record["groups"].values()) == {"all"}
     assert record["report"]["substitution"] == {}
     assert record["comparisons"] == {"FVU": []}
+
+
+@pytest.mark.parametrize(
+    ("baseline", "scale"), [(0.3, "linear"), (4.0, "log"), (-1.0, "linear"), (math.nan, "linear")]
+)
+def test_far_baselines_do_not_press_the_compared_into_a_line(baseline, scale):
+    points = [Point(l0=30.0, value=0.2), Point(l0=40.0, value=0.15)]
+    panel = Panel("FVU", [Series("a", points, points)], {"b": Point(l0=30.0, value=baseline)})
+    axis = Figure().subplots()
+    pareto.draw(axis, panel, 32.0)
+    assert axis.get_yscale() == scale
 
 
 def refused(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
