@@ -1,7 +1,6 @@
 """The browser's site of a whole run, or of one dictionary and its labels."""
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,12 +8,12 @@ import activations_cache
 from activations_cache.models import load_model
 from activations_cache.progress import Progress
 from sae import pretrained
-from sae.browser import Curve, Histogram, Site, SteeringExample
+from sae.browser import Curve, Site, SteeringExample
 from sae.cli.browse_site import comparisons_of, dictionary_of
 from sae.cli.browse_subject import Around, Subject
 from sae.cli.caches import model_of
 from sae.cli.report import result_table
-from sae.evaluate.report import EvaluationReport, read_json
+from sae.evaluate.report import read_json
 from sae.explain.tables import SUMMARY
 from sae.train.curves import read_curves
 
@@ -54,10 +53,7 @@ def site_of_run(run: "Run", report: Progress) -> Site:
         ),
         results=result_table(run, measured, with_labels=True),
         curves=_curves(run),
-        dictionaries=tuple(
-            dictionary_of(subject, around, _histogram(measured, subject.name), report)
-            for subject in subjects
-        ),
+        dictionaries=tuple(dictionary_of(subject, around, report) for subject in subjects),
         steering=(SteeringExample(**shown),) if shown else (),
         comparisons=comparisons_of(subjects, report),
         cautions=CAUTIONS,
@@ -75,12 +71,6 @@ def _curves(run: "Run") -> tuple[Curve, ...]:
         for name in run.dictionaries
         if name in found
     )
-
-
-def _histogram(measured: EvaluationReport, name: str) -> Histogram:
-    firing = measured.firing[name]
-    edges = tuple(math.log10(edge) for edge in firing.density_edges)
-    return Histogram(edges, tuple(firing.density_histogram), log10=True)
 
 
 def site_of_dictionary(path: Path, cache_path: str | None, report: Progress) -> Site:
@@ -114,6 +104,6 @@ def site_of_dictionary(path: Path, cache_path: str | None, report: Progress) -> 
         title=path.name,
         subtitle="A dictionary, labelled without an LLM.",
         facts=tuple(fact for fact in facts if fact[1]),
-        dictionaries=(dictionary_of(subject, around, None, report),),
+        dictionaries=(dictionary_of(subject, around, report),),
         cautions=CAUTIONS,
     )

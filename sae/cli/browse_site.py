@@ -23,6 +23,7 @@ from sae.explain.atlas.plane import plane
 from sae.explain.codes import encode_rows
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.results import STEM
+from sae.explain.rule_scores import STEM as RULES
 from sae.explain.tables import EXAMPLES, LATENTS, LatentRecord, read_latents
 
 N_PROMOTED, N_NEIGHBOURS, N_CLUSTERS = 10, 8, 12
@@ -32,9 +33,7 @@ LEAST_COSINE = 0.5
 N_RANDOM = 1000
 
 
-def dictionary_of(
-    subject: Subject, around: Around, histogram: Histogram | None, report: Progress
-) -> Dictionary:
+def dictionary_of(subject: Subject, around: Around, report: Progress) -> Dictionary:
     """Everything about one dictionary; its latents are read from the files as they are written."""
     records = read_latents(subject.explained / LATENTS)
     known = _known(subject, around, report)
@@ -54,7 +53,7 @@ def dictionary_of(
             *(Column(f"llm:{scorer}", scorer, "score") for scorer in scorers),
             Column("n_fired", "firings", "count", note="rows on which it fires"),
         ),
-        density_histogram=histogram or _histogram(records),
+        density_histogram=_histogram(records),
         latents=Latents(records, subject.explained / EXAMPLES, known),
         map=_map(rows, records) if len(records) >= 3 else None,
     )
@@ -113,13 +112,31 @@ def _together(
 
 
 def read_explained(explained: Path) -> dict[int, dict]:
-    """What a language model said of latents, by latent; empty where none was asked."""
-    file = explained / f"{STEM}.jsonl"
+    """What scorers and a language model said of latents, by latent; empty where none was asked.
+
+    Scores of labels that were executed as rules come after the others, by names of their own.
+    """
+    found: dict[int, dict] = {}
+    for stem, prefix in ((STEM, ""), (RULES, "rule: ")):
+        for record in _records(explained / f"{stem}.jsonl"):
+            nothing = {"explanation": None, "scores": [], "controls": {}}
+            known = found.setdefault(record["latent"], nothing)
+            known["explanation"] = known["explanation"] or (not prefix and record["explanation"])
+            known["scores"] += _named(record["scores"], prefix)
+            for control, scores in record["controls"].items():
+                known["controls"].setdefault(control, []).extend(_named(scores, prefix))
+    return found
+
+
+def _records(file: Path) -> list[dict]:
     if not file.is_file():
-        return {}
+        return []
     with file.open(encoding="utf-8") as lines:
-        found = [json.loads(line) for line in lines]
-    return {record["latent"]: record for record in found}
+        return [json.loads(line) for line in lines]
+
+
+def _named(scores: list[dict], prefix: str) -> list[dict]:
+    return [score | {"scorer": prefix + score["scorer"]} for score in scores]
 
 
 def _histogram(records: list[LatentRecord]) -> Histogram | None:

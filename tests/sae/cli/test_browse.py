@@ -1,5 +1,6 @@
 """The prompt view's answers, and what serving a run's browser says."""
 
+import json
 import socket
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from sae.browser import write_site
 from sae.browser.server import BrowserServer
 from sae.cli import browsing, main
 from sae.cli.browse_prompt import MAX_TOKENS, PromptReader
+from sae.cli.browse_site import read_explained
 from sae.cli.browsing import Asked
 from sae.cli.chain import Run
 
@@ -66,6 +68,27 @@ def test_a_text_that_cannot_be_read_is_refused(run: Run) -> None:
     with pytest.raises(ValueError, match=f"text must have 1 to {MAX_TOKENS} tokens, got"):
         PromptReader(run)("topk", "a b " * MAX_TOKENS)
     assert len(PromptReader(run)("topk", "lone \ud800 surrogate").tokens) > 1
+
+
+def said(latent: int, **more: object) -> str:
+    score = {"scorer": "detection", "value": 0.75, "low": 0.5, "high": 1.0, "floor": 0.5, "n": 7,
+             "reason": ""}  # fmt: skip
+    record = {"latent": latent, "explanation": None, "scores": [score],
+              "controls": {"another's label": [score]}}  # fmt: skip
+    return json.dumps(record | more) + "\n"
+
+
+def test_scores_of_rules_stand_beside_those_of_a_language_model(tmp_path: Path) -> None:
+    text = {"text": "rivers", "client": "lm", "method": "m", "borrowed_from": None}
+    (tmp_path / "explanations.jsonl").write_text(said(3, explanation=text))
+    (tmp_path / "rules.jsonl").write_text(said(3, explanation=text) + said(5, explanation=text))
+    found = read_explained(tmp_path)
+    assert [score["scorer"] for score in found[3]["scores"]] == ["detection", "rule: detection"]
+    names = [score["scorer"] for score in found[3]["controls"]["another's label"]]
+    assert names == ["detection", "rule: detection"]
+    assert found[3]["explanation"] == text
+    assert not found[5]["explanation"]  # the rule is the label itself
+    assert read_explained(tmp_path / "nothing") == {}
 
 
 @pytest.fixture
