@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from activations_cache.config import TRAINING_SPLITS
 from sae.architecture import SAEConfig, Slice
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import DictionaryConfig
+from sae.train.initial import refine_
 from sae.train.sites import Sites
 from sae.train.warm_start import start_from
 
@@ -27,14 +29,29 @@ def new_autoencoder(
     if entry.init_from is not None:
         return start_from(entry.init_from, form, unit_norm=entry.unit_norm)
     autoencoder = SparseAutoencoder(form)
+    generator = torch.Generator().manual_seed(seed if entry.seed is None else entry.seed)
     initialise(
         autoencoder,
-        torch.Generator().manual_seed(seed if entry.seed is None else entry.seed),
+        generator,
         mean=_mean(outputs or inputs),
         mean_in=_mean(inputs),
         decoder_norm=entry.decoder_norm,
     )
+    refine_(autoencoder, entry, lambda: _drawn(cache, where, entry.init.n_rows, generator))
     return autoencoder
+
+
+def _drawn(
+    cache: "ActivationCache", where: Sites, n: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_out"]]:
+    """Rows of the cache that are trained on: what is read, and what is predicted."""
+    every = cache.rows(TRAINING_SPLITS)
+    rows = every[torch.randperm(len(every), generator=generator)[:n]]
+    both = [
+        torch.cat([cache[point][rows] for point in points], dim=1)
+        for points in (where.inputs, where.outputs or where.inputs)
+    ]
+    return both[0], both[1]
 
 
 class Unit(NamedTuple):

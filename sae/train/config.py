@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from activations_cache.checks import at_least, positive, require
 from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK, check_k
+from sae.train.init_config import Init, Tied
 from sae.train.log_config import Wandb
 from sae.train.loss_config import (
     L0,
@@ -30,7 +31,7 @@ PENALTIES = ("l1", "p_anneal", "l0", "tanh")
 TERMS = (*PENALTIES, "preact", "auxk", "multi_topk", "matryoshka", "k_anneal", "control")
 """Fields of a DictionaryConfig that not every activation takes."""
 
-_TOPK, _ADAM = TopK(), Adam()
+_TOPK, _ADAM, _TIED = TopK(), Adam(), Tied()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,8 @@ class DictionaryConfig:
     """Makes a baseline: what stays random, or, if soft, within a cosine of 0.8 of it."""
     optimizer: Optimizer = _ADAM
     """The optimiser and its schedule."""
+    init: Init = _TIED
+    """Where the weights begin."""
     resample: Resample | None = None
     """Dead latents begin again from rows that are reconstructed badly."""
     ema: float | None = None
@@ -136,7 +139,11 @@ class DictionaryConfig:
             require(self.accumulate == 1, "accumulate", rule, self.accumulate)
         rule = f"be absent beside frozen {self.frozen!r}, which it would move"
         require(self.resample is None or self.frozen == "none", "resample", rule, self.resample)
+        rule = "be 'mean' beside input_norm"
+        plain = self.input_norm == "none" or self.init.bias == "mean"
+        require(plain, "init.bias", rule, self.init.bias)
         if self.init_from is not None:
+            require(self.init == _TIED, "init", "be absent beside init_from", self.init)
             require(bool(self.init_from), "init_from", "name a dictionary", self.init_from)
             require(self.seed is None, "seed", "be absent beside init_from", self.seed)
         if self.seed is not None:

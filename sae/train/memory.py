@@ -1,17 +1,19 @@
 """How much memory training takes, from the config alone; no torch here.
 
 With S the size of the trained weights in fp32, A that of a dense (batch, d_sae) matrix and X that
-of the rows: S each for weights and gradients, 2 S for Adam's moments, 4 X for rows and
-reconstructions, and for the activations what the kind of dictionary holds at once: a piece of
-fixed size (sparse kinds), one A (ReLU and JumpReLU in one op), or about 7 A (the kinds that torch
-differentiates). Peaks measured on a CPU agree within 15 % (tests/sae/train/test_memory.py).
-AuxK is not counted: its three (batch, dead) matrices depend on how many latents die.
+of the rows: S each for weights and gradients, 2 S for Adam's moments (other optimisers: `MOMENTS`),
+S for a mean of the weights, 4 X for rows and reconstructions, and for the activations what the kind
+of dictionary holds at once: a piece of fixed size (sparse kinds), one A (ReLU and JumpReLU in one
+op), or about 7 A (the kinds that torch differentiates), A being that of one part where a batch is
+cut into parts. AuxK works with the dead latents alone, dense: it is counted for `DEAD` of them.
+Peaks measured on a CPU agree within 15 % (tests/sae/train/test_memory.py).
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
 from sae.train.config import DictionaryConfig
+from sae.train.optim_config import Adam
 
 FLOAT = 4
 MIB = 1 << 20
@@ -21,6 +23,14 @@ CHUNK = 16 * MIB
 """What `sae_kernels` works on at a time in a CPU's memory."""
 GPU_WORKSPACE = 256 * MIB
 """What it works on at a time on a GPU."""
+DEAD = 0.2
+"""Share of the latents for which AuxK's memory is counted; how many die, no config tells."""
+AUXK_DENSE = 2.0
+"""Matrices (batch, dead) that AuxK holds at once."""
+SOFT = 2.15
+"""Temporaries of turning the rows of a soft decoder back, in units of the weights."""
+MOMENTS = {"float32": 2.0, "bfloat16": 1.0, "int8": 0.55, "muon": 1.0, "schedule_free": 3.0}
+"""What the optimiser keeps of the weights it trains, in units of their size."""
 MEMORY_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -33,6 +43,8 @@ class Memory(NamedTuple):
     """Their gradients."""
     moments: int
     """The optimiser's moments."""
+    means: int
+    """A running mean of the weights, and the directions that a soft decoder stays near to."""
     activations: int
     """Rows, latents and reconstructions."""
     workspace: int
@@ -44,7 +56,7 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def estimate(
+def estimate(  # noqa: PLR0913
     config: DictionaryConfig,
     d_in: int,
     batch: int,
@@ -53,6 +65,7 @@ def estimate(
     precision: str = "fp32",
     shards: int = 1,
     on_gpu: bool = False,
+    dead: float = DEAD,
 ) -> Memory:
     """Memory of one dictionary in one process.
 
@@ -64,22 +77,35 @@ def estimate(
         precision: "fp32" or "bf16".
         shards: Processes that split the latents.
         on_gpu: Whether the kernels' larger workspace on a GPU is taken.
+        dead: Share of the latents that AuxK has to work with, if there is one.
     """
     d_out = d_in if d_out is None else d_out
     d_sae = -(-config.d_sae // shards)
     weights = FLOAT * d_sae * (d_in + d_out)
-    dense = FLOAT * batch * d_sae
+    trained = {"none": 1.0, "soft_decoder": 1.0}.get(config.frozen, 0.5) * weights
+    dense = FLOAT * -(-batch // config.accumulate) * d_sae
     rows = 2 * FLOAT * batch * (d_in + d_out)
     held, pieces = _held(config, precision)
+    if config.auxk is not None:
+        low = 0.5 if precision == "bf16" or config.auxk.products == "bf16" else 1.0
+        held += AUXK_DENSE * low * dead
+    passing = int(SOFT * weights) if config.frozen == "soft_decoder" else 0
     copies = weights // 4 if precision == "bf16" else 0  # of the encoder, in half as many bytes
     chunk = GPU_WORKSPACE if on_gpu else CHUNK
     return Memory(
         weights,
-        weights if config.frozen == "none" else weights // 2,
-        2 * (weights if config.frozen == "none" else weights // 2),
+        int(trained),
+        int(_moments(config) * trained),
+        int(trained) * (config.ema is not None) + weights // 2 * (config.frozen == "soft_decoder"),
         rows + int(held * dense),
-        int(pieces * min(chunk, dense)) + copies + FIXED,
+        int(pieces * min(chunk, dense)) + copies + passing + FIXED,
     )
+
+
+def _moments(config: DictionaryConfig) -> float:
+    """What the optimiser keeps, in units of what is trained."""
+    optimizer = config.optimizer
+    return MOMENTS[optimizer.states if isinstance(optimizer, Adam) else optimizer.kind]
 
 
 def _held(config: DictionaryConfig, precision: str) -> tuple[float, float]:

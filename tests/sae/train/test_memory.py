@@ -1,5 +1,6 @@
 """The estimate of the memory, against the peak of real steps; what cannot fit never begins."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,10 +10,11 @@ import pytest
 
 from activations_cache.synthetic import synthetic_plan, write_synthetic
 from sae.architecture import Gated, JumpReLU, ReLU, TopK
-from sae.train.config import DictionaryConfig, TrainConfig
+from sae.train.config import Adam, AuxK, DictionaryConfig, TrainConfig
 from sae.train.fit import train
 from sae.train.loss_config import L0, L1, Tanh
 from sae.train.memory import estimate, free_on_cpu
+from sae.train.optim_config import Muon, ScheduleFree
 
 MEASURE = """
 import json, sys, torch
@@ -25,17 +27,19 @@ def memory(key):
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
-def peak(kind, d_in, d_sae, batch, precision):
+def peak(kind, d_in, d_sae, batch, precision, dead=0.0):
     config, before = config_of(kind, d_sae), memory("VmRSS")
     made = SparseAutoencoder(config.architecture(d_in))
     initialise(made, torch.Generator().manual_seed(0))
     step = TrainStep(made, config, 9, precision=precision)
     open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
     for _ in range(3):
+        step.silent_rows.zero_()
+        step.silent_rows[: round(dead * d_sae)] = 1 << 40
         step(torch.randn(batch, d_in))
     return memory("VmHWM") - before
 
-for kind in ("topk", "relu", "jumprelu", "tanh", "gated"):
+for kind, *_ in CASES:
     peak(kind, 64, 512, 64, "fp32")  # what libraries take once
 print(json.dumps([peak(*case) for case in CASES]))
 """
@@ -50,11 +54,32 @@ CASES = [
     ("jumprelu", 512, 16384, 2048, "fp32"),
     ("tanh", 256, 8192, 2048, "fp32"),
     ("gated", 512, 8192, 1024, "fp32"),
+    ("auxk", 512, 16384, 1024, "fp32", 0.2),
+    ("auxk", 512, 8192, 2048, "fp32", 0.5),
+    ("ema", 512, 16384, 1024, "fp32"),
+    ("soft", 512, 16384, 1024, "fp32"),
+    ("parts", 256, 8192, 4096, "fp32"),
+    ("bf16 states", 512, 16384, 1024, "fp32"),
+    ("int8 states", 512, 16384, 1024, "fp32"),
+    ("muon", 512, 16384, 1024, "fp32"),
+    ("schedule_free", 512, 16384, 1024, "fp32"),
 ]
+OTHERS = {
+    "auxk": {"auxk": AuxK()},
+    "ema": {"ema": 0.99},
+    "soft": {"frozen": "soft_decoder"},
+    "bf16 states": {"optimizer": Adam(states="bfloat16")},
+    "int8 states": {"optimizer": Adam(states="int8")},
+    "muon": {"optimizer": Muon()},
+    "schedule_free": {"optimizer": ScheduleFree()},
+}
 
 
 def config_of(kind, d_sae):
+    if kind in OTHERS:
+        return DictionaryConfig(d_sae=d_sae, activation=TopK(), **OTHERS[kind])
     return {
+        "parts": lambda: dataclasses.replace(config_of("relu", d_sae), accumulate=4),
         "topk": lambda: DictionaryConfig(d_sae=d_sae, activation=TopK()),
         "relu": lambda: DictionaryConfig(d_sae=d_sae, activation=ReLU(), l1=L1(), unit_norm=False),
         "jumprelu": lambda: DictionaryConfig(d_sae=d_sae, activation=JumpReLU(), l0=L0()),
@@ -76,8 +101,9 @@ def test_the_estimate_is_within_15_percent_of_the_peak(repository):
         check=True,
     )
     for case, peak in zip(CASES, json.loads(done.stdout), strict=True):
-        kind, d_in, d_sae, batch, precision = case
-        found = estimate(config_of(kind, d_sae), d_in, batch, precision=precision).total
+        kind, d_in, d_sae, batch, precision, *dead = case
+        config, share = config_of(kind, d_sae), sum(dead)
+        found = estimate(config, d_in, batch, precision=precision, dead=share).total
         assert abs(found / peak - 1) < 0.15, (case, found, peak)
 
 
@@ -89,6 +115,28 @@ def test_the_estimate_counts_weights_four_times_and_shards_divide_them():
     part = estimate(config, 4096, 8192, shards=8)
     assert part.weights * 8 == whole.weights
     assert part.activations == whole.activations
+
+
+def test_what_a_config_adds_is_counted():
+    """In units of the weights: a mean of them, smaller states; AuxK for the share that is dead."""
+
+    def parts(kind, **named):
+        return estimate(config_of(kind, 1 << 16), 512, 4096, **named)
+
+    plain = parts("topk")
+    assert parts("ema").means == plain.weights
+    assert [parts(k).moments for k in ("bf16 states", "muon", "schedule_free")] == [
+        plain.weights,
+        plain.weights,
+        3 * plain.weights,
+    ]
+    assert parts("int8 states").moments < 0.6 * plain.weights
+    dense = 4 * 4096 << 16
+    assert parts("auxk", dead=0.5).total - plain.total == dense
+    assert parts("auxk", dead=0.5, precision="bf16").activations - plain.activations == dense // 2
+    assert parts("auxk").total > plain.total
+    whole, in_parts = (parts(kind).activations for kind in ("relu", "parts"))
+    assert whole - in_parts == dense * 3 // 4
 
 
 def test_a_width_that_cannot_fit_is_refused_before_the_first_step(tmp_path):
