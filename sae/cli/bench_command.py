@@ -9,7 +9,7 @@ import typer
 
 from sae.config import ConfigError
 
-Bench = Literal["auto", "gpu", "cpu", "cache", "storage", "labels", "browser"]
+Bench = Literal["auto", "gpu", "cpu", "cache", "storage", "labels", "image-labels", "browser"]
 MODULES = {
     "gpu": "benchmarks.gpu_suite",
     "cpu": "benchmarks.bench_cpu_step",
@@ -17,6 +17,7 @@ MODULES = {
     "storage": "benchmarks.bench_storage",
     "loop": "benchmarks.bench_loop",
     "labels": "benchmarks.bench_labels",
+    "image-labels": "benchmarks.bench_image_labels",
     "browser": "benchmarks.browser",
 }
 ROOT = Path(__file__).resolve().parents[2]

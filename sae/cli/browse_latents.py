@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae.browser import Attribution, Example, Explanation, Latent, Score
 from sae.browser.latent import Status
+from sae.cli.pictures import Pictures
 from sae.explain.atlas.cofiring import Together
 from sae.explain.atlas.neighbours import Nearest
 from sae.explain.examples import Context
@@ -34,6 +35,8 @@ class Known(NamedTuple):
     explained: Mapping[int, Mapping[str, Any]]
     """What a language model said, as in explanations.jsonl."""
     attributed: Mapping[int, tuple[Attribution, ...]]
+    pictures: Pictures | None = None
+    """The images, of a cache of images."""
 
 
 class Latents:
@@ -76,16 +79,21 @@ def _latent(record: LatentRecord, contexts: list[Context], known: Known) -> Late
         words=tuple(zip(record.words, record.weights, strict=True)),
         promoted=_tokens(known, number, "promoted"),
         suppressed=_tokens(known, number, "suppressed"),
-        examples=tuple(_example(context) for context in contexts),
+        examples=tuple(_example(c, known.pictures) for c in contexts if c.tokens or known.pictures),
         nearest=_pairs(known.neighbours, number),
         cofiring=known.together[number] if known.together else (),
         attributions=known.attributed.get(number, ()),
-        command=f"sae steer {shlex.quote(str(known.path))} --latent {number}=5x --prompt 'I think'",
+        command="" if known.pictures else _command(known.path, number),
     )
 
 
-def _example(context: Context) -> Example:
-    return Example(context.tokens, context.activations, context.peak, context.source)
+def _example(context: Context, pictures: Pictures | None) -> Example:
+    image = pictures.image(context.example) if pictures else None
+    return Example(context.tokens, context.activations, context.peak, context.source, image)
+
+
+def _command(path: Path, latent: int) -> str:
+    return f"sae steer {shlex.quote(str(path))} --latent {latent}=5x --prompt 'I think'"
 
 
 def _tokens(known: Known, latent: int, end: str) -> tuple[tuple[str, float | None], ...]:

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import activations_cache
+from activations_cache import ActivationCache
 from activations_cache.models import load_model
 from activations_cache.progress import Progress
 from sae import pretrained
 from sae.browser import Curve, Site, SteeringExample
-from sae.cli.browse_site import comparisons_of, dictionary_of
+from sae.cli.browse_site import comparisons_of, dictionary_of, shown_pictures
 from sae.cli.browse_subject import Around, Subject
 from sae.cli.caches import model_of
+from sae.cli.image_runs import holds_images
+from sae.cli.pictures import Pictures
 from sae.cli.report import result_table
 from sae.evaluate.report import read_json
 from sae.explain.tables import SUMMARY
@@ -26,6 +29,13 @@ CAUTIONS = (
     "Labels were made on one set of documents and scored on another; 0.5 is chance.",
     "A latent may stand for something that these texts do not show.",
 )
+CAUTIONS_OF_IMAGES = (
+    "A label says in pictures of which folder a latent fires more strongly.",
+    "Folders are what people sorted pictures into; the model need not see them so.",
+    "A heat map shows on which patches a latent fires, not what in the picture makes it fire.",
+    "That a latent exists does not show how the model uses it.",
+    "Labels were made on one set of pictures and scored on another; 0.5 is chance.",
+)
 
 
 def site_of_run(run: "Run", report: Progress) -> Site:
@@ -38,15 +48,15 @@ def site_of_run(run: "Run", report: Progress) -> Site:
         if not run.is_frozen(name)
         for hook in [dictionary.config.sites(run.hook_point)[0][0]]
     ]
-    around = Around(run.cache, run.loaded, run.token_strings)
+    around = _around(run)
     shown = json.loads(steering.read_text())["shown"] if steering.is_file() else None
     return Site(
         title=run.config.title,
-        subtitle="Dictionaries of one stream: measured on held-out text, labelled without an LLM.",
+        subtitle="Dictionaries of one stream: measured on held-out data, labelled without an LLM.",
         facts=(
             ("model", run.config.cache.model.path.rpartition("/")[2]),
             ("hook point", run.hook_point),
-            ("texts", ", ".join(run.cache.examples.source_names)),
+            ("pictures" if run.of_images else "texts", ", ".join(run.cache.examples.source_names)),
             ("rows trained on", f"{len(run.cache.rows(('explain', 'score'))):,}"),
             ("rows held out", f"{len(run.cache.rows(('hold',))):,}"),
             ("seed", str(run.config.train.seed)),
@@ -56,8 +66,15 @@ def site_of_run(run: "Run", report: Progress) -> Site:
         dictionaries=tuple(dictionary_of(subject, around, report) for subject in subjects),
         steering=(SteeringExample(**shown),) if shown else (),
         comparisons=comparisons_of(subjects, report),
-        cautions=CAUTIONS,
+        cautions=CAUTIONS_OF_IMAGES if run.of_images else CAUTIONS,
+        pictures=shown_pictures(around, [subject.explained for subject in subjects]),
     )
+
+
+def _around(run: "Run") -> Around:
+    if run.of_images:
+        return Around(run.cache, None, [], Pictures(run.cache))
+    return Around(run.cache, run.loaded, run.token_strings)
 
 
 def _curves(run: "Run") -> tuple[Curve, ...]:
@@ -92,10 +109,7 @@ def site_of_dictionary(path: Path, cache_path: str | None, report: Progress) -> 
     if cache_path is not None:
         cache = activations_cache.open(cache_path)
         hook = hook if hook in cache.hook_points else cache.hook_points[0]
-        loaded = load_model(model_of(cache, None), progress=report)
-        vocabulary = loaded.model.get_input_embeddings().weight
-        ids = [[token] for token in range(len(vocabulary))]  # pyright: ignore[reportArgumentType]
-        around = Around(cache, loaded, loaded.tokenizer.batch_decode(ids))
+        around = _around_of(cache, report)
     subject = Subject(path.name, pretrained.load(path), path, explained, hook)
     facts = [("dictionary", str(path)), ("hook point", hook)]
     model = origin.get("model", "")
@@ -105,5 +119,15 @@ def site_of_dictionary(path: Path, cache_path: str | None, report: Progress) -> 
         subtitle="A dictionary, labelled without an LLM.",
         facts=tuple(fact for fact in facts if fact[1]),
         dictionaries=(dictionary_of(subject, around, report),),
-        cautions=CAUTIONS,
+        cautions=CAUTIONS_OF_IMAGES if around.pictures else CAUTIONS,
+        pictures=shown_pictures(around, [explained]),
     )
+
+
+def _around_of(cache: ActivationCache, report: Progress) -> Around:
+    if holds_images(cache):
+        return Around(cache, None, [], Pictures(cache))
+    loaded = load_model(model_of(cache, None), progress=report)
+    vocabulary = loaded.model.get_input_embeddings().weight
+    ids = [[token] for token in range(len(vocabulary))]  # pyright: ignore[reportArgumentType]
+    return Around(cache, loaded, loaded.tokenizer.batch_decode(ids))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from sae.explain.codes import encode_rows
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.results import STEM
 from sae.explain.rule_scores import STEM as RULES
-from sae.explain.tables import EXAMPLES, LATENTS, LatentRecord, read_latents
+from sae.explain.tables import EXAMPLES, LATENTS, LatentRecord, iter_examples, read_latents
 
 N_PROMOTED, N_NEIGHBOURS, N_CLUSTERS = 10, 8, 12
 ROWS_FOR_COFIRING = 32_768
@@ -44,6 +45,7 @@ def dictionary_of(subject: Subject, around: Around, report: Progress) -> Diction
         name=subject.name,
         summary=f"{_activation(subject)}, {n_live:,} live latents of {len(records):,}",
         d_sae=len(records),
+        kind="image" if around.pictures else "text",
         n_rows=_n_rows(subject.explained),
         n_live=n_live,
         n_dead=len(records) - n_live,
@@ -89,6 +91,7 @@ def _known(subject: Subject, around: Around, report: Progress) -> Known:
         lens=lens,
         explained=read_explained(subject.explained),
         attributed=attributed,
+        pictures=around.pictures,
     )
 
 
@@ -154,7 +157,10 @@ def _map(rows: torch.Tensor, records: list[LatentRecord]) -> Map:
     live = torch.tensor([record.status != "dead" for record in records])
     points[~live] = math.nan
     group = clusters(rows, N_CLUSTERS)
-    words = [record.words if record.kind in {"word", "token"} else () for record in records]
+    words = [
+        record.words if record.kind in {"word", "token", "class", "group"} else ()
+        for record in records
+    ]
     x, y = (tuple(axis) for axis in points.T.tolist())
     return Map(
         "PCA of unit decoder rows",
@@ -190,3 +196,16 @@ def comparisons_of(subjects: list[Subject], report: Progress) -> tuple[Compariso
         found.append(Comparison(a.name, b.name, in_b, in_a, LEAST_COSINE, float(chance), note))
         report(done, len(pairs), "pairs of dictionaries")
     return tuple(found)
+
+
+def shown_pictures(around: Around, explained: list[Path]) -> Iterator[tuple[int, bytes]]:
+    """Thumbnails of the pictures that examples name; none of texts."""
+    if around.pictures is None:
+        return
+    found = {
+        context.example
+        for path in explained
+        for _, contexts in iter_examples(path / EXAMPLES)
+        for context in contexts
+    }
+    yield from around.pictures.jpegs(sorted(found))

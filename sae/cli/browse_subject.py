@@ -6,6 +6,7 @@ from typing import NamedTuple
 from activations_cache import ActivationCache
 from activations_cache.models import LoadedModel
 from sae.autoencoder import SparseAutoencoder
+from sae.cli.pictures import Pictures
 
 
 class Subject(NamedTuple):
@@ -27,3 +28,5 @@ class Around(NamedTuple):
     loaded: LoadedModel | None
     strings: list[str]
     """Each token id as text; empty without a model."""
+    pictures: Pictures | None = None
+    """The images of a cache of images."""

@@ -45,7 +45,7 @@ def show(asked: Asked, address: tuple[str, int, str | None] | None) -> None:
 
 
 def _prompts(run: Run | None) -> Prompts | None:
-    if run is None:
+    if run is None or run.of_images:
         return None
     shown = [name for name in run.config.train.saes if not run.is_frozen(name)]
     return Prompts(PromptReader(run), {f"d{i}": name for i, name in enumerate(shown)})

@@ -15,12 +15,13 @@ from activations_cache import ActivationCache, io
 from activations_cache.builder import rank_of_this_process
 from activations_cache.models import LoadedModel, load_model
 from activations_cache.progress import Progress, silent
+from activations_cache.vision import LoadedVisionModel, load_vision_model
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
 from sae.cli import console, steps
 from sae.cli.estimate import announce
 from sae.cli.run_config import RunConfig
-from sae.config import digest, dump
+from sae.config import ConfigError, digest, dump
 
 
 class Run:
@@ -41,6 +42,16 @@ class Run:
     def cache(self) -> ActivationCache:
         """The finished cache."""
         return activations_cache.open(self.cache_path)
+
+    @property
+    def of_images(self) -> bool:
+        """Whether the cache is of images."""
+        return self.config.cache.images is not None
+
+    @cached_property
+    def vision(self) -> LoadedVisionModel:
+        """The vision model of a cache of images."""
+        return load_vision_model(self.config.cache.model)
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -70,6 +81,8 @@ class _Step(NamedTuple):
     action: Callable[[Run, Progress], None]
     config: Callable[[RunConfig], object]
     """The part of the config that decides this step's result, besides the steps before it."""
+    of_images: bool = True
+    """Whether it is done where the cache is of images."""
 
 
 STEPS = (
@@ -77,7 +90,7 @@ STEPS = (
     _Step("train", steps.train, lambda c: asdict(c.train)),
     _Step("evaluate", steps.evaluate, lambda c: asdict(c.evaluate)),
     _Step("explain", steps.explain, lambda c: asdict(c.explain)),
-    _Step("steer", steps.steer, lambda c: asdict(c.steer)),
+    _Step("steer", steps.steer, lambda c: asdict(c.steer), of_images=False),
     _Step("browse", steps.browse, lambda c: {"title": c.title}),
 )
 
@@ -102,7 +115,7 @@ def run_chain(config: RunConfig, last: str) -> None:
     identity = ""
     began = time.monotonic()
     announced = False
-    for step in STEPS:
+    for step in _todo(run, last):
         identity = digest({"after": identity, step.name: step.config(config)})
         marker = run.path(step.name) / "done.json"
         if rank > 0:
@@ -122,7 +135,17 @@ def run_chain(config: RunConfig, last: str) -> None:
             return  # what follows is the first process's alone
         if step.name == last:
             break
+        steps.check(run, step.name, last)
     steps.show(run, last, time.monotonic() - began)
+
+
+def _todo(run: Run, last: str) -> list[_Step]:
+    todo = [step for step in STEPS if step.of_images or not run.of_images]
+    if last not in {step.name for step in todo}:
+        raise ConfigError(
+            f"cache must be of texts for `sae {last}`, got images; they end with `sae run`"
+        )
+    return todo
 
 
 def _is_done(marker: Path, identity: str) -> bool:

@@ -8,14 +8,11 @@ from typing import NamedTuple
 
 from sae.cli import console
 from sae.cli.measuring import (
-    COLUMNS,
     Entry,
     Measured,
     Request,
     measure,
-    note_of,
     show_probes,
-    table_rows,
     write,
 )
 from sae.cli.pareto import Panel, Series, plot
@@ -48,10 +45,8 @@ def compare_and_show(request: Request, out: Path, l0: float | None) -> None:
     figures = _figures(measured)
     verdicts = [_verdicts(figure, measured, target) for figure in figures]
     panels = [_panel(figure, measured) for figure in figures]
-    console.table(
-        measured.report.hook_point, COLUMNS, table_rows(measured.report),
-        note_of(measured.report),
-    )  # fmt: skip
+    table = measured.table
+    console.table(measured.report.hook_point, table.columns, table.rows, table.note)
     if measured.probes is not None:
         show_probes(measured.probes)
     _show(verdicts, measured, target)
@@ -84,6 +79,8 @@ def _figures(measured: Measured) -> list[Figure]:
     if intact := report.substitution.get("intact"):
         effects = intact.dictionaries
         figures.append(Figure("Δ CE", True, lambda name: effects[name].ce_increase.value))
+    if told := report.downstream:
+        figures.append(Figure("linear accuracy", False, lambda n: told.spliced[n].linear.value))
     if probes is not None:
         figures.append(Figure("probe F1, k=1", False, lambda name: probes.f1[name][0]))
     return figures

@@ -21,6 +21,8 @@ from sae.cli.explained import (
     show_scores,
     show_summary,
 )
+from sae.cli.image_runs import explain_pictures, holds_images
+from sae.cli.image_table import show_image_labels
 from sae.cli.scoring_tools import tools_for
 from sae.config import ConfigError
 from sae.explain.atlas.run import draw_atlas
@@ -59,6 +61,9 @@ def explain_dictionary(task: Task, config: ExplainConfig) -> None:
     if hook not in cache.hook_points:
         known = ", ".join(cache.hook_points)
         raise ConfigError(f"--hook-point must be one of {known}, got {hook!r}")
+    if holds_images(cache):
+        _of_images(task, cache, hook, config)
+        return
     # A wrong key must not cost the passes over the cache that come first.
     wants_client = config.autointerp is not None and not task.dry_run
     client = client_of(config.autointerp) if config.autointerp and wants_client else None
@@ -68,11 +73,6 @@ def explain_dictionary(task: Task, config: ExplainConfig) -> None:
     )
     assert dictionary is not None
     loaded = load_any_model(model_of(cache, None))
-    if not hasattr(loaded, "tokenizer"):
-        raise ValueError(
-            f"{task.cache} must hold text to be explained by words, got images; "
-            "see sae.explain.vision for those"
-        )
     tools = tools_for(config, dictionary, cache, hook, loaded)  # pyright: ignore[reportArgumentType]
     subject = Subject(dictionary, cache, hook, _token_strings(loaded), tools)
     out_dir = Path(task.out) if task.out else Path(task.path) / "explain"
@@ -97,6 +97,14 @@ def explain_dictionary(task: Task, config: ExplainConfig) -> None:
                 subject, config.autointerp, out_dir, client, **more, progress=report
             )
         show_summary(task.path, found_by_llm, out_dir)
+
+
+def _of_images(task: Task, cache: ActivationCache, hook: str, config: ExplainConfig) -> None:
+    out_dir = Path(task.out) if task.out else Path(task.path) / "explain"
+    dictionary = _fitting(task.path, cache, hook, task.cache)
+    with console.step("explain") as report:
+        found = explain_pictures(dictionary, cache, hook, config, out_dir, report)
+    show_image_labels(str(out_dir), found)
 
 
 def _fitting(

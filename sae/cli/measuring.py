@@ -12,10 +12,13 @@ from activations_cache import ActivationCache, io
 from activations_cache.config import TRAINING_SPLITS, ModelConfig
 from activations_cache.models import LoadedModel
 from activations_cache.progress import Progress
-from activations_cache.vision import load_any_model
+from activations_cache.vision import LoadedVisionModel, load_any_model
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
+from sae.browser import ResultTable
 from sae.cli import console
+from sae.cli.image_runs import holds_images, with_downstream
+from sae.cli.image_table import image_table
 from sae.evaluate.baselines import (
     covariance_of,
     permuted_decoder,
@@ -65,6 +68,14 @@ class Measured(NamedTuple):
     """By name, without the baselines."""
     report: EvaluationReport
     probes: Survey | None
+    of_images: bool
+
+    @property
+    def table(self) -> ResultTable:
+        """A row for each dictionary and baseline."""
+        if self.of_images:
+            return image_table(self.report)
+        return ResultTable(COLUMNS, tuple(table_rows(self.report)), note_of(self.report))
 
 
 def measure(request: Request) -> Measured:
@@ -76,16 +87,18 @@ def measure(request: Request) -> Measured:
     if request.baselines:
         with console.step("baselines") as report:
             dictionaries |= baselines(dictionaries, cache, hook_point, report)
-    model = None
+    loaded, config = None, EvaluateConfig()
     if request.contexts:
         with console.step("model") as report:
-            model = _model(cache, report)
-    config = EvaluateConfig()
-    if request.contexts:
+            loaded = _model(cache, report)
         n = request.contexts
         config = EvaluateConfig(n_contexts=n, n_contexts_special=n // 3)
+    model = loaded.model if isinstance(loaded, LoadedModel) else None
     with console.step("evaluate") as report:
         found = evaluate(dictionaries, cache, hook_point, model, config, progress=report)
+        measured = found.report
+        if isinstance(loaded, LoadedVisionModel):
+            measured = with_downstream(measured, dictionaries, cache, loaded, config, report)
     for name, entry in entries.items():
         if (entry.path / "sae.safetensors").is_file():
             found.firing[name].save(entry.path)  # the unit of steering
@@ -95,7 +108,7 @@ def measure(request: Request) -> Measured:
         own = {name: dictionaries[name] for name in entries}
         with console.step("probe") as report:
             probes = survey(own, l0, cache, hook_point, request.probe, progress=report)
-    return Measured(entries, found.report, probes)
+    return Measured(entries, measured, probes, of_images=holds_images(cache))
 
 
 def _hook_point(cache: ActivationCache, asked: str | None) -> str:
@@ -206,16 +219,15 @@ def baselines(
     }
 
 
-def _model(cache: ActivationCache, report: Progress) -> torch.nn.Module | None:
-    """The cache's language model; None for images and for caches that record no model."""
+def _model(cache: ActivationCache, report: Progress) -> LoadedModel | LoadedVisionModel | None:
+    """The cache's model; None for caches that record none."""
     recorded = cache.manifest.plan.request.get("config", {}).get("model")
     if recorded is None:
         return None
     config = ModelConfig(
         path=recorded["path"], revision=recorded["revision"], dtype=recorded["dtype"]
     )
-    loaded = load_any_model(config, progress=report)
-    return loaded.model if isinstance(loaded, LoadedModel) else None
+    return load_any_model(config, progress=report)
 
 
 def table_rows(report: EvaluationReport) -> list[tuple[str, ...]]:
@@ -254,8 +266,8 @@ def note_of(report: EvaluationReport) -> str:
 
 def show(measured: Measured, path: Path | None) -> None:
     """Print the table, and write everything as JSON where it is asked for."""
-    report = measured.report
-    console.table(report.hook_point, COLUMNS, table_rows(report), note_of(report))
+    report, table = measured.report, measured.table
+    console.table(report.hook_point, table.columns, table.rows, table.note)
     if measured.probes is not None:
         show_probes(measured.probes)
     if path is not None:

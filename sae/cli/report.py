@@ -4,6 +4,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from sae.browser import ResultTable
+from sae.cli.image_table import image_table
 from sae.evaluate.report import EvaluationReport
 from sae.explain.tables import SUMMARY
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
 def result_table(run: "Run", measured: EvaluationReport, *, with_labels: bool) -> ResultTable:
     """One row per dictionary, the frozen baselines among them."""
+    if run.of_images:
+        frozen = [name for name in run.dictionaries if run.is_frozen(name)]
+        labels = {name: _labels(run, name) for name in run.dictionaries} if with_labels else None
+        return image_table(measured, labels, frozen)
     columns = ["dictionary", "FVU", "L0", "dead", "CE rec. (zero)", "CE rec. (mean)", "Δ CE"]
     if with_labels:
         columns.append("label AUC")

@@ -13,6 +13,8 @@ from sae.cli.beside import beside
 from sae.cli.browse_run import site_of_run
 from sae.cli.explained import show_summary
 from sae.cli.explaining import digest_of, promoted_strings
+from sae.cli.image_runs import check_classes, explain_pictures, with_downstream
+from sae.cli.measuring import baselines
 from sae.cli.report import result_table
 from sae.cli.steering import steering_example
 from sae.cli.training import show_training
@@ -50,17 +52,18 @@ def train(run: "Run", report: Progress) -> None:
 
 def evaluate(run: "Run", report: Progress) -> None:
     """Measure all dictionaries; their firing statistics go beside them, for steering."""
-    found = measure(
-        run.dictionaries,
-        run.cache,
-        run.hook_point,
-        run.loaded.model,
-        run.config.evaluate,
-        progress=report,
-    )
-    for name, firing in found.firing.items():
-        firing.save(run.path("train") / name)
-    write_json(found.report, run.path("evaluate") / REPORT)
+    config, dictionaries = run.config.evaluate, dict(run.dictionaries)
+    if run.of_images:
+        untrained = baselines(dictionaries, run.cache, run.hook_point, report)
+        dictionaries |= {n: d for n, d in untrained.items() if n.startswith(("PCA", "raw"))}
+    model = None if run.of_images else run.loaded.model
+    found = measure(dictionaries, run.cache, run.hook_point, model, config, progress=report)
+    for name in run.dictionaries:
+        found.firing[name].save(run.path("train") / name)
+    measured = found.report
+    if run.of_images:
+        measured = with_downstream(measured, dictionaries, run.cache, run.vision, config, report)
+    write_json(measured, run.path("evaluate") / REPORT)
 
 
 def explain(run: "Run", report: Progress) -> None:
@@ -71,6 +74,10 @@ def explain(run: "Run", report: Progress) -> None:
         def report_named(done: int, total: int, unit: str, name: str = name) -> None:
             report(done, total, f"{unit} of {name}")
 
+        if run.of_images:
+            config, hook = run.config.explain, run.hook_point
+            explain_pictures(dictionary, run.cache, hook, config, path, report_named)
+            continue
         explain_latents(
             dictionary,
             beside(run.cache, dictionary, run.hook_point),
@@ -108,6 +115,12 @@ def steer(run: "Run", report: Progress) -> None:
 def browse(run: "Run", report: Progress) -> None:
     """Write the browser's folder."""
     write_site(site_of_run(run, report), run.path("browse"), progress=report)
+
+
+def check(run: "Run", done: str, last: str) -> None:
+    """Refuse what a step to come would refuse, before the steps between cost any time."""
+    if done == "cache" and last != "train":
+        check_classes(run.cache)
 
 
 def show(run: "Run", last: str, seconds: float) -> None:

@@ -24,6 +24,7 @@ from sae.evaluate.replay import Replacement, Replay
 
 IMAGES_AT_ONCE = 32
 AS_IT_IS = "as it is"
+ABLATIONS = (AS_IT_IS, "zero", "mean")
 
 
 class Images(NamedTuple):
@@ -79,8 +80,9 @@ class Downstream:
     spliced: dict[str, Accuracy]
     """The stream replaced at all positions."""
     intact: dict[str, Accuracy]
-    """Class token and registers left as they are; empty where there are none. What they carry at
-    the hook point may be all that the classes need: see what ablation costs here."""
+    """The ablations with class token and registers left as they are; empty where there are none.
+    What they carry at the hook point may be all that the classes need: where ablation costs nothing
+    so, no dictionary can be told from another, and none is tried."""
 
 
 def downstream(
@@ -126,7 +128,11 @@ def downstream(
         (progress or silent)(done, len(found), "features fitted")
     resamples = Resamples(len(images.test), config.n_resamples, config.seed)
     sides = [
-        {name: _accuracy(right[n, name], right[n, AS_IT_IS], resamples) for name in streams}
+        {
+            name: _accuracy(of_one, right[n, AS_IT_IS], resamples)
+            for (at, name), of_one in right.items()
+            if at == n
+        }
         for n in n_intact
     ]
     return Downstream(
@@ -156,7 +162,8 @@ def features(
         progress: Called with the unit "spliced images".
 
     Returns:
-        By the number of positions that were left intact, 0 and `place.n_intact`, and the name.
+        By the number of positions that were left intact, and the name: 0, and for the streams that
+        are ablations `place.n_intact` too.
     """
     own = next(place.model.parameters())
     read = partial(_pooled, options=dict(place.options))
@@ -167,7 +174,7 @@ def features(
         stream = replay.base(x).stream
         for name, replacement in streams.items():
             new = replacement(stream)
-            for n in {0, place.n_intact}:
+            for n in {0, place.n_intact if name in ABLATIONS else 0}:
                 spliced = torch.cat([stream[:, :n], new[:, n:]], dim=1)
                 pooled = replay.spliced(x, lambda _, spliced=spliced: spliced)
                 parts.setdefault((n, name), []).append(pooled.float().cpu())

@@ -1,0 +1,96 @@
+"""How well the latents of a finished run on images are told by its folders, beside untrained ones.
+
+`sae bench image-labels RUN`: RUN is what `sae run` wrote, such as runs/demo-vision. Nothing is
+computed again: the figures are those of its explain step. Shares have Wilson's interval over
+latents, differences of shares Newcombe's; mean AUCs have intervals over images, and so have their
+differences, which are of the same images. A difference counts where its interval leaves 0 out.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench_labels import FROZEN, share_difference, verdict
+from benchmarks.rows import append, surroundings
+from sae.cli.image_runs import rival_of
+from sae.explain.intervals import Interval
+from sae.explain.scores import Mean
+
+KEPT = ("n_latents", "n_scored", "n_unlabelled", "n_insufficient", "n_dead", "beats_null",
+        "beats_null_shuffled", "auc", "auc_all_live", "control_auc", "best_of_class", "by_method",
+        "n_images_explain", "n_images_score")  # fmt: skip
+
+
+def main() -> None:
+    """Read, print and append."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    arguments = parser.parse_args()
+    files = sorted((arguments.run / "explain").glob("*/summary.json"))
+    labels = {file.parent.name: json.loads(file.read_text()) for file in files}
+    if not labels:
+        parser.error(
+            f"{arguments.run} must hold explain/NAME/summary.json, got none; run `sae run`"
+        )
+    arms = dict(labels)
+    for name, summary in labels.items():
+        if not name.endswith(FROZEN):
+            own = summary["baselines"].items()
+            arms |= {f"{kind}, as dense as {name}": found for kind, found in own}
+    print(table(arms))
+    rows: list[dict[str, Any]] = [row_of(name, summary) for name, summary in arms.items()]
+    for name in labels:
+        rivals = {n: s for n, s in arms.items() if n.startswith(name + FROZEN) or n.endswith(name)}
+        for rival in rivals if not name.endswith(FROZEN) else ():
+            if rival != name:
+                found = compared(name, rival, arms)
+                rows.append({
+                    "case": "image labels: difference",
+                    "arm": name,
+                    "rival": rival,
+                    **found,
+                })
+                for what, d in found.items():
+                    ends = f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+                    print(f"{name} less {rival}: {what}: {ends}: {d['verdict']}")
+    append("image_labels", [{**surroundings(), **row} for row in rows])
+
+
+def row_of(name: str, summary: dict[str, Any]) -> dict[str, Any]:
+    """A row of the results."""
+    kept = {key: summary[key] for key in KEPT}
+    return {"case": "image labels by folders", "arm": name, **kept}
+
+
+def compared(name: str, rival: str, arms: dict[str, dict]) -> dict[str, dict[str, Any]]:
+    """Differences of a dictionary and a rival, with a verdict in words."""
+    shares = [
+        Mean(found["value"], found["low"], found["high"])
+        for found in (arms[one]["beats_null"] for one in (name, rival))
+    ]
+    auc = rival_of(name, arms, [rival])
+    assert auc is not None, "a rival is given"
+    differences = {
+        "share that beats its null": share_difference(*shares),
+        "AUC": Interval(*auc.difference),
+    }
+    return {what: {**d._asdict(), "verdict": verdict(d)} for what, d in differences.items()}
+
+
+def table(arms: dict[str, dict[str, Any]]) -> str:
+    """The rows as a table in Markdown."""
+    lines = ["| latents | live | labelled | beat their null | AUC | best of class |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for name, s in arms.items():
+        share, n_live = s["beats_null"], s["n_latents"] - s["n_dead"]
+        figures = [f"{share['value']:.3f} ±{(share['high'] - share['low']) / 2:.3f}"]
+        for key in ("auc", "best_of_class"):
+            mean = s[key]
+            figures.append(f"{mean['mean']:.3f} ±{(mean['high'] - mean['low']) / 2:.3f}")
+        lines.append(f"| {name} | {n_live:,} | {s['n_scored']:,} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Evaluation and labels of image caches, for the chain of steps and for the single commands."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from activations_cache import ActivationCache
+from activations_cache.cached_images import CachedImages
+from activations_cache.config import SPLITS, TRAINING_SPLITS
+from activations_cache.image_table import read_images
+from activations_cache.progress import Progress
+from activations_cache.vision import LoadedVisionModel
+from sae.autoencoder import SparseAutoencoder
+from sae.cli.beside import beside
+from sae.evaluate.config import EvaluateConfig
+from sae.evaluate.downstream import Downstream, Images, Place, downstream
+from sae.evaluate.report import EvaluationReport
+from sae.explain.config import ExplainConfig
+from sae.explain.scores import Mean
+from sae.explain.vision.concepts import concepts_of
+from sae.explain.vision.held_out import with_interval
+from sae.explain.vision.run import ExplainedImages, Pictures, explain_images
+
+
+def holds_images(cache: ActivationCache) -> bool:
+    """Whether a cache is of images."""
+    return "images" in cache.identity
+
+
+def check_classes(cache: ActivationCache) -> None:
+    """Refuse images without two classes, before anything slow begins.
+
+    Raises:
+        ValueError: If there are none, or one.
+    """
+    if holds_images(cache):
+        concepts_of(_present(cache), None)
+
+
+def _present(cache: ActivationCache) -> tuple[str, ...]:
+    label = cache.examples.label
+    if label is None:
+        return ()
+    found = label[:, 0].unique().tolist()
+    return tuple(cache.label_names[i] for i in found if i >= 0)
+
+
+def with_downstream(
+    report: EvaluationReport,
+    dictionaries: Mapping[str, SparseAutoencoder],
+    cache: ActivationCache,
+    loaded: LoadedVisionModel,
+    config: EvaluateConfig,
+    progress: Progress,
+) -> EvaluationReport:
+    """The report with what classes are still told by, for images of two classes.
+
+    Dictionaries that do not read and predict the one hook point are left out.
+    """
+    if config.n_images == 0 or len(_present(cache)) < 2:
+        return report
+    spliced = {
+        name: of_one
+        for name, of_one in dictionaries.items()
+        if of_one.config.sites(report.hook_point) == ((report.hook_point,), (report.hook_point,))
+    }
+    found = _downstream(spliced, report.hook_point, cache, loaded, config, progress)
+    return replace(report, downstream=found)
+
+
+def _downstream(
+    dictionaries: Mapping[str, SparseAutoencoder],
+    hook_point: str,
+    cache: ActivationCache,
+    loaded: LoadedVisionModel,
+    config: EvaluateConfig,
+    progress: Progress,
+) -> Downstream:
+    images = CachedImages(cache)
+    label = cache.examples.label
+    assert label is not None, "images of two classes have labels"
+    classes = label[:, 0]
+    train = _some(cache, TRAINING_SPLITS, config)
+    test = _some(cache, ("hold",), config)
+    place = Place(
+        model=loaded.model,
+        hook_point=hook_point,
+        mean=cache[hook_point].mean,
+        n_intact=cache.manifest.plan.skip_positions,
+        options=loaded.reading.options(images.preprocessing.size),
+    )
+    read = Images(images.pixels, train, classes[train], test, classes[test])
+    return downstream(dictionaries, place, read, config, progress=progress)
+
+
+def _some(
+    cache: ActivationCache, splits: tuple[str, ...], config: EvaluateConfig
+) -> Int[Tensor, " example"]:
+    """At most `n_images` images of these splits that have a class, ascending."""
+    assert cache.examples.label is not None, "images of two classes have labels"
+    wanted = torch.isin(cache.examples.split, torch.tensor([SPLITS.index(name) for name in splits]))
+    numbers = (wanted & (cache.examples.label[:, 0] >= 0)).nonzero().flatten()
+    order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(config.seed))
+    return numbers[order[: config.n_images]].sort().values
+
+
+def explain_pictures(
+    dictionary: SparseAutoencoder,
+    cache: ActivationCache,
+    hook_point: str,
+    config: ExplainConfig,
+    path: Path,
+    report: Progress,
+) -> ExplainedImages:
+    """Label a dictionary's latents by the classes of a cache's images; write into a directory.
+
+    Raises:
+        ValueError: If the images have fewer than two classes, or a label by a language model is
+            asked for.
+    """
+    if config.autointerp is not None:
+        raise ValueError(
+            "explain.autointerp must be absent where the cache is of images, got one; "
+            "language models are shown text alone"
+        )
+    names = [record.name for record in read_images(cache)]
+    rows, columns = cache.identity["images"]["grid"]
+    pictures = Pictures(beside(cache, dictionary, hook_point), names, rows * columns)
+    return explain_images(dictionary, pictures, hook_point, config, path, progress=report)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The labels of a dictionary beside those of its frozen baseline, on the same images."""
+
+    name: str
+    """The baseline."""
+    difference: Mean
+    """Mean AUC of the dictionary's labels less that of the baseline's."""
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.difference.low > 0:
+            return "wins"
+        return "loses" if self.difference.high < 0 else "does not win"
+
+
+def rival_of(name: str, labels: Mapping[str, dict[str, Any]], frozen: list[str]) -> Rival | None:
+    """A dictionary against the frozen entry whose name begins with its own, else the first.
+
+    Args:
+        name: The dictionary.
+        labels: What summary.json says, by dictionary.
+        frozen: The frozen baselines.
+    """
+    partner = next((f for f in frozen if f.startswith(name)), frozen[0] if frozen else None)
+    if partner is None:
+        return None
+    own, other = labels[name], labels[partner]
+    means = [part["auc"]["mean"] for part in (own, other)]
+    if None in means:
+        return Rival(partner, Mean(math.nan, math.nan, math.nan))
+    influence = np.array(own["influence"]) - np.array(other["influence"])
+    return Rival(partner, with_interval(means[0] - means[1], influence))

@@ -1,0 +1,160 @@
+"""The results of dictionaries of images as one table."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sae.browser import ResultTable
+from sae.cli import console
+from sae.cli.image_runs import rival_of
+from sae.evaluate.downstream import AS_IT_IS, Downstream
+from sae.evaluate.intervals import Interval
+from sae.evaluate.report import EvaluationReport
+from sae.explain.intervals import Interval as Share
+from sae.explain.scores import Mean
+from sae.explain.vision.run import ExplainedImages
+
+COLUMNS = ("dictionary", "FVU", "L0", "dead", "kNN kept", "linear kept")
+SHOWN = {AS_IT_IS: "model as it is", "mean": "mean row instead"}
+ARMS = {"random directions": "random, like", "raw neurons": "neurons, like"}
+LABEL_COLUMNS = ("label AUC", "beat null", "best of class")
+
+
+def image_table(
+    report: EvaluationReport,
+    labels: Mapping[str, dict[str, Any]] | None = None,
+    frozen: list[str] | None = None,
+) -> ResultTable:
+    """One row per dictionary, the model as it is and its ablation above them.
+
+    Args:
+        report: With or without accuracies.
+        labels: What summary.json says of the labels, by dictionary; no such columns when absent.
+        frozen: Which of the dictionaries are frozen baselines.
+    """
+    told = report.downstream
+    columns = COLUMNS if labels is None else (*COLUMNS, *LABEL_COLUMNS)
+    above = SHOWN if told else {}
+    rows: list[tuple[str, ...]] = [
+        (above[name], "-", "-", "-", *_accuracies(told, name)) for name in above
+    ]
+    for name, found in report.reconstruction.items():
+        dead = f"{report.firing[name].dead_fraction:.1%}"
+        own = (name, f"{found.fvu:.3f}", f"{found.l0:.1f}", dead)
+        rows.append((*own, *_accuracies(told, name)))
+    if labels is None:
+        return ResultTable(columns, tuple(rows), _note(report))
+    rows = [(*row, *_label_cells(labels.get(row[0]))) for row in rows]
+    for name, summary in labels.items():
+        if name in (frozen or ()):
+            continue
+        for arm, found in summary["baselines"].items():
+            rows.append((f"{ARMS[arm]} {name}", *("-" * 5), *_label_cells(found)))
+    return ResultTable(
+        columns, tuple(rows), f"{_note(report)}; {_label_note(labels, frozen or [])}"
+    )
+
+
+def _accuracies(told: Downstream | None, name: str) -> tuple[str, ...]:
+    """Of the model as it is the accuracies, of others the share of them that is kept."""
+    if told is None or name not in told.spliced:
+        return ("-",) * 2
+    found, base = told.spliced[name], told.spliced[AS_IT_IS]
+    if name == AS_IT_IS:
+        return (f"{base.knn.value:.3f}", f"{base.linear.value:.3f}")
+    return (_kept(found.knn, base.knn), _kept(found.linear, base.linear))
+
+
+def _kept(own: Interval, of_model: Interval) -> str:
+    return f"{own.value / of_model.value:.0%}" if of_model.value else "-"
+
+
+def _label_cells(summary: dict[str, Any] | None) -> tuple[str, ...]:
+    if summary is None:
+        return ("-",) * len(LABEL_COLUMNS)
+    share = summary["beats_null"]
+    if share["value"] is None:
+        return ("-",) * len(LABEL_COLUMNS)
+    half = (share["high"] - share["low"]) / 2
+    beat = f"{100 * share['value']:.1f} ±{100 * half:.1f} %"
+    best = summary["best_of_class"]["mean"]
+    return (_mean(summary["auc"]), beat, "-" if best is None else f"{best:.3f}")
+
+
+def _mean(found: dict[str, float | None]) -> str:
+    mean, low, high = (found[key] for key in ("mean", "low", "high"))
+    if mean is None or low is None or high is None:
+        return "-"
+    return f"{mean:.3f} ±{(high - low) / 2:.3f}"
+
+
+def _note(report: EvaluationReport) -> str:
+    n_rows = next(iter(report.reconstruction.values())).n_rows
+    note = f"{n_rows:,} held-out rows"
+    told = report.downstream
+    if told is None:
+        return note
+    half = max((a.knn.high - a.knn.low) / 2 for a in told.spliced.values())
+    note += (
+        f"; {told.n_classes} classes told from the pooled output of {told.n_test:,} held-out "
+        f"images (accuracies ±{half:.3f} or less), the stream replaced at all positions"
+    )
+    if told.intact:
+        knn = told.intact["mean"].knn.value / max(told.intact[AS_IT_IS].knn.value, 1e-9)
+        note += f"; with the class token left intact the mean row alone keeps {knn:.0%} of kNN"
+    return note
+
+
+def _label_note(labels: Mapping[str, dict[str, Any]], frozen: list[str]) -> str:
+    first = next(iter(labels.values()))
+    controls = ", ".join(_mean(found["control_auc"]) for found in labels.values())
+    void = max(found["beats_null_shuffled"]["value"] or 0.0 for found in labels.values())
+    note = (
+        f"labels: classes and groups of folders, scored on {first['n_images_score']:,} images they "
+        "were not made from; beat null: share of the live latents whose AUC beats permuted classes "
+        "at 1 %; best of class: AUC of each class's best latent; random, neurons: untrained, as "
+        f"dense as that dictionary; AUC of exchanged labels: {controls}; with exchanged folders "
+        f"{void:.1%} beat the null"
+    )
+    for name in labels:
+        rival = None if name in frozen else rival_of(name, labels, frozen)
+        if rival is not None:
+            low, high = rival.difference.low, rival.difference.high
+            note += (
+                f"; label AUC of {name} less that of {rival.name}: {rival.difference.mean:+.3f} "
+                f"[{low:+.3f}, {high:+.3f}], it {rival.verdict}"
+            )
+    return note
+
+
+def show_image_labels(title: str, found: ExplainedImages) -> None:
+    """Print what came of the labels of one dictionary, failures first."""
+    arms = {"its latents": found.summary, **found.untrained}
+    rows = [
+        (
+            name,
+            f"{arm.n_insufficient:,}",
+            f"{arm.n_unlabelled:,}",
+            f"{arm.n_scored:,}",
+            _with_ends(arm.beats_null),
+            _with_ends(arm.auc),
+            _with_ends(arm.best_of_class),
+            _with_ends(arm.control_auc),
+        )
+        for name, arm in arms.items()
+    ]
+    columns = (
+        "", "insufficient", "unlabelled", "scored", "beat null", "AUC", "best per class",
+        "exchanged",
+    )  # fmt: skip
+    own = found.summary
+    note = (
+        f"{own.n_latents:,} latents, {own.n_dead:,} dead; labels are classes and groups of "
+        f"folders, scored on {own.n_images_score:,} other images; beat null: share of the live "
+        "latents whose AUC beats permuted classes at 1 %; the untrained ones are as dense; chance "
+        "is 0.5"
+    )
+    console.table(title, columns, rows, note)
+
+
+def _with_ends(found: Share | Mean) -> str:
+    return f"{found[0]:.3f} ±{(found.high - found.low) / 2:.3f}"

@@ -1,0 +1,204 @@
+"""The whole job on pictures of shapes with a tiny random ViT, then the single commands on it."""
+
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from sae.cli import main
+from sae.evaluate.report import read_json
+from sae.explain import read_latents
+from sae.explain.tables import read_examples
+
+CLASSES = ("dark-disc", "dark-square", "red-disc")
+N_EACH, SIDE = 41, 28
+TOPK = {"d_sae": 67, "activation": {"kind": "topk", "k": 3}, "dead_after_tokens": 2000}
+
+
+def drawing(name: str, made: np.random.Generator) -> bytes:
+    """A shape somewhere on a grey ground: its colour and its form are the class."""
+    image = Image.new("RGB", (SIDE, SIDE), (230, 230, 230))
+    left, top = (int(place) for place in made.integers(0, 14, 2))
+    colour, form = name.split("-")
+    draw = ImageDraw.Draw(image)
+    shape = draw.ellipse if form == "disc" else draw.rectangle
+    shape((left, top, left + 13, top + 13), {"dark": (20, 20, 60), "red": (230, 20, 20)}[colour])
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def packed(path: Path, classes=CLASSES, n=N_EACH, broken=0) -> Path:
+    made = np.random.default_rng(0)
+    with tarfile.open(path, "w") as archive:
+        for number in range(n):
+            for name in classes:
+                data = b"no picture" if number < broken else drawing(name, made)
+                entry = tarfile.TarInfo(f"{name}/{number}.png")
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    import torch
+    from transformers import ViTConfig, ViTModel
+
+    path = tmp_path_factory.mktemp("shapes")
+    torch.manual_seed(7)
+    vit = ViTConfig(
+        hidden_size=22, num_hidden_layers=3, num_attention_heads=11, intermediate_size=29,
+        image_size=SIDE, patch_size=7, initializer_range=0.3,
+    )  # fmt: skip
+    ViTModel(vit, add_pooling_layer=False).save_pretrained(path / "vit")
+    record = {
+        "output": str(path / "run"),
+        "cache": {
+            "model": {"path": str(path / "vit"), "dtype": "float32"},
+            "images": {
+                "sources": [{"path": str(packed(path / "shapes.tar"))}],
+                "preprocessing": {"size": SIDE, "crop": False, "mean": [0.5] * 3, "std": [0.5] * 3},
+                "explain": 0.45,
+                "score": 0.35,
+                "hold": 0.2,
+            },
+            "hook_points": ["layers.1:out"],
+            "n_rows": 1200,
+        },
+        "train": {
+            "batch": 61,
+            "epochs": 6,
+            "precision": "fp32",
+            "saes": {"topk": TOPK, "topk-frozen": {**TOPK, "frozen": "decoder"}},
+        },
+        "evaluate": {"n_resamples": 97},
+        "explain": {
+            "n_baseline": 11,
+            "images": {"group_separator": "-", "permutations": 199, "top_images": 3},
+        },
+    }
+    file = path / "shapes.yaml"
+    file.write_text(json.dumps(record))
+    return file
+
+
+def sae(*arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sae", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main.main()
+    return int(stop.value.code)
+
+
+@pytest.fixture(scope="module")
+def run(config) -> Path:
+    assert sae("run", config) == 0
+    return config.parent / "run"
+
+
+def test_the_chain_ends_with_one_table_and_is_not_done_twice(run, config, capsys):
+    assert sae("run", config) == 0
+    out = capsys.readouterr().out
+    assert out.count("done before") == 5
+    assert not (run / "steer").exists()
+    rows = ("model as it is", "mean row instead", "topk-frozen", "PCA, k=3", "neurons, like topk")
+    for shown in (*rows, "kNN kept", "label AUC", "beat null"):
+        assert shown in out, shown
+    note = " ".join(out.split())
+    assert any(f"it {verdict}" in note for verdict in ("wins", "loses", "does not win"))
+
+
+def test_classes_are_told_and_an_ablation_costs_them(run):
+    report = read_json(run / "evaluate" / "report.json")
+    told = report.downstream
+    assert told.n_classes == 3
+    assert told.spliced["as it is"].linear.value > 0.8
+    assert told.spliced["mean"].linear.value < 0.6
+    assert told.spliced["topk"].linear.value > told.spliced["mean"].linear.value
+    assert set(told.intact) == {"as it is", "zero", "mean"}
+    assert report.reconstruction["topk"].fvu < report.reconstruction["topk-frozen"].fvu
+
+
+def test_latents_are_labelled_by_what_was_drawn(run):
+    records = read_latents(run / "explain" / "topk" / "latents.parquet")
+    sure = [r for r in records if r.status == "scored" and r.p_held_out <= 0.01]
+    assert {"red-disc"} < {r.label for r in sure} <= {*CLASSES, "dark"}
+    best = max((r for r in sure if r.label == "red-disc"), key=lambda r: r.auc)
+    assert best.auc > 0.9
+    top = read_examples(run / "explain" / "topk" / "examples.parquet", best.latent)
+    assert all(context.source.startswith("red-disc/") for context in top[:3])
+    assert len(top[0].activations) == 16
+    summary = json.loads((run / "explain" / "topk" / "summary.json").read_text())
+    assert abs(summary["control_auc"]["mean"] - 0.5) < 0.2
+    assert summary["beats_null_shuffled"]["value"] <= 0.05
+    assert set(summary["baselines"]) == {"random directions", "raw neurons"}
+
+
+def test_the_browser_gets_pictures_and_heat_maps(run):
+    browse = run / "browse"
+    pictures = list((browse / "data" / "images").glob("*.jpg"))
+    assert len(pictures) > 20
+    assert Image.open(io.BytesIO(pictures[0].read_bytes())).size == (SIDE, SIDE)
+    latents = (browse / "data" / "d0" / "latents" / "0.js").read_text()
+    assert '"grid":[4,4]' in latents
+    assert "red-disc/" in latents
+    assert '"kind":"image"' in (browse / "data" / "index.js").read_text()
+
+
+def test_single_commands_take_the_same_cache(run, capsys):
+    dictionary, cache = run / "train" / "topk", run / "cache"
+    assert sae("evaluate", dictionary, "--cache", cache) == 0
+    assert "kNN" in capsys.readouterr().out
+    assert sae("explain", dictionary, "images.permutations=99", "--cache", cache,
+               "--out", run / "again") == 0  # fmt: skip
+    out = capsys.readouterr().out
+    assert "raw neurons" in out
+    assert "unlabelled" in out
+    assert (run / "again" / "latents.parquet").is_file()
+
+
+def one_line(capsys) -> str:
+    err = capsys.readouterr().err.strip()
+    assert "\n" not in err
+    return err
+
+
+def test_one_class_is_refused_before_anything_is_trained(config, tmp_path, capsys):
+    one = packed(tmp_path / "one.tar", classes=CLASSES[:1], n=101)
+    arguments = (f"cache.images.sources.0.path={one}", f"output={tmp_path / 'run'}")
+    assert sae("run", config, *arguments) == 1
+    assert "must be of two classes or more to be labelled, got 1 (dark-disc)" in one_line(capsys)
+    assert not (tmp_path / "run" / "train").exists()
+    assert sae("train", config, *arguments, "train.epochs=1") == 0
+
+
+def test_pictures_that_cannot_be_read_are_counted_in_one_line(config, tmp_path, capsys):
+    bad = packed(tmp_path / "bad.tar", broken=N_EACH)
+    source = f"cache.images.sources.0.path={bad}"
+    assert sae("run", config, source, f"output={tmp_path / 'run'}") == 1
+    assert "from 0 images beside 123 that cannot be read" in one_line(capsys)
+
+
+def test_a_cache_of_text_is_refused_where_pictures_are_needed(tmp_path, capsys, config, run):
+    from activations_cache import CacheFormatError
+    from activations_cache.synthetic import synthetic_plan, write_synthetic
+    from sae.cli.pictures import Pictures
+
+    text = write_synthetic(tmp_path / "text", synthetic_plan({"a:out": 7}, n_examples=23))
+    with pytest.raises(CacheFormatError, match="must be a cache of images, got one of text"):
+        Pictures(text)
+    assert sae("steer", config) == 2
+    assert "cache must be of texts for `sae steer`, got images" in one_line(capsys)
+
+
+def test_a_language_model_is_not_shown_pictures(run, capsys):
+    code = sae("explain", run / "train" / "topk", "autointerp.llm.model=x", "--cache",
+               run / "cache", "--out", run / "llm")  # fmt: skip
+    assert code == 1
+    assert "explain.autointerp must be absent where the cache is of images" in one_line(capsys)
