@@ -1,6 +1,7 @@
 """What reading models through transformers needs: silence, and one error in one line."""
 
 import contextlib
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -81,6 +82,9 @@ def quiet() -> Iterator[None]:
 
 
 def one_line(error: BaseException | None) -> str:
-    """Return the error's class and its message in one line of bearable length."""
-    message = " ".join(str(error).split())
+    """Return the error's class and its message in one line of bearable length.
+
+    Objects that are named by their address are left out: it is another in each process.
+    """
+    message = re.sub(r" <[^<>]* at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
     return f"{type(error).__name__}: {message[:200]}".rstrip(": ")

@@ -137,17 +137,19 @@ def load_vision_model(
         FileNotFoundError: If the named file or package does not exist.
         ModelError: If it cannot be read, lacks weights, is of an unknown family, has another hash,
             or if the library that it is for is missing.
-        ValueError: If it is to lie on several devices.
+        ValueError: If it is to lie on several devices, and is not of transformers.
     """
-    if config.devices != "one":
-        raise ValueError(f"model.devices must be one for a vision model, got {config.devices!r}")
     directory, identity = files_of(config, progress or silent)
     entries = _entries(directory)
+    library = _library_of(entries)
+    if config.devices != "one" and library != "transformers":
+        rule = f"model.devices must be one for a vision model of {library}"
+        raise ValueError(f"{rule}, got {config.devices!r}")
     rule = f"model {config.path} must be a vision model that can be read"
     with Refusing(rule, "check its files"), quiet():
-        if "open_clip" in entries:
+        if library == "open_clip":
             name, model, reading = _open_clip(directory)
-        elif "model_type" not in entries and "architecture" in entries:
+        elif library == "timm":
             name, model, reading = _timm(directory, entries["architecture"])
         else:
             name, model, reading = _transformers(directory, config, entries)
@@ -184,6 +186,13 @@ def _entries(directory: Path) -> dict[str, Any]:
     return {"open_clip": True}
 
 
+def _library_of(entries: Mapping[str, Any]) -> Literal["transformers", "timm", "open_clip"]:
+    if "open_clip" in entries:
+        return "open_clip"
+    is_timm = "model_type" not in entries and "architecture" in entries
+    return "timm" if is_timm else "transformers"
+
+
 def _transformers(
     directory: Path, config: ModelConfig, entries: Mapping[str, Any]
 ) -> tuple[str, nn.Module, Reading]:
@@ -195,7 +204,8 @@ def _transformers(
             f"got {entries.get('model_type', 'none')}"
         )
     tower = getattr(transformers, family.tower)
-    model = read_model(directory, config, tower, **family.options)
+    spread = {"device_map": "auto"} if config.devices == "all" else {}
+    model = read_model(directory, config, tower, **family.options, **spread)
     own = getattr(model.config, "vision_config", model.config)
     asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     reading = Reading(

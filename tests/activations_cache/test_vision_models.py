@@ -3,10 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 from activations_cache import vision
@@ -153,8 +155,33 @@ def test_blocks_are_compiled_on_demand_and_the_identity_says_so(
     loaded = load_vision_model(ModelConfig(path=str(tmp_path), compile=True))
     assert compiled == [loaded.model]
     assert loaded.identity["compiled"] == "blocks"
-    with pytest.raises(ValueError, match=r"model\.devices must be one for a vision model, got 'a"):
-        load_vision_model(ModelConfig(path=str(tmp_path), devices="all"))
+
+
+@pytest.mark.parametrize("kind", ["Dinov2Model", "CLIPModel", "SiglipVisionModel"])
+def test_a_tower_over_all_devices_gives_the_same_stream(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    saved(kind, tmp_path)
+    asked, read = [], vision.read_model
+
+    def reading(*arguments: Any, **options: Any):
+        asked.append(options)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(vision, "read_model", reading)
+    one, spread = load(tmp_path), load(tmp_path, devices="all")
+    assert asked[1] == {**asked[0], "device_map": "auto"}  # accelerate's word for it
+    assert spread.identity == one.identity
+    for own, expected in zip(streams(spread, SIZE), streams(one, SIZE), strict=True):
+        assert torch.equal(own.cpu(), expected)
+
+
+def test_other_libraries_are_not_spread_over_devices(tmp_path: Path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"devices must be one for a vision model of timm, got 'a"):
+        load(tmp_path, devices="all")
 
 
 def test_sizes_that_cannot_be_read_are_refused():
