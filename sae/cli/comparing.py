@@ -2,31 +2,19 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from sae.browser import ResultTable
 from sae.cli import console
-from sae.cli.measuring import (
-    Entry,
-    Measured,
-    Request,
-    measure,
-    show_probes,
-    write,
-)
+from sae.cli.evaluation_page import write_page
+from sae.cli.measuring import Entry, Measured, Request, measure, write
 from sae.cli.pareto import Panel, Series, plot
+from sae.cli.sections import Section, details
+from sae.cli.seeds import Figure, figures
 from sae.evaluate.comparison import Point, at_equal_l0, pareto
 from sae.evaluate.noise import Comparison, compare_all
-
-
-class Figure(NamedTuple):
-    """Something that groups are compared by."""
-
-    name: str
-    smaller_is_better: bool
-    of: Callable[[str], float]
-    """From a dictionary's name."""
 
 
 class Verdicts(NamedTuple):
@@ -42,22 +30,24 @@ def compare_and_show(request: Request, out: Path, l0: float | None) -> None:
     """Measure, compare, plot and print."""
     measured = measure(request)
     target = l0 or statistics.median(of.l0 for of in _own(measured).values())
-    figures = _figures(measured)
-    verdicts = [_verdicts(figure, measured, target) for figure in figures]
-    panels = [_panel(figure, measured) for figure in figures]
-    table = measured.table
-    console.table(measured.report.hook_point, table.columns, table.rows, table.note)
-    if measured.probes is not None:
-        show_probes(measured.probes)
-    _show(verdicts, measured, target)
+    compared = _figures(measured)
+    verdicts = [_verdicts(figure, measured, target) for figure in compared]
+    panels = [_panel(figure, measured) for figure in compared]
+    sections = [*measured.sections, _section(verdicts, measured, target)]
+    for section in sections:
+        table = section.table
+        console.table(section.title, table.columns, table.rows, table.note)
     out.mkdir(parents=True, exist_ok=True)
     path = plot(panels, target, out / "pareto.png")
     console.OUT.print(f"plots: {path}", soft_wrap=True)
+    page = out / "index.html"
+    more = details(measured.report, measured.probes)
+    write_page(page, f"Comparison at L0 = {target:.3g}", [*sections, *more], path)
+    console.OUT.print(f"page: {page}", soft_wrap=True)
     write(
         out / "compare.json",
         {
-            "report": measured.report,
-            "probes": measured.probes,
+            **measured.record,
             "l0": target,
             "groups": {name: entry.group for name, entry in measured.entries.items()},
             "seeds": {name: entry.seed for name, entry in measured.entries.items()},
@@ -74,16 +64,10 @@ def _own(measured: Measured) -> dict:
 
 
 def _figures(measured: Measured) -> list[Figure]:
-    report, probes = measured.report, measured.probes
-    figures = [Figure("FVU", True, lambda name: report.reconstruction[name].fvu)]
-    if intact := report.substitution.get("intact"):
-        effects = intact.dictionaries
-        figures.append(Figure("Δ CE", True, lambda name: effects[name].ce_increase.value))
-    if told := report.downstream:
-        figures.append(Figure("linear accuracy", False, lambda n: told.spliced[n].linear.value))
+    found, probes = figures(measured.report), measured.probes
     if probes is not None:
-        figures.append(Figure("probe F1, k=1", False, lambda name: probes.f1[name][0]))
-    return figures
+        found.append(Figure("probe F1, k=1", False, lambda name: probes.f1[name][0]))
+    return found
 
 
 def _points(figure: Figure, measured: Measured, group: str) -> list[Point]:
@@ -120,7 +104,7 @@ def _panel(figure: Figure, measured: Measured) -> Panel:
     return Panel(figure.name, series, rivals)
 
 
-def _show(verdicts: Sequence[Verdicts], measured: Measured, target: float) -> None:
+def _section(verdicts: Sequence[Verdicts], measured: Measured, target: float) -> Section:
     columns = ("figure", "a", "b", "a - b", "detectable", "verdict")
     rows = [
         (
@@ -141,7 +125,7 @@ def _show(verdicts: Sequence[Verdicts], measured: Measured, target: float) -> No
     )
     if left_out:
         note += f"; without an L0 near {target:.3g}: {', '.join(left_out)}"
-    console.table(f"at L0 = {target:.3g}", columns, rows, note)
+    return Section(f"at L0 = {target:.3g}", ResultTable(columns, tuple(rows), note))
 
 
 def _number(value: float) -> str:

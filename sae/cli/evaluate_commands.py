@@ -22,6 +22,12 @@ ContextsOption = Annotated[
 ProbeOption = Annotated[
     int, typer.Option("--probe", min=0, help="Probe so many of the cache's labels.")
 ]
+StructureOption = Annotated[
+    bool,
+    typer.Option(
+        "--structure", help="Also stability over seeds, description length and meta-score."
+    ),
+]
 
 
 def evaluate(  # noqa: PLR0913  (options are parameters)
@@ -34,7 +40,9 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
     model: ModelOption = True,
     contexts: ContextsOption = 24,
     json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    page: Annotated[Path | None, typer.Option("--page", help="Write them here as HTML.")] = None,
     probe: ProbeOption = 0,
+    structure: StructureOption = False,
     baselines: Annotated[bool, typer.Option(help="Measure baselines beside them.")] = True,
 ) -> None:
     """Measure dictionaries on held-out rows: those of a config, or any with --cache."""
@@ -47,8 +55,10 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
         return
     from sae.cli.measuring import Request, measure, show
 
-    request = Request(tuple(targets), cache, hook_point, contexts * model, probe, baselines)
-    show(measure(request), json)
+    request = Request(
+        tuple(targets), cache, hook_point, contexts * model, probe, baselines, structure
+    )
+    show(measure(request), json, page)
 
 
 def compare(  # noqa: PLR0913
@@ -66,6 +76,7 @@ def compare(  # noqa: PLR0913
     contexts: ContextsOption = 24,
     out: Annotated[Path, typer.Option("--out", help="For plots and figures.")] = Path("compare"),
     probe: ProbeOption = 0,
+    structure: StructureOption = False,
     l0: Annotated[
         float | None, typer.Option("--l0", min=0.5, help="Compare at this L0; else at the median.")
     ] = None,
@@ -74,5 +85,5 @@ def compare(  # noqa: PLR0913
     from sae.cli.comparing import compare_and_show
     from sae.cli.measuring import Request
 
-    request = Request(tuple(targets), cache, hook_point, contexts * model, probe, True)
+    request = Request(tuple(targets), cache, hook_point, contexts * model, probe, True, structure)
     compare_and_show(request, out, l0)

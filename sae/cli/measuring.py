@@ -17,8 +17,12 @@ from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.cli import console
+from sae.cli.evaluation_page import write_page
 from sae.cli.image_runs import holds_images, with_downstream
 from sae.cli.image_table import image_table
+from sae.cli.sections import Section, details, probe_table, text_table
+from sae.cli.seeds import noise_table, stability_table
+from sae.cli.structure import structure_table
 from sae.evaluate.baselines import (
     covariance_of,
     permuted_decoder,
@@ -34,8 +38,6 @@ from sae.evaluate.report import EvaluationReport, plain
 from sae.evaluate.run import evaluate
 
 ROWS_FOR_L0, ROWS_FOR_PCA = 4096, 65_536
-COLUMNS = ("dictionary", "L0", "FVU", "dead", "CE rec. (zero)", "CE rec. (mean)", "Δ CE", "KL",
-           "top-1")  # fmt: skip
 
 
 class Request(NamedTuple):
@@ -49,6 +51,7 @@ class Request(NamedTuple):
     """Held-out contexts for each dictionary spliced into the model; 0 for no model."""
     probe: int
     baselines: bool
+    structure: bool = False
 
 
 class Entry(NamedTuple):
@@ -69,13 +72,23 @@ class Measured(NamedTuple):
     report: EvaluationReport
     probes: Survey | None
     of_images: bool
+    structure: dict[str, ResultTable]
+    """Tables of what `--structure` measures, by title."""
 
     @property
-    def table(self) -> ResultTable:
-        """A row for each dictionary and baseline."""
-        if self.of_images:
-            return image_table(self.report)
-        return ResultTable(COLUMNS, tuple(table_rows(self.report)), note_of(self.report))
+    def sections(self) -> list[Section]:
+        """The one table with a row for each dictionary and baseline, and what was asked for."""
+        table = image_table(self.report) if self.of_images else text_table(self.report)
+        noise = noise_table(members_of(self.entries), self.report)
+        probes = None if self.probes is None else probe_table(self.probes)
+        more = {"seeds": noise, "k-sparse probing": probes, **self.structure}
+        found = {self.report.hook_point: table, **more}
+        return [Section(title, of_one) for title, of_one in found.items() if of_one is not None]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is written as JSON."""
+        return {"report": self.report, "probes": self.probes, "structure": self.structure}
 
 
 def measure(request: Request) -> Measured:
@@ -108,7 +121,30 @@ def measure(request: Request) -> Measured:
         own = {name: dictionaries[name] for name in entries}
         with console.step("probe") as report:
             probes = survey(own, l0, cache, hook_point, request.probe, progress=report)
-    return Measured(entries, measured, probes, of_images=holds_images(cache))
+    structure = {}
+    if request.structure:
+        with console.step("structure") as report:
+            structure = _structure(entries, cache, hook_point, report)
+    return Measured(entries, measured, probes, holds_images(cache), structure)
+
+
+def _structure(
+    entries: dict[str, Entry], cache: ActivationCache, hook_point: str, report: Progress
+) -> dict[str, ResultTable]:
+    own = {name: entry.dictionary for name, entry in entries.items()}
+    found = {
+        "stability over seeds": stability_table(members_of(entries), own, report),
+        "structure": structure_table(own, cache, hook_point, report),
+    }
+    return {title: table for title, table in found.items() if table is not None}
+
+
+def members_of(entries: dict[str, Entry]) -> dict[str, list[str]]:
+    """Names by group."""
+    groups: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        groups.setdefault(entry.group, []).append(name)
+    return groups
 
 
 def _hook_point(cache: ActivationCache, asked: str | None) -> str:
@@ -230,59 +266,17 @@ def _model(cache: ActivationCache, report: Progress) -> LoadedModel | LoadedVisi
     return load_any_model(config, progress=report)
 
 
-def table_rows(report: EvaluationReport) -> list[tuple[str, ...]]:
-    """A row for each dictionary and baseline."""
-    rows = []
-    intact = report.substitution.get("intact")
-    for name, found in report.reconstruction.items():
-        row = [name, f"{found.l0:.1f}", f"{found.fvu:.3f}"]
-        row.append(f"{report.firing[name].dead_fraction:.1%}")
-        if intact is None:
-            rows.append((*row, *("-" for _ in COLUMNS[len(row) :])))
-            continue
-        effect = intact.dictionaries[name]
-        figures = (effect.ce_recovered_zero, effect.ce_recovered_mean, effect.ce_increase,
-                   effect.kl, effect.top1_agreement)  # fmt: skip
-        rows.append((*row, *(f"{figure.value:.3f}" for figure in figures)))
-    return rows
-
-
-def note_of(report: EvaluationReport) -> str:
-    """What the table's figures rest on."""
-    name = next(iter(report.reconstruction))
-    firing = report.firing[name]
-    note = (
-        f"{report.reconstruction[name].n_rows:,} held-out rows; dead: silent in {firing.n_rows:,} "
-        f"rows, so with 95 % confidence rarer than {firing.dead_density_bound:.1e}"
-    )
-    intact = report.substitution.get("intact")
-    if intact is None:
-        return note
-    return (
-        f"{note}; CE {intact.ce_base.value:.3f} nats on {intact.n_tokens:,} held-out tokens, "
-        f"positions below {report.skip_positions} left intact"
-    )
-
-
-def show(measured: Measured, path: Path | None) -> None:
-    """Print the table, and write everything as JSON where it is asked for."""
-    report, table = measured.report, measured.table
-    console.table(report.hook_point, table.columns, table.rows, table.note)
-    if measured.probes is not None:
-        show_probes(measured.probes)
-    if path is not None:
-        write(path, {"report": report, "probes": measured.probes})
-
-
-def show_probes(probes: Survey) -> None:
-    """Print mean AUCs over the labels."""
-    columns = ("probe", *(f"AUC, k={k}" for k in probes.ks), "control")
-    rows = [
-        (name, *(f"{value:.3f}" for value in probes.auc[name]), f"{probes.control[name]:.3f}")
-        for name in probes.auc
-    ]
-    rows.append(("dense", *("" for _ in probes.ks[1:]), f"{probes.dense:.3f}", ""))
-    console.table("k-sparse probing", columns, rows, f"means over {', '.join(probes.labels)}")
+def show(measured: Measured, json_path: Path | None, page: Path | None) -> None:
+    """Print the tables, and write all figures as JSON and as a page where they are asked for."""
+    for section in measured.sections:
+        table = section.table
+        console.table(section.title, table.columns, table.rows, table.note)
+    if json_path is not None:
+        write(json_path, measured.record)
+    if page is not None:
+        title = f"Evaluation of {', '.join(measured.entries)}"
+        write_page(page, title, [*measured.sections, *details(measured.report, measured.probes)])
+        console.OUT.print(f"page: {page}", soft_wrap=True)
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ def test_one_table_with_the_baselines_beside_the_dictionary(monkeypatch, capsys,
     figures = trained / "figures.json"
     code = sae(
         monkeypatch, "evaluate", wide, "--cache", str(trained / "cache"), "--json", str(figures),
-        "--probe", "1",
+        "--probe", "1", "--page", str(trained / "page.html"),
     )  # fmt: skip
     out = capsys.readouterr().out
     assert code == 0
@@ -76,12 +76,19 @@ def test_one_table_with_the_baselines_beside_the_dictionary(monkeypatch, capsys,
     intact = record["report"]["substitution"]["intact"]["dictionaries"]
     assert set(intact) == set(fvu)
     assert set(record["probes"]["auc"]) == {"wide", "wide, random", "raw neurons"}
+    page = (trained / "page.html").read_text()
+    assert "<h1>Evaluation of wide</h1>" in page
+    for title in ("Reconstruction", "Firing", "special positions intact", "Probes by label"):
+        assert title in page
+    kl = record["report"]["substitution"]["intact"]["dictionaries"]["wide"]["kl"]
+    assert f"{kl['value']:.3f} [{kl['low']:.3f}, {kl['high']:.3f}]" in page
+    assert "seeds" not in out  # there is one
 
 
 def test_seeds_of_a_recipe_are_one_group_and_differences_are_judged(monkeypatch, capsys, trained):
     out_path = trained / "out"
     cache = ("--cache", str(trained / "cache"))
-    arguments = (*paths(trained), *cache, "--out", str(out_path), "--contexts", "3")
+    arguments = (*paths(trained), *cache, "--out", str(out_path), "--contexts", "3", "--structure")
     assert sae(monkeypatch, "compare", *arguments) == 0
     out = capsys.readouterr().out
     record = json.loads((out_path / "compare.json").read_text())
@@ -96,6 +103,15 @@ def test_seeds_of_a_recipe_are_one_group_and_differences_are_judged(monkeypatch,
     spliced = record["report"]["substitution"]
     assert (spliced["intact"]["n_contexts"], spliced["spliced"]["n_contexts"]) == (3, 1)
     assert (out_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    page = (out_path / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert 'src="http' not in page
+    for title in ("at L0 = ", "seeds", "stability over seeds", "structure"):
+        assert f"<h2>{title}" in page
+        assert title in out
+    wide, narrow = record["structure"]["stability over seeds"]["rows"]
+    assert (wide[1], wide[2]) == ("1", "1.000")  # the seeds of `wide` differ by their bias alone
+    assert abs(float(narrow[2]) - float(narrow[3])) < 0.1  # `narrow` is random: at the floor
 
 
 def test_seeds_of_one_pass_are_told_apart_by_their_entries(monkeypatch, capsys, trained, tmp_path):
