@@ -181,7 +181,7 @@ def _points(frequency: np.ndarray, has: np.ndarray) -> list[list[float]]:
     """Frequency, share with a latent and number of the words of each tenth by frequency."""
     order = np.argsort(frequency, kind="stable")
     return [
-        [float(np.exp(np.log(frequency[part]).mean())), float(has[part].mean()), len(part)]
+        [float(np.exp(np.log(frequency[part]).mean())), float(has[part].mean()), float(len(part))]
         for part in np.array_split(order, _TENTHS)
         if len(part)
     ]
