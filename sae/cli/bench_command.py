@@ -18,6 +18,7 @@ MODULES = {
     "loop": "benchmarks.bench_loop",
     "labels": "benchmarks.bench_labels",
     "image-labels": "benchmarks.bench_image_labels",
+    "windows": "benchmarks.bench_windows",
     "browser": "benchmarks.browser",
 }
 ROOT = Path(__file__).resolve().parents[2]
