@@ -9,8 +9,10 @@ import typer
 
 from sae.config import ConfigError
 
-Bench = Literal["auto", "gpu", "cpu", "cache", "storage", "labels", "image-labels", "browser"]
-MODULES = {
+Bench = Literal[
+    "auto", "gpu", "cpu", "cache", "storage", "loop", "labels", "image-labels", "windows", "browser"
+]  # fmt: skip
+MODULES: dict[Bench, str] = {
     "gpu": "benchmarks.gpu_suite",
     "cpu": "benchmarks.bench_cpu_step",
     "cache": "benchmarks.bench_cache",
@@ -42,7 +44,7 @@ def bench(
     raise typer.Exit(subprocess.call([sys.executable, "-m", module, *(options or ())], cwd=ROOT))
 
 
-def _here() -> str:
+def _here() -> Literal["gpu", "cpu"]:
     import torch  # half a second, for this alone
 
     return "gpu" if torch.cuda.is_available() else "cpu"
