@@ -156,7 +156,7 @@ def test_a_changed_part_is_made_again_and_the_parts_before_it_are_not(
 
 def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bits(config, labelled, tmp_path):
     arguments = [str(config), f"cache_path={config.parent / 'run' / 'cache'}",
-                 "train.checkpoint_seconds=0.05", "train.epochs=40"]  # fmt: skip
+                 "train.checkpoint_seconds=0.05", "train.epochs=20"]  # fmt: skip
     command = [sys.executable, "-m", "sae.cli", "train", *arguments]
     subprocess.run([*command, f"output={tmp_path / 'whole'}"], check=True, timeout=150)
     killed = [*command, f"output={tmp_path / 'killed'}"]

@@ -169,7 +169,7 @@ def test_without_a_key_one_line_says_how_to_go_on(monkeypatch):
 def test_the_budget_is_never_exceeded(limit, most_calls, serve, latent_of, tmp_path):
     latents = [latent_of(number) for number in range(29)]
     with serve(answer=label_of) as endpoint:
-        config = config_for(endpoint, **limit)
+        config = config_for(endpoint, timeout_s=60.0, **limit)  # nothing stalls here
         found, caller = label(latents, config, tmp_path / "llm.sqlite")
     assert endpoint.n_calls <= most_calls
     spent = caller.budget.spent
