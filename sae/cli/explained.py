@@ -50,7 +50,7 @@ def _scores(summary: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [
         ("failed", f"{summary['n_failed']:,}" + (f" ({reasons})" if reasons else "")),
         ("insufficient", f"{summary['n_insufficient']:,}"),
-        ("labelled", f"{summary['n_done']:,}"),
+        ("labelled", f"{summary['n_done']:,}, {summary['n_different_labels']:,} different labels"),
     ]
     facts += [(scorer, _figures(figures)) for scorer, figures in summary["scores"].items()]
     arms = {**summary["controls"]}

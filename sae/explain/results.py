@@ -37,15 +37,18 @@ def summarise(found: Sequence[Explained], caller: Caller | None) -> dict[str, ob
     """The run in a few figures, failures first.
 
     Means are over the latents with a value; `mean_worst` and `mean_best` are over all latents that
-    were tried, a failed one counted at the floor of ignorance and at 1.
+    were tried, a failed one counted at the floor of ignorance and at 1. A weak language model gives
+    one label to many latents, which `n_different_labels` tells.
     """
     statuses = Counter(f.status for f in found)
     reasons = Counter(f.reason.split(":")[0] for f in found if f.status == "failed")
+    labels = {f.explanation.text for f in found if f.status == "done" and f.explanation}
     summary: dict[str, object] = {
         "n_failed": statuses["failed"],
         "failed_by_reason": dict(sorted(reasons.items())),
         "n_insufficient": statuses["insufficient"],
         "n_done": statuses["done"],
+        "n_different_labels": len(labels),
         "scores": _means([f.scores for f in found if f.status == "done"], statuses["failed"]),
         "controls": {
             name: _means([f.controls[name] for f in found if name in f.controls], 0)

@@ -59,7 +59,8 @@ def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, 
     assert "raw neurons" in shown
     summary = json.loads((tmp_path / "out" / "explanations.json").read_text())
     assert summary["n_done"] + summary["n_insufficient"] == 5
-    assert summary["n_done"] > 0
+    assert summary["n_done"] > summary["n_different_labels"] == 1
+    assert f"{summary['n_done']}, 1 different labels" in shown
 
 
 def test_scorers_that_look_into_the_model(paths, tmp_path, monkeypatch, capsys):
