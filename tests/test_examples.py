@@ -10,6 +10,7 @@ SAYS = {
     "concept_embedding": "recovered",
     "explain_with_vllm": "5 labelled, 0 failed; detection 0.",
     "gemma_scope_and_steer": "2x norm: 'the sister was in the garden",
+    "hyperdimensional_probe": "3 pairs in 1024 dimensions: 100% recalled",
     "own_parts": "detection 1.00",
     "steer": "recovered 100%",
     "train_on_a_model": "frozen: FVU",

@@ -16,6 +16,7 @@ from sae.evaluate.probing.units import (
     columns,
     mean_difference,
 )
+from sae.evaluate.representation.inherent import inherent_interpretability
 
 KS = (1, 2, 5)
 """Numbers of units, as in SAEBench and sae-probes."""
@@ -64,6 +65,18 @@ class ProbeReport:
     def selectivity(self, arm: str, k: int) -> float:
         """AUC above that on control labels (Hewitt and Liang 2019, arXiv 1909.03368)."""
         return self.arms[arm][k].auc.value - self.control[arm][k]
+
+    def interpretability(self, arm: str, n_units: int) -> float:
+        """Mean over sparsity of accuracy over that of the dense probe: the IIS of an arm.
+
+        Args:
+            arm: One of several numbers of units.
+            n_units: How many units the arm has; a probe of k leaves 1 - k / n_units of them out.
+        """
+        points = sorted((1 - k / n_units, score.accuracy) for k, score in self.arms[arm].items())
+        sparsity, accuracy = zip(*points, strict=True)
+        area = inherent_interpretability(sparsity, accuracy, self.dense.accuracy)
+        return area / (sparsity[-1] - sparsity[0])
 
 
 def probe(

@@ -67,6 +67,19 @@ def test_more_units_tell_more_of_what_is_spread(report):
     assert found[1] > found[0]
 
 
+def test_a_label_of_one_latent_stays_interpretable_at_any_sparsity(planted, report):
+    """IIS: one true latent is as good as all dimensions, and one raw neuron is not."""
+    task, _ = planted
+    accuracy = {arm: [s.accuracy for s in by_k.values()] for arm, by_k in report.arms.items()}
+    dense = report.dense.accuracy
+    by_hand = (1.5 * accuracy["true"][2] + 2 * accuracy["true"][1] + 0.5 * accuracy["true"][0]) / 4
+    assert report.interpretability("true", D) == pytest.approx(by_hand / dense)
+    assert report.interpretability("true", D) > 0.99
+    assert report.interpretability("raw neurons", D) < report.interpretability("true", D) - 0.05
+    with pytest.raises(ValueError, match="at least two points"):
+        probe(task, {"raw": raw}, ks=(1,)).interpretability("raw", D)
+
+
 def test_control_labels_are_at_chance(report):
     for arm, k in itertools.product(report.control, (1, 2, 5)):
         assert report.control[arm][k] == pytest.approx(0.5, abs=0.12)

@@ -7,6 +7,7 @@ import torch
 
 from sae.evaluate.representation.cca import pwcca, svcca
 from sae.evaluate.representation.cka import biased_hsic, cka, cknna
+from sae.evaluate.representation.distance import distance_correlation
 from sae.evaluate.representation.paired import permutation_null
 from sae.evaluate.representation.procrustes import procrustes_distance, rotation_onto
 from sae.evaluate.representation.rsa import rsa
@@ -18,6 +19,7 @@ INVARIANT = {
     "svcca": svcca,
     "pwcca": pwcca,
     "rsa": rsa,
+    "distance correlation": distance_correlation,
     "procrustes": lambda x, y: 1 - procrustes_distance(x, y),
 }
 
@@ -108,6 +110,30 @@ def test_procrustes_has_its_closed_form(draw, rotation):
     turn = rotation(7)
     assert torch.allclose(rotation_onto(x, x @ turn), turn)
     assert math.isnan(procrustes_distance(x, torch.ones(53, 2)))
+
+
+def test_distance_correlation_sees_what_no_correlation_does(draw):
+    x = draw(503, 1)
+    y = x.square()
+    assert abs(float((x * (y - y.mean())).mean())) < 0.3  # no line
+    assert distance_correlation(x, y) > 0.2
+    found = [distance_correlation(draw(53, 3, seed=i), draw(53, 5, seed=99 + i)) for i in range(99)]
+    assert sum(found) / 99 == pytest.approx(0, abs=0.02)
+    assert distance_correlation(draw(53, 211), draw(53, 307, seed=1), debiased=False) > 0.9
+    assert distance_correlation(draw(53, 211), draw(53, 307, seed=1)) < 0.2
+    assert math.isnan(distance_correlation(torch.ones(5, 3), draw(5, 3)))
+
+
+def test_biased_distance_correlation_is_its_definition():
+    """Three distances by hand: 0, 1, 3 on a line, centred twice."""
+    a = torch.tensor([[0.0, 1, 3], [1, 0, 2], [3, 2, 0], [0, 1, 3]])[:, [0, 1, 2, 0]]
+    x = torch.tensor([[0.0], [1.0], [3.0], [0.0]])
+    h = torch.eye(4) - 1 / 4
+    centred = h @ a @ h
+    y = x.square()
+    b = h @ (y - y.T).abs() @ h
+    expected = (centred * b).sum() / (centred.norm() * b.norm())
+    assert distance_correlation(x, y, debiased=False) == pytest.approx(float(expected))
 
 
 def test_a_permutation_null_tells_signal_from_chance(draw):
