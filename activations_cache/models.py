@@ -62,8 +62,11 @@ def load_model(config: ModelConfig, *, progress: Progress | None = None) -> Load
     directory, identity = files_of(config, progress)
     rule = f"model {config.path} must be readable by transformers {transformers.__version__}"
     with Refusing(rule, "check its files"), quiet():
-        tokenizer = _read_tokenizer(directory)
         names = AutoConfig.from_pretrained(directory, **_SAFELY)
+        if not hasattr(names.get_text_config(), "vocab_size"):
+            rule = f"model {config.path} must be a language model"
+            raise ModelError(f"{rule}, got {names.model_type}, which has no vocabulary")
+        tokenizer = _read_tokenizer(directory)
         spread = {"device_map": "auto"} if config.devices == "all" else {}
         model = read_model(directory, config, _model_class(names), **spread)
     if config.compile:

@@ -23,6 +23,7 @@ from sae.cli.explained import (
 )
 from sae.cli.image_runs import explain_pictures, holds_images
 from sae.cli.image_table import show_image_labels
+from sae.cli.run_config import refuse_unread
 from sae.cli.scoring_tools import tools_for
 from sae.config import ConfigError
 from sae.explain.atlas.run import draw_atlas
@@ -61,6 +62,7 @@ def explain_dictionary(task: Task, config: ExplainConfig) -> None:
     if hook not in cache.hook_points:
         known = ", ".join(cache.hook_points)
         raise ConfigError(f"--hook-point must be one of {known}, got {hook!r}")
+    refuse_unread("explain", config, of_images=holds_images(cache))
     if holds_images(cache):
         _of_images(task, cache, hook, config)
         return

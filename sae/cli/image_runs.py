@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from activations_cache import ActivationCache
@@ -34,22 +34,39 @@ def holds_images(cache: ActivationCache) -> bool:
     return "images" in cache.identity
 
 
-def check_classes(cache: ActivationCache) -> None:
-    """Refuse images without two classes, before anything slow begins.
+def check_splits(cache: ActivationCache, splits: tuple[str, ...]) -> None:
+    """Refuse splits that nothing can be measured on, before anything slow begins.
 
     Raises:
-        ValueError: If there are none, or one.
+        ValueError: If one is empty, or its images are of fewer than two classes.
     """
-    if holds_images(cache):
+    kind = "images" if holds_images(cache) else "text"
+    if kind == "images":
         concepts_of(_present(cache), None)
+    for split in splits:
+        advice = f"give it a larger share in cache.{kind}, or add {kind}"
+        if not _in(cache, (split,)).any():
+            raise ValueError(f"the split {split} must hold {kind}, got none; {advice}")
+        present = _present(cache, (split,))
+        if kind == "images" and len(present) < 2:
+            raise ValueError(
+                f"images of the split {split} must be of two classes or more, got "
+                f"{', '.join(present) or 'none'}; {advice}"
+            )
 
 
-def _present(cache: ActivationCache) -> tuple[str, ...]:
+def _present(cache: ActivationCache, splits: tuple[str, ...] = SPLITS) -> tuple[str, ...]:
+    """Names of the classes of these splits."""
     label = cache.examples.label
     if label is None:
         return ()
-    found = label[:, 0].unique().tolist()
+    found = label[_in(cache, splits), 0].unique().tolist()
     return tuple(cache.label_names[i] for i in found if i >= 0)
+
+
+def _in(cache: ActivationCache, splits: tuple[str, ...]) -> Bool[Tensor, " example"]:
+    wanted = torch.tensor([SPLITS.index(name) for name in splits])
+    return torch.isin(cache.examples.split, wanted)
 
 
 def with_downstream(
@@ -66,6 +83,7 @@ def with_downstream(
     """
     if config.n_images == 0 or len(_present(cache)) < 2:
         return report
+    check_splits(cache, ("hold",))
     spliced = {
         name: of_one
         for name, of_one in dictionaries.items()
@@ -105,8 +123,7 @@ def _some(
 ) -> Int[Tensor, " example"]:
     """At most `n_images` images of these splits that have a class, ascending."""
     assert cache.examples.label is not None, "images of two classes have labels"
-    wanted = torch.isin(cache.examples.split, torch.tensor([SPLITS.index(name) for name in splits]))
-    numbers = (wanted & (cache.examples.label[:, 0] >= 0)).nonzero().flatten()
+    numbers = (_in(cache, splits) & (cache.examples.label[:, 0] >= 0)).nonzero().flatten()
     order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(config.seed))
     return numbers[order[: config.n_images]].sort().values
 
@@ -122,14 +139,8 @@ def explain_pictures(
     """Label a dictionary's latents by the classes of a cache's images; write into a directory.
 
     Raises:
-        ValueError: If the images have fewer than two classes, or a label by a language model is
-            asked for.
+        ValueError: If the images have fewer than two classes.
     """
-    if config.autointerp is not None:
-        raise ValueError(
-            "explain.autointerp must be absent where the cache is of images, got one; "
-            "language models are shown text alone"
-        )
     names = [record.name for record in read_images(cache)]
     rows, columns = cache.identity["images"]["grid"]
     pictures = Pictures(beside(cache, dictionary, hook_point), names, rows * columns)

@@ -1,6 +1,7 @@
 """What `sae run` reads: one file with a part per step."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any
 
 from activations_cache.config import CacheConfig
 from sae.evaluate.config import EvaluateConfig
@@ -8,6 +9,44 @@ from sae.explain.config import ExplainConfig
 from sae.steer.config import SteerConfig
 from sae.train.config import TrainConfig
 from sae.train.sites import sites
+
+OF_TEXT = {
+    "evaluate": ("n_contexts", "n_contexts_special", "contexts_per_forward"),
+    "explain": (
+        "kinds", "min_firings", "min_examples", "wide_words", "min_word_count", "prior_rows",
+        "permutations", "null_permutations", "top_contexts", "bucket_contexts", "context_tokens",
+        "rules", "atlas", "autointerp",
+    ),
+    "steer": tuple(entry.name for entry in fields(SteerConfig)),
+}  # fmt: skip
+"""Fields, by their part of a file, that are not read where a cache is of images."""
+
+OF_IMAGES = {"evaluate": ("n_images", "n_neighbours"), "explain": ("images",)}
+"""Those that are not read where it is of texts."""
+
+
+def refuse_unread(part: str, config: Any, *, of_images: bool) -> None:
+    """Refuse what is set and would not be read.
+
+    Args:
+        part: Its name in a file.
+        config: Its fields.
+        of_images: Whether the cache is of images.
+
+    Raises:
+        ValueError: If a field that is of the other kind of data is not as it is by default.
+    """
+    here, there = ("images", "texts") if of_images else ("texts", "images")
+    by_name = {entry.name: entry for entry in fields(config)}
+    for name in (OF_TEXT if of_images else OF_IMAGES).get(part, ()):
+        value, entry = getattr(config, name), by_name[name]
+        made = entry.default_factory
+        if value != (entry.default if made is MISSING else made()):
+            got = "one" if is_dataclass(value) else repr(value)
+            raise ValueError(
+                f"{part}.{name} must be absent where the cache is of {here}, got {got}; it is for "
+                f"{there} alone"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +98,9 @@ class RunConfig(_Output):
     def __post_init__(self) -> None:
         """Check the parts against each other."""
         super().__post_init__()
+        of_images = self.cache.images is not None
+        for part in OF_TEXT:
+            refuse_unread(part, getattr(self, part), of_images=of_images)
         where = sites(self.train.saes, self.cache.hook_points, "train.")
         name = self.steer.dictionary
         if name is not None and name not in self.train.saes:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import activations_cache
 from activations_cache import io
 from activations_cache.builder import rank_of_this_process
+from activations_cache.config import SPLITS
 from activations_cache.progress import Progress
 from sae.browser import write_site
 from sae.cli import console
@@ -13,7 +14,7 @@ from sae.cli.beside import beside
 from sae.cli.browse_run import site_of_run
 from sae.cli.explained import show_summary
 from sae.cli.explaining import digest_of, promoted_strings
-from sae.cli.image_runs import check_classes, explain_pictures, with_downstream
+from sae.cli.image_runs import check_splits, explain_pictures, with_downstream
 from sae.cli.measuring import baselines
 from sae.cli.report import result_table
 from sae.cli.steering import steering_example
@@ -120,7 +121,7 @@ def browse(run: "Run", report: Progress) -> None:
 def check(run: "Run", done: str, last: str) -> None:
     """Refuse what a step to come would refuse, before the steps between cost any time."""
     if done == "cache" and last != "train":
-        check_classes(run.cache)
+        check_splits(run.cache, ("hold",) if last == "evaluate" else SPLITS)
 
 
 def show(run: "Run", last: str, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from activations_cache import CacheFormatError
+from activations_cache.synthetic import synthetic_plan, write_synthetic
 from sae.cli import main
 from sae.evaluate.report import read_json
 from sae.explain import read_latents
@@ -33,11 +36,11 @@ def drawing(name: str, made: np.random.Generator) -> bytes:
     return out.getvalue()
 
 
-def packed(path: Path, classes=CLASSES, n=N_EACH, broken=0) -> Path:
+def packed(path: Path, classes=CLASSES, n=N_EACH, broken=0, once=()) -> Path:
     made = np.random.default_rng(0)
     with tarfile.open(path, "w") as archive:
         for number in range(n):
-            for name in classes:
+            for name in classes if number else (*classes, *once):
                 data = b"no picture" if number < broken else drawing(name, made)
                 entry = tarfile.TarInfo(f"{name}/{number}.png")
                 entry.size = len(data)
@@ -186,8 +189,6 @@ def test_pictures_that_cannot_be_read_are_counted_in_one_line(config, tmp_path, 
 
 
 def test_a_cache_of_text_is_refused_where_pictures_are_needed(tmp_path, capsys, config, run):
-    from activations_cache import CacheFormatError
-    from activations_cache.synthetic import synthetic_plan, write_synthetic
     from sae.cli.pictures import Pictures
 
     text = write_synthetic(tmp_path / "text", synthetic_plan({"a:out": 7}, n_examples=23))
@@ -195,6 +196,58 @@ def test_a_cache_of_text_is_refused_where_pictures_are_needed(tmp_path, capsys, 
         Pictures(text)
     assert sae("steer", config) == 2
     assert "cache must be of texts for `sae steer`, got images" in one_line(capsys)
+
+
+def test_a_split_that_nothing_can_be_measured_on_is_refused_before_training(
+    config, tmp_path, capsys
+):
+    rare = packed(tmp_path / "rare.tar", CLASSES[:1], n=101, once=CLASSES[1:])
+    source = f"cache.images.sources.0.path={rare}"
+    none_held = ("cache.images.score=0.55", "cache.images.hold=0", f"output={tmp_path / 'a'}")
+    assert sae("run", config, *none_held) == 1
+    assert "the split hold must hold images, got none; give it a larger" in one_line(capsys)
+    assert not (tmp_path / "a" / "train").exists()
+    assert sae("run", config, source, f"output={tmp_path / 'b'}") == 1
+    error = one_line(capsys)
+    assert re.search(r"images of the split \w+ must be of two classes or more, got dark-d", error)
+    assert not (tmp_path / "b" / "train").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("explain.min_firings=7", "explain.min_firings must be absent .* of images, got 7; it is"),
+        ("explain.rules.n_latents=7", "explain.rules must be absent where .* of images, got one"),
+        ("evaluate.n_contexts=31", "evaluate.n_contexts must be absent where .*, got 31; it is f"),
+        ("steer.dictionary=topk", "steer.dictionary must be absent where .*, got 'topk'; it is"),
+    ],
+)
+def test_what_is_of_texts_is_refused_for_images(config, override, told, capsys):
+    assert sae("run", config, override) == 2
+    assert re.search(told, one_line(capsys))
+
+
+def test_what_is_of_images_is_refused_for_texts(config, run, tmp_path, capsys):
+    record = json.loads(config.read_text())
+    record["cache"]["text"] = {"sources": [{"path": "a.txt"}]}
+    del record["cache"]["images"]
+    config = tmp_path / "text.yaml"
+    config.write_text(json.dumps(record))
+    assert sae("run", config) == 2
+    assert "explain.images must be absent where the cache is of texts, got one" in one_line(capsys)
+    assert sae("run", config, "evaluate.n_neighbours=3") == 2
+    assert "evaluate.n_neighbours must be absent where the cache is of texts" in one_line(capsys)
+    synthetic = write_synthetic(
+        tmp_path / "text", synthetic_plan({"layers.1:out": 22}, n_examples=23)
+    )
+    code = sae("explain", run / "train" / "topk", "images.max_p=0.5", "--cache", synthetic.path)
+    assert code == 1
+    assert "explain.images must be absent where the cache is of texts, got one" in one_line(capsys)
+
+
+def test_a_vision_model_is_no_model_of_text(run, capsys):
+    assert sae("steer", run / "train" / "topk", "--latent", "3=5x", "--prompt", "I") == 1
+    assert "must be a language model, got vit, which has no" in one_line(capsys)
 
 
 def test_a_language_model_is_not_shown_pictures(run, capsys):
