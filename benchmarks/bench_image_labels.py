@@ -11,11 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_labels import FROZEN, share_difference, verdict
+from benchmarks.bench_labels import FROZEN, verdict
 from benchmarks.rows import append, surroundings
 from sae.cli.image_runs import rival_of
-from sae.explain.intervals import Interval
-from sae.explain.scores import Mean
 
 KEPT = ("n_latents", "n_scored", "n_unlabelled", "n_insufficient", "n_dead", "beats_null",
         "beats_null_shuffled", "auc", "auc_all_live", "control_auc", "best_of_class", "by_method",
@@ -44,7 +42,7 @@ def main() -> None:
         rivals = {n: s for n, s in arms.items() if n.startswith(name + FROZEN) or n.endswith(name)}
         for rival in rivals if not name.endswith(FROZEN) else ():
             if rival != name:
-                found = compared(name, rival, arms)
+                found = compared(labels[name], arms[rival])
                 rows.append({
                     "case": "image labels: difference",
                     "arm": name,
@@ -63,18 +61,10 @@ def row_of(name: str, summary: dict[str, Any]) -> dict[str, Any]:
     return {"case": "image labels by folders", "arm": name, **kept}
 
 
-def compared(name: str, rival: str, arms: dict[str, dict]) -> dict[str, dict[str, Any]]:
+def compared(own: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Differences of a dictionary and a rival, with a verdict in words."""
-    shares = [
-        Mean(found["value"], found["low"], found["high"])
-        for found in (arms[one]["beats_null"] for one in (name, rival))
-    ]
-    auc = rival_of(name, arms, [rival])
-    assert auc is not None, "a rival is given"
-    differences = {
-        "share that beats its null": share_difference(*shares),
-        "AUC": Interval(*auc.difference),
-    }
+    rival = rival_of(own, other)
+    differences = {"share that beats its null": rival.share, "AUC": rival.auc}
     return {what: {**d._asdict(), "verdict": verdict(d)} for what, d in differences.items()}
 
 

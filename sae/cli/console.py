@@ -1,6 +1,7 @@
 """What the command shows: bars with an ETA, one table, one-line errors."""
 
 import contextlib
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -118,12 +119,19 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], not
         pad_edge=False,
         collapse_padding=True,  # so that the results fit into 80 columns
     )
-    for i, column in enumerate(columns):
-        widest = max((len(row[i]) for row in rows), default=0)  # headings wrap, figures never
-        view.add_column(column, justify="left" if i == 0 else "right", min_width=widest)
+    widest = [max((len(row[i]) for row in rows), default=0) for i in range(len(columns))]
+    needed = sum(max(of_one) for of_one in zip(widest, map(len, columns), strict=True))
+    if needed + 2 * len(columns) > OUT.width:  # headings wrap, figures never
+        columns = [_wrapped(*of_one) for of_one in zip(columns, widest, strict=True)]
+    for i, (column, width) in enumerate(zip(columns, widest, strict=True)):
+        view.add_column(column, justify="left" if i == 0 else "right", min_width=width)
     for row in rows:
         view.add_row(*row)
-    OUT.print(view)
+    OUT.print(view, crop=False)  # a narrow screen loses no figures
+
+
+def _wrapped(heading: str, widest: int) -> str:
+    return textwrap.fill(heading, max(widest, *map(len, heading.split()), 1))
 
 
 def facts(title: str, rows: Sequence[tuple[str, str]], note: str = "") -> None:

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.downstream import Downstream, Images, Place, downstream
 from sae.evaluate.report import EvaluationReport
 from sae.explain.config import ExplainConfig
-from sae.explain.scores import Mean
+from sae.explain.intervals import Interval, difference
 from sae.explain.vision.concepts import concepts_of
 from sae.explain.vision.held_out import with_interval
 from sae.explain.vision.run import ExplainedImages, Pictures, explain_images
@@ -147,37 +147,36 @@ def explain_pictures(
     return explain_images(dictionary, pictures, hook_point, config, path, progress=report)
 
 
-@dataclass(frozen=True)
-class Rival:
-    """The labels of a dictionary beside those of its frozen baseline, on the same images."""
+class Rival(NamedTuple):
+    """The labels of a dictionary beside those of a baseline, on the same images."""
 
-    name: str
-    """The baseline."""
-    difference: Mean
-    """Mean AUC of the dictionary's labels less that of the baseline's."""
-
-    @property
-    def verdict(self) -> str:
-        """In words."""
-        if self.difference.low > 0:
-            return "wins"
-        return "loses" if self.difference.high < 0 else "does not win"
+    share: Interval
+    """Share of live latents that beat their null, less that of the baseline."""
+    auc: Interval
+    """Mean AUC of the labels, less that of the baseline's."""
 
 
-def rival_of(name: str, labels: Mapping[str, dict[str, Any]], frozen: list[str]) -> Rival | None:
-    """A dictionary against the frozen entry whose name begins with its own, else the first.
+def verdict(difference: Interval) -> str:
+    """In words what a difference to a baseline says, by more than its interval."""
+    if difference.low > 0:
+        return "wins"
+    return "loses" if difference.high < 0 else "does not win"
 
-    Args:
-        name: The dictionary.
-        labels: What summary.json says, by dictionary.
-        frozen: The frozen baselines.
-    """
-    partner = next((f for f in frozen if f.startswith(name)), frozen[0] if frozen else None)
-    if partner is None:
-        return None
-    own, other = labels[name], labels[partner]
+
+def frozen_of(name: str, frozen: list[str]) -> str | None:
+    """The frozen entry whose name begins with a dictionary's own, else the first."""
+    return next((f for f in frozen if f.startswith(name)), frozen[0] if frozen else None)
+
+
+def rival_of(own: dict[str, Any], other: dict[str, Any]) -> Rival:
+    """What summary.json says of a dictionary against what it says of a baseline."""
+    shares = [part["beats_null"] for part in (own, other)]
     means = [part["auc"]["mean"] for part in (own, other)]
-    if None in means:
-        return Rival(partner, Mean(math.nan, math.nan, math.nan))
-    influence = np.array(own["influence"]) - np.array(other["influence"])
-    return Rival(partner, with_interval(means[0] - means[1], influence))
+    nothing = Interval(math.nan, math.nan, math.nan)
+    share = auc = nothing
+    if all(one["value"] is not None for one in shares):
+        share = difference(*(Interval(**one) for one in shares))
+    if None not in means:
+        influence = np.array(own["influence"]) - np.array(other["influence"])
+        auc = Interval(*with_interval(means[0] - means[1], influence))
+    return Rival(share, auc)

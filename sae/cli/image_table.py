@@ -1,11 +1,12 @@
 """The results of dictionaries of images as one table."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sae.browser import ResultTable
 from sae.cli import console
-from sae.cli.image_runs import rival_of
+from sae.cli.image_runs import frozen_of, rival_of, verdict
 from sae.evaluate.downstream import AS_IT_IS, Downstream
 from sae.evaluate.intervals import Interval
 from sae.evaluate.report import EvaluationReport
@@ -15,7 +16,7 @@ from sae.explain.vision.run import ExplainedImages
 
 COLUMNS = ("dictionary", "FVU", "L0", "dead", "kNN kept", "linear kept")
 SHOWN = {AS_IT_IS: "model as it is", "mean": "mean row instead"}
-ARMS = {"random directions": "random, like", "raw neurons": "neurons, like"}
+ARMS = {"random directions": "random as", "raw neurons": "neurons as"}
 LABEL_COLUMNS = ("label AUC", "beat null", "best of class")
 
 
@@ -49,9 +50,8 @@ def image_table(
             continue
         for arm, found in summary["baselines"].items():
             rows.append((f"{ARMS[arm]} {name}", *("-" * 5), *_label_cells(found)))
-    return ResultTable(
-        columns, tuple(rows), f"{_note(report)}; {_label_note(labels, frozen or [])}"
-    )
+    note = "\n".join((_note(report), _label_note(labels), *_verdicts(labels, frozen or [])))
+    return ResultTable(columns, tuple(rows), note)
 
 
 def _accuracies(told: Downstream | None, name: str) -> tuple[str, ...]:
@@ -74,8 +74,7 @@ def _label_cells(summary: dict[str, Any] | None) -> tuple[str, ...]:
     share = summary["beats_null"]
     if share["value"] is None:
         return ("-",) * len(LABEL_COLUMNS)
-    half = (share["high"] - share["low"]) / 2
-    beat = f"{100 * share['value']:.1f} ±{100 * half:.1f} %"
+    beat = f"{share['value']:.{0 if share['value'] >= 0.1 else 1}%}"
     best = summary["best_of_class"]["mean"]
     return (_mean(summary["auc"]), beat, "-" if best is None else f"{best:.3f}")
 
@@ -95,8 +94,8 @@ def _note(report: EvaluationReport) -> str:
         return note
     half = max((a.knn.high - a.knn.low) / 2 for a in told.spliced.values())
     note += (
-        f"; {told.n_classes} classes told from the pooled output of {told.n_test:,} held-out "
-        f"images (accuracies ±{half:.3f} or less), the stream replaced at all positions"
+        f"; kept: of what tells {told.n_classes} classes from the pooled output of {told.n_test:,} "
+        f"held-out images (accuracies ±{half:.3f} or less), the stream replaced at all positions"
     )
     if told.intact:
         knn = told.intact["mean"].knn.value / max(told.intact[AS_IT_IS].knn.value, 1e-9)
@@ -104,26 +103,33 @@ def _note(report: EvaluationReport) -> str:
     return note
 
 
-def _label_note(labels: Mapping[str, dict[str, Any]], frozen: list[str]) -> str:
+def _label_note(labels: Mapping[str, dict[str, Any]]) -> str:
     first = next(iter(labels.values()))
-    controls = ", ".join(_mean(found["control_auc"]) for found in labels.values())
     void = max(found["beats_null_shuffled"]["value"] or 0.0 for found in labels.values())
-    note = (
+    controls = [found["control_auc"]["mean"] for found in labels.values()]
+    exchanged = max((c for c in controls if c is not None), default=math.nan)
+    return (
         f"labels: classes and groups of folders, scored on {first['n_images_score']:,} images they "
         "were not made from; beat null: share of the live latents whose AUC beats permuted classes "
-        "at 1 %; best of class: AUC of each class's best latent; random, neurons: untrained, as "
-        f"dense as that dictionary; AUC of exchanged labels: {controls}; with exchanged folders "
-        f"{void:.1%} beat the null"
+        f"at 1 % ({void:.1%} or less with exchanged folders); best of class: AUC of each class's "
+        "best latent; random, neurons: untrained, as dense as that dictionary; AUC of other "
+        f"latents' labels: {exchanged:.3f} or less"
     )
+
+
+def _verdicts(labels: Mapping[str, dict[str, Any]], frozen: list[str]) -> Iterator[str]:
+    """A line for each trained dictionary."""
     for name in labels:
-        rival = None if name in frozen else rival_of(name, labels, frozen)
-        if rival is not None:
-            low, high = rival.difference.low, rival.difference.high
-            note += (
-                f"; label AUC of {name} less that of {rival.name}: {rival.difference.mean:+.3f} "
-                f"[{low:+.3f}, {high:+.3f}], it {rival.verdict}"
-            )
-    return note
+        partner = None if name in frozen else frozen_of(name, frozen)
+        if partner is None:
+            continue
+        rival = rival_of(labels[name], labels[partner])
+        share = Share(*(100 * end for end in rival.share))
+        yield (
+            f"{name} against {partner}: beat null {share.value:+.1f} points [{share.low:+.1f}, "
+            f"{share.high:+.1f}], it {verdict(rival.share)}; label AUC {rival.auc.value:+.3f} "
+            f"[{rival.auc.low:+.3f}, {rival.auc.high:+.3f}], it {verdict(rival.auc)}"
+        )
 
 
 def show_image_labels(title: str, found: ExplainedImages) -> None:

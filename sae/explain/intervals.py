@@ -44,6 +44,11 @@ def weighted_sum(parts: Sequence[tuple[float, Interval]]) -> Interval:
     return Interval(value, value - math.sqrt(down), value + math.sqrt(up))
 
 
+def difference(a: Interval, b: Interval) -> Interval:
+    """One independent figure less another; of shares it is Newcombe's interval (1998)."""
+    return weighted_sum([(1.0, a), (1.0, Interval(-b.value, -b.high, -b.low))])
+
+
 def auc(positive: Float64[np.ndarray, " batch"], negative: Float64[np.ndarray, " row"]) -> Interval:
     """Probability that a positive exceeds a negative, ties half; DeLong's variance (1988).
 
