@@ -1,6 +1,7 @@
 """The images that a finished cache was made from, read again from where they lay."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,10 +43,11 @@ class CachedImages:
         """Rows and columns of patches."""
         names = cache.manifest.plan.source_names
         self._stores = dict(zip(names, map(open_store, sources or _sources(cache)), strict=True))
-        self._numbers = {
-            name: {own: number for number, own in enumerate(store.names)}
-            for name, store in self._stores.items()
-        }
+        # An archive may hold several files of one name; their bytes tell which one is meant.
+        self._numbers: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for source, store in self._stores.items():
+            for number, name in enumerate(store.names):
+                self._numbers[source, name].append(number)
 
     def image(self, example: int) -> Image.Image:
         """Return the image of an example, decoded.
@@ -54,16 +56,15 @@ class CachedImages:
             CacheFormatError: If it is gone or has other bytes now.
         """
         record = self.records[example]
-        store, number = self._stores[record.source], self._numbers[record.source].get(record.name)
-        found = "no such image"
-        if number is not None:
+        store, found = self._stores[record.source], "no such image"
+        for number in self._numbers.get((record.source, record.name), ()):
             found = hashlib.sha256(store.data(number)).hexdigest()
-        if number is None or found != record.sha256:
-            raise CacheFormatError(
-                f"image {record.name} of {record.source} must have sha256 {record.sha256}, got "
-                f"{found}; the source has changed since the cache was built"
-            )
-        return store.image(number)
+            if found == record.sha256:
+                return store.image(number)
+        raise CacheFormatError(
+            f"image {record.name} of {record.source} must have sha256 {record.sha256}, got "
+            f"{found}; the source has changed since the cache was built"
+        )
 
     def pixels(self, examples: Int[Tensor, " example"]) -> Float[Tensor, "example 3 size size"]:
         """Return what the model read for some examples."""

@@ -1,5 +1,6 @@
 """The images of a finished cache are found again, and refused if they have changed."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +92,18 @@ def test_moved_images_are_found_and_changed_ones_refused(cache: ActivationCache,
     gone = CachedImages(cache, [ImageSource(path=str(path)) for path in paths])
     with pytest.raises(CacheFormatError, match="got no such image; the source has changed"):
         gone.image(example)
+
+
+def test_of_files_of_one_name_in_a_tar_the_bytes_tell_which_is_meant(
+    cache: ActivationCache, tmp_path: Path
+):
+    drawn = sorted((tmp_path / "drawn").iterdir())
+    Image.new("RGB", (5, 7)).save(tmp_path / "other.png")
+    with tarfile.open(tmp_path / "drawn.tar", "w") as archive:
+        for file in drawn:
+            for one in (tmp_path / "other.png", file, tmp_path / "other.png"):
+                archive.add(one, file.name)
+    paths = (tmp_path / "drawn.tar", tmp_path / "more.npy")
+    images = CachedImages(cache, [ImageSource(path=str(path)) for path in paths])
+    everything = torch.arange(len(images.records))
+    assert torch.equal(images.pixels(everything), CachedImages(cache).pixels(everything))
