@@ -3,7 +3,8 @@
 `sae bench image-labels RUN`: RUN is what `sae run` wrote, such as runs/demo-vision. Nothing is
 computed again: the figures are those of its explain step. Shares have Wilson's interval over
 latents, differences of shares Newcombe's; mean AUCs have intervals over images, and so have their
-differences, which are of the same images. A difference counts where its interval leaves 0 out.
+differences, which are of the same images. "strongest" is how much oftener the 5 strongest images of
+a latent have its label than all images do. A difference counts where its interval leaves 0 out.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from benchmarks.rows import append, surroundings
 from sae.cli.image_runs import rival_of
 
 KEPT = ("n_latents", "n_scored", "n_unlabelled", "n_insufficient", "n_dead", "beats_null",
-        "beats_null_shuffled", "auc", "auc_all_live", "control_auc", "best_of_class", "by_method",
-        "n_images_explain", "n_images_score")  # fmt: skip
+        "beats_null_shuffled", "auc", "auc_all_live", "strongest", "control_auc", "best_of_class",
+        "by_method", "n_images_explain", "n_images_score")  # fmt: skip
 
 
 def main() -> None:
@@ -64,18 +65,22 @@ def row_of(name: str, summary: dict[str, Any]) -> dict[str, Any]:
 def compared(own: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Differences of a dictionary and a rival, with a verdict in words."""
     rival = rival_of(own, other)
-    differences = {"share that beats its null": rival.share, "AUC": rival.auc}
+    differences = {
+        "share that beats its null": rival.share,
+        "AUC": rival.auc,
+        "strongest": rival.strongest,
+    }
     return {what: {**d._asdict(), "verdict": verdict(d)} for what, d in differences.items()}
 
 
 def table(arms: dict[str, dict[str, Any]]) -> str:
     """The rows as a table in Markdown."""
-    lines = ["| latents | live | labelled | beat their null | AUC | best of class |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| latents | live | labelled | beat their null | AUC | strongest | best of class |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, s in arms.items():
         share, n_live = s["beats_null"], s["n_latents"] - s["n_dead"]
         figures = [f"{share['value']:.3f} ±{(share['high'] - share['low']) / 2:.3f}"]
-        for key in ("auc", "best_of_class"):
+        for key in ("auc", "strongest", "best_of_class"):
             mean = s[key]
             figures.append(f"{mean['mean']:.3f} ±{(mean['high'] - mean['low']) / 2:.3f}")
         lines.append(f"| {name} | {n_live:,} | {s['n_scored']:,} | {' | '.join(figures)} |")

@@ -154,6 +154,8 @@ class Rival(NamedTuple):
     """Share of live latents that beat their null, less that of the baseline."""
     auc: Interval
     """Mean AUC of the labels, less that of the baseline's."""
+    strongest: Interval
+    """How much oftener the strongest images have the label than all images do, less the same."""
 
 
 def verdict(difference: Interval) -> str:
@@ -179,4 +181,14 @@ def rival_of(own: dict[str, Any], other: dict[str, Any]) -> Rival:
     if None not in means:
         influence = np.array(own["influence"]) - np.array(other["influence"])
         auc = Interval(*with_interval(means[0] - means[1], influence))
-    return Rival(share, auc)
+    return Rival(share, auc, _strongest(own, other))
+
+
+def _strongest(own: dict[str, Any], other: dict[str, Any]) -> Interval:
+    means = [part["strongest"]["mean"] for part in (own, other)]
+    if None in means:
+        return Interval(math.nan, math.nan, math.nan)
+    value = means[0] - means[1]
+    resampled = [np.array(part["strongest_resampled"], float) for part in (own, other)]
+    half = 1.96 * float((resampled[0] - resampled[1]).std(ddof=1))
+    return Interval(value, value - half, value + half)

@@ -112,7 +112,8 @@ def _label_note(labels: Mapping[str, dict[str, Any]]) -> str:
         f"labels: classes and groups of folders, scored on {first['n_images_score']:,} images they "
         "were not made from; beat null: share of the live latents whose AUC beats permuted classes "
         f"at 1 % ({void:.1%} or less with exchanged folders); best of class: AUC of each class's "
-        "best latent; random, neurons: untrained, as dense as that dictionary; AUC of other "
+        "best latent; strongest pictures: how much oftener a latent's 5 strongest have its label "
+        "than all do; random, neurons: untrained, as dense as that dictionary; AUC of other "
         f"latents' labels: {exchanged:.3f} or less"
     )
 
@@ -125,10 +126,14 @@ def _verdicts(labels: Mapping[str, dict[str, Any]], frozen: list[str]) -> Iterat
             continue
         rival = rival_of(labels[name], labels[partner])
         share = Share(*(100 * end for end in rival.share))
+        others = {"label AUC": rival.auc, "strongest pictures": rival.strongest}
+        told = (
+            f"{what} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], it {verdict(d)}"
+            for what, d in others.items()
+        )
         yield (
             f"{name} against {partner}: beat null {share.value:+.1f} points [{share.low:+.1f}, "
-            f"{share.high:+.1f}], it {verdict(rival.share)}; label AUC {rival.auc.value:+.3f} "
-            f"[{rival.auc.low:+.3f}, {rival.auc.high:+.3f}], it {verdict(rival.auc)}"
+            f"{share.high:+.1f}], it {verdict(rival.share)}; {'; '.join(told)}"
         )
 
 

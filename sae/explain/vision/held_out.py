@@ -14,7 +14,11 @@ from scipy.stats import rankdata
 from sae.explain.intervals import auc as auc_with_interval
 from sae.explain.scores import Mean
 
+N_STRONGEST = 5
+"""So many images of the score split are a latent's strongest."""
+
 _LATENTS_AT_ONCE = 1024
+_RESAMPLES = 200
 _Z = 1.959964
 
 
@@ -102,6 +106,59 @@ def aucs(
         found[part] = rankdata(peaks[:, part], axis=0).T @ has - n_has * (n_has + 1) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         return found / (n_has * n_other)
+
+
+class Strongest(NamedTuple):
+    """How often the images on which latents fire most have their labels, beyond chance."""
+
+    mean: Mean
+    """Mean over the latents; its interval is a bootstrap over images."""
+    resampled: Float64[np.ndarray, " resample"]
+    """The means of the resamples, which are the same images for every dictionary; empty where no
+    latent has a label."""
+
+
+def strongest(
+    peaks: Float32[np.ndarray, "example d_sae"],
+    has: Bool[np.ndarray, "example word"],
+    concept: Int64[np.ndarray, " d_sae"],
+    seed: int,
+) -> Strongest:
+    """Share of a latent's `N_STRONGEST` strongest images that its label names, less that of all.
+
+    Args:
+        peaks: Of every image.
+        has: Which concepts every image has.
+        concept: What each latent's label names; -1: none.
+        seed: Of the resamples.
+    """
+    latents = np.flatnonzero(concept >= 0)
+    if not len(latents):
+        return Strongest(_NONE, np.zeros(0))
+    generator = np.random.default_rng(seed)
+    counts = generator.multinomial(len(peaks), np.full(len(peaks), 1 / len(peaks)), _RESAMPLES)
+    order = np.argsort(-peaks[:, latents], axis=0, kind="stable")[: 8 * N_STRONGEST]
+    fires = np.take_along_axis(peaks[:, latents], order, axis=0) > 0
+    right = has[order, concept[latents]]
+    rates = [_lift(weight, order, fires, right, has, concept[latents]) for weight in counts]
+    value = _lift(np.ones_like(counts[0]), order, fires, right, has, concept[latents])
+    half = _Z * float(np.std(rates, ddof=1))
+    return Strongest(Mean(value, value - half, value + half), np.array(rates))
+
+
+def _lift(
+    weight: np.ndarray,
+    order: np.ndarray,
+    fires: np.ndarray,
+    right: np.ndarray,
+    has: np.ndarray,
+    concept: np.ndarray,
+) -> float:
+    """The mean over latents, where image i stands `weight[i]` times."""
+    own = weight[order] * fires
+    taken = np.clip(N_STRONGEST - (np.cumsum(own, axis=0) - own), 0, own)
+    share = (taken * right).sum(axis=0) / np.maximum(taken.sum(axis=0), 1)
+    return float((share - (weight @ has / weight.sum())[concept]).mean())
 
 
 def _score(

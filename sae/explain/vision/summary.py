@@ -11,7 +11,7 @@ from sae.explain.scores import FLOOR, Mean
 from sae.explain.vision.concepts import Concepts
 from sae.explain.vision.config import ImageLabelConfig, Method
 from sae.explain.vision.firing import Seen
-from sae.explain.vision.held_out import HeldOut, aucs, held_out
+from sae.explain.vision.held_out import HeldOut, Strongest, aucs, held_out, strongest
 from sae.explain.vision.labelling import ImageLabels, make_labels
 
 LEVEL = 0.01
@@ -42,6 +42,9 @@ class ImageSummary:
     """Mean AUC over the live latents, the others counted at the floor."""
     control_auc: Mean
     """Mean AUC of other latents' labels."""
+    strongest: Mean
+    """Mean over the scored latents of the share of their 5 strongest images that have the label,
+    less the label's share of all images; its interval is over images."""
     beats_null: Interval
     """Share whose AUC beats the permuted classes at 1 %; Wilson's interval over latents."""
     beats_null_shuffled: Interval
@@ -56,6 +59,8 @@ class ImageSummary:
     """Images from which labels were made."""
     n_images_score: int
     """Images on which they were scored."""
+    strongest_resampled: tuple[float, ...]
+    """The same over resampled images, for differences between dictionaries."""
     influence: tuple[float, ...]
     """Of each image of the score split on the mean AUC, for differences between dictionaries."""
 
@@ -96,7 +101,7 @@ class Judge:
         seed: int,
     ) -> None:
         self._parts, self._concepts, self._config = (made_from, scored_on), concepts, config
-        self._generator = np.random.default_rng(seed)
+        self._seed, self._generator = seed, np.random.default_rng(seed)
         fired = np.stack([(part.peaks > 0).sum(axis=0) for part in self._parts])
         self._enough = (fired >= config.min_images).all(axis=0)
         self._live = fired.any(axis=0)
@@ -118,7 +123,8 @@ class Judge:
         of_void = self._held_out(void[1], self._labels(void[0]).concept[method])
         status = np.where(self._enough, "unlabelled", "insufficient")
         status = np.where(self._live, np.where(is_scored, "scored", status), "dead")
-        summary = self._summary(status, judged, control, of_void)
+        top = strongest(self._parts[1].peaks, has[1], np.where(is_scored, concept, -1), self._seed)
+        summary = self._summary(status, judged, control, of_void, top)
         return Scored(labels, own, control, tuple(status.tolist()), summary)
 
     def _labels(self, has: Bool[np.ndarray, "example word"]) -> ImageLabels:
@@ -137,6 +143,7 @@ class Judge:
         judged: Mapping[Method, HeldOut],
         control: HeldOut,
         of_void: HeldOut,
+        top: Strongest,
     ) -> ImageSummary:
         own, n_live = judged[self._config.method], int(np.count_nonzero(self._live))
         counts = {name: int(np.count_nonzero(status == name)) for name in STATUSES}
@@ -151,6 +158,7 @@ class Judge:
             auc_median=float(np.nanmedian(own.auc)) if n_scored else float("nan"),
             auc_all_live=_all_live(own, n_live),
             control_auc=control.mean,
+            strongest=top.mean,
             beats_null=_share(own.beats(LEVEL), n_live),
             beats_null_shuffled=_share(of_void.beats(LEVEL), n_live),
             by_method={method: _figures(found, n_live) for method, found in judged.items()},
@@ -158,6 +166,7 @@ class Judge:
             floor=FLOOR,
             n_images_explain=len(self._parts[0].classes),
             n_images_score=len(self._parts[1].classes),
+            strongest_resampled=tuple(top.resampled.tolist()),
             influence=tuple(own.influence.tolist()),
         )
 
