@@ -19,6 +19,10 @@ ModelOption = Annotated[
 ContextsOption = Annotated[
     int, typer.Option("--contexts", min=1, help="Held-out contexts that each is spliced into.")
 ]
+ImagesOption = Annotated[
+    int,
+    typer.Option("--images", min=1, help="The same of images: to fit on, and as many to score."),
+]
 ProbeOption = Annotated[
     int, typer.Option("--probe", min=0, help="Probe so many of the cache's labels.")
 ]
@@ -39,6 +43,7 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
     hook_point: HookOption = None,
     model: ModelOption = True,
     contexts: ContextsOption = 24,
+    images: ImagesOption = 2000,
     json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     page: Annotated[Path | None, typer.Option("--page", help="Write them here as HTML.")] = None,
     probe: ProbeOption = 0,
@@ -53,11 +58,10 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
             )
         run_to("evaluate", targets[0], targets[1:])
         return
-    from sae.cli.measuring import Request, measure, show
+    from sae.cli.measuring import Request, Spliced, measure, show
 
-    request = Request(
-        tuple(targets), cache, hook_point, contexts * model, probe, baselines, structure
-    )
+    spliced = Spliced(contexts, images) if model else None
+    request = Request(tuple(targets), cache, hook_point, spliced, probe, baselines, structure)
     show(measure(request), json, page)
 
 
@@ -74,6 +78,7 @@ def compare(  # noqa: PLR0913
     hook_point: HookOption = None,
     model: ModelOption = True,
     contexts: ContextsOption = 24,
+    images: ImagesOption = 2000,
     out: Annotated[Path, typer.Option("--out", help="For plots and figures.")] = Path("compare"),
     probe: ProbeOption = 0,
     structure: StructureOption = False,
@@ -83,7 +88,8 @@ def compare(  # noqa: PLR0913
 ) -> None:
     """Hold groups of dictionaries against each other at equal L0, with ties and Pareto plots."""
     from sae.cli.comparing import compare_and_show
-    from sae.cli.measuring import Request
+    from sae.cli.measuring import Request, Spliced
 
-    request = Request(tuple(targets), cache, hook_point, contexts * model, probe, True, structure)
+    spliced = Spliced(contexts, images) if model else None
+    request = Request(tuple(targets), cache, hook_point, spliced, probe, True, structure)
     compare_and_show(request, out, l0)

@@ -91,7 +91,7 @@ def _note(report: EvaluationReport) -> str:
     note = f"{n_rows:,} held-out rows"
     told = report.downstream
     if told is None:
-        return note
+        return f"{note}; accuracies need the model, and images of two classes"
     half = max((a.knn.high - a.knn.low) / 2 for a in told.spliced.values())
     note += (
         f"; kept: of what tells {told.n_classes} classes from the pooled output of {told.n_test:,} "

@@ -31,13 +31,22 @@ from sae.evaluate.baselines import (
     raw_neurons,
 )
 from sae.evaluate.config import EvaluateConfig
-from sae.evaluate.probing.labels import check_hook_point
+from sae.evaluate.probing.labels import check_hook_point, common_labels
 from sae.evaluate.probing.survey import Survey, survey
 from sae.evaluate.reconstruction import measure_reconstruction
 from sae.evaluate.report import EvaluationReport, plain
-from sae.evaluate.run import evaluate
+from sae.evaluate.run import evaluate, held_out_rows
 
 ROWS_FOR_L0, ROWS_FOR_PCA = 4096, 65_536
+
+
+class Spliced(NamedTuple):
+    """Into what of the model's each dictionary is spliced."""
+
+    contexts: int
+    """Held-out contexts, of a language model."""
+    images: int
+    """Images to tell classes by, and as many held out, of a vision model."""
 
 
 class Request(NamedTuple):
@@ -47,8 +56,8 @@ class Request(NamedTuple):
     """Paths or hub names, each with GROUP= before it or not."""
     cache: str
     hook_point: str | None
-    contexts: int
-    """Held-out contexts for each dictionary spliced into the model; 0 for no model."""
+    spliced: Spliced | None
+    """What each dictionary is spliced into; None for no model."""
     probe: int
     baselines: bool
     structure: bool = False
@@ -92,20 +101,23 @@ class Measured(NamedTuple):
 
 
 def measure(request: Request) -> Measured:
-    """Load, check and measure."""
+    """Load, refuse what cannot be measured before anything slow begins, and measure."""
     cache = activations_cache.open(request.cache)
     hook_point = _hook_point(cache, request.hook_point)
+    held_out_rows(cache)
+    if request.probe:
+        common_labels(cache)
     entries = load_entries(request.targets, cache, hook_point)
     dictionaries = {name: entry.dictionary for name, entry in entries.items()}
     if request.baselines:
         with console.step("baselines") as report:
             dictionaries |= baselines(dictionaries, cache, hook_point, report)
     loaded, config = None, EvaluateConfig()
-    if request.contexts:
+    if request.spliced is not None:
         with console.step("model") as report:
             loaded = _model(cache, report)
-        n = request.contexts
-        config = EvaluateConfig(n_contexts=n, n_contexts_special=n // 3)
+        n, images = request.spliced
+        config = EvaluateConfig(n_contexts=n, n_contexts_special=n // 3, n_images=images)
     model = loaded.model if isinstance(loaded, LoadedModel) else None
     with console.step("evaluate") as report:
         found = evaluate(dictionaries, cache, hook_point, model, config, progress=report)
@@ -235,7 +247,7 @@ def baselines(
     report: Progress,
 ) -> dict[str, SparseAutoencoder]:
     """Untrained rivals at the median L0; those with a frozen part come from training."""
-    rows = cache.rows(("hold",))
+    rows = held_out_rows(cache)
     sample = rows[:: max(1, len(rows) // ROWS_FOR_L0)]
     found = measure_reconstruction(dictionaries, cache, hook_point, sample, progress=report)
     l0 = sorted(of_one.reconstruction.l0 for of_one in found.values())[len(found) // 2]

@@ -8,6 +8,7 @@ from activations_cache import ActivationCache
 from activations_cache.progress import Progress
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
+from sae.evaluate.run import held_out_rows
 from sae.evaluate.structure.description import DescriptionLength, description_length
 from sae.evaluate.structure.meta import BATCH, meta_score
 
@@ -39,7 +40,7 @@ def structure_table(
     rows = []
     for done, (name, dictionary) in enumerate(own.items(), start=1):
         n_rows = min(MOST_ROWS, max(2, MOST_ACTIVATIONS // dictionary.config.d_sae))
-        held = cache.rows(("hold",))
+        held = held_out_rows(cache)
         x = cache[hook_point][held[:: max(1, len(held) // n_rows)][:n_rows]]
         length = shortest(dictionary, x)
         rows.append((name, f"{length.bits:.1f}", f"{length.fvu:.4f}", *_meta(dictionary)))

@@ -55,12 +55,7 @@ def evaluate(
         ValueError: If the cache holds no held-out rows, or a dictionary has another width or a
             name that is taken.
     """
-    hold = cache.rows(("hold",))
-    if len(hold) == 0:
-        raise ValueError(
-            f"{cache.path} must have rows in the split hold, got none; "
-            "build a cache with text.hold above 0"
-        )
+    hold = held_out_rows(cache)
     chunks = config.rows_per_chunk
     measured = measure_reconstruction(
         dictionaries, cache, hook_point, hold, rows_per_chunk=chunks, progress=progress
@@ -87,6 +82,21 @@ def evaluate(
         config=asdict(config),
     )
     return Evaluation(report, firing)
+
+
+def held_out_rows(cache: ActivationCache) -> Int[Tensor, " row"]:
+    """The rows that no dictionary was trained on.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    rows = cache.rows(("hold",))
+    if len(rows) == 0:
+        raise ValueError(
+            f"{cache.path} must have rows in the split hold, got none; build it with a share of "
+            "hold above 0"
+        )
+    return rows
 
 
 def held_out(cache: ActivationCache, hook_point: str, config: EvaluateConfig) -> HeldOut:

@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 import activations_cache
+from activations_cache.reader import ActivationCache
 from sae import pretrained
 from sae.cli import main, pareto
 from sae.cli.pareto import Panel, Series
@@ -177,6 +178,26 @@ def test_requests_that_do_not_fit_take_one_line(monkeypatch, capsys, trained):
     assert (code, "must hold the hook point a.b:out, got model.layers.1:out" in error) == (1, True)
     code, error = refused(monkeypatch, capsys, "evaluate", wide, wide, "--cache", cache)
     assert (code, "dictionaries must be given once" in error) == (1, True)
+
+
+def test_caches_without_held_out_rows_or_labels_are_refused_before_the_work(
+    monkeypatch, capsys, trained, tmp_path, tiny_cache_config
+):
+    text = replace(tiny_cache_config.text, explain=0.7, score=0.3, hold=0.0)
+    config = replace(tiny_cache_config, hook_points=(HOOK,), n_rows=211, text=text)
+    activations_cache.build(config, tmp_path / "cache")
+    for command in ("evaluate", "compare"):
+        arguments = (command, *paths(trained)[:2], "--cache", str(tmp_path / "cache"))
+        code, error = refused(monkeypatch, capsys, *arguments)
+        assert code == 1
+        assert "cache must have rows in the split hold, got none; build it with" in error
+    one_class = lambda cache, rows: torch.zeros_like(rows)  # noqa: E731
+    monkeypatch.setattr(ActivationCache, "token_labels", one_class)
+    cache = str(trained / "cache")
+    arguments = ("evaluate", paths(trained)[0], "--cache", cache, "--probe", "2")
+    code, error = refused(monkeypatch, capsys, *arguments)
+    assert code == 1
+    assert "must have two labels with 20 rows in explain and in score and hold, got 1;" in error
 
 
 @pytest.mark.parametrize(
