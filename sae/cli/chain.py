@@ -124,7 +124,7 @@ def run_chain(config: RunConfig, last: str) -> None:
         elif _is_done(marker, identity):
             console.skipped(step.name, run.path(step.name))
         else:
-            if not announced:
+            if not announced and step.name in TOGETHER:  # later there is nothing to train
                 announce(config)
                 announced = True
             with console.step(step.name) as report:
