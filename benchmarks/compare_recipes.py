@@ -11,7 +11,10 @@ from typing import Any
 
 from benchmarks.rows import append, surroundings
 
-FIGURES = ("L0", "FVU", "dead", "CE recovered, mean ablation", "Δ CE", "KL")
+FIGURES = (
+    "L0", "FVU", "dead", "CE recovered, mean ablation", "Δ CE", "KL", "kNN accuracy",
+    "linear accuracy",
+)  # fmt: skip
 SIGNS = {"tie": "=", "unknown": "?"}
 
 
@@ -35,6 +38,8 @@ def main() -> None:
             "config": record["report"]["config"],
             "figures": found,
             "comparisons": record["comparisons"],
+            "structure": record.get("structure", {}),
+            **_as_it_is(record["report"]),
             **surroundings(),
         }
         print(append("compare_recipes", [row]))
@@ -63,6 +68,11 @@ def figures(report: dict[str, Any], name: str) -> dict[str, float]:
             "Δ CE": effect["ce_increase"]["value"],
             "KL": effect["kl"]["value"],
         }
+    if told := (report.get("downstream") or {}).get("spliced", {}).get(name):
+        found |= {
+            "kNN accuracy": told["knn"]["value"],
+            "linear accuracy": told["linear"]["value"],
+        }
     return found
 
 
@@ -73,6 +83,16 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
         cells = (spread(of_one.get(figure, []), figure) for figure in shown)
         lines.append(f"| {name} | {len(of_one['FVU'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _as_it_is(report: dict[str, Any]) -> dict[str, Any]:
+    """What the model tells without and with an ablation, where classes were told."""
+    told = report.get("downstream")
+    if not told:
+        return {}
+    kept = ("n_train", "n_test", "n_classes")
+    streams = {name: told["spliced"][name] for name in ("as it is", "zero", "mean")}
+    return {"told": {**{key: told[key] for key in kept}, **streams}}
 
 
 def spread(values: list[float], figure: str) -> str:

@@ -10,6 +10,7 @@ from sae.cli.run_config import RunConfig
 from sae.config import load
 
 EFFECT = {key: {"value": 0.5} for key in ("ce_recovered_mean", "ce_increase", "kl")}
+TOLD = {"knn": {"value": 0.625}, "linear": {"value": 0.75}}
 RECORD = {
     "l0": 32.0,
     "groups": {"a-0": "a", "a-1": "a", "b-0": "b"},
@@ -21,6 +22,10 @@ RECORD = {
         },
         "firing": {name: {"dead_fraction": 0.25} for name in ("a-0", "a-1", "b-0", "PCA")},
         "substitution": {"intact": {"dictionaries": {"a-0": EFFECT, "a-1": EFFECT}}},
+        "downstream": {
+            "n_train": 7, "n_test": 5, "n_classes": 2,
+            "spliced": dict.fromkeys(("b-0", "as it is", "zero", "mean"), TOLD),
+        },
     },
     "comparisons": {
         "FVU": [
@@ -40,13 +45,15 @@ def test_a_row_and_tables_hold_every_seed(tmp_path, monkeypatch, capsys):
     compare_recipes.main()
     out = capsys.readouterr().out
     assert "| a | 2 | 32.0 ± 1.4 | 0.2000 ± 0.1414 | 0.2500 ± 0.0000 | 0.5000 ± 0.0000 |" in out
-    assert "| PCA | 1 | 32.0 | 0.5000 | 0.2500 |  |  |  |" in out
+    assert "| b | 1 | 32.0 | 0.4000 | 0.2500 |  |  |  | 0.6250 | 0.7500 |" in out
+    assert "| PCA | 1 | 32.0 | 0.5000 | 0.2500 |  |  |  |  |  |" in out
     assert "| a |  | < | = |" in out
     assert "| b | > |  |  |" in out
     [(name, [row])] = kept
     assert name == "compare_recipes"
     assert row["figures"]["a"]["FVU"] == [0.1, 0.3]
     assert row["comparisons"] == RECORD["comparisons"]
+    assert row["told"]["as it is"] == TOLD
     assert row["commit"]
 
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -32,6 +34,15 @@ def test_it_has_the_attributes_that_are_read():
     assert (face.b_enc.shape, face.b_dec.shape) == ((23,), (7,))
     assert (face.device.type, face.dtype) == ("cpu", torch.float32)
     assert (face.cfg.d_sae, face.cfg.hook_layer, face.cfg.model_name) == (23, 5, "gpt2")
+
+
+def test_its_config_is_written_without_what_saebench_attaches():
+    _, face = wrapped()
+    face.cfg.metadata, face.cfg.context_size = object(), 128  # as its standardisation does
+    written = json.loads(json.dumps(face.cfg.to_dict()))
+    assert written["context_size"] == 128
+    assert written["architecture"] == "topk"
+    assert "metadata" not in written
 
 
 def test_what_decodes_from_more_than_latents_is_refused():
