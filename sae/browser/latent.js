@@ -153,7 +153,7 @@ async function copyText(text, node) {
 
 // ---- words, tokens, latents
 
-function wordsBox({ words }) {
+function wordsBox({ words, label_kind: kind }) {
   if (!words.length) return null;
   const most = Math.max(...words.map(([, weight]) => Math.abs(weight))) || 1;
   const items = words.map(([word, weight]) =>
@@ -165,7 +165,8 @@ function wordsBox({ words }) {
       el("span", { class: "figures" }, measured(weight)),
     ),
   );
-  return box("Words it goes with", "and their weights", el("ol", { class: "words" }, items));
+  const what = kind === "class" || kind === "group" ? "Classes" : "Words";
+  return box(`${what} it goes with`, "and their weights", el("ol", { class: "words" }, items));
 }
 
 function tokensBox({ promoted, suppressed }) {

@@ -116,19 +116,22 @@ def _own_scores(record: LatentRecord) -> Iterator[Score]:
     """Scores of the label made without a language model, with its controls."""
     if record.status != "scored":
         return
-    yield Score("AUC", record.auc, record.low, record.high, 0.5, note=_chance(record.p_held_out))
+    yield Score(
+        "AUC", record.auc, record.low, record.high, 0.5, note=_chance(record, record.p_held_out)
+    )
     if record.control_auc is not None:
         yield Score("AUC", record.control_auc, floor=0.5, control="another latent's label")
     if record.auc_wide is not None:
         note = "of the larger rule, which is not what the label says"
         yield Score("AUC of the larger rule", record.auc_wide, floor=0.5, note=note)
     if record.auc_strong is not None:
-        note = _chance(record.p_strong)
+        note = _chance(record, record.p_strong)
         yield Score("AUC, strongest tenth", record.auc_strong, floor=0.5, note=note)
 
 
-def _chance(p: float | None) -> str:
-    return "" if p is None else f"permuted texts score as well in {p:.0%} of the copies"
+def _chance(record: LatentRecord, p: float | None) -> str:
+    what = "classes" if record.kind in {"class", "group"} else "texts"
+    return "" if p is None else f"permuted {what} score as well in {p:.1%} of the copies"
 
 
 def _explanations(said: Mapping[str, Any] | None) -> tuple[Explanation, ...]:

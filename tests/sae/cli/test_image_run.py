@@ -153,6 +153,7 @@ def test_the_browser_gets_pictures_and_heat_maps(run):
     latents = (browse / "data" / "d0" / "latents" / "0.js").read_text()
     assert '"grid":[4,4]' in latents
     assert "red-disc/" in latents
+    assert "permuted classes score as well in " in latents
     assert '"kind":"image"' in (browse / "data" / "index.js").read_text()
 
 
