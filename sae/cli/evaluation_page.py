@@ -11,7 +11,7 @@ from sae.browser import ResultTable
 from sae.cli.sections import Section
 
 STYLE = """
-main { max-width: 1200px; }
+main { max-width: 1500px; }
 section { margin-top: 2.2rem; }
 .wide {
   overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px;

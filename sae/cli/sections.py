@@ -88,7 +88,7 @@ def details(report: EvaluationReport, probes: Survey | None) -> list[Section]:
 def _reconstruction(report: EvaluationReport) -> ResultTable:
     columns = (
         "dictionary", "FVU", "FVU, uncentred", "cosine", "norm ratio", "relative bias", "L0",
-        *(f"L0, {float(share):.0%} of rows" for share in QUANTILES), "worst dimensions",
+        *(f"L0, {float(share):.0%}" for share in QUANTILES), "worst dimensions",
     )  # fmt: skip
     rows = []
     for name, found in report.reconstruction.items():
@@ -103,8 +103,8 @@ def _reconstruction(report: EvaluationReport) -> ResultTable:
             ", ".join(f"{dimension}: {fvu:.2f}" for dimension, fvu in worst),
         ))
     note = (
-        "FVU is centred per dimension over all rows; relative bias below 1: too short; worst "
-        "dimensions: by number, with their FVU"
+        "FVU is centred per dimension over all rows; relative bias below 1: too short; after the "
+        "mean L0 its quantiles over rows; worst dimensions: by number, with their FVU"
     )
     return ResultTable(columns, tuple(rows), note)
 
