@@ -57,7 +57,7 @@ class TopK:
         "sparse",
         2.5,
         "relu of the {k} largest of {h}",
-        terms=("auxk", "matryoshka", "k_anneal", "multi_topk"),
+        terms=("auxk", "matryoshka", "k_anneal", "multi_topk", "refine"),
     )
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class BatchTopK:
         2.5,
         "{h} where above one threshold, else 0",
         "one",
-        terms=("auxk", "matryoshka", "k_anneal"),
+        terms=("auxk", "matryoshka", "k_anneal", "refine"),
     )
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from sae.train.loss_config import (
     NestedK,
     PAnneal,
     PreAct,
+    Refine,
     Tanh,
 )
 from sae.train.optim_config import Adam, Optimizer, Resample, ScheduleFree, decay
@@ -28,7 +29,10 @@ __all__ = ["L0", "L1", "Adam", "AuxK", "DictionaryConfig", "TrainConfig"]
 
 
 PENALTIES = ("l1", "p_anneal", "l0", "tanh")
-TERMS = (*PENALTIES, "preact", "auxk", "multi_topk", "matryoshka", "k_anneal", "control")
+TERMS = (
+    *PENALTIES,
+    *("preact", "auxk", "multi_topk", "matryoshka", "k_anneal", "control", "refine"),
+)
 """Fields of a DictionaryConfig that not every activation takes."""
 
 _TOPK, _ADAM, _TIED = TopK(), Adam(), Tied()
@@ -74,6 +78,8 @@ class DictionaryConfig:
     """Finds the weight of the penalty that gives an L0; of relu, jumprelu and gated alone."""
     k_anneal: KAnneal | None = None
     """A larger k at first, of topk and batchtopk alone."""
+    refine: Refine | None = None
+    """A decoder that is learned from iterated encodings, of topk and batchtopk alone."""
     dead_after_tokens: int = 100_000
     """A latent is dead when it was silent for so many rows."""
     decoder_norm: float = 1.0
@@ -106,6 +112,7 @@ class DictionaryConfig:
         check_k(self.activation, self.d_sae)
         self._check_k(getattr(self.activation, "k", self.d_sae))
         self._check_sites()
+        self._check_refine()
         alone = self.control is None or self.p_anneal is None
         require(alone, "control", "be absent beside p_anneal, which scales too", self.control)
         rule = "be false beside l1, which has the decoder's norms in it"
@@ -177,6 +184,14 @@ class DictionaryConfig:
         require(not other or self.b_in != "b_dec", "b_in", rule, self.b_in)
         rule = "be 'none' beside outputs"
         require(not other or self.input_norm == "none", "input_norm", rule, self.input_norm)
+
+    def _check_refine(self) -> None:
+        """Refining needs what is read to be what is predicted, and one set of latents."""
+        if self.refine is None:
+            return
+        for name in ("outputs", "multi_topk"):
+            value = getattr(self, name)
+            require(not value, "refine", f"be absent beside {name}", self.refine)
 
     def _check_k(self, k: int) -> None:
         """Check what counts latents against their number."""

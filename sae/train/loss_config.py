@@ -239,6 +239,30 @@ class Control:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Refine:
+    """A better encoding in training alone: what the latents leave of a row is added to it again.
+
+    u' = u + rate (u - y(u)) + rate (u - y(u')) ..., and the losses are those of the latents of the
+    last u'. With one encoder for all it is an unrolled ISTA (LISTA, Gregor and LeCun 2010), with
+    gradients through the last encoding alone. The decoder learns from fewer wrong latents, and is
+    then held still while the encoder learns to find them in one product.
+    """
+
+    steps: int = 2
+    """How often the rest is added."""
+    rate: float = 0.5
+    """How much of it."""
+    until: float = 0.7
+    """Fraction of the steps after which rows are read as they are and the decoder is held."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("steps", self.steps, 1)
+        positive("rate", self.rate)
+        fraction("until", self.until)
+
+
+@dataclass(frozen=True, kw_only=True)
 class KAnneal:
     """k begins large and falls linearly to the one of the activation."""
 

@@ -4,6 +4,7 @@ import math
 import random
 from typing import Literal
 
+from sae.train.loss_config import Refine
 from sae.train.optim_config import Optimizer, ScheduleFree
 
 
@@ -54,6 +55,11 @@ def automatic_rate(d_sae: int, n_rows: int) -> float:
         n_rows: Rows of a step, over all processes.
     """
     return 0.01 * min(1.0, (n_rows / d_sae) ** 0.5)
+
+
+def is_refined(settings: Refine, step: int, total_steps: int) -> bool:
+    """Whether the decoder is done, and the encoder learns to do without refining."""
+    return step >= round(settings.until * total_steps)
 
 
 def falling_k(step: int, total_steps: int, start: int, end: int, fraction: float) -> int:

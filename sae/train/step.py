@@ -20,7 +20,7 @@ from sae.train.parts import gradient_norm, of_latents, part_of, sum_gradients, w
 from sae.train.ranks import ALONE, Batch, Ranks, batch_of, mean_figures
 from sae.train.resample import candidates_of, is_due, resample_
 from sae.train.rows import normalise_rows_
-from sae.train.schedule import automatic_rate, rate_factor
+from sae.train.schedule import automatic_rate, is_refined, rate_factor
 from sae.train.schedule_free import ScheduleFreeAdam
 from sae.train.threshold import follow_, threshold_rate
 from sae.train.watch import Watch
@@ -175,6 +175,9 @@ class TrainStep:
             lr = group["base_lr"]
             base = automatic_rate(self.config.d_sae, batch.n_rows) if lr == "auto" else lr
             group["lr"] = base * factor
+        refine = self.config.refine
+        if refine is not None and is_refined(refine, self.n_steps, self.total_steps):
+            self.autoencoder.dec_rows.grad = None  # optimisers pass over it
         self.optimizer.step()
         if self.anchor is not None:
             keep_near_(self.autoencoder.dec_rows, self.anchor)

@@ -23,7 +23,10 @@ from sae.train.ranks import Axis
 from sae.train.schedule import ramp
 from sae_kernels import encode_topk, sparse_decode, topk_select
 
-WHOLE_ONLY = ("matryoshka", "multi_topk", "p_anneal", "tanh", "preact", "control", "resample")
+WHOLE_ONLY = (
+    *("matryoshka", "multi_topk", "p_anneal", "tanh", "preact", "control", "resample"),
+    "refine",
+)
 """Terms that need all latents in one process."""
 
 

@@ -15,7 +15,7 @@ from sae.train.config import DictionaryConfig
 from sae.train.forward import terms, together
 from sae.train.forward.result import Forward, Moment, Rows, autocast
 from sae.train.loss_config import NestedK
-from sae.train.schedule import falling_k
+from sae.train.schedule import falling_k, is_refined
 from sae_kernels import sparse_decode_mse, topk_select
 
 
@@ -32,7 +32,7 @@ def forward(
     weights, activation = autoencoder.encoder(), k_now(config, moment)
     multi, u = config.multi_topk, rows.u
     if multi is None:
-        latents = _chosen(activation, u, weights, moment)
+        latents = _chosen(activation, _refined(autoencoder, config, rows, moment), weights, moment)
         found = _losses(autoencoder, config, rows, moment, latents)
         if activation.facts.threshold != "one":
             return found
@@ -55,6 +55,21 @@ def _chosen(
     if isinstance(activation, BatchTopK) and not moment.ranks.alone:
         return together.batch_topk(u, weights, activation.k, moment.n_rows, moment.ranks)
     return activations.encode_training(activation, u, weights)
+
+
+@torch.no_grad()
+def _refined(
+    autoencoder: SparseAutoencoder, config: DictionaryConfig, rows: Rows, moment: Moment
+) -> Float[Tensor, "batch d_in"]:
+    """The rows with what their latents leave of them added; the rows themselves without refine."""
+    u = rows.u
+    if config.refine is None or is_refined(config.refine, moment.n_steps, moment.total_steps):
+        return u
+    weights, activation, read = autoencoder.encoder(), k_now(config, moment), u
+    for _ in range(config.refine.steps):
+        left = u - autoencoder.decode_scaled(_chosen(activation, read, weights, moment), u)
+        read = read + config.refine.rate * left
+    return read
 
 
 def k_now(config: DictionaryConfig, moment: Moment) -> Activation:
