@@ -89,6 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="recipes of other projects as well")
     parser.add_argument("--d-sae", type=int, default=None, help="as many as features if absent")
     parser.add_argument("--k", type=int, default=None, help="the world's own mean L0 if absent")
+    parser.add_argument("--arms", nargs="+", default=None, help="default and these alone")
     parser.add_argument(
         "--record", action="store_true", help="append to results/ground_truth.jsonl"
     )
@@ -123,13 +124,16 @@ def _entries(
     )
     if arguments.peers:
         return {"default": ours}
-    found = {"default": ours, "topk": plain, "true decoder": replace(ours, frozen="decoder")}
+    known = replace(ours, frozen="decoder", refine=None)  # refining serves a decoder that learns
+    found = {"default": ours, "topk": plain, "true decoder": known}
     found |= {name: replace(ours, frozen=kind) for name, kind in BASELINES.items()}
+    found["frozen decoder"] = known
     if arguments.recipes:
         for file, name in others():
             entry = recipe(file, name, size.d_sae, size.k, batch)
             found[f"{file}:{name}"] = at_l0(world, entry, size.k, batch)
-    return found
+    wanted = arguments.arms or found
+    return {name: entry for name, entry in found.items() if name == "default" or name in wanted}
 
 
 def _trained(

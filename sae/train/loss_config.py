@@ -164,9 +164,15 @@ class FixedPrefixes:
     """Tells the choices of prefixes apart."""
     ends: tuple[int, ...]
     """Sizes of the prefixes, rising, all below d_sae."""
+    until: float | None = None
+    """Fraction of the steps over which the shorter ones' weight falls linearly to 0; if absent it
+    stays."""
 
     def __post_init__(self) -> None:
         """Check that the prefixes rise."""
+        if self.until is not None:
+            positive("until", self.until)
+            fraction("until", self.until)
         ends = (0, *self.ends)
         rises = all(low < high for low, high in pairwise(ends))
         require(len(ends) > 1 and rises, "ends", "rise from at least 1", self.ends)
@@ -243,9 +249,9 @@ class Refine:
     """A better encoding in training alone: what the latents leave of a row is added to it again.
 
     u' = u + rate (u - y(u)) + rate (u - y(u')) ..., and the losses are those of the latents of the
-    last u'. With one encoder for all it is an unrolled ISTA (LISTA, Gregor and LeCun 2010), with
-    gradients through the last encoding alone. The decoder learns from fewer wrong latents, and is
-    then held still while the encoder learns to find them in one product.
+    last u'. It is an unrolled ISTA with one encoder for all rounds (LISTA, Gregor and LeCun 2010).
+    The decoder learns from fewer wrong latents, and is then held still while the encoder learns to
+    find them in one product.
     """
 
     steps: int = 2

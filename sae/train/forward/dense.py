@@ -126,7 +126,8 @@ def _decoded(
     for start, end in pairwise((0, *ends)):
         y = y + (acts[:, start:end] @ autoencoder.dec_rows[start:end]).to(rows.u.dtype)
         errors.append(losses.squared_error(rows.v, y))
-    return _Decoded(y, errors[-1], torch.stack(errors).mean())
+    share = terms.prefix_share(config.matryoshka, moment.n_steps, moment.total_steps)
+    return _Decoded(y, errors[-1], torch.lerp(errors[-1], torch.stack(errors).mean(), share))
 
 
 def _annealed(

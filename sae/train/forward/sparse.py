@@ -57,7 +57,6 @@ def _chosen(
     return activations.encode_training(activation, u, weights)
 
 
-@torch.no_grad()
 def _refined(
     autoencoder: SparseAutoencoder, config: DictionaryConfig, rows: Rows, moment: Moment
 ) -> Float[Tensor, "batch d_in"]:
@@ -116,12 +115,35 @@ def _decode(
     latents: Latents,
 ) -> _Decoded:
     """The reconstruction, its error, and the loss: that error, or the mean over the prefixes."""
-    if config.matryoshka is None:
-        y = autoencoder.decode_scaled(latents, rows.u)
-        error = losses.squared_error(rows.v, y)
-        return _Decoded(y, error, error)
     if isinstance(config.matryoshka, NestedK):
         return _nested(autoencoder, config.matryoshka, rows, latents)
+    if config.matryoshka is None:
+        return _whole(autoencoder, rows, latents)
+    share = terms.prefix_share(config.matryoshka, moment.n_steps, moment.total_steps)
+    if share == 0:
+        return _whole(autoencoder, rows, latents)
+    found = _prefixes(autoencoder, config, rows, moment, latents)
+    if share == 1:
+        return found
+    whole = _whole(autoencoder, rows, latents)
+    return whole._replace(loss=torch.lerp(whole.loss, found.loss, share))
+
+
+def _whole(autoencoder: SparseAutoencoder, rows: Rows, latents: Latents) -> _Decoded:
+    y = autoencoder.decode_scaled(latents, rows.u)
+    error = losses.squared_error(rows.v, y)
+    return _Decoded(y, error, error)
+
+
+def _prefixes(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    rows: Rows,
+    moment: Moment,
+    latents: Latents,
+) -> _Decoded:
+    """The mean error of the prefixes, the whole dictionary being one of them."""
+    assert config.matryoshka is not None
     ends = terms.prefix_ends(config.matryoshka, config.d_sae, moment.n_steps)
     past = autoencoder.skipped(rows.u)  # 0 without a skip, which is part of every prefix
     found = sparse_decode_mse(

@@ -23,6 +23,12 @@ def prefix_ends(matryoshka: Matryoshka, d_sae: int, n_steps: int) -> tuple[int, 
     return random_prefixes(n_steps, of.seed, of.n, d_sae, of.exponent)
 
 
+def prefix_share(matryoshka: Matryoshka, n_steps: int, total_steps: int) -> float:
+    """Weight of the mean over the prefixes at a step; the rest is that of the whole dictionary."""
+    until = matryoshka.until if isinstance(matryoshka, FixedPrefixes) else None
+    return 1.0 if until is None else max(0.0, 1 - n_steps / (until * total_steps))
+
+
 def auxk(
     autoencoder: SparseAutoencoder,
     config: DictionaryConfig,

@@ -118,6 +118,7 @@ from sae.train.optim_config import Resample
             lambda: DictionaryConfig(d_sae=5, activation=TopK(k=2), k_anneal=KAnneal(start=1)),
             "k_anneal.start must be at least activation.k=2, got 1",
         ),
+        (lambda: FixedPrefixes(ends=(3,), until=-0.1), "until must be a positive number, got -0.1"),
         (lambda: FixedPrefixes(ends=()), "ends must rise from at least 1, got ()"),
         (lambda: FixedPrefixes(ends=(3, 3)), "ends must rise from at least 1, got (3, 3)"),
         (lambda: FixedPrefixes(ends=(0, 3)), "ends must rise from at least 1, got (0, 3)"),

@@ -50,6 +50,23 @@ def matryoshka(d, u):
     return sum(sq(u - decoded(d, a, end)) for end in (*ENDS, D_SAE)) / 4
 
 
+def falling_matryoshka(d, u):
+    """At step 3 of 10 a weight that falls to 0 at 6 is at a half."""
+    whole = sq(u - decoded(d, top(linear(d, u) + d.b_enc, K)))
+    return matryoshka(d, u) / 2 + whole / 2
+
+
+def falling_relu(d, u):
+    a = torch.relu(linear(d, u) + d.b_enc)
+    errors = [sq(u - decoded(d, a, end)) for end in (*ENDS, D_SAE)]
+    penalty = (a * d.dec_rows.norm(dim=1)).sum(1).mean()
+    return sum(errors) / 8 + errors[-1] / 2 + 0.7 * 1.3 * penalty
+
+
+def ended_matryoshka(d, u):
+    return sq(u - decoded(d, top(linear(d, u) + d.b_enc, K)))
+
+
 def random_matryoshka(d, u):
     a = top(linear(d, u) + d.b_enc, K)
     ends = prefix_ends(RandomPrefixes(n=5, seed=4), D_SAE, STEP)
@@ -110,6 +127,15 @@ def gated(d, u):
 CASES = {
     "multi_topk": Case(config(TopK(k=K), multi_topk=MultiTopK()), multi_topk),
     "matryoshka": Case(config(TopK(k=K), matryoshka=FixedPrefixes(ends=ENDS)), matryoshka),
+    "falling": Case(
+        config(TopK(k=K), matryoshka=FixedPrefixes(ends=ENDS, until=0.6)), falling_matryoshka
+    ),
+    "falling_relu": Case(
+        config(ReLU(), l1=L1_NOW, matryoshka=FixedPrefixes(ends=ENDS, until=0.6)), falling_relu
+    ),
+    "ended": Case(
+        config(TopK(k=K), matryoshka=FixedPrefixes(ends=ENDS, until=0.3)), ended_matryoshka
+    ),
     "random": Case(
         config(TopK(k=K), b_in="own", matryoshka=RandomPrefixes(n=5, seed=4)), random_matryoshka
     ),
