@@ -25,6 +25,7 @@ SMALL = {
     "l0.coefficient": 0.1,
     "matryoshka.ends": [2, 7, 29],
     "matryoshka.ks": [1, 2],
+    "refine.until": 0.1,
 }
 """What is made small where an entry has it."""
 FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
