@@ -8,7 +8,7 @@ from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import Adam, DictionaryConfig
 from sae.train.forward import together
-from sae.train.loss_config import L0, L1, AuxK, FixedPrefixes, MultiTopK, PAnneal
+from sae.train.loss_config import L0, L1, AuxK, FixedPrefixes, MultiTopK, PAnneal, Refine
 from sae.train.ranks import ALONE, Axis, connect
 from sae.train.step import StepMetrics, TrainStep
 
@@ -30,6 +30,13 @@ KINDS = {
         activation=BatchTopK(k=3), auxk=AuxK(), matryoshka=FixedPrefixes(ends=(11, 31)), **COMMON
     ),
     "batchtopk": DictionaryConfig(activation=BatchTopK(k=3), auxk=AuxK(), **COMMON),
+    "refined": DictionaryConfig(
+        activation=BatchTopK(k=3),
+        auxk=AuxK(),
+        matryoshka=FixedPrefixes(ends=(11, 31), until=0.6),
+        refine=Refine(),
+        **COMMON,
+    ),
     "relu": DictionaryConfig(
         activation=ReLU(), l1=L1(coefficient=0.3), unit_norm=False, decoder_norm=0.1, **COMMON
     ),
@@ -70,7 +77,7 @@ def require_equal(found, one):
             )
 
 
-OTHERS = ("multi", "matryoshka", "annealed_p")
+OTHERS = ("multi", "matryoshka", "annealed_p", "refined")
 
 
 @pytest.mark.parametrize(
