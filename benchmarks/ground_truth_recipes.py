@@ -56,7 +56,7 @@ def others() -> Iterable[tuple[str, str]]:
     them: a world has one stream.
     """
     for path in sorted(CONFIGS.glob("*.yaml")):
-        if path.stem in {"default", "demo"}:
+        if path.stem == "default" or path.stem.startswith("demo"):
             continue
         for name, entry in load(RunConfig, path).train.saes.items():
             if entry.frozen == "none" and not entry.inputs and not entry.outputs:
