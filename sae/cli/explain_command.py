@@ -29,8 +29,9 @@ def explain(  # noqa: PLR0913
 ) -> None:
     """Label latents and score the labels: those of a run, or with --cache of any dictionary.
 
-    With --cache the overrides are those of `explain:`, such as min_firings=50 or
-    autointerp.llm.model=NAME autointerp.llm.base_url=URL for labels by a language model.
+    With --cache the overrides are those of `explain:`, such as min_firings=50, of images
+    images.group_separator=-, or autointerp.llm.model=NAME autointerp.llm.base_url=URL for labels
+    by a language model. Latents of images are labelled by the folders of the images.
     """
     limits = {"max_usd": max_usd, "max_tokens": max_tokens}
     given = [f"autointerp.llm.{key}={value}" for key, value in limits.items() if value is not None]
