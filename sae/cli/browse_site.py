@@ -62,7 +62,9 @@ def dictionary_of(subject: Subject, around: Around, report: Progress) -> Diction
 
 
 def _activation(subject: Subject) -> str:
-    return str(subject.dictionary.config.activation)
+    activation = subject.dictionary.config.activation
+    k = getattr(activation, "k", None)
+    return type(activation).__name__ + ("" if k is None else f", k = {k}")
 
 
 def _n_rows(explained: Path) -> int:

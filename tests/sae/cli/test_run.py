@@ -97,6 +97,7 @@ def test_a_run_is_browsed_from_its_directory(monkeypatch, capsys, config, labell
     index = data(tmp_path / "b", "index")
     [dictionary] = index["dictionaries"]  # the frozen one is a row of the table alone
     assert (dictionary["name"], dictionary["d_sae"]) == ("topk", 67)
+    assert dictionary["summary"].startswith("TopK, k = 5, ")
     assert [row[0] for row in index["results"]["rows"]] == ["topk", "topk-frozen"]
     assert [curve["metrics"][0][0] for curve in index["curves"]] == ["FVU", "FVU"]
     group = data(tmp_path / "b", "d0/latents/0")
