@@ -12,7 +12,7 @@ from activations_cache.synthetic import synthetic_plan, write_synthetic
 from sae.architecture import Gated, JumpReLU, ReLU, TopK
 from sae.train.config import Adam, AuxK, DictionaryConfig, TrainConfig
 from sae.train.fit import train
-from sae.train.loss_config import L0, L1, Tanh
+from sae.train.loss_config import L0, L1, Refine, Tanh
 from sae.train.memory import estimate, free_on_cpu
 from sae.train.optim_config import Muon, ScheduleFree
 
@@ -61,6 +61,8 @@ CASES = [
     ("parts", 256, 8192, 4096, "fp32"),
     ("bf16 states", 512, 16384, 1024, "fp32"),
     ("int8 states", 512, 16384, 1024, "fp32"),
+    ("refine", 512, 16384, 1024, "fp32"),
+    ("refine", 256, 4096, 8192, "fp32"),
     ("muon", 512, 16384, 1024, "fp32"),
     ("schedule_free", 512, 16384, 1024, "fp32"),
 ]
@@ -70,6 +72,7 @@ OTHERS = {
     "soft": {"frozen": "soft_decoder"},
     "bf16 states": {"optimizer": Adam(states="bfloat16")},
     "int8 states": {"optimizer": Adam(states="int8")},
+    "refine": {"refine": Refine(steps=3)},
     "muon": {"optimizer": Muon()},
     "schedule_free": {"optimizer": ScheduleFree()},
 }
@@ -135,6 +138,7 @@ def test_what_a_config_adds_is_counted():
     assert parts("auxk", dead=0.5).total - plain.total == dense
     assert parts("auxk", dead=0.5, precision="bf16").activations - plain.activations == dense // 2
     assert parts("auxk").total > plain.total
+    assert parts("refine").total - plain.total == plain.weights // 2 + 3 * 4 * 4096 * 512
     whole, in_parts = (parts(kind).activations for kind in ("relu", "parts"))
     assert whole - in_parts == dense * 3 // 4
 
