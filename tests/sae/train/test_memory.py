@@ -105,7 +105,7 @@ def test_the_estimate_is_within_15_percent_of_the_peak(repository):
     )
     for case, peak in zip(CASES, json.loads(done.stdout), strict=True):
         kind, d_in, d_sae, batch, precision, *dead = case
-        config, share = config_of(kind, d_sae), sum(dead)
+        config, share = config_of(kind, d_sae), sum(dead, 0.0)
         found = estimate(config, d_in, batch, precision=precision, dead=share).total
         assert abs(found / peak - 1) < 0.15, (case, found, peak)
 
