@@ -32,6 +32,8 @@ SOFT = 2.15
 """Temporaries of turning the rows of a soft decoder back, in units of the weights."""
 MOMENTS = {"float32": 2.0, "bfloat16": 1.0, "int8": 0.55, "muon": 1.0, "schedule_free": 3.0}
 """What the optimiser keeps of the weights it trains, in units of their size."""
+UPDATES = {"muon": 1.0, "schedule_free": 1.0}
+"""What it works with while it updates them, in the same units; torch's Adam is fused."""
 MEMORY_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -94,6 +96,7 @@ def estimate(  # noqa: PLR0913
     if config.refine is not None:
         refined = weights // 2 + config.refine.steps * FLOAT * batch * d_in
     passing = int(SOFT * weights) if config.frozen == "soft_decoder" else 0
+    passing += int(UPDATES.get(config.optimizer.kind, 0.0) * trained)
     copies = weights // 4 if precision == "bf16" else 0  # of the encoder, in half as many bytes
     chunk = GPU_WORKSPACE if on_gpu else CHUNK
     return Memory(
