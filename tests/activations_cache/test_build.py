@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import traceback
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from activations_cache.errors import CacheFormatError, DiskFullError, NonFiniteE
 from activations_cache.hooks import capture
 from activations_cache.models import LoadedModel
 from activations_cache.reader import ActivationCache
+from tests.activations_cache.ranks import build_in_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -149,28 +148,10 @@ def test_a_stopped_build_goes_on_to_the_same_bytes(
     assert [done for done, _ in rows] == sorted(done for done, _ in rows)
 
 
-def build_as(rank: int, n_ranks: int, config: CacheConfig, path: Path) -> int:
-    """Build in a forked process, one of several; return its id."""
-    with warnings.catch_warnings():
-        # Only this thread goes on in the child, which touches none of what the others hold.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n_ranks)}
-        try:
-            build(config, path)
-        except BaseException:  # noqa: BLE001
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return child
-
-
 def test_three_processes_build_one_cache(
     cache: ActivationCache, tiny_cache_config: CacheConfig, tmp_path: Path
 ):
-    children = [build_as(rank, 3, tiny_cache_config, tmp_path / "cache") for rank in range(3)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert build_in_ranks(3, tiny_cache_config, tmp_path / "cache") == [0, 0, 0]
     assert content(tmp_path / "cache") == content(cache.path)
     journals = [j.read_bytes() for j in (tmp_path / "cache").glob("journal.rank*.jsonl")]
     assert sum(journal.count(b"\n") for journal in journals) == cache.manifest.plan.n_shards

@@ -1,8 +1,5 @@
 """Several processes build one cache of images; the bytes do not tell how many there were."""
 
-import os
-import traceback
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from activations_cache.builder import build
 from activations_cache.config import CacheConfig, ModelConfig
 from activations_cache.config_images import ImagePreprocessing, ImagesConfig, ImageSource
 from activations_cache.image_table import read_images, read_skipped
+from tests.activations_cache.ranks import build_in_ranks
 
 SIZE, PATCH, N_PATCHES, N_IMAGES, N_RANKS = 21, 7, 9, 29, 3
 
@@ -57,23 +55,6 @@ def config(tmp_path: Path) -> CacheConfig:
     )
 
 
-def build_as(rank: int, config: CacheConfig, path: Path) -> int:
-    """Build in a forked process, one of several; return its id."""
-    with warnings.catch_warnings():
-        # Only this thread goes on in the child, which touches none of what the others hold.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(N_RANKS)}
-        try:
-            build(config, path)
-        except BaseException:  # noqa: BLE001
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return child
-
-
 def content(path: Path) -> Iterator[tuple[str, bytes]]:
     own = ("journal", "manifest.json", ".locks")
     for file in sorted(path.rglob("*")):
@@ -84,8 +65,7 @@ def content(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def test_three_processes_build_what_one_does(config: CacheConfig, tmp_path: Path):
     alone = build(config, tmp_path / "alone")
-    children = [build_as(rank, config, tmp_path / "shared") for rank in range(N_RANKS)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * N_RANKS
+    assert build_in_ranks(N_RANKS, config, tmp_path / "shared") == [0] * N_RANKS
     shared = build(config, tmp_path / "shared")
     assert dict(content(shared.path)) == dict(content(alone.path))
     assert shared.fingerprint == alone.fingerprint

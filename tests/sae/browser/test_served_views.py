@@ -8,17 +8,9 @@ from typing import Any
 import pytest
 
 from sae.browser.server import BrowserServer, Prompts, Reading
+from tests.sae.browser.views import VIEWS
 
-VIEWS = {
-    "#overview": "An example",
-    "#d0/table": "Latents of topk",
-    "#d0/latent/12": "forest, window",
-    "#d2/latent/12": "forest, window",
-    "#d2/pictures": "Pictures of pictures",
-    "#c0": "topk beside topk (small)",
-    "#c0/pair/12": "forest, window",
-    "#prompt": "Which latents fire where",
-}
+ALL = VIEWS | {"#prompt": "Which latents fire where"}
 
 
 def read(name: str, text: str) -> Reading:
@@ -39,7 +31,7 @@ def url(example: Path) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.parametrize(("address", "title"), VIEWS.items())
+@pytest.mark.parametrize(("address", "title"), ALL.items())
 def test_every_view_loads_from_the_server_alone(
     address: str, title: str, reader: Any, url: str
 ) -> None:

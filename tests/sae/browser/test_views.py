@@ -7,16 +7,9 @@ from typing import Any
 
 import pytest
 
-VIEWS = {
-    "#overview": "An example",
-    "#d0/table": "Latents of topk",
-    "#d0/latent/12": "forest, window",
-    "#d2/latent/12": "forest, window",
-    "#d2/pictures": "Pictures of pictures",
-    "#c0": "topk beside topk (small)",
-    "#c0/pair/12": "forest, window",
-    "#nothing": "Nothing is here",
-}
+from tests.sae.browser.views import VIEWS
+
+ALL = VIEWS | {"#nothing": "Nothing is here"}
 NUMBERS = "[...document.querySelectorAll('tbody .id')].map(a => Number(a.textContent.slice(1)))"
 H1 = "document.querySelector('h1').textContent"
 
@@ -24,7 +17,7 @@ H1 = "document.querySelector('h1').textContent"
 # ---- loading
 
 
-@pytest.mark.parametrize(("address", "title"), VIEWS.items())
+@pytest.mark.parametrize(("address", "title"), ALL.items())
 def test_every_view_loads_from_its_folder_alone(
     address: str, title: str, reader: Any, example: Path
 ) -> None:

@@ -42,11 +42,17 @@ def as_bits(tensor):
     return tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
 
 
-@pytest.mark.parametrize("activation", KINDS, ids=lambda a: a.kind)
-@pytest.mark.parametrize("form", ["plain", "rms", "layer_norm", "by_decoder_norm"])
+FORMS = ("plain", "rms", "layer_norm", "by_decoder_norm")
+CASES = [
+    pytest.param(activation, form, id=f"{activation.kind}-{form}")
+    for activation in KINDS
+    for form in FORMS
+    if not (isinstance(activation, Gated) and form == "by_decoder_norm")  # its config refuses it
+]
+
+
+@pytest.mark.parametrize(("activation", "form"), CASES)
 def test_operations_equal_encode_change_decode_and_error(activation, form):
-    if form == "by_decoder_norm" and isinstance(activation, Gated):
-        pytest.skip("no such dictionary")
     config = SAEConfig(
         d_in=11, d_sae=23, activation=activation, input_scale=0.7, output_scale=0.4,
         input_norm=form if form in ("rms", "layer_norm") else "none",
