@@ -160,6 +160,8 @@ class Rival(NamedTuple):
 
 def verdict(difference: Interval) -> str:
     """In words what a difference to a baseline says, by more than its interval."""
+    if math.isnan(difference.low):
+        return "cannot be judged"
     if difference.low > 0:
         return "wins"
     return "loses" if difference.high < 0 else "does not win"
