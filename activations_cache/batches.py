@@ -1,4 +1,4 @@
-"""Shuffled batches of rows, one of them read ahead by a thread."""
+"""Shuffled batches of rows, the next ones read ahead by a thread."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +15,9 @@ BLOCK_ROWS = 256
 """Rows of a cache that stay together until the windows are permuted."""
 WINDOW_BLOCKS = 1024
 """Blocks in a window, at most; windows are of equal size."""
+READ_AT_ONCE = 4 << 20
+"""Bytes that are read at a time where batches are smaller: Python's part of a reading takes turns
+with the training step, and does not grow with the rows."""
 ALL = slice(None)
 """All rows of a batch."""
 
@@ -63,10 +66,12 @@ def read_batches(
     batch: int,
     numbers: range,
     part: slice = ALL,
+    at_once: int = READ_AT_ONCE,
 ) -> Iterator[Batch]:
-    """Yield the batches with the given numbers; a thread reads the next one meanwhile.
+    """Yield the batches with the given numbers; a thread reads the next ones meanwhile.
 
-    The thread ends with the iterator, also when that is closed or dropped early.
+    Small batches are read several at a time, as views of the same memory. The thread ends with the
+    iterator, also when that is closed or dropped early.
 
     Args:
         order: Which row stands where.
@@ -74,19 +79,23 @@ def read_batches(
         batch: Rows per batch.
         numbers: Which batches, counted from the first of the first epoch.
         part: Which rows of each batch to read.
+        at_once: Bytes to read at a time where that is more than one batch.
     """
+    first, last, _ = part.indices(batch)
 
-    def fetch(number: int) -> Batch:
-        first, last, _ = part.indices(batch)
-        rows = order.take(number * batch + first, number * batch + last)
-        x = read(rows)
+    def fetch(some: range) -> list[Batch]:
+        if not some:
+            return []
+        found = [order.take(number * batch + first, number * batch + last) for number in some]
+        x = read(np.concatenate(found))
         # From pinned memory a copy to the device runs beside the training step.
-        return Batch(x.pin_memory() if torch.cuda.is_available() else x, torch.from_numpy(rows))
+        x = x.pin_memory() if torch.cuda.is_available() else x
+        parts = x.split(last - first)
+        return [Batch(x, torch.from_numpy(rows)) for x, rows in zip(parts, found, strict=True)]
 
     with ThreadPoolExecutor(1, thread_name_prefix="activations") as reader:
-        ahead = [reader.submit(fetch, number) for number in numbers[:1]]
-        for following in range(numbers.start + 1, numbers.stop + 1):
-            ready = ahead.pop().result()
-            if following < numbers.stop:
-                ahead.append(reader.submit(fetch, following))
-            yield ready
+        coming, rest = reader.submit(fetch, numbers[:1]), numbers[1:]
+        while ready := coming.result():
+            n = max(at_once // max(ready[0].x.nbytes, 1), 1)
+            coming, rest = reader.submit(fetch, rest[:n]), rest[n:]
+            yield from ready

@@ -20,8 +20,8 @@ from activations_cache.storage import read_into
 RowIds = Int[Tensor, " row"] | slice
 """Global row numbers; a slice means the valid rows among the numbers that it covers."""
 
-_ROWS_AT_ONCE = 256
-"""So that rows are still in the processor's cache when they are made float32."""
+_BYTES_AT_ONCE = 1 << 20
+"""Of float32: so few that rows are still in the processor's cache when they are made it."""
 
 
 class RowGrid:
@@ -103,8 +103,9 @@ class HookRows:
     def gather(self, numbers: Int64[np.ndarray, " row"]) -> Float[Tensor, "row d_model"]:
         """Return rows by numbers that are known to be valid."""
         found = torch.empty(len(numbers), self.d_model)
-        for first in range(0, len(numbers), _ROWS_AT_ONCE):
-            part = numbers[first : first + _ROWS_AT_ONCE]
+        at_once = max(_BYTES_AT_ONCE // (4 * self.d_model), 1)
+        for first in range(0, len(numbers), at_once):
+            part = numbers[first : first + at_once]
             scale = None if self._scale is None else self._scale.take(part)
             read_into(found[first : first + len(part)], self._acts.take(part), scale, self._dtype)
         return found

@@ -107,7 +107,8 @@ class ActivationStream:
             return out
 
         order = RowOrder(rows, starts, window=self._window, seed=seed)
-        return read_batches(order, read, batch=batch, numbers=range(start, total))
+        # One batch at a time: to run the model early would hold more of it in memory.
+        return read_batches(order, read, batch=batch, numbers=range(start, total), at_once=0)
 
     def _forwards(self, splits: Sequence[str]) -> list["_Forward"]:
         """Return the forwards that give rows of some splits, and these rows' numbers."""

@@ -1,6 +1,6 @@
 """What the whole training loop costs beside a bare loop over TrainStep, at steps of about 5 ms.
 
-    python -m benchmarks.bench_loop [--rounds 7] [--steps 300] [--record]
+    python -m benchmarks.bench_loop [--rounds 15] [--steps 400] [--record]
 
 `bare` calls the step on rows in memory; `loop` is `sae.train.fit.train` as it is: rows are read
 from a cache on disk, Lightning, figures to CSV and TensorBoard every 20 steps, signals, progress.
@@ -30,7 +30,7 @@ from sae.train.sites import sites
 from sae.train.step import TrainStep
 
 HOOK, D_IN, BATCH = "a:out", 128, 256
-ENTRY = DictionaryConfig(d_sae=768, activation=TopK(k=16), auxk=AuxK(), dead_after_tokens=10_000)
+ENTRY = DictionaryConfig(d_sae=1152, activation=TopK(k=16), auxk=AuxK(), dead_after_tokens=10_000)
 GOAL = 1.05
 RATIOS = ("ratio_clock", "ratio_cpu", "ratio_main_thread")
 
@@ -49,8 +49,8 @@ class Time(NamedTuple):
 def main() -> None:
     """Time both in turns, print and record their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--record", action="store_true", help="append to results/loop.jsonl")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

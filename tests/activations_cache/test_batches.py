@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import activations_cache
 from activations_cache import io
-from activations_cache.batches import BLOCK_ROWS, count_batches, row_order
+from activations_cache.batches import BLOCK_ROWS, count_batches, read_batches, row_order
 from activations_cache.errors import CacheFormatError
 from activations_cache.order import RowOrder, permutation
 from activations_cache.reader import ActivationCache
@@ -141,6 +141,27 @@ def test_going_on_at_every_batch_gives_the_same_rest(cache: ActivationCache):
     for start in range(39):
         assert rows(start) == whole[start:]
         assert cache.n_batches(batch=101, start=start, epochs=3) == 38 - start
+
+
+@pytest.mark.parametrize(
+    ("at_once", "read"),
+    [(0, [7] * 11), (2 * 84, [7, *[14] * 5]), (3 * 84, [7, 21, 21, 21, 7]), (10**9, [7, 70])],
+)
+def test_several_small_batches_are_read_at_once(at_once: int, read: list[int]):
+    order, sizes = row_order(np.arange(1000), seed=3), []
+
+    def rows(numbers: np.ndarray) -> torch.Tensor:
+        sizes.append(len(numbers))
+        return torch.from_numpy(numbers)[:, None].float().expand(-1, 3).contiguous()
+
+    numbers, part = range(5, 16), slice(2, 9)
+    found = list(
+        read_batches(order, rows, batch=13, numbers=numbers, part=part, at_once=at_once)
+    )  # 7 of 13 rows: 84 bytes
+    assert sizes == read
+    wanted = [order.take(13 * n + 2, 13 * n + 9).tolist() for n in numbers]
+    assert [batch.rows.tolist() for batch in found] == wanted
+    assert [batch.x[:, 2].tolist() for batch in found] == wanted
 
 
 def test_only_what_is_short_at_the_very_end_is_dropped(cache: ActivationCache):

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import pytest
 from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from activations_cache.synthetic import synthetic_plan, write_synthetic
 from sae.architecture import JumpReLU, TopK
@@ -38,7 +39,13 @@ def test_a_run_leaves_curves_as_csv_for_tensorboard_and_as_a_picture(cache, tmp_
     assert curves[""].keys() == {"rows", "rows_per_second", "loader_wait", "eta_seconds"}
     assert curves[""]["eta_seconds"][-1] == 0
     assert curves["topk"]["l0"][-1] == pytest.approx(3, abs=0.2)
-    assert list((tmp_path / "run" / "logs" / "tensorboard").rglob("events.out.tfevents.*"))
+    (events,) = (tmp_path / "run" / "logs" / "tensorboard").rglob("events.out.tfevents.*")
+    shown = EventAccumulator(str(events)).Reload()
+    assert {f"topk/{name}" for name in curves["topk"].keys() - {"rows"}} <= {
+        *shown.Tags()["scalars"]
+    }
+    assert [p.value for p in shown.Scalars("topk/l0")] == pytest.approx(curves["topk"]["l0"])
+    assert tuple(101 * p.step for p in shown.Scalars("rows")) == curves[""]["rows"]
     assert draw(tmp_path / "run") == tmp_path / "run" / "curves.png"
     height, width, _ = imread(tmp_path / "run" / "curves.png").shape
     assert (height > 600, width > 1500) == (True, True)
