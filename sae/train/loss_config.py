@@ -251,7 +251,7 @@ class Refine:
     u' = u + rate (u - y(u)) + rate (u - y(u')) ..., and the losses are those of the latents of the
     last u'. It is an unrolled ISTA with one encoder for all rounds (LISTA, Gregor and LeCun 2010).
     The decoder learns from fewer wrong latents, and is then held still while the encoder learns to
-    find them in one product.
+    find them in one product; at the very end it may adapt to what that encoder finds.
     """
 
     steps: int = 2
@@ -260,12 +260,17 @@ class Refine:
     """How much of it."""
     until: float = 0.7
     """Fraction of the steps after which rows are read as they are and the decoder is held."""
+    held_until: float = 1.0
+    """Fraction of the steps after which the decoder learns again; at `until` it is never held."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         at_least("steps", self.steps, 1)
         positive("rate", self.rate)
         fraction("until", self.until)
+        fraction("held_until", self.held_until)
+        rule = f"be at least until={self.until}"
+        require(self.held_until >= self.until, "held_until", rule, self.held_until)
 
 
 @dataclass(frozen=True, kw_only=True)

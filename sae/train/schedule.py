@@ -41,25 +41,34 @@ def rate_factor(settings: Optimizer, step: int, total_steps: int) -> float:
     return warmup_decay(*at, settings.warmup, settings.decay, settings.decay_shape)
 
 
-def automatic_rate(d_sae: int, n_rows: int) -> float:
-    """The learning rate `auto`: 0.01 sqrt(rows of a step / latents), at most 0.01.
+def automatic_rate(d_sae: int, n_rows: int, d_in: int) -> float:
+    """The learning rate `auto`: 0.01 min(1, sqrt(rows of a step / latents)) min(1, 10/sqrt(d_in)).
 
     The fall with the width is Gao et al.'s (arXiv 2406.04093, A.3), the rise with the batch that of
-    Adam's noise; the factor is what found most features of worlds with known ones (docs,
-    ground_truth). The scale of the input is not in it: rows reach the step in the dictionary's
-    units, where their mean square norm is d_in whatever the model's is, and Adam's steps do not
-    depend on the scale of the loss.
+    Adam's noise. A step of Adam has the norm lr sqrt(d_in), a decoder row the norm 1: so wide rows
+    get a lower rate, or the first steps throw latents to where no row reaches them. The factors are
+    what worked on worlds with known features (d_in to 96) and a real model (docs, ground_truth).
+    The scale of the input is not in it: rows reach the step in the dictionary's units, where their
+    mean square norm is d_in whatever the model's is, and Adam's steps do not depend on the scale of
+    the loss.
 
     Args:
         d_sae: Latents of the whole dictionary.
         n_rows: Rows of a step, over all processes.
+        d_in: Width of the rows that are read.
     """
-    return 0.01 * min(1.0, (n_rows / d_sae) ** 0.5)
+    return 0.01 * min(1.0, (n_rows / d_sae) ** 0.5) * min(1.0, 10 / d_in**0.5)
 
 
 def is_refined(settings: Refine, step: int, total_steps: int) -> bool:
-    """Whether the decoder is done, and the encoder learns to do without refining."""
+    """Whether refining is over, and the encoder learns to do without."""
     return step >= round(settings.until * total_steps)
+
+
+def holds_decoder(settings: Refine, step: int, total_steps: int) -> bool:
+    """Whether the decoder stands still at a step: after refining, until it learns again."""
+    over = step >= round(settings.held_until * total_steps)
+    return is_refined(settings, step, total_steps) and not over
 
 
 def falling_k(step: int, total_steps: int, start: int, end: int, fraction: float) -> int:

@@ -20,7 +20,7 @@ from sae.train.parts import gradient_norm, of_latents, part_of, sum_gradients, w
 from sae.train.ranks import ALONE, Batch, Ranks, batch_of, mean_figures
 from sae.train.resample import candidates_of, is_due, resample_
 from sae.train.rows import normalise_rows_
-from sae.train.schedule import automatic_rate, is_refined, rate_factor
+from sae.train.schedule import automatic_rate, holds_decoder, rate_factor
 from sae.train.schedule_free import ScheduleFreeAdam
 from sae.train.threshold import follow_, threshold_rate
 from sae.train.watch import Watch
@@ -171,12 +171,12 @@ class TrainStep:
     def _update(self, found: Forward, batch: Batch) -> None:
         settings = self.config.optimizer
         factor = rate_factor(settings, self.n_steps, self.total_steps)
+        auto = automatic_rate(self.config.d_sae, batch.n_rows, self.form.d_in)
         for group in self.optimizer.param_groups:
-            lr = group["base_lr"]
-            base = automatic_rate(self.config.d_sae, batch.n_rows) if lr == "auto" else lr
+            base = auto if group["base_lr"] == "auto" else group["base_lr"]
             group["lr"] = base * factor
         refine = self.config.refine
-        if refine is not None and is_refined(refine, self.n_steps, self.total_steps):
+        if refine is not None and holds_decoder(refine, self.n_steps, self.total_steps):
             self.autoencoder.dec_rows.grad = None  # optimisers pass over it
         self.optimizer.step()
         if self.anchor is not None:

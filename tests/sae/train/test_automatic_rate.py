@@ -19,10 +19,16 @@ CONFIG = Path(__file__).parents[3] / "configs" / "default.yaml"
 
 
 def test_it_falls_with_the_root_of_the_width_and_rises_with_that_of_the_batch_up_to_a_limit():
-    assert automatic_rate(400, 100) == pytest.approx(0.005)
-    assert automatic_rate(1600, 100) == pytest.approx(0.0025)
-    assert automatic_rate(1600, 400) == pytest.approx(0.005)
-    assert automatic_rate(100, 400) == 0.01
+    assert automatic_rate(400, 100, D_IN) == pytest.approx(0.005)
+    assert automatic_rate(1600, 100, D_IN) == pytest.approx(0.0025)
+    assert automatic_rate(1600, 400, D_IN) == pytest.approx(0.005)
+    assert automatic_rate(100, 400, D_IN) == 0.01
+
+
+def test_it_falls_with_the_root_of_the_rows_width_from_a_hundred_on():
+    assert automatic_rate(100, 400, 97) == 0.01
+    assert automatic_rate(100, 400, 400) == pytest.approx(0.005)
+    assert automatic_rate(1600, 400, 400) == pytest.approx(0.0025)
 
 
 def trained(rows: list[torch.Tensor], lr: float | str, scale: float = 0.5) -> SparseAutoencoder:
@@ -39,7 +45,7 @@ def trained(rows: list[torch.Tensor], lr: float | str, scale: float = 0.5) -> Sp
 def test_a_step_takes_it_from_the_width_and_the_rows(planted):
     rows = planted(STEPS)
     auto = trained(rows, "auto")
-    assert torch.equal(auto.dec_rows, trained(rows, automatic_rate(D_SAE, BATCH)).dec_rows)
+    assert torch.equal(auto.dec_rows, trained(rows, automatic_rate(D_SAE, BATCH, D_IN)).dec_rows)
     assert not torch.equal(auto.dec_rows, trained(rows, 0.01).dec_rows)
 
 

@@ -85,8 +85,11 @@ def stream(n: int) -> list[torch.Tensor]:
     return [torch.randn(101, 13, generator=generator) for _ in range(n)]
 
 
-def test_the_decoder_moves_until_it_is_held_and_the_encoder_to_the_end():
-    step = step_of(small(refine=Refine(until=0.4)))
+@pytest.mark.parametrize(
+    ("held_until", "held"), [(1.0, range(4, 10)), (0.9, range(4, 9)), (0.4, range(0))]
+)
+def test_the_decoder_moves_but_while_it_is_held_and_the_encoder_always(held_until, held):
+    step = step_of(small(refine=Refine(until=0.4, held_until=held_until)))
     moved = []
     for x in stream(N_STEPS):
         dec, enc = (
@@ -95,12 +98,12 @@ def test_the_decoder_moves_until_it_is_held_and_the_encoder_to_the_end():
         step(x)
         assert not torch.equal(step.autoencoder.enc_rows, enc)
         moved.append(not torch.equal(step.autoencoder.dec_rows, dec))
-    assert moved == [True] * 4 + [False] * 6
+    assert moved == [i not in held for i in range(N_STEPS)]
 
 
-@pytest.mark.parametrize("stop", [3, 7])
+@pytest.mark.parametrize("stop", [3, 7, 9])
 def test_a_resumed_run_is_bit_equal_before_and_after(stop):
-    settings, batches = small(refine=Refine(until=0.5)), stream(N_STEPS)
+    settings, batches = small(refine=Refine(until=0.5, held_until=0.8)), stream(N_STEPS)
     whole, first, second = (step_of(settings) for _ in range(3))
     for x in batches:
         whole(x)
@@ -118,6 +121,8 @@ def test_what_it_cannot_stand_beside_is_refused():
         Refine(steps=0)
     with pytest.raises(ValueError, match=r"rate must be a positive number, got 0"):
         Refine(rate=0.0)
+    with pytest.raises(ValueError, match=r"held_until must be at least until=0\.7, got 0\.6"):
+        Refine(held_until=0.6)
     with pytest.raises(ValueError, match="refine must be absent beside multi_topk"):
         DictionaryConfig(d_sae=53, activation=TopK(k=3), refine=Refine(), multi_topk=MultiTopK())
     with pytest.raises(ValueError, match="refine must be absent beside outputs"):
