@@ -200,6 +200,11 @@ class DictionaryConfig:
             start = self.k_anneal.start
             require(start <= self.d_sae, "k_anneal.start", limit, start)
             require(start >= k, "k_anneal.start", f"be at least activation.k={k}", start)
+        if self.refine is not None:
+            rule = f"leave slack * k={k} at most d_sae={self.d_sae}"
+            require(
+                round(self.refine.slack * k) <= self.d_sae, "refine.slack", rule, self.refine.slack
+            )
         if self.multi_topk is not None:
             times = self.multi_topk.times
             rule = f"leave times * k={k} at most d_sae={self.d_sae}"

@@ -262,10 +262,17 @@ class Refine:
     """Fraction of the steps after which rows are read as they are and the decoder is held."""
     held_until: float = 1.0
     """Fraction of the steps after which the decoder learns again; at `until` it is never held."""
+    slack: float = 1.0
+    """Times k latents fire from `slack_from` to `until`: at k itself two features that mostly fire
+    together are cheaper as one latent."""
+    slack_from: float = 0.4
+    """Fraction of the steps after which there is slack."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         at_least("steps", self.steps, 1)
+        at_least("slack", self.slack, 1)
+        fraction("slack_from", self.slack_from)
         positive("rate", self.rate)
         fraction("until", self.until)
         fraction("held_until", self.held_until)

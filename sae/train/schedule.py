@@ -71,6 +71,13 @@ def holds_decoder(settings: Refine, step: int, total_steps: int) -> bool:
     return is_refined(settings, step, total_steps) and not over
 
 
+def slack_now(settings: Refine | None, step: int, total_steps: int) -> float:
+    """What k is multiplied by at a step."""
+    if settings is None or is_refined(settings, step, total_steps):
+        return 1.0
+    return settings.slack if step >= round(settings.slack_from * total_steps) else 1.0
+
+
 def falling_k(step: int, total_steps: int, start: int, end: int, fraction: float) -> int:
     """Go linearly from start to end over the first `fraction` of the steps, then stay."""
     n = round(fraction * total_steps)

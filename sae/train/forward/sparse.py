@@ -15,7 +15,7 @@ from sae.train.config import DictionaryConfig
 from sae.train.forward import terms, together
 from sae.train.forward.result import Forward, Moment, Rows, autocast
 from sae.train.loss_config import NestedK
-from sae.train.schedule import falling_k, is_refined
+from sae.train.schedule import falling_k, is_refined, slack_now
 from sae_kernels import sparse_decode_mse, topk_select
 
 
@@ -72,12 +72,14 @@ def _refined(
 
 
 def k_now(config: DictionaryConfig, moment: Moment) -> Activation:
-    """The activation, or one with the larger k of a moment before annealing is over."""
+    """The activation, or one with the larger k of a moment that anneals or has slack."""
     anneal, activation = config.k_anneal, config.activation
-    if anneal is None or not isinstance(activation, TopK | BatchTopK):
+    if not isinstance(activation, TopK | BatchTopK):
         return activation
-    at = (moment.n_steps, moment.total_steps)
-    return replace(activation, k=falling_k(*at, anneal.start, activation.k, anneal.until))
+    at, k = (moment.n_steps, moment.total_steps), activation.k
+    if anneal is not None:
+        k = falling_k(*at, anneal.start, k, anneal.until)
+    return replace(activation, k=round(k * slack_now(config.refine, *at)))
 
 
 def narrowed(latents: Latents, k: int, weights: EncoderWeights) -> Latents:

@@ -101,6 +101,12 @@ def test_the_decoder_moves_but_while_it_is_held_and_the_encoder_always(held_unti
     assert moved == [i not in held for i in range(N_STEPS)]
 
 
+def test_more_latents_fire_while_there_is_slack():
+    step = step_of(small(refine=Refine(until=0.7, slack=1.7, slack_from=0.3)))
+    fired = [float(step(x).l0) for x in stream(N_STEPS)]
+    assert fired == pytest.approx([3] * 3 + [5] * 4 + [3] * 3, abs=1e-6)  # round(1.7 * 3) is 5
+
+
 @pytest.mark.parametrize("stop", [3, 7, 9])
 def test_a_resumed_run_is_bit_equal_before_and_after(stop):
     settings, batches = small(refine=Refine(until=0.5, held_until=0.8)), stream(N_STEPS)
@@ -123,6 +129,14 @@ def test_what_it_cannot_stand_beside_is_refused():
         Refine(rate=0.0)
     with pytest.raises(ValueError, match=r"held_until must be at least until=0\.7, got 0\.6"):
         Refine(held_until=0.6)
+    with pytest.raises(ValueError, match=r"slack must be at least 1, got 0\.9"):
+        Refine(slack=0.9)
+    with pytest.raises(ValueError, match=r"slack_from must lie between 0 and 1, got 1\.2"):
+        Refine(slack_from=1.2)
+    with pytest.raises(
+        ValueError, match=r"refine\.slack must leave slack \* k=3 at most d_sae=53, got 18"
+    ):
+        small(refine=Refine(slack=18.0))
     with pytest.raises(ValueError, match="refine must be absent beside multi_topk"):
         DictionaryConfig(d_sae=53, activation=TopK(k=3), refine=Refine(), multi_topk=MultiTopK())
     with pytest.raises(ValueError, match="refine must be absent beside outputs"):

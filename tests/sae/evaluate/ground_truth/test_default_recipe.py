@@ -18,7 +18,7 @@ def test_it_finds_as_much_of_a_small_world_as_it_did():
     for made in batches(world, BATCH, STEPS):
         step(made.x)
     report = evaluate(step.autoencoder, WORLD, 0)
-    # It was .974, .935, .840 and .03; .926, .742, .838 and .03 when it refined twice.
+    # It was .964, .903, .809 and 0.
     assert report.directions.mmcs > 0.95
     assert report.directions.recovered > 0.85
     assert report.firing.f1 > 0.78
