@@ -90,7 +90,7 @@ def read_batches(
         x = read(np.concatenate(found))
         # From pinned memory a copy to the device runs beside the training step.
         x = x.pin_memory() if torch.cuda.is_available() else x
-        parts = x.split(last - first)
+        parts = x.split([len(rows) for rows in found])
         return [Batch(x, torch.from_numpy(rows)) for x, rows in zip(parts, found, strict=True)]
 
     with ThreadPoolExecutor(1, thread_name_prefix="activations") as reader:

@@ -120,6 +120,9 @@ def _train(
         n_rows = len(cache.rows(TRAINING_SPLITS))
         rule = f"be at most {n_rows}, the cache's rows of {' and '.join(TRAINING_SPLITS)}"
         raise ValueError(f"train.batch must {rule}, got {config.batch}; lower it")
+    if config.batch < ranks.rows.size:
+        rule = f"be at least {ranks.rows.size}, a row for each process that shares it"
+        raise ValueError(f"train.batch must {rule}, got {config.batch}; raise it")
     precision = resolve_precision(config.precision)
     identity = _identity(cache, config, precision)
     where = sites(config.saes, cache.hook_points)

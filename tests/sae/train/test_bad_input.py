@@ -3,14 +3,17 @@
 import pytest
 import torch
 
+from activations_cache.progress import silent
 from activations_cache.synthetic import synthetic_plan, write_synthetic
 from sae import pretrained
 from sae.architecture import TopK
 from sae.autoencoder import SparseAutoencoder, initialise
+from sae.train import fit
 from sae.train.config import L1, DictionaryConfig, TrainConfig
 from sae.train.fit import train
 from sae.train.loss_config import FixedPrefixes
 from sae.train.memory import free_on_cpu
+from sae.train.ranks import Axis, Ranks
 
 D_IN = 7
 
@@ -95,3 +98,9 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run(cache, tmp_path, m
     )
     assert seen == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "run" / "a").exists()
+
+
+def test_processes_that_would_get_no_rows_are_refused(cache, tmp_path):
+    config, many = TrainConfig(saes={"a": topk()}, batch=53), Ranks(rows=Axis(None, 0, 59))
+    with pytest.raises(ValueError, match=r"train\.batch must be at least 59, .*, got 53; raise it"):
+        fit._train(cache, config, tmp_path / "run", many, silent)
