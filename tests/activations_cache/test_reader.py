@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import activations_cache
-from activations_cache import io
+from activations_cache import hook_rows, io
 from activations_cache.errors import CacheFormatError
 from activations_cache.reader import ActivationCache
 from activations_cache.records import seal, unseal
@@ -50,6 +50,17 @@ def test_rows_come_in_the_order_asked_for(cache: ActivationCache):
         for name, values in everything.items():
             assert torch.equal(cache[name][rows[picked]], values[picked])
             assert cache[name][rows[picked]].dtype == torch.float32
+
+
+@pytest.mark.parametrize("n_bytes", [1, 4 * 3 * 7])
+def test_rows_are_the_same_however_few_are_read_at_a_time(
+    cache: ActivationCache, monkeypatch: pytest.MonkeyPatch, n_bytes: int
+):
+    rows = cache.rows().flip(0)
+    at_once = {name: cache[name][rows] for name in cache.hook_points}
+    monkeypatch.setattr(hook_rows, "_BYTES_AT_ONCE", n_bytes)
+    for name, whole in at_once.items():
+        assert torch.equal(cache[name][rows], whole)
 
 
 def test_a_slice_covers_the_valid_rows_among_its_numbers(cache: ActivationCache):

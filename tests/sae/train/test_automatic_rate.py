@@ -49,6 +49,14 @@ def test_a_step_takes_it_from_the_width_and_the_rows(planted):
     assert not torch.equal(auto.dec_rows, trained(rows, 0.01).dec_rows)
 
 
+def test_a_step_takes_it_from_the_width_of_its_rows():
+    config = DictionaryConfig(d_sae=17, activation=TopK(k=3), optimizer=Adam(lr="auto"))
+    step = TrainStep(SparseAutoencoder(config.architecture(401)), config, STEPS)
+    step(torch.randn(BATCH, 401))
+    (group,) = step.optimizer.param_groups
+    assert group["lr"] == automatic_rate(17, BATCH, 401) == pytest.approx(0.1 / 401**0.5)
+
+
 def test_the_scale_of_the_rows_does_not_matter(planted):
     rows = planted(STEPS)
     times_8 = trained([8 * x for x in rows], "auto", scale=0.5 / 8)
