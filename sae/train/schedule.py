@@ -47,10 +47,10 @@ def automatic_rate(d_sae: int, n_rows: int, d_in: int) -> float:
     The fall with the width is Gao et al.'s (arXiv 2406.04093, A.3), the rise with the batch that of
     Adam's noise. A step of Adam has the norm lr sqrt(d_in), a decoder row the norm 1: so wide rows
     get a lower rate, or the first steps throw latents to where no row reaches them. The factors are
-    what worked on worlds with known features (d_in to 96) and a real model (docs, ground_truth).
-    The scale of the input is not in it: rows reach the step in the dictionary's units, where their
-    mean square norm is d_in whatever the model's is, and Adam's steps do not depend on the scale of
-    the loss.
+    what worked on worlds with known features (d_in to 96) and two real models (docs,
+    ground_truth). The scale of the input is not in it: rows reach the step in the dictionary's
+    units, where their mean square norm is d_in whatever the model's is, and Adam's steps do not
+    depend on the scale of the loss.
 
     Args:
         d_sae: Latents of the whole dictionary.
