@@ -191,7 +191,9 @@ def result(case: str, base: str, seconds: dict[str, list[float]]) -> dict[str, o
 
 def main() -> None:
     """Measure, print a table, append the rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--contexts", type=int, default=64, help="of the caching case")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the reading case")
     parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")

@@ -23,7 +23,9 @@ KEPT = ("n_latents", "n_scored", "n_unlabelled", "n_insufficient", "n_dead", "be
 
 def main() -> None:
     """Read, print and append."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     arguments = parser.parse_args()
     files = sorted((arguments.run / "explain").glob("*/summary.json"))

@@ -139,7 +139,9 @@ def _half(found: Mean) -> str:
 
 def main() -> None:
     """Measure, print and append."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dictionaries", nargs="+", metavar="DICT")
     parser.add_argument("--cache", required=True)
     parser.add_argument("--hook-point")

@@ -48,7 +48,9 @@ class Time(NamedTuple):
 
 def main() -> None:
     """Time both in turns, print and record their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--record", action="store_true", help="append to results/loop.jsonl")

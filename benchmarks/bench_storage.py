@@ -96,7 +96,9 @@ def error_of(cache: ActivationCache, other: ActivationCache) -> float:
 
 def main() -> None:
     """Measure, print, append the rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cache", type=Path, help="a finished bfloat16 cache with one hook point")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry", action="store_true", help="append nothing")

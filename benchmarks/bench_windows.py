@@ -92,7 +92,9 @@ def nbytes(state: State) -> int:
 
 def main() -> None:
     """Measure, print and append."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dictionary", metavar="DICT")
     parser.add_argument("--cache", required=True)
     parser.add_argument("--rows", type=int, default=131_072)

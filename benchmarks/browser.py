@@ -95,7 +95,9 @@ def measure(page: Path, rounds: int, latent: int = 40_000) -> dict[str, Any]:
 
 def main() -> None:
     """Write the folder, measure, append."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--latents", type=int, default=65_536)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="an example that is there already")

@@ -226,7 +226,9 @@ def _picture(number: int) -> bytes:
 
 def main() -> None:
     """Write the folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--latents", type=int, default=251)
     parser.add_argument("--payload")

@@ -19,7 +19,9 @@ SIGNS = {"tie": "=", "unknown": "?"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("compare", type=Path, help="compare.json")
     parser.add_argument("--name", required=True, help="of the row")
     parser.add_argument("--record", action="store_true", help="append the row to results/")
