@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from activations_cache.builder import build as build
+    from activations_cache.checks import CacheFormatError as CacheFormatError
     from activations_cache.config import CacheConfig as CacheConfig
+    from activations_cache.config import ImagePreprocessing as ImagePreprocessing
+    from activations_cache.config import ImagesConfig as ImagesConfig
+    from activations_cache.config import ImageSource as ImageSource
     from activations_cache.config import ModelConfig as ModelConfig
     from activations_cache.config import TextConfig as TextConfig
     from activations_cache.config import TextSource as TextSource
-    from activations_cache.config_images import ImagePreprocessing as ImagePreprocessing
-    from activations_cache.config_images import ImagesConfig as ImagesConfig
-    from activations_cache.config_images import ImageSource as ImageSource
-    from activations_cache.errors import CacheFormatError as CacheFormatError
     from activations_cache.hooks import capture as capture
     from activations_cache.hooks import edit as edit
-    from activations_cache.image_table import read_images as read_images
-    from activations_cache.image_table import read_skipped as read_skipped
+    from activations_cache.images import read_images as read_images
+    from activations_cache.images import read_skipped as read_skipped
     from activations_cache.models import load_model as load_model
     from activations_cache.reader import ActivationCache as ActivationCache
     from activations_cache.reader import open_cache

@@ -1,7 +1,15 @@
-"""Shuffled batches of rows, the next ones read ahead by a thread."""
+"""Shuffled batches of rows, the next ones read ahead by a thread.
+
+The order in which rows are read: a pure function of seed, epoch and position.
+
+Rows are cut into blocks of neighbours. The blocks are permuted, and then the rows inside each
+window of consecutive permuted blocks. So a batch mixes rows from everywhere, while what is read
+at a time stays within a window, and going on from any position needs no state.
+"""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +17,90 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from activations_cache.order import RowOrder
+_BLOCKS = 0
+"""Stream number of the permutation of blocks; window w has stream number w + 1."""
+
+
+class RowOrder:
+    """A different permutation of the same rows for each epoch.
+
+    Args:
+        rows: What is permuted, neighbours beside each other.
+        starts: Where each block begins in `rows`; the first is 0.
+        window: Blocks per window, at most.
+        seed: At least 0, below 2**64.
+    """
+
+    def __init__(
+        self,
+        rows: Int64[np.ndarray, " row"],
+        starts: Int64[np.ndarray, " block"],
+        *,
+        window: int,
+        seed: int,
+    ) -> None:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be at least 0 and below 2**64, got {seed}")
+        self.rows = rows
+        self._ends = np.append(starts[1:], len(rows))
+        self._starts = starts
+        # As few windows as possible, of equal size: a short one would mix its rows badly.
+        n_windows = -(-len(starts) // window)
+        self._windows = np.arange(n_windows + 1) * len(starts) // max(n_windows, 1)
+        self._seed = seed
+        # Bounded caches of pure functions: neighbours in the order share an epoch and a window.
+        self._epoch = lru_cache(maxsize=2)(self._epoch_uncached)
+        self._window_rows = lru_cache(maxsize=2)(self._window_rows_uncached)
+
+    def __len__(self) -> int:
+        """Return the number of rows in an epoch."""
+        return len(self.rows)
+
+    def take(self, start: int, stop: int) -> Int64[np.ndarray, " row"]:
+        """Return the rows at the positions from start to stop, counted over all epochs."""
+        parts = []
+        while start < stop:
+            epoch, position = divmod(start, len(self))
+            bounds = self._epoch(epoch)[1]
+            window = int(np.searchsorted(bounds, position, side="right")) - 1
+            end = min(stop - start, int(bounds[window + 1]) - position)
+            first = position - int(bounds[window])
+            parts.append(self._window_rows(epoch, window)[first : first + end])
+            start += end
+        return np.concatenate(parts) if parts else self.rows[:0]
+
+    def blocks(self, epoch: int, window: int) -> Int64[np.ndarray, " block"]:
+        """Return the numbers of the blocks of a window."""
+        return self._epoch(epoch)[0][self._windows[window] : self._windows[window + 1]]
+
+    def _epoch_uncached(
+        self, epoch: int
+    ) -> tuple[Int64[np.ndarray, " block"], Int64[np.ndarray, " bound"]]:
+        """Return the blocks in order and the position at which each window begins."""
+        blocks = permutation(len(self._starts), self._seed, epoch, _BLOCKS)
+        ends = np.cumsum([0, *(self._ends - self._starts)[blocks]])
+        return blocks, ends[self._windows]
+
+    def _window_rows_uncached(self, epoch: int, window: int) -> Int64[np.ndarray, " row"]:
+        blocks = self.blocks(epoch, window)
+        parts = [self.rows[self._starts[block] : self._ends[block]] for block in blocks]
+        rows = np.concatenate(parts)
+        return rows[permutation(len(rows), self._seed, epoch, window + 1)]
+
+
+def permutation(n: int, seed: int, epoch: int, stream: int) -> Int64[np.ndarray, " n"]:
+    """Return a permutation of 0..n-1 that is the same on every machine and NumPy version.
+
+    NumPy promises the raw numbers of Philox, but not what `Generator.permutation` makes of them.
+    So this sorts the indices by 32 random bits, in two passes of 16, for which NumPy has a fast
+    stable sort; the few equal ones stay in order.
+    """
+    key = np.array([seed, (epoch << 40) + stream], np.uint64)
+    raw = np.random.Philox(key=key).random_raw(n)
+    order = np.argsort(raw.astype(np.uint16), kind="stable")
+    high = (raw >> np.uint64(16)).astype(np.uint16)
+    return order[np.argsort(high[order], kind="stable")]
+
 
 BLOCK_ROWS = 256
 """Rows of a cache that stay together until the windows are permuted."""

@@ -1,7 +1,13 @@
-"""Checks of config fields; each message begins with the field, so that its path can precede it."""
+"""Checks of config fields; each message begins with the field, so that its path can precede it.
+
+What can go wrong with a cache on disk, each as its own class.
+
+How long-running functions report where they are.
+"""
 
 import math
 import re
+from collections.abc import Callable
 
 _PACKAGE_PATH = re.compile(r"package://\w+/.+", re.ASCII)
 
@@ -40,3 +46,30 @@ def package_path(path: str) -> None:
     """Require a path that begins with package:// to be complete."""
     is_right = not path.startswith("package://") or _PACKAGE_PATH.fullmatch(path) is not None
     require(is_right, "path", "have the form package://PACKAGE/inner/path", path)
+
+
+class CacheFormatError(ValueError):
+    """A directory is not a cache, is unfinished, is damaged, or was made from something else."""
+
+
+class CacheBusyError(RuntimeError):
+    """Another live process is writing what this one wants to write."""
+
+
+class DiskFullError(OSError):
+    """There is not enough space; the message names the path, the need and what is free."""
+
+
+class NonFiniteError(ValueError):
+    """The model gives too many rows that are not finite, or that the cache's dtype cannot hold."""
+
+
+Progress = Callable[[int, int, str], None]
+"""Called as `progress(done, total, unit)`, for example `progress(3, 16, "contexts")`.
+
+Behind " · " may stand what changes, and on further lines what is shown below, a line each.
+"""
+
+
+def silent(done: int, total: int, unit: str) -> None:
+    """Report nothing; what a function uses when its caller passed no progress."""

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from activations_cache import io
+from activations_cache.checks import Progress, silent
 from activations_cache.loading import ModelError, Refusing, quiet
-from activations_cache.progress import Progress, silent
 
 _MANIFEST = "manifest.json"
 _WAIT_S = 1800.0

@@ -2,10 +2,16 @@
 
 Each is opened as an `ImageStore`, which reads nothing until an image is asked for. The order of the
 images depends on nothing but the source.
+
+From the bytes of a file to an image: what is decoded, and what damaged bytes raise.
 """
 
 import contextlib
+import io
+import struct
 import tarfile
+import warnings
+import zlib
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +19,59 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from activations_cache.config_images import ImageSource
-from activations_cache.datasets import dataset_table
+from activations_cache.config import DATASET, ImageSource, locate
+from activations_cache.documents import dataset_table
 from activations_cache.gguf import cache_directory
-from activations_cache.image_decoding import SUFFIXES, decode
 from activations_cache.loading import one_line
-from activations_cache.locations import DATASET, locate
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Files of a folder that are taken for images; others are not looked at."""
+
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded, whatever a file is called: Pillow reads others by running Ghostscript."""
+
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow's decoders raise for damaged bytes, and the file system for files out of reach."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """Return an encoded image, all of it read, turned as its EXIF entry says; of several the first.
+
+    Raises:
+        OSError: If the bytes are no whole image; of other errors see UNREADABLE.
+    """
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    image.load()
+    return ImageOps.exif_transpose(image)
+
+
+@contextlib.contextmanager
+def careful_pillow() -> Iterator[None]:
+    """Silence Pillow's remarks on files that it can read, and refuse images of absurd size.
+
+    Not for use in a thread, as warnings are one for all; threads started inside are covered.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 @dataclass(frozen=True)

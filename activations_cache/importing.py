@@ -12,10 +12,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from activations_cache.builder import rank_of_this_process, write_shards
-from activations_cache.checks import require
+from activations_cache.checks import Progress, require, silent
 from activations_cache.config import SPLITS, Dtype
 from activations_cache.manifest import Plan
-from activations_cache.progress import Progress, silent
 from activations_cache.reader import ActivationCache, open_cache
 from activations_cache.shard import Examples
 from activations_cache.writer import CacheWriter

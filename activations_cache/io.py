@@ -19,7 +19,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from activations_cache.errors import CacheBusyError, DiskFullError
+from activations_cache.checks import CacheBusyError, DiskFullError
 
 Buffer = bytes | np.ndarray
 """What a file is written from; an array gives its bytes in C order."""

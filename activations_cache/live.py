@@ -9,13 +9,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from activations_cache.batches import Batch, count_batches, read_batches
+from activations_cache.batches import Batch, RowOrder, count_batches, read_batches
+from activations_cache.builder import RowSource, forward_ranges, load_on_device, load_source
+from activations_cache.checks import NonFiniteError, Progress, silent
 from activations_cache.config import SPLITS, TRAINING_SPLITS, CacheConfig
-from activations_cache.errors import NonFiniteError
-from activations_cache.order import RowOrder
-from activations_cache.progress import Progress, silent
 from activations_cache.shard import rows_of
-from activations_cache.source import RowSource, forward_ranges, load_on_device, load_source
 
 WINDOW_ROWS = 32768
 """Rows that are shuffled among each other; up to twice as many are held in memory."""

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from activations_cache import io
-from activations_cache.checks import at_least, require
+from activations_cache.checks import CacheFormatError, at_least, require
 from activations_cache.config import COMPRESSIONS, DTYPES, parse_hook_point
-from activations_cache.errors import CacheFormatError
-from activations_cache.records import fingerprint, first_difference, seal, unseal
+from activations_cache.journal import fingerprint, first_difference, seal, unseal
 
 FORMAT_VERSION = 1
 """The version of FORMAT.md that this package writes, and the newest that it reads."""

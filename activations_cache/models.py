@@ -18,11 +18,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from activations_cache import gguf, onnx_dinov2
-from activations_cache.config import ModelConfig
+from activations_cache.checks import Progress, silent
+from activations_cache.config import PACKAGE, ModelConfig, locate
+from activations_cache.hooks import blocks_of
 from activations_cache.loading import ModelError, Refusing, one_line, quiet
-from activations_cache.locations import PACKAGE, locate
-from activations_cache.progress import Progress, silent
-from activations_cache.sites import blocks_of
 
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*model*.safetensors"]
 _SINGLE = ("model.safetensors", "open_clip_model.safetensors")

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image
 
-from activations_cache.config_images import ImagePreprocessing, Interpolation
+from activations_cache.config import ImagePreprocessing, Interpolation
 from activations_cache.loading import ModelError, one_line
 
 _T = TypeVar("_T")

@@ -12,10 +12,9 @@ from torch.linalg import vector_norm
 
 from activations_cache.config import SPLITS, TRAINING_SPLITS
 from activations_cache.journal import HookSums
-from activations_cache.layout import layout_of
+from activations_cache.layout import as_read, as_stored, compress, layout_of
 from activations_cache.manifest import Plan
-from activations_cache.packing import NO_TOKEN, positions_in_segments
-from activations_cache.storage import as_read, as_stored, compress
+from activations_cache.text import NO_TOKEN, positions_in_segments
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from activations_cache.checks import Progress, silent
 from activations_cache.config import TRAINING_SPLITS
-from activations_cache.progress import Progress, silent
 from activations_cache.reader import ActivationCache
 
 SAMPLE_ROWS = 25_600

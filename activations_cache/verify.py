@@ -8,11 +8,10 @@ import numpy as np
 
 from activations_cache import io
 from activations_cache.arrays import ShardedArray
-from activations_cache.errors import CacheFormatError
+from activations_cache.checks import CacheFormatError, Progress, silent
 from activations_cache.journal import ShardRecord
 from activations_cache.layout import IMAGE_TABLE, UNUSED, Layout, layout_of
 from activations_cache.manifest import MANIFEST, PLAN, Manifest, read_manifest, read_plan
-from activations_cache.progress import Progress, silent
 
 
 def verify(

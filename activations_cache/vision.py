@@ -18,8 +18,8 @@ import torch
 import transformers
 from torch import nn
 
-from activations_cache.config import ModelConfig
-from activations_cache.config_images import ImagePreprocessing
+from activations_cache.checks import Progress, silent
+from activations_cache.config import ImagePreprocessing, ModelConfig
 from activations_cache.loading import ModelError, Refusing, quiet
 from activations_cache.models import (
     LoadedModel,
@@ -30,7 +30,6 @@ from activations_cache.models import (
     read_model,
 )
 from activations_cache.preprocessing import read_settings
-from activations_cache.progress import Progress, silent
 
 
 @dataclass(frozen=True)

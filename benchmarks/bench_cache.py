@@ -16,15 +16,14 @@ import numpy as np
 import torch
 
 from activations_cache.batches import Batch
-from activations_cache.builder import write_shards
+from activations_cache.builder import ModelSource, load_source, write_shards
+from activations_cache.checks import silent
 from activations_cache.config import CacheConfig, ModelConfig, TextConfig, TextSource
 from activations_cache.hooks import capture
 from activations_cache.models import LoadedModel, load_model
-from activations_cache.packing import NO_TOKEN
-from activations_cache.progress import silent
 from activations_cache.reader import ActivationCache, open_cache
-from activations_cache.source import ModelSource, load_source
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
+from activations_cache.text import NO_TOKEN
 from activations_cache.writer import CacheWriter
 from benchmarks.peer_readers import peer_epochs
 from benchmarks.rows import append, interleaved, surroundings

@@ -23,10 +23,10 @@ from sae import pretrained
 from sae.cli.beside import beside
 from sae.cli.caches import model_of
 from sae.explain.config import ExplainConfig
-from sae.explain.intervals import Interval, weighted_sum
 from sae.explain.run import Explained, explain
 from sae.explain.scores import Mean
 from sae.explain.summary import Summary, flat
+from sae.statistics import Interval, weighted_sum
 
 FROZEN = "-frozen"
 RESAMPLES = 1000

@@ -20,13 +20,13 @@ from typing import NamedTuple
 import torch
 
 from activations_cache import ActivationCache
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
 from benchmarks.rows import append, surroundings
 from sae.architecture import TopK
-from sae.train.build import new_autoencoder
 from sae.train.config import AuxK, DictionaryConfig, TrainConfig
 from sae.train.fit import train
-from sae.train.sites import sites
+from sae.train.hook_points import sites
+from sae.train.initialise import new_autoencoder
 from sae.train.step import TrainStep
 
 HOOK, D_IN, BATCH = "a:out", 128, 256

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import activations_cache
 from activations_cache.builder import write_shards
+from activations_cache.checks import silent
 from activations_cache.manifest import Plan
-from activations_cache.packing import NO_TOKEN
-from activations_cache.progress import silent
 from activations_cache.reader import ActivationCache
+from activations_cache.text import NO_TOKEN
 from activations_cache.writer import CacheWriter
 from benchmarks.rows import append, surroundings
 from sae import pretrained

@@ -38,7 +38,7 @@ from sae.evaluate.ground_truth import (
     table_rows,
     table_text,
 )
-from sae.evaluate.ground_truth.table import CHANCE, COLUMNS, figure
+from sae.evaluate.ground_truth.run import CHANCE, COLUMNS, figure
 from sae.train.config import Adam, AuxK, DictionaryConfig
 from sae.train.step import TrainStep
 

@@ -19,10 +19,8 @@ import sae
 import stand_ins
 from activations_cache import CacheConfig, ModelConfig, TextConfig, TextSource, load_model
 from sae.architecture import TopK
-from sae.explain.collect.config import WindowConfig
-from sae.explain.config import AutointerpConfig
-from sae.explain.llm.config import LLMConfig
-from sae.explain.with_llm import Subject, client_of, label_with_llm
+from sae.explain.autointerp import Subject, client_of, label_with_llm
+from sae.explain.config import AutointerpConfig, LLMConfig, WindowConfig
 from sae.train import DictionaryConfig, TrainConfig, train
 
 model = ModelConfig(path=stand_ins.language_model(), dtype="float32")

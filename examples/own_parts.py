@@ -69,14 +69,14 @@ print(f"FVU {fvu:.3f}, recovered {(best > 0.9).float().mean():.0%} of 32 directi
 # **Explainer.** A subclass says what is asked; it never sees the split on which labels are scored.
 # `explain_all` does the rest: answers that are kept, limits, scores with floors, controls. The name
 # is part of what answers are kept under, so change it with every word.
+from sae.explain.config import LLMConfig
 from sae.explain.explainers import LLMExplainer
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import Message, Request, Response
-from sae.explain.llm.config import LLMConfig
 from sae.explain.llm.corpus_text import NOTE, escape, read_items
 from sae.explain.llm.stand_ins import reply
 from sae.explain.pipeline import Plan, explain_all
-from sae.explain.scorers.detection import Detection
+from sae.explain.scorers.by_questions import Detection
 from sae.explain.windows import LatentWindows, Window
 
 

@@ -8,9 +8,8 @@ from sae_kernels.adam import latent_adam_
 from sae_kernels.auxk import auxk
 from sae_kernels.decode import sparse_decode
 from sae_kernels.dense import DenseStep, dense_autoencode
-from sae_kernels.encode import encode_topk, screened_topk
+from sae_kernels.encode import encode_group_max, encode_topk, screened_topk
 from sae_kernels.grads import WeightGrads, sparse_weight_grads
-from sae_kernels.groups import encode_group_max
 from sae_kernels.launch import Backend
 from sae_kernels.mse import DecodeLoss, sparse_decode_mse
 from sae_kernels.screen import CertifiedTopK

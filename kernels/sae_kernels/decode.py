@@ -175,7 +175,7 @@ def sparse_decode(
         TypeError: if the indices or bounds are no integers, or the others' dtypes do not fit.
     """
     if torch.compiler.is_compiling() and row_ptr is None:
-        from sae_kernels.library import compiled_decode
+        from sae_kernels.compiled import compiled_decode
 
         return compiled_decode(values, indices, dec_rows, b_dec, backend)
     check_floating(values=values)

@@ -3,19 +3,22 @@
 Sums are float32 whatever the dtype of the rows. The entries of a batch row are `k` columns of
 `values` and `indices`, or, in compressed sparse rows (CSR), those from `row_ptr[n]` to
 `row_ptr[n + 1]`.
+
+Where Triton's kernels run: compiled on a GPU, or on the CPU in the interpreter.
 """
 
 # ruff: noqa: PLR0913
 # pyright: reportCallIssue=false
 # Kernels take what they need one by one, and a launch takes num_warps besides.
 
-from typing import NamedTuple, no_type_check
+from typing import NamedTuple, cast, no_type_check
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 from sae_kernels import blocks
 
@@ -271,3 +274,26 @@ def decode_mse(
             num_warps=block.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return DecodeMSE(x_hat, row_loss, grad, d_values)
+
+
+@triton.jit
+def _nothing() -> None:
+    pass
+
+
+def interprets() -> bool:
+    """Tell whether kernels are interpreted, which is decided when they are defined."""
+    return not isinstance(_nothing, triton.JITFunction)
+
+
+def arch_of(tensor: Shaped[Tensor, "..."]) -> int:
+    """Return the compute capability of a tensor's GPU as one number, 90 for 9.0.
+
+    Other tensors get that of the GPU for which kernels are compiled, 80 in the interpreter.
+    """
+    if tensor.is_cuda:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        return 10 * major + minor
+    if interprets():
+        return 80
+    return int(cast(GPUTarget, triton.runtime.driver.active.get_current_target()).arch)

@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_kernels import blocks
+from sae_kernels.decode_triton import arch_of, interprets
 from sae_kernels.grads import WeightGrads
-from sae_kernels.interpreter_triton import arch_of, interprets
 
 
 class Sorted(NamedTuple):

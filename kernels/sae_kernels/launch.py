@@ -14,7 +14,7 @@ def _interprets() -> bool:
     """Tell whether Triton runs its kernels on the CPU, in its interpreter."""
     if find_spec("triton") is None:
         return False
-    from sae_kernels.interpreter_triton import interprets
+    from sae_kernels.decode_triton import interprets
 
     return interprets()
 

@@ -191,7 +191,7 @@ def topk_select(
         TypeError: if `pre` is not floating point.
     """
     if torch.compiler.is_compiling():
-        from sae_kernels.library import compiled_select
+        from sae_kernels.compiled import compiled_select
 
         return compiled_select(pre, k, relu, sorted, backend)
     check_shape("pre", pre, None, None)

@@ -15,8 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from string import Template
 
-from activations_cache.checks import require
-from activations_cache.progress import Progress, silent
+from activations_cache.checks import Progress, require, silent
 from sae.browser.detail import LATENTS_PER_FILE as SIZE
 from sae.browser.detail import LATENTS_PER_TABLE, Row, group, row, search, table
 from sae.browser.latent import Latent

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from activations_cache.checks import Progress
 from activations_cache.config import SPLITS
-from activations_cache.progress import Progress
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import Attribution
 from sae.cli.browse_subject import Around

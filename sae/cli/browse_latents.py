@@ -11,8 +11,7 @@ from torch import Tensor
 from sae.browser import Attribution, Example, Explanation, Latent, Score
 from sae.browser.latent import Status
 from sae.cli.pictures import Pictures
-from sae.explain.atlas.cofiring import Together
-from sae.explain.atlas.neighbours import Nearest
+from sae.explain.atlas.neighbours import Nearest, Together
 from sae.explain.examples import Context
 from sae.explain.logit_lens import PromotedTokens
 from sae.explain.tables import LatentRecord, iter_examples

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import activations_cache
 from activations_cache import ActivationCache
+from activations_cache.checks import Progress
 from activations_cache.models import load_model
-from activations_cache.progress import Progress
 from sae import pretrained
 from sae.browser import Curve, Site, SteeringExample
 from sae.cli.browse_site import comparisons_of, dictionary_of, shown_pictures

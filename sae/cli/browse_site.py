@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from activations_cache.checks import Progress
 from activations_cache.models import LoadedModel
-from activations_cache.progress import Progress
 from sae.browser import Column, Comparison, Dictionary, Histogram, Map
 from sae.browser.site import DENSE_ABOVE
 from sae.cli.beside import beside
@@ -17,11 +17,9 @@ from sae.cli.browse_attribution import attributions_of
 from sae.cli.browse_latents import Known, Latents
 from sae.cli.browse_subject import Around, Subject
 from sae.cli.unembedding import unembedding
-from sae.explain.atlas.clusters import cluster_names, clusters
-from sae.explain.atlas.cofiring import Together, cofiring
-from sae.explain.atlas.neighbours import nearest
-from sae.explain.atlas.plane import plane
-from sae.explain.codes import encode_rows
+from sae.explain.atlas.neighbours import Together, cofiring, nearest
+from sae.explain.atlas.plane import cluster_names, clusters, plane
+from sae.explain.firings import encode_rows
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.results import STEM
 from sae.explain.rule_scores import STEM as RULES

@@ -5,9 +5,9 @@ from pathlib import Path
 import activations_cache
 from activations_cache import ActivationCache
 from activations_cache.config import Dtype, ModelConfig
+from activations_cache.hooks import sites
 from activations_cache.importing import import_array
 from activations_cache.recompute import recompute
-from activations_cache.sites import sites
 from activations_cache.summary import HookSummary, summarise
 from activations_cache.vision import load_any_model
 from sae.cli import console

@@ -13,8 +13,8 @@ from torch import Tensor
 import activations_cache
 from activations_cache import ActivationCache, io
 from activations_cache.builder import rank_of_this_process
+from activations_cache.checks import Progress, silent
 from activations_cache.models import LoadedModel, load_model
-from activations_cache.progress import Progress, silent
 from activations_cache.vision import LoadedVisionModel, load_vision_model
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder

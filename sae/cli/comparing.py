@@ -13,8 +13,8 @@ from sae.cli.measuring import Entry, Measured, Request, measure, write
 from sae.cli.pareto import Panel, Series, plot
 from sae.cli.sections import Section, details
 from sae.cli.seeds import Figure, figures
-from sae.evaluate.comparison import Point, at_equal_l0, pareto
-from sae.evaluate.noise import Comparison, compare_all
+from sae.evaluate.report import Point, at_equal_l0, pareto
+from sae.statistics import Comparison, compare_all
 
 
 class Verdicts(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 from sae.cli import console
 from sae.explain.config import AutointerpConfig
-from sae.explain.llm.budget import Cost
+from sae.explain.llm.caller import Cost
 from sae.explain.scores import Mean
 from sae.explain.summary import Summary
 

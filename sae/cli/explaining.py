@@ -27,12 +27,12 @@ from sae.cli.run_config import refuse_unread
 from sae.cli.scoring_tools import tools_for
 from sae.config import ConfigError
 from sae.explain.atlas.run import draw_atlas
+from sae.explain.autointerp import client_of, estimate_cost, label_with_llm
 from sae.explain.config import AtlasConfig, AutointerpConfig, ExplainConfig, RuleConfig
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.rule_scores import score_rules_of
 from sae.explain.run import explain
 from sae.explain.subject import Subject
-from sae.explain.with_llm import client_of, estimate_cost, label_with_llm
 
 N_TOKENS = 10
 """Promoted and suppressed tokens that an explainer is shown."""

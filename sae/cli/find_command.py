@@ -6,7 +6,7 @@ import typer
 
 from sae.cli.request import Overrides
 from sae.config import load_overrides
-from sae.steer.requests import FindRequest
+from sae.steer.config import FindRequest
 
 
 def find(

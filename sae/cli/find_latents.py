@@ -7,8 +7,8 @@ from sae.cli import console
 from sae.cli.steer_dictionary import placed_in_model
 from sae.pretrained import load as load_dictionary
 from sae.steer.attribution import agreement, attribute, integrated_gradients, logit_difference
+from sae.steer.config import FindRequest
 from sae.steer.place import Placed
-from sae.steer.requests import FindRequest
 from sae.steer.search import Counting, find_latents, nearest_latents
 
 

@@ -12,10 +12,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from activations_cache import ActivationCache
-from activations_cache.cached_images import CachedImages
+from activations_cache.checks import Progress
 from activations_cache.config import SPLITS, TRAINING_SPLITS
-from activations_cache.image_table import read_images
-from activations_cache.progress import Progress
+from activations_cache.image_rows import CachedImages
+from activations_cache.images import read_images
 from activations_cache.vision import LoadedVisionModel
 from sae.autoencoder import SparseAutoencoder
 from sae.cli.beside import beside
@@ -23,10 +23,10 @@ from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.downstream import Downstream, Images, Place, downstream
 from sae.evaluate.report import EvaluationReport
 from sae.explain.config import ExplainConfig
-from sae.explain.intervals import Interval, difference
 from sae.explain.vision.concepts import concepts_of
 from sae.explain.vision.held_out import with_interval
 from sae.explain.vision.run import ExplainedImages, Pictures, explain_images
+from sae.statistics import Interval, difference
 
 
 def holds_images(cache: ActivationCache) -> bool:

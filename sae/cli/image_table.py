@@ -8,11 +8,11 @@ from sae.browser import ResultTable
 from sae.cli import console
 from sae.cli.image_runs import frozen_of, rival_of, verdict
 from sae.evaluate.downstream import AS_IT_IS, Downstream
-from sae.evaluate.intervals import Interval
 from sae.evaluate.report import EvaluationReport
-from sae.explain.intervals import Interval as Share
 from sae.explain.scores import Mean
 from sae.explain.vision.run import ExplainedImages
+from sae.statistics import Interval
+from sae.statistics import Interval as Share
 
 COLUMNS = ("dictionary", "FVU", "L0", "dead", "kNN kept", "linear kept")
 SHOWN = {AS_IT_IS: "model as it is", "mean": "mean row instead"}

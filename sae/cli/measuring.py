@@ -9,12 +9,19 @@ import torch
 
 import activations_cache
 from activations_cache import ActivationCache, io
+from activations_cache.checks import Progress
 from activations_cache.config import TRAINING_SPLITS, ModelConfig
 from activations_cache.models import LoadedModel
-from activations_cache.progress import Progress
 from activations_cache.vision import LoadedVisionModel, load_any_model
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
+from sae.baselines import (
+    covariance_of,
+    permuted_decoder,
+    principal_components,
+    random_dictionary,
+    raw_neurons,
+)
 from sae.browser import ResultTable
 from sae.cli import console
 from sae.cli.evaluation_page import write_page
@@ -23,16 +30,9 @@ from sae.cli.image_table import image_table
 from sae.cli.sections import Section, details, probe_table, text_table
 from sae.cli.seeds import noise_table, stability_table
 from sae.cli.structure import structure_table
-from sae.evaluate.baselines import (
-    covariance_of,
-    permuted_decoder,
-    principal_components,
-    random_dictionary,
-    raw_neurons,
-)
 from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.probing.labels import check_hook_point, common_labels
-from sae.evaluate.probing.survey import Survey, survey
+from sae.evaluate.probing.sparse_probe import Survey, survey
 from sae.evaluate.reconstruction import measure_reconstruction
 from sae.evaluate.report import EvaluationReport, plain
 from sae.evaluate.run import evaluate, held_out_rows

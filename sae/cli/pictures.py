@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterable, Iterator
 
 from activations_cache import ActivationCache
-from activations_cache.cached_images import CachedImages
+from activations_cache.image_rows import CachedImages
 from activations_cache.preprocessing import as_rgb
 from sae.browser import Image
 

@@ -12,11 +12,11 @@ from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
 from sae.cli import console
 from sae.evaluate.report import read_json
-from sae.pretrained import own
+from sae.pretrained import monosema_format
 from sae.pretrained.export import TARGETS, export
+from sae.pretrained.load import Readings
 from sae.pretrained.push import Card, Pushed
 from sae.pretrained.push import push as push_to_hub
-from sae.pretrained.recognise import Readings
 from sae.pretrained.verify import (
     BATCH,
     FVU_WITHIN,
@@ -37,14 +37,14 @@ def convert_dictionary(
     if Path(target).exists() and any(Path(target).iterdir()):
         raise ValueError(f"{target} must be empty to be written to, got files in it; name another")
     dictionary, origin = pretrained.load_with_source(source, format, allow_pt)
-    if to == own.FORMAT:
+    if to == monosema_format.FORMAT:
         pretrained.save(dictionary, target, {"source": asdict(origin)})
         done = origin.folds_applied
     elif to in TARGETS:
         site = hook_points_of(dictionary) | origin.site
         done = (*origin.folds_applied, *export(dictionary, target, to, site).folds)
     else:
-        raise ValueError(f"--to must be one of {[own.FORMAT, *TARGETS]}, got {to!r}")
+        raise ValueError(f"--to must be one of {[monosema_format.FORMAT, *TARGETS]}, got {to!r}")
     rows = [("from", f"{source}, {origin.source_format}"), ("to", f"{target}, {to}")]
     rows += [("folded", fold) for fold in done] or [
         ("folded", "nothing: every number is as it was")
@@ -71,7 +71,7 @@ def push_dictionary(
     """Send a dictionary with its card and print its name."""
     licence, model, hook_point = about
     path = Path(source)
-    read = hook_points_of(pretrained.load(path, format=own.FORMAT)).get("hook_name")
+    read = hook_points_of(pretrained.load(path, format=monosema_format.FORMAT)).get("hook_name")
     if hook_point is not None and read not in {None, hook_point}:
         raise ValueError(f"--hook-point must be that of the dictionary, {read}, got {hook_point}")
     point = hook_point or read

@@ -8,7 +8,7 @@ from sae.evaluate.config import EvaluateConfig
 from sae.explain.config import ExplainConfig
 from sae.steer.config import SteerConfig
 from sae.train.config import TrainConfig
-from sae.train.sites import sites
+from sae.train.hook_points import sites
 
 OF_TEXT = {
     "evaluate": ("n_contexts", "n_contexts_special", "contexts_per_forward"),

@@ -14,7 +14,7 @@ from sae.evaluate.scaling.config import ScalingConfig
 
 if TYPE_CHECKING:
     from sae.evaluate.scaling.fit import FittedLaw, Laws
-    from sae.evaluate.scaling.rates import Fitted
+    from sae.evaluate.scaling.runs import Fitted
 
 app = typer.Typer(no_args_is_help=True, help="How the loss falls with width, rows, k and compute.")
 
@@ -26,7 +26,7 @@ def plan(config: ConfigArgument, overrides: Overrides = None) -> None:
     """List the runs of a grid that fits a compute budget, with what each costs."""
     checked = load(ScalingConfig, config, overrides or [])
     from activations_cache import io
-    from sae.evaluate.scaling.plan import plan as planned
+    from sae.evaluate.scaling.config import plan as planned
 
     runs = planned(checked)
     path = Path(checked.output) / PLAN

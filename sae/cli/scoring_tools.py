@@ -6,13 +6,13 @@ import torch
 
 from activations_cache import ActivationCache, capture
 from activations_cache.models import LoadedModel
-from activations_cache.packing import NO_TOKEN
+from activations_cache.text import NO_TOKEN
 from sae.autoencoder import SparseAutoencoder
 from sae.cli.unembedding import unembedding
 from sae.explain.config import ExplainConfig
 from sae.explain.llm.local_client import LocalClient
 from sae.explain.logit_lens import promoted_tokens
-from sae.explain.scorers.causal import amplified
+from sae.explain.scorers.by_model import amplified
 from sae.explain.scorers.choice import WITH_TOOLS, Tools
 
 N_PROMPTS, PROMPT_TOKENS, N_PROMOTED = 8, 16, 10

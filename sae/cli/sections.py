@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 from sae.browser import ResultTable
 from sae.evaluate.downstream import Accuracy, Downstream
-from sae.evaluate.intervals import Interval
-from sae.evaluate.probing.survey import Survey
+from sae.evaluate.probing.sparse_probe import Survey
 from sae.evaluate.report import EvaluationReport
 from sae.evaluate.substitution import Effect, Substitution
+from sae.statistics import Interval
 
 COLUMNS = ("dictionary", "L0", "FVU", "dead", "CE rec. (zero)", "CE rec. (mean)", "Δ CE", "KL",
            "top-1")  # fmt: skip

@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from activations_cache.progress import Progress
+from activations_cache.checks import Progress
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
-from sae.evaluate.comparison import TOLERANCE
-from sae.evaluate.noise import compare
-from sae.evaluate.report import EvaluationReport
+from sae.evaluate.report import TOLERANCE, EvaluationReport
 from sae.evaluate.structure.stability import Stability, stability
+from sae.statistics import compare
 
 STABILITY = ("recipe", "pairs", "MCC", "chance", "MMCS", "chance", "> 0.7", "encoder MCC",
              "both > 0.7")  # fmt: skip

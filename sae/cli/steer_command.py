@@ -6,7 +6,7 @@ import typer
 
 from sae.cli.request import Overrides, run_to
 from sae.config import ConfigError, load_overrides
-from sae.steer.requests import SteerRequest
+from sae.steer.config import SteerRequest
 
 YAML = (".yaml", ".yml")
 

@@ -17,13 +17,12 @@ from sae.cli import console
 from sae.cli.unembedding import unembedding
 from sae.explain.logit_lens import promoted_tokens
 from sae.pretrained import load as load_dictionary
+from sae.steer.config import SteerRequest, latent_change
 from sae.steer.edits import Edit
 from sae.steer.generation import generate
 from sae.steer.place import Placed, load
-from sae.steer.plot import plot
-from sae.steer.requests import SteerRequest, latent_change
 from sae.steer.steering import Steering
-from sae.steer.sweep import Point, Sweep, Target, sweep
+from sae.steer.sweep import Point, Sweep, Target, plot, sweep
 
 GLOSSES = TextSource(path="package://sae/demo_data/wordnet_glosses.jsonl.gz", field="gloss")
 EVERY = 997

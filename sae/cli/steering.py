@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Int
 from torch import Tensor
 
+from activations_cache.checks import Progress
 from activations_cache.config import SPLITS
-from activations_cache.progress import Progress
 from sae.explain.tables import LATENTS, LatentRecord, read_latents
 from sae.metrics import Firing
-from sae.steer.candidates import Candidate, target_tokens
-from sae.steer.choice import Subject, choose_latent
+from sae.steer.choice import Candidate, Subject, choose_latent, target_tokens
 from sae.steer.place import Placed
 
 if TYPE_CHECKING:

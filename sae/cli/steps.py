@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import activations_cache
 from activations_cache import io
 from activations_cache.builder import rank_of_this_process
+from activations_cache.checks import Progress
 from activations_cache.config import SPLITS
-from activations_cache.progress import Progress
 from sae.browser import write_site
 from sae.cli import console
 from sae.cli.beside import beside
@@ -21,10 +21,10 @@ from sae.cli.steering import steering_example
 from sae.cli.training import show_training
 from sae.evaluate.report import read_json, write_json
 from sae.evaluate.run import evaluate as measure
+from sae.explain.autointerp import client_of, label_with_llm
 from sae.explain.config import AutointerpConfig
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import Subject
-from sae.explain.with_llm import client_of, label_with_llm
 from sae.train.curves import draw
 from sae.train.fit import train as train_dictionaries
 

@@ -5,12 +5,16 @@ from collections.abc import Mapping
 import torch
 
 from activations_cache import ActivationCache
-from activations_cache.progress import Progress
+from activations_cache.checks import Progress
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.evaluate.run import held_out_rows
-from sae.evaluate.structure.description import DescriptionLength, description_length
-from sae.evaluate.structure.meta import BATCH, meta_score
+from sae.evaluate.structure.description import (
+    BATCH,
+    DescriptionLength,
+    description_length,
+    meta_score,
+)
 
 COLUMNS = ("dictionary", "bits", "FVU", "meta explained", "chance")
 

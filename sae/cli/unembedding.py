@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae.steer.direct import FINAL_NORMS
+from sae.steer.directions import FINAL_NORMS
 
 
 def unembedding(

@@ -8,8 +8,7 @@ from dataclasses import is_dataclass
 from decimal import Decimal
 from typing import Any, NamedTuple, get_args, get_origin
 
-from sae.config.problems import Problem, show
-from sae.config.schema import Keys, hints, walk
+from sae.config.schema import Keys, Problem, hints, show, walk
 
 LARGEST = 256
 """Entries that one grid may give."""

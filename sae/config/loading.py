@@ -16,8 +16,17 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sae.config.grid import BadGrid, expand, moved
-from sae.config.problems import ConfigError, Problem, dotted, find_problems, printable, show
-from sae.config.schema import Keys, implied, walk
+from sae.config.schema import (
+    ConfigError,
+    Keys,
+    Problem,
+    dotted,
+    find_problems,
+    implied,
+    printable,
+    show,
+    walk,
+)
 from sae.config.yaml12 import DEEPEST, YAMLProblem, parse, render
 
 T = TypeVar("T")

@@ -16,11 +16,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from activations_cache.progress import Progress, silent
+from activations_cache.checks import Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
-from sae.evaluate.intervals import Interval, Resamples, interval
-from sae.evaluate.replay import Replacement, Replay
+from sae.evaluate.resume_forward import Replacement, Replay
+from sae.statistics import Interval, Resamples, interval
 
 IMAGES_AT_ONCE = 32
 AS_IT_IS = "as it is"

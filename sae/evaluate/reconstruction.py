@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from activations_cache.progress import Progress, silent
+from activations_cache.checks import Progress, silent
 from activations_cache.reader import ActivationCache
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder

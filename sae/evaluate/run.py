@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from activations_cache.checks import Progress
 from activations_cache.config import SPLITS, TRAINING_SPLITS
-from activations_cache.progress import Progress
 from activations_cache.reader import ActivationCache
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig

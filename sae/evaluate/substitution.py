@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
+from activations_cache.checks import Progress, silent
 from activations_cache.hooks import capture
-from activations_cache.progress import Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
-from sae.evaluate.intervals import Interval, Resamples, interval
-from sae.evaluate.replay import Replacement, Replay
-from sae.evaluate.scoring import Tally, compare
+from sae.evaluate.logit_comparison import Tally, compare
+from sae.evaluate.resume_forward import Replacement, Replay
 from sae.metrics import ce_recovered
+from sae.statistics import Interval, Resamples, interval
 
 
 class HeldOut(NamedTuple):

@@ -1,14 +1,160 @@
-"""How latents are labelled and scored; neither torch nor a third-party package here."""
+"""How latents are labelled and scored; neither torch nor a third-party package here.
+
+Which windows are kept for every latent; standard library only.
+
+Which language model, how it is called, and what that may cost; standard library only.
+
+How latents of images are labelled and scored; neither torch nor a third-party package here.
+"""
 
 import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
+from urllib.parse import urlsplit
 
-from activations_cache.checks import require
-from sae.explain.collect.config import WindowConfig
-from sae.explain.llm.config import LLMConfig
-from sae.explain.vision.config import ImageLabelConfig
+from activations_cache.checks import at_least, positive, require
+
+Method = Literal["enrichment", "soft_wpmi"]
+"""What makes the labels: Fisher's test of classes and groups, or CLIP-Dissect over the classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLabelConfig:
+    """Labels from the classes of images, and their scores on other images."""
+
+    method: Method = "enrichment"
+    """What makes the labels; the other one's score is reported beside it."""
+    group_separator: str | None = None
+    """Classes that share what stands before it also make a group, such as "-" in animals-birds."""
+    min_images: int = 5
+    """A latent that fires on fewer images of either split is "insufficient"."""
+    max_p: float = 0.05
+    """A class less certain than this on the explain split, all classes allowed for, is no label."""
+    permutations: int = 999
+    """Permuted copies of the score split's classes that show what chance gives."""
+    top_images: int = 8
+    """Images kept per latent, by their largest activation."""
+    bucket_images: int = 1
+    """Further images of each fifth of a latent's activations, from 0 to its largest."""
+
+    def __post_init__(self) -> None:
+        """Check every field; ValueError names the first that is wrong."""
+        least = {"min_images": 2, "permutations": 99, "top_images": 1, "bucket_images": 0}
+        for name, n in least.items():
+            require(getattr(self, name) >= n, name, f"be at least {n}", getattr(self, name))
+        require(0 < self.max_p <= 1, "max_p", "lie above 0 and be at most 1", self.max_p)
+        separator = self.group_separator
+        require(separator != "", "group_separator", "not be empty", separator)
+
+
+CacheMode = Literal["read-write", "replay", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMConfig:
+    """A chat model behind an OpenAI-compatible endpoint, or one that runs in this process."""
+
+    model: str
+    """Name that the endpoint knows; for kind "local" a path as `cache.model.path` takes it."""
+    kind: Literal["openai", "local"] = "openai"
+    """Where the model runs."""
+    constrained: bool = True
+    """Whether a local model's numbers are the likeliest allowed ones, and its label what it writes
+    behind LABEL:; else it answers freely, and is asked again where it cannot be read."""
+    base_url: str | None = None
+    """Endpoint such as http://127.0.0.1:8000/v1; OpenAI's own when absent."""
+    api_key: Literal["environment", "none"] = "environment"
+    """Where the key comes from: OPENAI_API_KEY, or none is sent; a key is never in a config."""
+    cache_path: str | None = None
+    """SQLite file of all answers; llm.sqlite beside the results when absent."""
+    cache_mode: CacheMode = "read-write"
+    """With "replay" nothing is called, and an answer that is not there is an error."""
+    concurrency: int = 8
+    """Calls under way at once."""
+    timeout_s: float = 120.0
+    """A call that takes longer has failed."""
+    retries: int = 6
+    """How often a call is made again after a failure of the endpoint."""
+    attempts: int = 3
+    """How often a question is asked when the answer is refused, cut off or not readable."""
+    backoff_s: float = 0.25
+    """First pause before a call is made again; it doubles, up to 8 s, and varies by a half."""
+    max_wait_s: float = 60.0
+    """A longer Retry-After counts as a failure."""
+    give_up_after: int = 24
+    """So many failed calls one after the other stop the run: the endpoint is down."""
+    usd_per_million_input: float = 0.0
+    """Price of a million tokens sent."""
+    usd_per_million_output: float = 0.0
+    """Price of a million tokens received."""
+    max_usd: float | None = None
+    """No call is begun that could exceed this."""
+    max_tokens: int | None = None
+    """The same for tokens sent and received."""
+    max_requests: int | None = None
+    """The same for calls."""
+
+    def __post_init__(self) -> None:
+        """Check every field; ValueError names the first that is wrong."""
+        require(bool(self.model), "model", "name a model", self.model)
+        for name, least in (("concurrency", 1), ("retries", 0), ("attempts", 1)):
+            at_least(name, getattr(self, name), least)
+        at_least("give_up_after", self.give_up_after, 1)
+        for name in ("timeout_s", "max_wait_s"):
+            positive(name, getattr(self, name))
+        for name in ("backoff_s", "usd_per_million_input", "usd_per_million_output"):
+            at_least(name, getattr(self, name), 0)
+        for name in ("max_usd", "max_tokens", "max_requests"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 0)
+        has_price = self.usd_per_million_input > 0 or self.usd_per_million_output > 0
+        rule = "come with usd_per_million_input or usd_per_million_output"
+        require(self.max_usd is None or has_price, "max_usd", rule, self.max_usd)
+        if self.base_url is not None:
+            url = urlsplit(self.base_url)
+            is_plain = url.scheme in ("http", "https") and bool(url.hostname)
+            secret = url.username or url.password or url.query
+            # The address is written down, so what it holds is not repeated here either.
+            rule = "be http(s)://HOST[:PORT]/PATH without a name, password or query"
+            require(is_plain and not secret, "base_url", rule, "something else")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowConfig:
+    """How examples are cut into windows, and how many of which kind are kept in each split."""
+
+    tokens: int = 32
+    """Tokens of a window; 0 takes whole examples, as for images."""
+    n_top: int = 10
+    """Windows with the largest peaks."""
+    n_buckets: int = 5
+    """Equal steps of activation from 0 to the latent's maximum."""
+    per_bucket: int = 4
+    """Windows taken at random from each step."""
+    weak_share: float = 0.1
+    """A window whose peak is at most this share of the maximum is weakly active, not active."""
+    n_negatives: int = 10
+    """Windows of each of the four sources of negatives."""
+    pool: int = 2048
+    """Random windows of each split, kept with all their activations, to take negatives from."""
+    n_neighbours: int = 8
+    """Latents that fire together with each one most, by Jaccard's index."""
+    rows_per_chunk: int = 8192
+    """Rows encoded at once, rounded up to whole examples."""
+    save_every: int = 64
+    """Chunks between two saved states, from which an interrupted pass goes on."""
+    seed: int = 0
+    """Seed of the hash that decides what is kept."""
+
+    def __post_init__(self) -> None:
+        """Check every field; ValueError names the first that is wrong."""
+        least = {"tokens": 0, "n_top": 0, "per_bucket": 0, "n_negatives": 0, "n_neighbours": 0}
+        least |= {"n_buckets": 1, "pool": 1, "rows_per_chunk": 1, "save_every": 1, "seed": 0}
+        for name, value in least.items():
+            at_least(name, getattr(self, name), value)
+        require(0 <= self.weak_share < 1, "weak_share", "lie in [0, 1)", self.weak_share)
+
 
 Kind = Literal["word", "previous word", "word pair", "token", "supersense", "source", "position"]
 """What a label may speak of: one property of the text at a row."""

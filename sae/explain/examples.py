@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from sae.explain.codes import Codes
 from sae.explain.config import ExplainConfig
-from sae.explain.words import Examples, RowText
+from sae.explain.firings import Codes
+from sae.explain.text_at_rows import Examples, RowText
 
 N_FIFTHS = 5
 """Steps from 0 to a latent's largest activation, from each of which contexts are shown."""

@@ -16,8 +16,7 @@ from typing import assert_never
 from sae.explain.config import Style
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import Message, Request
-from sae.explain.llm.corpus_text import NOTE, Item, escape, item, items_text
-from sae.explain.llm.readers import read_label
+from sae.explain.llm.corpus_text import NOTE, Item, escape, item, items_text, read_label
 from sae.explain.windows import NEGATIVES, LatentWindows, Window
 
 _ASK = (

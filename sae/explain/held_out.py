@@ -17,13 +17,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from activations_cache.progress import Progress, silent
-from sae.explain.codes import Codes, concatenated_ranges
+from activations_cache.checks import Progress, silent
 from sae.explain.config import ExplainConfig, Kind
+from sae.explain.firings import Codes, concatenated_ranges
 from sae.explain.labels import Labels, Rules
 from sae.explain.scores import levels
 from sae.explain.statistics import permuted_rows
-from sae.explain.words import RowText
+from sae.explain.text_at_rows import RowText
 
 STRONGEST = 0.1
 """Share of a latent's firings, by activation, that count as strong."""

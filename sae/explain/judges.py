@@ -1,4 +1,7 @@
-"""Who answers a scorer's questions: a language model by prompts, or a rule that is executed."""
+"""Who answers a scorer's questions: a language model by prompts, or a rule that is executed.
+
+The client that knows the rule: what a perfect language model would say, by executing it.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,9 +9,18 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.chat import CallFailedError, Message, Request
-from sae.explain.llm.corpus_text import NOTE, Item, escape, items_text, read_items, unescape
-from sae.explain.llm.readers import read_numbers, read_texts
+from sae.explain.llm.chat import CallFailedError, Message, Request, Response
+from sae.explain.llm.corpus_text import (
+    NOTE,
+    Item,
+    escape,
+    items_text,
+    read_items,
+    read_numbers,
+    read_texts,
+    unescape,
+)
+from sae.explain.llm.stand_ins import reply
 
 N_TEXTS = 10
 """Texts that a judge writes for a label."""
@@ -239,3 +251,23 @@ def _grade(words: list[tuple[float, bool]]) -> float:
         return 0.0
     near = any(abs(mark - fit) <= 3 for mark in marks for fit in fits)
     return 2.0 if near else 1.0
+
+
+class OracleClient:
+    """Reads every question back from its prompt and answers it by a rule.
+
+    That it can is the proof that prompts say what they should: a text that forged a mark or an item
+    would make it wrong.
+    """
+
+    def __init__(self, rule: Rule, label: str, name: str = "oracle") -> None:
+        """Keep the rule, what it is called in words, and a name."""
+        self._judge, self._label, self.name = RuleJudge(rule), label, f"{name} {label}"
+
+    async def complete(self, request: Request) -> Response:
+        """The right answer."""
+        task, _, items = read_question(request)
+        if task.startswith("explain"):
+            return reply(request, f"LABEL: {self._label}")
+        numbers = [round(number) for number in self._judge.decide(task, items)]
+        return reply(request, str(numbers))

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
-from activations_cache.progress import Progress, silent
-from sae.explain.codes import Codes
+from activations_cache.checks import Progress, silent
 from sae.explain.config import ExplainConfig, Kind
+from sae.explain.firings import Codes
 from sae.explain.statistics import (
     Chance,
     TopWords,
@@ -27,7 +27,7 @@ from sae.explain.statistics import (
     rule_information,
     top_words,
 )
-from sae.explain.words import RowText
+from sae.explain.text_at_rows import RowText
 
 _PREFIX: Mapping[Kind, str] = {
     "word": "word: ",

@@ -5,11 +5,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
-from activations_cache.progress import Progress, silent
+from activations_cache.checks import Progress, silent
 from sae.explain.explainers import Explanation, LLMExplainer
 from sae.explain.judges import Judge, LLMJudge
-from sae.explain.llm.budget import Cost, estimate
-from sae.explain.llm.caller import Caller, cancelled_together
+from sae.explain.llm.caller import Caller, Cost, cancelled_together, estimate
 from sae.explain.llm.chat import CallFailedError, Request, Response
 from sae.explain.llm.stand_ins import ConstantClient
 from sae.explain.scorers.score import Score, Scorer

@@ -2,6 +2,8 @@
 
 The scores stand beside those of a language model's labels: same windows, same scorers, same
 controls; nothing is asked and nothing can fail.
+
+Labels without a language model as executable rules: explanation and simulator in one.
 """
 
 import asyncio
@@ -9,18 +11,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from activations_cache.progress import Progress, silent
+from activations_cache.checks import Progress, silent
 from sae.explain.config import Kind, RuleConfig
 from sae.explain.explainers import Explanation
-from sae.explain.judges import WordRule
+from sae.explain.judges import Judge, RuleJudge, WordRule
 from sae.explain.labels import Labels
 from sae.explain.pipeline import Explained, shuffled_windows
 from sae.explain.results import summarise, write_results
-from sae.explain.rules import rule_of, score_rule
 from sae.explain.scorers.choice import scorers_of
-from sae.explain.scorers.score import Scorer
+from sae.explain.scorers.score import Score, Scorer
 from sae.explain.subject import Subject, chosen
 from sae.explain.windows import LatentWindows
+
+
+def rule_of(labels: Labels, latent: int, names: Mapping[Kind, Sequence[str]]) -> WordRule | None:
+    """The rule of a label that text alone can be tested by: of words, of the word before, of both.
+
+    Tokens count as the words that they spell. Labels of other kinds (supersense, source, position)
+    speak of more than a window's text; they have the AUC of the corpus scores and no rule here.
+    """
+    kind = labels.kinds[labels.rules.kind[latent]]
+    words = [word.strip().lower() for word in labels.words(latent, names)]
+    if not words or kind not in ("word", "previous word", "word pair", "token"):
+        return None
+    weights = labels.rules.weight[latent][: len(words)].tolist()
+    known = dict(zip(words, weights, strict=True))
+    return WordRule(known, previous=kind == "previous word", pair=kind == "word pair")
+
+
+async def score_rule(
+    latent: LatentWindows, rule: WordRule, scorers: Sequence[Scorer], label: str = ""
+) -> tuple[Score, ...]:
+    """Score a rule by executing it, with the scorers that a language model is asked by.
+
+    `label` is what the rule is called, for scorers that read it.
+    """
+    judge: Judge = RuleJudge(rule)
+    return tuple([await scorer.score(latent, label, judge) for scorer in scorers])
+
 
 METHOD = "corpus rule/1"
 STEM = "rules"

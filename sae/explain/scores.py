@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from sae.explain.codes import Codes, Entries, concatenated_ranges
 from sae.explain.config import Kind
+from sae.explain.firings import Codes, Entries, concatenated_ranges
 from sae.explain.labels import Rules
-from sae.explain.words import RowText
+from sae.explain.text_at_rows import RowText
 
 FLOOR = 0.5
 """The AUC of any rule that knows nothing."""

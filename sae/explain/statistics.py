@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
-from sae.explain.codes import Codes
+from sae.explain.firings import Codes
 
 _CELLS = 1 << 18  # of the table latents x words that is held at once: 2 MB, which stays in cache
 _LEAST_JOINT = 2  # a word met once with the latent is no evidence

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from activations_cache.progress import Progress, silent
+from activations_cache.checks import Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.collect.assemble import Assembler
-from sae.explain.collect.config import WindowConfig
 from sae.explain.collect.run import collect
 from sae.explain.collect.state import State
-from sae.explain.collect.store import write_windows
+from sae.explain.collect.windows_file import write_windows
+from sae.explain.config import WindowConfig
 from sae.explain.scorers.choice import Tools
+from sae.explain.text_at_rows import Cache
 from sae.explain.windows import shuffled
-from sae.explain.words import Cache
 
 
 @dataclass(frozen=True)

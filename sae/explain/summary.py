@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sae.explain.held_out import N_STEPS, HeldOut
-from sae.explain.intervals import wilson
 from sae.explain.scores import FLOOR, Mean, Scores, bootstrap_mean
+from sae.statistics import wilson
 
 LEVEL = 0.01
 """Where a label beats its permutation null; 1 % of labels that say nothing do."""

@@ -5,19 +5,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sae.pretrained.canonical import Source
-    from sae.pretrained.errors import DictionaryFormatError
-    from sae.pretrained.own import save
-    from sae.pretrained.recognise import Loaded, load, load_with_source
+    from sae.pretrained.fields import DictionaryFormatError
+    from sae.pretrained.load import Loaded, load, load_with_source
+    from sae.pretrained.monosema_format import save
 
 __all__ = ["DictionaryFormatError", "Loaded", "Source", "load", "load_with_source", "save"]
 
 _HOME = {
-    "DictionaryFormatError": "sae.pretrained.errors",
-    "Loaded": "sae.pretrained.recognise",
+    "DictionaryFormatError": "sae.pretrained.fields",
+    "Loaded": "sae.pretrained.load",
     "Source": "sae.pretrained.canonical",
-    "load": "sae.pretrained.recognise",
-    "load_with_source": "sae.pretrained.recognise",
-    "save": "sae.pretrained.own",
+    "load": "sae.pretrained.load",
+    "load_with_source": "sae.pretrained.load",
+    "save": "sae.pretrained.monosema_format",
 }
 
 

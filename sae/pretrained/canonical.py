@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
-from sae.pretrained.errors import DictionaryFormatError
+from sae.pretrained.fields import DictionaryFormatError
 
 WHOLE = ("b_dec", "b_in", "skip_rows")
 """Tensors that have no axis of latents."""

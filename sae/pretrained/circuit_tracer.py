@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae.architecture import Activation, JumpReLU, ReLU, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.errors import DictionaryFormatError, needs_name
+from sae.pretrained.fields import DictionaryFormatError, needs_name
 from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "circuit_tracer"

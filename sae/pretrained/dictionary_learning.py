@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from sae.architecture import Activation, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
-from sae.pretrained import folds
+from sae.pretrained import rewrite
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.errors import DictionaryFormatError
-from sae.pretrained.fields import Fields
+from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "dictionary_learning"
@@ -52,7 +51,7 @@ def read(files: Files) -> Reading:
     weights = in_memory(stored, files.latents)
     done: list[str] = []
     if kind == "JumpReluAutoEncoder":
-        weights = folds.threshold_of_relu(weights, done)
+        weights = rewrite.threshold_of_relu(weights, done)
     site = cfg.texts(SITE) | whole.part("buffer", {}).texts(("io", "ctx_len", "d_submodule"))
     return Reading(
         config=config, weights=weights, folds=tuple(done), site={"dict_class": kind, **site}

@@ -14,8 +14,8 @@ from activations_cache import io
 from sae.architecture import Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained import dictionary_learning, saelens, sparsify
-from sae.pretrained.errors import DictionaryFormatError
-from sae.pretrained.plain import Plain, centred_by, plain, with_thresholds, with_unit_rows
+from sae.pretrained.fields import DictionaryFormatError
+from sae.pretrained.rewrite import Plain, centred_by, plain, with_thresholds, with_unit_rows
 
 SAELENS_VERSION = "6.18.0"
 """Whose layout of cfg.json is written; 6.0 to 6.54 read it."""

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae.pretrained import npz, pickled
-from sae.pretrained.errors import DictionaryFormatError, one_line
+from sae.pretrained.fields import DictionaryFormatError, one_line
 
 MAX_JSON_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 16

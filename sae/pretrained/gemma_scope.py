@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from sae.architecture import JumpReLU, SAEConfig, Slice
-from sae.pretrained import folds
+from sae.pretrained import rewrite
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.errors import DictionaryFormatError
-from sae.pretrained.fields import Fields
+from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "gemma_scope"
@@ -70,7 +69,7 @@ def read(files: Files) -> Reading:
         threshold=raw["threshold"],
         skip_rows=raw[SKIP].T if SKIP in raw else None,
     )
-    weights = folds.threshold_of_relu(in_memory(stored, files.latents), done)
+    weights = rewrite.threshold_of_relu(in_memory(stored, files.latents), done)
     config = SAEConfig(
         d_in=d_in,
         d_sae=d_sae,

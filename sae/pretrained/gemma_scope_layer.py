@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from sae.architecture import JumpReLU, SAEConfig
-from sae.pretrained import folds
+from sae.pretrained import rewrite
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.errors import DictionaryFormatError
-from sae.pretrained.fields import Fields
+from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
 from sae.pretrained.gemma_scope import (
     CONFIG,
@@ -73,7 +72,7 @@ def read(files: Files) -> Reading:
         threshold=raw["threshold"],
         skip_rows=_at(raw[SKIP].T, layer, n_layers) if SKIP in raw else None,
     )
-    weights = folds.threshold_of_relu(in_memory(stored, files.latents), done)
+    weights = rewrite.threshold_of_relu(in_memory(stored, files.latents), done)
     _check_causal(weights.dec_rows[:, : layer * d_in], kind, done)
     config = SAEConfig(
         d_in=d_in,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
 
-from sae.pretrained.errors import DictionaryFormatError, one_line
+from sae.pretrained.fields import DictionaryFormatError, one_line
 
 _NAME = re.compile(r"[\w\-][\w.\-]*(/[\w\-][\w.\-]*)+(@[\w.\-/]+)?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")

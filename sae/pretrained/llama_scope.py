@@ -7,10 +7,9 @@ norms of the input and of the output are two numbers of the config.
 import math
 
 from sae.architecture import JumpReLU, SAEConfig
-from sae.pretrained import folds
+from sae.pretrained import rewrite
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.errors import DictionaryFormatError
-from sae.pretrained.fields import Fields
+from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "llama_scope"
@@ -68,7 +67,7 @@ def _read(files: Files, gate: bool | None = None) -> Reading:
     )
     gate = cfg.flag("sparsity_include_decoder_norm") if gate is None else gate
     weights, done = _folded(cfg, in_memory(stored, files.latents), gate)
-    weights = folds.one_threshold_for_all(weights, threshold)
+    weights = rewrite.one_threshold_for_all(weights, threshold)
     config = SAEConfig(d_in=d, d_sae=d_sae, activation=JumpReLU(), b_in="none")
     return Reading(config=config, weights=weights, folds=done, site=cfg.texts(SITE))
 
@@ -82,9 +81,9 @@ def _folded(cfg: Fields, weights: Weights, gate: bool) -> tuple[Weights, tuple[s
             f"dataset_average_activation_norm must be positive, got {norm_in} and {norm_out}"
         )
     s_in, s_out = math.sqrt(weights.d_in) / norm_in, math.sqrt(weights.d_in) / norm_out
-    weights = folds.scales_scaling_latents(weights, s_in, s_out)
+    weights = rewrite.scales_scaling_latents(weights, s_in, s_out)
     done = (f"norms folded: input {s_in:.6g}, output {s_out:.6g}, latents in units of raw rows",)
     if gate:
-        weights = folds.decoder_norm_gate(weights)
+        weights = rewrite.decoder_norm_gate(weights)
         done += ("decoder norms, by which the activation gates, moved into the encoder",)
     return weights, done

@@ -5,8 +5,7 @@ The tensors are named as in Llama Scope and applied as by Llamascopium.
 
 from sae.pretrained import llamascopium
 from sae.pretrained.canonical import Reading
-from sae.pretrained.errors import DictionaryFormatError
-from sae.pretrained.fields import Fields
+from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files
 
 FORMAT = "llama_scope_r1"

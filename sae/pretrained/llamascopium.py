@@ -6,10 +6,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from sae.architecture import Activation, JumpReLU, ReLU, SAEConfig, TopK
-from sae.pretrained import folds
+from sae.pretrained import rewrite
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.errors import DictionaryFormatError
-from sae.pretrained.fields import Fields
+from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "llamascopium"
@@ -56,7 +55,7 @@ def reading(cfg: Fields, raw: dict[str, Tensor], files: Files) -> Reading:
     norms = {name[len(NORM) :]: raw.pop(name) for name in list(raw) if name.startswith(NORM)}
     weights = in_memory(_weights(cfg, raw, act_fn), files.latents)
     if weights.threshold is not None:
-        weights = replace(weights, threshold=folds.exp(weights.threshold))
+        weights = replace(weights, threshold=rewrite.exp(weights.threshold))
     s_in, s_out = _scales(cfg, norm, norms, weights)
     config = SAEConfig(
         d_in=weights.d_in,

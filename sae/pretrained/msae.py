@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sae.architecture import Activation, JumpReLU, ReLU, SAEConfig, TopK
-from sae.pretrained import folds
+from sae.pretrained import rewrite
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.errors import DictionaryFormatError, needs_name
+from sae.pretrained.fields import DictionaryFormatError, needs_name
 from sae.pretrained.files import Files, expect_keys, expect_shape
 from sae.pretrained.pickled import Content
 
@@ -64,7 +64,7 @@ def read(files: Files) -> Reading:
         dec_rows=raw["encoder"].T if is_tied else raw["decoder"],
         b_enc=raw["latent_bias"],
         b_dec=(raw["pre_bias"].double() + scale * mean).float(),
-        threshold=folds.exp(raw[THRESHOLD]) if kind == "JumpReLU" else None,
+        threshold=rewrite.exp(raw[THRESHOLD]) if kind == "JumpReLU" else None,
     )
     config = SAEConfig(
         d_in=d_in, d_sae=d_sae, activation=_activation(said, files.is_named), input_scale=scale

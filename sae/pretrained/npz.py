@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.pretrained.errors import DictionaryFormatError, one_line
+from sae.pretrained.fields import DictionaryFormatError, one_line
 
 MAX_ARRAYS = 64
 MAX_EXPANSION = 4

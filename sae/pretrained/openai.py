@@ -4,8 +4,7 @@ from torch import Tensor
 
 from sae.architecture import ReLU, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.errors import DictionaryFormatError
-from sae.pretrained.fields import Fields
+from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "openai"

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from sae.architecture import Activation, JumpReLU, ReLU, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.errors import DictionaryFormatError
-from sae.pretrained.fields import Fields
+from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys
 
 FORMAT = "overcomplete"

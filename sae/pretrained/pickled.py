@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sae.pretrained import pickled_child
-from sae.pretrained.errors import DictionaryFormatError, one_line
+from sae.pretrained.fields import DictionaryFormatError, one_line
 
 SECONDS = 120
 SECONDS_PER_GIB = 60

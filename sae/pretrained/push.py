@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from sae.pretrained import hub, own
+from sae.pretrained import hub, monosema_format
 from sae.pretrained.canonical import Source
-from sae.pretrained.errors import DictionaryFormatError, one_line, printable
-from sae.pretrained.recognise import Loaded, load_with_source
+from sae.pretrained.fields import DictionaryFormatError, one_line, printable
+from sae.pretrained.load import Loaded, load_with_source
 
 CARD = "README.md"
 STATISTICS = "stats.safetensors"
@@ -62,9 +62,14 @@ def push(
     if address.revision is not None:
         raise DictionaryFormatError(f"the repository must be named without @, got {repo}")
     _check(card)
-    loaded = load_with_source(path, format=own.FORMAT)
+    loaded = load_with_source(path, format=monosema_format.FORMAT)
     prefix = f"{address.subfolder}/" if address.subfolder else ""
-    names = [own.WEIGHTS, own.CONFIG, own.PROVENANCE, STATISTICS]
+    names = [
+        monosema_format.WEIGHTS,
+        monosema_format.CONFIG,
+        monosema_format.PROVENANCE,
+        STATISTICS,
+    ]
     files: dict[str, Path | bytes] = {n: path / n for n in names if (path / n).is_file()}
     files[CARD] = card_text(loaded, card, provenance(path), repo).encode()
     operations = [
@@ -86,7 +91,7 @@ def push(
 
 def provenance(path: Path) -> dict[str, object]:
     """What made a dictionary, as it was recorded; nothing where nothing was."""
-    file = path / own.PROVENANCE
+    file = path / monosema_format.PROVENANCE
     return json.loads(file.read_bytes()) if file.is_file() else {}
 
 

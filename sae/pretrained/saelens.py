@@ -5,10 +5,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from sae.architecture import Activation, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
-from sae.pretrained import folds
+from sae.pretrained import rewrite
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.errors import DictionaryFormatError
-from sae.pretrained.fields import Fields
+from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "saelens"
@@ -175,11 +174,11 @@ def _activation(
 ) -> tuple[Weights, Activation]:
     if architecture not in ("topk", "batchtopk", "matryoshka_batchtopk"):
         if weights.threshold is not None:
-            return folds.threshold_of_relu(weights, done), JumpReLU()
+            return rewrite.threshold_of_relu(weights, done), JumpReLU()
         return weights, Gated() if architecture == "gated" else ReLU()
     if cfg.flag("rescale_acts_by_decoder_norm", False):
         done.append("decoder norms, by which the activation gates, moved into the encoder")
-        weights = folds.decoder_norm_gate(weights)
+        weights = rewrite.decoder_norm_gate(weights)
     if architecture == "topk":
         return weights, TopK(k=cfg.whole("k"))
     threshold = raw["topk_threshold"]

@@ -2,8 +2,7 @@
 
 from sae.architecture import Activation, ReLU, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.errors import DictionaryFormatError, needs_name
-from sae.pretrained.fields import Fields
+from sae.pretrained.fields import DictionaryFormatError, Fields, needs_name
 from sae.pretrained.files import PICKLED, Files, expect_keys, expect_shape, parse_json
 
 FORMAT = "saev"

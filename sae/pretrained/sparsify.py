@@ -2,8 +2,7 @@
 
 from sae.architecture import GroupMax, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.errors import DictionaryFormatError
-from sae.pretrained.fields import Fields
+from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
 
 FORMAT = "sparsify"

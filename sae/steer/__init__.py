@@ -11,19 +11,16 @@ if TYPE_CHECKING:
         integrated_gradients,
         logit_difference,
     )
-    from sae.steer.candidates import Candidate, target_tokens
-    from sae.steer.choice import Choice, Subject, choose_latent
+    from sae.steer.choice import Candidate, Choice, Subject, choose_latent, target_tokens
     from sae.steer.config import SteerConfig, SweepConfig
-    from sae.steer.direct import direct_logits
+    from sae.steer.directions import direct_logits, mean_difference, random_direction, stream_of
     from sae.steer.edits import Edit, Patch, Push, Splice
     from sae.steer.effects import Effect, measure_effect
     from sae.steer.generation import generate
     from sae.steer.place import Placed, load
-    from sae.steer.positions import Patches
     from sae.steer.search import find_latents, nearest_latents
-    from sae.steer.steering import Count, Steering
+    from sae.steer.steering import Count, Patches, Steering
     from sae.steer.sweep import Target
-    from sae.steer.vectors import mean_difference, random_direction, stream_of
 
 __all__ = [
     "Candidate",
@@ -60,13 +57,13 @@ __all__ = [
 ]
 
 _HOME = {
-    "Candidate": "sae.steer.candidates",
+    "Candidate": "sae.steer.choice",
     "Choice": "sae.steer.choice",
     "Count": "sae.steer.steering",
     "Edit": "sae.steer.edits",
     "Effect": "sae.steer.effects",
     "Patch": "sae.steer.edits",
-    "Patches": "sae.steer.positions",
+    "Patches": "sae.steer.steering",
     "Placed": "sae.steer.place",
     "Push": "sae.steer.edits",
     "Splice": "sae.steer.edits",
@@ -79,18 +76,18 @@ _HOME = {
     "agreement": "sae.steer.attribution",
     "attribute": "sae.steer.attribution",
     "choose_latent": "sae.steer.choice",
-    "direct_logits": "sae.steer.direct",
+    "direct_logits": "sae.steer.directions",
     "find_latents": "sae.steer.search",
     "generate": "sae.steer.generation",
     "integrated_gradients": "sae.steer.attribution",
     "load": "sae.steer.place",
     "logit_difference": "sae.steer.attribution",
-    "mean_difference": "sae.steer.vectors",
+    "mean_difference": "sae.steer.directions",
     "measure_effect": "sae.steer.effects",
     "nearest_latents": "sae.steer.search",
-    "random_direction": "sae.steer.vectors",
-    "stream_of": "sae.steer.vectors",
-    "target_tokens": "sae.steer.candidates",
+    "random_direction": "sae.steer.directions",
+    "stream_of": "sae.steer.directions",
+    "target_tokens": "sae.steer.choice",
 }
 
 

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from activations_cache.checks import Progress, silent
 from activations_cache.hooks import capture, edit
-from activations_cache.progress import Progress, silent
 from sae.autoencoder import Latents
-from sae.steer.latents import directions_of
+from sae.steer.edits import directions_of
 from sae.steer.place import Placed
 
 Metric = Callable[[Float[Tensor, "example pos vocab"]], Float[Tensor, " example"]]

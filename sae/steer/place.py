@@ -9,7 +9,7 @@ from typing import Any
 from sae.autoencoder import SparseAutoencoder
 from sae.metrics import STATS, Firing
 from sae.pretrained import load_with_source
-from sae.pretrained.own import PROVENANCE
+from sae.pretrained.monosema_format import PROVENANCE
 
 IDENTITY = ("model_sha256", "config_sha256", "tokenizer_sha256", "model")
 """What must agree between the model that a dictionary was trained on and the one it is put into."""

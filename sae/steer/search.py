@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from activations_cache.checks import Progress, silent
 from activations_cache.hooks import capture
 from activations_cache.models import Tokenizer
-from activations_cache.progress import Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.steer.place import Placed
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from activations_cache.checks import require
 from activations_cache.hooks import Edit, edit
-from sae.train.forward.result import Forward
+from sae.train.forward.common import Forward
 from sae.train.step import StepMetrics, TrainStep
 
 

@@ -14,24 +14,24 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 
+from activations_cache.checks import Progress, silent
 from activations_cache.config import TRAINING_SPLITS
-from activations_cache.progress import Progress, silent
 from sae.config import digest
-from sae.pretrained.own import save
+from sae.pretrained.monosema_format import save
 from sae.train import checkpoint, curves
-from sae.train.build import new_autoencoder
+from sae.train.checkpoint import Saver
+from sae.train.column_layout import reads
 from sae.train.config import TrainConfig
+from sae.train.hook_points import Sites, sites
+from sae.train.initialise import new_autoencoder
 from sae.train.launch import joined, local_rank, requeue
 from sae.train.loggers import loggers, require_wandb
 from sae.train.memory import estimate, free_on_cpu, require_memory
-from sae.train.meter import Meter
 from sae.train.module import SAEModule
 from sae.train.ranks import Ranks
-from sae.train.reads import reads
-from sae.train.saver import Saver
 from sae.train.signals import Stopped
-from sae.train.sites import Sites, sites
 from sae.train.step import TrainStep
+from sae.train.throughput import Meter
 
 if TYPE_CHECKING:
     from activations_cache import ActivationCache

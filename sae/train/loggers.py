@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch.utils.tensorboard.summary import scalar
 
-from sae.train.log_config import Wandb
+from sae.train.config import Wandb
 
 
 def require_wandb(wanted: Wandb | None) -> None:

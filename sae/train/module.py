@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.train.meter import Meter
-from sae.train.parts import own_state, whole_state
-from sae.train.reads import Columns
-from sae.train.saver import Saver
+from sae.train.checkpoint import Saver
+from sae.train.column_layout import Columns
+from sae.train.latent_shards import own_state, whole_state
 from sae.train.step import StepMetrics, TrainStep
+from sae.train.throughput import Meter
 
 MOMENT = 0.1
 """Seconds after which Lightning has its turn again: it takes a third of a millisecond."""

@@ -1,17 +1,49 @@
-"""The optimisers; Adam for latent-major weights, with the decoder's rows kept at norm 1."""
+"""The optimisers; Adam for latent-major weights, with the decoder's rows kept at norm 1.
 
+A running mean of the weights, which is what is saved where it is asked for.
+
+What optimisers do with rows: turning without growing, and forgetting.
+
+Muon for the matrices of a dictionary, Adam for its vectors.
+
+Schedule-free Adam (Defazio et al. 2024, arXiv 2405.15682).
+"""
+
+import copy
+from collections.abc import Mapping
 from typing import Any, assert_never
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.optim import Muon, Optimizer
 from torch.optim.adam import Adam
 
+from sae.autoencoder import SparseAutoencoder
 from sae.train import optim_config
-from sae.train.muon import LatentMuon
-from sae.train.rows import forget
-from sae.train.schedule_free import ScheduleFreeAdam
-from sae_kernels import adam_states, latent_adam_
+from sae_kernels import adam, latent_adam_
+
+
+def normalise_rows_(rows: Float[Tensor, "d_sae d_out"]) -> None:
+    """Bring each row to norm 1, in place; a row of zeros stays."""
+    rows.div_(rows.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(rows.dtype).tiny))
+
+
+def across(
+    grad: Float[Tensor, "d_sae d_out"], rows: Float[Tensor, "d_sae d_out"]
+) -> Float[Tensor, "d_sae d_out"]:
+    """The gradient less its part along the unit rows, which would only change their norm."""
+    return grad - rows * (grad * rows).sum(dim=1, keepdim=True)
+
+
+def forget(
+    self: torch.optim.Optimizer, parameter: torch.nn.Parameter, latents: Int[Tensor, " latent"]
+) -> None:
+    """Bring all states of some latents' weights to 0."""
+    for value in self.state.get(parameter, {}).values():
+        if value.dim():
+            value[latents] = 0
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 
@@ -109,6 +141,151 @@ class LatentAdam(Adam):
         start = {name: torch.zeros_like(rows.data, dtype=dtype) for name in names}
         start["step"] = torch.tensor(0.0)
         if dtype == torch.uint8:
-            shape = (len(rows), adam_states.n_blocks(rows.shape[1]))
+            shape = (len(rows), adam.n_blocks(rows.shape[1]))
             start |= {f"{name}_scale": rows.data.new_zeros(shape) for name in names}
         return start
+
+
+class EMA:
+    """mean += (1 - decay) * (weights - mean) after each step.
+
+    The decay of step n is at most (1 + n) / (10 + n), so that the first weights are soon forgotten.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+        """Begin at these weights, which are named as in the autoencoder."""
+        self.parameters, self.decay = parameters, decay
+        self.means = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, n_steps: int) -> None:
+        """Take the weights in after step number `n_steps`, from 0 on."""
+        rate = 1 - min(self.decay, (1 + n_steps) / (10 + n_steps))
+        for name, parameter in self.parameters.items():
+            self.means[name].lerp_(parameter, rate)
+
+    @torch.no_grad()
+    def restart(self, name: str, latents: Int[Tensor, " latent"]) -> None:
+        """Take the newest weights of some latents for their mean."""
+        if name in self.means:
+            self.means[name][latents] = self.parameters[name][latents]
+
+
+@torch.no_grad()
+def with_means(
+    autoencoder: SparseAutoencoder, means: Mapping[str, Float[Tensor, "..."]], unit_norm: bool
+) -> SparseAutoencoder:
+    """A copy that has these weights, with what holds for weights: unit rows, thresholds from 0."""
+    made = copy.deepcopy(autoencoder)
+    for name, mean in means.items():
+        made.get_parameter(name).copy_(mean)
+    if unit_norm and "dec_rows" in means:
+        normalise_rows_(made.dec_rows)
+    if "threshold" in means:
+        made.get_parameter("threshold").clamp_(min=0)
+    return made
+
+
+class LatentMuon(Adam):
+    """torch's Muon and Adam over one set of states; unit rows stay at norm 1 and only turn."""
+
+    restart = forget
+
+    def __init__(
+        self,
+        params: list[dict[str, Any]],
+        settings: optim_config.Muon,
+        unit_rows: torch.nn.Parameter | None = None,
+    ) -> None:
+        """Take Muon's settings; `unit_rows` is one of the params, (d_sae, d_out), or None."""
+        super().__init__(params, lr=settings.first_lr, fused=True)
+        every = [p for group in self.param_groups for p in group["params"]]
+        self.matrices = [p for p in every if p.dim() == 2]
+        self.unit_rows = unit_rows
+        self.muon = Muon(
+            self.matrices,
+            lr=settings.first_lr,
+            weight_decay=0.0,
+            momentum=settings.momentum,
+            ns_steps=settings.newton_schulz,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self.muon.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step, with the norm of the unit rows unchanged."""
+        unit = self.unit_rows
+        grads = [p.grad for p in self.matrices]
+        for parameter in self.matrices:
+            parameter.grad = None  # Adam passes over what has no gradient
+        super().step(closure)
+        for parameter, grad in zip(self.matrices, grads, strict=True):
+            parameter.grad = grad
+        if unit is not None and unit.grad is not None:
+            unit.grad = across(unit.grad, unit)
+        self.muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        self.muon.step()
+        if unit is not None:
+            normalise_rows_(unit)
+
+
+class ScheduleFreeAdam(Optimizer):
+    """z: the newest weights; x: their mean; the parameters are y = beta1 x + (1 - beta1) z.
+
+    z -= lr g / (sqrt(v) + eps), g taken at y;  x += c (z - x), c the step's share of the sum of
+    lr^2. Unit rows are brought to norm 1 in all three.
+    """
+
+    def __init__(
+        self,
+        params: list[dict[str, Any]],
+        settings: optim_config.ScheduleFree,
+        unit_rows: torch.nn.Parameter | None = None,
+    ) -> None:
+        """Take the settings; `unit_rows` is one of the params, (d_sae, d_out), or None."""
+        super().__init__(params, {"lr": settings.first_lr})
+        self.settings = settings
+        self.unit_rows = unit_rows
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: ARG002
+        """One step of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, parameter.grad, group["lr"])
+
+    def _move(self, y: torch.nn.Parameter, grad: Tensor, lr: float) -> None:
+        of, is_unit = self.settings, y is self.unit_rows
+        state = self.state[y]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["weight"] = torch.tensor(0.0, dtype=torch.float64)
+            state["z"], state["x"] = y.detach().clone(), y.detach().clone()
+            state["exp_avg_sq"] = torch.zeros_like(y)
+        z, x, square = state["z"], state["x"], state["exp_avg_sq"]
+        state["step"] += 1
+        state["weight"] += lr**2
+        grad = across(grad, y) if is_unit else grad
+        square.mul_(of.beta2).addcmul_(grad, grad, value=1 - of.beta2)
+        root = (square / (1 - of.beta2 ** float(state["step"]))).sqrt_().add_(of.eps)
+        z.addcdiv_(grad, root, value=-lr)
+        if is_unit:
+            normalise_rows_(z)
+        x.lerp_(z, lr**2 / float(state["weight"]))
+        y.copy_(x.lerp(z, 1 - of.beta1))
+        if is_unit:
+            normalise_rows_(x)
+            normalise_rows_(y)
+
+    def restart(self, parameter: torch.nn.Parameter, latents: Int[Tensor, " latent"]) -> None:
+        """Take the parameter's values for what was known of some latents' weights."""
+        state = self.state.get(parameter, {})
+        if state:
+            state["z"][latents] = state["x"][latents] = parameter.detach()[latents]
+            state["exp_avg_sq"][latents] = 0
+
+    def means(self) -> dict[Tensor, Tensor]:
+        """The averaged weights by parameter: what is worth saving."""
+        return {parameter: state["x"] for parameter, state in self.state.items()}

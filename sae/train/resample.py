@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae.architecture import JumpReLU
 from sae.autoencoder import SparseAutoencoder
-from sae.train.forward.result import Rows
+from sae.train.forward.common import Rows
 from sae.train.optim_config import Resample
 from sae.train.ranks import Ranks
 

@@ -1,4 +1,11 @@
-"""TrainStep: forward, losses, backward, clipping, optimiser, schedules, dead-latent tracking."""
+"""TrainStep: forward, losses, backward, clipping, optimiser, schedules, dead-latent tracking.
+
+The forward and the backward pass of a batch, whole or in parts that fit into memory.
+
+BatchTopK's threshold, which follows what the batches say of it.
+
+Baselines in which a random part never learns, or hardly (arXiv 2602.14111).
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,24 +13,117 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
-from sae.train.accumulate import backward
-from sae.train.averages import EMA, with_means
 from sae.train.config import DictionaryConfig
-from sae.train.forward.result import Forward, Moment, Power, Rows
+from sae.train.diagnostics import Watch
+from sae.train.forward.common import Forward, Moment, Power, Rows
+from sae.train.forward.run import forward
 from sae.train.forward.sharded import require_shardable
-from sae.train.frozen import anchor_of, freeze, keep_near_
-from sae.train.optim import optimizer_of
-from sae.train.parts import gradient_norm, of_latents, part_of, sum_gradients, whole_of
+from sae.train.latent_shards import gradient_norm, of_latents, part_of, sum_gradients, whole_of
+from sae.train.optim import EMA, ScheduleFreeAdam, normalise_rows_, optimizer_of, with_means
 from sae.train.ranks import ALONE, Batch, Ranks, batch_of, mean_figures
 from sae.train.resample import candidates_of, is_due, resample_
-from sae.train.rows import normalise_rows_
 from sae.train.schedule import automatic_rate, holds_decoder, rate_factor
-from sae.train.schedule_free import ScheduleFreeAdam
-from sae.train.threshold import follow_, threshold_rate
-from sae.train.watch import Watch
+
+NEAR = 0.8
+"""Cosine below which no row of a softly frozen decoder may fall with its first direction."""
+
+
+def freeze(autoencoder: SparseAutoencoder, frozen: str) -> None:
+    """Let the decoder's or the encoder's rows take no gradient, in place."""
+    autoencoder.dec_rows.requires_grad_(frozen != "decoder")
+    autoencoder.enc_rows.requires_grad_(frozen != "encoder")
+
+
+def anchor_of(
+    autoencoder: SparseAutoencoder, config: DictionaryConfig
+) -> Float[Tensor, "d_sae d_out"] | None:
+    """The directions that a softly frozen decoder stays near to: those that it has now."""
+    if config.frozen != "soft_decoder":
+        return None
+    return normalize(autoencoder.dec_rows.detach())
+
+
+@torch.no_grad()
+def keep_near_(
+    dec_rows: Float[Tensor, "d_sae d_out"], anchor: Float[Tensor, "d_sae d_out"]
+) -> None:
+    """Turn rows that strayed back to a cosine of NEAR with their anchor, norms kept, in place."""
+    norms = dec_rows.norm(dim=1, keepdim=True)
+    unit = normalize(dec_rows)
+    cosine = (unit * anchor).sum(dim=1, keepdim=True)
+    aside = normalize(unit - cosine * anchor)
+    turned = norms * (NEAR * anchor + (1 - NEAR**2) ** 0.5 * aside)
+    dec_rows.copy_(torch.where(cosine < NEAR, turned, dec_rows))
+
+
+THRESHOLD_BATCHES = 100
+"""BatchTopK's threshold is a mean over about so many batches, or the last 20th of a short run."""
+
+
+def threshold_rate(total_steps: int) -> float:
+    """By how much BatchTopK's threshold follows what a batch says of it."""
+    return 1 / min(max(total_steps / 20, 1), THRESHOLD_BATCHES)
+
+
+@torch.no_grad()
+def follow_(threshold: Float[Tensor, ""], seen: Float[Tensor, ""], rate: float) -> None:
+    """Move a running threshold towards the one of a batch, in place; the first is taken as it is.
+
+    A batch in which nothing fires says nothing.
+    """
+    start = torch.where(threshold.isnan(), seen, threshold)
+    moved = start + rate * (seen - start)
+    threshold.copy_(torch.where(seen.isfinite(), moved, threshold))
+
+
+def backward(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    rows: Rows,
+    moment: Moment,
+    loss_of: Callable[[Forward], Float[Tensor, ""]] | None = None,
+) -> Forward:
+    """Add the gradients of these rows' part of the loss to the parameters; return their figures.
+
+    All terms that may be accumulated are means over rows, so the parts weigh as their rows do.
+    `loss_of` makes another loss of what the forward pass found, where all rows are one part.
+    """
+    if loss_of is not None:
+        found = forward(autoencoder, config, rows, moment)
+        loss = loss_of(found)
+        (loss * moment.share).backward()
+        return found._replace(loss=loss.detach(), error=found.error.detach(), l0=found.l0.detach())
+    u_parts, v_parts = (r.tensor_split(config.accumulate) for r in rows)
+    parts = list(map(Rows, u_parts, v_parts))
+    shares = [len(part.u) / len(rows.u) for part in parts]
+    first = _part(autoencoder, config, parts[0], moment, shares[0])
+    for part, share in zip(parts[1:], shares[1:], strict=True):
+        other = _part(autoencoder, config, part, moment, share)
+        first = first._replace(
+            loss=first.loss + other.loss,
+            error=first.error + other.error,
+            n_fired=first.n_fired + other.n_fired,
+            l0=first.l0 + other.l0,
+        )
+    return first
+
+
+def _part(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    rows: Rows,
+    moment: Moment,
+    share: float,
+) -> Forward:
+    """One part; loss, error and L0 are its share of the whole batch's."""
+    found = forward(autoencoder, config, rows, moment)
+    (found.loss * (share * moment.share)).backward()
+    loss, error, l0 = (f.detach() * share for f in (found.loss, found.error, found.l0))
+    return found._replace(loss=loss, error=error, l0=l0)
 
 
 class StepMetrics(NamedTuple):

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from activations_cache.address_space import AddressSpace
+from activations_cache.arrays import AddressSpace
 
 
 def written(path, values):
@@ -64,7 +64,7 @@ def test_room_costs_no_memory():
 def test_too_little_address_space_is_said():
     code = (
         "import resource, numpy as np\n"
-        "from activations_cache.address_space import AddressSpace\n"
+        "from activations_cache.arrays import AddressSpace\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))\n"
         "AddressSpace(1009, (2**20, 64), np.dtype('<u2'))\n"
     )

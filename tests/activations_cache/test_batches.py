@@ -14,11 +14,17 @@ from hypothesis import strategies as st
 
 import activations_cache
 from activations_cache import io
-from activations_cache.batches import BLOCK_ROWS, count_batches, read_batches, row_order
-from activations_cache.errors import CacheFormatError
-from activations_cache.order import RowOrder, permutation
+from activations_cache.batches import (
+    BLOCK_ROWS,
+    RowOrder,
+    count_batches,
+    permutation,
+    read_batches,
+    row_order,
+)
+from activations_cache.checks import CacheFormatError
 from activations_cache.reader import ActivationCache
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
 
 HOOKS = {"a.1:out": 7, "a.2:in": 5}
 FIXED = [0, 3, 2, 9, 7, 4, 1, 12, 6, 11, 5, 10, 8]

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import activations_cache
-from activations_cache import builder, io, source
+from activations_cache import builder, io
 from activations_cache.builder import build, rank_of_this_process
+from activations_cache.checks import CacheFormatError, DiskFullError, NonFiniteError
 from activations_cache.config import CacheConfig
-from activations_cache.errors import CacheFormatError, DiskFullError, NonFiniteError
 from activations_cache.hooks import capture
 from activations_cache.models import LoadedModel
 from activations_cache.reader import ActivationCache
@@ -194,7 +194,7 @@ def test_what_cannot_fit_is_refused_before_the_model_is_loaded(
 def test_a_hook_point_that_config_json_does_not_tell_is_measured(
     tiny_cache_config: CacheConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.delattr(source, "pack")
+    monkeypatch.delattr(builder, "pack")
     config = replace(
         tiny_cache_config, n_rows=10**13, hook_points=("model.layers.1.mlp.down_proj:in",)
     )
@@ -226,6 +226,6 @@ def test_a_model_that_gives_nan_is_refused(
             for name, d in plan.hook_points.items()
         }
 
-    monkeypatch.setattr(source.ModelSource, "__call__", broken)
+    monkeypatch.setattr(builder.ModelSource, "__call__", broken)
     with pytest.raises(NonFiniteError, match=r"rows must be finite in float32, up to 0\.01%"):
         build(tiny_cache_config, tmp_path / "cache")

@@ -11,11 +11,16 @@ from PIL import Image
 
 from activations_cache import io
 from activations_cache.builder import build
-from activations_cache.cached_images import CachedImages
-from activations_cache.config import CacheConfig, ModelConfig
-from activations_cache.config_images import ImagePreprocessing, ImagesConfig, ImageSource
-from activations_cache.errors import CacheFormatError
+from activations_cache.checks import CacheFormatError
+from activations_cache.config import (
+    CacheConfig,
+    ImagePreprocessing,
+    ImagesConfig,
+    ImageSource,
+    ModelConfig,
+)
 from activations_cache.hooks import capture
+from activations_cache.image_rows import CachedImages
 from activations_cache.reader import ActivationCache
 
 HOOK = "layers.0:out"

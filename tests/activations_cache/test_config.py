@@ -25,7 +25,7 @@ def cache_config(**changes: object) -> CacheConfig:
 
 def test_config_imports_neither_torch_nor_numpy():
     code = (
-        "import sys, activations_cache.config, activations_cache.progress;"
+        "import sys, activations_cache.config, activations_cache.checks;"
         "assert not {'torch', 'numpy', 'transformers', 'zarr'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

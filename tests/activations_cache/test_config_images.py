@@ -5,8 +5,15 @@ import sys
 
 import pytest
 
-from activations_cache.config import CacheConfig, ModelConfig, TextConfig, TextSource
-from activations_cache.config_images import ImagePreprocessing, ImagesConfig, ImageSource
+from activations_cache.config import (
+    CacheConfig,
+    ImagePreprocessing,
+    ImagesConfig,
+    ImageSource,
+    ModelConfig,
+    TextConfig,
+    TextSource,
+)
 
 SOURCE = ImageSource(path="photos")
 IMAGES = ImagesConfig(sources=(SOURCE,))
@@ -25,7 +32,7 @@ def cache_config(**changes: object) -> CacheConfig:
 
 def test_config_imports_neither_torch_nor_numpy():
     code = (
-        "import sys, activations_cache.config_images;"
+        "import sys, activations_cache.config;"
         "assert not {'torch', 'numpy', 'transformers', 'PIL'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False)

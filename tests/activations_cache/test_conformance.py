@@ -7,8 +7,7 @@ import torch
 
 from activations_cache import build, stream
 from activations_cache.batches import Batch
-from activations_cache.synthetic import synthetic_plan, write_synthetic
-from activations_cache.testing import check_batch_source
+from activations_cache.testing import check_batch_source, synthetic_plan, write_synthetic
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

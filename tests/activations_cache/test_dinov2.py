@@ -12,10 +12,15 @@ from transformers import Dinov2Config, Dinov2Model
 
 from activations_cache import onnx_dinov2
 from activations_cache.builder import build
-from activations_cache.cached_images import CachedImages
-from activations_cache.config import CacheConfig, ModelConfig
-from activations_cache.config_images import ImagePreprocessing, ImagesConfig, ImageSource
+from activations_cache.config import (
+    CacheConfig,
+    ImagePreprocessing,
+    ImagesConfig,
+    ImageSource,
+    ModelConfig,
+)
 from activations_cache.hooks import capture
+from activations_cache.image_rows import CachedImages
 from activations_cache.loading import ModelError
 from activations_cache.reader import ActivationCache
 from activations_cache.vision import LoadedVisionModel, load_vision_model

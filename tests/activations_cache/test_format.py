@@ -14,10 +14,10 @@ import torch
 import zarr
 
 import activations_cache
-from activations_cache.errors import CacheFormatError
+from activations_cache.checks import CacheFormatError
 from activations_cache.layout import layout_of
 from activations_cache.manifest import FORMAT_VERSION
-from activations_cache.synthetic import LinearModel, synthetic_plan, write_synthetic
+from activations_cache.testing import LinearModel, synthetic_plan, write_synthetic
 
 FORMAT = Path(activations_cache.__file__).with_name("FORMAT.md")
 HOOK = "h.0:out"

@@ -15,13 +15,18 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 import activations_cache
 from activations_cache import builder, io
 from activations_cache.builder import build
-from activations_cache.config import CacheConfig, ModelConfig
-from activations_cache.config_images import ImagePreprocessing, ImagesConfig, ImageSource
-from activations_cache.errors import CacheFormatError
-from activations_cache.image_table import IMAGE_TABLE, read_images, read_skipped
+from activations_cache.checks import CacheFormatError
+from activations_cache.config import (
+    CacheConfig,
+    ImagePreprocessing,
+    ImagesConfig,
+    ImageSource,
+    ModelConfig,
+)
+from activations_cache.hooks import sites
+from activations_cache.images import IMAGE_TABLE, read_images, read_skipped
 from activations_cache.live import stream
 from activations_cache.reader import ActivationCache
-from activations_cache.sites import sites
 
 SIZE, PATCH, D_MODEL, N_PATCHES = 21, 7, 22, 9
 WIDE = {

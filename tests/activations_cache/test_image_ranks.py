@@ -11,9 +11,14 @@ from transformers import ViTConfig, ViTModel
 
 from activations_cache import io
 from activations_cache.builder import build
-from activations_cache.config import CacheConfig, ModelConfig
-from activations_cache.config_images import ImagePreprocessing, ImagesConfig, ImageSource
-from activations_cache.image_table import read_images, read_skipped
+from activations_cache.config import (
+    CacheConfig,
+    ImagePreprocessing,
+    ImagesConfig,
+    ImageSource,
+    ModelConfig,
+)
+from activations_cache.images import read_images, read_skipped
 from tests.activations_cache.ranks import build_in_ranks
 
 SIZE, PATCH, N_PATCHES, N_IMAGES, N_RANKS = 21, 7, 9, 29, 3

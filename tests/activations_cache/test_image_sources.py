@@ -13,10 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from activations_cache import datasets as reading
-from activations_cache.config_images import ImageSource
-from activations_cache.image_decoding import UNREADABLE, careful_pillow, decode
-from activations_cache.image_sources import Archive, Arrays, Folder, open_store
+from activations_cache import documents as reading
+from activations_cache.config import ImageSource
+from activations_cache.image_sources import (
+    UNREADABLE,
+    Archive,
+    Arrays,
+    Folder,
+    careful_pillow,
+    decode,
+    open_store,
+)
 
 N_FILES = 23
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from activations_cache.builder import build
+from activations_cache.checks import CacheFormatError
 from activations_cache.config import CacheConfig
-from activations_cache.errors import CacheFormatError
-from activations_cache.image_table import (
+from activations_cache.images import (
     IMAGE_TABLE,
     SKIPPED,
     ImageRecord,
@@ -19,7 +19,7 @@ from activations_cache.image_table import (
     table_sha256,
     write_table,
 )
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
 
 RECORDS = [
     ImageRecord("photos", "cat/ä.png", "cat", "explain", "0" * 64),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from activations_cache.config_images import ImagesConfig, ImageSource
+from activations_cache.config import ImagesConfig, ImageSource
 from activations_cache.image_sources import Folder
 from activations_cache.images import PickedImages, pick
 

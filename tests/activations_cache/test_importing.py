@@ -8,7 +8,7 @@ import safetensors.numpy
 import torch
 import zarr
 
-from activations_cache.errors import CacheFormatError
+from activations_cache.checks import CacheFormatError
 from activations_cache.importing import import_array
 
 ROWS = np.random.default_rng(5).standard_normal((211, 7)).astype(np.float32)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from activations_cache import io
-from activations_cache.errors import CacheBusyError, DiskFullError
+from activations_cache.checks import CacheBusyError, DiskFullError
 
 
 def files_in(path: Path) -> dict[str, bytes]:

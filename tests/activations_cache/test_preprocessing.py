@@ -11,7 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from activations_cache.config_images import ImagePreprocessing
+from activations_cache.config import ImagePreprocessing
 from activations_cache.loading import ModelError
 from activations_cache.preprocessing import Preprocessing, as_rgb, read_settings, resolve
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import activations_cache
-from activations_cache import hook_rows, io
-from activations_cache.errors import CacheFormatError
+from activations_cache import io, reader
+from activations_cache.checks import CacheFormatError
+from activations_cache.journal import seal, unseal
 from activations_cache.reader import ActivationCache
-from activations_cache.records import seal, unseal
-from activations_cache.synthetic import LinearModel, synthetic_plan, write_synthetic
+from activations_cache.testing import LinearModel, synthetic_plan, write_synthetic
 from activations_cache.writer import CacheWriter
 
 PLAN = synthetic_plan({"a.1:out": 7, "a.2:in": 5}, n_examples=23)
@@ -58,7 +58,7 @@ def test_rows_are_the_same_however_few_are_read_at_a_time(
 ):
     rows = cache.rows().flip(0)
     at_once = {name: cache[name][rows] for name in cache.hook_points}
-    monkeypatch.setattr(hook_rows, "_BYTES_AT_ONCE", n_bytes)
+    monkeypatch.setattr(reader, "_BYTES_AT_ONCE", n_bytes)
     for name, whole in at_once.items():
         assert torch.equal(cache[name][rows], whole)
 

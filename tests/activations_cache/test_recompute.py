@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from activations_cache.builder import write_shards
+from activations_cache.builder import load_source, write_shards
+from activations_cache.checks import silent
 from activations_cache.config import CacheConfig
-from activations_cache.progress import silent
+from activations_cache.hooks import sites
 from activations_cache.reader import ActivationCache, open_cache
 from activations_cache.recompute import N_ROWS, recompute
-from activations_cache.sites import sites
-from activations_cache.source import load_source
 from activations_cache.writer import CacheWriter
 
 BLOCK = "model.layers.1"

@@ -5,8 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from activations_cache.hooks import capture
-from activations_cache.sites import blocks_of, sites
+from activations_cache.hooks import blocks_of, capture, sites
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 N_BLOCKS, D_MODEL = 3, 22

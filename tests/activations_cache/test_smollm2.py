@@ -2,12 +2,11 @@
 
 import pytest
 
-from activations_cache.builder import write_shards
+from activations_cache.builder import load_source, write_shards
+from activations_cache.checks import silent
 from activations_cache.config import CacheConfig, ModelConfig, TextConfig, TextSource
-from activations_cache.progress import silent
 from activations_cache.reader import open_cache
 from activations_cache.recompute import recompute
-from activations_cache.source import load_source
 from activations_cache.writer import CacheWriter
 
 GLOSSES = "package://sae/demo_data/wordnet_glosses.jsonl.gz"

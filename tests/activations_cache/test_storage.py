@@ -9,10 +9,9 @@ import torch
 import zarr
 
 import activations_cache
-from activations_cache.errors import CacheFormatError
-from activations_cache.layout import layout_of
-from activations_cache.storage import as_read, as_stored, read_into, scale_of
-from activations_cache.synthetic import LinearModel, synthetic_plan, write_synthetic
+from activations_cache.checks import CacheFormatError
+from activations_cache.layout import as_read, as_stored, layout_of, read_into, scale_of
+from activations_cache.testing import LinearModel, synthetic_plan, write_synthetic
 
 HOOK = "h.0:out"
 MADE = torch.Generator().manual_seed(3)

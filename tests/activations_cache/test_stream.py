@@ -8,11 +8,11 @@ import torch
 
 import activations_cache
 from activations_cache import io, live
+from activations_cache.checks import NonFiniteError
 from activations_cache.config import CacheConfig
-from activations_cache.errors import NonFiniteError
 from activations_cache.live import ActivationStream
 from activations_cache.reader import ActivationCache
-from activations_cache.synthetic import LinearModel, synthetic_plan
+from activations_cache.testing import LinearModel, synthetic_plan
 
 HOOKS = {"a.1:out": 7, "a.2:in": 5}
 

@@ -15,8 +15,7 @@ from tokenizers import processors
 
 from activations_cache.config import SPLITS, TextConfig, TextSource
 from activations_cache.documents import Document, documents
-from activations_cache.packing import SEPARATOR, Packer
-from activations_cache.text import PackedText, apportion, pack
+from activations_cache.text import SEPARATOR, PackedText, Packer, apportion, pack
 from activations_cache.text import _hash as text_hash
 from activations_cache.text import _split as split_of
 

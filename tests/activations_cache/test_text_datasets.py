@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from activations_cache import datasets as ours
+from activations_cache import documents as ours
 from activations_cache.config import TextConfig, TextSource
 from activations_cache.documents import documents
 from activations_cache.text import pack

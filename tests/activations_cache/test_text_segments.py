@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from activations_cache import build, stream
+from activations_cache.builder import model_inputs
 from activations_cache.config import TextConfig, TextSource
 from activations_cache.hooks import capture
-from activations_cache.packing import positions_in_segments
 from activations_cache.recompute import recompute
 from activations_cache.shard import Examples
-from activations_cache.source import model_inputs
-from activations_cache.text import TooShort, pack
+from activations_cache.text import TooShort, pack, positions_in_segments
 
 SKIP = 2
 

@@ -9,10 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from activations_cache.config import ModelConfig
-from activations_cache.config_images import ImagePreprocessing
-from activations_cache.hooks import capture
-from activations_cache.sites import sites
+from activations_cache.config import ImagePreprocessing, ModelConfig
+from activations_cache.hooks import capture, sites
 from activations_cache.vision import LoadedVisionModel, load_any_model, load_vision_model
 
 SIZE = 32

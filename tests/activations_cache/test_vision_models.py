@@ -12,11 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from activations_cache import vision
-from activations_cache.config import ModelConfig
-from activations_cache.config_images import ImagePreprocessing
-from activations_cache.hooks import capture
+from activations_cache.config import ImagePreprocessing, ModelConfig
+from activations_cache.hooks import capture, sites
 from activations_cache.loading import ModelError
-from activations_cache.sites import sites
 from activations_cache.vision import LoadedVisionModel, Reading, load_any_model, load_vision_model
 
 SIZE, PATCH, D_MODEL = 21, 7, 44  # DINOv3 wants a head width that 4 divides

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from activations_cache import io
+from activations_cache.checks import NonFiniteError
 from activations_cache.config import SPLITS
-from activations_cache.errors import NonFiniteError
 from activations_cache.journal import journals_at, newest
 from activations_cache.manifest import Plan
 from activations_cache.reader import open_cache
 from activations_cache.shard import ShardBuffer
-from activations_cache.synthetic import LinearModel, synthetic_plan, write_synthetic
+from activations_cache.testing import LinearModel, synthetic_plan, write_synthetic
 from activations_cache.writer import CacheWriter
 
 HOOKS = {"a.1:out": 7, "a.2:in": 5}

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from activations_cache import io
-from activations_cache.errors import CacheBusyError, CacheFormatError, DiskFullError
+from activations_cache.checks import CacheBusyError, CacheFormatError, DiskFullError
 from activations_cache.journal import journals_at, newest
 from activations_cache.manifest import Plan, read_manifest
 from activations_cache.reader import open_cache
-from activations_cache.synthetic import LinearModel, synthetic_plan, write_synthetic
+from activations_cache.testing import LinearModel, synthetic_plan, write_synthetic
 from activations_cache.writer import CacheWriter
 
 
@@ -105,7 +105,7 @@ def test_an_error_lets_the_claimed_shard_go(tmp_path: Path, plan: Plan):
 
 KILLED = """
 import os, pathlib, signal, sys
-from activations_cache.synthetic import LinearModel, synthetic_plan
+from activations_cache.testing import LinearModel, synthetic_plan
 from activations_cache.writer import CacheWriter
 plan = synthetic_plan({"a.1:out": 7, "a.2:in": 5}, n_examples=23)
 writer = CacheWriter(pathlib.Path(sys.argv[1]), plan).__enter__()

@@ -32,8 +32,7 @@ UNSAFE_BY_REVIEW = {"sae/pretrained/pickled_child.py": {"torch.load"}}
 """File -> what it may do: one module at most, which reads foreign files in a closed process."""
 
 READS_ENVIRONMENT = {
-    "activations_cache/builder.py": "the rank that a launcher gave this process",
-    "activations_cache/source.py": "the device that a launcher gave this process",
+    "activations_cache/builder.py": "the rank and the device that a launcher gave this process",
     "activations_cache/gguf.py": "where converted models are kept",
 }
 

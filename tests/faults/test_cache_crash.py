@@ -14,9 +14,9 @@ import pytest
 
 import activations_cache
 from activations_cache import io
-from activations_cache.errors import CacheFormatError
+from activations_cache.checks import CacheFormatError
 from activations_cache.journal import journals_at, newest
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
 
 SMALL = synthetic_plan({"a.1:out": 7}, n_examples=8)  # 3 shards, the last of 2 examples
 LARGE = synthetic_plan({"a.1:out": 7}, n_examples=119)  # 40 shards

@@ -10,8 +10,8 @@ import torch
 
 import activations_cache
 from activations_cache import io
-from activations_cache.errors import CacheFormatError
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.checks import CacheFormatError
+from activations_cache.testing import synthetic_plan, write_synthetic
 
 PLAN = synthetic_plan({"a.1:out": 7, "a.2:in": 5}, n_examples=14)  # 5 shards
 KINDS = ("flip", "flip", "flip", "truncate", "extend", "delete", "zero", "swap")

@@ -10,9 +10,9 @@ import pytest
 
 import activations_cache
 from activations_cache import io
-from activations_cache.errors import DiskFullError
+from activations_cache.checks import DiskFullError
 from activations_cache.journal import journals_at, newest
-from activations_cache.synthetic import LinearModel, synthetic_plan, write_synthetic
+from activations_cache.testing import LinearModel, synthetic_plan, write_synthetic
 from activations_cache.writer import CacheWriter
 
 PLAN = synthetic_plan({"a.1:out": 7}, n_examples=14)  # 5 shards

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from activations_cache import io
+from activations_cache.journal import seal, unseal
 from activations_cache.layout import layout_of
-from activations_cache.records import seal, unseal
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
 
 READ = """
 import resource, sys
@@ -62,9 +62,9 @@ def repeat_first_shard(path: Path, plan) -> None:
 
     import numpy as np
 
-    from activations_cache.finish import finish
     from activations_cache.journal import journals_at, newest
     from activations_cache.manifest import write_plan
+    from activations_cache.writer import finish
 
     (record,) = newest(journals_at(path)).values()
     (path / "manifest.json").unlink()

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import pytest
 
 from activations_cache import io, writer
-from activations_cache.errors import CacheFormatError
-from activations_cache.records import unseal
-from activations_cache.synthetic import LinearModel, synthetic_plan, write_synthetic
+from activations_cache.checks import CacheFormatError
+from activations_cache.journal import unseal
+from activations_cache.testing import LinearModel, synthetic_plan, write_synthetic
 
 PLAN = synthetic_plan({"a.1:out": 7}, n_examples=8)
 COMMITTED = "committed"

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from activations_cache import io
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import TopK
 from sae.train import checkpoint
 from sae.train.config import DictionaryConfig, TrainConfig

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from sae.train import checkpoint
 from sae.train.config import Adam, DictionaryConfig, TrainConfig

@@ -6,7 +6,8 @@ The annotation checks of the test run wrap every function in code that torch can
 import pytest
 import torch
 
-from sae_kernels import encode_topk, library, sparse_decode, topk_select
+from sae_kernels import compiled as library
+from sae_kernels import encode_topk, sparse_decode, topk_select
 
 BATCH, D_IN, D_OUT, D_SAE, K = 13, 7, 11, 61, 5
 

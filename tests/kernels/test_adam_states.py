@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sae_kernels import adam, latent_adam_
-from sae_kernels.adam_states import Packed, n_blocks, pack_, rounded, unpack
+from sae_kernels.adam import Packed, n_blocks, pack_, rounded, unpack
 
 D_SAE, D_OUT = 29, 523  # three blocks of a row, the last one not full
 

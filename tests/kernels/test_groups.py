@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sae_kernels import encode_group_max, product
-from sae_kernels.groups import encode_group_max_reference
+from sae_kernels.encode import encode_group_max_reference
 
 BATCH, D_IN, K, SIZE = 13, 7, 5, 11
 D_SAE = K * SIZE

@@ -7,8 +7,7 @@ if TYPE_CHECKING:
     from sae.evaluate.ground_truth.ceilings import Ceilings, measure_ceilings, set_true_decoder
     from sae.evaluate.ground_truth.config import TIERS, GroundTruthConfig
     from sae.evaluate.ground_truth.generator import TrueBatch, batches
-    from sae.evaluate.ground_truth.run import GroundTruthReport, evaluate
-    from sae.evaluate.ground_truth.table import table_rows, table_text
+    from sae.evaluate.ground_truth.run import GroundTruthReport, evaluate, table_rows, table_text
     from sae.evaluate.ground_truth.world import World, make_world
 
 __all__ = [

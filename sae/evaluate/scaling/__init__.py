@@ -4,12 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sae.evaluate.scaling.config import ScalingConfig
+    from sae.evaluate.scaling.config import PlannedRun, ScalingConfig, plan
     from sae.evaluate.scaling.fit import FittedLaw, Laws, Optimum, fit_laws
-    from sae.evaluate.scaling.plan import PlannedRun, plan
     from sae.evaluate.scaling.plot import draw
-    from sae.evaluate.scaling.rates import Fitted, RateLaw
-    from sae.evaluate.scaling.runs import Run, read_runs
+    from sae.evaluate.scaling.runs import Fitted, RateLaw, Run, read_runs
 
 __all__ = [
     "Fitted",

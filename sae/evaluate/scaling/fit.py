@@ -16,9 +16,8 @@ import numpy as np
 from jaxtyping import Float64
 from scipy.optimize import least_squares
 
-from activations_cache.progress import Progress, silent
-from sae.evaluate.scaling.rates import Fitted, RateLaw, best_rates, fitted, rate_law
-from sae.evaluate.scaling.runs import Run
+from activations_cache.checks import Progress, silent
+from sae.evaluate.scaling.runs import Fitted, RateLaw, Run, best_rates, fitted, rate_law
 
 HUBER = 1e-2
 """Residual of a log loss from which it counts linearly, so that one bad run does not decide."""

@@ -1,10 +1,16 @@
-"""A picture of directions in two dimensions: PCA always, UMAP where it is installed."""
+"""A picture of directions in two dimensions: PCA always, UMAP where it is installed.
 
+Groups of latents with similar directions, and what their labels have in common.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 
@@ -45,3 +51,45 @@ def _umap(n_neighbours: int, seed: int) -> Any:
     import umap  # pyright: ignore[reportMissingImports]
 
     return umap.UMAP(n_neighbors=n_neighbours, metric="cosine", random_state=seed)
+
+
+_BATCH = 4096
+
+
+def clusters(
+    dec_rows: Float[Tensor, "d_sae d_out"], n: int, *, seed: int = 0
+) -> Int[Tensor, " d_sae"]:
+    """K-means over unit directions: the group of each latent, the largest group first.
+
+    That latents share a group says their directions lie nearer to one centre than to the others,
+    no more; most directions of a dictionary are nearly orthogonal.
+    """
+    unit = torch.nn.functional.normalize(dec_rows.detach().float().cpu(), dim=1)
+    n = min(n, len(unit))
+    means = MiniBatchKMeans(n, random_state=seed, n_init="auto", batch_size=_BATCH)
+    found = torch.from_numpy(means.fit_predict(unit.numpy())).long()
+    order = torch.bincount(found, minlength=n).argsort(descending=True, stable=True)
+    return order.argsort()[found]
+
+
+def cluster_names(
+    cluster: Int[Tensor, " d_sae"], words: Sequence[Sequence[str]], n: int, n_words: int = 3
+) -> list[str]:
+    """For each group the words that its labels have more often than those of the others.
+
+    Args:
+        cluster: Group of each latent.
+        words: What each latent's label lists; empty for a latent without a label.
+        n: Number of groups.
+        n_words: Words of a name.
+    """
+    everywhere = Counter(word for listed in words for word in set(listed))
+    inside = [Counter[str]() for _ in range(n)]
+    for group, listed in zip(cluster.tolist(), words, strict=True):
+        inside[group].update(set(listed))
+    names = []
+    for counts in inside:
+        # count^2 / total: often here, and mostly here
+        ranked = sorted(counts, key=lambda word: (-(counts[word] ** 2) / everywhere[word], word))
+        names.append(", ".join(word.strip() for word in ranked[:n_words]))
+    return names

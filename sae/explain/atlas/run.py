@@ -14,16 +14,22 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from activations_cache.progress import Progress, silent
+from activations_cache.checks import Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.atlas.completeness import completeness
-from sae.explain.atlas.neighbours import Nearest, Splitting, nearest, splitting
+from sae.explain.atlas.neighbours import (
+    CAUTION,
+    MaxCorrelation,
+    Nearest,
+    Splitting,
+    nearest,
+    splitting,
+)
 from sae.explain.atlas.plane import plane
-from sae.explain.atlas.search import CAUTION, MaxCorrelation
 from sae.explain.config import AtlasConfig, Kind
 from sae.explain.labels import Labels
+from sae.explain.text_at_rows import Cache
 from sae.explain.windows import shuffled
-from sae.explain.words import Cache
 
 ATLAS, SUMMARY = "atlas.parquet", "atlas.json"
 SINGLES_OUT = 0.5

@@ -10,13 +10,21 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from activations_cache.progress import Progress, silent
+from activations_cache.checks import Progress, silent
 from sae.autoencoder import SparseAutoencoder
-from sae.explain.codes import ActivationRows
-from sae.explain.collect.config import WindowConfig
-from sae.explain.collect.kept import WindowRows, mixed, uniform
-from sae.explain.collect.state import N_BINS, SPLITS, PoolEntries, State, half_octave
-from sae.explain.words import Cache
+from sae.explain.collect.state import (
+    N_BINS,
+    SPLITS,
+    PoolEntries,
+    State,
+    WindowRows,
+    half_octave,
+    mixed,
+    uniform,
+)
+from sae.explain.config import WindowConfig
+from sae.explain.firings import ActivationRows
+from sae.explain.text_at_rows import Cache
 
 
 class _Rows(NamedTuple):

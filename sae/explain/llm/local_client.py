@@ -1,4 +1,12 @@
-"""A language model in this process as a client; it also gives likelihoods and embeddings."""
+"""A language model in this process as a client; it also gives likelihoods and embeddings.
+
+A local model whose answers cannot be misread: likeliest allowed numbers, prefilled labels.
+
+A small model seldom keeps to a form, and guessing what it meant would make answers up. Here the
+form is ours and only the choice is the model's: each number of a list is the allowed one that is
+likeliest at its place, given those before it; a label is what the model writes behind our own
+`LABEL:`, up to the end of the line. Whether the answers are worth anything is for the scores.
+"""
 
 import hashlib
 from typing import Any, Protocol, runtime_checkable
@@ -7,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sae.explain.judges import allowed, read_question
 from sae.explain.llm.chat import CallFailedError, Message, Request, Response
 
 
@@ -105,3 +114,76 @@ class LocalClient:
             text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
             text += "\n\nassistant:"
         return self._plain(text)
+
+
+_LABEL = "LABEL:"
+_LABEL_TOKENS = 32
+_LARGEST = 9
+"""Numbers of one digit, which are one token everywhere; a larger range is cut to it."""
+
+
+class ConstrainedClient(LocalClient):
+    """A local client that answers the explainers' and scorers' questions in their form."""
+
+    def __init__(self, loaded: LocalModel, title: str) -> None:
+        """Keep the model; see `LocalClient`."""
+        super().__init__(loaded, title)
+        self.name += " constrained/1"
+        self._digits = [self._plain(str(n))[0, -1] for n in range(_LARGEST + 1)]
+
+    async def complete(self, request: Request) -> Response:
+        """Answer one request; questions of another kind are answered freely."""
+        task, _, items = read_question(request)
+        if task.startswith("explain"):
+            return self._label(request)
+        known = allowed(task, len(items))
+        if known is None:
+            return await super().complete(request)
+        n, low, high = known
+        return self._numbers(request, n, low, min(high, _LARGEST))
+
+    @torch.no_grad()
+    def _numbers(self, request: Request, n: int, low: int, high: int) -> Response:
+        ids = self._fitting(request, "[", 3 * n)
+        n_read = ids.shape[1]
+        choices = torch.stack(self._digits[low : high + 1])
+        past: Any = None
+        numbers: list[int] = []
+        for _ in range(n):
+            out = self._model(ids, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            numbers.append(low + int(out.logits[0, -1, choices].argmax()))
+            ids = self._plain(f"{numbers[-1]}, ")
+        return Response(str(numbers), "stop", n_read, 3 * n)
+
+    @torch.no_grad()
+    def _label(self, request: Request) -> Response:
+        ids = self._fitting(request, _LABEL, _LABEL_TOKENS)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if request.temperature > 0:
+            sampling = {"do_sample": True, "temperature": request.temperature}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(request.seed)
+            out = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=_LABEL_TOKENS,
+                pad_token_id=self._tokenizer.eos_token_id,
+                **sampling,
+            )[0, ids.shape[1] :]
+        text = self._tokenizer.decode(out, skip_special_tokens=True).strip()
+        line = text.splitlines()[0] if text else ""
+        return Response(f"{_LABEL} {line}", "stop", ids.shape[1], len(out))
+
+    def _fitting(self, request: Request, begin: str, n_more: int) -> Tensor:
+        """The prompt with the beginning of the answer.
+
+        Raises:
+            CallFailedError: If it is longer than what the model can read.
+        """
+        ids = torch.cat([self._ids(request.messages), self._plain(begin)], dim=1)
+        longest = getattr(self._model.config, "max_position_embeddings", None)
+        if longest and ids.shape[1] + n_more > longest:
+            detail = f"{ids.shape[1]} tokens and an answer do not fit into {longest} positions"
+            raise CallFailedError("length", detail)
+        return ids

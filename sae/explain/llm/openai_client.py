@@ -5,6 +5,7 @@ from typing import Any
 
 import openai
 
+from sae.explain.config import LLMConfig
 from sae.explain.llm.chat import (
     CallFailedError,
     EndpointError,
@@ -12,7 +13,6 @@ from sae.explain.llm.chat import (
     Response,
     UnavailableError,
 )
-from sae.explain.llm.config import LLMConfig
 
 _NO_SERVICE = (401, 402, 403, 404)
 _AGAIN = (408, 409, 425)

@@ -7,13 +7,17 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae.explain.config import ScorerName
-from sae.explain.scorers.causal import NextLogProbs, OutputSide, Sensitivity
-from sae.explain.scorers.detection import Detection, Fuzzing
-from sae.explain.scorers.intruder import Intruder
-from sae.explain.scorers.rubric import Rubric
+from sae.explain.scorers.by_model import (
+    Embed,
+    Embedding,
+    LogLikelihood,
+    NextLogProbs,
+    OutputSide,
+    Sensitivity,
+    Surprisal,
+)
+from sae.explain.scorers.by_questions import Detection, Fuzzing, Intruder, Rubric, Simulation
 from sae.explain.scorers.score import Scorer
-from sae.explain.scorers.simulation import Simulation
-from sae.explain.scorers.text import Embed, Embedding, LogLikelihood, Surprisal
 
 _SCORERS: dict[str, Scorer] = {
     scorer.name: scorer for scorer in (Detection(), Fuzzing(), Simulation(), Rubric(), Intruder())

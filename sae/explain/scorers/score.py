@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
-from sae.explain.intervals import Interval
 from sae.explain.judges import Judge, Task
 from sae.explain.llm.chat import CallFailedError
 from sae.explain.llm.corpus_text import Item
 from sae.explain.windows import LatentWindows
+from sae.statistics import Interval
 
 
 @dataclass(frozen=True)

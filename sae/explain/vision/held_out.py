@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 from scipy.stats import rankdata
 
-from sae.explain.intervals import auc as auc_with_interval
 from sae.explain.scores import Mean
+from sae.statistics import auc as auc_with_interval
 
 N_STRONGEST = 5
 """So many images of the score split are a latent's strongest."""

@@ -9,20 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from activations_cache.progress import Progress, silent
+from activations_cache.checks import Progress, silent
 from sae.autoencoder import SparseAutoencoder
-from sae.explain.baselines import baseline_dictionary
+from sae.baselines import baseline_dictionary
 from sae.explain.config import ExplainConfig
 from sae.explain.examples import Context
-from sae.explain.intervals import Interval
 from sae.explain.scores import Mean
 from sae.explain.tables import LatentRecord, write_tables
+from sae.explain.text_at_rows import Cache
 from sae.explain.vision.concepts import Concepts, concepts_of
-from sae.explain.vision.firing import ImagePart
+from sae.explain.vision.firing import ImagePart, top_pictures
 from sae.explain.vision.labelling import mutual_information
-from sae.explain.vision.pictures import top_pictures
 from sae.explain.vision.summary import ImageSummary, Judge, Scored
-from sae.explain.words import Cache
+from sae.statistics import Interval
 
 N_STEPS = 5
 """Equal steps of a latent's peak, from 0 to its largest, of the curve."""

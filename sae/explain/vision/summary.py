@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from sae.explain.intervals import Interval, wilson
+from sae.explain.config import ImageLabelConfig, Method
 from sae.explain.scores import FLOOR, Mean
 from sae.explain.vision.concepts import Concepts
-from sae.explain.vision.config import ImageLabelConfig, Method
 from sae.explain.vision.firing import Seen
 from sae.explain.vision.held_out import HeldOut, Strongest, aucs, held_out, strongest
 from sae.explain.vision.labelling import ImageLabels, make_labels
+from sae.statistics import Interval, wilson
 
 LEVEL = 0.01
 """At which a label's AUC beats the permuted classes."""

@@ -1,4 +1,7 @@
-"""Forward passes with dense latents: ReLU and JumpReLU with their penalties."""
+"""Forward passes with dense latents: ReLU and JumpReLU with their penalties.
+
+The forward pass of gated dictionaries (Rajamanoharan et al. 2024, arXiv 2404.16014).
+"""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,8 +15,8 @@ from sae.activations import EncoderWeights
 from sae.architecture import JumpReLU, ReLU
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
-from sae.train.forward import terms
-from sae.train.forward.result import Forward, Moment, Power, Rows, autocast
+from sae.train.forward import common
+from sae.train.forward.common import Forward, Moment, Power, Rows, autocast
 from sae.train.loss_config import PAnneal
 from sae.train.schedule import falling_p, ramp
 from sae_kernels import dense_autoencode
@@ -58,7 +61,7 @@ def _fused(
         y = step.x_hat + autoencoder.skipped(rows.u)
     error = losses.squared_error(rows.v, y)
     loss = error + penalty(config, moment, step.l1, step.l0)
-    loss = loss + terms.auxk(autoencoder, config, rows, moment, y)
+    loss = loss + common.auxk(autoencoder, config, rows, moment, y)
     return Forward(loss, error, step.n_fired, step.l0.detach(), y.detach())
 
 
@@ -82,7 +85,7 @@ def _composed(
     pre = activations.pre_acts(u, weights).to(u.dtype)
     acts, n_active = jump(pre, weights, bandwidth)
     y, error, loss = _decoded(autoencoder, config, rows, moment, acts)
-    loss = loss + terms.auxk(autoencoder, config, rows, moment, y)
+    loss = loss + common.auxk(autoencoder, config, rows, moment, y)
     norms, l0 = autoencoder.decoder_norms(), n_active.sum(dim=1).mean()
     power = None
     if config.tanh is not None:
@@ -121,12 +124,12 @@ def _decoded(
         y = autoencoder.decode_scaled(acts, rows.u).to(rows.u.dtype)
         error = losses.squared_error(rows.v, y)
         return _Decoded(y, error, error)
-    ends = terms.prefix_ends(config.matryoshka, config.d_sae, moment.n_steps)
+    ends = common.prefix_ends(config.matryoshka, config.d_sae, moment.n_steps)
     y, errors = autoencoder.b_dec + autoencoder.skipped(rows.u), []
     for start, end in pairwise((0, *ends)):
         y = y + (acts[:, start:end] @ autoencoder.dec_rows[start:end]).to(rows.u.dtype)
         errors.append(losses.squared_error(rows.v, y))
-    share = terms.prefix_share(config.matryoshka, moment.n_steps, moment.total_steps)
+    share = common.prefix_share(config.matryoshka, moment.n_steps, moment.total_steps)
     return _Decoded(y, errors[-1], torch.lerp(errors[-1], torch.stack(errors).mean(), share))
 
 
@@ -184,3 +187,34 @@ def penalty(
     weight = ramp(moment.n_steps, moment.total_steps, config.l0.ramp) * moment.power.scale
     l0 = moment.ranks.mean(l0, moment.share)  # the target is that of the whole batch
     return config.l0.coefficient * weight * losses.l0_penalty(l0, config.l0.target)
+
+
+def gated_forward(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    rows: Rows,
+    moment: Moment,
+) -> Forward:
+    """The error, the penalty on the gates, and the error of what the gates alone reconstruct.
+
+    A gate that opens or shuts has no gradient of its own: the gates learn from the last two, of
+    which the last holds the decoder still.
+    """
+    assert config.l1 is not None
+    u, v = rows
+    b_gate, b_mag, r_mag = (autoencoder.get_parameter(n) for n in ("b_gate", "b_mag", "r_mag"))
+    weights = autoencoder.encoder()._replace(b_enc=torch.zeros_like(b_gate))
+    pi = activations.pre_acts(u, weights).to(u.dtype)
+    gates = torch.relu(pi + b_gate)
+    acts = torch.relu(pi * r_mag.exp() + b_mag) * (gates > 0)
+    y = autoencoder.decode_scaled(acts, u).to(u.dtype)
+    error = losses.squared_error(v, y)
+    dec_rows, b_dec = autoencoder.dec_rows.detach(), autoencoder.b_dec.detach()
+    past = torch.as_tensor(autoencoder.skipped(u)).detach()
+    guess = (torch.addmm(b_dec, gates, dec_rows) + past).to(u.dtype)
+    penalty = losses.l1_decoder_norm(gates, autoencoder.decoder_norms())
+    weight = config.l1.coefficient * ramp(moment.n_steps, moment.total_steps, config.l1.ramp)
+    loss = error + weight * moment.power.scale * penalty + losses.squared_error(v, guess)
+    fires = acts.detach() > 0
+    l0 = fires.sum(dim=1).float().mean()
+    return Forward(loss, error, fires.sum(dim=0), l0, y.detach())

@@ -4,9 +4,8 @@ from typing import assert_never
 
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
-from sae.train.forward import dense, gated, sharded, sparse
-from sae.train.forward.result import Forward, Moment, Rows, autocast
-from sae.train.forward.terms import controlled
+from sae.train.forward import dense, sharded, sparse
+from sae.train.forward.common import Forward, Moment, Rows, autocast, controlled
 
 
 def forward(
@@ -33,6 +32,6 @@ def _forward(
             case "dense":
                 return dense.forward(autoencoder, config, rows, moment)
             case "gated":
-                return gated.forward(autoencoder, config, rows, moment)
+                return dense.gated_forward(autoencoder, config, rows, moment)
             case _:
                 assert_never(trains)

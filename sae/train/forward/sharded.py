@@ -16,8 +16,8 @@ from sae.activations import EncoderWeights, Latents, pad_silent, ungated
 from sae.architecture import BatchTopK, JumpReLU, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
-from sae.train.forward import dense, together
-from sae.train.forward.result import Forward, Moment, Rows, autocast
+from sae.train.forward import batch_topk, dense
+from sae.train.forward.common import Forward, Moment, Rows, autocast
 from sae.train.forward.sparse import k_now, scores_of
 from sae.train.ranks import Axis
 from sae.train.schedule import ramp
@@ -83,7 +83,7 @@ def _sparse(
     axis, weights, activation = moment.ranks.latents, autoencoder.encoder(), k_now(config, moment)
     if isinstance(activation, BatchTopK):
         of_all = (moment.n_rows, moment.ranks)
-        latents = together.batch_topk(rows.u, weights, activation.k, *of_all)
+        latents = batch_topk.batch_topk(rows.u, weights, activation.k, *of_all)
     else:
         assert isinstance(activation, TopK), activation
         latents = topk(rows.u, weights, activation.k, axis)

@@ -12,8 +12,8 @@ from sae.activations import EncoderWeights, Latents
 from sae.architecture import Activation, BatchTopK, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
-from sae.train.forward import terms, together
-from sae.train.forward.result import Forward, Moment, Rows, autocast
+from sae.train.forward import batch_topk, common
+from sae.train.forward.common import Forward, Moment, Rows, autocast
 from sae.train.loss_config import NestedK
 from sae.train.schedule import falling_k, is_refined, slack_now
 from sae_kernels import sparse_decode_mse, topk_select
@@ -53,7 +53,7 @@ def _chosen(
 ) -> Latents:
     """The latents of these rows; BatchTopK compares them with the rows of the other processes."""
     if isinstance(activation, BatchTopK) and not moment.ranks.alone:
-        return together.batch_topk(u, weights, activation.k, moment.n_rows, moment.ranks)
+        return batch_topk.batch_topk(u, weights, activation.k, moment.n_rows, moment.ranks)
     return activations.encode_training(activation, u, weights)
 
 
@@ -103,7 +103,7 @@ def _losses(
 ) -> Forward:
     with autocast(rows.u.device, False):
         y, error, loss = _decode(autoencoder, config, rows, moment, latents)
-    loss = loss + terms.auxk(autoencoder, config, rows, moment, y)
+    loss = loss + common.auxk(autoencoder, config, rows, moment, y)
     fires = latents.values > 0
     n_fired = latents.indices[fires].bincount(minlength=config.d_sae)
     return Forward(loss, error, n_fired, fires.sum(dim=1).float().mean(), y.detach())
@@ -121,7 +121,7 @@ def _decode(
         return _nested(autoencoder, config.matryoshka, rows, latents)
     if config.matryoshka is None:
         return _whole(autoencoder, rows, latents)
-    share = terms.prefix_share(config.matryoshka, moment.n_steps, moment.total_steps)
+    share = common.prefix_share(config.matryoshka, moment.n_steps, moment.total_steps)
     if share == 0:
         return _whole(autoencoder, rows, latents)
     found = _prefixes(autoencoder, config, rows, moment, latents)
@@ -146,7 +146,7 @@ def _prefixes(
 ) -> _Decoded:
     """The mean error of the prefixes, the whole dictionary being one of them."""
     assert config.matryoshka is not None
-    ends = terms.prefix_ends(config.matryoshka, config.d_sae, moment.n_steps)
+    ends = common.prefix_ends(config.matryoshka, config.d_sae, moment.n_steps)
     past = autoencoder.skipped(rows.u)  # 0 without a skip, which is part of every prefix
     found = sparse_decode_mse(
         latents.values,

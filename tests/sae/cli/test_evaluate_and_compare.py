@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 import activations_cache
 from activations_cache.reader import ActivationCache
 from sae import pretrained
+from sae.baselines import covariance_of, principal_components, random_dictionary
 from sae.cli import main, pareto
 from sae.cli.pareto import Panel, Series
-from sae.evaluate.baselines import covariance_of, principal_components, random_dictionary
-from sae.evaluate.comparison import Point
+from sae.evaluate.report import Point
 
 HOOK = "model.layers.1:out"
 

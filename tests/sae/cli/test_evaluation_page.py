@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from activations_cache.progress import silent
+from activations_cache.checks import silent
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from activations_cache import CacheFormatError
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.cli import main
 from sae.evaluate.report import read_json
 from sae.explain import read_latents

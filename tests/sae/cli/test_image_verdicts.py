@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sae.cli.image_runs import frozen_of, rival_of, verdict
-from sae.explain.intervals import Interval
+from sae.statistics import Interval
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sae.evaluate.baselines import (
+from sae.baselines import (
     covariance_of,
     permuted_decoder,
     principal_components,

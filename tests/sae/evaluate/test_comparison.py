@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from sae.evaluate.comparison import Point, at_equal_l0, pareto
+from sae.evaluate.report import Point, at_equal_l0, pareto
 
 
 def points(*pairs, seed=0):

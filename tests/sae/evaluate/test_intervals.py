@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sae.evaluate.intervals import Resamples, interval
+from sae.statistics import Resamples, interval
 
 
 def test_the_first_value_is_the_figure_itself():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sae.evaluate.noise import compare, compare_all
+from sae.statistics import compare, compare_all
 
 
 def test_the_detectable_difference_has_its_closed_form():

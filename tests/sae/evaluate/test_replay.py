@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from sae.evaluate.replay import Replay
+from sae.evaluate.resume_forward import Replay
 
 
 def calls_of(model, action):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
-from sae.explain.codes import Codes
+from sae.explain.firings import Codes
+from sae.explain.text_at_rows import RowText
 from sae.explain.windows import LatentWindows, Window
-from sae.explain.words import RowText
 
 HOOK = "model.layers.3:out"
 SPLITS = ("explain", "score", "hold")

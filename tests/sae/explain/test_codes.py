@@ -6,8 +6,8 @@ import torch
 
 from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
-from sae.explain import codes as module
-from sae.explain.codes import concatenated_ranges, encode_rows
+from sae.explain import firings as module
+from sae.explain.firings import concatenated_ranges, encode_rows
 
 D_IN, D_SAE = 7, 23
 

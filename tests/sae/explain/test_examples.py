@@ -6,7 +6,7 @@ import torch
 
 from sae.explain.config import ExplainConfig
 from sae.explain.examples import ContextFinder, Part, activity
-from sae.explain.words import TextReader
+from sae.explain.text_at_rows import TextReader
 
 N_POS = 11
 STRINGS = tuple(f" t{i}" for i in range(71))

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from sae.explain.intervals import Interval, auc, correlation, ranked, weighted_sum, wilson
+from sae.statistics import Interval, auc, correlation, ranked, weighted_sum, wilson
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 7), (3, 7), (7, 7), (50, 101)])

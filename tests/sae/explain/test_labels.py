@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from sae.explain.codes import encode_rows
 from sae.explain.config import ExplainConfig
+from sae.explain.firings import encode_rows
 from sae.explain.labels import fires_enough, make_labels, n_examples
-from sae.explain.rules import rule_of
+from sae.explain.rule_scores import rule_of
 from sae.explain.run import explain
-from sae.explain.words import TextReader
+from sae.explain.text_at_rows import TextReader
 
 N_EX, N_POS = 151, 47
 NAMES = {
@@ -99,7 +99,7 @@ def test_three_planted_words_lead_the_label_where_frequent_words_do_not(planted)
 
 
 def _codes(dense: np.ndarray):
-    from sae.explain.codes import Codes
+    from sae.explain.firings import Codes
 
     latent, row = np.nonzero(dense.T)
     n_fired = np.bincount(latent, minlength=dense.shape[1])

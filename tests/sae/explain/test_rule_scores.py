@@ -5,8 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from sae.explain.collect.config import WindowConfig
-from sae.explain.config import ExplainConfig, RuleConfig
+from sae.explain.config import ExplainConfig, RuleConfig, WindowConfig
 from sae.explain.rule_scores import score_rules_of
 from sae.explain.run import explain
 from sae.explain.subject import Subject

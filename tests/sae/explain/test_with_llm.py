@@ -8,16 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sae.explain.baselines import baseline_dictionary
-from sae.explain.collect.config import WindowConfig
-from sae.explain.config import AutointerpConfig
-from sae.explain.judges import WordRule
+from sae.baselines import baseline_dictionary
+from sae.explain.autointerp import label_with_llm
+from sae.explain.config import AutointerpConfig, LLMConfig, WindowConfig
+from sae.explain.judges import OracleClient, WordRule
 from sae.explain.llm.chat import ReplayMissError
-from sae.explain.llm.config import LLMConfig
 from sae.explain.llm.stand_ins import ConstantClient, RandomClient, ScriptedClient
-from sae.explain.oracle import OracleClient
 from sae.explain.subject import Subject
-from sae.explain.with_llm import label_with_llm
 
 HOOK = "model.layers.3:out"
 CONFIG = AutointerpConfig(

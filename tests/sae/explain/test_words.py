@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.explain.words import TextReader, join_words
+from sae.explain.text_at_rows import TextReader, join_words
 
 STRINGS = (
     " Hand", "some", ",", " clever", "Hand", " 19", "96", "\n", " don", "'t", "--", "é", " ", "X",

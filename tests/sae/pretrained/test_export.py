@@ -9,7 +9,7 @@ import torch
 import sae
 from sae.architecture import BatchTopK, Gated, GroupMax, JumpReLU, ReLU, SAEConfig, Slice, TopK
 from sae.autoencoder import SparseAutoencoder
-from sae.pretrained import DictionaryFormatError, export, plain
+from sae.pretrained import DictionaryFormatError, export, rewrite
 from sae.pretrained.export import TARGETS
 
 D, F, D_OUT, K = 7, 23, 11, 3
@@ -183,7 +183,7 @@ def test_a_wrong_fold_is_seen(tmp_path, monkeypatch):
     }
     for name, (to, made) in cases.items():
         with monkeypatch.context() as patch:
-            module = export if name == "centred_by" else plain
+            module = export if name == "centred_by" else rewrite
             patch.setattr(module, name, lambda given, *_: given)
             export.export(made, tmp_path / name, to)
         back = sae.load(tmp_path / name, allow_pt=True)

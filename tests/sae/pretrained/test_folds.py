@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.pretrained import DictionaryFormatError, folds
+from sae.pretrained import DictionaryFormatError, rewrite
 from sae.pretrained.canonical import Weights
 
 D, F, D_OUT = 7, 23, 11
@@ -54,7 +54,7 @@ def other_than_one(weights, name, factor):
 
 def test_decoder_norms_under_a_threshold_on_h(weights, peer, rows):
     x, before = rows(D), apply(weights, rows(D), peer.jump)
-    folded = folds.decoder_norm(weights)
+    folded = rewrite.decoder_norm(weights)
     n = weights.dec_rows.norm(dim=1)
     assert torch.allclose(folded.dec_rows.norm(dim=1), torch.ones(F))
     acts, x_hat = apply(folded, x, peer.jump)
@@ -76,7 +76,7 @@ def test_decoder_norms_of_a_gated_dictionary(weights, peer, rows, make):
         acts = (pi + w["b_gate"] > 0) * peer.relu(pi * np.exp(w["r_mag"]) + w["b_mag"])
         return acts @ w["dec_rows"] + w["b_dec"]
 
-    folded, wanted = folds.decoder_norm(gated), output(gated)
+    folded, wanted = rewrite.decoder_norm(gated), output(gated)
     assert differs(output(folded), wanted) < 1e-6
     assert torch.equal(folded.r_mag, gated.r_mag)
     for name in ("b_gate", "b_mag"):
@@ -90,11 +90,11 @@ def test_decoder_norms_by_which_the_activation_gates(weights, peer, rows, form):
     act = (lambda h, _: peer.top_k(h, 5)) if form == "topk" else peer.jump
     x = rows(D)
     wanted = apply(weights, x, act, gate=True)[1]
-    assert differs(apply(folds.decoder_norm_gate(weights), x, act)[1], wanted) < 1e-6
+    assert differs(apply(rewrite.decoder_norm_gate(weights), x, act)[1], wanted) < 1e-6
     # without the gate the fold that moves thresholds along is another function
     assert differs(apply(weights, x, act)[1], wanted) > 0.01
     if form != "topk":
-        assert differs(apply(folds.decoder_norm(weights), x, act)[1], wanted) > 0.01
+        assert differs(apply(rewrite.decoder_norm(weights), x, act)[1], wanted) > 0.01
 
 
 def test_decoder_norms_are_not_folded_under_a_plain_topk(weights, peer, rows):
@@ -103,14 +103,16 @@ def test_decoder_norms_are_not_folded_under_a_plain_topk(weights, peer, rows):
     def act(h, _):
         return peer.top_k(h, 5)
 
-    assert differs(apply(folds.decoder_norm(weights), x, act)[1], apply(weights, x, act)[1]) > 0.01
+    assert (
+        differs(apply(rewrite.decoder_norm(weights), x, act)[1], apply(weights, x, act)[1]) > 0.01
+    )
 
 
 def test_scales_that_keep_the_latents(weights, peer, rows):
     x = rows(D)
     # b_in is subtracted from u and the skip reads u, so both are in the trained units
     wanted = apply(weights, x, peer.jump, s_in=S_IN, s_out=S_OUT)
-    folded = folds.scales_keeping_latents(weights, S_IN, S_OUT)
+    folded = rewrite.scales_keeping_latents(weights, S_IN, S_OUT)
     acts, x_hat = apply(folded, x, peer.jump)
     assert differs(acts, wanted[0]) < 1e-6
     assert differs(x_hat, wanted[1]) < 1e-6
@@ -123,7 +125,7 @@ def test_scales_that_keep_the_latents(weights, peer, rows):
 def test_scales_that_scale_the_latents(weights, peer, rows):
     x = rows(D)
     wanted = apply(weights, x, peer.jump, s_in=S_IN, s_out=S_OUT)
-    folded = folds.scales_scaling_latents(weights, S_IN, S_OUT)
+    folded = rewrite.scales_scaling_latents(weights, S_IN, S_OUT)
     acts, x_hat = apply(folded, x, peer.jump)
     assert differs(acts, wanted[0] / S_IN) < 1e-6
     assert differs(x_hat, wanted[1]) < 1e-6
@@ -137,7 +139,7 @@ def test_scales_that_scale_the_latents(weights, peer, rows):
 def test_thresholds_below_0(weights, rows, peer):
     lowered = replace(weights, threshold=weights.threshold - 1)
     done = []
-    raised = folds.threshold_of_relu(lowered, done)
+    raised = rewrite.threshold_of_relu(lowered, done)
     assert done == ["thresholds below 0 raised to 0"]
 
     def ours(h, threshold):
@@ -150,11 +152,11 @@ def test_thresholds_below_0(weights, rows, peer):
 
 
 def test_one_threshold_for_all_and_logarithms(weights):
-    assert folds.one_threshold_for_all(weights, 0.25).threshold.tolist() == [0.25] * F
-    assert folds.exp(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([1, 2.7182817])
+    assert rewrite.one_threshold_for_all(weights, 0.25).threshold.tolist() == [0.25] * F
+    assert rewrite.exp(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([1, 2.7182817])
 
 
 def test_a_direction_of_length_0_is_refused(weights):
     weights.dec_rows[4] = 0
     with pytest.raises(DictionaryFormatError, match="got 0 for latent 4"):
-        folds.decoder_norm(weights)
+        rewrite.decoder_norm(weights)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import sae
-from sae.pretrained import DictionaryFormatError, folds, load_with_source
+from sae.pretrained import DictionaryFormatError, load_with_source, rewrite
 
 D, F = 7, 23
 THRESHOLD, NORM_IN, NORM_OUT = 0.4, 6.3125, 1.7
@@ -75,7 +75,7 @@ def test_what_others_read_is_another_function(tmp_path, make, peer, rows, agree,
     put(peer, tmp_path, given, sparsity_include_decoder_norm=False)
     wanted = reference(peer, given, x, gate=False)
     agree(sae.load(path), x, *wanted)
-    monkeypatch.setattr(folds, "scales_scaling_latents", folds.scales_keeping_latents)
+    monkeypatch.setattr(rewrite, "scales_scaling_latents", rewrite.scales_keeping_latents)
     with pytest.raises(AssertionError, match="is off"):  # the threshold is one of raw rows
         agree(sae.load(path), x, *wanted)
 

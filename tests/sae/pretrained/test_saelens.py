@@ -5,7 +5,7 @@ import pytest
 
 import sae
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
-from sae.pretrained import DictionaryFormatError, folds, load_with_source
+from sae.pretrained import DictionaryFormatError, load_with_source, rewrite
 
 D, F, D_OUT = 7, 23, 11
 K = 3
@@ -112,7 +112,7 @@ def test_gating_by_the_decoder_norm(tmp_path, make, peer, rows, agree, monkeypat
     wanted = reference(peer, architecture, given, x, gate=True)
     agree(loaded.dictionary, x, *wanted)
     assert "decoder norms" in loaded.source.folds_applied[0]
-    monkeypatch.setattr(folds, "decoder_norm_gate", lambda weights: weights)
+    monkeypatch.setattr(rewrite, "decoder_norm_gate", lambda weights: weights)
     with pytest.raises(AssertionError, match="encode_dense is off"):
         agree(sae.load(tmp_path), x, *wanted)
 

@@ -9,7 +9,7 @@ from sae.steer.attribution import (
     integrated_gradients,
     logit_difference,
 )
-from sae.steer.direct import direct_logits
+from sae.steer.directions import direct_logits
 from sae.steer.place import Placed
 
 IDS = torch.randint(1, 37, (1, 7), generator=torch.Generator().manual_seed(2))

@@ -1,6 +1,6 @@
 import pytest
 
-from sae.steer.candidates import Candidate, fit_candidates, named, target_tokens
+from sae.steer.choice import Candidate, fit_candidates, named, target_tokens
 
 
 def candidate(latent, **fields):

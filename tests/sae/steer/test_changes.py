@@ -5,12 +5,11 @@ import torch
 
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
+from sae.steer.directions import mean_difference, random_direction, stream_of
 from sae.steer.edits import Edit, Patch, Push, Splice
 from sae.steer.generation import generate
 from sae.steer.place import Placed
-from sae.steer.positions import Patches
-from sae.steer.steering import Steering
-from sae.steer.vectors import mean_difference, random_direction, stream_of
+from sae.steer.steering import Patches, Steering
 
 IDS = torch.randint(1, 37, (3, 7), generator=torch.Generator().manual_seed(2))
 

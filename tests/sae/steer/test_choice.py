@@ -4,8 +4,7 @@ import json
 import pytest
 import torch
 
-from sae.steer.candidates import Candidate
-from sae.steer.choice import Subject, Trial, _rank, choose_latent
+from sae.steer.choice import Candidate, Subject, Trial, _rank, choose_latent
 from sae.steer.config import SteerConfig
 from sae.steer.edits import Edit
 from sae.steer.generation import generate

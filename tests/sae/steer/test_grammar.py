@@ -5,11 +5,11 @@ import torch
 
 from sae.steer.attribution import agreement, integrated_gradients, logit_difference
 from sae.steer.config import SweepConfig
+from sae.steer.directions import mean_difference, random_direction, stream_of
 from sae.steer.edits import Edit, Patch, Push
 from sae.steer.search import Counting, find_latents, nearest_latents
 from sae.steer.steering import Steering
 from sae.steer.sweep import Target, sweep
-from sae.steer.vectors import mean_difference, random_direction, stream_of
 
 
 def divergence(planted, p):

@@ -8,8 +8,7 @@ import torch
 from activations_cache.hooks import capture
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
-from sae.steer.edits import Edit, LatentEdits, Patch, Push, Rows, Splice
-from sae.steer.latents import read_latents
+from sae.steer.edits import Edit, LatentEdits, Patch, Push, Rows, Splice, read_latents
 from sae.steer.place import Placed
 from sae.steer.steering import Steering, apply_at
 

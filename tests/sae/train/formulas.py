@@ -7,7 +7,7 @@ import torch
 
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
-from sae.train.forward.result import Moment, Power
+from sae.train.forward.common import Moment, Power
 from sae.train.loss_config import L1
 
 D_IN, D_SAE, BATCH, K = 7, 29, 11, 3

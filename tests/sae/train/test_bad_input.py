@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from activations_cache.progress import silent
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.checks import silent
+from activations_cache.testing import synthetic_plan, write_synthetic
 from sae import pretrained
 from sae.architecture import TopK
 from sae.autoencoder import SparseAutoencoder, initialise

@@ -6,8 +6,8 @@ import torch
 from sae.architecture import BatchTopK, ReLU, Slice, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.cross_layer import CrossLayerTranscoder
-from sae.pretrained.cross_layer import load_cross_layer, save_cross_layer
-from sae.pretrained.errors import DictionaryFormatError
+from sae.pretrained.fields import DictionaryFormatError
+from sae.pretrained.load import load_cross_layer, save_cross_layer
 from sae.train.config import Adam, DictionaryConfig
 from sae.train.cross_layer import CrossLayerStep
 from sae.train.loss_config import L1

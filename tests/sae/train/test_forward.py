@@ -5,9 +5,8 @@ import torch
 
 from sae.activations import to_dense
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
-from sae.train.forward.result import Power, Rows
+from sae.train.forward.common import Power, Rows, prefix_ends
 from sae.train.forward.run import forward
-from sae.train.forward.terms import prefix_ends
 from sae.train.loss_config import (
     L0,
     AuxK,

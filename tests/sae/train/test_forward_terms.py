@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae.architecture import GroupMax, JumpReLU, ReLU, TopK
-from sae.train.forward.result import Power, Rows
+from sae.train.forward.common import Power, Rows
 from sae.train.forward.run import forward
 from sae.train.loss_config import L0, AuxK, Control, FixedPrefixes, NestedK
 from tests.sae.train.formulas import (

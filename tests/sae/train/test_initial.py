@@ -7,15 +7,13 @@ import torch
 from torch.nn.functional import normalize
 
 from activations_cache.config import TRAINING_SPLITS
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import ReLU, TopK
 from sae.autoencoder import SparseAutoencoder
-from sae.train.build import new_autoencoder
-from sae.train.config import L1, DictionaryConfig, TrainConfig
+from sae.train.config import L1, DataPoints, DictionaryConfig, Tied, TrainConfig
 from sae.train.fit import train
-from sae.train.init_config import DataPoints, Tied
-from sae.train.initial import geometric_median, refine_
-from sae.train.sites import sites
+from sae.train.hook_points import sites
+from sae.train.initialise import geometric_median, new_autoencoder, refine_
 
 ENTRY = DictionaryConfig(d_sae=23, activation=TopK(k=3))
 

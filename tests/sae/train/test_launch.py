@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
 from sae import pretrained
 from sae.architecture import BatchTopK, TopK
 from sae.train.config import AuxK, DictionaryConfig, TrainConfig

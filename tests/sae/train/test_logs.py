@@ -8,13 +8,12 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import JumpReLU, TopK
 from sae.train import loggers
-from sae.train.config import L0, AuxK, DictionaryConfig, TrainConfig
+from sae.train.config import L0, AuxK, DictionaryConfig, TrainConfig, Wandb
 from sae.train.curves import draw, read_curves
 from sae.train.fit import train
-from sae.train.log_config import Wandb
 
 SAES = {
     "topk": DictionaryConfig(d_sae=23, activation=TopK(k=3), auxk=AuxK(), dead_after_tokens=303),

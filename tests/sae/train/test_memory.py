@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import Gated, JumpReLU, ReLU, TopK
 from sae.train.config import Adam, AuxK, DictionaryConfig, TrainConfig
 from sae.train.fit import train

@@ -8,7 +8,7 @@ import torch
 from sae.architecture import BatchTopK, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import L1, Adam, AuxK, DictionaryConfig
-from sae.train.forward.result import Rows
+from sae.train.forward.common import Rows
 from sae.train.forward.run import forward
 from sae.train.forward.sharded import require_shardable
 from sae.train.loss_config import FixedPrefixes, MultiTopK, Refine

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sae.train.forward.result import Rows
+from sae.train.forward.common import Rows
 from sae.train.optim_config import Resample
 from sae.train.ranks import ALONE
 from sae.train.resample import candidates_of, is_due, resample_

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from activations_cache.config import TRAINING_SPLITS
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
 from sae import pretrained
 from sae.architecture import BatchTopK, GroupMax, TopK
 from sae.train import checkpoint

@@ -8,8 +8,8 @@ from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import Adam, DictionaryConfig
 from sae.train.forward import sharded
+from sae.train.latent_shards import whole_state
 from sae.train.loss_config import L0, L1, AuxK, FixedPrefixes, MultiTopK
-from sae.train.parts import whole_state
 from sae.train.ranks import ALONE, connect
 from sae.train.step import TrainStep
 

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from activations_cache.synthetic import synthetic_plan, write_synthetic
+from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import BatchTopK, TopK
-from sae.train import accumulate, checkpoint, fit, meter
+from sae.train import checkpoint, fit, step, throughput
 from sae.train.config import AuxK, DictionaryConfig, TrainConfig
 from sae.train.fit import train
 
@@ -21,11 +21,11 @@ CONFIG = TrainConfig(
     saes=SAES, batch=101, epochs=2, precision="fp32", log_every=5, checkpoint_seconds=0.02
 )
 PHASES = {
-    "forward": (accumulate, "forward", 9),
+    "forward": (step, "forward", 9),
     "save": (checkpoint.io, "rename", 3),
     "verify": (checkpoint, "_read", 2),
     "remove": (checkpoint.shutil, "rmtree", 1),
-    "log": (meter.Meter, "read", 1),
+    "log": (throughput.Meter, "read", 1),
 }
 
 

@@ -7,12 +7,12 @@ from activations_cache.config import CacheConfig, ModelConfig, TextConfig, TextS
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, Slice, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.cli.run_config import RunConfig
+from sae.train.column_layout import reads
 from sae.train.config import DictionaryConfig, TrainConfig
-from sae.train.forward.result import Moment, Rows
+from sae.train.forward.common import Moment, Rows
 from sae.train.forward.run import forward
+from sae.train.hook_points import Sites, sites
 from sae.train.loss_config import L1, FixedPrefixes, PAnneal, Tanh
-from sae.train.reads import reads
-from sae.train.sites import Sites, sites
 from sae.train.step import TrainStep
 
 WIDTHS, D_SAE, D_OUT, BATCH = (3, 7), 23, 5, 11

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sae.autoencoder import SparseAutoencoder
-from sae.train.build import units
 from sae.train.config import DictionaryConfig
+from sae.train.initialise import units
 from sae.train.step import TrainStep
 
 

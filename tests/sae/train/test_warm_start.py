@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sae import pretrained
-from sae.train.warm_start import start_from
+from sae.train.initialise import start_from
 
 
 @pytest.fixture

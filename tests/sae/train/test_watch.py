@@ -8,11 +8,11 @@ import torch
 
 from sae.architecture import JumpReLU
 from sae.autoencoder import SparseAutoencoder, initialise
-from sae.train.forward.result import Forward, Rows
-from sae.train.meter import PATIENCE, Meter
+from sae.train.diagnostics import Watch
+from sae.train.forward.common import Forward, Rows
 from sae.train.ranks import ALONE, connect
 from sae.train.step import TrainStep
-from sae.train.watch import Watch
+from sae.train.throughput import PATIENCE, Meter
 
 
 def test_densities_are_shares_of_the_rows_since_the_last_reading(step_of, entry):
@@ -122,7 +122,7 @@ def test_thresholds_that_get_no_gradient_are_told_once(bandwidth, step_of, entry
 
 def test_pace_and_time_left_are_those_of_the_clock(step_of, entry, planted, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("sae.train.meter.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("sae.train.throughput.time.perf_counter", lambda: now[0])
     step = step_of(entry("topk"))
     meter = Meter({"a": step}, 101, 2, ALONE)
     meter.start()

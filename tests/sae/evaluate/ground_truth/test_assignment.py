@@ -3,7 +3,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from sae.evaluate.ground_truth.assignment import assign
+from sae.evaluate.ground_truth.scores import assign
 
 
 def best_by_trying(values):

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from sae.evaluate.ground_truth.assignment import Pairs
 from sae.evaluate.ground_truth.scores import (
     FiringCounts,
+    Pairs,
     cosines,
     direction_scores,
     matched,

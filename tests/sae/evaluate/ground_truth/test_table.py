@@ -3,9 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from sae.evaluate.ground_truth.run import GroundTruthReport
+from sae.evaluate.ground_truth.run import GroundTruthReport, interval, table_rows, table_text
 from sae.evaluate.ground_truth.scores import DirectionScores, FiringScores
-from sae.evaluate.ground_truth.table import interval, table_rows, table_text
 
 
 @pytest.fixture

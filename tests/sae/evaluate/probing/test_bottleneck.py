@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sae.evaluate.probing.bottleneck import ConceptBottleneck, intervention_curve
+from sae.evaluate.probing.concepts import ConceptBottleneck, intervention_curve
 
 
 def xor(generator, n):

@@ -6,15 +6,8 @@ import torch
 
 from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
+from sae.evaluate.probing.labels import Task, codes_of, columns, default_arms, mean_difference, raw
 from sae.evaluate.probing.sparse_probe import auc, auc_interval, probe
-from sae.evaluate.probing.units import (
-    Task,
-    codes_of,
-    columns,
-    default_arms,
-    mean_difference,
-    raw,
-)
 
 N_TRAIN, N_TEST, D = 503, 307, 11
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sae.evaluate.probing.tcav import concept_vector, gradients, tcav, tcav_score
+from sae.evaluate.probing.concepts import concept_vector, gradients, tcav, tcav_score
 
 D = 13
 

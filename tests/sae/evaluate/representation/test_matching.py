@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.evaluate.representation.matching import Correlations, match
+from sae.evaluate.alignment import Correlations, match
 
 
 def test_a_planted_permutation_is_recovered_exactly(draw):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sae.evaluate.representation.relative import asif, relative, sparse_relative
+from sae.evaluate.alignment import asif, relative, sparse_relative
 
 
 def test_rotated_spaces_have_the_same_relative_rows(draw, rotation):

@@ -4,14 +4,15 @@ import pytest
 import torch
 from scipy import stats
 
-from sae.evaluate.representation.inherent import inherent_interpretability
-from sae.evaluate.representation.intrinsic import nearest_distances, two_nn
-from sae.evaluate.representation.rarity import rarity
-from sae.evaluate.representation.spectrum import (
+from sae.evaluate.geometry import (
+    inherent_interpretability,
     kurtosis,
     modality_gap,
+    nearest_distances,
     outlier_dimensions,
     rankme,
+    rarity,
+    two_nn,
 )
 
 

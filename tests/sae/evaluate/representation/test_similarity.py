@@ -5,12 +5,18 @@ import math
 import pytest
 import torch
 
-from sae.evaluate.representation.cca import pwcca, svcca
-from sae.evaluate.representation.cka import biased_hsic, cka, cknna
-from sae.evaluate.representation.distance import distance_correlation
-from sae.evaluate.representation.paired import permutation_null
-from sae.evaluate.representation.procrustes import procrustes_distance, rotation_onto
-from sae.evaluate.representation.rsa import rsa
+from sae.evaluate.alignment import permutation_null
+from sae.evaluate.similarity import (
+    biased_hsic,
+    cka,
+    cknna,
+    distance_correlation,
+    procrustes_distance,
+    pwcca,
+    rotation_onto,
+    rsa,
+    svcca,
+)
 
 INVARIANT = {
     "cka": cka,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sae.evaluate.representation.stitching import fit_stitch, stitching_loss
+from sae.evaluate.alignment import fit_stitch, stitching_loss
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sae.evaluate.scaling import Run, draw, fit_laws
-from sae.evaluate.scaling.rates import best_rates
+from sae.evaluate.scaling.runs import best_rates
 
 E, A, a, B, b = 0.11, 5.0, 0.37, 60.0, 0.53
 WIDTHS = (64, 256, 1024, 4096, 16384)

@@ -3,9 +3,8 @@ import math
 import pytest
 import torch
 
-from sae.evaluate.structure.description import description_length, entropies
-from sae.evaluate.structure.meta import meta_score
-from sae.evaluate.structure.splitting import hedging, splitting
+from sae.evaluate.structure.absorption import hedging, splitting
+from sae.evaluate.structure.description import description_length, entropies, meta_score
 
 
 def test_planted_children_are_found_under_their_parent(draw):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sae.evaluate.structure.universality import universality
+from sae.evaluate.structure.stability import universality
 
 
 def test_rotated_models_have_the_same_latents(draw, relu_dictionary):

@@ -7,9 +7,15 @@ import pytest
 import torch
 
 from sae.explain.atlas.completeness import completeness, name_frequency
-from sae.explain.atlas.neighbours import nearest, splitting
+from sae.explain.atlas.neighbours import (
+    CAUTION,
+    SAFETY,
+    MaxCorrelation,
+    contrast,
+    nearest,
+    splitting,
+)
 from sae.explain.atlas.plane import plane
-from sae.explain.atlas.search import CAUTION, SAFETY, MaxCorrelation, contrast
 
 
 def clusters(n: int = 13, size: int = 5, d: int = 31, noise: float = 0.1) -> torch.Tensor:

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from sae.explain.atlas.clusters import cluster_names, clusters
-from sae.explain.atlas.cofiring import cofiring
-from sae.explain.codes import Codes
+from sae.explain.atlas.neighbours import cofiring
+from sae.explain.atlas.plane import cluster_names, clusters
+from sae.explain.firings import Codes
 
 N_ROWS, D_SAE = 397, 23
 
@@ -26,7 +26,7 @@ def firings() -> np.ndarray:
 
 
 def test_correlations_are_pearsons_of_the_firings(monkeypatch) -> None:
-    monkeypatch.setattr("sae.explain.atlas.cofiring._LATENTS_AT_ONCE", 5)
+    monkeypatch.setattr("sae.explain.atlas.neighbours._LATENTS_AT_ONCE", 5)
     fires = firings()
     found = cofiring(codes_of(fires), D_SAE, least=1)
     live = [i for i in range(D_SAE) if i not in (11, 13)]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae.explain.config import LLMConfig
 from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import (
@@ -20,8 +21,7 @@ from sae.explain.llm.chat import (
     canonical,
     key_of,
 )
-from sae.explain.llm.config import LLMConfig
-from sae.explain.llm.readers import read_label, read_numbers, read_texts
+from sae.explain.llm.corpus_text import read_label, read_numbers, read_texts
 from sae.explain.llm.stand_ins import ConstantClient, ScriptedClient
 
 QUESTION = Request(prompt="t/1", messages=(Message("user", "Häh?"),), max_tokens=7)

@@ -9,10 +9,8 @@ import torch
 from sae.explain.explainers import LLMExplainer
 from sae.explain.judges import question
 from sae.explain.llm.chat import CallFailedError, Message, Request
-from sae.explain.llm.constrained import ConstrainedClient
-from sae.explain.llm.corpus_text import item
-from sae.explain.llm.local_client import LocalClient
-from sae.explain.llm.readers import read_label
+from sae.explain.llm.corpus_text import item, read_label
+from sae.explain.llm.local_client import ConstrainedClient, LocalClient
 
 ITEMS = [item([f" text {n}", ' "]"', " [1, 1, 1]"]) for n in range(5)]
 

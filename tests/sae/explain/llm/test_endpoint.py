@@ -10,11 +10,11 @@ import time
 
 import pytest
 
+from sae.explain.config import LLMConfig
 from sae.explain.explainers import LLMExplainer
 from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import EndpointError
-from sae.explain.llm.config import LLMConfig
 from sae.explain.llm.openai_client import OpenAIClient
 from sae.explain.pipeline import Plan, explain_all
 
@@ -71,7 +71,7 @@ import asyncio, json, sys
 from sae.explain.explainers import LLMExplainer
 from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.config import LLMConfig
+from sae.explain.config import LLMConfig
 from sae.explain.llm.openai_client import OpenAIClient
 from sae.explain.pipeline import Plan, explain_all
 from sae.explain.windows import LatentWindows, Window

@@ -5,17 +5,13 @@ import asyncio
 import numpy as np
 import pytest
 
+from sae.explain.config import LLMConfig
 from sae.explain.explainers import LLMExplainer
-from sae.explain.judges import RuleJudge, WordRule
+from sae.explain.judges import OracleClient, RuleJudge, WordRule
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.config import LLMConfig
 from sae.explain.llm.stand_ins import ConstantClient, FlakyClient, RandomClient
-from sae.explain.oracle import OracleClient
 from sae.explain.pipeline import Plan, estimate_all, explain_all, shuffled_windows
-from sae.explain.scorers.detection import Detection, Fuzzing
-from sae.explain.scorers.intruder import Intruder
-from sae.explain.scorers.rubric import Rubric
-from sae.explain.scorers.simulation import Simulation
+from sae.explain.scorers.by_questions import Detection, Fuzzing, Intruder, Rubric, Simulation
 
 SCORERS = (Detection(), Fuzzing(), Simulation(), Rubric(), Intruder())
 CONFIG = LLMConfig(model="m", retries=30, attempts=1, backoff_s=0.0, give_up_after=10**6)

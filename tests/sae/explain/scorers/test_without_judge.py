@@ -12,12 +12,17 @@ from sae.explain.explainers import Explanation
 from sae.explain.labels import make_labels
 from sae.explain.llm.chat import CallFailedError, Message, Request
 from sae.explain.llm.local_client import LocalClient
-from sae.explain.rules import rule_of, score_rule
-from sae.explain.scorers.causal import OutputSide, Sensitivity, amplified
-from sae.explain.scorers.detection import Detection
-from sae.explain.scorers.simulation import Simulation
-from sae.explain.scorers.text import Embedding, Surprisal, by_source
-from sae.explain.weight_pmi import published_score, weight_pmi
+from sae.explain.logit_lens import published_score, weight_pmi
+from sae.explain.rule_scores import rule_of, score_rule
+from sae.explain.scorers.by_model import (
+    Embedding,
+    OutputSide,
+    Sensitivity,
+    Surprisal,
+    amplified,
+    by_source,
+)
+from sae.explain.scorers.by_questions import Detection, Simulation
 from sae.explain.windows import LatentWindows
 
 

@@ -1,0 +1,268 @@
+"""CKA and CKNNA: how alike the similarities are that two sets of rows give the same examples.
+
+SVCCA and PWCCA: correlations of the best matched directions of two sets of rows.
+
+RSA: rank correlation of the dissimilarities that two sets of rows give the same examples.
+
+Procrustes: how far two sets of rows are from rotated copies of each other.
+
+Distance correlation: dependence of any kind between two sets of rows.
+"""
+
+import math
+from typing import Literal, NamedTuple, assert_never
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from scipy import stats
+from torch import Tensor
+
+from sae.evaluate.alignment import centred, paired
+
+
+def cka(
+    x: Float[Tensor, "row d_in"], y: Float[Tensor, "other d_out"], *, debiased: bool = True
+) -> float:
+    """Linear centred kernel alignment, HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)).
+
+    K = x x^T and L = y y^T (Kornblith et al. 2019, arXiv 1905.00414). With `debiased` HSIC is the
+    unbiased estimate (Song et al. 2012), so that independent rows give 0 on average; the biased one
+    gives independent 100 x 512 rows 0.84. Needs memory for three (row, row) matrices.
+
+    Returns:
+        1 for rows that are rotated, shifted or scaled copies; nan where a side does not vary.
+
+    Raises:
+        ValueError: If the sides do not have the same rows, or fewer than 4.
+    """
+    pair = paired(x, y, at_least=4)
+    kernels = [centred(rows) @ centred(rows).T for rows in pair]
+    hsic = unbiased_hsic if debiased else biased_hsic
+    return _aligned(*(hsic(a, b) for a, b in _products(*kernels)))
+
+
+def cknna(x: Float[Tensor, "row d_in"], y: Float[Tensor, "other d_out"], k: int = 10) -> float:
+    """CKA over pairs of examples that are among each other's k nearest on both sides.
+
+    Nearest by the inner product of centred rows (Huh et al. 2024, arXiv 2405.07987); with
+    k = rows - 1 it is the debiased CKA.
+
+    Raises:
+        ValueError: If the sides do not have the same rows, or k is not in 1..rows - 1.
+    """
+    pair = paired(x, y, at_least=4)
+    if not 1 <= k < len(pair.x):
+        raise ValueError(f"k must be in 1..{len(pair.x) - 1} for {len(pair.x)} rows, got {k}")
+    kernels = [centred(rows) @ centred(rows).T for rows in pair]
+    near = [_nearest(kernel, k) for kernel in kernels]
+    both = near[0] & near[1]
+    masks = (both, near[0], near[1])
+    products = zip(_products(*kernels), masks, strict=True)
+    return _aligned(*(unbiased_hsic(a * mask, b * mask) for (a, b), mask in products))
+
+
+def biased_hsic(k: Float64[Tensor, "row row"], l_: Float64[Tensor, "row row"]) -> float:
+    """tr(K H L H) / (n - 1)^2 with H the centring matrix."""
+    both = k - k.mean(dim=0) - k.mean(dim=1, keepdim=True) + k.mean()
+    return float((both * l_).sum()) / (len(k) - 1) ** 2
+
+
+def unbiased_hsic(k: Float64[Tensor, "row row"], l_: Float64[Tensor, "row row"]) -> float:
+    """Song et al. 2012, equation 4: its mean over samples is 0 for independent sides."""
+    n = len(k)
+    k, l_ = (kernel - kernel.diag().diag() for kernel in (k, l_))
+    total = (k * l_.T).sum() + k.sum() * l_.sum() / ((n - 1) * (n - 2))
+    return float(total - 2 / (n - 2) * (k.sum(dim=0) @ l_.sum(dim=1))) / (n * (n - 3))
+
+
+def _products(
+    k: Float64[Tensor, "row row"], l_: Float64[Tensor, "row row"]
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    return (k, l_), (k, k), (l_, l_)
+
+
+def _aligned(between: float, of_x: float, of_y: float) -> float:
+    product = of_x * of_y
+    return between / math.sqrt(product) if product > 0 else math.nan
+
+
+def _nearest(kernel: Float64[Tensor, "row row"], k: int) -> Bool[Tensor, "row row"]:
+    """Which columns are the k largest of a row, itself left out."""
+    others = kernel.clone().fill_diagonal_(-math.inf)
+    return torch.zeros_like(kernel, dtype=torch.bool).scatter_(1, others.topk(k).indices, True)
+
+
+SMALL = 1e-10
+"""Singular values below this share of the largest one count as 0."""
+
+
+class Basis(NamedTuple):
+    """What is kept of one side."""
+
+    q: Float64[Tensor, "row k"]
+    """Orthonormal columns that span it."""
+    rows: Float64[Tensor, "row d_in"]
+    """The centred rows."""
+
+
+def svcca(
+    x: Float[Tensor, "row d_in"], y: Float[Tensor, "other d_out"], *, variance: float = 0.99
+) -> float:
+    """Mean canonical correlation of the leading principal components of both sides.
+
+    Kept are the fewest components with `variance` of each side's variance (Raghu et al. 2017, arXiv
+    1706.05806).
+
+    Raises:
+        ValueError: If the sides do not have the same rows, `variance` is not in (0, 1], or there
+            are too few rows for a correlation to say anything.
+    """
+    if not 0 < variance <= 1:
+        raise ValueError(f"variance must be above 0 and at most 1, got {variance}")
+    pair = paired(x, y)
+    _, correlations, _ = _canonical(_basis(pair.x, variance), _basis(pair.y, variance))
+    return float(correlations.mean())
+
+
+def pwcca(x: Float[Tensor, "row d_in"], y: Float[Tensor, "other d_out"]) -> float:
+    """Canonical correlations weighted by how much of x each direction accounts for.
+
+    weight_i = sum_j |<h_i, x_j>| over the columns x_j, h_i the i-th canonical variate of x (Morcos
+    et al. 2018, arXiv 1806.05759). Not symmetric: the weights are those of x.
+
+    Raises:
+        ValueError: If the sides do not have the same rows, or too few of them.
+    """
+    pair = paired(x, y)
+    basis = _basis(pair.x, 1.0)
+    left, correlations, _ = _canonical(basis, _basis(pair.y, 1.0))
+    variates = basis.q @ left  # (row, k)
+    weights = (variates.T @ basis.rows).abs().sum(dim=1)
+    return float((weights * correlations).sum() / weights.sum())
+
+
+def _basis(rows: Float64[Tensor, "row d_in"], variance: float) -> Basis:
+    rows = centred(rows)
+    u, sizes, _ = torch.linalg.svd(rows, full_matrices=False)
+    share = sizes.square().cumsum(0) / sizes.square().sum()
+    kept = min(int((share < variance - 1e-12).sum()) + 1, int((sizes > SMALL * sizes[0]).sum()))
+    return Basis(u[:, :kept], rows)
+
+
+def _canonical(x: Basis, y: Basis) -> tuple[Tensor, Tensor, Tensor]:
+    n_rows, n_directions = len(x.q), x.q.shape[1] + y.q.shape[1]
+    if min(x.q.shape[1], y.q.shape[1]) == 0 or n_rows <= n_directions:
+        raise ValueError(
+            f"canonical correlations must have more rows than directions of both sides "
+            f"({n_directions}) and sides that vary, got {n_rows} rows; take more rows"
+        )
+    left, correlations, right = torch.linalg.svd(x.q.T @ y.q, full_matrices=False)
+    return left, correlations.clamp_max(1), right
+
+
+Dissimilarity = Literal["euclidean", "cosine", "correlation"]
+
+
+def rsa(
+    x: Float[Tensor, "row d_in"],
+    y: Float[Tensor, "other d_out"],
+    dissimilarity: Dissimilarity = "euclidean",
+) -> float:
+    """Spearman correlation of the upper triangles of both dissimilarity matrices.
+
+    Kriegeskorte et al. 2008. "euclidean" does not see rotations and shifts; "correlation", the
+    customary 1 - Pearson between two rows, sees rotations because it centres each row.
+
+    Returns:
+        -1..1; nan where all dissimilarities of a side are equal.
+
+    Raises:
+        ValueError: If the sides do not have the same rows, or fewer than 3.
+    """
+    pair = paired(x, y, at_least=3)
+    above = torch.triu_indices(len(pair.x), len(pair.x), offset=1).unbind()
+    sides = [dissimilarities(rows, dissimilarity)[above] for rows in pair]
+    ranks = [torch.from_numpy(stats.rankdata(side.numpy())).double() for side in sides]
+    a, b = (rank - rank.mean() for rank in ranks)
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def dissimilarities(
+    x: Float64[Tensor, "row d_in"], dissimilarity: Dissimilarity = "euclidean"
+) -> Float64[Tensor, "row row"]:
+    """The dissimilarity of every pair of rows; a row of norm 0 has cosine 0 with all others."""
+    match dissimilarity:
+        case "euclidean":
+            return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+        case "cosine":
+            unit = torch.nn.functional.normalize(x, dim=1, eps=torch.finfo(x.dtype).tiny)
+            return 1 - unit @ unit.T
+        case "correlation":
+            return dissimilarities(x - x.mean(dim=1, keepdim=True), "cosine")
+        case _:
+            assert_never(dissimilarity)
+
+
+def procrustes_distance(x: Float[Tensor, "row d_in"], y: Float[Tensor, "other d_out"]) -> float:
+    """||A||^2 + ||B||^2 - 2 ||A^T B||_* of the centred sides, each scaled to Frobenius norm 1.
+
+    Ding et al. 2021 (arXiv 2108.01661); its root is a shape metric (Williams et al. 2021, arXiv
+    2110.14739). Widths may differ: the narrower side counts as padded with zeros.
+
+    Returns:
+        0 for rotated, reflected, shifted or scaled copies, at most 2; nan where a side does not
+        vary.
+
+    Raises:
+        ValueError: If the sides do not have the same rows.
+    """
+    a, b = (centred(rows) for rows in paired(x, y))
+    a, b = a / a.norm(), b / b.norm()
+    if not bool(a.isfinite().all() and b.isfinite().all()):
+        return float("nan")
+    return float((2 - 2 * torch.linalg.svdvals(a.T @ b).sum()).clamp_min(0))
+
+
+def rotation_onto(
+    x: Float[Tensor, "row d_in"], y: Float[Tensor, "other d_in"]
+) -> Float64[Tensor, "d_in d_in"]:
+    """The orthogonal R for which x @ R is nearest to y (Schoenemann 1966); nothing is centred.
+
+    Raises:
+        ValueError: If the sides do not have the same rows.
+    """
+    pair = paired(x, y)
+    u, _, v = torch.linalg.svd(pair.x.T @ pair.y)
+    return u @ v
+
+
+def distance_correlation(
+    x: Float[Tensor, "row d_in"], y: Float[Tensor, "other d_out"], *, debiased: bool = True
+) -> float:
+    """<A, B> / sqrt(<A, A> <B, B>) of the centred Euclidean distances between rows.
+
+    Székely et al. 2007, the squared form; debiased as in Székely and Rizzo 2013, without which
+    independent rows of many dimensions come out near 1. It is 0 for independent rows only, so it
+    sees what no correlation does, and 1 for a rotated, scaled and shifted copy.
+
+    Returns:
+        At most 1; nan where all rows of a side are equal. Debiased it may fall below 0.
+
+    Raises:
+        ValueError: If the sides do not have the same rows, or fewer than 4.
+    """
+    pair = paired(x, y, at_least=4)
+    a, b = (_centred(dissimilarities(rows), debiased) for rows in pair)
+    norm = float((a * a).sum() * (b * b).sum())
+    return float((a * b).sum()) / math.sqrt(norm) if norm > 0 else math.nan
+
+
+def _centred(distance: Float64[Tensor, "row row"], debiased: bool) -> Float64[Tensor, "row row"]:
+    """Rows and columns of mean 0; debiased over the entries beside the diagonal alone."""
+    if not debiased:
+        means = distance.mean(dim=0)
+        return distance - means - means[:, None] + distance.mean()
+    n = len(distance)
+    sums = distance.sum(dim=0)
+    found = distance - (sums + sums[:, None]) / (n - 2) + distance.sum() / ((n - 1) * (n - 2))
+    return found.fill_diagonal_(0.0)

@@ -1,0 +1,222 @@
+"""What can be said of the text at a row: its word, the word before, its token, its source, ..."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int, Int32
+from torch import Tensor
+
+from sae.explain.config import Kind
+from sae.explain.firings import ActivationRows
+
+_LEAST_PAIR = 2
+
+
+@runtime_checkable
+class RowRefs(Protocol):
+    """Where rows come from."""
+
+    @property
+    def example(self) -> Int[Tensor, " row"]:
+        """Number of the example."""
+        ...
+
+    @property
+    def position(self) -> Int[Tensor, " row"]:
+        """Position in the example."""
+        ...
+
+
+@runtime_checkable
+class Examples(Protocol):
+    """The texts of a cache, as token ids."""
+
+    @property
+    def tokens(self) -> Int[Tensor, "example pos"]:
+        """Token ids; -1 where an example is shorter than the others."""
+        ...
+
+    @property
+    def source(self) -> Int[Tensor, " example"]:
+        """Index into source_names."""
+        ...
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources of text."""
+        ...
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """What explaining needs of an activation cache."""
+
+    @property
+    def examples(self) -> Examples:
+        """All texts."""
+        ...
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels that records carry; empty without labels."""
+        ...
+
+    def rows(self, splits: tuple[str, ...]) -> Int[Tensor, " row"]:
+        """Ids of the rows of these splits."""
+        ...
+
+    def refs(self, rows: Int[Tensor, " row"]) -> RowRefs:
+        """Where these rows come from."""
+        ...
+
+    def token_labels(self, rows: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+        """Index into label_names for each of these rows, -1 for none."""
+        ...
+
+    def __getitem__(self, hook_point: str) -> ActivationRows:
+        """The activations at a hook point."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowText:
+    """The text at a sequence of rows, which stand in the order of (example, position)."""
+
+    example: Int32[np.ndarray, " row"]
+    """Number of the example."""
+    position: Int32[np.ndarray, " row"]
+    """Position in the example."""
+    values: Mapping[Kind, Int32[np.ndarray, " row"]]
+    """For each kind, the index of the row's value among the kind's names; -1 for none."""
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return len(self.example)
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of all examples, each token standing for the whole word it belongs to."""
+
+    word: Int32[np.ndarray, "example pos"]
+    """Index into names."""
+    previous: Int32[np.ndarray, "example pos"]
+    """The word before that word in the example; -1 for none."""
+    names: tuple[str, ...]
+    """The words, lower-cased; what is neither letter nor digit is a word of its own."""
+
+    def pairs(self) -> tuple[Int32[np.ndarray, "example pos"], tuple[str, ...]]:
+        """Every two words in a row that come at least twice, and what they are called; -1: none."""
+        key = self.previous.astype(np.int64) * len(self.names) + self.word
+        begins = np.ones(key.shape, bool)  # a word of several tokens counts once
+        begins[:, 1:] = key[:, 1:] != key[:, :-1]
+        known, count = np.unique(key[begins & (self.previous >= 0)], return_counts=True)
+        known = known[count >= _LEAST_PAIR]
+        place = np.minimum(np.searchsorted(known, key), max(len(known) - 1, 0))
+        is_known = known[place] == key if len(known) else np.zeros(key.shape, bool)
+        first, second = np.divmod(known, len(self.names))
+        names = [f"{self.names[a]} {self.names[b]}" for a, b in zip(first, second, strict=True)]
+        return np.where(is_known, place, -1).astype(np.int32), tuple(names)
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of one split."""
+
+    ids: Int[Tensor, " row"]
+    """Their ids in the cache, in the order of (example, position)."""
+    text: RowText
+    """The text at them."""
+
+
+class TextReader:
+    """Reads the text at the rows of a cache; the names of the values hold for all splits."""
+
+    def __init__(self, cache: Cache, token_strings: Sequence[str]) -> None:
+        """Join the words of all examples.
+
+        Args:
+            cache: Whose texts are read.
+            token_strings: Each token as text, with its leading space if it has one.
+
+        Raises:
+            ValueError: If a token of the examples has no string.
+        """
+        self._cache = cache
+        self._tokens = cache.examples.tokens.numpy()
+        if self._tokens.min() < -1 or self._tokens.max() >= len(token_strings):
+            raise ValueError(
+                f"token ids must lie between 0 and {len(token_strings) - 1}, got "
+                f"{self._tokens.min()} to {self._tokens.max()}; pass the strings of the tokenizer "
+                "that made the cache"
+            )
+        self._words = join_words(self._tokens, token_strings)
+        self._pair, pair_names = self._words.pairs()
+        longest = self._tokens.shape[1].bit_length()
+        self.names: Mapping[Kind, Sequence[str]] = {
+            "word": self._words.names,
+            "previous word": self._words.names,
+            "word pair": pair_names,
+            "token": token_strings,
+            "supersense": cache.label_names,
+            "source": tuple(name.rsplit("/", 1)[-1] for name in cache.examples.source_names),
+            "position": tuple(_position_name(bits) for bits in range(longest + 1)),
+        }
+        """What the values of each kind are called."""
+
+    def read(self, split: str) -> SplitRows:
+        """The rows of one split and the text at them."""
+        ids = self._cache.rows((split,))
+        refs = self._cache.refs(ids)
+        order = np.lexsort((refs.position.numpy(), refs.example.numpy()))
+        ids = ids[torch.from_numpy(order)]
+        example = refs.example.numpy()[order].astype(np.int32)
+        position = refs.position.numpy()[order].astype(np.int32)
+        at = (example, position)
+        values: dict[Kind, np.ndarray] = {
+            "word": self._words.word[at],
+            "previous word": self._words.previous[at],
+            "word pair": self._pair[at],
+            "token": self._tokens[at],
+            "supersense": self._cache.token_labels(ids).numpy(),
+            "source": self._cache.examples.source.numpy()[example],
+            "position": np.frexp(position)[1],  # number of binary digits
+        }
+        for kind, array in values.items():
+            values[kind] = array.astype(np.int32)
+        return SplitRows(ids, RowText(example, position, values))
+
+
+def join_words(tokens: Int[np.ndarray, "example pos"], token_strings: Sequence[str]) -> Words:
+    """Join tokens to words within each example.
+
+    A token continues the word before it if it begins with a letter or digit and the token before it
+    ends with one. Words are stripped of white space and lower-cased; white space itself stays.
+    """
+    used, flat = np.unique(tokens, return_inverse=True)
+    strings = [token_strings[int(token)] if token >= 0 else "" for token in used]  # -1: padding
+    pieces = np.array([string.strip().lower() or string for string in strings], dtype=object)
+    continues = np.array([string[:1].isalnum() for string in strings])
+    continued = np.array([string[-1:].isalnum() for string in strings])
+    flat = flat.reshape(tokens.shape)
+    begins = np.ones(tokens.shape, bool)
+    begins[:, 1:] = ~(continues[flat[:, 1:]] & continued[flat[:, :-1]])
+    first = np.flatnonzero(begins)
+    ids: dict[str, int] = {}
+    joined = np.add.reduceat(pieces[flat.ravel()], first)
+    words = np.array([ids.setdefault(word, len(ids)) for word in joined], np.int32)
+    before = np.concatenate([np.array([-1], np.int32), words[:-1]])
+    before[first % tokens.shape[1] == 0] = -1
+    number = np.cumsum(begins.ravel()) - 1
+    shape = tokens.shape
+    return Words(words[number].reshape(shape), before[number].reshape(shape), tuple(ids))
+
+
+def _position_name(n_bits: int) -> str:
+    """Positions with this many binary digits: 0, 1, 2-3, 4-7, ..."""
+    low, high = (1 << n_bits) // 2, (1 << n_bits) - 1
+    return str(low) if low >= high else f"{low}-{high}"

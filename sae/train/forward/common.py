@@ -1,0 +1,127 @@
+"""What goes into a forward pass of training beside the rows, and what comes out.
+
+Terms of the loss that several forward passes have.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae import losses
+from sae.autoencoder import SparseAutoencoder
+from sae.train.config import DictionaryConfig
+from sae.train.loss_config import Control, FixedPrefixes, Matryoshka, RandomPrefixes
+from sae.train.ranks import ALONE, Ranks
+from sae.train.schedule import random_prefixes
+from sae_kernels import auxk as reconstruction_by_dead
+
+
+class Power(NamedTuple):
+    """Where p-annealing stands."""
+
+    p: float = 1.0
+    """The power of the penalty."""
+    scale: float = 1.0
+    """What its weight is multiplied by."""
+
+
+class Rows(NamedTuple):
+    """The rows of a step, in the dictionary's units."""
+
+    u: Float[Tensor, "batch d_in"]
+    """What is read."""
+    v: Float[Tensor, "batch d_out"]
+    """What is predicted; u itself for an autoencoder proper."""
+
+
+class Forward(NamedTuple):
+    """What a forward pass gives."""
+
+    loss: Float[Tensor, ""]
+    """What is minimised."""
+    error: Float[Tensor, ""]
+    """The squared error of the whole dictionary, summed over d."""
+    n_fired: Int[Tensor, " d_sae"]
+    """In how many rows each latent fired."""
+    l0: Float[Tensor, ""]
+    """Mean number of latents that fired in a row."""
+    y: Float[Tensor, "batch d_out"]
+    """The whole dictionary's reconstruction, detached; of a batch in parts the first one's."""
+    threshold: Float[Tensor, ""] | None = None
+    """For BatchTopK: the smallest activation that was kept."""
+    power: Power | None = None
+    """For p-annealing: where it stands now."""
+
+
+class Moment(NamedTuple):
+    """Where training stands, as far as the losses depend on it."""
+
+    n_steps: int
+    total_steps: int
+    dead: Bool[Tensor, " d_sae"]
+    """Latents that are dead."""
+    bf16: bool
+    """Whether the encoder's and the dense products are in bfloat16."""
+    power: Power = Power()
+    """Where p-annealing stood after the step before."""
+    ranks: Ranks = ALONE
+    """The processes that train together."""
+    n_rows: int = 0
+    """Rows of the batch, on all processes."""
+    share: float = 1.0
+    """This process's part of them."""
+
+
+def autocast(device: torch.device, is_on: bool) -> torch.autocast:
+    """A context in which products are in bfloat16, if it is on."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_on)
+
+
+def prefix_ends(matryoshka: Matryoshka, d_sae: int, n_steps: int) -> tuple[int, ...]:
+    """Sizes of the prefixes at a step, the whole dictionary last."""
+    if isinstance(matryoshka, FixedPrefixes):
+        return (*matryoshka.ends, d_sae)
+    assert isinstance(matryoshka, RandomPrefixes), matryoshka
+    of = matryoshka
+    return random_prefixes(n_steps, of.seed, of.n, d_sae, of.exponent)
+
+
+def prefix_share(matryoshka: Matryoshka, n_steps: int, total_steps: int) -> float:
+    """Weight of the mean over the prefixes at a step; the rest is that of the whole dictionary."""
+    until = matryoshka.until if isinstance(matryoshka, FixedPrefixes) else None
+    return 1.0 if until is None else max(0.0, 1 - n_steps / (until * total_steps))
+
+
+def auxk(
+    autoencoder: SparseAutoencoder,
+    config: DictionaryConfig,
+    rows: Rows,
+    moment: Moment,
+    y: Float[Tensor, "batch d_out"],
+) -> float | Float[Tensor, ""]:
+    """How badly the dead latents reconstruct what y leaves, times the coefficient; 0 without."""
+    settings, weights, dec_rows = config.auxk, autoencoder.encoder(), autoencoder.dec_rows
+    if settings is None or not bool(moment.dead.any()):
+        return 0.0
+    k = settings.k or max(rows.u.shape[1] // 2, 1)
+    b_in = None if weights.b_in is None else weights.b_in.detach()
+    if weights.norms is not None:
+        dec_rows = dec_rows / weights.norms[:, None]
+    with autocast(rows.u.device, moment.bf16 or settings.products == "bf16"):
+        found = reconstruction_by_dead(
+            rows.u, weights.enc_rows, weights.b_enc, dec_rows, moment.dead, k, b_in=b_in
+        )
+    residual = (rows.v - y).detach()
+    with autocast(rows.u.device, False):
+        error = losses.squared_error(residual, found.to(residual.dtype))
+    return settings.coefficient * error
+
+
+def controlled(control: Control, found: Forward, moment: Moment) -> Forward:
+    """The same with the penalty's new weight."""
+    l0, before = float(moment.ranks.mean(found.l0, moment.share)), moment.power
+    off = min(max(l0 / control.target - 1, -1.0), 1.0)
+    return found._replace(power=Power(before.p, before.scale * math.exp(control.rate * off)))
