@@ -14,7 +14,6 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from activations_cache.config import parse_hook_point
+from activations_cache.reading import Reading, base_model
 
 Stream = Float[Tensor, "example pos d_model"]
 Edit = Callable[[Stream, Int[Tensor, "example pos"]], Stream]
@@ -120,64 +120,19 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
         edits: A function for each hook point.
 
     Raises:
-        ValueError: If a hook point names no module, or a function returns another shape.
+        ValueError: If a hook point names no module, a function returns another shape, or the
+            positions of a stream do not follow from the model's call.
     """
-    positions = _Positions()
 
-    def replace(hook_point: str, fn: Edit) -> Callable[[Stream], Stream]:
-        return lambda stream: _apply(fn, stream, positions.of(stream), hook_point)
+    def replace(hook_point: str, fn: Edit, reading: Reading) -> Callable[[Stream], Stream]:
+        return lambda stream: _apply(fn, stream, reading.positions(stream), hook_point)
 
     with contextlib.ExitStack() as hooks:
         for hook_point, fn in edits.items():
-            hooks.callback(_attach(model, hook_point, replace(hook_point, fn)).remove)
-        base = base_model(model)
-        hooks.callback(base.register_forward_pre_hook(positions.read, with_kwargs=True).remove)
+            reading = Reading(model, hook_point)
+            hooks.callback(_attach(model, hook_point, replace(hook_point, fn, reading)).remove)
+            hooks.enter_context(reading.attach())
         yield
-
-
-class _Positions:
-    """Knows where the tokens of the present forward stand in their sequences."""
-
-    def __init__(self):
-        self._mask: Tensor | None = None
-        self._position_ids: Tensor | None = None
-        self._n_cached = 0
-
-    def read(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Take the arguments of the backbone, before its layers run."""
-        arguments = arguments_of(module, args, kwargs)
-        self._mask = two_axes(arguments.get("attention_mask"))
-        self._position_ids = two_axes(arguments.get("position_ids"))
-        self._n_cached = n_cached(arguments)
-
-    def of(self, stream: Stream) -> Int[Tensor, "example pos"]:
-        """Return the positions of a stream's tokens; a mask speaks before position ids."""
-        n_examples, n_new = stream.shape[:2]
-        if self._mask is not None and self._mask.shape[1] == self._n_cached + n_new:
-            first = (self._mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
-            positions = torch.arange(self._mask.shape[1], device=self._mask.device) - first
-            positions = positions[:, -n_new:]
-        elif self._position_ids is not None and self._position_ids.shape[1] == n_new:
-            positions = self._position_ids
-        else:
-            positions = self._n_cached + torch.arange(n_new)[None]
-        return positions.to(stream.device).expand(n_examples, n_new)
-
-
-def arguments_of(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """Return the arguments of a call of a module's forward by their names."""
-    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-
-
-def n_cached(arguments: Mapping[str, Any]) -> int:
-    """Return how many positions stand in the KV cache that a forward is given."""
-    cached = arguments.get("past_key_values")
-    return 0 if cached is None else int(cached.get_seq_length())
-
-
-def two_axes(value: object) -> Shaped[Tensor, "example pos"] | None:
-    """Return a (example, pos) tensor as it is, and None for a mask in another form."""
-    return value if isinstance(value, Tensor) and value.ndim == 2 else None
 
 
 def _apply(
@@ -190,17 +145,6 @@ def _apply(
             f"the edit of {hook_point} must return the shape {tuple(stream.shape)}, got {got}"
         )
     return edited.to(stream)
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """Return the backbone of a transformers model, or the module itself."""
-    base = getattr(model, "base_model", model)
-    # What DINOv3 calls its base reads embedded patches, and not the image.
-    return base if isinstance(base, nn.Module) and _first(base) == _first(model) else model
-
-
-def _first(module: nn.Module) -> str:
-    return next(iter(inspect.signature(module.forward).parameters), "")
 
 
 def _module(model: nn.Module, hook_point: str) -> nn.Module:

@@ -1,14 +1,14 @@
 """How much of each example is prompt, however the model is called: for edits of one part alone."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from activations_cache.hooks import arguments_of, base_model, n_cached, two_axes
+from activations_cache.reading import Read, Reading, around, parameters_of, two_axes
 
 
 class Prompt(NamedTuple):
@@ -25,9 +25,13 @@ class Prompt(NamedTuple):
 class Prompts:
     """Knows the prompts of what the model reads at present; made by `prompts_of`."""
 
-    def __init__(self) -> None:
-        """Start before any forward."""
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        """Start before any forward of these modules, the model first."""
+        both = [m for m in modules if "decoder_input_ids" in parameters_of(m)]
+        encoder = getattr(both[-1], "get_encoder", lambda: None)() if both else None
+        self._is_seq2seq, self._is_encoder = bool(both), encoder in modules
         self._prompt: Prompt | None = None
+        self._earlier: Prompt | None = None
         self._generating = 0
 
     def of(self, n_examples: int) -> Prompt | None:
@@ -41,24 +45,31 @@ class Prompts:
         padding, tokens = (t.repeat_interleave(times) for t in self._prompt[:2])
         return Prompt(padding, tokens, self._prompt.is_whole)
 
-    def read(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Take the arguments of the backbone: a forward with nothing cached begins a prompt."""
-        arguments = arguments_of(module, args, kwargs)
-        if n_cached(arguments) > 0:
-            if self._prompt is not None:
-                self._prompt = self._prompt._replace(is_whole=False)
-        elif not (self._generating and self._prompt is not None):
-            self._prompt = _prompt(arguments, is_whole=not self._generating)
+    def read(self, calls: Sequence[Read]) -> None:
+        """Take what the model is called with: a call with nothing cached begins a prompt."""
+        if len(calls) == 1:
+            self._earlier = self._prompt
+        before = {call.n_before for call in calls}
+        if None in before:
+            self._prompt = None
+        elif before != {0}:
+            self._prompt = self._earlier and self._earlier._replace(is_whole=False)
+        elif self._earlier is None or not self._generating:
+            is_whole = self._is_encoder or not self._generating
+            self._prompt = _prompt(calls[0].arguments, is_whole=is_whole)
 
     def during(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """Return `generate` as it is, except that it notes its prompts first."""
 
         def noting(*args: Any, **kwargs: Any) -> Any:
-            inputs = args[0] if args else kwargs.get("inputs")
-            named = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
-            # Without a mask, transformers may infer one: then the first forward shows it.
-            has_mask = two_axes(kwargs.get("attention_mask")) is not None
-            self._prompt = _prompt(named, is_whole=False) if has_mask else None
+            if not self._generating:  # and not one that calls another
+                inputs = args[0] if args else kwargs.get("inputs")
+                named = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
+                # Without a mask, transformers may infer one: then the first forward shows it. It
+                # also shows the prompt of a decoder, which is not what `generate` is given.
+                has_mask = two_axes(kwargs.get("attention_mask")) is not None
+                is_shown = self._is_seq2seq or not has_mask
+                self._prompt = None if is_shown else _prompt(named, is_whole=False)
             self._generating += 1
             try:
                 return generate(*args, **kwargs)
@@ -68,7 +79,7 @@ class Prompts:
         return noting
 
 
-def _prompt(arguments: dict[str, Any], *, is_whole: bool) -> Prompt | None:
+def _prompt(arguments: Mapping[str, Any], *, is_whole: bool) -> Prompt | None:
     mask = two_axes(arguments.get("attention_mask"))
     if mask is None:
         ids, embedded = arguments.get("input_ids"), arguments.get("inputs_embeds")
@@ -81,25 +92,34 @@ def _prompt(arguments: dict[str, Any], *, is_whole: bool) -> Prompt | None:
 
 
 @contextlib.contextmanager
-def prompts_of(model: nn.Module) -> Iterator[Prompts]:
+def prompts_of(model: nn.Module, hook_point: str) -> Iterator[Prompts]:
     """Follow which tokens are prompt, in forwards of a model and in its `generate`.
 
-    In `generate` they are what it is given. Outside, a forward without a KV cache reads a prompt,
-    and what is read on top of a cache continues it.
+    In `generate` they are what it is given, or what a decoder reads first. Outside, a forward
+    without a KV cache reads a prompt, and what is read on top of a cache continues it.
 
     Args:
         model: The model whose `generate` or forward is called inside this context.
+        hook_point: The place whose tokens are meant: an encoder has others than its decoder.
     """
-    prompts = Prompts()
-    before = vars(model).get("generate")
-    hook = base_model(model).register_forward_pre_hook(prompts.read, with_kwargs=True)
-    try:
-        if callable(generate := getattr(model, "generate", None)):
-            vars(model)["generate"] = prompts.during(generate)
+    modules = around(model, hook_point)
+    prompts = Prompts(modules)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Reading(model, hook_point, prompts.read).attach())
+        for module in modules:
+            if callable(generate := getattr(module, "generate", None)):
+                stack.enter_context(_replaced(module, prompts.during(generate)))
         yield prompts
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, generate: Callable[..., Any]) -> Iterator[None]:
+    before = vars(module).get("generate")
+    vars(module)["generate"] = generate
+    try:
+        yield
     finally:
-        hook.remove()
         if before is not None:
-            vars(model)["generate"] = before
+            vars(module)["generate"] = before
         else:
-            vars(model).pop("generate", None)
+            vars(module).pop("generate", None)

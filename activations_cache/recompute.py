@@ -10,10 +10,11 @@ from torch import Tensor
 from activations_cache.builder import model_inputs
 from activations_cache.checks import Progress, silent
 from activations_cache.config import parse_hook_point
-from activations_cache.hooks import base_model, blocks_of, capture
+from activations_cache.hooks import blocks_of, capture
 from activations_cache.image_rows import CachedImages
 from activations_cache.models import LoadedModel
 from activations_cache.reader import ActivationCache
+from activations_cache.reading import base_model
 from activations_cache.vision import LoadedVisionModel
 
 N_ROWS = 64

@@ -1,12 +1,12 @@
 """Greedy continuation of a prompt, one token at a time, so that base and steered text compare."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from activations_cache.models import Tokenizer
+from activations_cache.reading import given_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +102,15 @@ def _greedy(
     """The continuations of prompts of one length, each up to its end token."""
     device = next(model.parameters()).device
     whole = torch.tensor(prompts, device=device)
-    n_prompt, past = whole.shape[1], None
+    n_prompt, cache = whole.shape[1], {}
     fresh = whole
     while whole.shape[1] < n_prompt + n_tokens:
-        arguments: dict[str, Any] = {"past_key_values": past} if use_cache else {}
-        output = model(input_ids=fresh, use_cache=use_cache, **arguments)
+        output = model(input_ids=fresh, use_cache=use_cache, **cache)
         chosen = output.logits[:, -1].argmax(dim=1, keepdim=True)
         whole = torch.cat([whole, chosen], dim=1)
-        if bool((whole[:, n_prompt:] == end).any(dim=1).all()):
+        if end is not None and bool((whole[:, n_prompt:] == end).any(dim=1).all()):
             break
-        past = output.past_key_values
-        fresh = chosen if use_cache else whole
+        cache = given_cache(model, output) if use_cache else {}
+        fresh = chosen if cache else whole
     rows = whole[:, n_prompt:].tolist()
     return [row[: row.index(end)] if end in row else row for row in rows]

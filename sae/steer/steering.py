@@ -205,8 +205,8 @@ class Steering:
     def __enter__(self) -> "Steering":
         """Attach the hooks."""
         with contextlib.ExitStack() as stack:
-            prompts = stack.enter_context(prompts_of(self.model))
             for (place, applied), count in zip(self._applied, self.counts, strict=True):
+                prompts = stack.enter_context(prompts_of(self.model, place[1]))
                 work = _Work(applied, place, count, self, prompts)
                 for point, fn in work.edits():
                     stack.enter_context(hooks.edit(self.model, {point: fn}))

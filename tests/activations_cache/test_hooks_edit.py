@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from activations_cache.hooks import capture, edit
+from activations_cache.reading import given_cache
 
 
 def blocks(model: nn.Module) -> str:
@@ -150,9 +151,9 @@ def test_position_ids_count_where_no_mask_is_given(causal_model):
 def test_positions_continue_a_cache_that_was_filled_before(causal_model):
     recorder = Recorder()
     x = tokens(2, 11)
-    past = causal_model(x[:, :7], use_cache=True).past_key_values
+    cache = given_cache(causal_model, causal_model(x[:, :7], use_cache=True))
     with edit(causal_model, {f"{blocks(causal_model)}.1:out": recorder}):
-        causal_model(x[:, 7:], past_key_values=past, use_cache=True)
+        causal_model(x[:, 7:], use_cache=True, **cache)
     assert recorder.positions[0].tolist() == [[7, 8, 9, 10]] * 2
 
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from activations_cache.reading import given_cache
 from sae.explain.judges import allowed, read_question
 from sae.explain.llm.chat import CallFailedError, Message, Request, Response
 
@@ -147,13 +148,14 @@ class ConstrainedClient(LocalClient):
         ids = self._fitting(request, "[", 3 * n)
         n_read = ids.shape[1]
         choices = torch.stack(self._digits[low : high + 1])
-        past: Any = None
+        cache: dict[str, Any] = {}
         numbers: list[int] = []
         for _ in range(n):
-            out = self._model(ids, past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out = self._model(ids, use_cache=True, **cache)
+            cache = given_cache(self._model, out)
             numbers.append(low + int(out.logits[0, -1, choices].argmax()))
-            ids = self._plain(f"{numbers[-1]}, ")
+            more = self._plain(f"{numbers[-1]}, ")
+            ids = more if cache else torch.cat([ids, more], dim=1)
         return Response(str(numbers), "stop", n_read, 3 * n)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from activations_cache.reading import given_cache
 from sae.architecture import ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.steer.edits import Edit
@@ -177,9 +178,9 @@ def test_what_is_read_on_top_of_a_cache_is_generated(subject, prompts):
     model, placed = subject
     ids = prompts["input_ids"][:1]
     with Steering(model, [Edit(placed, latent=5, clamp=9.0)], positions="generated") as steering:
-        past = model(ids, use_cache=True).past_key_values
+        cache = given_cache(model, model(ids, use_cache=True))
         assert steering.n_tokens == 0
-        model(ids[:, :2], past_key_values=past, use_cache=True)
+        model(ids[:, :2], use_cache=True, **cache)
     assert steering.n_tokens == 2
 
 
