@@ -52,6 +52,31 @@ def test_the_end_token_ends_the_text(model, tokenizer):
     assert found.tokens == whole.tokens[: whole.tokens.index(whole.tokens[4])]
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_tokenizer_without_an_end_token_is_enough(model, tokenizer, use_cache):
+    expected = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=11)
+    before = tokenizer.eos_token
+    tokenizer.eos_token = None
+    try:
+        found = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=11, use_cache=use_cache)
+    finally:
+        tokenizer.eos_token = before
+    assert found.tokens[: len(expected.tokens)] == expected.tokens
+    assert len(found.tokens) == 11
+
+
+def test_each_token_is_steered_once_with_a_cache(model, tokenizer, placed):
+    edits = [Edit(placed, latent=3, clamp=7.0)]
+    with Steering(model, edits) as cached:
+        generate(model, tokenizer, "w3 w7 w9", max_new_tokens=17)
+    with Steering(model, edits) as whole:
+        found = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=17, use_cache=False)
+    assert len(found.tokens) == 17
+    # The last token is written and not read; the first is an attention sink.
+    assert cached.counts[0].n_changed == 3 + 16 - 1
+    assert whole.counts[0].n_changed == sum(3 + step - 1 for step in range(17))
+
+
 def test_an_empty_prompt_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="prompt must have at least one token, got '  '"):
         generate(model, tokenizer, "  ")

@@ -88,17 +88,41 @@ def prompts():
 
 
 def generated(model, prompts, **options):
-    return model.generate(
+    return with_logits(model, prompts, **options)[0]
+
+
+def with_logits(model, prompts, **options):
+    """The texts, and the logits of each of their new tokens."""
+    found = model.generate(
         **prompts, max_new_tokens=N_NEW, min_new_tokens=N_NEW, pad_token_id=0,
+        output_logits=True, return_dict_in_generate=True,
         **{"do_sample": False, **options},
-    ).tolist()  # fmt: skip
+    )  # fmt: skip
+    return found.sequences.tolist(), torch.stack(found.logits, dim=1)
 
 
 def steered(subject, prompts, positions, edit_words=None, first=1, **options):
+    text, _, steering = steered_logits(subject, prompts, positions, edit_words, first, **options)
+    return text, steering
+
+
+def steered_logits(subject, prompts, positions, edit_words=None, first=1, **options):
     model, placed = subject
     edits = [Edit(placed, latent=5, **(edit_words or {"clamp": "1.5x norm"}))]
     with Steering(model, edits, positions=positions, first_position=first) as steering:
-        return generated(model, prompts, **options), steering
+        return *with_logits(model, prompts, **options), steering
+
+
+def assert_same_text(found, expected, logits):
+    """Equal tokens, or a tie of the expected run: its two logits are the same to two roundings."""
+    eps = torch.finfo(logits.dtype).eps
+    for row, (one, other) in enumerate(zip(found, expected, strict=True)):
+        step = next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
+        if step is not None:
+            n_prompt = len(other) - logits.shape[1]
+            first, second = logits[row, step - n_prompt, [one[step], other[step]]].tolist()
+            assert step >= n_prompt
+            assert abs(first - second) <= 2 * eps * max(abs(first), abs(second))
 
 
 def n_chosen(policy, first, n_fed):
@@ -120,8 +144,10 @@ def n_chosen(policy, first, n_fed):
 def test_cached_and_uncached_generation_agree(subject, prompts, policy, first):
     base = generated(subject[0], prompts)
     cached, steering = steered(subject, prompts, POLICIES[policy], first=first)
-    whole, recount = steered(subject, prompts, POLICIES[policy], first=first, use_cache=False)
-    assert cached == whole
+    whole, logits, recount = steered_logits(
+        subject, prompts, POLICIES[policy], first=first, use_cache=False
+    )
+    assert_same_text(cached, whole, logits)
     assert cached != base
     assert steering.n_tokens == n_chosen(policy, first, N_NEW)
     times = N_NEW if policy in ("prompt", "last", "mask") else None
@@ -152,8 +178,8 @@ def test_a_padded_prompt_is_steered_as_it_is_alone(subject, prompts):
     cached, _ = steered(subject, prompts, "generated")
     for row, n in enumerate(LENGTHS):
         alone = {name: values[row : row + 1, 7 - n :] for name, values in prompts.items()}
-        text, _ = steered(subject, alone, "generated")
-        assert text[0] == cached[row][7 - n :]
+        text, logits, _ = steered_logits(subject, alone, "generated")
+        assert_same_text([cached[row][7 - n :]], text, logits)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
