@@ -64,6 +64,10 @@ class NonFiniteError(ValueError):
     """The model gives too many rows that are not finite, or that the cache's dtype cannot hold."""
 
 
+class MissingPackageError(ValueError):
+    """What was asked for needs a package that is not installed; the message says how to get it."""
+
+
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, unit)`, for example `progress(3, 16, "contexts")`.
 

@@ -7,7 +7,6 @@ under that name complete or not at all.
 """
 
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -22,7 +21,8 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from activations_cache import io
 from activations_cache.checks import Progress, silent
-from activations_cache.loading import ModelError, Refusing, quiet
+from activations_cache.config import require_reader
+from activations_cache.loading import Refusing, quiet
 
 _MANIFEST = "manifest.json"
 _WAIT_S = 1800.0
@@ -59,7 +59,8 @@ def converted(
         progress: Called for each step of a conversion.
 
     Raises:
-        ModelError: If the file cannot be read, or a package for reading it is missing.
+        ModelError: If the file cannot be read.
+        MissingPackageError: If a package for reading it is missing.
     """
     models = cache_directory() / "models"
     target = models / sha256
@@ -108,7 +109,7 @@ def _read_gguf(path: Path) -> Save:
 
 
 def _read(path: Path) -> tuple[Tokenizer, PreTrainedModel]:
-    _require_packages()
+    require_reader(path.name)
     refusing = Refusing(f"{path} must be a whole GGUF file", "fetch the file again")
     with path.open("rb") as file:
         magic = file.read(4)
@@ -147,15 +148,6 @@ def _commit(partial: Path, target: Path) -> None:
     io.write_files({partial / _MANIFEST: json.dumps(manifest, indent=1).encode()})
     io.rename(partial, target)
     io.sync_directory(target.parent)
-
-
-def _require_packages() -> None:
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModelError(
-            f"reading a GGUF file must have the packages gguf and accelerate, got no "
-            f"{' and no '.join(missing)}; run `pip install monosema[demo]`"
-        )
 
 
 def _sha256(path: Path) -> str:

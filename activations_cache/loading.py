@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from transformers.utils import logging as transformers_logging
 
+from activations_cache.checks import MissingPackageError
+
 _DAMAGE = (
     ArithmeticError,
     AttributeError,
@@ -47,7 +49,7 @@ class Refusing:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """Translate the error, if there is one and it is not ours already."""
-        if isinstance(error, ModelError):
+        if isinstance(error, ModelError | MissingPackageError):
             return
         if isinstance(error, _DAMAGE) or kind is Exception:
             raise self.error(one_line(error)) from error

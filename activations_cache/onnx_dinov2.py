@@ -5,7 +5,6 @@ are transposed; the nodes that use them still say which layer they belong to.
 """
 
 import importlib
-import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -18,8 +17,9 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from activations_cache.config import require_reader
 from activations_cache.gguf import Save
-from activations_cache.loading import ModelError, Refusing
+from activations_cache.loading import Refusing
 
 _HEAD = 64
 """Width of an attention head in every DINOv2."""
@@ -52,9 +52,11 @@ def read(path: Path) -> Save:
         A function that saves into a directory; float32.
 
     Raises:
-        ModelError: If it is no such file, or the package onnx is missing.
+        ModelError: If it is no such file.
+        MissingPackageError: If the package onnx is missing.
     """
-    onnx = _package()
+    require_reader(path.name)
+    onnx = importlib.import_module("onnx")
     damaged = importlib.import_module("google.protobuf.message").DecodeError
     refusing = Refusing(f"{path} must be an ONNX export of DINOv2", "name another file")
     with refusing, path.open("rb") as file:
@@ -124,12 +126,3 @@ def _config(weights: Weights) -> dict[str, object]:
         "layer_norm_eps": 1e-6,
         "qkv_bias": True,
     }
-
-
-def _package() -> ModuleType:
-    if importlib.util.find_spec("onnx") is None:
-        raise ModelError(
-            "reading an ONNX file must have the package onnx, got none; "
-            "run `pip install monosema[demo]`"
-        )
-    return importlib.import_module("onnx")

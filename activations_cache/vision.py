@@ -5,7 +5,6 @@ transformers, `architecture` of timm, and open_clip has a file of its own.
 """
 
 import importlib
-import importlib.util
 import inspect
 import json
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ import transformers
 from torch import nn
 
 from activations_cache.checks import Progress, silent
-from activations_cache.config import ImagePreprocessing, ModelConfig
+from activations_cache.config import ImagePreprocessing, ModelConfig, require_extra
 from activations_cache.loading import ModelError, Refusing, quiet
 from activations_cache.models import (
     LoadedModel,
@@ -134,8 +133,9 @@ def load_vision_model(
 
     Raises:
         FileNotFoundError: If the named file or package does not exist.
-        ModelError: If it cannot be read, lacks weights, is of an unknown family, has another hash,
-            or if the library that it is for is missing.
+        ModelError: If it cannot be read, lacks weights, is of an unknown family, or has
+            another hash.
+        MissingPackageError: If the library that it is for is missing.
         ValueError: If it is to lie on several devices, and is not of transformers.
     """
     directory, identity = files_of(config, progress or silent)
@@ -258,8 +258,5 @@ def _side(size: Any) -> int:
 
 
 def _package(name: str) -> ModuleType:
-    if importlib.util.find_spec(name) is None:
-        raise ModelError(
-            f"this model must have the package {name}, got none; run `pip install monosema[timm]`"
-        )
+    require_extra(name, "this model", "timm")
     return importlib.import_module(name)

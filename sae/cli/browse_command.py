@@ -7,9 +7,8 @@ import typer
 
 from sae.cli.request import run_to
 from sae.cli.run_config import RunConfig
-from sae.config import ConfigError, load
+from sae.config import ConfigError, config_file, is_config, load
 
-YAML = (".yaml", ".yml")
 RUN_CONFIG = "run.yaml"
 
 
@@ -18,7 +17,7 @@ def browse(
         str,
         typer.Argument(
             metavar="RUN|CONFIG|DICT",
-            help="A run's directory, its YAML file, or a dictionary that `sae explain` labelled.",
+            help="A run's directory, a YAML file, a recipe, or a labelled dictionary.",
         ),
     ],
     out: Annotated[str | None, typer.Option(help="Folder to write; RUN/browse.")] = None,
@@ -33,9 +32,9 @@ def browse(
     Of a config every step before it is made sure of, as `sae run` does. With --serve the same
     folder is shown on a local address, where texts can be read with the model as well.
     """
-    path = Path(run)
-    if run.endswith(YAML) and path.is_file():
-        checked = load(RunConfig, run)
+    path = config_file(run) if is_config(run) else Path(run)
+    if path.is_file():
+        checked = load(RunConfig, path)
         run_to("browse", run, None)
     elif (path / RUN_CONFIG).is_file():
         own = [f"output={_quoted(path)}"]
@@ -46,8 +45,8 @@ def browse(
         checked = None
     else:
         raise ConfigError(
-            f"RUN must be a directory with {RUN_CONFIG}, which `sae run` writes, a YAML file or a "
-            f"dictionary, got {run}"
+            f"RUN must be a directory with {RUN_CONFIG}, which `sae run` writes, a YAML file, a "
+            f"recipe or a dictionary, got {run}"
         )
     from sae.cli.browsing import Asked, show
 

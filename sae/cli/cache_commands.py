@@ -6,9 +6,8 @@ import typer
 from typer.core import TyperGroup
 
 from activations_cache.config import Dtype
-from sae.cli.request import ConfigArgument, Overrides
+from sae.cli.request import ConfigArgument, Overrides, checked_config
 from sae.cli.run_config import CacheRunConfig
-from sae.config import load
 
 _BUILD = "build"
 _ALIASES = {"--list-sites": "sites"}
@@ -36,7 +35,7 @@ app = typer.Typer(
 @app.command(name=_BUILD)
 def build(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Run the model over the data and store its hook points; the word `build` may be left out."""
-    checked = load(CacheRunConfig, config, overrides or [])
+    checked = checked_config(CacheRunConfig, config, overrides)
     from sae.cli.caches import build_cache
 
     build_cache(checked)

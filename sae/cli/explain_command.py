@@ -12,7 +12,9 @@ from sae.explain.config import ExplainConfig
 def explain(  # noqa: PLR0913
     config: Annotated[
         str,
-        typer.Argument(metavar="CONFIG|DICT", help="A YAML file, or with --cache a dictionary."),
+        typer.Argument(
+            metavar="CONFIG|DICT", help="A YAML file, a recipe; with --cache a dictionary."
+        ),
     ],
     overrides: Overrides = None,
     cache: Annotated[str | None, typer.Option(help="Explain DICT on this cache.")] = None,

@@ -16,7 +16,8 @@ from sae.cli.find_command import find
 from sae.cli.request import ConfigArgument, Overrides, run_to
 from sae.cli.scaling import app as scaling_app
 from sae.cli.steer_command import steer
-from sae.config import ConfigError
+from sae.config import ConfigError, config_file
+from sae.config import recipes as recipe_lines
 from sae.train.signals import Stopped
 
 app = typer.Typer(
@@ -25,8 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Turn a model's activations into a dictionary of labelled, steerable features.",
-    epilog="The steps of a run take a config file and dotted overrides: "
-    "sae run configs/demo.yaml train.seed=1 output=runs/seed-1",
+    epilog="The steps of a run take a config file, or a recipe's name, and dotted overrides: "
+    "sae run demo train.seed=1 output=runs/seed-1",
 )
 
 INTERRUPTED = 130
@@ -96,6 +97,22 @@ def inspect(
     from sae.cli.inspection import inspect_dictionary
 
     inspect_dictionary(path, format, allow_pt)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Write out this one.")
+    ] = None,
+) -> None:
+    """List the recipes that come with the package, or write one out: sae recipes demo > my.yaml."""
+    if name is not None:
+        typer.echo(config_file(name).read_text(encoding="utf-8"), nl=False)
+        return
+    known = recipe_lines()
+    width = max(map(len, known))
+    for recipe, line in known.items():
+        typer.echo(f"{recipe:<{width}}  {line}")
 
 
 app.command()(release_commands.convert)

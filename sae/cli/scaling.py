@@ -9,7 +9,7 @@ import typer
 
 from sae.cli import console
 from sae.cli.request import ConfigArgument, Overrides
-from sae.config import load
+from sae.config import config_file, load
 from sae.evaluate.scaling.config import ScalingConfig
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ PLAN, FIT, PICTURE = "plan.json", "fit.json", "scaling.png"
 @app.command()
 def plan(config: ConfigArgument, overrides: Overrides = None) -> None:
     """List the runs of a grid that fits a compute budget, with what each costs."""
-    checked = load(ScalingConfig, config, overrides or [])
+    checked = load(ScalingConfig, config_file(config), overrides or [])
     from activations_cache import io
     from sae.evaluate.scaling.config import plan as planned
 

@@ -5,15 +5,13 @@ from typing import Annotated
 import typer
 
 from sae.cli.request import Overrides, run_to
-from sae.config import ConfigError, load_overrides
+from sae.config import ConfigError, is_config, load_overrides
 from sae.steer.config import SteerRequest
-
-YAML = (".yaml", ".yml")
 
 
 def steer(
     path: Annotated[
-        str, typer.Argument(metavar="CONFIG|DICT", help="A YAML file, or a dictionary.")
+        str, typer.Argument(metavar="CONFIG|DICT", help="A YAML file, a recipe, or a dictionary.")
     ],
     overrides: Overrides = None,
     latent: Annotated[
@@ -31,7 +29,7 @@ def steer(
     A dictionary takes KEY=VALUE too: positions=generated max_new_tokens=60 strengths=[1,2,4]
     unit=norm max_kl=0.3 neutral=news.txt hook_point=model.layers.7:out dtype=float32.
     """
-    if path.endswith(YAML):
+    if is_config(path):
         given = {"--latent": latent, "--prompt": prompt, "--model": model, "--sweep": sweep}
         if used := [name for name, value in given.items() if value]:
             raise ConfigError(f"{used[0]} must stand beside a dictionary, got the config {path}")

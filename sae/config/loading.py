@@ -47,10 +47,9 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     Raises:
         ConfigError: For the first problem in the order of the file, with the number of others.
     """
-    file = printable(str(path))
-    data = _read(path, file)
-    origins = {_override(data, text): f"override {show(text)}" for text in overrides}
-    return _build(schema, data, file, origins)
+    data = read(path)
+    origins = {override(data, text): f"override {show(text)}" for text in overrides}
+    return _build(schema, data, printable(str(path)), origins)
 
 
 def load_overrides(
@@ -67,7 +66,7 @@ def load_overrides(
         ConfigError: As `load`.
     """
     data: dict[str, object] = to_dict(options or {})
-    origins = {_override(data, text): f"override {show(text)}" for text in overrides}
+    origins = {override(data, text): f"override {show(text)}" for text in overrides}
     return _build(schema, data, "command line", origins)
 
 
@@ -121,7 +120,13 @@ def _whole(data: Any) -> Any:
     return int(data) if isinstance(data, float) and data.is_integer() else data
 
 
-def _read(path: str | Path, file: str) -> dict[str, object]:
+def read(path: str | Path) -> dict[str, object]:
+    """Return the mapping that a YAML file holds, as yet unchecked.
+
+    Raises:
+        ConfigError: If it cannot be read, is longer than 1 MiB, is not YAML, or is no mapping.
+    """
+    file = printable(str(path))
     try:
         with Path(path).open("rb") as stream:
             content = stream.read(_LARGEST_FILE + 1)
@@ -142,8 +147,15 @@ def _read(path: str | Path, file: str) -> dict[str, object]:
     return data
 
 
-def _override(data: dict[str, object], text: str) -> Keys:
-    """Set one value in `data`; return the keys of the topmost value that is new by it."""
+def override(data: dict[str, object], text: str) -> Keys:
+    """Set one value in `data` by `dotted.key=value`.
+
+    Returns:
+        The keys of the topmost value that is new by it.
+
+    Raises:
+        ConfigError: If the text has another form, or its keys lead through what is no mapping.
+    """
     label = f"override {show(text)}"
     path, equals, value = text.partition("=")
     *parents, last = path.split(".")

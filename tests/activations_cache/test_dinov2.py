@@ -10,8 +10,9 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
-from activations_cache import onnx_dinov2
+from activations_cache import config as locations
 from activations_cache.builder import build
+from activations_cache.checks import MissingPackageError
 from activations_cache.config import (
     CacheConfig,
     ImagePreprocessing,
@@ -99,9 +100,9 @@ def test_another_file_is_refused_in_one_line(tmp_path: Path, data: bytes):
 
 def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "some.onnx").write_bytes(b"abc")
-    monkeypatch.setattr(onnx_dinov2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(locations.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ModelError, match=r"package onnx, got none; run `pip install monosema\[demo"
+        MissingPackageError, match=r"package onnx, got none; run `pip install 'monosema\[demo"
     ):
         load_vision_model(ModelConfig(path=str(tmp_path / "some.onnx")))
 

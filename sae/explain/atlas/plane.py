@@ -5,13 +5,14 @@ Groups of latents with similar directions, and what their labels have in common.
 
 from collections import Counter
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
+
+from activations_cache.config import require_extra
 
 
 def plane(
@@ -43,11 +44,7 @@ def plane(
 
 
 def _umap(n_neighbours: int, seed: int) -> Any:
-    if find_spec("umap") is None:
-        raise ValueError(
-            "method must be 'pca' where umap-learn is missing, got 'umap'; "
-            "install monosema[umap] for it"
-        )
+    require_extra("umap", "method 'umap'", "umap")
     import umap  # pyright: ignore[reportMissingImports]
 
     return umap.UMAP(n_neighbors=n_neighbours, metric="cosine", random_state=seed)
