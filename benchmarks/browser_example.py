@@ -25,6 +25,7 @@ from sae.browser import (
     Histogram,
     Image,
     Latent,
+    Layout,
     Map,
     ResultTable,
     Score,
@@ -106,12 +107,17 @@ def _dictionary(
         ),
         latents=_Latents(n, payload, kind, generator.randrange(1 << 30)),
         map=Map(
-            "PCA",
-            tuple(generator.gauss(i % 3, 0.4) for i in range(n)),
-            tuple(generator.gauss(i % 2, 0.4) for i in range(n)),
+            tuple(
+                Layout(
+                    method,
+                    tuple(generator.gauss(i % 3, 0.4) for i in range(n)),
+                    tuple(generator.gauss(i % 2, 0.4) for i in range(n)),
+                    f"distances mean little; {said}",
+                )
+                for method in ("t-SNE", "PCA")
+            ),
             (said, "places", "numbers"),
             tuple(i % 4 - 1 for i in range(n)),
-            f"distances mean little; {said}",
         ),
         completeness=Completeness(
             tuple((10**-e, 1 / (1 + 10 ** (e - 4)), 20) for e in (2.0, 3.0, 4.0, 5.0)),

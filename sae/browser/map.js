@@ -34,7 +34,8 @@ class LatentMap {
     this.note = el("p", { class: "note" });
     this.top = el("canvas", { class: "map-top", "aria-hidden": "true" }); // the ring, apart from the many points
     const layers = el("div", { class: "map-layers" }, this.canvas, this.top);
-    this.node = el("div", { class: "map-card" }, this.tools(), layers, this.legend, this.note);
+    const body = el("div", { class: "map-body" }, layers, this.legend);
+    this.node = el("div", { class: "map-card" }, this.tools(), body, this.note);
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(this.canvas);
     addEventListener("themechange", () => this.canvas.isConnected && this.draw());
@@ -87,17 +88,23 @@ class LatentMap {
     this.magnify(0);
   }
 
+  /** Pixels of the whole layout at the present zoom: one scale for both axes where they are alike. */
+  span() {
+    const [width, height] = [this.size.width - 24, this.size.height - 24];
+    const [[left, right], [low, high]] = this.extent;
+    const { scale } = this.zoom;
+    if (!this.plane.alike || !(right > left && high > low)) return [width * scale, height * scale];
+    const unit = scale * Math.min(width / (right - left), height / (high - low));
+    return [unit * (right - left), unit * (high - low)];
+  }
+
   /** Pixels of a latent. */
-  place(row) {
+  place(row, [across, down] = this.span()) {
     const [[left, right], [low, high]] = this.extent;
     const { width, height } = this.size;
-    const { scale, x, y } = this.zoom;
     const u = (this.plane.x[row] - left) / (right - left || 1);
     const v = 1 - (this.plane.y[row] - low) / (high - low || 1);
-    return [
-      width / 2 + (u - x) * scale * (width - 24),
-      height / 2 + (v - y) * scale * (height - 24),
-    ];
+    return [width / 2 + (u - this.zoom.x) * across, height / 2 + (v - this.zoom.y) * down];
   }
 
   draw() {
@@ -113,14 +120,17 @@ class LatentMap {
       Math.max(2.4, Math.sqrt((width * height) / this.drawn.length / 8)) *
         Math.sqrt(this.zoom.scale),
     );
+    const [span, inView] = [this.span(), []];
     for (const row of this.drawn) {
-      const [x, y] = this.place(row);
+      const [x, y] = this.place(row, span);
       if (x < -9 || y < -9 || x > width + 9 || y > height + 9) continue;
+      inView.push([row, x, y]);
       paint.fillStyle = colour.of(row);
       paint.globalAlpha = colour.dim(row) ? 0.12 : 0.85;
       if (size < 4) paint.fillRect(x - size / 2, y - size / 2, size, size);
       else disc(paint, x, y, size / 2);
     }
+    writeLabels(paint, this, inView, size / 2 + 4);
     this.ring();
   }
 
@@ -149,8 +159,9 @@ class LatentMap {
 
   nearest(x, y, accepts = () => true) {
     let [best, least] = [-1, Infinity];
+    const span = this.span();
     for (const row of this.drawn) {
-      const [u, v] = this.place(row);
+      const [u, v] = this.place(row, span);
       const far = (u - x) ** 2 + (v - y) ** 2;
       if (far < least && accepts(u - x, v - y, row)) [best, least] = [row, far];
     }
@@ -221,16 +232,22 @@ class LatentMap {
   pan(event) {
     const [x, y] = [event.offsetX - this.drag.x, event.offsetY - this.drag.y];
     if (!this.drag.moved && Math.hypot(x, y) < 4) return;
-    const { width, height } = this.size;
-    this.zoom.x -= x / (this.zoom.scale * (width - 24));
-    this.zoom.y -= y / (this.zoom.scale * (height - 24));
+    const [across, down] = this.span();
+    this.zoom.x -= x / across;
+    this.zoom.y -= y / down;
     this.drag = { x: event.offsetX, y: event.offsetY, moved: true };
     this.draw();
   }
 
-  /** Zooms by a factor about the middle, or shows all for 0. */
-  magnify(factor) {
+  /** Zooms by a factor about the middle or about pixels that stay in place, or shows all for 0. */
+  magnify(factor, about = null) {
     const scale = Math.min(64, Math.max(1, this.zoom.scale * factor));
+    if (about) {
+      const [across, down] = this.span();
+      const change = 1 - this.zoom.scale / scale;
+      this.zoom.x += ((about[0] - this.size.width / 2) / across) * change;
+      this.zoom.y += ((about[1] - this.size.height / 2) / down) * change;
+    }
     this.zoom = scale === 1 ? { scale: 1, x: 0.5, y: 0.5 } : { ...this.zoom, scale };
     this.draw();
   }
@@ -238,7 +255,7 @@ class LatentMap {
   onWheel(event) {
     if (!event.ctrlKey && !event.metaKey) return; // the page scrolls
     event.preventDefault();
-    this.magnify(event.deltaY < 0 ? 1.25 : 0.8);
+    this.magnify(event.deltaY < 0 ? 1.25 : 0.8, [event.offsetX, event.offsetY]);
   }
 
   onKey(event) {

@@ -26,13 +26,8 @@ async function readMap(about) {
   const dictionary = await about.ready();
   const planes = [];
   const file = dictionary.map ? await load(`${dictionary.id}/map`) : null;
-  if (file)
-    planes.push({
-      name: dictionary.map.method,
-      note: dictionary.map.note,
-      x: floats(file.x),
-      y: floats(file.y),
-    });
+  for (const [i, { x, y }] of (file?.layouts ?? []).entries())
+    planes.push({ ...dictionary.map.layouts[i], x: floats(x), y: floats(y), alike: true });
   const density = dictionary.values.get("density").map((value) => Math.log10(value || NaN));
   for (const { id, name } of dictionary.columns.filter((column) => column.kind === "score"))
     planes.push({

@@ -89,26 +89,40 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Map:
+class Layout:
     """The latents of a dictionary as points of a plane."""
 
-    method: str
-    """How the plane was found, such as "PCA"."""
+    name: str
+    """How the points were computed, such as "PCA"."""
     x: tuple[float, ...]
     """One per latent; nan where it is not drawn."""
     y: tuple[float, ...]
     """The same."""
-    clusters: tuple[str, ...] = ()
-    """Names of clusters."""
-    cluster: tuple[int, ...] = ()
-    """Index of each latent's cluster, -1 for none; empty without clusters."""
     note: str = ""
     """What the picture does not say."""
 
     def __post_init__(self) -> None:
         require_length("y", self.y, len(self.x), "x")
+
+
+@dataclass(frozen=True)
+class Map:
+    """Layouts of the latents, the one that is shown first at the front, and their clusters."""
+
+    layouts: tuple[Layout, ...]
+    """At least one."""
+    clusters: tuple[str, ...] = ()
+    """Names of clusters."""
+    cluster: tuple[int, ...] = ()
+    """Index of each latent's cluster, -1 for none; empty without clusters."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.layouts), "layouts", "hold at least one layout", self.layouts)
+        n = len(self.layouts[0].x)
+        for layout in self.layouts:
+            require_length(f"layout {layout.name!r}", layout.x, n, "point of the first layout")
         if self.clusters:
-            require_length("cluster", self.cluster, len(self.x), "x")
+            require_length("cluster", self.cluster, n, "point")
 
 
 @dataclass(frozen=True)
@@ -183,7 +197,7 @@ class Dictionary:
         )
         require_unique("columns' ids", (column.id for column in self.columns))
         if self.map is not None:
-            require_length("map", self.map.x, self.d_sae, "latent")
+            require_length("map", self.map.layouts[0].x, self.d_sae, "latent")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from sae.browser.latent import Latent
 from sae.browser.script import f32, i32, script, short
 from sae.browser.site import DENSE_ABOVE, Comparison, Curve, Dictionary, Map, Site
 
-FORMAT = 2
+FORMAT = 3
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'"
@@ -154,14 +154,18 @@ def _dictionary(found: Dictionary, key: str, path: Path, progress: Progress) -> 
         "table_size": LATENTS_PER_TABLE,
         "n_tables": math.ceil(found.d_sae / LATENTS_PER_TABLE),
         "map": found.map
-        and {field: getattr(found.map, field) for field in ("method", "note", "clusters")},
+        and {
+            "layouts": [{"name": one.name, "note": one.note} for one in found.map.layouts],
+            "clusters": found.map.clusters,
+        },
         "completeness": found.completeness and asdict(found.completeness),
     }
 
 
 def _points(found: Map) -> dict[str, object]:
     cluster = i32(found.cluster) if found.clusters else None
-    return {"x": f32(found.x), "y": f32(found.y), "cluster": cluster}
+    layouts = [{"x": f32(one.x), "y": f32(one.y)} for one in found.layouts]
+    return {"layouts": layouts, "cluster": cluster}
 
 
 def _write_latents(found: Dictionary, key: str, path: Path, progress: Progress) -> list[int]:

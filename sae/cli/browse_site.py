@@ -10,15 +10,15 @@ import torch
 
 from activations_cache.checks import Progress
 from activations_cache.models import LoadedModel
-from sae.browser import Column, Comparison, Dictionary, Histogram, Map
+from sae.browser import Column, Comparison, Dictionary, Histogram, Layout, Map
 from sae.browser.site import DENSE_ABOVE
 from sae.cli.beside import beside
 from sae.cli.browse_attribution import attributions_of
 from sae.cli.browse_latents import Known, Latents
 from sae.cli.browse_subject import Around, Subject
 from sae.cli.unembedding import unembedding
-from sae.explain.atlas.neighbours import Together, cofiring, nearest
-from sae.explain.atlas.plane import cluster_names, clusters, plane
+from sae.explain.atlas.neighbours import Together, chance_cosine, cofiring, nearest
+from sae.explain.atlas.plane import Method, cluster_names, clusters, plane, share_kept
 from sae.explain.firings import encode_rows
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.results import STEM
@@ -29,7 +29,17 @@ N_PROMOTED, N_NEIGHBOURS, N_CLUSTERS = 10, 8, 12
 ROWS_FOR_COFIRING = 32_768
 N_PAIRS = 6
 LEAST_COSINE = 0.5
-N_RANDOM = 1000
+NO_NEIGHBOURHOODS = 0.1
+"""At most this share of latents with a neighbour nearer than chance: random directions have .05."""
+LEAST_ON_MAP = 3
+LAYOUTS: tuple[tuple[Method, str, str], ...] = (
+    (
+        "tsne",
+        "t-SNE",
+        "Near points are near directions; distances between far points mean nothing.",
+    ),
+    ("pca", "PCA", "The two main axes of many: near points need not be near directions."),
+)
 
 
 def dictionary_of(subject: Subject, around: Around, report: Progress) -> Dictionary:
@@ -55,7 +65,7 @@ def dictionary_of(subject: Subject, around: Around, report: Progress) -> Diction
         ),
         density_histogram=_histogram(records),
         latents=Latents(records, subject.explained / EXAMPLES, known),
-        map=_map(rows, records) if len(records) >= 3 else None,
+        map=map_of(rows, records, report) if n_live >= LEAST_ON_MAP else None,
     )
 
 
@@ -152,25 +162,44 @@ def _histogram(records: list[LatentRecord]) -> Histogram | None:
     return Histogram(edges, tuple(int(count) for count in counts.tolist()), log10=True)
 
 
-def _map(rows: torch.Tensor, records: list[LatentRecord]) -> Map:
-    points = plane(rows)
+def map_of(rows: torch.Tensor, records: list[LatentRecord], report: Progress) -> Map:
+    """Layouts of the live latents; clusters only where directions are nearer than by chance.
+
+    Random directions, such as those of a frozen decoder, have no neighbourhoods: k-means would
+    divide them all the same, and colours would show groups that are not there.
+    """
     live = torch.tensor([record.status != "dead" for record in records])
-    points[~live] = math.nan
-    group = clusters(rows, N_CLUSTERS)
+    directions = rows[live].float().cpu()
+    cosine = nearest(directions, directions, 1, same=True).cosine[:, 0]
+    chance = chance_cosine(directions)
+    share = float((cosine > chance).float().mean())
+    nearer = (
+        f"{share:.0%} of the latents have a neighbour with a cosine above {chance:.2f}; "
+        "of random directions 5%."
+    )
+    if share <= NO_NEIGHBOURHOODS:
+        nearer = f"No neighbourhoods, and groups on the map mean nothing: {nearer}"
+    layouts = []
+    for done, (method, name, note) in enumerate(LAYOUTS, 1):
+        points = plane(directions, method)
+        kept = f"{share_kept(directions, points):.0%} of the 10 nearest directions are among the"
+        at = torch.full((len(records), 2), math.nan)
+        at[live] = points
+        x, y = (tuple(axis) for axis in at.T.tolist())
+        layouts.append(Layout(name, x, y, f"{note} {kept} 10 nearest points. {nearer}"))
+        report(done, len(LAYOUTS), "layouts of the map")
+    if share <= NO_NEIGHBOURHOODS:
+        return Map(tuple(layouts))
+    group = clusters(directions, N_CLUSTERS)
     words = [
         record.words if record.kind in {"word", "token", "class", "group"} else ()
         for record in records
+        if record.status != "dead"
     ]
-    x, y = (tuple(axis) for axis in points.T.tolist())
-    return Map(
-        "PCA of unit decoder rows",
-        x,
-        y,
-        tuple(cluster_names(group, words, int(group.max()) + 1)),
-        tuple(group.masked_fill(~live, -1).tolist()),
-        "Two of many directions: near here need not be near. Clusters: k-means over all "
-        "directions, named by the words that their labels have more often than others.",
-    )
+    names = cluster_names(group, words, int(group.max()) + 1)
+    of_all = torch.full((len(records),), -1)
+    of_all[live] = group
+    return Map(tuple(layouts), tuple(names), tuple(of_all.tolist()))
 
 
 def comparisons_of(subjects: list[Subject], report: Progress) -> tuple[Comparison, ...]:
@@ -184,16 +213,14 @@ def comparisons_of(subjects: list[Subject], report: Progress) -> tuple[Compariso
     ]
     for done, (a, b) in enumerate(pairs[:N_PAIRS], 1):
         of_a, of_b = (s.dictionary.dec_rows.detach() for s in (a, b))
-        generator = torch.Generator().manual_seed(0)
-        random = torch.randn(N_RANDOM, of_b.shape[1], generator=generator)
-        chance = nearest(random, of_b, 1).cosine.quantile(0.95)
+        chance = chance_cosine(of_b)
         forth, back = nearest(of_a, of_b, 1), nearest(of_b, of_a, 1)
         in_b, in_a = (
             tuple(zip(n.latent[:, 0].tolist(), n.cosine[:, 0].tolist(), strict=True))
             for n in (forth, back)
         )
         note = "Cosines of decoder rows; that directions agree does not say that firings do."
-        found.append(Comparison(a.name, b.name, in_b, in_a, LEAST_COSINE, float(chance), note))
+        found.append(Comparison(a.name, b.name, in_b, in_a, LEAST_COSINE, chance, note))
         report(done, len(pairs), "pairs of dictionaries")
     return tuple(found)
 

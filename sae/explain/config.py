@@ -254,7 +254,7 @@ class RuleConfig:
 class AtlasConfig:
     """The map of a dictionary."""
 
-    plane: Literal["pca", "umap"] = "pca"
+    plane: Literal["tsne", "pca", "umap"] = "tsne"
     """How directions become two coordinates; UMAP needs monosema[umap]."""
     n_neighbours: int = 8
     """Closest latents by decoder cosine that are written for each one."""

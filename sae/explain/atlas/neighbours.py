@@ -62,6 +62,18 @@ def nearest(
     return Nearest(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]))
 
 
+def chance_cosine(
+    dec_rows: Float[Tensor, "d_sae d_out"], *, n_random: int = 1000, seed: int = 0
+) -> float:
+    """Below it lie 95 % of the cosines of random directions with their nearest latent.
+
+    NumPy draws them: torch with the seed of a dictionary would draw its initial decoder again.
+    """
+    drawn = np.random.default_rng(seed).standard_normal((n_random, dec_rows.shape[1]))
+    random = torch.from_numpy(drawn).to(dec_rows)
+    return float(nearest(random, dec_rows, 1).cosine.quantile(0.95))
+
+
 class Splitting(NamedTuple):
     """How latents of a narrow dictionary spread over a wide one."""
 

@@ -1,41 +1,113 @@
-"""A picture of directions in two dimensions: PCA always, UMAP where it is installed.
+"""A picture of directions in two dimensions: t-SNE, PCA, or UMAP where it is installed.
 
 Groups of latents with similar directions, and what their labels have in common.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.sparse import csr_matrix
 from sklearn.cluster import MiniBatchKMeans
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from activations_cache.config import require_extra
+from sae.explain.atlas.neighbours import nearest
+
+Method = Literal["tsne", "pca", "umap"]
+
+LARGE = 20_000
+"""From this many latents on t-SNE lays out a sample and puts the others beside it."""
+
+_SAMPLE = 10_000
+_BESIDE = 3
+_PERPLEXITY = 15.0
+_SMALL_INITIAL = 1e-4  # standard deviation of the first axis; larger values tear neighbours apart
 
 
 def plane(
-    dec_rows: Float[Tensor, "d_sae d_out"],
-    method: Literal["pca", "umap"] = "pca",
-    *,
-    n_neighbours: int = 15,
-    seed: int = 0,
+    dec_rows: Float[Tensor, "d_sae d_out"], method: Method = "tsne", *, seed: int = 0
 ) -> Float[Tensor, "d_sae 2"]:
     """Two coordinates for every latent, from its unit direction.
 
-    PCA is exact and keeps little of the variance; UMAP keeps neighbourhoods, while its distances
-    between clusters mean nothing. Signs of PCA are fixed: the largest entry of each axis is
-    positive.
+    t-SNE and UMAP keep neighbourhoods; distances between far points mean nothing. PCA is exact and
+    keeps little of the variance. PCA and t-SNE draw nothing at random and use one thread, so a
+    machine gives the same coordinates whatever its number of threads; UMAP goes by the seed.
+
+    From `LARGE` latents on, t-SNE lays out 10,000 evenly spread latents. Each of the others lies
+    at the weighted mean of its 3 nearest among them.
 
     Raises:
-        ValueError: If UMAP is wanted and not installed, or there are fewer than 3 latents.
+        ValueError: If UMAP is wanted and not installed, there are fewer than 3 latents, or a row
+            is not finite.
     """
     if len(dec_rows) < 3:
         raise ValueError(f"dec_rows must be at least 3 latents for a map, got {len(dec_rows)}")
-    unit = torch.nn.functional.normalize(dec_rows.detach().float().cpu(), dim=1)
+    rows = dec_rows.detach().float().cpu()
+    bad = int((~rows.isfinite().all(dim=1)).sum())
+    if bad:
+        raise ValueError(f"dec_rows must be finite, got {bad} rows with nan or infinity")
+    unit = torch.nn.functional.normalize(rows, dim=1)
     if method == "umap":
-        return torch.from_numpy(_umap(n_neighbours, seed).fit_transform(unit.numpy())).float()
+        return torch.from_numpy(_umap(seed).fit_transform(unit.numpy())).float()
+    with _one_thread():
+        if method == "pca":
+            return _pca(unit)
+        return _tsne(unit) if len(unit) < LARGE else _sampled_tsne(unit)
+
+
+def share_kept(
+    dec_rows: Float[Tensor, "d_sae d_out"],
+    at: Float[Tensor, "d_sae 2"],
+    k: int = 10,
+    n_sample: int = 1000,
+) -> float:
+    """Of each latent's k nearest directions, the share among its k nearest points of a plane.
+
+    Args:
+        dec_rows: Directions.
+        at: Their points.
+        k: Neighbours; at most all others.
+        n_sample: Latents, evenly spread, over which the mean is taken.
+    """
+    n = len(dec_rows)
+    k = min(k, n - 1)
+    sample = _spread(n, n_sample)
+    itself = torch.arange(len(sample))
+    unit = torch.nn.functional.normalize(dec_rows.detach().float().cpu(), dim=1)
+    cosine = unit[sample] @ unit.T
+    cosine[itself, sample] = -torch.inf
+    distance = torch.cdist(at[sample], at)
+    distance[itself, sample] = torch.inf
+    by_direction = cosine.topk(k, dim=1).indices
+    by_point = distance.topk(k, dim=1, largest=False).indices
+    return float((by_direction[:, :, None] == by_point[:, None]).any(dim=2).float().mean())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums of several threads differ in their last bit, and t-SNE makes that another picture."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _spread(n: int, n_sample: int) -> Tensor:
+    return torch.linspace(0, n - 1, min(n, n_sample), dtype=torch.float64).round().long()
+
+
+def _pca(unit: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae 2"]:
+    """On the two main axes; the largest entry of each axis is positive."""
     centred = unit - unit.mean(dim=0)
     _, axes = torch.linalg.eigh(centred.T @ centred)
     axes = axes[:, -2:].flip(1)
@@ -43,11 +115,52 @@ def plane(
     return centred @ (axes * axes[largest, [0, 1]].sign())
 
 
-def _umap(n_neighbours: int, seed: int) -> Any:
+def _tsne(unit: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae 2"]:
+    """Barnes-Hut t-SNE on exact neighbours by cosine, from the plane of PCA."""
+    n = len(unit)
+    perplexity = min(_PERPLEXITY, (n - 1) / 3)
+    start = _pca(unit)
+    width = start[:, 0].std()
+    if width < 1e-6:  # all directions are the same
+        return start
+    initial: Any = (start / width * _SMALL_INITIAL).numpy()  # sklearn's hints know names alone
+    method = TSNE(
+        perplexity=perplexity,
+        metric="precomputed",
+        init=initial,
+        angle=0.7,
+        max_iter=400,
+    )
+    return torch.from_numpy(method.fit_transform(_distances(unit, perplexity))).float()
+
+
+def _distances(unit: Float[Tensor, "d_sae d_out"], perplexity: float) -> csr_matrix:
+    """Distance of each latent to itself and to as many neighbours as t-SNE asks for."""
+    n = len(unit)
+    near = nearest(unit, unit, min(n - 1, int(3 * perplexity + 1)), same=True)
+    far = (2 - 2 * near.cosine).clamp_min(0).sqrt().numpy()
+    column = np.column_stack([np.arange(n), near.latent.numpy()])
+    value = np.column_stack([np.zeros(n, far.dtype), far])
+    ends = np.arange(0, value.size + 1, value.shape[1])
+    return csr_matrix((value.ravel(), column.ravel(), ends), shape=(n, n))
+
+
+def _sampled_tsne(unit: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae 2"]:
+    sample = _spread(len(unit), _SAMPLE)
+    at = _tsne(unit[sample])
+    near = nearest(unit, unit[sample], _BESIDE)
+    weight = near.cosine.clamp_min(1e-3) ** 8  # the nearest counts most
+    weight = weight / weight.sum(dim=1, keepdim=True)
+    points = (at[near.latent] * weight[:, :, None]).sum(dim=1)
+    points[sample] = at
+    return points
+
+
+def _umap(seed: int) -> Any:
     require_extra("umap", "method 'umap'", "umap")
     import umap  # pyright: ignore[reportMissingImports]
 
-    return umap.UMAP(n_neighbors=n_neighbours, metric="cosine", random_state=seed)
+    return umap.UMAP(n_neighbors=15, metric="cosine", random_state=seed)
 
 
 _BATCH = 4096

@@ -72,12 +72,13 @@ def draw_atlas(
         What atlas.json says.
     """
     rows = dictionary.dec_rows.detach().float().cpu()
+    at = plane(rows, config.plane)
     near = nearest(rows, rows, min(config.n_neighbours, len(rows) - 1), same=True)
     correlation = _correlation(dictionary, cache, hook_point, config.n_rows, progress or silent)
     split = None if narrow is None else splitting(narrow.dec_rows.detach().float().cpu(), rows)
     out_dir.mkdir(parents=True, exist_ok=True)
     unfinished = out_dir / f"{ATLAS}.partial"
-    pq.write_table(_table(plane(rows, config.plane), near, correlation, split), unfinished)
+    pq.write_table(_table(at, near, correlation, split), unfinished)
     os.replace(unfinished, out_dir / ATLAS)
     summary: dict[str, Any] = {"caution": CAUTION, "config": asdict(config)}
     known = correlation[torch.isfinite(correlation)]

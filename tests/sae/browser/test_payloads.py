@@ -22,6 +22,7 @@ from sae.browser import (
     Explanation,
     Image,
     Latent,
+    Layout,
     Map,
     ResultTable,
     Score,
@@ -137,7 +138,7 @@ def site_of(payloads: Sequence[str], name: str) -> Site:
             called, name, n, 7, n, 0,
             tuple(latent(i, text, kind == "image") for i, text in enumerate(payloads)),
             kind=kind, facts=((name, name),),
-            map=Map(name, (0.5,) * n, (0.5,) * n, (name,), (0,) * n, name),
+            map=Map((Layout(name, (0.5,) * n, (0.5,) * n, name),), (name,), (0,) * n),
         )  # fmt: skip
 
     return Site(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.browser_example import DEAD, example_site
-from sae.browser import Dictionary, Example, Image, Latent, Map, Score, Site, write_site
+from sae.browser import Dictionary, Example, Image, Latent, Layout, Map, Score, Site, write_site
 
 NASTY = "</script>'\"\\\u2028\x00\ud800\u202e<!--`${x}"
 STATEMENT = re.compile(r"MONOSEMA\.put\((\"[^\"]*\"),'([^']*)'\)\n")
@@ -44,7 +44,7 @@ def one(latents: tuple[Latent, ...] = (), d_sae: int = 71, **more: Any) -> Site:
 def test_the_folder_has_the_files_that_the_overview_names(site: Callable[..., Path]) -> None:
     folder = site(n_latents=131).parent
     index = read(folder, "index")
-    assert index["format"] == 2
+    assert index["format"] == 3
     assert [(d["id"], d["d_sae"], d["parts"]) for d in index["dictionaries"]] == [
         ("d0", 131, [0, 1, 2]),
         ("d1", 32, [0]),
@@ -55,7 +55,11 @@ def test_the_folder_has_the_files_that_the_overview_names(site: Callable[..., Pa
         for part in dictionary["parts"]:
             assert read(folder, f"{dictionary['id']}/latents/{part}")["first"] == 64 * part
         points = read(folder, f"{dictionary['id']}/map")
-        assert len(numbers("f", points["x"])) == dictionary["d_sae"]
+        named = [layout["name"] for layout in dictionary["map"]["layouts"]]
+        assert named == ["t-SNE", "PCA"]
+        for layout in points["layouts"]:
+            assert len(numbers("f", layout["x"])) == dictionary["d_sae"]
+            assert len(numbers("f", layout["y"])) == dictionary["d_sae"]
         assert len(numbers("i", points["cluster"])) == dictionary["d_sae"]
     assert read(folder, "server") is None
     pictures = sorted(path.name for path in (folder / "data" / "images").iterdir())
@@ -206,7 +210,10 @@ def _example(**changes: Any) -> Example:
         (lambda: Latent(0, "live", 1.5, 1.0), "density must lie between 0 and 1"),
         (lambda: Score("AUC", math.nan), "be finite, got nan"),
         (lambda: Score("AUC", 0.5, 0.75, 0.25), "low must be at most high=0.25"),
-        (lambda: one(map=Map("PCA", (0.0,), (0.0,))), "map must have one value per latent"),
+        (
+            lambda: one(map=Map((Layout("PCA", (0.0,), (0.0,)),))),
+            "map must have one value per latent",
+        ),
         (lambda: Dictionary("a", "", 5, 7, 2, 2, ()), "add up to d_sae=5"),
     ],
 )

@@ -5,17 +5,20 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
+from sae.explain.atlas import plane as plane_module
 from sae.explain.atlas.completeness import completeness, name_frequency
 from sae.explain.atlas.neighbours import (
     CAUTION,
     SAFETY,
     MaxCorrelation,
+    chance_cosine,
     contrast,
     nearest,
     splitting,
 )
-from sae.explain.atlas.plane import plane
+from sae.explain.atlas.plane import plane, share_kept
 
 
 def clusters(n: int = 13, size: int = 5, d: int = 31, noise: float = 0.1) -> torch.Tensor:
@@ -56,15 +59,96 @@ def test_children_have_their_planted_parent_and_new_concepts_none():
     assert found.is_new.sum() == 3
 
 
-def test_the_plane_is_the_two_principal_axes():
+def test_pca_is_the_two_principal_axes():
     rows = clusters()
-    found = plane(rows)
+    found = plane(rows, "pca")
     unit = torch.nn.functional.normalize(rows, dim=1)
     values = torch.linalg.svdvals(unit - unit.mean(0))
     assert found.norm(dim=0) == pytest.approx(values[:2].tolist(), rel=1e-4)
-    assert torch.allclose(plane(rows * 3), found, atol=1e-4)
-    with pytest.raises(ValueError, match="must be at least 3 latents for a map, got 2"):
-        plane(rows[:2])
+    assert torch.allclose(plane(rows * 3, "pca"), found, atol=1e-4)
+
+
+def same_cluster(at: torch.Tensor, size: int) -> float:
+    """Share of points whose nearest point is of their planted cluster."""
+    distance = torch.cdist(at, at).fill_diagonal_(torch.inf)
+    return float((distance.argmin(1) // size == torch.arange(len(at)) // size).float().mean())
+
+
+def test_tsne_keeps_planted_neighbourhoods_that_pca_mixes():
+    rows = clusters(29, 20, noise=0.4)
+    found = plane(rows)
+    assert same_cluster(found, 20) > 0.98
+    assert same_cluster(plane(rows, "pca"), 20) < 0.8
+    assert share_kept(rows, found) > 2 * share_kept(rows, plane(rows, "pca"))
+
+
+def test_tsne_is_the_same_with_one_and_two_threads():
+    rows, before, found = clusters(31, 29), torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            with threadpool_limits(n_threads):
+                found.append(plane(rows))
+            assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_a_large_dictionary_is_laid_out_by_a_sample(monkeypatch):
+    rows = clusters(29, 20)
+    monkeypatch.setattr(plane_module, "LARGE", 580)
+    monkeypatch.setattr(plane_module, "_SAMPLE", 290)
+    found = plane(rows)
+    assert found.isfinite().all()
+    assert same_cluster(found, 20) > 0.95
+    sample = torch.linspace(0, 579, 290).round().long()
+    assert torch.equal(found[sample], plane(rows[sample]))
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.eye(3),
+        clusters(5, 1),
+        torch.zeros(7, 31),
+        torch.ones(23, 31),
+        torch.cat([clusters(3, 1).repeat_interleave(40, 0), torch.zeros(2, 31)]),
+    ],
+    ids=["3", "5", "zeros", "equal", "duplicates"],
+)
+def test_hard_directions_have_finite_points(rows, method):
+    found = plane(rows, method)
+    assert found.shape == (len(rows), 2)
+    assert found.isfinite().all()
+    assert 0 <= share_kept(rows, found) <= 1
+
+
+def test_a_plane_refuses_too_few_latents_and_numbers_that_are_none():
+    for n in (1, 2):
+        with pytest.raises(ValueError, match=f"must be at least 3 latents for a map, got {n}"):
+            plane(clusters()[:n])
+    rows = clusters()
+    rows[[3, 5], 2] = torch.tensor([torch.nan, torch.inf])
+    with pytest.raises(ValueError, match="must be finite, got 2 rows with nan or infinity"):
+        plane(rows)
+
+
+def test_the_share_kept_is_counted():
+    angle = torch.tensor([0.0, 0.1, 0.3, 0.6, 1.0])
+    rows = torch.stack([angle.cos(), angle.sin()], dim=1)
+    line = torch.stack([angle, torch.zeros(5)], dim=1)
+    assert share_kept(rows, line, k=1) == 1.0
+    swapped = line[[4, 1, 2, 3, 0]]  # nearest points: 3, 4, 1, 2, 1; directions: 1, 0, 1, 2, 3
+    assert share_kept(rows, swapped, k=1) == pytest.approx(2 / 5)
+
+
+def test_chance_is_drawn_apart_from_the_seeds_of_dictionaries():
+    made = torch.Generator().manual_seed(0)
+    rows = torch.randn(1000, 31, generator=made)
+    assert 0.5 < chance_cosine(rows) < 0.85
+    assert chance_cosine(rows) == chance_cosine(rows)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("umap") is not None, reason="umap is installed")
