@@ -58,7 +58,7 @@ def verify_release(
 ) -> None:
     """Say which reading of a release meets its published figures on real rows."""
     from sae.cli.releases import verify
-    from sae.pretrained.load import load_readings
+    from sae.pretrained.loading import load_readings
 
     readings = load_readings(source, format, allow_pt)
     raise typer.Exit(verify(source, readings, cache, hook_points, published, rows))

@@ -14,7 +14,7 @@ from sae.cli import console
 from sae.evaluate.report import read_json
 from sae.pretrained import monosema_format
 from sae.pretrained.export import TARGETS, export
-from sae.pretrained.load import Readings
+from sae.pretrained.loading import Readings
 from sae.pretrained.push import Card, Pushed
 from sae.pretrained.push import push as push_to_hub
 from sae.pretrained.verify import (

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sae.pretrained.canonical import Source
     from sae.pretrained.fields import DictionaryFormatError
-    from sae.pretrained.load import Loaded, load, load_with_source
+    from sae.pretrained.loading import Loaded, load, load_with_source
     from sae.pretrained.monosema_format import save
 
 __all__ = ["DictionaryFormatError", "Loaded", "Source", "load", "load_with_source", "save"]
 
 _HOME = {
     "DictionaryFormatError": "sae.pretrained.fields",
-    "Loaded": "sae.pretrained.load",
+    "Loaded": "sae.pretrained.loading",
     "Source": "sae.pretrained.canonical",
-    "load": "sae.pretrained.load",
-    "load_with_source": "sae.pretrained.load",
+    "load": "sae.pretrained.loading",
+    "load_with_source": "sae.pretrained.loading",
     "save": "sae.pretrained.monosema_format",
 }
 

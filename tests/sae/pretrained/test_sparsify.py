@@ -4,7 +4,7 @@ import pytest
 import sae
 from sae.architecture import GroupMax, TopK
 from sae.pretrained import DictionaryFormatError, load_with_source
-from sae.pretrained.load import load_readings
+from sae.pretrained.loading import load_readings
 
 D, F, K = 5, 20, 3
 CONFIG = {"d_in": D, "k": K, "num_latents": 0, "expansion_factor": 4, "normalize_decoder": True}

@@ -6,7 +6,7 @@ import sae
 from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained import DictionaryFormatError, verify
-from sae.pretrained.load import load_readings
+from sae.pretrained.loading import load_readings
 from sae.pretrained.verify import Measured, Published
 
 D, ACTIVE, THETA = 24, 6, 0.5

@@ -7,7 +7,7 @@ from sae.architecture import BatchTopK, ReLU, Slice, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.cross_layer import CrossLayerTranscoder
 from sae.pretrained.fields import DictionaryFormatError
-from sae.pretrained.load import load_cross_layer, save_cross_layer
+from sae.pretrained.loading import load_cross_layer, save_cross_layer
 from sae.train.config import Adam, DictionaryConfig
 from sae.train.cross_layer import CrossLayerStep
 from sae.train.loss_config import L1

@@ -8,7 +8,7 @@ import sae
 from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained import DictionaryFormatError, hub, load_with_source
-from sae.pretrained.load import FORMATS
+from sae.pretrained.loading import FORMATS
 
 D, F = 7, 23
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
