@@ -127,7 +127,7 @@ class LatentMap {
       inView.push([row, x, y]);
       paint.fillStyle = colour.of(row);
       paint.globalAlpha = colour.dim(row) ? 0.12 : 0.85;
-      if (size < 4) paint.fillRect(x - size / 2, y - size / 2, size, size);
+      if (size < 3) paint.fillRect(x - size / 2, y - size / 2, size, size);
       else disc(paint, x, y, size / 2);
     }
     writeLabels(paint, this, inView, size / 2 + 4);

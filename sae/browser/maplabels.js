@@ -1,7 +1,7 @@
 // Labels on the map, written beside their points once the reader has zoomed in.
 "use strict";
 
-const MOST_IN_VIEW = 160; // with more points there is no room
+const MOST_IN_VIEW = 600; // with more points there is no room
 const N_WRITTEN = 40;
 const LONGEST = 30; // characters
 
@@ -12,7 +12,7 @@ function writeLabels(paint, { dictionary, size }, inView, gap) {
   const often = [...inView].sort(([a], [b]) => (density[b] || 0) - (density[a] || 0));
   const taken = inView.map(([, x, y]) => [x - 5, y - 5, x + 5, y + 5]);
   const isFree = ([left, top, right, bottom]) =>
-    right < size.width &&
+    top > 0 && right < size.width &&
     taken.every(([l, t, r, b]) => right < l || left > r || bottom < t || top > b);
   paint.font = `12px ${getComputedStyle(document.body).fontFamily}`;
   paint.textBaseline = "middle";
@@ -20,7 +20,7 @@ function writeLabels(paint, { dictionary, size }, inView, gap) {
   paint.globalAlpha = 0.85;
   let n = 0;
   for (const [row, x, y] of often) {
-    const text = visible(dictionary.label(row) ?? "");
+    const text = visible(dictionary.label(row) ?? "").replace(/^word: /, "");
     const short = text.length > LONGEST ? `${text.slice(0, LONGEST - 1)}…` : text;
     const box = [x + gap, y - 8, x + gap + paint.measureText(short).width, y + 8];
     if (!short || !isFree(box)) continue;

@@ -156,6 +156,42 @@ def test_the_map_is_coloured_by_what_the_reader_chooses(reader: Any, example: Pa
     assert len(set(seen)) == 3
 
 
+def test_the_map_opens_with_the_first_layout_and_draws_the_chosen_one(
+    reader: Any, example: Path
+) -> None:
+    reader.load(example, "#overview")
+    picture = "document.querySelector('canvas.map').toDataURL()"
+    select = "document.querySelectorAll('.map-tools select')[0]"
+    assert reader.run(f"{select}.selectedOptions[0].textContent") == "t-SNE"
+    first = reader.run(picture)
+    reader.run(f"{select}.value = '1'; {select}.dispatchEvent(new Event('change'))")
+    reader.frames()
+    assert reader.run(f"{select}.selectedOptions[0].textContent") == "PCA"
+    assert reader.run(picture) != first
+
+
+WRITTEN = """(async () => {
+  const map = new LatentMap(await readMap(router.dictionaries.get('d0')));
+  document.querySelector('.map-frame').replaceChildren(map.node);
+  const paint = CanvasRenderingContext2D.prototype, fill = paint.fillText, written = [];
+  paint.fillText = (text, x, y) => written.push([text, x, y]);
+  try { map.draw(); } finally { paint.fillText = fill; }
+  const [[left, right], [low, high]] = map.extent, [across, down] = map.span();
+  return { written, ratio: across / (right - left) / (down / (high - low)) };
+})()"""
+
+
+def test_labels_stand_apart_and_both_axes_have_one_scale(reader: Any, example: Path) -> None:
+    reader.load(example, "#overview")
+    map_ = reader.run(WRITTEN)
+    assert map_["ratio"] == pytest.approx(1)
+    places = [(x, y) for _, x, y in map_["written"]]
+    assert 5 <= len(places) <= 40
+    assert all(
+        abs(y - v) >= 16 or abs(x - u) > 5 for i, (x, y) in enumerate(places) for u, v in places[:i]
+    )
+
+
 def test_a_tokens_value_is_told_by_focus_hover_and_figures(reader: Any, example: Path) -> None:
     reader.load(example, "#d0/latent/12")
     reader.run("document.querySelector('.contexts .lit[tabindex=\"0\"]').focus()")
