@@ -181,6 +181,16 @@ class ActivationCache:
             )
         return self._hooks[hook_point]
 
+    def concatenated(self, hook_points: Sequence[str]) -> "ActivationCache":
+        """Return the cache as a dictionary of these hook points reads it: as one wide stream.
+
+        Whatever hook point is asked of the result, it gives these, side by side.
+
+        Raises:
+            KeyError: If the cache does not have one of them.
+        """
+        return ConcatenatedCache(self, tuple(hook_points))
+
     def d_model(self, hook_point: str) -> int:
         """Return the width of a hook point's rows."""
         return self[hook_point].d_model
@@ -297,6 +307,33 @@ class ActivationCache:
         chunks = [self._arrays[path].shard(shard) for shard in self._records]
         values = np.concatenate(chunks)[: self.manifest.plan.n_examples]
         return torch.from_numpy(values.astype(np.int64))
+
+
+class ConcatenatedRows(NamedTuple):
+    """The rows of several hook points, side by side."""
+
+    hooks: tuple[HookRows, ...]
+
+    def __getitem__(self, rows: RowIds) -> Float[Tensor, "row d_in"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.cat([hook[rows] for hook in self.hooks], dim=1)
+
+    @property
+    def d_model(self) -> int:
+        """The width of all of them."""
+        return sum(hook.d_model for hook in self.hooks)
+
+
+class ConcatenatedCache(ActivationCache):
+    """The same cache, whose one stream is several hook points; made by `concatenated`."""
+
+    def __init__(self, cache: ActivationCache, hook_points: tuple[str, ...]) -> None:
+        vars(self).update(vars(cache))
+        hooks = tuple(cache[name] for name in hook_points)
+        self._stream = hooks[0] if len(hooks) == 1 else ConcatenatedRows(hooks)
+
+    def __getitem__(self, hook_point: str) -> HookRows | ConcatenatedRows:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the rows of the stream, whatever the name."""
+        return self._stream
 
 
 def open_cache(path: str | Path, *, expect: Mapping[str, Any] | None = None) -> ActivationCache:

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.bench_labels import FROZEN, verdict
 from benchmarks.rows import append, surroundings
-from sae.cli.image_runs import rival_of
+from sae.run.images import rival_of
 
 KEPT = ("n_latents", "n_scored", "n_unlabelled", "n_insufficient", "n_dead", "beats_null",
         "beats_null_shuffled", "auc", "auc_all_live", "strongest", "control_auc", "best_of_class",

@@ -20,12 +20,11 @@ import activations_cache
 from activations_cache.models import load_model
 from benchmarks.rows import append, surroundings
 from sae import pretrained
-from sae.cli.beside import beside
-from sae.cli.caches import model_of
 from sae.explain.config import ExplainConfig
 from sae.explain.run import Explained, explain
 from sae.explain.scores import Mean
 from sae.explain.summary import Summary, flat
+from sae.run.caches import model_of
 from sae.statistics import Interval, weighted_sum
 
 FROZEN = "-frozen"
@@ -48,7 +47,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Explained]:
             n_baseline=0 if number else arguments.baseline,
         )
         dictionary = pretrained.load(path)
-        rows = beside(cache, dictionary, hook_point)
+        rows = cache.concatenated(dictionary.config.sites(hook_point)[0])
         found[Path(path).name] = explain(
             dictionary, rows, hook_point, strings, config, Path(arguments.out) / Path(path).name
         )

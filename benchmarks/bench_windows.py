@@ -19,10 +19,10 @@ from activations_cache.models import load_model
 from benchmarks.rows import append, surroundings
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
-from sae.cli.caches import model_of
 from sae.explain.collect.run import collect
 from sae.explain.collect.state import State
 from sae.explain.config import WindowConfig
+from sae.run.caches import model_of
 
 N_CONTEXTS = 32
 ROWS_PER_CHUNK = WindowConfig().rows_per_chunk

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from sae.autoencoder import SparseAutoencoder, initialise
-from sae.cli.run_config import RunConfig
 from sae.config import load
 from sae.evaluate.ground_truth import World, batches
+from sae.run.config import RunConfig
 from sae.train.config import DictionaryConfig
 from sae.train.loss_config import FixedPrefixes, NestedK
 from sae.train.step import TrainStep

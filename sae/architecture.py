@@ -17,7 +17,7 @@ class Facts(NamedTuple):
     trains: Literal["sparse", "dense", "gated"]
     """The file in sae/train/forward/ that trains it; `sparse` latents are few in every row."""
     products: float
-    """Time of a training step in encoder products (`sae.cli.estimate`)."""
+    """Time of a training step in encoder products (`sae.run.pipeline`)."""
     equation: str
     """a as a function of h and k, for people."""
     threshold: Literal["none", "one", "per latent"] = "none"

@@ -1,15 +1,17 @@
 """`sae browse`: the feature browser as a folder, or through a local server."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sae.cli import console
 from sae.cli.request import run_to
-from sae.cli.run_config import RunConfig
-from sae.config import ConfigError, config_file, is_config, load
+from sae.config import is_config
+from sae.run.config import RunConfig, browsed_config
 
-RUN_CONFIG = "run.yaml"
+if TYPE_CHECKING:
+    from sae.browser.server import Prompts
 
 
 def browse(
@@ -32,27 +34,48 @@ def browse(
     Of a config every step before it is made sure of, as `sae run` does. With --serve the same
     folder is shown on a local address, where texts can be read with the model as well.
     """
-    path = config_file(run) if is_config(run) else Path(run)
-    if path.is_file():
-        checked = load(RunConfig, path)
+    config = browsed_config(run)
+    is_yaml = is_config(run)
+    if is_yaml:
         run_to("browse", run, None)
-    elif (path / RUN_CONFIG).is_file():
-        own = [f"output={_quoted(path)}"]
-        if not Path(load(RunConfig, path / RUN_CONFIG).cache_path or "").is_dir():
-            own.append(f"cache_path={_quoted(path / 'cache')}")
-        checked = load(RunConfig, path / RUN_CONFIG, own)
-    elif (path / "sae.safetensors").is_file():
-        checked = None
-    else:
-        raise ConfigError(
-            f"RUN must be a directory with {RUN_CONFIG}, which `sae run` writes, a YAML file, a "
-            f"recipe or a dictionary, got {run}"
-        )
-    from sae.cli.browsing import Asked, show
+    from sae.run.browsing import INDEX, browser_folder, write_browser
 
-    show(Asked(path, checked, out, cache), (host, port, token) if serve else None)
+    folder = browser_folder(run, config, out)
+    is_there = is_yaml or (serve and (folder / INDEX).is_file())
+    if out or not is_there:
+        with console.step("browse") as progress:
+            write_browser(run, config, folder, cache, progress)
+        console.say(f"page: {(folder / INDEX).resolve()}")
+    if serve:
+        _serve(folder, (host, port, token), _prompts(config))
 
 
-def _quoted(path: Path) -> str:
-    text = str(path).replace("'", "''")
-    return f"'{text}'"
+def _prompts(config: RunConfig | None) -> "Prompts | None":
+    if config is None or config.cache.images is not None:
+        return None
+    from sae.browser.server import Prompts
+    from sae.run.browse_latents import PromptReader
+    from sae.run.context import Run
+
+    run = Run(config)
+    shown = [name for name in config.train.saes if not run.is_frozen(name)]
+    return Prompts(PromptReader(run), {f"d{i}": name for i, name in enumerate(shown)})
+
+
+def _serve(folder: Path, address: tuple[str, int, str | None], prompts: "Prompts | None") -> None:
+    """Answer until Ctrl-C."""
+    from sae.browser.server import BrowserServer
+
+    host, port, token = address
+    try:
+        server = BrowserServer(folder, host, port, token=token, prompts=prompts)
+    except OSError as error:
+        raise OSError(
+            f"--port must be free on {host}, got {port}: {error.strerror}; name another one"
+        ) from error
+    with server:
+        console.OUT.print(f"browser: {server.url}  (Ctrl-C ends it)", soft_wrap=True, markup=False)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            console.OUT.print("ended")

@@ -1,13 +1,15 @@
-"""`sae cache`: build one, look at one, import an array, list a model's sites."""
+"""`sae cache` and `sae verify`: build one, look at one, import an array, list hook points."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from activations_cache.config import Dtype
+from sae.cli import console
 from sae.cli.request import ConfigArgument, Overrides, checked_config
-from sae.cli.run_config import CacheRunConfig
+from sae.run.config import CacheRunConfig
 
 _BUILD = "build"
 _ALIASES = {"--list-sites": "sites"}
@@ -36,9 +38,12 @@ app = typer.Typer(
 def build(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Run the model over the data and store its hook points; the word `build` may be left out."""
     checked = checked_config(CacheRunConfig, config, overrides)
-    from sae.cli.caches import build_cache
+    import activations_cache
 
-    build_cache(checked)
+    path = checked.cache_path or Path(checked.output) / "cache"
+    with console.step("cache") as progress:
+        activations_cache.build(checked.cache, path, progress=progress)
+    info(str(path))
 
 
 @app.command()
@@ -47,9 +52,12 @@ def info(
 ) -> None:
     """Print what a cache was made from and what its rows look like."""
     import activations_cache
-    from sae.cli.caches import show_cache
+    from sae.run.caches import look_at
 
-    show_cache(activations_cache.open(path))
+    cache = activations_cache.open(path)
+    with console.step("look") as progress:
+        facts = look_at(cache, progress)
+    console.parts(facts)
 
 
 @app.command()
@@ -57,9 +65,12 @@ def sites(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A path or a hub id.")],
 ) -> None:
     """List the hook points of a model (`sae cache --list-sites MODEL` is the same)."""
-    from sae.cli.caches import list_sites
+    from sae.run.caches import hook_points
 
-    list_sites(model)
+    with console.step("load") as progress:
+        names = hook_points(model, progress)
+    for name in names:
+        console.say(name)
 
 
 @app.command(name="import")
@@ -72,6 +83,33 @@ def import_(
     dtype: Annotated[Dtype, typer.Option(help="Number format of the rows.")] = "float32",
 ) -> None:
     """Turn an array of rows (embeddings, say) into a cache."""
-    from sae.cli.caches import import_cache
+    from sae.run.caches import import_rows
 
-    import_cache(array, path, hook_point, dtype)
+    with console.step("import") as progress:
+        import_rows(array, path, hook_point=hook_point, dtype=dtype, progress=progress)
+    info(path)
+
+
+def verify(
+    path: Annotated[str, typer.Argument(metavar="CACHE", help="A cache directory.")],
+    model: Annotated[
+        bool, typer.Option("--model", help="Also compute 64 random rows again.")
+    ] = False,
+    model_path: Annotated[
+        str | None, typer.Option(help="Where the model is now, if it has moved.")
+    ] = None,
+) -> None:
+    """Check every committed file of a cache by its checksum, and its rows by the model."""
+    import activations_cache
+    from sae.run.caches import verify_cache
+
+    cache, with_model = activations_cache.open(path), model or bool(model_path)
+    problems = verify_cache(cache, with_model=with_model, moved=model_path, steps=console.step)
+    for problem in problems:
+        console.error(problem)
+    if problems:
+        raise typer.Exit(1)
+    also = ", 64 of them computed again" if with_model else ""
+    console.OUT.print(
+        f"{path}: {cache.n_rows:,} rows in {len(cache.hook_points)} hook points, whole{also}"
+    )

@@ -4,6 +4,7 @@ import contextlib
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -21,6 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from activations_cache.checks import Progress as Report
+
+if TYPE_CHECKING:
+    from sae.browser import ResultTable
+    from sae.run.context import Facts
 
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -64,7 +69,7 @@ class _Lines:
 
     def __init__(self, label: str) -> None:
         self.label, self.unit = label, ""
-        self.began = self.told = time.monotonic()
+        self.began = self.shown = time.monotonic()
         self.first = 0
 
     def __call__(self, done: int, total: int, unit: str) -> None:
@@ -73,8 +78,8 @@ class _Lines:
         kind = unit.split(" · ")[0]
         if kind != self.unit:
             self.unit, self.began, self.first = kind, now, done
-        if now - self.told >= SECONDS_PER_LINE and done > self.first:
-            self.told = now
+        if now - self.shown >= SECONDS_PER_LINE and done > self.first:
+            self.shown = now
             left = (now - self.began) / (done - self.first) * (total - done)
             OUT.print(f"  {self.label}: {done:,} of {total:,} {unit}, {left:.0f} s left")
             for line in lines:
@@ -108,21 +113,27 @@ def skipped(label: str, path: object) -> None:
     OUT.print(f"[dim]✓ {label:<9} done before: {path}[/]", soft_wrap=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> None:
-    """Print the one table of a command, and a note under it."""
+def say(line: str) -> None:
+    """Print one line, however long it is."""
+    OUT.print(line, soft_wrap=True)
+
+
+def table(title: str, shown: "ResultTable") -> None:
+    """Print a table, and its note under it."""
     view = Table(
         title=title,
         title_justify="left",
-        caption=note,
+        caption=shown.note,
         caption_justify="left",
         box=box.SIMPLE,
         pad_edge=False,
         collapse_padding=True,  # so that the results fit into 80 columns
     )
+    columns, rows = shown.columns, shown.rows
     widest = [max((len(row[i]) for row in rows), default=0) for i in range(len(columns))]
-    needed = sum(max(of_one) for of_one in zip(widest, map(len, columns), strict=True))
+    needed = sum(max(pair) for pair in zip(widest, map(len, columns), strict=True))
     if needed + 2 * len(columns) > OUT.width:  # headings wrap, figures never
-        columns = [_wrapped(*of_one) for of_one in zip(columns, widest, strict=True)]
+        columns = [_wrapped(*pair) for pair in zip(columns, widest, strict=True)]
     for i, (column, width) in enumerate(zip(columns, widest, strict=True)):
         view.add_column(column, justify="left" if i == 0 else "right", min_width=width)
     for row in rows:
@@ -134,16 +145,25 @@ def _wrapped(heading: str, widest: int) -> str:
     return textwrap.fill(heading, max(widest, *map(len, heading.split()), 1))
 
 
-def facts(title: str, rows: Sequence[tuple[str, str]], note: str = "") -> None:
+def facts(shown: "Facts") -> None:
     """Print names and what they stand for, one below the other; long values wrap."""
     view = Table.grid(padding=(0, 2))
     view.add_column(style="dim", no_wrap=True)
     view.add_column(overflow="fold")
-    for row in rows:
-        view.add_row(*row)
-    OUT.print(f"[bold]{title}[/]", soft_wrap=True)
+    for name, value in shown.rows:
+        view.add_row(escape(name), escape(value))
+    OUT.print(f"[bold]{escape(shown.title)}[/]", soft_wrap=True)
     OUT.print(view)
-    OUT.print(f"[dim]{note}[/]\n" if note else "")
+    OUT.print(f"[dim]{escape(shown.note)}[/]\n" if shown.note else "")
+
+
+def parts(shown: "Iterable[Any]") -> None:
+    """Print sections and facts in their order."""
+    for part in shown:
+        if hasattr(part, "table"):
+            table(*part)
+        else:
+            facts(part)
 
 
 def error(message: str) -> None:

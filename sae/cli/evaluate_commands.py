@@ -1,11 +1,15 @@
 """`sae evaluate` and `sae compare`; torch loads after the request is read."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sae.cli import console
 from sae.cli.request import run_to
+
+if TYPE_CHECKING:
+    from sae.run.measuring import MeasureRequest
 
 CacheOption = Annotated[
     str | None, typer.Option("--cache", metavar="CACHE", help="The cache they are measured on.")
@@ -58,11 +62,18 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
             )
         run_to("evaluate", targets[0], targets[1:])
         return
-    from sae.cli.measuring import Request, Spliced, measure, show
+    from sae.run.measuring import measure, write_record
+    from sae.run.page import write_evaluation
 
-    spliced = Spliced(contexts, images) if model else None
-    request = Request(tuple(targets), cache, hook_point, spliced, probe, baselines, structure)
-    show(measure(request), json, page)
+    request = _request(targets, cache, hook_point, (model, contexts, images), probe, structure)
+    measured = measure(request._replace(baselines=baselines), console.step)
+    console.parts(measured.sections)
+    if json is not None:
+        write_record(json, measured.record)
+        console.say(f"figures: {json}")
+    if page is not None:
+        write_evaluation(page, measured)
+        console.say(f"page: {page}")
 
 
 def compare(  # noqa: PLR0913
@@ -87,9 +98,32 @@ def compare(  # noqa: PLR0913
     ] = None,
 ) -> None:
     """Hold groups of dictionaries against each other at equal L0, with ties and Pareto plots."""
-    from sae.cli.comparing import compare_and_show
-    from sae.cli.measuring import Request, Spliced
+    from sae.run.comparing import compare_groups, write_comparison
 
-    spliced = Spliced(contexts, images) if model else None
-    request = Request(tuple(targets), cache, hook_point, spliced, probe, True, structure)
-    compare_and_show(request, out, l0)
+    request = _request(targets, cache, hook_point, (model, contexts, images), probe, structure)
+    comparison = compare_groups(request, l0, console.step)
+    console.parts(comparison.sections)
+    for kind, path in write_comparison(comparison, out).items():
+        console.say(f"{kind}: {path}")
+
+
+def _request(
+    targets: list[str],
+    cache: str,
+    hook_point: str | None,
+    spliced: tuple[bool, int, int],
+    probe: int,
+    structure: bool,
+) -> "MeasureRequest":
+    from sae.run.measuring import MeasureRequest, SplicedInto, Target
+
+    named = (target.rpartition("=") for target in targets)
+    with_model, contexts, images = spliced
+    return MeasureRequest(
+        tuple(Target(path, group=group) for group, _, path in named),
+        cache,
+        hook_point,
+        SplicedInto(contexts, images) if with_model else None,
+        probe,
+        structure=structure,
+    )

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from sae.cli import console
 from sae.cli.request import Overrides, run_to
 from sae.config import ConfigError, load_overrides
 from sae.explain.config import ExplainConfig
@@ -48,6 +49,13 @@ def explain(  # noqa: PLR0913
     checked = load_overrides(ExplainConfig, [*(overrides or []), *given])
     if dry_run and checked.autointerp is None:
         raise ConfigError("--dry-run must come with autointerp.llm.model=NAME, got none")
-    from sae.cli.explaining import Task, explain_dictionary
+    from sae.run.explaining import ExplainRequest, estimate, explain_dictionary
+    from sae.run.label_tables import estimate_facts, explanation_parts
 
-    explain_dictionary(Task(config, cache, hook_point, out, across, dry_run), checked)
+    request = ExplainRequest(config, cache, hook_point, out, across)
+    if dry_run and checked.autointerp is not None:
+        with console.step("estimate") as progress:
+            cost = estimate(request, checked, progress)
+        console.facts(estimate_facts(config, cost, checked.autointerp))
+        return
+    console.parts(explanation_parts(config, explain_dictionary(request, checked, console.step)))

@@ -1,21 +1,23 @@
 """`sae`: the commands and their exit codes: 0 done, 1 failed, 2 wrong request."""
 
 import enum
+import subprocess
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
-from sae.cli import console, release_commands
-from sae.cli.bench_command import PASSED_ON, bench
+from sae.cli import console
 from sae.cli.browse_command import browse
 from sae.cli.cache_commands import app as cache_app
+from sae.cli.cache_commands import verify
 from sae.cli.evaluate_commands import compare, evaluate
 from sae.cli.explain_command import explain
-from sae.cli.find_command import find
+from sae.cli.release_commands import convert, inspect, push, verify_release
 from sae.cli.request import ConfigArgument, Overrides, run_to
 from sae.cli.scaling import app as scaling_app
-from sae.cli.steer_command import steer
+from sae.cli.steer_command import find, steer
 from sae.config import ConfigError, config_file
 from sae.config import recipes as recipe_lines
 from sae.train.signals import Stopped
@@ -29,6 +31,24 @@ app = typer.Typer(
     epilog="The steps of a run take a config file, or a recipe's name, and dotted overrides: "
     "sae run demo train.seed=1 output=runs/seed-1",
 )
+
+Bench = Literal[
+    "auto", "gpu", "cpu", "cache", "storage", "loop", "labels", "image-labels", "windows", "browser"
+]  # fmt: skip
+MODULES: dict[Bench, str] = {
+    "gpu": "benchmarks.gpu_suite",
+    "cpu": "benchmarks.bench_cpu_step",
+    "cache": "benchmarks.bench_cache",
+    "storage": "benchmarks.bench_storage",
+    "loop": "benchmarks.bench_loop",
+    "labels": "benchmarks.bench_labels",
+    "image-labels": "benchmarks.bench_image_labels",
+    "windows": "benchmarks.bench_windows",
+    "browser": "benchmarks.browser",
+}
+ROOT = Path(__file__).resolve().parents[2]
+PASSED_ON = {"ignore_unknown_options": True}
+"""Settings of the command: options that it does not know are the benchmark's."""
 
 INTERRUPTED = 130
 """What typer returns after Ctrl-C."""
@@ -59,44 +79,34 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     run_to(Step.TRAIN, config, overrides)
 
 
-app.command()(evaluate)
-app.command()(compare)
+for command in (evaluate, compare, explain, find, steer, browse, verify):
+    app.command()(command)
+for command in (inspect, convert, push):
+    app.command()(command)
+app.command(name="verify-release")(verify_release)
 
 
-app.command()(explain)
-app.command()(find)
-app.command()(steer)
-
-
-app.command()(browse)
-
-
-@app.command()
-def verify(
-    path: Annotated[str, typer.Argument(metavar="CACHE", help="A cache directory.")],
-    model: Annotated[
-        bool, typer.Option("--model", help="Also compute 64 random rows again.")
-    ] = False,
-    model_path: Annotated[
-        str | None, typer.Option(help="Where the model is now, if it has moved.")
+@app.command(context_settings=PASSED_ON)
+def bench(
+    name: Annotated[Bench, typer.Argument(help="auto: gpu where there is one, else cpu.")] = "auto",
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[OPTION]...", help="Those of the benchmark.")
     ] = None,
 ) -> None:
-    """Check every committed file of a cache by its checksum, and its rows by the model."""
-    from sae.cli.caches import verify_cache
+    """Measure kernels, steps, caches, the browser; e.g. sae bench cpu --rounds 5."""
+    if not (ROOT / "benchmarks").is_dir():
+        raise ConfigError(
+            f"sae bench must run from a source checkout, got the installed package in {ROOT}; "
+            "clone the repository and run `make install`"
+        )
+    module = MODULES[_here() if name == "auto" else name]
+    raise typer.Exit(subprocess.call([sys.executable, "-m", module, *(options or ())], cwd=ROOT))
 
-    raise typer.Exit(verify_cache(path, with_model=model or bool(model_path), moved=model_path))
 
+def _here() -> Literal["gpu", "cpu"]:
+    import torch  # half a second, for this alone
 
-@app.command()
-def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A directory or org/name.")],
-    format: Annotated[str | None, typer.Option(help="Where two formats fit.")] = None,
-    allow_pt: Annotated[bool, typer.Option(help="Read a pickle in a closed process.")] = False,
-) -> None:
-    """Print what a dictionary is and how it will be applied."""
-    from sae.cli.inspection import inspect_dictionary
-
-    inspect_dictionary(path, format, allow_pt)
+    return "gpu" if torch.cuda.is_available() else "cpu"
 
 
 @app.command()
@@ -113,12 +123,6 @@ def recipes(
     width = max(map(len, known))
     for recipe, line in known.items():
         typer.echo(f"{recipe:<{width}}  {line}")
-
-
-app.command()(release_commands.convert)
-app.command()(release_commands.push)
-app.command(name="verify-release")(release_commands.verify_release)
-app.command(context_settings=PASSED_ON)(bench)
 
 
 def main() -> None:

@@ -1,12 +1,25 @@
-"""`sae convert`, `sae push` and `sae verify-release`, as the command line asks for them."""
+"""`sae inspect`, `sae convert`, `sae push` and `sae verify-release`."""
 
 from typing import Annotated
 
 import typer
 
+from sae.cli import console
+
 Dictionary = Annotated[str, typer.Argument(metavar="DICT", help="A directory, a file or org/name.")]
 Format = Annotated[str | None, typer.Option(help="The format, where two fit.")]
 AllowPt = Annotated[bool, typer.Option(help="Read a pickle in a closed process.")]
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A directory or org/name.")],
+    format: Format = None,
+    allow_pt: AllowPt = False,
+) -> None:
+    """Print what a dictionary is and how it will be applied."""
+    from sae.run.releases import inspect as inspect_dictionary
+
+    console.facts(inspect_dictionary(path, format=format, allow_pt=allow_pt))
 
 
 def convert(
@@ -19,9 +32,9 @@ def convert(
     allow_pt: AllowPt = False,
 ) -> None:
     """Write a dictionary in another format, exactly, or say why that format cannot hold it."""
-    from sae.cli.releases import convert_dictionary
+    from sae.run.releases import convert as convert_dictionary
 
-    convert_dictionary(source, target, to, format, allow_pt)
+    console.facts(convert_dictionary(source, target, to, format=format, allow_pt=allow_pt))
 
 
 def push(
@@ -38,9 +51,15 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
 ) -> None:
     """Put a dictionary and a card on the Hugging Face hub, with the token of its own client."""
-    from sae.cli.releases import push_dictionary
+    from sae.run.context import Facts
+    from sae.run.releases import push as push_dictionary
 
-    push_dictionary(source, repo, (licence, model, hook_point), metrics, public=public)
+    pushed = push_dictionary(
+        source, repo, licence=licence, model=model, hook_point=hook_point, metrics=metrics,
+        public=public,
+    )  # fmt: skip
+    files = [("file", name) for name in pushed.files]
+    console.facts(Facts("pushed", [("name", pushed.name), *files]))
 
 
 def verify_release(
@@ -57,8 +76,13 @@ def verify_release(
     allow_pt: AllowPt = False,
 ) -> None:
     """Say which reading of a release meets its published figures on real rows."""
-    from sae.cli.releases import verify
-    from sae.pretrained.loading import load_readings
+    from sae.run.releases import verify_release as verify_readings
 
-    readings = load_readings(source, format, allow_pt)
-    raise typer.Exit(verify(source, readings, cache, hook_points, published, rows))
+    verified = verify_readings(
+        source, cache, hook_points=hook_points, figures=published, rows=rows, format=format,
+        allow_pt=allow_pt,
+    )  # fmt: skip
+    console.table(verified.section.title, verified.section.table)
+    meeting = ", ".join(verified.meeting) or "no reading"
+    console.OUT.print(f"meets the published figures: {meeting}")
+    raise typer.Exit(0 if verified.meeting else 1)

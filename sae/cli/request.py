@@ -1,13 +1,17 @@
-"""What a command that takes a config file asks for, and the chain that does it."""
+"""A command that takes a config file: its arguments, and the run that does it."""
 
-from typing import Annotated, TypeVar
+import time
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from sae.cli.installed import require_installed
-from sae.cli.run_config import CacheRunConfig, RunConfig
+from sae.cli import console
 from sae.config import config_file, load
 from sae.config.recipes import for_another_model
+from sae.run.config import CacheRunConfig, RunConfig, require_installed
+
+if TYPE_CHECKING:
+    from sae.run.context import Run
 
 T = TypeVar("T", RunConfig, CacheRunConfig)
 
@@ -34,9 +38,50 @@ def checked_config(schema: type[T], config: str, overrides: list[str] | None) ->
     return checked
 
 
-def run_to(step: str, config: str, overrides: list[str] | None) -> None:
+def run_to(last: str, config: str, overrides: list[str] | None) -> None:
     """Check a config, then do its steps up to the named one; torch loads only after the check."""
     checked = checked_config(RunConfig, config, overrides)
-    from sae.cli.chain import run_chain
+    from activations_cache.builder import rank_of_this_process
+    from sae.run.context import Run
+    from sae.run.jobs import run_steps
 
-    run_chain(checked, step)
+    run = Run(checked)
+    if rank_of_this_process()[0] > 0:
+        run_steps(run, last)  # the first process shows what all do
+        return
+    began = time.monotonic()
+    _do_steps(run, last)
+    from sae.run.jobs import result_of
+
+    result = result_of(run, last)
+    console.table(checked.title, result.table)
+    if last == "train":
+        console.say(f"train: {run.path(last)}")
+        if result.curves is not None:
+            console.say(f"curves: {result.curves}")
+    if result.page is not None:
+        console.say(f"page: {result.page}  ({time.monotonic() - began:.0f} s)")
+
+
+def _do_steps(run: "Run", last: str) -> None:
+    from sae.run.label_tables import llm_facts
+    from sae.run.pipeline import SHARED, estimate_time, pending_steps
+
+    is_estimated = False
+    for step in pending_steps(run, last):
+        if step.is_done:
+            console.skipped(step.name, step.path)
+            continue
+        if not is_estimated and step.name in SHARED:  # later there is nothing to train
+            time_needed, n = estimate_time(run.config), len(run.config.train.saes)
+            console.say(
+                f"[dim]{time_needed.n_threads} threads, "
+                f"{time_needed.flops_per_second / 1e9:,.0f} GFLOP/s: training about "
+                f"{max(time_needed.seconds / 60, 0.1):.1f} min for {n} dictionaries; every step "
+                "shows its own ETA[/]"
+            )
+            is_estimated = True
+        with console.step(step.name) as progress:
+            summaries = step.do(progress)
+        for name, summary in (summaries or {}).items():
+            console.facts(llm_facts(name, summary, step.path / name))

@@ -1,12 +1,14 @@
-"""`sae steer`: of a config, the step of a run; of a dictionary, text and sweeps."""
+"""`sae steer` and `sae find`: text and sweeps with latents changed, and latents looked for."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sae.cli import console
 from sae.cli.request import Overrides, run_to
 from sae.config import ConfigError, is_config, load_overrides
-from sae.steer.config import SteerRequest
+from sae.steer.config import FindRequest, SteerRequest
 
 
 def steer(
@@ -38,6 +40,42 @@ def steer(
     named = {"latents": latent or [], "prompts": prompt, "model": model, "output": output}
     options = {key: value for key, value in named.items() if value is not None}
     request = load_overrides(SteerRequest, overrides or [], {**options, "sweep": sweep})
-    from sae.cli.steer_dictionary import steer_dictionary
+    from sae.run.steering import continuations, placed_in_model, sweep_latent
 
-    steer_dictionary(path, request)
+    where = (request.model, request.dtype, request.hook_point)
+    dictionary, loaded = placed_in_model(path, *where)
+    if sweep:
+        with console.step("sweep") as progress:
+            swept = sweep_latent(path, dictionary, loaded, request, progress)
+        name = f"steer-{Path(path).name}-{swept.latent}"
+        section = swept.write(Path(request.output or name))
+        console.table(section.title, section.table)
+        return
+    for text in continuations(dictionary, loaded, request):
+        note = (
+            f"{', '.join(request.latents)} ran on {text.n_chosen} tokens and changed "
+            f"{text.n_changed}, by {text.relative_size:.2f} of the stream's norm"
+        )
+        console.side_by_side(text.prompt, ("base", text.base), ("steered", text.steered), note)
+
+
+def find(
+    path: Annotated[str, typer.Argument(metavar="DICT", help="A dictionary.")],
+    overrides: Overrides = None,
+    pos: Annotated[list[str] | None, typer.Option(help="A text in which it fires.")] = None,
+    neg: Annotated[list[str] | None, typer.Option(help="A text in which it does not.")] = None,
+    near: Annotated[int | None, typer.Option(help="Neighbours of this latent.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="With target=: what it depends on.")] = None,
+    model: Annotated[str | None, typer.Option(help="If the dictionary does not name it.")] = None,
+) -> None:
+    """Find latents: by texts (--pos, --neg), near another one (--near), behind a prediction.
+
+    KEY=VALUE: n=20 where=last among=OTHER_DICT target=" Paris" against=" Rome" hook_point=...
+    """
+    named = {"pos": pos, "neg": neg, "near": near, "prompt": prompt, "model": model}
+    options = {key: value for key, value in named.items() if value is not None}
+    request = load_overrides(FindRequest, overrides or [], options)
+    from sae.run.finding import find_latents_of
+
+    matches = find_latents_of(path, request, console.step)
+    console.table(matches.title, matches.table)

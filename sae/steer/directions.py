@@ -8,12 +8,10 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from activations_cache.hooks import capture
+from activations_cache.models import FINAL_NORMS
 from sae.steer.attribution import Attribution, see
 from sae.steer.edits import directions_of
 from sae.steer.place import Placed
-
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
-"""What model families call the norm before the unembedding."""
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from benchmarks import compare_recipes
-from sae.cli.run_config import RunConfig
 from sae.config import load
+from sae.run.config import RunConfig
 
 EFFECT = {key: {"value": 0.5} for key in ("ce_recovered_mean", "ce_increase", "kl")}
 TOLD = {"knn": {"value": 0.625}, "linear": {"value": 0.75}}

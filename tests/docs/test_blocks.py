@@ -13,8 +13,8 @@ import yaml
 import benchmarks.rows
 from sae.architecture import TopK
 from sae.cli.main import app
-from sae.cli.run_config import CacheRunConfig, RunConfig
 from sae.config import config_file, load, recipes
+from sae.run.config import CacheRunConfig, RunConfig
 from sae.train import TrainStep
 from sae.train.config import DictionaryConfig
 

@@ -12,10 +12,10 @@ import activations_cache
 import sae
 from activations_cache.config import CacheConfig
 from activations_cache.models import load_model
-from sae.cli.run_config import RunConfig
 from sae.config import load
 from sae.evaluate.report import read_json
 from sae.evaluate.run import evaluate
+from sae.run.config import RunConfig
 from tests.exact import numerics
 
 FIXTURES = Path(__file__).parents[1] / "released" / "d8b6d6c"

@@ -16,11 +16,11 @@ from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import write_site
 from sae.browser.server import BrowserServer
-from sae.cli import browsing, main
-from sae.cli.browse_prompt import MAX_TOKENS, PromptReader
-from sae.cli.browse_site import read_explained
-from sae.cli.browsing import Asked
-from sae.cli.chain import Run
+from sae.cli import browse_command, main
+from sae.run import browsing
+from sae.run.browse_latents import MAX_TOKENS, PromptReader
+from sae.run.browsing import read_explained
+from sae.run.context import Run
 
 HOOK = "model.layers.1:out"
 
@@ -97,7 +97,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def served(folder: Path, port: int = 0, host: str = "127.0.0.1", token: str | None = None) -> None:
-    browsing.show(Asked(folder.parent, None, None, None), (host, port, token))
+    browse_command._serve(folder, (host, port, token), None)
 
 
 def test_what_is_there_is_served_until_ctrl_c(monkeypatch, capsys, folder: Path) -> None:
@@ -123,12 +123,14 @@ def test_a_taken_port_and_an_open_host_are_refused(folder: Path) -> None:
 
 
 def test_the_command_hands_on_what_it_was_asked(monkeypatch, tmp_path: Path) -> None:
-    asked = []
-    monkeypatch.setattr(browsing, "show", lambda *given: asked.append(given))
+    written, served = [], []
+    monkeypatch.setattr(browsing, "write_browser", lambda *given: written.append(given[:-1]))
+    monkeypatch.setattr(browse_command, "_serve", lambda *given: served.append(given))
     (tmp_path / "sae.safetensors").write_bytes(b"")
     options = ["--serve", "--host", "::1", "--port", "0", "--token", "t", "--cache", "c"]
     monkeypatch.setattr(sys, "argv", ["sae", "browse", str(tmp_path), *options, "--out", "o"])
     with pytest.raises(SystemExit) as stop:
         main.main()
     assert stop.value.code == 0
-    assert asked == [(Asked(tmp_path, None, "o", "c"), ("::1", 0, "t"))]
+    assert written == [(str(tmp_path), None, Path("o"), "c")]
+    assert served == [(Path("o"), ("::1", 0, "t"), None)]

@@ -15,9 +15,10 @@ import activations_cache
 from activations_cache.reader import ActivationCache
 from sae import pretrained
 from sae.baselines import covariance_of, principal_components, random_dictionary
-from sae.cli import main, pareto
-from sae.cli.pareto import Panel, Series
+from sae.cli import main
 from sae.evaluate.report import Point
+from sae.run import page
+from sae.run.page import Panel, Series
 
 HOOK = "model.layers.1:out"
 
@@ -157,7 +158,7 @@ def test_far_baselines_do_not_press_the_compared_into_a_line(baseline, scale):
     points = [Point(l0=30.0, value=0.2), Point(l0=40.0, value=0.15)]
     panel = Panel("FVU", [Series("a", points, points)], {"b": Point(l0=30.0, value=baseline)})
     axis = Figure().subplots()
-    pareto.draw(axis, panel, 32.0)
+    page.draw(axis, panel, 32.0)
     assert axis.get_yscale() == scale
 
 

@@ -36,7 +36,7 @@ def sae(monkeypatch, *arguments: str) -> int:
 
 
 def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sae.cli.explaining.client_of", lambda config: ConstantClient(1))
+    monkeypatch.setattr("sae.run.explaining.client_of", lambda config: ConstantClient(1))
     arguments = [
         str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
         "min_firings=5", "min_examples=2", "autointerp.llm.model=m", "autointerp.n_latents=5",
@@ -64,7 +64,7 @@ def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, 
 
 
 def test_scorers_that_look_into_the_model(paths, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sae.cli.explaining.client_of", lambda config: ConstantClient(1))
+    monkeypatch.setattr("sae.run.explaining.client_of", lambda config: ConstantClient(1))
     arguments = [
         str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
         "autointerp.llm.model=m", "autointerp.n_latents=3", "autointerp.n_baseline=2",
@@ -87,7 +87,7 @@ def test_a_dry_run_estimates_and_asks_nobody(paths, tmp_path, monkeypatch, capsy
     def refuse(config):
         raise AssertionError("no client is needed")
 
-    monkeypatch.setattr("sae.cli.explaining.client_of", refuse)
+    monkeypatch.setattr("sae.run.explaining.client_of", refuse)
     arguments = [
         str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
         "--dry-run", "--max-usd", "0.5", "--max-tokens", "9999", "autointerp.llm.model=m",
@@ -104,11 +104,11 @@ def test_a_dry_run_estimates_and_asks_nobody(paths, tmp_path, monkeypatch, capsy
 
 
 def test_limits_reach_the_client(paths, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sae.cli.explaining.client_of", lambda config: ConstantClient(1))
-    monkeypatch.setattr("sae.cli.explaining.without_llm", lambda *arguments: None)
+    monkeypatch.setattr("sae.run.explaining.client_of", lambda config: ConstantClient(1))
     arguments = [
         str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
-        "--max-tokens=0", "autointerp.llm.model=m", "autointerp.n_latents=5",
+        "--max-tokens=0", "autointerp.llm.model=m", "autointerp.n_latents=5", "n_baseline=0",
+        "rules.n_latents=1", "rules.windows.tokens=8", "min_firings=5", "permutations=100",
         "autointerp.n_baseline=0", "autointerp.min_windows=2", "autointerp.windows.tokens=8",
     ]  # fmt: skip
     assert sae(monkeypatch, *arguments) == 0

@@ -192,11 +192,11 @@ def test_pictures_that_cannot_be_read_are_counted_in_one_line(config, tmp_path, 
 
 
 def test_a_cache_of_text_is_refused_where_pictures_are_needed(tmp_path, capsys, config, run):
-    from sae.cli.pictures import Pictures
+    from sae.run.browse_latents import Thumbnails
 
     text = write_synthetic(tmp_path / "text", synthetic_plan({"a:out": 7}, n_examples=23))
     with pytest.raises(CacheFormatError, match="must be a cache of images, got one of text"):
-        Pictures(text)
+        Thumbnails(text)
     assert sae("steer", config) == 2
     assert "cache must be of texts for `sae steer`, got images" in one_line(capsys)
 

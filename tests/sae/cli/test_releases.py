@@ -10,8 +10,9 @@ import torch
 import sae as library
 from sae.architecture import ReLU, SAEConfig, Slice, TopK
 from sae.autoencoder import SparseAutoencoder
-from sae.cli import console, main, releases
+from sae.cli import console, main
 from sae.pretrained.push import Pushed
+from sae.run import releases
 
 D, F = 7, 23
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from activations_cache.config import RELEASES
-from sae.cli.run_config import RunConfig
 from sae.config import ConfigError, config_file, is_config, load, recipes
 from sae.config.recipes import RECIPES, for_another_model
+from sae.run.config import RunConfig
 
 DEFAULT = RECIPES / "default.yaml"
 

@@ -8,8 +8,8 @@ import torch
 
 from sae.architecture import TopK
 from sae.autoencoder import SparseAutoencoder, initialise
-from sae.cli.run_config import RunConfig
 from sae.config import ConfigError, load
+from sae.run.config import RunConfig
 from sae.train.config import Adam, DictionaryConfig
 from sae.train.schedule import automatic_rate
 from sae.train.step import TrainStep

@@ -8,8 +8,8 @@ import torch
 
 from sae.architecture import SAEConfig, Slice
 from sae.autoencoder import SparseAutoencoder, initialise
-from sae.cli.run_config import RunConfig
 from sae.config import load
+from sae.run.config import RunConfig
 from sae.train.config import DictionaryConfig
 from sae.train.step import TrainStep
 

@@ -6,7 +6,7 @@ import torch
 from activations_cache.config import CacheConfig, ModelConfig, TextConfig, TextSource
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, Slice, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
-from sae.cli.run_config import RunConfig
+from sae.run.config import RunConfig
 from sae.train.column_layout import reads
 from sae.train.config import DictionaryConfig, TrainConfig
 from sae.train.forward.common import Moment, Rows

@@ -1,0 +1,62 @@
+"""Whole jobs as functions: what the command does, with return values and without printing.
+
+Nothing heavy is imported until a job is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sae.run.browsing import browse
+    from sae.run.caches import cache, verify
+    from sae.run.comparing import compare
+    from sae.run.explaining import explain
+    from sae.run.finding import find
+    from sae.run.jobs import job, train
+    from sae.run.measuring import evaluate
+    from sae.run.releases import convert, inspect, push, verify_release
+    from sae.run.steering import steer
+
+__all__ = [
+    "browse",
+    "cache",
+    "compare",
+    "convert",
+    "evaluate",
+    "explain",
+    "find",
+    "inspect",
+    "job",
+    "push",
+    "steer",
+    "train",
+    "verify",
+    "verify_release",
+]
+
+_HOME = {
+    "browse": "browsing",
+    "cache": "caches",
+    "compare": "comparing",
+    "convert": "releases",
+    "evaluate": "measuring",
+    "explain": "explaining",
+    "find": "finding",
+    "inspect": "releases",
+    "job": "jobs",
+    "push": "releases",
+    "steer": "steering",
+    "train": "jobs",
+    "verify": "caches",
+    "verify_release": "releases",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sae.run' has no attribute {name!r}")
+    return getattr(import_module(f"sae.run.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

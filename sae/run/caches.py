@@ -1,0 +1,188 @@
+"""Caches: build one, check one, look at one, import an array, list a model's hook points."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import activations_cache
+from activations_cache import ActivationCache
+from activations_cache.checks import Progress, silent
+from activations_cache.config import (
+    CacheConfig,
+    Dtype,
+    ImagesConfig,
+    ModelConfig,
+    TextConfig,
+    TextSource,
+)
+from activations_cache.hooks import sites
+from activations_cache.importing import import_array
+from activations_cache.recompute import recompute
+from activations_cache.summary import HookSummary, summarise
+from activations_cache.vision import load_any_model
+from sae.run.context import CacheOrPath, Facts, Steps, model_of, opened, steps_to, wrong_class
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def cache(
+    model: ModelConfig | str | Path,
+    data: TextConfig | ImagesConfig | TextSource | str | Path,
+    hook_points: str | Sequence[str],
+    *,
+    n_rows: int,
+    out: str | Path,
+    dtype: Dtype = "bfloat16",
+    progress: Progress = silent,
+) -> ActivationCache:
+    """Run a model over texts or images and store its activations; or go on with such a cache.
+
+    Args:
+        model: A path or a hub id, or all about it.
+        data: A text file or a data set of texts, or all about texts or images.
+        hook_points: One or several, such as "model.layers.15:out".
+        n_rows: How many positions are stored.
+        out: The cache's directory.
+        dtype: Number format of the rows.
+        progress: Called while it is built.
+
+    Raises:
+        TypeError: If an argument is of another class.
+        ValueError: If something fits nothing else.
+    """
+    text, images = _text(data), data if isinstance(data, ImagesConfig) else None
+    config = CacheConfig(
+        model=_model(model),
+        text=text,
+        images=images,
+        hook_points=(hook_points,) if isinstance(hook_points, str) else tuple(hook_points),
+        n_rows=n_rows,
+        dtype=dtype,
+    )
+    return activations_cache.build(config, Path(out), progress=progress)
+
+
+def _model(model: ModelConfig | str | Path) -> ModelConfig:
+    if isinstance(model, ModelConfig):
+        return model
+    if isinstance(model, str | Path):
+        return ModelConfig(path=str(model))
+    raise wrong_class("model", "be a path, a hub id or a ModelConfig", model, "it is loaded here")
+
+
+def _text(data: object) -> TextConfig | None:
+    """All about texts; None for images."""
+    if isinstance(data, str | Path):
+        data = TextSource(path=str(data))
+    if isinstance(data, TextSource):
+        data = TextConfig(sources=(data,))
+    if isinstance(data, TextConfig | ImagesConfig):
+        return data if isinstance(data, TextConfig) else None
+    rule = "be a path, a TextSource, a TextConfig or an ImagesConfig"
+    raise wrong_class("data", rule, data, "see docs/cache.md")
+
+
+def verify(
+    cache: CacheOrPath,
+    *,
+    with_model: bool = False,
+    moved: str | Path | None = None,
+    progress: Progress = silent,
+) -> list[str]:
+    """Check a cache's files by their checksums, and on request 64 rows by the model.
+
+    Args:
+        cache: The cache.
+        with_model: Compute rows again.
+        moved: Where the model is now, if it has moved.
+        progress: Called in both steps.
+
+    Returns:
+        What is wrong, a line each; empty if nothing is.
+    """
+    return verify_cache(opened(cache), with_model=with_model, moved=moved, steps=steps_to(progress))
+
+
+def verify_cache(
+    cache: ActivationCache, *, with_model: bool, moved: str | Path | None, steps: Steps
+) -> list[str]:
+    """Check a cache's files, and on request its rows, in two steps."""
+    with steps("verify") as progress:
+        problems = [str(problem) for problem in cache.verify(progress=progress)]
+    if with_model:
+        with steps("recompute") as progress:
+            loaded = load_any_model(model_of(cache, None if moved is None else str(moved)))
+            problems += map(str, recompute(cache, loaded, progress=progress))
+    return problems
+
+
+def look_at(cache: CacheOrPath, progress: Progress = silent) -> list[Facts]:
+    """Return what a cache was made from and what its rows look like."""
+    cache = opened(cache)
+    return cache_facts(cache, [summarise(cache, name, progress) for name in cache.hook_points])
+
+
+def cache_facts(cache: ActivationCache, summaries: Sequence[HookSummary]) -> list[Facts]:
+    """What a cache is, and what the rows of each hook point look like."""
+    plan, manifest = cache.manifest.plan, cache.manifest
+    n_positions = plan.n_examples * plan.context
+    left_out = n_positions - manifest.n_rows
+    facts = [
+        ("rows", f"{manifest.n_rows:,} in {plan.n_shards:,} shards"),
+        ("size", f"{cache.n_bytes / 1e9:,.2f} GB, {plan.dtype}, compression {plan.compression}"),
+        ("examples", f"{plan.n_examples:,} of {plan.context:,} positions"),
+        ("left out", f"{left_out:,} of {n_positions:,} positions ({left_out / n_positions:.2%})"),
+        ("not finite", f"{manifest.n_quarantined:,} of these"),
+        ("fingerprint", cache.fingerprint),
+    ]
+    parts = [Facts(str(cache.path), [*facts, *_made_from(cache)])]
+    for summary in summaries:
+        note = f"{summary.n_sampled:,} training rows, spread evenly"
+        parts.append(Facts(summary.hook_point, _summary_rows(cache, summary), note))
+    return parts
+
+
+def _made_from(cache: ActivationCache) -> list[tuple[str, str]]:
+    request = cache.manifest.plan.request.get("config", {})
+    model = request.get("model", {}).get("path")
+    return [("model", f"{model} ({cache.identity['model']['dtype']})")] if model else []
+
+
+def _summary_rows(cache: ActivationCache, summary: HookSummary) -> list[tuple[str, str]]:
+    quantiles = cache[summary.hook_point].statistics.norm_quantiles
+    low, high = summary.norm_edges[0], summary.norm_edges[-1]
+    top = max(summary.norm_counts)
+    bars = "".join(BARS[-(-8 * count // top)] for count in summary.norm_counts)
+    massive = ", ".join(f"{m.dimension} ({m.ratio:.0f} x)" for m in summary.massive)
+    return [
+        ("width", f"{cache.d_model(summary.hook_point):,}"),
+        ("norm", "  ".join(f"{name}: {value:.4g}" for name, value in quantiles.items())),
+        ("norms, log scale", f"{low:.3g} {bars} {high:.3g}"),
+        ("massive dimensions", massive or "none"),
+        ("effective rank", f"{summary.effective_rank:.0f} (RankMe)"),
+        ("share of the mean", f"{summary.mean_share:.1%} of the mean square norm"),
+    ]
+
+
+def hook_points(model: ModelConfig | str | Path, progress: Progress = silent) -> list[str]:
+    """Return the hook points of a model."""
+    return list(sites(load_any_model(_model(model), progress=progress).model))
+
+
+def import_rows(
+    array: str | Path,
+    out: str | Path,
+    *,
+    hook_point: str = "embedding:out",
+    dtype: Dtype = "float32",
+    progress: Progress = silent,
+) -> ActivationCache:
+    """Turn an array of rows (embeddings, say) into a cache.
+
+    Args:
+        array: .npy, .safetensors[::NAME] or a Zarr array.
+        out: The cache's directory.
+        hook_point: How the rows are called.
+        dtype: Number format of the rows.
+        progress: Called while rows are copied.
+    """
+    return import_array(str(array), str(out), hook_point=hook_point, dtype=dtype, progress=progress)

@@ -1,0 +1,180 @@
+"""What `sae run` reads: one file with a part per step."""
+
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from activations_cache.config import PACKAGE, CacheConfig, locate, require_extra, require_reader
+from sae.evaluate.config import EvaluateConfig
+from sae.explain.config import ExplainConfig
+from sae.steer.config import SteerConfig
+from sae.train.config import TrainConfig
+from sae.train.hook_points import sites
+
+OF_TEXT = {
+    "evaluate": ("n_contexts", "n_contexts_special", "contexts_per_forward"),
+    "explain": (
+        "kinds", "min_firings", "min_examples", "wide_words", "min_word_count", "prior_rows",
+        "permutations", "null_permutations", "top_contexts", "bucket_contexts", "context_tokens",
+        "rules", "atlas", "autointerp",
+    ),
+    "steer": tuple(entry.name for entry in fields(SteerConfig)),
+}  # fmt: skip
+"""Fields, by their part of a file, that are not read where a cache is of images."""
+
+OF_IMAGES = {"evaluate": ("n_images", "n_neighbours"), "explain": ("images",)}
+"""Those that are not read where it is of texts."""
+
+
+def refuse_unread(part: str, config: Any, *, of_images: bool) -> None:
+    """Refuse what is set and would not be read.
+
+    Args:
+        part: Its name in a file.
+        config: Its fields.
+        of_images: Whether the cache is of images.
+
+    Raises:
+        ValueError: If a field that is of the other kind of data is not as it is by default.
+    """
+    here, there = ("images", "texts") if of_images else ("texts", "images")
+    by_name = {entry.name: entry for entry in fields(config)}
+    for name in (OF_TEXT if of_images else OF_IMAGES).get(part, ()):
+        value, entry = getattr(config, name), by_name[name]
+        made = entry.default_factory
+        if value != (entry.default if made is MISSING else made()):
+            got = "one" if is_dataclass(value) else repr(value)
+            raise ValueError(
+                f"{part}.{name} must be absent where the cache is of {here}, got {got}; it is for "
+                f"{there} alone"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Output:
+    """What is common: where the results go, and the cache."""
+
+    output: str
+    """Directory of everything that the run writes."""
+    cache_path: str | None = None
+    """Directory of the cache, so that runs may share one; output/cache when absent."""
+    title: str = "Monosema"
+    """Heading of the page."""
+    cache: CacheConfig
+    """Model, data and hook points."""
+
+    def __post_init__(self) -> None:
+        """Check what no type tells."""
+        if not self.output:
+            raise ValueError("output must name a directory, got ''")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheRunConfig(_Output):
+    """The first step alone; the parts of the others may stand in the same file."""
+
+    train: TrainConfig | None = None
+    """Not needed."""
+    evaluate: EvaluateConfig | None = None
+    """Not needed."""
+    explain: ExplainConfig | None = None
+    """Not needed."""
+    steer: SteerConfig | None = None
+    """Not needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Output):
+    """The chain of steps: cache, train, evaluate, explain, steer, page."""
+
+    train: TrainConfig
+    """Dictionaries, side by side."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Measurements on held-out text."""
+    explain: ExplainConfig = field(default_factory=ExplainConfig)
+    """Labels without an LLM."""
+    steer: SteerConfig = field(default_factory=SteerConfig)
+    """The steering example."""
+
+    def __post_init__(self) -> None:
+        """Check the parts against each other."""
+        super().__post_init__()
+        of_images = self.cache.images is not None
+        for part in OF_TEXT:
+            refuse_unread(part, getattr(self, part), of_images=of_images)
+        where = sites(self.train.saes, self.cache.hook_points, "train.")
+        name = self.steer.dictionary
+        if name is not None and name not in self.train.saes:
+            raise ValueError(
+                f"steer.dictionary must be one of {', '.join(self.train.saes)}, got {name!r}"
+            )
+        if name is not None and (len(where[name].inputs) > 1 or where[name].outputs):
+            raise ValueError(
+                f"steer.dictionary must be one that reads and predicts one hook point, got {name!r}"
+            )
+        if self.train.batch > self.cache.n_rows:
+            raise ValueError(
+                f"train.batch must be at most cache.n_rows={self.cache.n_rows}, "
+                f"got {self.train.batch}"
+            )
+
+
+def require_installed(config: CacheRunConfig | RunConfig) -> None:
+    """Refuse a run whose model, data or optional libraries are not there.
+
+    Raises:
+        FileNotFoundError: If a package that carries the model or data is missing.
+        ValueError: If a library of one of the extras is missing.
+    """
+    cache = config.cache
+    paths = [cache.model.path, *(source.path for source in cache.data.sources)]
+    for path in paths:
+        if path.startswith(PACKAGE):
+            locate(path)
+    require_reader(cache.model.path)
+    if not isinstance(config, RunConfig):
+        return
+    explain = config.explain
+    if explain.atlas is not None and explain.atlas.plane == "umap":
+        require_extra("umap", "explain.atlas.plane=umap", "umap")
+    if explain.autointerp is not None and explain.autointerp.llm.kind == "openai":
+        require_extra("openai", "explain.autointerp.llm", "llm")
+    if config.train.wandb is not None:
+        require_extra("wandb", "train.wandb", "wandb")
+
+
+RUN_CONFIG = "run.yaml"
+"""A run's own config, in its output."""
+
+
+def browsed_config(path: str | Path) -> RunConfig | None:
+    """Return the config of the run that a path names; None where it names a dictionary.
+
+    Args:
+        path: A run's directory, its YAML file, a recipe's name, or a dictionary's directory.
+
+    Raises:
+        ConfigError: If it is neither, or the config is wrong.
+    """
+    # A config alone needs neither pydantic nor YAML.
+    from sae.config import ConfigError, config_file, is_config, load
+
+    place = config_file(str(path)) if is_config(str(path)) else Path(path)
+    if place.is_file():
+        return load(RunConfig, place)
+    if (place / RUN_CONFIG).is_file():
+        moved = [f"output={_quoted(place)}"]
+        if not Path(load(RunConfig, place / RUN_CONFIG).cache_path or "").is_dir():
+            moved.append(f"cache_path={_quoted(place / 'cache')}")
+        return load(RunConfig, place / RUN_CONFIG, moved)
+    if (place / "sae.safetensors").is_file():
+        return None
+    raise ConfigError(
+        f"RUN must be a directory with {RUN_CONFIG}, which `sae run` writes, a YAML file, a "
+        f"recipe or a dictionary, got {path}"
+    )
+
+
+def _quoted(path: Path) -> str:
+    text = str(path).replace("'", "''")
+    return f"'{text}'"

@@ -1,0 +1,295 @@
+"""Labels of any dictionary's latents on any cache that fits it."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from activations_cache import ActivationCache, capture
+from activations_cache.checks import Progress, silent
+from activations_cache.models import LoadedModel, unembedding
+from activations_cache.text import NO_TOKEN
+from activations_cache.vision import load_any_model
+from sae.autoencoder import SparseAutoencoder
+from sae.config import ConfigError
+from sae.explain.atlas.run import draw_atlas
+from sae.explain.autointerp import client_of, estimate_cost, label_with_llm
+from sae.explain.config import AtlasConfig, AutointerpConfig, ExplainConfig, RuleConfig
+from sae.explain.llm.caller import Cost
+from sae.explain.llm.local_client import LocalClient
+from sae.explain.logit_lens import promoted_tokens
+from sae.explain.rule_scores import score_rules_of
+from sae.explain.run import Explained
+from sae.explain.run import explain as explain_latents
+from sae.explain.scorers.by_model import amplified
+from sae.explain.scorers.choice import WITH_TOOLS, Tools
+from sae.explain.subject import Subject
+from sae.explain.vision.run import ExplainedImages
+from sae.run.config import refuse_unread
+from sae.run.context import (
+    CacheOrPath,
+    DictionaryOrPath,
+    Steps,
+    check_origin,
+    holds_images,
+    loaded_dictionary,
+    model_of,
+    opened,
+    provenance_of,
+    silent_steps,
+    steps_to,
+    token_strings,
+)
+from sae.run.images import explain_pictures
+
+N_PROMPTS, PROMPT_TOKENS, N_PROMOTED = 8, 16, 10
+N_TOKENS = 10
+"""Promoted and suppressed tokens that an explainer is shown."""
+
+
+class ExplainRequest(NamedTuple):
+    """Which dictionary is explained, and on what."""
+
+    dictionary: DictionaryOrPath
+    cache: CacheOrPath
+    hook_point: str | None = None
+    """The cache's first one when absent."""
+    out: str | Path | None = None
+    """Where the files go; `explain` in the dictionary's directory when absent."""
+    narrow: DictionaryOrPath | None = None
+    """A narrower dictionary, whose latents are the parents."""
+
+
+class DictionaryExplanation(NamedTuple):
+    """What is known of a dictionary's latents after explaining it; a part not made is None."""
+
+    path: Path | None
+    """Directory of the files; None where none were written."""
+    labels: Explained | ExplainedImages
+    """Labels without a language model, and their scores."""
+    rules: dict[str, Any] | None = None
+    """Scores of the labels, executed as rules on windows; of texts."""
+    atlas: dict[str, Any] | None = None
+    """What the map says; of texts."""
+    by_llm: dict[str, Any] | None = None
+    """Summary of the labels by a language model, if the config names one."""
+
+
+def explain(
+    dictionary: DictionaryOrPath,
+    cache: CacheOrPath,
+    config: ExplainConfig | None = None,
+    *,
+    hook_point: str | None = None,
+    out: str | Path | None = None,
+    narrow: DictionaryOrPath | None = None,
+    progress: Progress = silent,
+) -> DictionaryExplanation:
+    """Label a dictionary's latents and score the labels.
+
+    A dictionary that is passed by its path is explained into its directory. One that is passed as
+    it is, without `out`, is only labelled: what needs files (rules, map, baselines, a language
+    model) is left out.
+
+    Args:
+        dictionary: What is explained.
+        cache: On what.
+        config: How; the defaults when absent.
+        hook_point: Which stream of the cache; its first one when absent.
+        out: Where the files go.
+        narrow: A narrower dictionary: which of its latents were split?
+        progress: Called in every step.
+
+    Raises:
+        TypeError: If an argument is of another class.
+        ValueError: If the dictionary does not fit the cache.
+    """
+    request = ExplainRequest(dictionary, cache, hook_point, out, narrow)
+    return explain_dictionary(request, config or ExplainConfig(), steps_to(progress))
+
+
+def explain_dictionary(
+    request: ExplainRequest, config: ExplainConfig, steps: Steps = silent_steps
+) -> DictionaryExplanation:
+    """Label a dictionary without a language model, and by one if the config names one."""
+    cache, hook = _place(request, config)
+    if holds_images(cache):
+        dictionary = _fitting(request.dictionary, cache, hook)
+        out = _out_of(request)
+        with steps("explain") as progress:
+            labels = explain_pictures(dictionary, cache, hook, config, out, progress)
+        return DictionaryExplanation(out, labels)
+    # A wrong key must not cost the passes over the cache that come first.
+    client = None if config.autointerp is None else client_of(config.autointerp)
+    narrow = None if request.narrow is None else _fitting(request.narrow, cache, hook)
+    subject, more = _subject(request, config, cache, hook)
+    out = _out_of(request)
+    if out is None and client is not None:
+        raise ConfigError("out must be given for labels by a language model, got none")
+    explained = without_llm(subject, config, out, more["identity"], narrow, steps)
+    if config.autointerp is None or client is None or out is None:
+        return explained
+    with steps("labels") as progress:
+        summary = label_with_llm(subject, config.autointerp, out, client, **more, progress=progress)
+    return explained._replace(by_llm=summary)
+
+
+def estimate(request: ExplainRequest, config: ExplainConfig, progress: Progress = silent) -> Cost:
+    """Estimate what the answers of a language model would take at most; nothing is called.
+
+    Raises:
+        ConfigError: If the config names none, or the cache is of images.
+    """
+    cache, hook = _place(request, config)
+    if config.autointerp is None:
+        raise ConfigError("autointerp.llm.model must be named to be estimated, got none")
+    subject, more = _subject(request, config, cache, hook)
+    out = _out_of(request) or Path()
+    return estimate_cost(subject, config.autointerp, out, **more, progress=progress)
+
+
+def _place(request: ExplainRequest, config: ExplainConfig) -> tuple[ActivationCache, str]:
+    """The cache and the stream of a request, once they fit each other and the config."""
+    cache = opened(request.cache)
+    hook = request.hook_point or cache.hook_points[0]
+    if hook not in cache.hook_points:
+        known = ", ".join(cache.hook_points)
+        raise ConfigError(f"--hook-point must be one of {known}, got {hook!r}")
+    refuse_unread("explain", config, of_images=holds_images(cache))
+    return cache, hook
+
+
+def _out_of(request: ExplainRequest) -> Path | None:
+    if request.out is not None:
+        return Path(request.out)
+    if isinstance(request.dictionary, SparseAutoencoder):
+        return None
+    return Path(request.dictionary) / "explain"
+
+
+def _subject(
+    request: ExplainRequest, config: ExplainConfig, cache: ActivationCache, hook: str
+) -> tuple[Subject, dict[str, Any]]:
+    """What is explained, and what a language model is told beside it."""
+    dictionary = _fitting(request.dictionary, cache, hook)
+    loaded = load_any_model(model_of(cache))
+    assert isinstance(loaded, LoadedModel), "a cache of texts records a language model"
+    tools = tools_for(config, dictionary, cache, hook, loaded)
+    subject = Subject(dictionary, cache, hook, token_strings(loaded), tools)
+    promoted = []
+    if config.autointerp is not None:
+        strings = subject.token_strings
+        promoted = promoted_strings(dictionary, loaded.model, strings, config.autointerp)
+    identity = {"cache": cache.fingerprint, "dictionary": digest_of(dictionary)}
+    return subject, {"promoted": promoted, "identity": identity}
+
+
+def _fitting(given: DictionaryOrPath, cache: ActivationCache, hook_point: str) -> SparseAutoencoder:
+    dictionary = loaded_dictionary(given)
+    path = None if isinstance(given, SparseAutoencoder) else Path(given)
+    name = "the dictionary" if path is None else str(given)
+    if dictionary.config.d_in != cache.d_model(hook_point):
+        raise ValueError(
+            f"{name} must read rows as wide as {hook_point} of {cache.path}, "
+            f"{cache.d_model(hook_point)}, got d_in={dictionary.config.d_in}; name the hook point "
+            "it was trained on"
+        )
+    check_origin(name, dictionary, provenance_of(path), cache, hook_point)
+    return dictionary
+
+
+def without_llm(
+    subject: Subject,
+    config: ExplainConfig,
+    out: Path | None,
+    identity: dict[str, object],
+    narrow: SparseAutoencoder | None,
+    steps: Steps,
+) -> DictionaryExplanation:
+    """Labels, and where files are written the rules executed and the map."""
+    dictionary, cache, hook = subject.dictionary, subject.cache, subject.hook_point
+    with steps("explain") as progress:
+        labels = explain_latents(
+            dictionary, cache, hook, subject.token_strings, config, out, progress=progress
+        )
+    if out is None:
+        return DictionaryExplanation(None, labels)
+    with steps("rules") as progress:
+        rules = score_rules_of(
+            subject, labels.labels, labels.names, config.rules or RuleConfig(), out,
+            identity=identity, progress=progress,
+        )  # fmt: skip
+    with steps("atlas") as progress:
+        atlas = draw_atlas(
+            dictionary, cache, hook, config.atlas or AtlasConfig(), out,
+            narrow=narrow, progress=progress,
+        )  # fmt: skip
+    return DictionaryExplanation(out, labels, rules, atlas)
+
+
+def tools_for(
+    config: ExplainConfig,
+    dictionary: SparseAutoencoder,
+    cache: ActivationCache,
+    hook_point: str,
+    loaded: LoadedModel,
+) -> Tools | None:
+    """The tools, or None if no scorer that is asked for needs them."""
+    parts = (config.rules, config.autointerp)
+    wanted = {name for part in parts if part is not None for name in part.scorers}
+    if not wanted & set(WITH_TOOLS):
+        return None
+    client = LocalClient(loaded, "the model that is explained")
+    skipped = cache.manifest.plan.skip_positions
+
+    @torch.no_grad()
+    def peaks_on(latent: int, texts: Sequence[str]) -> list[float]:
+        peaks = []
+        for text in texts:
+            ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
+            with capture(loaded.model, [hook_point]) as run:
+                rows = run(ids)[hook_point][0, skipped:].float()
+            acts = dictionary.encode_dense(rows)[:, latent]
+            peaks.append(float(acts.max()) if len(acts) else 0.0)
+        return peaks
+
+    examples = cache.examples
+    neutral = examples.tokens[examples.split == 2][:, :PROMPT_TOKENS]
+    neutral = neutral[(neutral != NO_TOKEN).all(dim=1)][:N_PROMPTS]
+    if not len(neutral):
+        raise ValueError(f"{cache.path} must have held-out examples for prompts, got none")
+    lens = promoted_tokens(dictionary, *unembedding(loaded.model), N_PROMOTED)
+    return Tools(
+        client.embed, client.log_likelihood,
+        amplified(loaded.model, neutral.long(), dictionary, hook_point), lens.promoted, peaks_on,
+    )  # fmt: skip
+
+
+def digest_of(dictionary: SparseAutoencoder) -> str:
+    """A hash of a dictionary's configuration and parameters."""
+    digest = hashlib.sha256(repr(dictionary.config).encode())
+    for name, parameter in dictionary.state_dict().items():
+        digest.update(name.encode() + parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def promoted_strings(
+    dictionary: SparseAutoencoder,
+    model: nn.Module,
+    token_strings: Sequence[str],
+    config: AutointerpConfig,
+) -> list[tuple[list[str], list[str]]]:
+    """Tokens that each latent makes likelier and less likely; nothing if they are not wanted."""
+    readout: Any = model
+    if not config.logit_lens:
+        return []
+    weight: Tensor = readout.get_output_embeddings().weight.detach()
+    lens = promoted_tokens(dictionary, weight, None, N_TOKENS)
+    ends = zip(lens.promoted.tolist(), lens.suppressed.tolist(), strict=True)
+    return [
+        ([str(token_strings[i]) for i in up], [str(token_strings[i]) for i in down])
+        for up, down in ends
+    ]

@@ -1,0 +1,135 @@
+"""Finding latents: by texts, by neighbours, or by what a prediction depends on."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from activations_cache.checks import Progress, silent
+from activations_cache.models import LoadedModel
+from sae.browser import ResultTable
+from sae.config import load_overrides
+from sae.pretrained import load as load_dictionary
+from sae.run.context import Steps, silent_steps, steps_to
+from sae.run.steering import placed_in_model
+from sae.steer.attribution import agreement, attribute, integrated_gradients, logit_difference
+from sae.steer.config import FindRequest
+from sae.steer.place import Placed
+from sae.steer.search import Counting, find_latents, nearest_latents
+
+
+class LatentMatches(NamedTuple):
+    """Latents that were looked for, the best first."""
+
+    latents: tuple[int, ...]
+    scores: tuple[float, ...]
+    """Cosines, scores of texts, or gradient times activation."""
+    title: str
+    table: ResultTable
+
+
+def find(dictionary: str | Path, progress: Progress = silent, **request: object) -> LatentMatches:
+    """Find latents by texts (pos, neg), near another one (near), or behind a prediction (prompt).
+
+    Args:
+        dictionary: Its path, or its name on the hub.
+        progress: Called while it runs.
+        request: Fields of `sae.steer.config.FindRequest`, such as pos=["Paris is"], n=20.
+
+    Raises:
+        ConfigError: If a field is unknown or out of range.
+        ValueError: If the model is not known and not named.
+    """
+    return find_latents_of(dictionary, load_overrides(FindRequest, [], request), steps_to(progress))
+
+
+def find_latents_of(
+    path: str | Path, request: FindRequest, steps: Steps = silent_steps
+) -> LatentMatches:
+    """Return the latents that a request asks for."""
+    if request.near is not None:
+        return _near(path, request.near, request)
+    where = (request.model, request.dtype, request.hook_point)
+    placed, loaded = placed_in_model(path, *where)
+    if request.prompt is not None:
+        return _behind(placed, loaded, request, steps)
+    return _by_texts(placed, loaded, request, steps)
+
+
+def _near(path: str | Path, latent: int, request: FindRequest) -> LatentMatches:
+    other = None if request.among is None else load_dictionary(request.among)
+    near = nearest_latents(load_dictionary(path), torch.tensor([latent]), other, k=request.n)
+    latents, cosines = near.latents[0].tolist(), near.cosines[0].tolist()
+    rows = tuple((str(n), f"{cosine:+.3f}") for n, cosine in zip(latents, cosines, strict=True))
+    title = f"latents of {request.among or path} near latent {latent} of {path}"
+    table = ResultTable(("latent", "cosine"), rows, "cosines of the decoder's rows")
+    return LatentMatches(tuple(latents), tuple(cosines), title, table)
+
+
+def _by_texts(
+    placed: Placed, loaded: LoadedModel, request: FindRequest, steps: Steps
+) -> LatentMatches:
+    with steps("find") as progress:
+        entries = find_latents(
+            loaded.model, loaded.tokenizer, placed, request.pos, request.neg,
+            Counting(request.where, request.first_position), progress=progress,
+        )  # fmt: skip
+    n_fitting, entries = len(entries), entries[: request.n]
+    texts = [loaded.tokenizer(text)["input_ids"] for text in request.pos]
+    rows = []
+    for entry in entries:
+        tokens = [
+            str(loaded.tokenizer.decode([t[p]])) for t, p in zip(texts, entry.tokens, strict=True)
+        ]
+        where = " ".join(tokens)
+        rows.append((str(entry.latent), f"{entry.score:.3f}", f"{entry.weakest:.3f}", where))
+    unit = "of its maximum" if placed.stats is not None else "no statistics: as it is"
+    title = (
+        f"latents that fire in all of {len(request.pos)} texts and in none of {len(request.neg)}"
+    )
+    note = f"{n_fitting} of {placed.dictionary.config.d_sae:,}; its weakest peak among the texts"
+    columns = ("latent", f"score, {unit}", "activation", "where")
+    latents, scores = (
+        tuple(getattr(entry, name) for entry in entries) for name in ("latent", "score")
+    )
+    return LatentMatches(latents, scores, title, ResultTable(columns, tuple(rows), note))
+
+
+def _behind(
+    placed: Placed, loaded: LoadedModel, request: FindRequest, steps: Steps
+) -> LatentMatches:
+    assert request.prompt is not None
+    assert request.target is not None
+    ids = torch.tensor([loaded.tokenizer(request.prompt)["input_ids"]])
+    target = _token(loaded, request.target)
+    against = None if request.against is None else _token(loaded, request.against)
+    metric = logit_difference(target, against)
+    first = {"first_position": request.first_position}
+    attributed = attribute(loaded.model, placed, ids, metric, **first)
+    path = integrated_gradients(loaded.model, placed, ids, metric, **first)
+    with steps("ablate") as progress:
+        agreed = agreement(
+            loaded.model, placed, ids, metric, n=request.n_ablated, progress=progress
+        )
+    strings = [str(loaded.tokenizer.decode([i])) for i in ids[0].tolist()]
+    activations, indices = attributed.latents.values, attributed.latents.indices
+    top, rows = attributed.top(request.n), []
+    for position, latent, score in top:
+        f = float((activations[position] * (indices[position] == latent)).sum())
+        rows.append((f"{position} {strings[position]}", str(latent), f"{score:+.3f}", f"{f:.2f}"))
+    note = (
+        f"logit {attributed.metric:+.2f}; over {agreed.n} ablations attribution correlates "
+        f"{agreed.attribution:.2f} with the effect and activation {agreed.activation:.2f}; "
+        f"integrated gradients sum to {path.total:+.2f} of {path.difference:+.2f}"
+    )
+    columns = ("position", "latent", "gradient x activation", "activation")
+    latents, scores = tuple(entry[1] for entry in top), tuple(entry[2] for entry in top)
+    title = f"{request.target!r} after {request.prompt!r}"
+    return LatentMatches(latents, scores, title, ResultTable(columns, tuple(rows), note))
+
+
+def _token(loaded: LoadedModel, text: str) -> int:
+    ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(f"target and against must be one token each, got {text!r} with {len(ids)}")
+    return ids[0]

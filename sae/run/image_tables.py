@@ -1,0 +1,173 @@
+"""The results of dictionaries of images as one table."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sae.browser import ResultTable
+from sae.evaluate.downstream import AS_IT_IS, Downstream
+from sae.evaluate.report import EvaluationReport
+from sae.explain.scores import Mean
+from sae.explain.vision.run import ExplainedImages
+from sae.run.images import frozen_of, rival_of, verdict
+from sae.statistics import Interval
+from sae.statistics import Interval as Share
+
+COLUMNS = ("dictionary", "FVU", "L0", "dead", "kNN kept", "linear kept")
+SHOWN = {AS_IT_IS: "model as it is", "mean": "mean row instead"}
+ARMS = {"random directions": "random as", "raw neurons": "neurons as"}
+LABEL_COLUMNS = ("label AUC", "beat null", "best of class")
+
+
+def image_table(
+    report: EvaluationReport,
+    labels: Mapping[str, dict[str, Any]] | None = None,
+    frozen: list[str] | None = None,
+) -> ResultTable:
+    """One row per dictionary, the model as it is and its ablation above them.
+
+    Args:
+        report: With or without accuracies.
+        labels: What summary.json says of the labels, by dictionary; no such columns when absent.
+        frozen: Which of the dictionaries are frozen baselines.
+    """
+    accuracies = report.downstream
+    columns = COLUMNS if labels is None else (*COLUMNS, *LABEL_COLUMNS)
+    above = SHOWN if accuracies else {}
+    rows: list[tuple[str, ...]] = [
+        (above[name], "-", "-", "-", *_accuracies(accuracies, name)) for name in above
+    ]
+    for name, found in report.reconstruction.items():
+        dead = f"{report.firing[name].dead_fraction:.1%}"
+        own = (name, f"{found.fvu:.3f}", f"{found.l0:.1f}", dead)
+        rows.append((*own, *_accuracies(accuracies, name)))
+    if labels is None:
+        return ResultTable(columns, tuple(rows), _note(report))
+    rows = [(*row, *_label_cells(labels.get(row[0]))) for row in rows]
+    for name, summary in labels.items():
+        if name in (frozen or ()):
+            continue
+        for arm, found in summary["baselines"].items():
+            rows.append((f"{ARMS[arm]} {name}", *("-" * 5), *_label_cells(found)))
+    note = "\n".join((_note(report), _label_note(labels), *_verdicts(labels, frozen or [])))
+    return ResultTable(columns, tuple(rows), note)
+
+
+def _accuracies(accuracies: Downstream | None, name: str) -> tuple[str, ...]:
+    """Of the model as it is the accuracies, of others the share of them that is kept."""
+    if accuracies is None or name not in accuracies.spliced:
+        return ("-",) * 2
+    found, base = accuracies.spliced[name], accuracies.spliced[AS_IT_IS]
+    if name == AS_IT_IS:
+        return (f"{base.knn.value:.3f}", f"{base.linear.value:.3f}")
+    return (_kept(found.knn, base.knn), _kept(found.linear, base.linear))
+
+
+def _kept(own: Interval, of_model: Interval) -> str:
+    return f"{own.value / of_model.value:.0%}" if of_model.value else "-"
+
+
+def _label_cells(summary: dict[str, Any] | None) -> tuple[str, ...]:
+    if summary is None:
+        return ("-",) * len(LABEL_COLUMNS)
+    share = summary["beats_null"]
+    if share["value"] is None:
+        return ("-",) * len(LABEL_COLUMNS)
+    beat = f"{share['value']:.{0 if share['value'] >= 0.1 else 1}%}"
+    best = summary["best_of_class"]["mean"]
+    return (mean_cell(summary["auc"]), beat, "-" if best is None else f"{best:.3f}")
+
+
+def mean_cell(found: dict[str, float | None]) -> str:
+    """A mean with half of its interval, as summary.json has them."""
+    mean, low, high = (found[key] for key in ("mean", "low", "high"))
+    if mean is None or low is None or high is None:
+        return "-"
+    return f"{mean:.3f} ±{(high - low) / 2:.3f}"
+
+
+def _note(report: EvaluationReport) -> str:
+    n_rows = next(iter(report.reconstruction.values())).n_rows
+    note = f"{n_rows:,} held-out rows"
+    accuracies = report.downstream
+    if accuracies is None:
+        return f"{note}; accuracies need the model, and images of two classes"
+    half = max((a.knn.high - a.knn.low) / 2 for a in accuracies.spliced.values())
+    note += (
+        f"; kept: of what tells {accuracies.n_classes} classes from the pooled output of "
+        f"{accuracies.n_test:,} "
+        f"held-out images (accuracies ±{half:.3f} or less), the stream replaced at all positions"
+    )
+    if accuracies.intact:
+        knn = accuracies.intact["mean"].knn.value / max(accuracies.intact[AS_IT_IS].knn.value, 1e-9)
+        note += f"; with the class token left intact the mean row alone keeps {knn:.0%} of kNN"
+    return note
+
+
+def _label_note(labels: Mapping[str, dict[str, Any]]) -> str:
+    first = next(iter(labels.values()))
+    void = max(found["beats_null_shuffled"]["value"] or 0.0 for found in labels.values())
+    controls = [found["control_auc"]["mean"] for found in labels.values()]
+    exchanged = max((c for c in controls if c is not None), default=math.nan)
+    return (
+        f"labels: classes and groups of folders, scored on {first['n_images_score']:,} images they "
+        "were not made from; beat null: share of the live latents whose AUC beats permuted classes "
+        f"at 1 % ({void:.1%} or less with exchanged folders); best of class: AUC of each class's "
+        "best latent; strongest pictures: how much oftener a latent's 5 strongest have its label "
+        "than all do; random, neurons: untrained, as dense as that dictionary; AUC of other "
+        f"latents' labels: {exchanged:.3f} or less"
+    )
+
+
+def _verdicts(labels: Mapping[str, dict[str, Any]], frozen: list[str]) -> Iterator[str]:
+    """A line for each trained dictionary."""
+    for name in labels:
+        partner = None if name in frozen else frozen_of(name, frozen)
+        if partner is None:
+            continue
+        rival = rival_of(labels[name], labels[partner])
+        share = Share(*(100 * end for end in rival.share))
+        others = {"label AUC": rival.auc, "strongest pictures": rival.strongest}
+        accuracies = (
+            f"{what} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], it {verdict(d)}"
+            for what, d in others.items()
+        )
+        yield (
+            f"{name} against {partner}: beat null {share.value:+.1f} points [{share.low:+.1f}, "
+            f"{share.high:+.1f}], it {verdict(rival.share)}; {'; '.join(accuracies)}"
+        )
+
+
+def image_label_table(labelled: ExplainedImages) -> ResultTable:
+    """What came of the labels of one dictionary, failures first."""
+    summary = labelled.summary
+    arms = {"its latents": summary, **labelled.untrained}
+    rows = tuple(
+        (
+            name,
+            f"{arm.n_insufficient:,}",
+            f"{arm.n_unlabelled:,}",
+            f"{arm.n_scored:,}",
+            with_ends(arm.beats_null),
+            with_ends(arm.auc),
+            with_ends(arm.best_of_class),
+            with_ends(arm.control_auc),
+        )
+        for name, arm in arms.items()
+    )
+    columns = (
+        "", "insufficient", "unlabelled", "scored", "beat null", "AUC", "best per class",
+        "exchanged",
+    )  # fmt: skip
+    note = (
+        f"{summary.n_latents:,} latents, {summary.n_dead:,} dead; labels are classes and groups of "
+        f"folders, scored on {summary.n_images_score:,} other images; beat null: share of the live "
+        "latents whose AUC beats permuted classes at 1 %; the untrained ones are as dense; chance "
+        "is 0.5"
+    )
+    return ResultTable(columns, rows, note)
+
+
+def with_ends(found: Share | Mean) -> str:
+    """A figure with half of its interval."""
+    return f"{found[0]:.3f} ±{(found.high - found.low) / 2:.3f}"

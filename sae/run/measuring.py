@@ -1,0 +1,352 @@
+"""Dictionaries and their baselines on a cache's held-out rows, in one table."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from activations_cache import ActivationCache, io
+from activations_cache.checks import Progress, silent
+from activations_cache.config import TRAINING_SPLITS
+from activations_cache.models import LoadedModel
+from activations_cache.vision import LoadedVisionModel
+from sae.autoencoder import SparseAutoencoder
+from sae.baselines import (
+    covariance_of,
+    permuted_decoder,
+    principal_components,
+    random_dictionary,
+    raw_neurons,
+)
+from sae.browser import ResultTable
+from sae.evaluate.config import EvaluateConfig
+from sae.evaluate.probing.labels import check_hook_point, common_labels
+from sae.evaluate.probing.sparse_probe import Survey, survey
+from sae.evaluate.reconstruction import measure_reconstruction
+from sae.evaluate.report import EvaluationReport, plain
+from sae.evaluate.run import evaluate as evaluate_all
+from sae.evaluate.run import held_out_rows
+from sae.run.context import (
+    CacheOrPath,
+    DictionaryOrPath,
+    Section,
+    Steps,
+    check_origin,
+    holds_images,
+    load_model_of,
+    loaded_dictionary,
+    opened,
+    provenance_of,
+    silent_steps,
+    steps_to,
+    wrong_class,
+)
+from sae.run.image_tables import image_table
+from sae.run.images import with_downstream
+from sae.run.seeds import noise_table, stability_table, structure_table
+from sae.run.tables import probe_table, text_table
+
+ROWS_FOR_L0, ROWS_FOR_PCA = 4096, 65_536
+
+
+class SplicedInto(NamedTuple):
+    """Into what of the model's each dictionary is spliced."""
+
+    contexts: int = 24
+    """Held-out contexts, of a language model."""
+    images: int = 2000
+    """Images to tell classes by, and as many held out, of a vision model."""
+
+
+class Target(NamedTuple):
+    """A dictionary to measure."""
+
+    dictionary: DictionaryOrPath
+    name: str = ""
+    """How it is called; the shortest end of its path that tells it apart when empty."""
+    group: str = ""
+    """Its recipe's name; told from its provenance when empty."""
+
+
+class MeasureRequest(NamedTuple):
+    """What is measured, and on what."""
+
+    targets: tuple[Target, ...]
+    cache: CacheOrPath
+    hook_point: str | None = None
+    """The cache's only one when absent."""
+    spliced: SplicedInto | None = SplicedInto()
+    """What each dictionary is spliced into; None for no model."""
+    probe: int = 0
+    """How many of the cache's labels are probed."""
+    baselines: bool = True
+    """Whether untrained rivals are measured as well."""
+    structure: bool = False
+    """Whether stability over seeds, description length and meta-score are measured."""
+
+
+class MeasuredDictionary(NamedTuple):
+    """A dictionary that is measured."""
+
+    dictionary: SparseAutoencoder
+    path: Path | None
+    """None for one that was passed as it is."""
+    group: str
+    """Its recipe, or what the request names."""
+    seed: int
+
+
+class Measurement(NamedTuple):
+    """All figures."""
+
+    entries: dict[str, MeasuredDictionary]
+    """By name, without the baselines."""
+    report: EvaluationReport
+    """Reconstruction, firing, and what the model loses."""
+    probes: Survey | None
+    of_images: bool
+    structure: dict[str, ResultTable]
+    """Tables of what `structure` measures, by title."""
+
+    @property
+    def sections(self) -> list[Section]:
+        """The one table with a row for each dictionary and baseline, and what was asked for."""
+        table = image_table(self.report) if self.of_images else text_table(self.report)
+        noise = noise_table(members_of(self.entries), self.report)
+        probes = None if self.probes is None else probe_table(self.probes)
+        more = {"seeds": noise, "k-sparse probing": probes, **self.structure}
+        tables = {self.report.hook_point: table, **more}
+        return [Section(title, table) for title, table in tables.items() if table is not None]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is written as JSON."""
+        return {"report": self.report, "probes": self.probes, "structure": self.structure}
+
+
+def evaluate(  # noqa: PLR0913
+    dictionaries: DictionaryOrPath | Sequence[DictionaryOrPath] | Mapping[str, DictionaryOrPath],
+    cache: CacheOrPath,
+    *,
+    hook_point: str | None = None,
+    model: bool = True,
+    contexts: int = 24,
+    images: int = 2000,
+    probe: int = 0,
+    baselines: bool = True,
+    structure: bool = False,
+    progress: Progress = silent,
+) -> Measurement:
+    """Measure dictionaries on held-out rows; `.report` has the figures, `.sections` the tables.
+
+    Args:
+        dictionaries: One, several, or several by name; each as it is or as a path.
+        cache: What they are measured on.
+        hook_point: Which stream; the cache's only one when absent.
+        model: Whether each is also spliced into the cache's model.
+        contexts: Held-out contexts that each is spliced into.
+        images: The same of a cache of images: to fit on, and as many to score.
+        probe: Probe so many of the cache's labels.
+        baselines: Measure untrained rivals as well.
+        structure: Measure stability over seeds, description length and meta-score as well.
+        progress: Called in every step.
+
+    Raises:
+        TypeError: If an argument is of another class.
+        ValueError: If a dictionary does not fit the cache, or nothing is held out.
+    """
+    spliced = SplicedInto(contexts, images) if model else None
+    request = MeasureRequest(
+        targets_of(dictionaries), cache, hook_point, spliced, probe, baselines, structure
+    )
+    return measure(request, steps_to(progress))
+
+
+def targets_of(
+    dictionaries: DictionaryOrPath | Sequence[DictionaryOrPath] | Mapping[str, DictionaryOrPath],
+) -> tuple[Target, ...]:
+    """Return what is to be measured, each with its name if it has one."""
+    if isinstance(dictionaries, Mapping):
+        return tuple(Target(one, name) for name, one in dictionaries.items())
+    if isinstance(dictionaries, SparseAutoencoder | str | Path):
+        dictionaries = [dictionaries]
+    if not isinstance(dictionaries, Sequence):
+        raise wrong_class(
+            "dictionaries", "be dictionaries or paths", dictionaries, "pass a list of them"
+        )
+    return tuple(Target(one) for one in dictionaries)
+
+
+def measure(request: MeasureRequest, steps: Steps = silent_steps) -> Measurement:
+    """Load, refuse what cannot be measured before anything slow begins, and measure."""
+    cache = opened(request.cache)
+    hook_point = _hook_point(cache, request.hook_point)
+    held_out_rows(cache)
+    if request.probe:
+        common_labels(cache)
+    entries = load_entries(request.targets, cache, hook_point)
+    trained = {name: entry.dictionary for name, entry in entries.items()}
+    dictionaries = dict(trained)
+    if request.baselines:
+        with steps("baselines") as progress:
+            dictionaries |= baselines(trained, cache, hook_point, progress)
+    report = _report(request, entries, dictionaries, cache, hook_point, steps)
+    probes = None
+    if request.probe:
+        l0 = {name: entry.l0 for name, entry in report.reconstruction.items()}
+        with steps("probe") as progress:
+            probes = survey(trained, l0, cache, hook_point, request.probe, progress=progress)
+    structure = {}
+    if request.structure:
+        with steps("structure") as progress:
+            structure = _structure(entries, cache, hook_point, progress)
+    return Measurement(entries, report, probes, holds_images(cache), structure)
+
+
+def _report(
+    request: MeasureRequest,
+    entries: Mapping[str, MeasuredDictionary],
+    dictionaries: Mapping[str, SparseAutoencoder],
+    cache: ActivationCache,
+    hook_point: str,
+    steps: Steps,
+) -> EvaluationReport:
+    """Measure all; the firing statistics go beside the dictionaries, for steering."""
+    loaded, config = None, EvaluateConfig()
+    if request.spliced is not None:
+        with steps("model") as progress:
+            loaded = load_model_of(cache, progress)
+        n, images = request.spliced
+        config = EvaluateConfig(n_contexts=n, n_contexts_special=n // 3, n_images=images)
+    model = loaded.model if isinstance(loaded, LoadedModel) else None
+    with steps("evaluate") as progress:
+        result = evaluate_all(dictionaries, cache, hook_point, model, config, progress=progress)
+        report = result.report
+        if isinstance(loaded, LoadedVisionModel):
+            report = with_downstream(report, dictionaries, cache, loaded, config, progress)
+    for name, entry in entries.items():
+        if entry.path is not None and (entry.path / "sae.safetensors").is_file():
+            result.firing[name].save(entry.path)  # the unit of steering
+    return report
+
+
+def _structure(
+    entries: dict[str, MeasuredDictionary],
+    cache: ActivationCache,
+    hook_point: str,
+    progress: Progress,
+) -> dict[str, ResultTable]:
+    trained = {name: entry.dictionary for name, entry in entries.items()}
+    tables = {
+        "stability over seeds": stability_table(members_of(entries), trained, progress),
+        "structure": structure_table(trained, cache, hook_point, progress),
+    }
+    return {title: table for title, table in tables.items() if table is not None}
+
+
+def members_of(entries: dict[str, MeasuredDictionary]) -> dict[str, list[str]]:
+    """Names by group."""
+    groups: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        groups.setdefault(entry.group, []).append(name)
+    return groups
+
+
+def _hook_point(cache: ActivationCache, given: str | None) -> str:
+    points = cache.hook_points
+    if given is None and len(points) != 1:
+        raise ValueError(f"--hook-point must be one of {', '.join(points)}, got none; name one")
+    hook_point = given or "".join(points)
+    check_hook_point(cache, hook_point)
+    return hook_point
+
+
+def load_entries(
+    targets: Sequence[Target], cache: ActivationCache, hook_point: str
+) -> dict[str, MeasuredDictionary]:
+    """Load dictionaries and refuse those of another model or place."""
+    recipes: dict[str, str] = {}
+    entries: dict[str, MeasuredDictionary] = {}
+    for name, target in zip(_names(targets), targets, strict=True):
+        path = None
+        if not isinstance(target.dictionary, SparseAutoencoder):
+            path = Path(target.dictionary)
+        provenance = provenance_of(path)
+        dictionary = loaded_dictionary(target.dictionary)
+        check_origin(str(path or name), dictionary, provenance, cache, hook_point)
+        recipe, seed = _recipe_and_seed(provenance)
+        group = target.group or recipes.setdefault(recipe or name, name)
+        n_before = sum(entry.group == group for entry in entries.values())
+        seed = n_before if seed is None else seed
+        entries[name] = MeasuredDictionary(dictionary, path, group, seed)
+    return entries
+
+
+def _names(targets: Sequence[Target]) -> list[str]:
+    """The names that are given, of paths else their shortest ends, of others their numbers."""
+    paths = [
+        str(target.dictionary)
+        for target in targets
+        if not isinstance(target.dictionary, SparseAutoencoder) and not target.name
+    ]
+    ends = iter(short_names(paths))
+    names = []
+    for number, target in enumerate(targets):
+        is_loaded = isinstance(target.dictionary, SparseAutoencoder)
+        names.append(target.name or (f"dictionary {number}" if is_loaded else next(ends)))
+    return names
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """The shortest ends of the paths that are all different."""
+    parts = [[part for part in Path(path).parts if part != "/"] for path in paths]
+    if len(set(map(tuple, parts))) < len(parts):
+        repeated = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"dictionaries must be given once, got {repeated} again; leave it out")
+    depth = 1
+    while len({tuple(p[-depth:]) for p in parts}) < len(parts):
+        depth += 1
+    return ["/".join(p[-depth:]) for p in parts]
+
+
+def _recipe_and_seed(provenance: dict[str, Any]) -> tuple[str | None, int | None]:
+    """What tells groups apart, and the seed of the first weights: an entry's own, or its run's."""
+    recipe = dict(provenance.get("recipe") or {})
+    of_entry = recipe.pop("seed", None)
+    seed = provenance.get("seed") if of_entry is None else of_entry
+    return json.dumps(recipe, sort_keys=True) if recipe else None, seed
+
+
+def baselines(
+    dictionaries: Mapping[str, SparseAutoencoder],
+    cache: ActivationCache,
+    hook_point: str,
+    progress: Progress = silent,
+) -> dict[str, SparseAutoencoder]:
+    """Untrained rivals at the median L0; those with a frozen part come from training."""
+    rows = held_out_rows(cache)
+    sample = rows[:: max(1, len(rows) // ROWS_FOR_L0)]
+    measured = measure_reconstruction(dictionaries, cache, hook_point, sample, progress=progress)
+    l0 = sorted(one.reconstruction.l0 for one in measured.values())[len(measured) // 2]
+    mean = cache[hook_point].mean
+    k = min(max(1, round(l0)), len(mean))
+    training = cache.rows(TRAINING_SPLITS)
+    covariance = covariance_of(
+        cache, hook_point, training[:: max(1, len(training) // ROWS_FOR_PCA)], progress=progress
+    )
+    first = next(iter(dictionaries.values()))
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"PCA, k={k}": principal_components(mean, covariance, k),
+        f"raw neurons, k={k}": raw_neurons(mean, k),
+        f"random, k={k}": random_dictionary(first, l0, generator),
+        "permuted decoder": permuted_decoder(first, generator),
+    }
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write JSON; nan becomes null."""
+    text = json.dumps(plain(record), indent=1, allow_nan=False)
+    io.write_files({path: (text + "\n").encode()})

@@ -1,0 +1,173 @@
+"""The page of an evaluation, one HTML file without scripts, and its Pareto plots as a PNG."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from activations_cache import io
+from sae.browser import ResultTable
+from sae.evaluate.report import Point
+from sae.run.context import Section
+from sae.run.measuring import Measurement
+from sae.run.tables import details
+
+STYLE = """
+main { max-width: 1500px; }
+section { margin-top: 2.2rem; }
+.wide {
+  overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+}
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.35rem 0.8rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { color: var(--muted); font-weight: 550; font-size: 0.87rem; vertical-align: bottom; }
+tbody tr { border-top: 1px solid var(--line); }
+tbody th { font-weight: 550; }
+img { max-width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 10px; }
+"""
+
+
+def write_evaluation(path: Path, measurement: Measurement) -> None:
+    """Write the page of an evaluation: its tables, and every figure with its interval."""
+    title = f"Evaluation of {', '.join(measurement.entries)}"
+    more = details(measurement.report, measurement.probes)
+    write_page(path, title, [*measurement.sections, *more])
+
+
+def write_page(
+    path: Path, title: str, sections: Sequence[Section], picture: Path | None = None
+) -> None:
+    """Write the page.
+
+    Args:
+        path: The file.
+        title: Of the page.
+        sections: Its tables, in order.
+        picture: A PNG to show above the second table.
+    """
+    shown = [_section(section) for section in sections]
+    if picture is not None:
+        shown.insert(1, _picture(picture))
+    sheets = (files("sae.browser") / name for name in ("colours.css", "base.css"))
+    style = "".join(sheet.read_text() for sheet in sheets) + STYLE
+    text = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<body>\n<main>\n<h1>{escape(title)}</h1>\n{''.join(shown)}</main>\n</body>\n</html>\n"
+    )
+    io.write_files({path: text.encode()})
+
+
+def _section(section: Section) -> str:
+    return (
+        f"<section>\n<h2>{escape(section.title)}</h2>\n{_table(section.table)}"
+        f'<p class="note">{escape(section.table.note)}</p>\n</section>\n'
+    )
+
+
+def _table(table: ResultTable) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "</tr>\n"
+        for row in table.rows
+    )
+    return (
+        f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody>\n</table></div>\n"
+    )
+
+
+def _picture(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<section><img alt="figures against L0" src="data:image/png;base64,{data}"></section>\n'
+
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's, told apart by colour-blind readers as well."""
+
+MARKERS = "osD^vPX"
+
+MARGIN = 1.4
+"""Factor of L0 that is left free on either side."""
+
+
+WIDE = 4.0
+"""Largest by smallest value from which on a figure is drawn on a logarithmic scale."""
+
+
+class Series(NamedTuple):
+    """One group."""
+
+    name: str
+    points: list[Point]
+    front: list[Point]
+    """What none of the group beats; joined by a line."""
+
+
+class Panel(NamedTuple):
+    """One figure against L0."""
+
+    name: str
+    series: list[Series]
+    baselines: dict[str, Point]
+
+
+def plot(panels: Sequence[Panel], target: float, path: Path) -> Path:
+    """Draw the panels side by side, with the L0 of the comparison as a dotted line."""
+    figure = Figure(figsize=(4.2 * len(panels), 4.4), dpi=140, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, panel in zip(axes, panels, strict=True):
+        draw(axis, panel, target)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path)
+    return path
+
+
+def draw(axis: Axes, panel: Panel, target: float) -> None:
+    """Draw one panel."""
+    for number, series in enumerate(panel.series):
+        colour = COLOURS[number % len(COLOURS)]
+        marker = MARKERS[number % len(MARKERS)]
+        line = [(p.l0, p.value) for p in series.front]
+        axis.plot(*zip(*line, strict=True), color=colour, linewidth=1) if line else None
+        xs, ys = [p.l0 for p in series.points], [p.value for p in series.points]
+        axis.scatter(xs, ys, color=colour, marker=marker, s=28, label=series.name, alpha=0.85)
+    for number, (name, point) in enumerate(panel.baselines.items()):
+        axis.scatter(
+            [point.l0], [point.value], color="0.55", marker="1234"[number % 4], s=50, label=name
+        )
+    axis.axvline(target, color="0.7", linestyle=":", linewidth=1, zorder=0)
+    axis.set_xscale("log")
+    axis.set_xlabel("L0")
+    axis.set_title(panel.name, fontsize=10)
+    axis.grid(visible=True, color="0.92", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+    found = [p.l0 for series in panel.series for p in series.points if p.l0 > 0] + [target]
+    low, high = min(found) / MARGIN, max(found) * MARGIN
+    axis.set_xlim(low, high)
+    axis.set_xticks(_ticks(low, high))
+    values = [p.value for series in panel.series for p in series.points]
+    values += [p.value for p in panel.baselines.values()]
+    if min(values) > 0 and max(values) > WIDE * min(values):
+        axis.set_yscale("log")  # or baselines press what is compared into a line
+        axis.set_yticks(_ticks(*axis.get_ylim()))
+    for part in (axis.xaxis, axis.yaxis):
+        part.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        part.set_minor_locator(NullLocator())
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    ticks = [m * 10.0**e for e in range(-6, 7) for m in (1, 1.5, 2, 3, 5, 7)]
+    return [tick for tick in ticks if low <= tick <= high]

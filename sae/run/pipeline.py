@@ -1,0 +1,149 @@
+"""The steps of a whole run, in their order; a step whose result is there and fits is skipped."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from activations_cache import io
+from activations_cache.builder import rank_of_this_process
+from activations_cache.checks import Progress
+from sae.config import ConfigError, digest, dump
+from sae.run import steps
+from sae.run.config import RUN_CONFIG, RunConfig
+from sae.run.context import Run
+from sae.train.fit import resolve_precision
+
+
+class _Step(NamedTuple):
+    name: str
+    action: Callable[[Run, Progress], dict[str, Any] | None]
+    config: Callable[[RunConfig], object]
+    """The part of the config that decides this step's result, besides the steps before it."""
+    of_images: bool = True
+    """Whether it is done where the cache is of images."""
+
+
+STEPS = (
+    _Step("cache", steps.cache, lambda c: asdict(c.cache)),
+    _Step("train", steps.train, lambda c: asdict(c.train)),
+    _Step("evaluate", steps.evaluate, lambda c: asdict(c.evaluate)),
+    _Step("explain", steps.explain, lambda c: asdict(c.explain)),
+    _Step("steer", steps.steer, lambda c: asdict(c.steer), of_images=False),
+    _Step("browse", steps.browse, lambda c: {"title": c.title}),
+)
+
+
+SHARED = ("cache", "train")
+"""What all processes of a launcher do; the first one marks it as done."""
+
+
+class Pending(NamedTuple):
+    """A step of a run, before it is done."""
+
+    name: str
+    path: Path
+    """Directory of its result."""
+    is_done: bool
+    """Whether its result is there and fits the config."""
+    do: Callable[[Progress], dict[str, Any] | None]
+    """Do it, and mark it as done; explaining by a language model returns summaries by name."""
+
+
+def pending_steps(run: Run, last: str) -> Iterator[Pending]:
+    """Yield the steps up to `last`; the caller does a step that is not done before the next one.
+
+    A step is done when its marker names the same digest of all the configs that decide it. Each
+    step writes its result before its marker, so a killed run repeats at most that step. Of the
+    processes of a launcher, all but the first are given the steps that they share alone.
+
+    Raises:
+        ConfigError: If a run of images has no such step.
+    """
+    rank, _ = rank_of_this_process()
+    if rank == 0:
+        io.write_files({run.output / RUN_CONFIG: dump(run.config).encode()})
+    identity = ""
+    for step in _steps_to(run, last):
+        if rank > 0 and step.name not in SHARED:
+            return  # what follows is the first process's alone
+        identity = digest({"after": identity, step.name: step.config(run.config)})
+        marker = run.path(step.name) / "done.json"
+        do = partial(_do, run, step, marker, identity) if rank == 0 else partial(step.action, run)
+        yield Pending(step.name, run.path(step.name), _is_done(marker, identity), do)
+        if step.name != last:
+            steps.check(run, step.name, last)
+
+
+def _do(
+    run: Run, step: _Step, marker: Path, identity: str, progress: Progress
+) -> dict[str, Any] | None:
+    marker.unlink(missing_ok=True)
+    result = step.action(run, progress)
+    io.write_files({marker: json.dumps({"identity": identity}).encode()})
+    return result
+
+
+def _steps_to(run: Run, last: str) -> list[_Step]:
+    """The steps of the run up to `last`."""
+    found = [step for step in STEPS if step.of_images or not run.of_images]
+    names = [step.name for step in found]
+    if last not in names:
+        raise ConfigError(
+            f"cache must be of texts for `sae {last}`, got images; they end with `sae run`"
+        )
+    return found[: names.index(last) + 1]
+
+
+def _is_done(marker: Path, identity: str) -> bool:
+    try:
+        return json.loads(marker.read_text())["identity"] == identity
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+ENCODER_SHAPE = (1024, 576, 4608)
+"""How many products of this shape a training step takes, sparse work and the optimiser included,
+is a fact of each activation (`sae.architecture`): measured on two cores for topk and relu, of the
+others by their count of products."""
+
+
+class TimeEstimate(NamedTuple):
+    """How long the training of a run will take on this machine."""
+
+    n_threads: int
+    """Of torch."""
+    flops_per_second: float
+    """Measured by one product."""
+    seconds: float
+    """Of the training."""
+
+
+def estimate_time(config: RunConfig) -> TimeEstimate:
+    """Estimate the time of a run's training from one timed product on this machine."""
+    rate = _flops_per_second(resolve_precision(config.train.precision))
+    rows = config.cache.n_rows * config.train.epochs
+    # Without the model its width is unknown; the reference shape's width serves.
+    per_latent = 2.0 * ENCODER_SHAPE[1] * rows / rate
+    seconds = sum(
+        per_latent * entry.d_sae * entry.activation.facts.products
+        for entry in config.train.saes.values()
+    )
+    return TimeEstimate(torch.get_num_threads(), rate, seconds)
+
+
+def _flops_per_second(precision: str) -> float:
+    n, d, m = ENCODER_SHAPE
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x, w = torch.ones(n, d, dtype=dtype), torch.ones(d, m, dtype=dtype)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        torch.mm(x, w)
+        times.append(time.perf_counter() - began)
+    return 2.0 * n * d * m / min(times)

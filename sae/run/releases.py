@@ -1,0 +1,299 @@
+"""Dictionaries of others and for others: inspect, convert, push, verify a release."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from activations_cache import ActivationCache
+from sae import pretrained
+from sae.architecture import Gated, SAEConfig
+from sae.autoencoder import SparseAutoencoder
+from sae.browser import ResultTable
+from sae.evaluate.report import read_json
+from sae.pretrained import monosema_format
+from sae.pretrained.export import TARGETS, export
+from sae.pretrained.load import load_readings
+from sae.pretrained.push import Card, Pushed
+from sae.pretrained.push import push as push_to_hub
+from sae.pretrained.verify import (
+    BATCH,
+    FVU_WITHIN,
+    L0_WITHIN,
+    Measured,
+    measure,
+    meets,
+    published,
+)
+from sae.run.context import CacheOrPath, Facts, Section, opened
+
+LATER, FIRST, ALL = "after the first", "the first", "all"
+
+
+class VerifiedRelease(NamedTuple):
+    """What each reading of a release gives on real rows."""
+
+    meeting: tuple[str, ...]
+    """Readings that meet the published figures."""
+    measured: dict[str, list[Measured]]
+    """By the positions of the rows."""
+    section: Section
+    """The same as a table."""
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str = monosema_format.FORMAT,
+    *,
+    format: str | None = None,
+    allow_pt: bool = False,
+) -> Facts:
+    """Read one format and write another, exactly, or say why that format cannot hold it.
+
+    Args:
+        source: A directory, a file or org/name.
+        target: The directory to write.
+        to: monosema, saelens, sparsify, dictionary_learning or saebench.
+        format: Of the source, where two fit.
+        allow_pt: Read a pickle in a closed process.
+
+    Returns:
+        What was folded.
+
+    Raises:
+        ValueError: If the target holds files, or its format cannot hold the dictionary.
+    """
+    if Path(target).exists() and any(Path(target).iterdir()):
+        raise ValueError(f"{target} must be empty to be written to, got files in it; name another")
+    dictionary, origin = pretrained.load_with_source(source, format, allow_pt)
+    if to == monosema_format.FORMAT:
+        pretrained.save(dictionary, target, {"source": asdict(origin)})
+        done = origin.folds_applied
+    elif to in TARGETS:
+        site = hook_points_of(dictionary) | origin.site
+        done = (*origin.folds_applied, *export(dictionary, target, to, site).folds)
+    else:
+        raise ValueError(f"--to must be one of {[monosema_format.FORMAT, *TARGETS]}, got {to!r}")
+    rows = [("from", f"{source}, {origin.source_format}"), ("to", f"{target}, {to}")]
+    rows += [("folded", fold) for fold in done] or [
+        ("folded", "nothing: every number is as it was")
+    ]
+    return Facts("converted", rows)
+
+
+def hook_points_of(dictionary: SparseAutoencoder) -> dict[str, str]:
+    """What a dictionary of ours knows of its hook points, in the words of other libraries."""
+    config = dictionary.config
+    read, predicted = (s[0].hook_point for s in (config.slices_in, config.slices_out))
+    names = {"hook_name": read, "submodule_name": read.rpartition(":")[0]} if read else {}
+    return names | ({"hook_name_out": predicted} if predicted not in {"", read} else {})
+
+
+def push(
+    source: str | Path,
+    repo: str,
+    *,
+    licence: str,
+    model: str,
+    hook_point: str | None = None,
+    metrics: str | Path | None = None,
+    public: bool = False,
+) -> Pushed:
+    """Put a dictionary of our own format and a card on the hub.
+
+    Args:
+        source: Its directory.
+        repo: org/name[/subfolder].
+        licence: As the hub names it.
+        model: The model that it reads, a name of the hub.
+        hook_point: The place in the model, where the dictionary has no name.
+        metrics: A report.json of an evaluation; that of the run when absent.
+        public: Make a new repository public.
+
+    Raises:
+        ValueError: If the place is unknown or another, or the report has no such dictionary.
+    """
+    path = Path(source)
+    read = hook_points_of(pretrained.load(path, format=monosema_format.FORMAT)).get("hook_name")
+    if hook_point is not None and read not in {None, hook_point}:
+        raise ValueError(f"--hook-point must be that of the dictionary, {read}, got {hook_point}")
+    point = hook_point or read
+    if point is None:
+        raise ValueError(f"--hook-point must be given, for {path} does not name one, got none")
+    card = Card(licence, model, point, figures_of(path, metrics))
+    return push_to_hub(path, repo, card, private=not public)
+
+
+def figures_of(path: Path, report: str | Path | None) -> dict[str, object]:
+    """The figures of a dictionary in a report of `sae evaluate`, or in that of its run."""
+    file = Path(report) if report else path.resolve().parent.parent / "evaluate" / "report.json"
+    if not file.exists() and report is None:
+        return {}
+    reported = read_json(file).reconstruction
+    if path.resolve().name not in reported:
+        raise ValueError(
+            f"{file} must have figures of {path.resolve().name}, got those of {sorted(reported)}"
+        )
+    figures = asdict(reported[path.resolve().name])
+    return {
+        key.replace("_", " "): value
+        for key, value in figures.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def verify_release(
+    source: str | Path,
+    cache: CacheOrPath,
+    *,
+    hook_points: str | None = None,
+    figures: str | None = None,
+    rows: int = 2048,
+    format: str | None = None,
+    allow_pt: bool = False,
+) -> VerifiedRelease:
+    """Say which reading of a release meets its published figures on a cache's rows.
+
+    Args:
+        source: A directory, a file or org/name.
+        cache: Rows of the model that it is for.
+        hook_points: READ, or READ,PREDICTED of a transcoder; the cache's only one when absent.
+        figures: "l0=50,fvu=0.2" or one of them; the L0 in its files when absent.
+        rows: How many to measure on.
+        format: Where two fit.
+        allow_pt: Read a pickle in a closed process.
+
+    Raises:
+        ValueError: If the cache has no such hook points.
+    """
+    readings = load_readings(source, format, allow_pt)
+    cache = opened(cache)
+    stated = published(readings.site, figures)
+    reads, predicts = _chosen(cache, hook_points)
+    lines, met, measured = [], [], {}
+    for which, numbers in _rows(cache, rows).items():
+        pairs = [(cache[reads][part], cache[predicts][part]) for part in numbers.split(BATCH)]
+        measured[which] = [measure(r, d, pairs) for r, d in readings.dictionaries.items()]
+        for one in measured[which]:
+            is_met = meets(one, stated)
+            lines.append(_line(which, one, is_met))
+            met += [one.reading] if is_met and which != FIRST else []
+    wanted = ", ".join(f"{k} {v:g}" for k, v in stated._asdict().items() if v is not None)
+    columns = ("positions", "reading", "L0", "FVU", "permuted", "rows", "meets it")
+    note = (
+        f"meets it: L0 within {L0_WITHIN:.0%}, FVU at most {FVU_WITHIN:.0%} above, and twice as "
+        "bad with a permuted decoder"
+    )
+    title = f"{source}, {readings.format}; published: {wanted}"
+    table = ResultTable(columns, tuple(lines), note)
+    return VerifiedRelease(tuple(met), measured, Section(title, table))
+
+
+def _line(name: str, measured: Measured, is_met: bool) -> tuple[str, ...]:
+    verdict = "yes" if is_met else "no"
+    figures = (f"{measured.l0:.1f}", f"{measured.fvu:.4f}", f"{measured.fvu_permuted:.4f}")
+    return (name, measured.reading, *figures, f"{measured.n_rows:,}", verdict)
+
+
+def _rows(cache: ActivationCache, most: int) -> dict[str, torch.Tensor]:
+    """Rows spread over the cache: those after the first position, and those of it, apart."""
+    every = cache.rows()
+    spread = every[torch.linspace(0, len(every) - 1, min(most, len(every))).long()]
+    is_first = cache.refs(spread).position == 0
+    parts = {LATER: spread[~is_first], FIRST: spread[is_first]}
+    if not len(parts[LATER]):  # rows that stand for a whole input each
+        return {ALL: spread}
+    return {name: rows for name, rows in parts.items() if len(rows)}
+
+
+def _chosen(cache: ActivationCache, hook_points: str | None) -> tuple[str, str]:
+    """The hook points that are read and predicted."""
+    names = hook_points.split(",") if hook_points else list(cache.hook_points)
+    if len(names) > 1 + bool(hook_points) or not set(names) <= set(cache.hook_points):
+        raise ValueError(
+            f"--hook-points must name one of {list(cache.hook_points)}, or two of them, got "
+            f"{hook_points}"
+        )
+    return names[0], names[-1]
+
+
+def inspect(path: str | Path, *, format: str | None = None, allow_pt: bool = False) -> Facts:
+    """Say what a dictionary is, where it comes from, and how it will be applied.
+
+    Args:
+        path: A directory, a file or org/name.
+        format: Where two fit.
+        allow_pt: Read a pickle in a closed process.
+    """
+    dictionary, source = pretrained.load_with_source(path, format, allow_pt)
+    config = dictionary.config
+    rows = [
+        ("format", source.source_format),
+        ("its reader", f"checked against {source.checked_against}; not run on released weights"),
+        *(("sha256", f"{name} {digest[:16]}") for name, digest in source.source_sha256.items()),
+        *((name.replace("_", " "), text) for name, text in source.site.items()),
+        ("latents", f"{config.d_sae:,}"),
+        ("width", f"{config.d_in:,} -> {config.width_out:,}"),
+        *_hook_points(config),
+        *((name, _range(tensor)) for name, tensor in _tensors(dictionary).items()),
+        *(("folded", fold) for fold in source.folds_applied),
+        *equations_of(config),
+    ]
+    return Facts(str(path), rows, "u, h, a, y, x_hat: how it is applied")
+
+
+def _hook_points(config: SAEConfig) -> list[tuple[str, str]]:
+    """What is read and, if it is something else, what is predicted; nothing if not recorded."""
+    sides = {"reads": config.inputs, "predicts": config.outputs}
+    return [
+        (side, ", ".join(p.hook_point for p in parts)) for side, parts in sides.items() if parts
+    ]
+
+
+def equations_of(config: SAEConfig) -> list[tuple[str, str]]:
+    """How the dictionary is applied: the left and the right side of each equation."""
+    norm = {"none": "x", "layer_norm": "layer_norm(x)", "rms": "x / rms(x)"}[config.input_norm]
+    scaled = norm if config.input_scale == 1 else f"{norm} * {config.input_scale:.6g}"
+    scaled += "" if len(config.slices_in) == 1 else " * each hook point's own factor"
+    centred = "u" if config.b_in == "none" else f"(u - {config.b_in.replace('own', 'b_in')})"
+    y = "a @ W_dec + b_dec" + (" + u @ W_skip" if config.skip else "")
+    brought = "y" if config.scale_out == 1 else f"y / {config.scale_out:.6g}"
+    brought += "" if len(config.slices_out) == 1 else " / each hook point's own factor"
+    brought += {"none": "", "layer_norm": " * std(x) + mean(x)", "rms": " * rms(x)"}[
+        config.input_norm
+    ]
+    bias = "" if isinstance(config.activation, Gated) else " + b_enc"
+    return [
+        ("u", scaled),
+        ("h", f"{centred} @ W_enc{bias}"),
+        ("a", _activation(config)),
+        ("y", y),
+        ("x_hat", brought),
+    ]
+
+
+def _activation(config: SAEConfig) -> str:
+    h = "h * |W_dec|" if config.gate_by_decoder_norm else "h"
+    facts, k = config.activation.facts, getattr(config.activation, "k", None)
+    text = facts.equation.format(h=h, k=k)
+    return f"({text}) / |W_dec|" if config.gate_by_decoder_norm else text
+
+
+def _tensors(dictionary: SparseAutoencoder) -> dict[str, torch.Tensor]:
+    """What tells a wrong reading by its range."""
+    tensors = {
+        "norms of decoder rows": dictionary.W_dec.norm(dim=1),
+        "norms of encoder rows": dictionary.W_enc.norm(dim=0),
+        "norm of b_dec": dictionary.b_dec.detach().norm(),
+    }
+    if dictionary.threshold is not None:
+        tensors["threshold"] = dictionary.threshold.detach()
+    return tensors
+
+
+def _range(tensor: torch.Tensor) -> str:
+    low, high = float(tensor.min()), float(tensor.max())
+    return f"{low:.4g}" if tensor.dim() == 0 else f"{low:.4g} to {high:.4g}"

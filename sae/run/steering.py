@@ -1,0 +1,317 @@
+"""Steering: a model with latents changed, its texts, sweeps over strengths, a run's example."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from activations_cache import io
+from activations_cache.checks import Progress, silent
+from activations_cache.config import SPLITS, ModelConfig, TextSource
+from activations_cache.documents import documents
+from activations_cache.models import LoadedModel, Tokenizer, load_model, unembedding
+from sae.autoencoder import SparseAutoencoder
+from sae.browser import ResultTable
+from sae.explain.logit_lens import promoted_tokens
+from sae.explain.tables import LATENTS, LatentRecord, read_latents
+from sae.metrics import Firing
+from sae.pretrained import load as load_dictionary
+from sae.run.context import Run, Section, wrong_class
+from sae.steer.choice import Candidate, Subject, choose_latent, target_tokens
+from sae.steer.config import SteerRequest, latent_change
+from sae.steer.edits import Edit
+from sae.steer.generation import generate
+from sae.steer.place import Placed, load
+from sae.steer.steering import Positions, Steering
+from sae.steer.sweep import Point, Sweep, Target, plot, sweep
+
+GLOSSES = TextSource(path="package://sae/demo_data/wordnet_glosses.jsonl.gz", field="gloss")
+EVERY = 997
+"""Of the glosses one in so many is neutral text, so that they come from all over WordNet."""
+
+N_NEUTRAL_TOKENS = 48
+N_TARGETS = 10
+"""So many promoted tokens stand for a latent."""
+
+N_NEUTRAL = 2
+"""Held-out contexts on which the side effect is measured."""
+
+N_COMMON = 300
+"""So many of the most frequent tokens do not show that steering worked."""
+
+
+class SteeredText(NamedTuple):
+    """A prompt, continued as the model is and with latents changed."""
+
+    prompt: str
+    base: str
+    steered: str
+    n_chosen: int
+    """Tokens on which the change ran."""
+    n_changed: int
+    """Tokens that it changed."""
+    relative_size: float
+    """Mean size of the change, in norms of the stream."""
+
+
+class LatentSweep(NamedTuple):
+    """What many strengths of one latent do."""
+
+    latent: int
+    points: Sweep
+    title: str
+    unit: str
+    promoted: list[str]
+    """The tokens that stand for the latent."""
+
+    def write(self, output: Path) -> Section:
+        """Write the sweep as CSV, JSON and a picture; returns a row for each arm and strength."""
+        output.mkdir(parents=True, exist_ok=True)
+        self.points.write_csv(output / "sweep.csv")
+        picture = plot(self.points, self.title, self.unit)
+        record = json.dumps(asdict(self.points), indent=1).encode()
+        io.write_files({output / "sweep.png": picture, output / "sweep.json": record})
+        columns = ("arm", self.unit, "gain", "KL", "top-1", "perplexity", "repeated", "moved")
+        rows = tuple(_row(point) for point in self.points.points)
+        promoted = " ".join(map(repr, self.promoted))
+        table = ResultTable(columns, rows, _sweep_note(self.points, output))
+        return Section(f"{self.title}; promoted: {promoted}", table)
+
+
+def steer(
+    model: nn.Module | LoadedModel,
+    dictionary: SparseAutoencoder | Placed | str | Path,
+    latents: Mapping[int, str | float],
+    *,
+    hook_point: str | None = None,
+    positions: Positions = "all",
+    first_position: int = 1,
+) -> Steering:
+    """Return a context in which the model runs with latents changed.
+
+    Args:
+        model: The model.
+        dictionary: Whose latents.
+        latents: A change for each: "10x" of its largest activation, an activation such as 4.5,
+            "+2x" on top of what is there, "*3" times what is there, or "off".
+        hook_point: Where the dictionary belongs, if it does not say so itself.
+        positions: Which tokens are changed.
+        first_position: Positions below this one are left as they are.
+
+    Raises:
+        TypeError: If an argument is of another class.
+        ValueError: If the place is unknown, or a change has another form.
+    """
+    inner = model.model if isinstance(model, LoadedModel) else model
+    if not isinstance(inner, nn.Module):
+        raise wrong_class("model", "be a model or what load_model returns", model, "load it first")
+    if not isinstance(latents, Mapping):
+        raise wrong_class("latents", "be changes by number", latents, 'such as {123: "10x"}')
+    where = placed(dictionary, hook_point)
+    changes = [latent_change(f"{number}={change}") for number, change in latents.items()]
+    edits = [Edit(where, latent=number, **words) for number, words in changes]
+    return Steering(inner, edits, positions=positions, first_position=first_position)
+
+
+def placed(
+    dictionary: SparseAutoencoder | Placed | str | Path, hook_point: str | None = None
+) -> Placed:
+    """Return a dictionary with the place where it belongs."""
+    if isinstance(dictionary, Placed):
+        return dictionary
+    if isinstance(dictionary, str | Path):
+        return load(dictionary, hook_point)
+    if not isinstance(dictionary, SparseAutoencoder):
+        raise wrong_class(
+            "dictionary", "be a dictionary or the path of one", dictionary, "see sae.load"
+        )
+    config = dictionary.config
+    point = hook_point or config.slices_in[0].hook_point
+    if not point:
+        raise ValueError("hook_point must be given for a dictionary without one, got none")
+    written = config.outputs[0].hook_point if config.outputs else None
+    return Placed(dictionary, point, written)
+
+
+def placed_in_model(
+    path: str | Path, model: str | None, dtype: str | None, hook_point: str | None
+) -> tuple[Placed, LoadedModel]:
+    """Load a dictionary and the model that it belongs to.
+
+    Raises:
+        ValueError: If the model is not known and not named, or if it is another one.
+    """
+    placed = load(path, hook_point)
+    name = model or placed.model.get("path")
+    if name is None:
+        raise ValueError(f"--model must name the model of {path}, whose files do not say it")
+    kind = dtype or placed.model.get("dtype") or "bfloat16"
+    loaded = load_model(ModelConfig(path=name, dtype=kind))  # pyright: ignore[reportArgumentType]
+    placed.require_model(loaded.identity)
+    return placed, loaded
+
+
+def continuations(
+    dictionary: Placed, loaded: LoadedModel, request: SteerRequest
+) -> list[SteeredText]:
+    """Continue each prompt of a request, as the model is and with latents changed."""
+    texts = []
+    for prompt in request.prompts:
+        n_new = request.max_new_tokens
+        base = generate(loaded.model, loaded.tokenizer, prompt, max_new_tokens=n_new)
+        changes = [latent_change(text) for text in request.latents]
+        edits = [Edit(dictionary, latent=latent, **words) for latent, words in changes]
+        where = {"positions": request.positions, "first_position": request.first_position}
+        with Steering(loaded.model, edits, **where) as steering:
+            steered = generate(loaded.model, loaded.tokenizer, prompt, max_new_tokens=n_new)
+        (count,) = steering.counts
+        figures = (count.n_chosen, count.n_changed, count.relative_size)
+        texts.append(SteeredText(prompt, base.text, steered.text, *figures))
+    return texts
+
+
+def sweep_latent(
+    path: str | Path,
+    dictionary: Placed,
+    loaded: LoadedModel,
+    request: SteerRequest,
+    progress: Progress = silent,
+) -> LatentSweep:
+    """Try many strengths of the first latent of a request.
+
+    Args:
+        path: Of the dictionary.
+        dictionary: The same, where it belongs.
+        loaded: The model.
+        request: Which latent, which strengths.
+        progress: Called after each of them.
+    """
+    latent, words = latent_change(request.latents[0])
+    mode = "add" if "add" in words else "clamp"
+    tokens = _promoted(path, dictionary, loaded, latent)
+    target = Target(loaded.model, loaded.tokenizer, dictionary, latent, tokens)
+    config = replace(request, mode=mode)
+    points = sweep(target, _neutral(request, loaded.tokenizer), config, progress=progress)
+    # Tokens may have glyphs that no font has, so the title has none.
+    title = f"latent {latent} of {Path(path).name} at {dictionary.writes}"
+    promoted = [str(loaded.tokenizer.decode([token])) for token in tokens.tolist()]
+    return LatentSweep(latent, points, title, f"x {request.unit}", promoted)
+
+
+def _row(point: Point) -> tuple[str, ...]:
+    return (
+        point.arm,
+        f"{point.strength:g}",
+        f"{point.target_gain:+.2f}",
+        f"{point.kl_neutral:.3f}",
+        f"{point.top1_agreement:.2f}",
+        f"{point.perplexity:.1f}",
+        f"{point.repeated:.2f}{' loop' if point.is_loop else ''}",
+        f"{point.n_moved:.1f}",
+    )
+
+
+def _sweep_note(points: Sweep, output: Path) -> str:
+    """The strength that a sweep chooses, with what the model writes at it."""
+    best = points.best
+    if best is None:
+        return f"no strength keeps KL within {points.max_kl:g}; {output}"
+    return (
+        f"the largest strength with KL <= {points.max_kl:g} is {best.strength:g}"
+        f"{', which loops' if best.is_loop else ''}: {best.text!r} (base: {points.base!r}); "
+        f"{output}/sweep.png, .csv, .json"
+    )
+
+
+def _promoted(
+    path: str | Path, placed: Placed, loaded: LoadedModel, latent: int
+) -> Int[Tensor, " k"]:
+    """The tokens that a latent's direction promotes most, which stand for it in a sweep."""
+    placed.require_latent(latent)
+    alone = load_dictionary(path, latents=slice(latent, latent + 1))
+    return promoted_tokens(alone, *unembedding(loaded.model), N_TARGETS).promoted[0]
+
+
+def _neutral(request: SteerRequest, tokenizer: Tokenizer) -> Int[Tensor, "example pos"]:
+    """Neutral texts as token ids, -1 where one is short."""
+    source = TextSource(path=request.neutral) if request.neutral else GLOSSES
+    step = 1 if request.neutral else EVERY
+    texts = islice(documents(source), 0, step * request.n_neutral, step)
+    ids = [tokenizer(document.text)["input_ids"][:N_NEUTRAL_TOKENS] for document in texts]
+    width = max(len(row) for row in ids)
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in ids])
+
+
+def steering_example(run: Run, progress: Progress) -> dict[str, Any]:
+    """Steer the prompt by one labelled latent; plain data for the page and for `steering.json`.
+
+    `shown` holds the fields of the page's SteeringExample; `choice` how the latent was found.
+    """
+    config = run.config.steer
+    name = config.dictionary or _steerable(run)
+    [hook_point], _ = run.dictionaries[name].config.sites(run.hook_point)
+    subject = Subject(
+        model=run.loaded.model,
+        tokenizer=run.loaded.tokenizer,
+        dictionary=Placed(
+            run.dictionaries[name],
+            hook_point,
+            stats=Firing.read(run.path("train") / name),
+        ),
+        first_position=run.config.cache.skip_positions,
+    )
+    records = read_latents(run.path("explain") / name / LATENTS)
+    common = _common_tokens(run.cache.examples.tokens)
+    candidates = [_candidate(run, r, common) for r in records if r.status == "scored"]
+    held_out = (run.cache.examples.split == SPLITS.index("hold")).nonzero().flatten()[:N_NEUTRAL]
+    neutral = run.cache.examples.tokens[held_out]
+    choice = choose_latent(subject, candidates, config, neutral=neutral, progress=progress)
+    chosen = choice.chosen.candidate
+    return {
+        "shown": {
+            "dictionary": name,
+            "latent": chosen.latent,
+            "label": chosen.label,
+            "strength": float(config.strength),
+            "prompt": config.prompt,
+            "base": choice.base.text,
+            "steered": choice.chosen.text,
+        },
+        "choice": asdict(choice),
+    }
+
+
+def _steerable(run: Run) -> str:
+    """The first dictionary that is no baseline and gives back the one stream that it reads."""
+    for name, dictionary in run.dictionaries.items():
+        config = dictionary.config
+        if not run.is_frozen(name) and not config.outputs and len(config.inputs) < 2:
+            return name
+    raise ValueError(
+        "train.saes must have a dictionary that reads and predicts one hook point to steer by, "
+        f"got {', '.join(run.dictionaries)}; add one, or end with `sae explain`"
+    )
+
+
+def _common_tokens(tokens: Int[Tensor, "example pos"]) -> frozenset[int]:
+    """Return the most frequent tokens of the texts."""
+    counts = tokens[tokens >= 0].bincount()
+    return frozenset(counts.topk(min(N_COMMON, len(counts))).indices.tolist())
+
+
+def _candidate(run: Run, record: LatentRecord, common: frozenset[int]) -> Candidate:
+    assert record.auc is not None, record.latent
+    words = record.words if record.kind in ("word", "token") else ()
+    return Candidate(
+        latent=record.latent,
+        label=record.label,
+        auc=record.auc,
+        density=record.density,
+        targets=target_tokens(run.loaded.tokenizer, [word.strip() for word in words], common),
+    )

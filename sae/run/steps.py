@@ -1,0 +1,125 @@
+"""What each step of a run does, in terms of the packages that do it."""
+
+import json
+from typing import Any
+
+import activations_cache
+from activations_cache import io
+from activations_cache.builder import rank_of_this_process
+from activations_cache.checks import Progress
+from activations_cache.config import SPLITS
+from sae.browser import write_site
+from sae.evaluate.report import write_json
+from sae.evaluate.run import evaluate as measure
+from sae.explain.autointerp import client_of, label_with_llm
+from sae.explain.config import AutointerpConfig
+from sae.explain.run import explain as explain_latents
+from sae.explain.subject import Subject
+from sae.run.browsing import site_of_run
+from sae.run.context import Run
+from sae.run.explaining import digest_of, promoted_strings
+from sae.run.images import check_splits, explain_pictures, with_downstream
+from sae.run.measuring import baselines
+from sae.run.steering import steering_example
+from sae.train.curves import draw
+from sae.train.fit import train as train_dictionaries
+
+REPORT = "report.json"
+STEERING = "steering.json"
+PAGE = "index.html"
+
+
+def cache(run: Run, report: Progress) -> None:
+    """Store the hook point's rows."""
+    activations_cache.build(run.config.cache, run.cache_path, progress=report)
+
+
+def train(run: Run, report: Progress) -> None:
+    """Train all entries of `saes:`."""
+    path = run.path("train")
+    try:
+        train_dictionaries(run.cache, run.config.train, path, progress=report)
+    finally:  # after a signal as well: by then the checkpoint is written
+        if rank_of_this_process()[0] == 0:
+            draw(path)
+
+
+def evaluate(run: Run, report: Progress) -> None:
+    """Measure all dictionaries; their firing statistics go beside them, for steering."""
+    config, dictionaries = run.config.evaluate, dict(run.dictionaries)
+    if run.of_images:
+        untrained = baselines(dictionaries, run.cache, run.hook_point, report)
+        dictionaries |= {n: d for n, d in untrained.items() if n.startswith(("PCA", "raw"))}
+    model = None if run.of_images else run.loaded.model
+    evaluation = measure(dictionaries, run.cache, run.hook_point, model, config, progress=report)
+    for name in run.dictionaries:
+        evaluation.firing[name].save(run.path("train") / name)
+    measured = evaluation.report
+    if run.of_images:
+        measured = with_downstream(measured, dictionaries, run.cache, run.vision, config, report)
+    write_json(measured, run.path("evaluate") / REPORT)
+
+
+def explain(run: Run, report: Progress) -> dict[str, Any]:
+    """Label every dictionary's latents; of a frozen baseline only the summary is kept.
+
+    Returns:
+        Summaries of the labels by a language model, by dictionary; empty where none was asked.
+    """
+    summaries: dict[str, Any] = {}
+    for name, dictionary in run.dictionaries.items():
+        path = run.path("explain") / name
+
+        def report_named(done: int, total: int, unit: str, name: str = name) -> None:
+            report(done, total, f"{unit} of {name}")
+
+        if run.of_images:
+            config, hook = run.config.explain, run.hook_point
+            explain_pictures(dictionary, run.cache, hook, config, path, report_named)
+            continue
+        explain_latents(
+            dictionary,
+            run.cache.concatenated(dictionary.config.sites(run.hook_point)[0]),
+            run.hook_point,
+            run.token_strings,
+            run.config.explain,
+            path,
+            progress=report_named,
+        )
+        if run.config.explain.autointerp is not None and not run.is_frozen(name):
+            llm = run.config.explain.autointerp
+            summaries[name] = explain_by_llm(run, name, llm, report_named)
+    return summaries
+
+
+def explain_by_llm(
+    run: Run, name: str, config: AutointerpConfig, report: Progress
+) -> dict[str, Any]:
+    """Label one dictionary by a language model as well."""
+    dictionary, path = run.dictionaries[name], run.path("explain") / name
+    return label_with_llm(
+        Subject(dictionary, run.cache, run.hook_point, run.token_strings),
+        config,
+        path,
+        client_of(config),
+        promoted=promoted_strings(dictionary, run.loaded.model, run.token_strings, config),
+        identity={"cache": run.cache.fingerprint, "dictionary": digest_of(dictionary)},
+        progress=report,
+    )
+
+
+def steer(run: Run, report: Progress) -> None:
+    """Generate with and without one labelled latent turned up."""
+    example = steering_example(run, report)
+    io.write_files({run.path("steer") / STEERING: json.dumps(example, indent=1).encode()})
+
+
+def browse(run: Run, report: Progress) -> None:
+    """Write the browser's folder."""
+    write_site(site_of_run(run, report), run.path("browse"), progress=report)
+
+
+def check(run: Run, done: str, last: str) -> None:
+    """Refuse what a step to come would wrong_class, before the steps between cost any time."""
+    if done == "cache" and last != "train":
+        check_splits(run.cache, ("hold",) if last == "evaluate" else SPLITS)

@@ -1,0 +1,257 @@
+"""What a run and an evaluation say as tables, for the terminal and for their pages."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from sae.browser import ResultTable
+from sae.evaluate.downstream import Accuracy, Downstream
+from sae.evaluate.probing.sparse_probe import Survey
+from sae.evaluate.report import EvaluationReport
+from sae.evaluate.substitution import Effect, Substitution
+from sae.explain.tables import SUMMARY
+from sae.run.context import Run, Section
+from sae.run.image_tables import image_table, mean_cell
+from sae.statistics import Interval
+from sae.train.curves import read_curves
+
+COLUMNS = ("dictionary", "L0", "FVU", "dead", "CE rec. (zero)", "CE rec. (mean)", "Δ CE", "KL",
+           "top-1")  # fmt: skip
+
+QUANTILES = ("0.05", "0.5", "0.95")
+"""Of a row's L0, on the page; the JSON has more."""
+
+
+def text_table(report: EvaluationReport) -> ResultTable:
+    """A row for each dictionary and baseline on a cache of text."""
+    rows = []
+    intact = report.substitution.get("intact")
+    for name, measured in report.reconstruction.items():
+        row = [name, f"{measured.l0:.1f}", f"{measured.fvu:.3f}"]
+        row.append(f"{report.firing[name].dead_fraction:.1%}")
+        if intact is None:
+            rows.append((*row, *("-" for _ in COLUMNS[len(row) :])))
+            continue
+        effect = intact.dictionaries[name]
+        figures = (effect.ce_recovered_zero, effect.ce_recovered_mean, effect.ce_increase,
+                   effect.kl, effect.top1_agreement)  # fmt: skip
+        rows.append((*row, *(f"{figure.value:.3f}" for figure in figures)))
+    return ResultTable(COLUMNS, tuple(rows), _note(report))
+
+
+def _note(report: EvaluationReport) -> str:
+    """What the table's figures rest on."""
+    name = next(iter(report.reconstruction))
+    firing = report.firing[name]
+    note = (
+        f"{report.reconstruction[name].n_rows:,} held-out rows; dead: silent in {firing.n_rows:,} "
+        f"rows, so with 95 % confidence rarer than {firing.dead_density_bound:.1e}"
+    )
+    intact = report.substitution.get("intact")
+    if intact is None:
+        return note
+    return (
+        f"{note}; CE {intact.ce_base.value:.3f} nats on {intact.n_tokens:,} held-out tokens, "
+        f"positions below {report.skip_positions} left intact"
+    )
+
+
+def probe_table(probes: Survey) -> ResultTable:
+    """Mean AUCs over the labels."""
+    columns = ("probe", *(f"AUC, k={k}" for k in probes.ks), "control")
+    rows = [
+        (name, *(f"{value:.3f}" for value in probes.auc[name]), f"{probes.control[name]:.3f}")
+        for name in probes.auc
+    ]
+    rows.append(("dense", *("" for _ in probes.ks[1:]), f"{probes.dense:.3f}", ""))
+    return ResultTable(columns, tuple(rows), f"means over {', '.join(probes.labels)}")
+
+
+def details(report: EvaluationReport, probes: Survey | None) -> list[Section]:
+    """What the one table leaves out: every figure with its interval."""
+    sections = [
+        Section("Reconstruction", _reconstruction(report)),
+        Section("Firing", _firing(report)),
+    ]
+    sections += [
+        Section(f"The model with the stream replaced, special positions {kind}", _effects(measured))
+        for kind, measured in report.substitution.items()
+    ]
+    if report.downstream is not None:
+        sections += _accuracies(report.downstream)
+    if probes is not None:
+        sections.append(Section("Probes by label", _probes(probes)))
+    return sections
+
+
+def _reconstruction(report: EvaluationReport) -> ResultTable:
+    columns = (
+        "dictionary", "FVU", "FVU, uncentred", "cosine", "norm ratio", "relative bias", "L0",
+        *(f"L0, {float(share):.0%}" for share in QUANTILES), "worst dimensions",
+    )  # fmt: skip
+    rows = []
+    for name, measured in report.reconstruction.items():
+        figures = (measured.fvu, measured.fvu_uncentred, measured.cosine, measured.norm_ratio,
+                   measured.relative_bias)  # fmt: skip
+        worst = list(measured.worst_dimensions.items())[:3]
+        rows.append((
+            name,
+            *(f"{figure:.4f}" for figure in figures),
+            f"{measured.l0:.2f}",
+            *(str(measured.l0_quantiles[share]) for share in QUANTILES),
+            ", ".join(f"{dimension}: {fvu:.2f}" for dimension, fvu in worst),
+        ))
+    note = (
+        "FVU is centred per dimension over all rows; relative bias below 1: too short; after the "
+        "mean L0 its quantiles over rows; worst dimensions: by number, with their FVU"
+    )
+    return ResultTable(columns, tuple(rows), note)
+
+
+def _firing(report: EvaluationReport) -> ResultTable:
+    first = next(iter(report.firing.values()))
+    edges = first.density_edges
+    columns = ("dictionary", "latents", "dead", *(f"from {edge:.0e}" for edge in edges[:-1]))
+    rows = tuple(
+        (name, f"{one.d_sae:,}", f"{one.n_dead:,}", *(f"{n:,}" for n in one.density_histogram))
+        for name, one in report.firing.items()
+    )
+    note = (
+        f"latents by the share of {first.n_rows:,} rows in which they fire; dead: in none, so with "
+        f"95 % confidence rarer than {first.dead_density_bound:.1e}"
+    )
+    return ResultTable(columns, rows, note)
+
+
+def _effects(measured: Substitution) -> ResultTable:
+    columns = ("stream", "CE", "Δ CE", "KL", "top-1", "CE rec. (zero)", "CE rec. (mean)")
+    streams = {"zero": measured.zero, "mean row": measured.mean, **measured.dictionaries}
+    rows = tuple((name, *_cells(effect)) for name, effect in streams.items())
+    note = (
+        f"CE {_cell(measured.ce_base)} nats as the model is, on {measured.n_tokens:,} tokens of "
+        f"{measured.n_contexts} held-out contexts; 95 % intervals over contexts"
+    )
+    return ResultTable(columns, rows, note)
+
+
+def _cells(effect: Effect) -> tuple[str, ...]:
+    figures = (effect.ce, effect.ce_increase, effect.kl, effect.top1_agreement,
+               effect.ce_recovered_zero, effect.ce_recovered_mean)  # fmt: skip
+    return tuple(_cell(figure) for figure in figures)
+
+
+def _cell(figure: Interval) -> str:
+    return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
+
+
+def _accuracies(accuracies: Downstream) -> list[Section]:
+    columns = ("stream", "kNN", "linear", "kNN, change", "linear, change")
+    note = (
+        f"{accuracies.n_classes} classes, {accuracies.n_train:,} images to fit on, "
+        f"{accuracies.n_test:,} held out; "
+        "95 % intervals over images, of changes paired"
+    )
+    sides = {
+        "all positions": accuracies.spliced,
+        "class token and registers left intact": accuracies.intact,
+    }
+    return [
+        Section(
+            f"Accuracy with the stream replaced: {side}",
+            ResultTable(columns, tuple((n, *_accuracy(a)) for n, a in measured.items()), note),
+        )
+        for side, measured in sides.items()
+        if measured
+    ]
+
+
+def _accuracy(measured: Accuracy) -> tuple[str, ...]:
+    figures = (measured.knn, measured.linear, measured.knn_change, measured.linear_change)
+    return tuple(_cell(figure) for figure in figures)
+
+
+def _probes(probes: Survey) -> ResultTable:
+    k = probes.ks[0]
+    columns = ("label", *probes.auc, "dense")
+    rows = tuple(
+        (label, *(_cell(report.arms[name][k].auc) for name in probes.auc), _cell(report.dense.auc))
+        for label, report in probes.reports.items()
+    )
+    return ResultTable(columns, rows, f"AUC of probes of {k} unit, 95 % intervals over examples")
+
+
+def result_table(run: Run, measured: EvaluationReport, *, with_labels: bool) -> ResultTable:
+    """One row per dictionary, the frozen baselines among them."""
+    if run.of_images:
+        frozen = [name for name in run.dictionaries if run.is_frozen(name)]
+        labels = {name: _labels(run, name) for name in run.dictionaries} if with_labels else None
+        return image_table(measured, labels, frozen)
+    columns = ["dictionary", "FVU", "L0", "dead", "CE rec. (zero)", "CE rec. (mean)", "Δ CE"]
+    if with_labels:
+        columns.append("label AUC")
+    intact = measured.substitution["intact"]
+    rows = []
+    for name, of_rows in measured.reconstruction.items():
+        spliced = measured.spliced(name)
+        effect = spliced.dictionaries[name]
+        row = [
+            name,
+            f"{of_rows.fvu:.3f}",
+            f"{of_rows.l0:.1f}",
+            f"{measured.firing[name].dead_fraction:.1%}",
+            f"{effect.ce_recovered_zero.value:.3f}",
+            f"{effect.ce_recovered_mean.value:.3f}",
+            f"{effect.ce.value - spliced.ce_base.value:+.3f}",
+        ]
+        if with_labels:
+            row.append(mean_cell(_labels(run, name)["auc"]))
+        rows.append(tuple(row))
+    n_rows = next(iter(measured.reconstruction.values())).n_rows
+    note = (
+        f"{n_rows:,} held-out rows; CE {intact.ce_base.value:.3f} nats on {intact.n_tokens:,} "
+        f"held-out tokens, positions below {measured.skip_positions} left intact"
+    )
+    if with_labels:
+        controls = ", ".join(mean_cell(_labels(run, n)["control_auc"]) for n in run.dictionaries)
+        note += f"; AUC of exchanged labels: {controls}"
+    return ResultTable(columns=tuple(columns), rows=tuple(rows), note=note)
+
+
+def _labels(run: Run, name: str) -> dict[str, Any]:
+    return json.loads((run.path("explain") / name / SUMMARY).read_text())
+
+
+TRAINING = ("dictionary", "FVU", "L0", "dead", "rows/s", "time")
+LAST = 10
+"""A figure is the mean over the last tenth of the logged steps: a single batch is noisy."""
+
+
+def training_table(path: Path) -> ResultTable:
+    """One row per dictionary of a training run, from its curves."""
+    curves = {name: curve for name, curve in read_curves(path).items() if name}
+    n_logged = max((len(curve["rows"]) for curve in curves.values()), default=0)
+    n_last = max(n_logged // LAST, 1)
+    rows = tuple(training_row(name, curve, n_last) for name, curve in curves.items())
+    note = (
+        f"FVU, L0 and dead: means of the last {n_last} of {n_logged} logged batches, of rows that "
+        "were trained on; rows/s: of this dictionary's steps alone"
+    )
+    return ResultTable(TRAINING, rows, note)
+
+
+def training_row(name: str, curve: Mapping[str, Sequence[float]], n_last: int) -> tuple[str, ...]:
+    """One dictionary's figures over its last `n_last` logged steps, its speed and its time."""
+    fvu, l0, dead = (_mean(curve.get(key, ())[-n_last:]) for key in ("fvu", "l0", "dead"))
+    rows, speeds = curve["rows"], curve.get("rows_per_second", ())
+    logged = zip(pairwise((0, *rows)), speeds, strict=False)
+    seconds = sum((after - before) / speed for (before, after), speed in logged)
+    speed = f"{rows[-1] / seconds:,.0f}" if seconds > 0 else "-"
+    time = f"{seconds:,.1f} s" if seconds > 0 else "-"
+    return (name, f"{fvu:.3f}", f"{l0:.1f}", f"{dead:.1%}", speed, time)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

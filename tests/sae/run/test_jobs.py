@@ -1,0 +1,201 @@
+"""Each job from Python gives the same numbers as its command."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import activations_cache
+import sae as library
+from sae import run
+from sae.cli import main
+from sae.evaluate.report import plain
+from sae.run.steering import placed_in_model
+from sae.steer.generation import generate
+
+HOOK = "model.layers.1:out"
+
+
+def command(*arguments) -> int:
+    before, sys.argv = sys.argv, ["sae", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main.main()
+    finally:
+        sys.argv = before
+    return int(stop.value.code)
+
+
+def as_json(record) -> object:
+    return json.loads(json.dumps(plain(record)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    return activations_cache.ModelConfig(path=str(tiny_model_dir), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def text(tiny_text):
+    source = activations_cache.TextSource(path=str(tiny_text), document_pattern="CHAPTER")
+    return activations_cache.TextConfig(sources=(source,), context=31)
+
+
+@pytest.fixture(scope="module")
+def cache(folder, model, text):
+    return run.cache(model, text, HOOK, n_rows=3001, out=folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def dictionary(cache):
+    paths = run.train(cache, k=3, d_sae=53, batch=127, epochs=2)
+    assert list(paths) == ["topk"]
+    return paths["topk"]
+
+
+def test_a_cache_is_the_command_s(folder, cache, model, text, tmp_path):
+    config = {
+        "output": str(tmp_path),
+        "cache": {
+            "model": {"path": model.path, "dtype": "float32"},
+            "text": {"sources": [{"path": text.sources[0].path, "document_pattern": "CHAPTER"}]},
+            "hook_points": [HOOK],
+            "n_rows": 3001,
+        },
+    }
+    config["cache"]["text"]["context"] = 31
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    assert command("cache", tmp_path / "run.yaml") == 0
+    other = activations_cache.open(tmp_path / "cache")
+    assert other.fingerprint == cache.fingerprint
+    rows = cache.rows()
+    assert torch.equal(other[HOOK][rows], cache[HOOK][rows])
+    assert run.verify(folder / "cache") == []
+
+
+def test_figures_are_those_of_evaluate(cache, dictionary, tmp_path):
+    measured = run.evaluate(dictionary, cache, contexts=3)
+    file = tmp_path / "report.json"
+    arguments = (dictionary, "--cache", cache.path, "--contexts", 3, "--json", file)
+    assert command("evaluate", *arguments) == 0
+    assert json.loads(file.read_text()) == as_json(measured.record)
+    again = run.evaluate({"topk": library.load(dictionary)}, cache.path, contexts=3)
+    assert as_json(again.report) == as_json(measured.report)
+    assert again.report.reconstruction["topk"].l0 == pytest.approx(3, abs=0.5)
+
+
+def test_figures_are_those_of_compare(cache, dictionary, tmp_path):
+    compared = run.compare({"a": [dictionary]}, cache, model=False)
+    target = f"a={dictionary}"
+    arguments = (target, "--cache", cache.path, "--no-model", "--out", tmp_path)
+    assert command("compare", *arguments) == 0
+    assert json.loads((tmp_path / "compare.json").read_text()) == as_json(compared.record)
+
+
+def test_labels_are_those_of_explain(cache, dictionary, tmp_path):
+    explained = run.explain(dictionary, cache, out=tmp_path / "a")
+    arguments = (dictionary, "--cache", cache.path, "--out", tmp_path / "b")
+    assert command("explain", *arguments) == 0
+    for name in ("summary.json", "rules.json", "atlas.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert explained.path == tmp_path / "a"
+    loaded = run.explain(library.load(dictionary), cache)
+    assert loaded.path is None
+    assert loaded.labels.summary == explained.labels.summary
+
+
+def test_a_steered_text_is_that_of_steer(cache, dictionary, capsys, monkeypatch):
+    _, loaded = placed_in_model(dictionary, None, None, None)
+    with run.steer(loaded, dictionary, {5: 400.0}, first_position=1):
+        text = generate(loaded.model, loaded.tokenizer, "The", max_new_tokens=4).text
+    base = generate(loaded.model, loaded.tokenizer, "The", max_new_tokens=4).text
+    assert text != base
+    shown = []
+    monkeypatch.setattr("sae.cli.console.side_by_side", lambda *given: shown.append(given))
+    arguments = ("--latent", "5=400", "--prompt", "The", "max_new_tokens=4")
+    assert command("steer", dictionary, *arguments) == 0
+    assert shown[0][1:3] == (("base", base), ("steered", text))
+    loaded_alone = run.steer(loaded.model, library.load(dictionary), {5: 400.0}, hook_point=HOOK)
+    with loaded_alone:
+        assert generate(loaded.model, loaded.tokenizer, "The", max_new_tokens=4).text == text
+
+
+def test_latents_are_those_of_find(dictionary, monkeypatch):
+    shown = []
+    monkeypatch.setattr("sae.cli.console.table", lambda *given: shown.append(given))
+    matches = run.find(dictionary, near=7, n=4)
+    assert command("find", dictionary, "--near", 7, "n=4") == 0
+    assert shown == [(matches.title, matches.table)]
+    assert len(matches.latents) == 4
+    assert 7 not in matches.latents
+
+
+def test_what_is_said_is_what_inspect_and_convert_say(dictionary, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("sae.cli.console.facts", shown.append)
+    assert command("inspect", dictionary) == 0
+    assert shown == [run.inspect(dictionary)]
+    run.convert(dictionary, tmp_path / "a", "saelens")
+    assert command("convert", dictionary, tmp_path / "b", "--to", "saelens") == 0
+    weights = [(tmp_path / x / "sae_weights.safetensors").read_bytes() for x in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_a_job_is_the_run_of_its_config(folder, cache, capsys):
+    record = {
+        "output": str(folder / "run"),
+        "cache_path": str(folder / "run-cache"),
+        "cache": cache.manifest.plan.request["config"],
+        "train": {"batch": 127, "saes": {"topk": {"d_sae": 41}}},
+        "evaluate": {"n_contexts": 3, "n_contexts_special": 1},
+    }
+    record["train"]["saes"]["topk"]["activation"] = {"kind": "topk", "k": 3}
+    file = folder / "job.yaml"
+    file.write_text(json.dumps(record))
+    steps = []
+    result = run.job(file, "evaluate", progress=lambda done, total, unit: steps.append(unit))
+    assert "spliced contexts" in steps
+    assert [row[0] for row in result.table.rows] == ["topk"]
+    assert result.dictionaries["topk"].is_dir()
+    report = folder / "run" / "evaluate" / "report.json"
+    before = report.stat().st_mtime_ns
+    capsys.readouterr()
+    assert command("evaluate", file) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("done before") == 3
+    assert all(cell in printed for cell in result.table.rows[0])
+    assert report.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("field", "call"),
+    [
+        ("model", lambda: run.cache(3, "x.txt", HOOK, n_rows=9, out="c")),
+        ("data", lambda: run.cache("m", 3, HOOK, n_rows=9, out="c")),
+        ("cache", lambda: run.train(3)),
+        ("cache", lambda: run.evaluate("d", 3)),
+        ("dictionaries", lambda: run.evaluate(3, "c")),
+        ("cache", lambda: run.explain("d", 3)),
+        ("model", lambda: run.steer(3, "d", {})),
+        ("dictionary", lambda: run.steer(torch.nn.Identity(), 3, {})),
+        ("latents", lambda: run.steer(torch.nn.Identity(), "d", [3])),
+        ("config", lambda: run.job(3)),
+    ],
+    ids=[f"{i}" for i in range(10)],
+)
+def test_a_wrong_class_is_refused_by_name(field, call):
+    with pytest.raises(TypeError, match=f"^{field} must be .*, got (int|list); "):
+        call()
+
+
+def test_the_jobs_are_listed():
+    assert set(dir(run)) >= {"cache", "train", "evaluate", "explain", "steer", "job", "compare"}
+    assert all(callable(getattr(run, name)) for name in run.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'other'"):
+        run.other  # noqa: B018
