@@ -37,18 +37,18 @@ def image_table(
     rows: list[tuple[str, ...]] = [
         (above[name], "-", "-", "-", *_accuracies(accuracies, name)) for name in above
     ]
-    for name, found in report.reconstruction.items():
+    for name, measured in report.reconstruction.items():
         dead = f"{report.firing[name].dead_fraction:.1%}"
-        own = (name, f"{found.fvu:.3f}", f"{found.l0:.1f}", dead)
-        rows.append((*own, *_accuracies(accuracies, name)))
+        cells = (name, f"{measured.fvu:.3f}", f"{measured.l0:.1f}", dead)
+        rows.append((*cells, *_accuracies(accuracies, name)))
     if labels is None:
         return ResultTable(columns, tuple(rows), _note(report))
     rows = [(*row, *_label_cells(labels.get(row[0]))) for row in rows]
     for name, summary in labels.items():
         if name in (frozen or ()):
             continue
-        for arm, found in summary["baselines"].items():
-            rows.append((f"{ARMS[arm]} {name}", *("-" * 5), *_label_cells(found)))
+        for arm, figures in summary["baselines"].items():
+            rows.append((f"{ARMS[arm]} {name}", *("-" * 5), *_label_cells(figures)))
     note = "\n".join((_note(report), _label_note(labels), *_verdicts(labels, frozen or [])))
     return ResultTable(columns, tuple(rows), note)
 
@@ -57,14 +57,14 @@ def _accuracies(accuracies: Downstream | None, name: str) -> tuple[str, ...]:
     """Of the model as it is the accuracies, of others the share of them that is kept."""
     if accuracies is None or name not in accuracies.spliced:
         return ("-",) * 2
-    found, base = accuracies.spliced[name], accuracies.spliced[AS_IT_IS]
+    spliced, base = accuracies.spliced[name], accuracies.spliced[AS_IT_IS]
     if name == AS_IT_IS:
         return (f"{base.knn.value:.3f}", f"{base.linear.value:.3f}")
-    return (_kept(found.knn, base.knn), _kept(found.linear, base.linear))
+    return (_share(spliced.knn, base.knn), _share(spliced.linear, base.linear))
 
 
-def _kept(own: Interval, of_model: Interval) -> str:
-    return f"{own.value / of_model.value:.0%}" if of_model.value else "-"
+def _share(spliced: Interval, of_model: Interval) -> str:
+    return f"{spliced.value / of_model.value:.0%}" if of_model.value else "-"
 
 
 def _label_cells(summary: dict[str, Any] | None) -> tuple[str, ...]:
@@ -78,9 +78,9 @@ def _label_cells(summary: dict[str, Any] | None) -> tuple[str, ...]:
     return (mean_cell(summary["auc"]), beat, "-" if best is None else f"{best:.3f}")
 
 
-def mean_cell(found: dict[str, float | None]) -> str:
+def mean_cell(figure: dict[str, float | None]) -> str:
     """A mean with half of its interval, as summary.json has them."""
-    mean, low, high = (found[key] for key in ("mean", "low", "high"))
+    mean, low, high = (figure[key] for key in ("mean", "low", "high"))
     if mean is None or low is None or high is None:
         return "-"
     return f"{mean:.3f} ±{(high - low) / 2:.3f}"
@@ -106,8 +106,8 @@ def _note(report: EvaluationReport) -> str:
 
 def _label_note(labels: Mapping[str, dict[str, Any]]) -> str:
     first = next(iter(labels.values()))
-    void = max(found["beats_null_shuffled"]["value"] or 0.0 for found in labels.values())
-    controls = [found["control_auc"]["mean"] for found in labels.values()]
+    void = max(one["beats_null_shuffled"]["value"] or 0.0 for one in labels.values())
+    controls = [one["control_auc"]["mean"] for one in labels.values()]
     exchanged = max((c for c in controls if c is not None), default=math.nan)
     return (
         f"labels: classes and groups of folders, scored on {first['n_images_score']:,} images they "
@@ -168,6 +168,6 @@ def image_label_table(labelled: ExplainedImages) -> ResultTable:
     return ResultTable(columns, rows, note)
 
 
-def with_ends(found: Share | Mean) -> str:
+def with_ends(figure: Share | Mean) -> str:
     """A figure with half of its interval."""
-    return f"{found[0]:.3f} ±{(found.high - found.low) / 2:.3f}"
+    return f"{figure[0]:.3f} ±{(figure.high - figure.low) / 2:.3f}"

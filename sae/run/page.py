@@ -154,8 +154,8 @@ def draw(axis: Axes, panel: Panel, target: float) -> None:
     axis.grid(visible=True, color="0.92", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
-    found = [p.l0 for series in panel.series for p in series.points if p.l0 > 0] + [target]
-    low, high = min(found) / MARGIN, max(found) * MARGIN
+    values = [p.l0 for series in panel.series for p in series.points if p.l0 > 0] + [target]
+    low, high = min(values) / MARGIN, max(values) * MARGIN
     axis.set_xlim(low, high)
     axis.set_xticks(_ticks(low, high))
     values = [p.value for series in panel.series for p in series.points]

@@ -91,13 +91,13 @@ def _do(
 
 def _steps_to(run: Run, last: str) -> list[_Step]:
     """The steps of the run up to `last`."""
-    found = [step for step in STEPS if step.of_images or not run.of_images]
-    names = [step.name for step in found]
+    selected = [step for step in STEPS if step.of_images or not run.of_images]
+    names = [step.name for step in selected]
     if last not in names:
         raise ConfigError(
             f"cache must be of texts for `sae {last}`, got images; they end with `sae run`"
         )
-    return found[: names.index(last) + 1]
+    return selected[: names.index(last) + 1]
 
 
 def _is_done(marker: Path, identity: str) -> bool:
