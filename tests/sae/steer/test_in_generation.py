@@ -98,7 +98,7 @@ def with_logits(model, prompts, **options):
         output_logits=True, return_dict_in_generate=True,
         **{"do_sample": False, **options},
     )  # fmt: skip
-    return found.sequences.tolist(), torch.stack(found.logits, dim=1)
+    return found.sequences.tolist(), torch.stack(found.logits, dim=1).to(model.dtype)
 
 
 def steered(subject, prompts, positions, edit_words=None, first=1, **options):
