@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from activations_cache import gguf as conversion
 from activations_cache.config import ModelConfig
+from activations_cache.errors import MissingPackageError
 from activations_cache.loading import ModelError
 from activations_cache.models import load_model
 
@@ -228,7 +229,10 @@ def test_missing_packages_are_named(cache, gguf_path, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name)
     )
-    with pytest.raises(ModelError, match=r"got no accelerate; run `pip install monosema\[demo\]`"):
+    with pytest.raises(
+        MissingPackageError,
+        match=r"package accelerate, got none; run `pip install 'monosema\[demo\]'`",
+    ):
         conversion.converted(gguf_path, sha256(gguf_path))
 
 
