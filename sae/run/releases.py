@@ -15,7 +15,7 @@ from sae.browser import ResultTable
 from sae.evaluate.report import read_json
 from sae.pretrained import monosema_format
 from sae.pretrained.export import TARGETS, export
-from sae.pretrained.load import load_readings
+from sae.pretrained.loading import load_readings
 from sae.pretrained.push import Card, Pushed
 from sae.pretrained.push import push as push_to_hub
 from sae.pretrained.verify import (

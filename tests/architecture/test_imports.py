@@ -43,6 +43,24 @@ def test_importing_loads_nothing_heavy(in_root, module):
     assert loaded(in_root, module) & HEAVY == set()
 
 
+def test_every_public_name_is_where_its_package_says(in_root, library):
+    packages = [
+        source.path.removeprefix("kernels/").removesuffix("/__init__.py").replace("/", ".")
+        for source in library
+        if source.path.endswith("/__init__.py") and "__getattr__" in source.text
+    ]
+    assert len(packages) >= 9
+    code = f"""
+import importlib
+for package in {packages}:
+    module = importlib.import_module(package)
+    for name in getattr(module, "__all__", dir(module)):
+        getattr(module, name)
+print("all there")
+"""
+    assert in_root(code) == "all there"
+
+
 def test_importing_the_kernels_loads_no_triton(in_root):
     assert loaded(in_root, "sae_kernels") & (HEAVY - {"torch", "numpy"}) == set()
 

@@ -38,8 +38,8 @@ _HOME = {
     "make_world": "world",
     "measure_ceilings": "ceilings",
     "set_true_decoder": "ceilings",
-    "table_rows": "table",
-    "table_text": "table",
+    "table_rows": "run",
+    "table_text": "run",
 }
 
 

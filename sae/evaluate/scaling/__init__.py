@@ -25,17 +25,17 @@ __all__ = [
 ]
 
 _HOME = {
-    "Fitted": "rates",
+    "Fitted": "runs",
     "FittedLaw": "fit",
     "Laws": "fit",
     "Optimum": "fit",
-    "PlannedRun": "plan",
-    "RateLaw": "rates",
+    "PlannedRun": "config",
+    "RateLaw": "runs",
     "Run": "runs",
     "ScalingConfig": "config",
     "draw": "plot",
     "fit_laws": "fit",
-    "plan": "plan",
+    "plan": "config",
     "read_runs": "runs",
 }
 
