@@ -88,7 +88,7 @@ def fused_product(
     """Write the pre-activations to `pre` and return the largest key of each group of `size`."""
     x, rows, bias = operands
     (batch, width), d_sae = x.shape, len(rows)
-    n_groups = triton.cdiv(d_sae, size)
+    n_groups = -(-d_sae // size)
     maxima = torch.empty(batch, n_groups, dtype=torch.int32, device=x.device)
     block = blocks.product(arch_of(x))
     bits, infinity = FLOATS[pre.dtype]

@@ -148,7 +148,7 @@ def _sum_segments(
     # float16 would lose small weights; bfloat16 keeps their range
     as_is = rows.dtype == torch.bfloat16 and not interprets()
     block = blocks.segments(n_entries, width, 2 if as_is else 4, arch_of(rows))
-    n_blocks = triton.cdiv(n_entries, block.entries)
+    n_blocks = -(-n_entries // block.entries)
     edges = torch.empty(n_blocks, 2, width, **options)
     _segments_kernel[n_blocks, block.splits](
         parts.latents, parts.entries, n_entries, weights, rows, parts.k, width, out, edges,

@@ -160,7 +160,7 @@ def _as_integers(floats: Float[Tensor, "batch d_sae"]) -> Int[Tensor, "batch d_s
 def group_maxima(source: Source, size: int) -> Int[Tensor, "batch group"]:
     """Return the largest key of each group of `size` neighbours (a power of two), as int32."""
     batch, n = source.rows.shape
-    n_groups = triton.cdiv(n, size)
+    n_groups = -(-n // size)
     maxima = torch.empty(batch, n_groups, dtype=torch.int32, device=source.rows.device)
     block = blocks.maxima(n_groups, size)
     _group_max_kernel[batch, triton.cdiv(n_groups, block.groups)](
