@@ -7,11 +7,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sae import evaluate, explain, pretrained, run, steer, train
     from sae.architecture import SAEConfig
     from sae.autoencoder import Latents, SparseAutoencoder
     from sae.pretrained import load, save
 
-__all__ = ["Latents", "SAEConfig", "SparseAutoencoder", "load", "save"]
+__all__ = [
+    "Latents",
+    "SAEConfig",
+    "SparseAutoencoder",
+    "evaluate",
+    "explain",
+    "load",
+    "pretrained",
+    "run",
+    "save",
+    "steer",
+    "train",
+]
 
 _HOME = {
     "Latents": "sae.autoencoder",
@@ -22,7 +35,16 @@ _HOME = {
 }
 
 
+_PACKAGES = ("evaluate", "explain", "pretrained", "run", "steer", "train")
+
+
 def __getattr__(name: str) -> object:
+    if name in _PACKAGES:
+        return import_module(f"sae.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'sae' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from activations_cache import vision
+from activations_cache.checks import MissingPackageError
 from activations_cache.config import ImagePreprocessing, ModelConfig
 from activations_cache.hooks import capture, sites
 from activations_cache.loading import ModelError
@@ -224,7 +225,7 @@ def test_a_missing_library_is_named_in_one_line(
         (tmp_path / "config.json").rename(tmp_path / "open_clip_config.json")
         (tmp_path / "model.safetensors").rename(tmp_path / "open_clip_model.safetensors")
     monkeypatch.setattr(vision.importlib.util, "find_spec", lambda name: None)
-    expected = f"must have the package {library}, got none; run `pip install monosema\\[timm\\]`"
-    with pytest.raises(ModelError, match=expected) as error:
+    expected = f"must have the package {library}, got none; run `pip install 'monosema\\[timm\\]'`"
+    with pytest.raises(MissingPackageError, match=expected) as error:
         load(tmp_path)
     assert "\n" not in str(error.value)

@@ -34,10 +34,15 @@ def demo_config(tmp_path_factory, tiny_cache_config, tiny_tokenizer) -> CacheCon
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory, demo_config) -> Path:
-    """A directory that has `runs/demo` with a cache and the dictionary `topk`, with statistics."""
+def demo(tmp_path_factory, demo_config, tiny_text) -> Path:
+    """A directory that has `runs/demo` with a cache and the dictionary `topk`, with statistics.
+
+    Beside it lie a reader's own model and text, `my_model` and `my_text.txt`.
+    """
     root = tmp_path_factory.mktemp("demo")
     run = root / "runs" / "demo"
+    (root / "my_model").symlink_to(demo_config.model.path)
+    (root / "my_text.txt").symlink_to(tiny_text)
     cache = activations_cache.build(demo_config, run / "cache")
     entries = {"topk": DictionaryConfig(d_sae=131, activation=TopK(k=32))}
     [path] = train(cache, TrainConfig(saes=entries, batch=499), run / "train").values()

@@ -149,7 +149,7 @@ def test_a_recipe_keeps_a_frozen_decoder_and_skips_rows_that_are_not_finite(conf
 @pytest.mark.parametrize("file", sorted(SOURCES))
 def test_a_recipe_names_its_source_and_shares_the_cache_of_the_demo(file):
     comment = (CONFIGS / f"{file}.yaml").read_text().split("output:")[0]
-    assert all(line.startswith("# ") for line in comment.splitlines())
+    assert all(line.startswith("#") for line in comment.splitlines())
     assert SOURCES[file] in " ".join(comment.split())
     one, demo = (load(RunConfig, CONFIGS / f"{name}.yaml") for name in (file, "demo"))
     own = OF_THEIR_OWN.get(file)
