@@ -153,7 +153,10 @@ def test_chance_is_drawn_apart_from_the_seeds_of_dictionaries():
 
 @pytest.mark.skipif(importlib.util.find_spec("umap") is not None, reason="umap is installed")
 def test_umap_is_an_extra():
-    with pytest.raises(ValueError, match=r"got 'umap'; install monosema\[umap\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"must have the package umap, got none; run `pip install 'monosema\[umap\]'`",
+    ):
         plane(clusters(), "umap")
 
 
