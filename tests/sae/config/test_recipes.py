@@ -89,7 +89,7 @@ def test_a_model_of_ones_own_may_move(tmp_path):
 
 
 def test_the_releases_are_those_that_make_installs(repository):
-    files = [repository / "Makefile", *(repository / "constraints").rglob("*.txt")]
+    files = [repository / "Makefile", *(repository / "locks").glob("*.txt")]
     text = "\n".join(file.read_text() for file in files)
     for release in RELEASES.values():
         name = release.partition("==")[0]
