@@ -133,6 +133,18 @@ def _pearson(sums: np.ndarray) -> np.ndarray:
         return np.where(is_flat, np.nan, (n * xy - x * y) / np.sqrt(np.maximum(spread, 1e-300)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class BootstrapInterval:
+    """A figure with its 95 % bootstrap interval over contexts, as reports hold it."""
+
+    value: float
+    """The figure over all contexts."""
+    low: float
+    """2.5 % quantile of the resamples."""
+    high: float
+    """97.5 % quantile of the resamples."""
+
+
 class Resamples:
     """The same resamples of the contexts for every figure, so that differences are paired."""
 
@@ -156,13 +168,13 @@ class Resamples:
         return (self._weights @ sums) / (self._weights @ n_tokens)
 
 
-def interval(values: Float[Tensor, " batch"]) -> Interval:
+def interval(values: Float[Tensor, " batch"]) -> BootstrapInterval:
     """The first of the values with the quantiles of the others; nan where nothing is defined."""
     others = values[1:][values[1:].isfinite()]
     if len(others) == 0:
-        return Interval(value=float(values[0]), low=math.nan, high=math.nan)
+        return BootstrapInterval(value=float(values[0]), low=math.nan, high=math.nan)
     low, high = torch.quantile(others, torch.tensor([0.025, 0.975], dtype=others.dtype)).tolist()
-    return Interval(value=float(values[0]), low=low, high=high)
+    return BootstrapInterval(value=float(values[0]), low=low, high=high)
 
 
 LEVEL, POWER = 0.05, 0.8

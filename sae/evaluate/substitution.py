@@ -22,7 +22,7 @@ from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.logit_comparison import Tally, compare
 from sae.evaluate.resume_forward import Replacement, Replay
 from sae.metrics import ce_recovered
-from sae.statistics import Interval, Resamples, interval
+from sae.statistics import BootstrapInterval, Resamples, interval
 
 
 class HeldOut(NamedTuple):
@@ -42,17 +42,17 @@ class HeldOut(NamedTuple):
 class Effect:
     """What the model does with another stream, over the scored tokens; 95 % intervals."""
 
-    ce: Interval
+    ce: BootstrapInterval
     """Cross-entropy in nats per token."""
-    ce_increase: Interval
+    ce_increase: BootstrapInterval
     """Cross-entropy above that of the model as it is, in nats per token."""
-    kl: Interval
+    kl: BootstrapInterval
     """KL(model as it is || model with this stream), in nats per token."""
-    top1_agreement: Interval
+    top1_agreement: BootstrapInterval
     """Share of the tokens at which both hold the same token most likely."""
-    ce_recovered_zero: Interval
+    ce_recovered_zero: BootstrapInterval
     """Share of what zero ablation loses that is recovered (see `sae.metrics.ce_recovered`)."""
-    ce_recovered_mean: Interval
+    ce_recovered_mean: BootstrapInterval
     """Share of what mean ablation loses that is recovered."""
 
 
@@ -66,7 +66,7 @@ class Substitution:
     """Contexts that were read."""
     n_tokens: int
     """Predictions that were scored."""
-    ce_base: Interval
+    ce_base: BootstrapInterval
     """Cross-entropy of the model as it is, in nats per token."""
     zero: Effect
     """The stream replaced by 0."""

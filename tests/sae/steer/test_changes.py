@@ -105,7 +105,10 @@ def test_wrong_places_are_refused(model, placed, stats, dictionary, hook_point):
         Placed(dictionary, hook_point, stats=stats)
     nowhere = Edit(Placed(dictionary, "model.layers.9:out"), latent=3, ablate=True)
     with (
-        pytest.raises(ValueError, match=r"got 'model.layers.9:out'; the nearest are model.layers"),
+        pytest.raises(
+            ValueError,
+            match=r"got 'model.layers.9:out'; the middle of its 4 blocks is model.layers.2:out; the nearest are model.layers",
+        ),
         Steering(model, [nowhere]),
     ):
         pass
