@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from activations_cache import io
 from activations_cache.checks import CacheFormatError, Progress, silent
-from activations_cache.config import PACKAGE, CacheConfig, locate, parse_hook_point
+from activations_cache.config import CacheConfig, parse_hook_point
 from activations_cache.hooks import capture
 from activations_cache.image_rows import ImageRows, image_widths
 from activations_cache.journal import first_difference, journals_at, newest
 from activations_cache.layout import STORAGE
+from activations_cache.locations import PACKAGE, locate
 from activations_cache.manifest import Plan, read_manifest, read_plan
 from activations_cache.models import LoadedModel, load_model
 from activations_cache.reader import ActivationCache, open_cache

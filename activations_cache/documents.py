@@ -20,8 +20,9 @@ from typing import Any
 
 from pyarrow import ArrowInvalid, parquet
 
-from activations_cache.config import DATASET, ImageSource, TextSource, locate, text_format
+from activations_cache.config import ImageSource, TextSource, text_format
 from activations_cache.loading import one_line
+from activations_cache.locations import DATASET, locate
 
 ATTEMPTS = 5
 """How often a stream is opened without a new record before it is given up."""

@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from activations_cache import io
 from activations_cache.checks import Progress, silent
-from activations_cache.config import require_reader
 from activations_cache.loading import Refusing, quiet
+from activations_cache.locations import require_reader
 
 _MANIFEST = "manifest.json"
 _WAIT_S = 1800.0

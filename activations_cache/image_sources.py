@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from activations_cache.config import DATASET, ImageSource, locate
+from activations_cache.config import ImageSource
 from activations_cache.documents import dataset_table
 from activations_cache.gguf import cache_directory
 from activations_cache.loading import one_line
+from activations_cache.locations import DATASET, locate
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Files of a folder that are taken for images; others are not looked at."""

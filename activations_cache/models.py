@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from activations_cache import gguf, onnx_dinov2
 from activations_cache.checks import Progress, silent
-from activations_cache.config import PACKAGE, ModelConfig, locate
+from activations_cache.config import ModelConfig
 from activations_cache.hooks import blocks_of
 from activations_cache.loading import ModelError, Refusing, one_line, quiet
+from activations_cache.locations import PACKAGE, locate
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
 """What model families call the norm before the unembedding."""

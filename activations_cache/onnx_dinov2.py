@@ -17,9 +17,9 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from activations_cache.config import require_reader
 from activations_cache.gguf import Save
 from activations_cache.loading import Refusing
+from activations_cache.locations import require_reader
 
 _HEAD = 64
 """Width of an attention head in every DINOv2."""

@@ -18,8 +18,9 @@ import transformers
 from torch import nn
 
 from activations_cache.checks import Progress, silent
-from activations_cache.config import ImagePreprocessing, ModelConfig, require_extra
+from activations_cache.config import ImagePreprocessing, ModelConfig
 from activations_cache.loading import ModelError, Refusing, quiet
+from activations_cache.locations import require_extra
 from activations_cache.models import (
     LoadedModel,
     compile_blocks,

@@ -4,7 +4,8 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from activations_cache.config import PACKAGE, CacheConfig, locate, require_extra, require_reader
+from activations_cache.config import CacheConfig
+from activations_cache.locations import PACKAGE, locate, require_extra, require_reader
 from sae.evaluate.config import EvaluateConfig
 from sae.explain.config import ExplainConfig
 from sae.steer.config import SteerConfig

@@ -17,7 +17,7 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from activations_cache.config import require_extra
+from activations_cache.locations import require_extra
 from sae.explain.atlas.neighbours import nearest
 
 Method = Literal["tsne", "pca", "umap"]
