@@ -107,7 +107,7 @@ def test_wrong_places_are_refused(model, placed, stats, dictionary, hook_point):
     with (
         pytest.raises(
             ValueError,
-            match=r"got 'model.layers.9:out'; the middle of its 4 blocks is model.layers.2:out; the near",
+            match=r"the middle of its 4 blocks is model.layers.2:out; the nearest are model.layers",
         ),
         Steering(model, [nowhere]),
     ):
