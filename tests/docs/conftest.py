@@ -1,5 +1,6 @@
 """What the documents speak of, at their names: a run of the demo, on a tiny model of 17 blocks."""
 
+import json
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -37,12 +38,14 @@ def demo_config(tmp_path_factory, tiny_cache_config, tiny_tokenizer) -> CacheCon
 def demo(tmp_path_factory, demo_config, tiny_text) -> Path:
     """A directory that has `runs/demo` with a cache and the dictionary `topk`, with statistics.
 
-    Beside it lie a reader's own model and text, `my_model` and `my_text.txt`.
+    Beside it lie a reader's own model and text, `my_model` and `my_texts.jsonl`.
     """
     root = tmp_path_factory.mktemp("demo")
     run = root / "runs" / "demo"
     (root / "my_model").symlink_to(demo_config.model.path)
-    (root / "my_text.txt").symlink_to(tiny_text)
+    chapters = tiny_text.read_text().split("CHAPTER")[1:]
+    lines = [json.dumps({"text": chapter}) for chapter in chapters]
+    (root / "my_texts.jsonl").write_text("\n".join(lines))
     cache = activations_cache.build(demo_config, run / "cache")
     entries = {"topk": DictionaryConfig(d_sae=131, activation=TopK(k=32))}
     [path] = train(cache, TrainConfig(saes=entries, batch=499), run / "train").values()

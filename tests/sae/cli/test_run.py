@@ -231,8 +231,9 @@ def test_an_interrupted_run_says_how_to_go_on(config, tmp_path):
     assert err.strip().splitlines()[-1].startswith("error: interrupted; run the same command again")
 
 
-def test_the_first_python_of_the_readme_runs_on_a_run(config, labelled, repository):
-    block = (repository / "README.md").read_text().split("```python\n")[1].split("```")[0]
+def test_the_readme_encodes_and_decodes_rows_of_a_run(config, labelled, repository):
+    blocks = (repository / "README.md").read_text().split("```python\n")[1:]
+    [block] = [text for text in (b.split("```")[0] for b in blocks) if "x_hat" in text]
     run = config.parent / "run"
     code = block.replace("runs/demo", str(run)).replace("model.layers.15:out", HOOK)
     assert code != block
