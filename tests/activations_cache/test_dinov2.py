@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
-from activations_cache import config as locations
+from activations_cache import locations
 from activations_cache.builder import build
 from activations_cache.checks import MissingPackageError
 from activations_cache.config import (
