@@ -11,10 +11,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from activations_cache.errors import MissingPackageError
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from activations_cache import gguf as conversion
+from activations_cache.checks import MissingPackageError
 from activations_cache.config import ModelConfig
 from activations_cache.loading import ModelError
 from activations_cache.models import load_model

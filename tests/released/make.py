@@ -22,9 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import activations_cache
 import sae
 from activations_cache import ActivationCache
-from sae.cli.run_config import RunConfig
 from sae.config import load
 from sae.explain import read_latents
+from sae.run.config import RunConfig
 from sae.train.fit import train
 from sae.train.signals import Stopped
 from tests.exact import numerics
