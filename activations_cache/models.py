@@ -24,6 +24,7 @@ from activations_cache.config import ModelConfig
 from activations_cache.hooks import blocks_of
 from activations_cache.loading import ModelError, Refusing, one_line, quiet
 from activations_cache.locations import PACKAGE, locate
+from activations_cache.products import widen_products
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
 """What model families call the norm before the unembedding."""
@@ -196,6 +197,7 @@ def read_model(
             f"model {config.path} must have all weights of {model_class.__name__}, "
             f"got none for {min(report['missing_keys'])}"
         )
+    widen_products(model)
     return model.eval().requires_grad_(False)
 
 
