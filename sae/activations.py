@@ -77,7 +77,7 @@ def encode(
             open_gates = encode_threshold(u, rows, bias, 0.0, b_in=b_in)
             latents = from_csr(_magnitudes(open_gates, weights))
         case ReLU():
-            latents = to_latents(torch.relu(pre_acts(u, weights)))
+            latents = to_latents(dense_acts(activation, pre_acts(u, weights), weights))
         case _:
             assert_never(activation)
     return ungated(latents, weights)
@@ -124,19 +124,26 @@ def encode_dense(
     """The same activations as one dense row per input row."""
     if activation.facts.trains == "sparse":
         return to_dense(encode(activation, u, weights), weights.enc_rows.shape[0])
-    acts = dense_acts(pre_acts(u, weights), weights)
+    acts = dense_acts(activation, pre_acts(u, weights), weights)
     return acts if weights.norms is None else acts / weights.norms
 
 
 def dense_acts(
-    pre: Float[Tensor, "batch d_sae"], weights: EncoderWeights
+    activation: Activation, pre: Float[Tensor, "batch d_sae"], weights: EncoderWeights
 ) -> Float[Tensor, "batch d_sae"]:
-    """What ReLU, JumpReLU and Gated make of pre-activations, before any division by `norms`."""
-    if weights.magnitude is not None:
-        return torch.relu(pre * weights.magnitude.scale + weights.magnitude.shift) * (pre > 0)
-    if weights.threshold is not None:
-        return pre * (pre > weights.threshold)
-    return torch.relu(pre)
+    """What a dense kind makes of pre-activations, before any division by `norms`."""
+    match activation:
+        case Gated():
+            assert weights.magnitude is not None
+            return torch.relu(pre * weights.magnitude.scale + weights.magnitude.shift) * (pre > 0)
+        case JumpReLU():
+            return pre * (pre > _threshold(weights))
+        case ReLU():
+            return torch.relu(pre)
+        case TopK() | BatchTopK() | GroupMax():
+            raise AssertionError(f"{activation.kind} is sparse; see encode")
+        case _:
+            assert_never(activation)
 
 
 def _threshold(weights: EncoderWeights) -> Float[Tensor, "*d_sae"]:

@@ -57,7 +57,7 @@ class SparseAutoencoder(nn.Module):
             self.skip_rows = nn.Parameter(torch.zeros(d_out, d_in))
         match config.activation.facts.threshold:
             case "per latent":
-                start = float(getattr(config.activation, "threshold", 0.0))
+                start = float(config.activation.first_threshold)
                 self.threshold = nn.Parameter(torch.full((d_sae,), start))
             case "one":  # estimated in training, not learned
                 self.register_buffer("threshold", torch.tensor(torch.nan))

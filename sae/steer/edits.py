@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sae import activations
 from sae.activations import EncoderWeights
-from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU
 from sae.autoencoder import SparseAutoencoder
 from sae.steer.config import Ablate, Add, Cap, Clamp, Floor, Operation, Scale, strength
 from sae.steer.place import Placed
@@ -35,7 +34,7 @@ def latent_reader(dictionary: SparseAutoencoder, latents: Int[Tensor, " k"]) -> 
         latents: Numbers; a latent may come more than once.
     """
     activation = dictionary.config.activation
-    if isinstance(activation, ReLU | JumpReLU | Gated | BatchTopK):
+    if activation.facts.choice in ("none", "batch"):
         weights = _of_latents(dictionary.encoder(), latents)
         return lambda x: activations.encode_dense(activation, dictionary.scaled(x), weights)
 

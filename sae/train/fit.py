@@ -234,6 +234,9 @@ def _identity(cache: "ActivationCache", config: TrainConfig, precision: str) -> 
     found = asdict(config)
     for name in ("latent_shards", "rank_timeout_seconds", "log_every", "wandb"):
         del found[name]
+    for entry in found["saes"].values():
+        if not entry["losses"]:
+            del entry["losses"]  # checkpoints from before there were any have no such key
     return digest({"cache": cache.fingerprint, "train": found, "precision": precision})
 
 
