@@ -17,16 +17,22 @@ from sae_kernels import (
 
 
 class Latents(NamedTuple):
-    """The latents of a batch in sparse form.
+    """The latents of rows, which may stand in any axes, in sparse form.
 
     Width is k for TopK, else the largest L0 among the rows. Only values != 0 fire; a place that
     does not fire holds value 0 and index 0; indices are int64 and ascend within a row.
     """
 
-    values: Float[Tensor, "batch k"]
+    values: Float[Tensor, "*rows k"]
     """Activations."""
-    indices: Int[Tensor, "batch k"]
+    indices: Int[Tensor, "*rows k"]
     """Latent numbers."""
+
+    def top(self, n: int) -> list[int]:
+        """The n latents of the largest activations in all rows, the largest first, each once."""
+        order = self.values.detach().flatten().argsort(descending=True, stable=True)
+        fires = order[self.values.flatten()[order] > 0]
+        return list(dict.fromkeys(self.indices.flatten()[fires].tolist()))[:n]
 
 
 class Magnitude(NamedTuple):

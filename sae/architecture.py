@@ -315,6 +315,62 @@ class SAEConfig:
         return read, tuple(part.hook_point for part in self.outputs) or read
 
     @property
+    def hook_points(self) -> tuple[str, ...]:
+        """The places in a model that are read, side by side; empty where nobody recorded them."""
+        return tuple(part.hook_point for part in self.inputs if part.hook_point)
+
+    @property
+    def hook_point(self) -> str:
+        """The one place that is read.
+
+        Raises:
+            ValueError: If there are several, or nobody said which.
+        """
+        if len(self.hook_points) != 1:
+            known = ", ".join(self.hook_points) or "none"
+            say = 'say which by .at("model.layers.7:out")'
+            advice = "use hook_points" if self.hook_points else say
+            raise ValueError(f"the dictionary must read one hook point, got {known}; {advice}")
+        return self.hook_points[0]
+
+    @property
+    def hook_point_out(self) -> str:
+        """The one place that is predicted: the one that is read, or a transcoder's other one.
+
+        Raises:
+            ValueError: If there are several, or nobody said which.
+        """
+        points = [part.hook_point for part in self.outputs]
+        if len(points) > 1:
+            raise ValueError(f"the dictionary must predict one hook point, got {', '.join(points)}")
+        if not points and self.width_out != self.d_in:
+            raise ValueError(
+                f"d_out must be d_in={self.d_in} for a dictionary that writes where it reads, got "
+                f"{self.width_out}; say where a transcoder writes: .at(HERE, THERE)"
+            )
+        return points[0] if points else self.hook_point
+
+    def at(self, hook_point: str, hook_point_out: str | None = None) -> "SAEConfig":
+        """The same with its hook points; those that it knows already are only compared.
+
+        Raises:
+            ValueError: If it belongs elsewhere.
+        """
+        written = tuple(part.hook_point for part in self.outputs)
+        for given, known in ((hook_point, self.hook_points), (hook_point_out, written)):
+            if given and known and (given,) != known:
+                place = " and ".join(known)
+                raise ValueError(f"hook_point must be {place}, where it was trained, got {given}")
+        config = self
+        if not self.hook_points:
+            [part] = self.inputs or (Slice(hook_point="", width=self.d_in),)
+            config = replace(config, inputs=(replace(part, hook_point=hook_point),))
+        if hook_point_out and hook_point_out != hook_point and not written:
+            part = Slice(hook_point=hook_point_out, width=self.width_out)
+            config = replace(config, d_out=self.width_out, outputs=(part,))
+        return config
+
+    @property
     def width_out(self) -> int:
         """d_out, or d_in where d_out is absent."""
         return self.d_in if self.d_out is None else self.d_out

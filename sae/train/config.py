@@ -7,7 +7,7 @@ Where the figures of a training run go, as frozen configs; no torch here.
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from activations_cache.checks import at_least, positive, require
@@ -374,3 +374,14 @@ class TrainConfig:
         at_least("seed", self.seed, 0)
         positive("checkpoint_seconds", self.checkpoint_seconds)
         positive("rank_timeout_seconds", self.rank_timeout_seconds)
+
+    def record(self) -> dict[str, Any]:
+        """The config as plain data whose digest names what is trained.
+
+        What earlier releases did not have is left out where it is absent, so their runs still fit.
+        """
+        record = asdict(self)
+        for entry in record["saes"].values():
+            if not entry["losses"]:
+                del entry["losses"]
+        return record

@@ -343,7 +343,7 @@ class Refine(Term):
 
     def memory(self, sizes: Sizes) -> float:
         """A second gradient of the encoder while both are added up, and each round's rows."""
-        return sizes.weights // 2 + self.steps * sizes.rows
+        return float(sizes.weights // 2 + self.steps * sizes.rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,6 +177,11 @@ class TrainStep:
         if total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         _require_fit(autoencoder.config, config)
+        if not bool(autoencoder.dec_rows.any()):
+            raise ValueError(
+                "autoencoder must have decoder rows that are not all 0, which never learn; fill it "
+                "by initialise(autoencoder, generator), or take one from sae.load"
+            )
         require_shardable(config, ranks.latents.size, losses)
         self.form = autoencoder.config
         self.autoencoder = autoencoder = part_of(autoencoder, ranks.latents)
