@@ -27,7 +27,6 @@ from sae.explain.logit_lens import PromotedTokens
 from sae.explain.tables import LatentRecord, iter_examples
 from sae.run.context import Run
 from sae.steer.attribution import Metric, ablation_effects, attribute
-from sae.steer.place import Placed
 
 LONGEST = 224
 """Pixels of a thumbnail's side, at most."""
@@ -248,7 +247,7 @@ def attributions_of(
     reads, writes = dictionary.config.sites(hook_point)
     if context.cache is None or context.loaded is None or len(reads) != 1 or writes != reads:
         return {}
-    examples, placed = context.cache.examples, Placed(dictionary, "".join(reads))
+    examples, placed = context.cache.examples, dictionary.at(*reads)
     first_position = context.cache.manifest.plan.skip_positions
     held_out = (examples.split == SPLITS.index("hold")).nonzero().flatten()
     chosen = held_out[:: max(1, len(held_out) // N_PROMPTS)][:N_PROMPTS].tolist()
@@ -271,7 +270,10 @@ def _size(shown: Attribution) -> float:
 
 
 def _of_prompt(
-    placed: Placed, context: BrowseContext, tokens: Int[Tensor, " pos"], first_position: int
+    placed: SparseAutoencoder,
+    context: BrowseContext,
+    tokens: Int[Tensor, " pos"],
+    first_position: int,
 ) -> Iterator[tuple[int, Attribution]]:
     """The latents on which the last token depends most, each with its score at every position."""
     assert context.loaded is not None

@@ -80,7 +80,7 @@ def dictionary_of(
 
 def _activation(subject: BrowsedDictionary) -> str:
     activation = subject.dictionary.config.activation
-    k = getattr(activation, "k", None)
+    k = activation.per_row
     return type(activation).__name__ + ("" if k is None else f", k = {k}")
 
 

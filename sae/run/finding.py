@@ -7,6 +7,7 @@ import torch
 
 from activations_cache.checks import Progress, silent
 from activations_cache.models import LoadedModel
+from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.config import load_overrides
 from sae.pretrained import load as load_dictionary
@@ -14,7 +15,6 @@ from sae.run.context import Steps, silent_steps, steps_to
 from sae.run.steering import placed_in_model
 from sae.steer.attribution import agreement, attribute, integrated_gradients, logit_difference
 from sae.steer.config import FindRequest
-from sae.steer.place import Placed
 from sae.steer.search import Counting, find_latents, nearest_latents
 
 
@@ -67,7 +67,7 @@ def _near(path: str | Path, latent: int, request: FindRequest) -> LatentMatches:
 
 
 def _by_texts(
-    placed: Placed, loaded: LoadedModel, request: FindRequest, steps: Steps
+    placed: SparseAutoencoder, loaded: LoadedModel, request: FindRequest, steps: Steps
 ) -> LatentMatches:
     with steps("find") as progress:
         entries = find_latents(
@@ -87,7 +87,7 @@ def _by_texts(
     title = (
         f"latents that fire in all of {len(request.pos)} texts and in none of {len(request.neg)}"
     )
-    note = f"{n_fitting} of {placed.dictionary.config.d_sae:,}; its weakest peak among the texts"
+    note = f"{n_fitting} of {placed.config.d_sae:,}; its weakest peak among the texts"
     columns = ("latent", f"score, {unit}", "activation", "where")
     latents, scores = (
         tuple(getattr(entry, name) for entry in entries) for name in ("latent", "score")
@@ -96,7 +96,7 @@ def _by_texts(
 
 
 def _behind(
-    placed: Placed, loaded: LoadedModel, request: FindRequest, steps: Steps
+    placed: SparseAutoencoder, loaded: LoadedModel, request: FindRequest, steps: Steps
 ) -> LatentMatches:
     assert request.prompt is not None
     assert request.target is not None

@@ -31,7 +31,7 @@ class _Step(NamedTuple):
 
 STEPS = (
     _Step("cache", steps.cache, lambda c: asdict(c.cache)),
-    _Step("train", steps.train, lambda c: asdict(c.train)),
+    _Step("train", steps.train, lambda c: c.train.record()),
     _Step("evaluate", steps.evaluate, lambda c: asdict(c.evaluate)),
     _Step("explain", steps.explain, lambda c: asdict(c.explain)),
     _Step("steer", steps.steer, lambda c: asdict(c.steer), of_images=False),

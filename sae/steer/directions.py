@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from activations_cache.hooks import capture
 from activations_cache.models import FINAL_NORMS
+from sae.autoencoder import SparseAutoencoder
 from sae.steer.attribution import Attribution, see
 from sae.steer.edits import directions_of
-from sae.steer.place import Placed
 
 
 @torch.no_grad()
 def direct_logits(
     model: nn.Module,
-    placed: Placed,
+    placed: SparseAutoencoder,
     input_ids: Int[Tensor, "example pos"],
     target: int,
     against: int | None = None,
@@ -46,7 +46,7 @@ def direct_logits(
         final = run(seen.ids)[f"{path}:in"][0].float()
     readout = head.weight[target] - (0.0 if against is None else head.weight[against])
     readout = readout.float()
-    used = directions_of(placed.dictionary, seen.latents.indices.flatten()).float()
+    used = directions_of(placed, seen.latents.indices.flatten()).float()
     normed = _linear_norm(norm, used).view(*seen.latents.indices.shape, -1) @ readout
     scale = _spread(norm, final)[:, None]
     scores = seen.latents.values * seen.size * normed / scale

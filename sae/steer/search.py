@@ -12,7 +12,6 @@ from activations_cache.checks import Progress, silent
 from activations_cache.hooks import capture
 from activations_cache.models import Tokenizer
 from sae.autoencoder import SparseAutoencoder
-from sae.steer.place import Placed
 
 _CELLS = 1 << 25  # cosines held at once: 128 MiB
 
@@ -46,7 +45,7 @@ EVERYWHERE = Counting()
 def find_latents(
     model: nn.Module,
     tokenizer: Tokenizer,
-    placed: Placed,
+    placed: SparseAutoencoder,
     positives: Sequence[str],
     negatives: Sequence[str] = (),
     counting: Counting = EVERYWHERE,
@@ -102,7 +101,7 @@ class _Peaks(NamedTuple):
 
 @torch.no_grad()
 def _peaks(
-    model: nn.Module, tokenizer: Tokenizer, placed: Placed, text: str, counting: Counting
+    model: nn.Module, tokenizer: Tokenizer, placed: SparseAutoencoder, text: str, counting: Counting
 ) -> _Peaks:
     """The largest activation of every latent in a text, and its position."""
     ids = tokenizer(text)["input_ids"]
@@ -115,7 +114,7 @@ def _peaks(
     with capture(model, [placed.hook_point]) as run:
         x = run(torch.tensor([ids], device=device))[placed.hook_point][0]
     start = len(ids) - 1 if counting.where == "last" else counting.first_position
-    peak = placed.dictionary.encode_dense(x[start:]).max(dim=0)
+    peak = placed.encode_dense(x[start:]).max(dim=0)
     return _Peaks(peak.values, peak.indices + start)
 
 

@@ -10,7 +10,6 @@ from sae.steer.attribution import (
     logit_difference,
 )
 from sae.steer.directions import direct_logits
-from sae.steer.place import Placed
 
 IDS = torch.randint(1, 37, (1, 7), generator=torch.Generator().manual_seed(2))
 METRIC = logit_difference(5, 11)
@@ -19,7 +18,7 @@ METRIC = logit_difference(5, 11)
 @pytest.fixture
 def before_the_head(dictionary):
     """Where nothing but a matrix follows."""
-    return Placed(dictionary, "lm_head:in")
+    return dictionary.at("lm_head:in")
 
 
 def test_on_a_linear_model_attribution_is_the_ablation_effect(model, before_the_head):
@@ -49,7 +48,7 @@ def test_ablation_takes_the_direction_out_at_one_position(model, placed, hook_po
     found = attribute(model, placed, IDS, METRIC)
     latent = int(found.latents.indices[4, -1])
     (effect,) = ablation_effects(model, placed, IDS, METRIC, [(4, latent)])
-    f, direction = found.latents.values[4, -1], placed.dictionary.direction(latent)
+    f, direction = found.latents.values[4, -1], placed.direction(latent)
 
     def without(module, args, output):
         output = output.clone()
@@ -64,7 +63,7 @@ def test_ablation_takes_the_direction_out_at_one_position(model, placed, hook_po
 
 
 def test_direct_logits_pass_the_frozen_norm_and_the_head_alone(model, dictionary):
-    placed = Placed(dictionary, "model.layers.3:out")
+    placed = dictionary.at("model.layers.3:out")
     found = direct_logits(model, placed, IDS, 5, 11)
     with capture(model, ["model.layers.3:out"]) as run:
         h = run(IDS)["model.layers.3:out"][0]
@@ -79,7 +78,7 @@ def test_direct_logits_pass_the_frozen_norm_and_the_head_alone(model, dictionary
 
 
 def test_direct_logits_need_a_language_model(vit_model, dictionary):
-    placed = Placed(dictionary, "layers.0:out")
+    placed = dictionary.at("layers.0:out")
     with pytest.raises(ValueError, match=r"output embedding and a final norm .* got ViTModel"):
         direct_logits(vit_model, placed, IDS, 5)
 

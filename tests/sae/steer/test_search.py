@@ -11,7 +11,7 @@ POSITIVES, NEGATIVES = ["w1 w7 w9 w2", "w3 w7 w4"], ["w1 w8 w9 w2"]
 def peaks(model, placed, tokenizer, text, start=1):
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     rows = model.model(ids, output_hidden_states=True).hidden_states[2][0, start:]
-    return placed.dictionary.encode_dense(rows).amax(0)
+    return placed.encode_dense(rows).amax(0)
 
 
 def test_latents_that_fire_in_all_positives_and_no_negative(model, placed, tokenizer):
