@@ -3,7 +3,6 @@
 The client that knows the rule: what a perfect language model would say, by executing it.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -21,6 +20,7 @@ from sae.explain.llm.corpus_text import (
     unescape,
 )
 from sae.explain.llm.stand_ins import reply
+from sae.explain.text_at_rows import word_begins, words_with_blanks
 
 N_TEXTS = 10
 """Texts that a judge writes for a label."""
@@ -175,17 +175,16 @@ class WordRule:
 
 
 def _words(pieces: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The words that pieces make together, as `words.join_words` does, and the word of each."""
+    """The words that pieces make, as `text_at_rows.join_words` does, and the word of each."""
     words: list[str] = []
     of_piece: list[int] = []
-    before = ""
-    for piece in pieces:
-        if words and piece[:1].isalnum() and before[-1:].isalnum():
-            words[-1] += piece.strip().lower()
+    for piece, begins in zip(pieces, word_begins(pieces), strict=True):
+        shown = piece.strip().lower() or piece
+        if begins:
+            words.append(shown)
         else:
-            words.append(piece.strip().lower() or piece)
+            words[-1] += shown
         of_piece.append(len(words) - 1)
-        before = piece
     return words, of_piece
 
 
@@ -230,9 +229,7 @@ class RuleJudge:
     def _found(self, item: Item) -> list[tuple[float, bool]]:
         """Strength and mark of each piece."""
         pieces = [
-            (piece, span.marked)
-            for span in item.spans
-            for piece in re.findall(r"\s*\w+|\s*[^\w\s]", span.text)
+            (piece, span.marked) for span in item.spans for piece in words_with_blanks(span.text)
         ]
         strengths = self._rule([piece for piece, _ in pieces])
         return [(s, marked) for s, (_, marked) in zip(strengths, pieces, strict=True)]

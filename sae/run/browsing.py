@@ -39,7 +39,7 @@ from sae.run.browse_latents import (
 )
 from sae.run.browse_map import LEAST_ON_MAP, comparisons_of, map_of
 from sae.run.config import RunConfig, browsed_config
-from sae.run.context import Run, holds_images, model_of, token_strings
+from sae.run.context import Run, holds_images, model_of, pieces_of
 from sae.run.tables import result_table
 from sae.train.curves import read_curves
 
@@ -104,7 +104,7 @@ def _about(subject: BrowsedDictionary, context: BrowseContext, report: Progress)
         attributed = attributions_of(subject.dictionary, subject.hook_point, context, report)
     return LatentContext(
         path=subject.path,
-        strings=context.strings,
+        pieces=context.pieces,
         neighbours=neighbours,
         cofiring=_cofiring(subject, context, report),
         lens=lens,
@@ -236,8 +236,8 @@ def site_of_run(run: Run, report: Progress) -> Site:
 
 def _context_of_run(run: Run) -> BrowseContext:
     if run.of_images:
-        return BrowseContext(run.cache, None, [], Thumbnails(run.cache))
-    return BrowseContext(run.cache, run.loaded, run.token_strings)
+        return BrowseContext(run.cache, None, None, Thumbnails(run.cache))
+    return BrowseContext(run.cache, run.loaded, run.pieces)
 
 
 def _curves(run: Run) -> tuple[Curve, ...]:
@@ -268,7 +268,7 @@ def site_of_dictionary(path: Path, cache_path: str | Path | None, report: Progre
     provenance = path / "provenance.json"
     origin = json.loads(provenance.read_text()) if provenance.is_file() else {}
     points = origin.get("hook_points") or [origin.get("hook_point") or ""]
-    context, hook = BrowseContext(None, None, []), points[0]
+    context, hook = BrowseContext(None, None, None), points[0]
     if cache_path is not None:
         cache = activations_cache.open(cache_path)
         hook = hook if hook in cache.hook_points else cache.hook_points[0]
@@ -289,9 +289,9 @@ def site_of_dictionary(path: Path, cache_path: str | Path | None, report: Progre
 
 def _context_of(cache: ActivationCache, report: Progress) -> BrowseContext:
     if holds_images(cache):
-        return BrowseContext(cache, None, [], Thumbnails(cache))
+        return BrowseContext(cache, None, None, Thumbnails(cache))
     loaded = load_model(model_of(cache), progress=report)
-    return BrowseContext(cache, loaded, token_strings(loaded))
+    return BrowseContext(cache, loaded, pieces_of(loaded))
 
 
 def browse(

@@ -38,10 +38,10 @@ from sae.run.context import (
     loaded_dictionary,
     model_of,
     opened,
+    pieces_of,
     provenance_of,
     silent_steps,
     steps_to,
-    token_strings,
 )
 from sae.run.images import explain_pictures
 
@@ -178,7 +178,7 @@ def _subject(
     loaded = load_any_model(model_of(cache))
     assert isinstance(loaded, LoadedModel), "a cache of texts records a language model"
     tools = tools_for(config, dictionary, cache, hook, loaded)
-    subject = Subject(dictionary, cache, hook, token_strings(loaded), tools)
+    subject = Subject(dictionary, cache, hook, pieces_of(loaded), tools)
     promoted = []
     if config.autointerp is not None:
         strings = subject.token_strings

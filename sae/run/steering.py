@@ -22,7 +22,7 @@ from sae.explain.logit_lens import promoted_tokens
 from sae.explain.tables import LATENTS, LatentRecord, read_latents
 from sae.pretrained import load as load_dictionary
 from sae.pretrained.loading import require_model
-from sae.run.context import Run, Section, wrong_class
+from sae.run.context import Run, Section, pieces_of, wrong_class
 from sae.steer.choice import Candidate, Subject, choose_latent, target_tokens
 from sae.steer.config import SteerRequest, latent_change
 from sae.steer.edits import Edit
@@ -203,7 +203,8 @@ def sweep_latent(
     points = sweep(target, _neutral(request, loaded.tokenizer), config, progress=progress)
     # Tokens may have glyphs that no font has, so the title has none.
     title = f"latent {latent} of {Path(path).name} at {dictionary.config.hook_point_out}"
-    promoted = [str(loaded.tokenizer.decode([token])) for token in tokens.tolist()]
+    pieces = pieces_of(loaded)
+    promoted = [pieces[token] for token in tokens.tolist()]
     return LatentSweep(latent, points, title, f"x {request.unit}", promoted)
 
 

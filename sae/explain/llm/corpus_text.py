@@ -3,7 +3,8 @@ r"""Corpus text in prompts, so that no text can pass for anything but text.
 Every piece of corpus stands on one numbered line, as `3: some <<marked>> text` or, with a note,
 `3 (level 7): ...`. Inside it a backslash precedes a backslash, `<` and `>`, so marks cannot be
 forged nor a chat template's special tokens formed; a line break is \n, and what is invisible or
-turns the direction of writing is \u{hex}. `read_items` is the exact inverse of `items_text`.
+turns the direction of writing is \u{hex}; a joiner behind a letter that it joins stays, as Persian,
+Hindi and emoji are not readable without. `read_items` is the exact inverse of `items_text`.
 
 Reading a model's answers: a label or a list of numbers, or CallFailedError; never a guess.
 """
@@ -29,6 +30,7 @@ _SHORT = {"\\": "\\\\", "<": "\\<", ">": "\\>", "\n": "\\n", "\r": "\\r", "\t": 
 _LONG = {escaped: plain for plain, escaped in _SHORT.items()}
 _PIECE = re.compile(r"<<|>>|\\u\{[0-9a-f]+\}|\\.|[^\\<>]+")
 _ODD = re.compile(r"[^ -;=?-\[\]-~]")  # all but visible ASCII without < > and backslash
+_JOINERS = "\u200c\u200d"
 _ITEM = re.compile(r"^(\d+)(?: \(([^()]*)\))?: (.*)$")
 
 
@@ -62,11 +64,20 @@ class Item(NamedTuple):
 
 def escape(text: str) -> str:
     """Quote a text: one line, no marks, nothing invisible."""
-    return _ODD.sub(lambda match: _SHORT.get(match[0]) or _escaped(match[0]), text)
+    return _ODD.sub(_escaped, text)
 
 
-def _escaped(character: str) -> str:
-    return character if character.isprintable() else f"\\u{{{ord(character):x}}}"
+def _escaped(match: re.Match[str]) -> str:
+    if _is_visible(match.string, match.start()):
+        return _SHORT.get(match[0], match[0])
+    return _SHORT.get(match[0]) or f"\\u{{{ord(match[0]):x}}}"
+
+
+def _is_visible(text: str, at: int) -> bool:
+    """Say whether a character is seen, or joins the letter or sign before it to the next."""
+    if text[at] not in _JOINERS or at == 0:
+        return text[at].isprintable()
+    return text[at - 1].isprintable() and not text[at - 1].isascii()
 
 
 def unescape(quoted: str) -> str:
@@ -81,12 +92,18 @@ def _unescaped(piece: str) -> str:
 
 
 def item(pieces: Sequence[str], marked: Sequence[bool] = (), note: str = "") -> Item:
-    """An item of pieces of text, such as tokens; neighbours that are both marked share a mark."""
+    """An item of pieces of text, such as tokens; neighbours that are both marked share a mark.
+
+    The mark of an empty piece, a part of a character, goes to the piece that has the character.
+    """
     flags = marked or [False] * len(pieces)
     spans: list[Span] = []
-    for text, flag in zip(pieces, flags, strict=True):
+    carried = False
+    for text, own in zip(pieces, flags, strict=True):
+        flag = carried = own or carried
         if not text:
             continue
+        carried = False
         if spans and spans[-1].marked == flag:
             spans[-1] = Span(spans[-1].text + text, flag)
         else:
@@ -130,7 +147,7 @@ def _spans(quoted: str) -> list[Span]:
 
 def as_label(text: str) -> str:
     """A model's label as it is kept: one line of visible characters, cut to a length."""
-    visible = "".join(c if c.isprintable() else " " for c in text)
+    visible = "".join(c if _is_visible(text, at) else " " for at, c in enumerate(text))
     line = " ".join(visible.split())
     return line if len(line) <= LONGEST_LABEL else line[: LONGEST_LABEL - 1] + "…"
 
