@@ -134,7 +134,18 @@ class LLMJudge:
         """Ask and read."""
         known = allowed(task, len(items))
         assert known is not None, task
-        return await self._caller.ask(question(task, explanation, items), read_numbers(*known))
+        is_divisible = len(items) > 1 and task != "intruder"
+        asked, read = question(task, explanation, items), read_numbers(*known)
+        try:
+            return await self._caller.ask(asked, read, is_last=not is_divisible)
+        except CallFailedError as error:
+            if error.reason != "context" or not is_divisible:
+                raise
+        self._caller.note("shortened")
+        half = len(items) // 2
+        halves = (items[:half], items[half:])
+        first, second = [await self.answer(task, explanation, part) for part in halves]
+        return first + second
 
     async def texts(self, explanation: str) -> list[str]:
         """Ask for texts that fit a label."""

@@ -18,7 +18,7 @@ from sae.config import ConfigError
 from sae.explain.atlas.run import draw_atlas
 from sae.explain.autointerp import client_of, estimate_cost, label_with_llm
 from sae.explain.config import AtlasConfig, AutointerpConfig, ExplainConfig, RuleConfig
-from sae.explain.llm.caller import Cost
+from sae.explain.llm.budget import Cost
 from sae.explain.llm.local_client import LocalClient
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.rule_scores import score_rules_of

@@ -12,6 +12,7 @@ Reading a model's answers: a label or a list of numbers, or CallFailedError; nev
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -152,34 +153,95 @@ def as_label(text: str) -> str:
     return line if len(line) <= LONGEST_LABEL else line[: LONGEST_LABEL - 1] + "…"
 
 
-_LABEL = re.compile(r"^[\s*_#>]*(?:\[EXPLANATION\]|EXPLANATION|LABEL)[\s*_]*:[\s*_]*(\S.*)$", re.I)
+_NAME = r"(?:\[EXPLANATION\]|EXPLANATION|LABEL)"
+_LABEL = re.compile(
+    rf"""^[\s*_#>"'`\u2022\u00b7-]*(?:\d+[.)]\s*)?{_NAME}[\s*_"]*[:\uff1a][\s*_]*(.*)$""", re.I
+)
 _LIST = re.compile(r"\[[^\[\]]*\]")
 _REFUSAL = re.compile(r"^\W*(i'?m sorry|i am sorry|i can'?t|i cannot|i'?m unable|as an ai)", re.I)
 _NO_LABEL = {"none", "n/a", "null", "unknown", "...", "<label>", "[label]"}
+_THOUGHT = r"(?:think|thinking|thought|thoughts|reasoning|reflection)"
+_ENDS = re.compile(
+    rf"</\s*{_THOUGHT}\s*>|\[/think\]|<\|end_?of_?thought\|>|<\|/think\|>|◁/think▷|"
+    r"<\|channel\|>\s*final\s*<\|message\|>|<channel\|>",
+    re.I,
+)
+_BEGINS = re.compile(
+    rf"<\s*{_THOUGHT}\s*>|\[think\]|<\|begin_?of_?thought\|>|<\|think\|>|◁think▷|"
+    r"<\|channel\|?>\s*(?:analysis|thought)",
+    re.I,
+)
+
+
+def final_part(text: str) -> str:
+    """What stands behind a model's thoughts; nothing, if the thoughts have no end."""
+    ends = [match.end() for match in _ENDS.finditer(text)]
+    text = text[ends[-1] :] if ends else text
+    return "" if _BEGINS.match(text.lstrip()) else text
 
 
 def read_label(text: str) -> str:
-    """The label on the last line of the form `LABEL: ...`.
+    """The label on the last line of the form `LABEL: ...`, or in JSON, behind a model's thoughts.
+
+    A mark alone on its line has the label on the next one. Emphasis, a bullet, a heading, quotes, a
+    code fence and a full-width colon do no harm.
 
     Raises:
         CallFailedError: With reason "refusal" or "parse", if there is none.
     """
-    for line in reversed(text.splitlines()):
+    text = final_part(text)
+    if found := _kept(_of_json(text)):
+        return found
+    lines = [line for line in text.splitlines() if line.strip()]
+    for place, line in reversed([*enumerate(lines)]):
         match = _LABEL.match(line)
-        label = as_label(match[1]).strip("* _\"'") if match else ""
-        if label and label.lower() not in _NO_LABEL:
-            return label
+        if match is None:
+            continue
+        following = "".join(lines[place + 1 : place + 2])
+        if found := _kept(match[1]) or ("" if _LABEL.match(following) else _next(match, following)):
+            return found
     raise _unreadable(text, "a line LABEL: ...")
 
 
+def _next(match: re.Match[str], following: str) -> str:
+    """The label on the line behind a mark that stands alone."""
+    return "" if match[1].strip("* _\"'`") else _kept(following.lstrip("-*\u2022 "))
+
+
+def _kept(text: str) -> str:
+    label = as_label(text).strip("* _\"'`")
+    return "" if label.lower() in _NO_LABEL else label
+
+
+def _of_json(text: str) -> str:
+    """The label of a JSON object, fenced or not."""
+    try:
+        found = json.loads(text[text.find("{") : text.rfind("}") + 1])
+    except (ValueError, RecursionError):
+        return ""
+    named = {name.lower(): value for name, value in found.items()}
+    value = named.get("label", named.get("explanation"))
+    return value if isinstance(value, str) else ""
+
+
 def read_numbers(n: int, low: int, high: int) -> Callable[[str], list[float]]:
-    """A reader of the last JSON list of exactly n numbers from low to high; true is 1, false 0."""
+    """A reader of the one JSON list of exactly n numbers from low to high; true is 1, false 0.
+
+    Two lists that fit and differ are no answer: nothing says which of them is meant.
+    """
 
     def read(text: str) -> list[float]:
-        for found in reversed(_LIST.findall(text)):
+        text = final_part(text)
+        fitting = []
+        for found in _LIST.findall(unicodedata.normalize("NFKC", text)):
             numbers = _numbers(found)
-            if len(numbers) == n and all(low <= number <= high for number in numbers):
-                return numbers
+            is_right = len(numbers) == n and all(low <= number <= high for number in numbers)
+            if is_right and numbers not in fitting:
+                fitting.append(numbers)
+        if len(fitting) > 1:
+            raise CallFailedError("parse", f"the answer must have one list, got {fitting[:2]}")
+        if fitting:
+            return fitting[0]
         raise _unreadable(text, f"a list of {n} numbers from {low} to {high}")
 
     return read
@@ -202,6 +264,7 @@ def read_texts(n: int) -> Callable[[str], list[str]]:
     """A reader of the last JSON list of n texts or more; n of them are taken."""
 
     def read(text: str) -> list[str]:
+        text = final_part(text)
         start, end = text.find("["), text.rfind("]")
         try:
             values = json.loads(text[start : end + 1]) if 0 <= start < end else []
