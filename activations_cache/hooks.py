@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from activations_cache.config import parse_hook_point
-from activations_cache.reading import Reading, base_model
+from activations_cache.reading import Reading, around, base_model
 from activations_cache.trial import (
     Addition,
     additions,
@@ -97,7 +97,7 @@ def blocks_of(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """
     lists = block_lists(model)
     alike = [path for path, blocks in lists.items() if len({type(b) for b in blocks}) == 1]
-    passed = passed_lists(model, lists) if len(lists) > 1 else []
+    passed = passed_lists(model, lists) if len(lists) > 1 or not alike else []
     paths = passed or alike
     if not paths:
         raise ValueError(f"model must have a list of blocks, got none in {type(model).__name__}")
@@ -254,10 +254,24 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
     with contextlib.ExitStack() as hooks:
         for hook_point, fn in edits.items():
+            _require_not_compiled(model, hook_point)
             reading = Reading(model, hook_point)
             hooks.callback(_attach(model, hook_point, replace(hook_point, fn, reading)).remove)
             hooks.enter_context(reading.attach())
         yield
+
+
+def _require_not_compiled(model: nn.Module, hook_point: str) -> None:
+    """Refuse a place inside of compiled code, which runs without hooks."""
+    around_it, module = around(model, hook_point), _module(model, hook_point)
+    called = [*around_it, module]
+    of_forward = any(hasattr(m.forward, "_torchdynamo_orig_callable") for m in around_it)
+    if of_forward or any(m._compiled_call_impl is not None for m in called):
+        raise ValueError(
+            f"{hook_point} must not lie in compiled code, which leaves hooks out, got a compiled "
+            f"{type(model).__name__}; edit the model that is not compiled, or compile each block's "
+            "forward alone (model.compile: true)"
+        )
 
 
 def _apply(

@@ -17,13 +17,19 @@ from torch import Tensor, nn
 
 from activations_cache.hooks import blocks_of, capture
 from activations_cache.isolation import Piece, Way, read_in_rows
+from activations_cache.loading import one_line
+from activations_cache.logits import LogitsPath, find_logits_path, gain_of, logits_of_tokens
 from activations_cache.reading import around, base_model, given_cache, reads_tokens, takes_tokens
 from activations_cache.trial import (
+    FAILURES,
     N_TOKENS,
     Passed,
     attempt,
     block_lists,
+    errors,
+    largest_error,
     run_whole,
+    same_stream,
     tolerance_of,
     trial_tokens,
     watching,
@@ -31,19 +37,6 @@ from activations_cache.trial import (
 
 N_FIRST = 7
 """Tokens of the first of two documents in a trial."""
-
-
-class LogitsPath(NamedTuple):
-    """How the stream behind the last block becomes logits: cap(scale * head(norm(stream)))."""
-
-    norm: str
-    """Module path of the norm; empty where there is none."""
-    is_centred: bool
-    """Whether the norm takes off the mean of each row."""
-    scale: float
-    """What the head's result is multiplied by."""
-    cap: float | None
-    """The bound of a soft cap, cap(z) = bound * tanh(z / bound)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +68,8 @@ class ModelRecord:
     """Which entry of `hidden_states` each block's output is; None for one that is no entry."""
     first: int | None
     """Which entry of `hidden_states` is the first block's input."""
+    has_logits: bool
+    """Whether it gives logits for each token of a text."""
     logits: LogitsPath | None
     """How the last stream becomes logits; None where that is not known."""
 
@@ -86,7 +81,7 @@ class ModelRecord:
     @property
     def predicts_next(self) -> bool:
         """Whether its logits are of the next token."""
-        return self.is_causal and self.logits is not None
+        return self.is_causal and self.has_logits
 
     @property
     def last(self) -> str:
@@ -154,7 +149,8 @@ def _probe(model: nn.Module) -> ModelRecord:
         tolerance=tolerance,
         cache_argument=_cache_argument(model, ids, 10 * tolerance),
         **layout._asdict(),
-        logits=_logits_path(model, blocks, len(listed), ids),
+        has_logits=logits_of_tokens(model, ids) is not None,
+        logits=find_logits_path(model, blocks, len(listed), ids),
     )
 
 
@@ -171,7 +167,7 @@ class _Trial:
         first, other = self._ids[:1], self._ids[:1].clone()
         other[:, N_FIRST:] = self._ids[1:, N_FIRST:]
         found = self._stream(torch.cat([first, other]))
-        return _error(found[1, :N_FIRST], found[0, :N_FIRST])
+        return largest_error(found[1, :N_FIRST], found[0, :N_FIRST])
 
     def leak_by_positions(self) -> float:
         """How much position ids that begin anew leave of the document before."""
@@ -183,7 +179,7 @@ class _Trial:
         found = attempt(lambda: self._stream(both, position_ids=positions))
         if found is None:
             return torch.inf
-        return max(_error(found[1, N_FIRST:], found[0, N_FIRST:]), self._change(found[0]))
+        return max(largest_error(found[1, N_FIRST:], found[0, N_FIRST:]), self._change(found[0]))
 
     def leak_in_rows(self, *, with_mask: bool) -> float:
         """How much padding behind a document changes it."""
@@ -199,22 +195,8 @@ class _Trial:
         """Of documents in a context from the same alone, if rounding does not explain it."""
         parts = self._ids[:1].split([N_FIRST, N_TOKENS - N_FIRST], dim=1)
         alone = torch.cat([self._stream(part)[0] for part in parts])
-        change = _errors(found, alone).median()
+        change = errors(found, alone).median()
         return 0.0 if change <= self._rounding else float(change)
-
-
-def _errors(
-    found: Float[Tensor, "*pos _"], expected: Float[Tensor, "*pos _"]
-) -> Float[Tensor, "*pos"]:
-    """The relative error of each row."""
-    difference = (found.float() - expected.float()).norm(dim=-1)
-    relative = difference / expected.float().norm(dim=-1).clamp_min(1e-30)
-    return relative.nan_to_num(torch.inf)
-
-
-def _error(found: Float[Tensor, "*pos _"], expected: Float[Tensor, "*pos _"]) -> float:
-    """The largest relative error of a row."""
-    return float(_errors(found, expected).max())
 
 
 class _Layout(NamedTuple):
@@ -249,10 +231,19 @@ def _layout(
             found.append(_Layout(paths[module], *_entries(of_blocks, streams)))
     if not found:
         raise ValueError(
-            f"{type(model).__name__} must run on token ids alone, got a model that does not pass "
-            f"{path or 'its blocks'} to its end; load a model of the text alone"
+            f"{type(model).__name__} must run on token ids alone, through {path or 'its blocks'}, "
+            f"got {_failure(model, ids)}; load a model of the text alone"
         )
     return min(found, key=lambda layout: sum(i is None for i in layout.hidden_states))
+
+
+def _failure(model: nn.Module, ids: Int[Tensor, "example pos"]) -> str:
+    """Why a model does not run on tokens alone."""
+    try:
+        run_whole(base_model(model), ids)
+    except FAILURES as error:
+        return one_line(error)
+    return "a forward that leaves them out"
 
 
 def _entries(
@@ -262,17 +253,11 @@ def _entries(
     found: list[int | None] = []
     for call in calls:
         last = max((i for i in found if i is not None), default=-1)
-        same = (i for i, s in enumerate(streams) if i > last and _equal(s, call.out))
+        same = (i for i, s in enumerate(streams) if i > last and same_stream(s, call.out))
         found.append(next(same, None))
-    first = next((i for i, s in enumerate(streams) if _equal(s, calls[0].first)), None)
-    is_chained = all(_equal(a.out, b.first) for a, b in pairwise(calls))
+    first = next((i for i, s in enumerate(streams) if same_stream(s, calls[0].first)), None)
+    is_chained = all(same_stream(a.out, b.first) for a, b in pairwise(calls))
     return tuple(found), first, is_chained
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two streams are one, in the number format of the first."""
-    both = a is not None and b is not None and a.shape == b.shape
-    return both and torch.equal(a, b.to(a.dtype))
 
 
 def _cache_argument(
@@ -296,80 +281,39 @@ def _cache_argument(
     name, found = attempt(steps) or (None, [])
     if name is None or expected is None:
         return None
-    return name if _error(torch.stack(found, dim=1), expected) <= tolerance else None
+    return name if largest_error(torch.stack(found, dim=1), expected) <= tolerance else None
 
 
-def _logits_path(
-    model: nn.Module, blocks: str, n_blocks: int, ids: Int[Tensor, "example pos"]
-) -> LogitsPath | None:
-    """Find the norm and the scale with which the model's own head gives the model's own logits."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = None if get is None else attempt(get)
-    last = f"{blocks}.{n_blocks - 1}"
-    outside = {name: m for name, m in model.named_modules() if not name.startswith(f"{blocks}.")}
-    with watching({last: model.get_submodule(last), **outside}) as calls:
-        output = attempt(lambda: run_whole(model, ids))
-    logits = getattr(output, "logits", None)
-    if head is None or not isinstance(logits, Tensor) or not calls.get(last):
-        return None
-    stream = calls[last][-1].out
-    named = [n for n, c in calls.items() if n != last and c and _equal(c[0].first, stream)]
-    for name in [*named, ""]:
-        normed = calls[name][0].out if name else stream
-        if normed is None or stream is None or normed.shape != stream.shape:
-            continue
-        given = attempt(lambda normed=normed: head(normed))
-        fit = None if given is None else _fit(logits.double(), given.double(), tolerance_of(model))
-        linear = _linear(model.get_submodule(name), stream) if name else False
-        if fit is not None and linear is not None:
-            return LogitsPath(name, linear, *fit)
-    return None
+def readout(model: nn.Module) -> Float[Tensor, "vocab d_model"]:
+    """Return what turns a direction in the last stream into logits, but for the norm's division.
+
+    It is the output embedding times the weight of the norm before it and the scale behind it,
+    without each row's mean where that norm takes it off; float32. A soft cap is left out, which
+    changes no order.
+
+    Raises:
+        ValueError: If the model's own logits do not come about in this way.
+    """
+    path = logits_path(model)
+    head: Any = model.get_output_embeddings()
+    weight = head.weight.detach().float() * path.scale
+    if path.norm:
+        norm = model.get_submodule(path.norm)
+        gain, _ = gain_of(norm, weight.shape[1], path.is_centred, next(norm.parameters(), weight))
+        weight = weight * gain.to(weight)
+    return weight - weight.mean(dim=1, keepdim=True) if path.is_centred else weight
 
 
-def _fit(
-    logits: Float[Tensor, "*pos vocab"], given: Float[Tensor, "*pos vocab"], tolerance: float
-) -> tuple[float, float | None] | None:
-    """The scale, and the bound of a soft cap, with which a head's result is the model's logits."""
-    if logits.shape != given.shape or not float(given.norm()):
-        return None
-    y, z = logits.flatten(), given.flatten()
-    scale = float((y @ z) / (z @ z))
-    if float((y - scale * z).norm() / y.norm()) <= 10 * tolerance:
-        return (1.0 if abs(scale - 1) < 10 * tolerance else scale), None
-    top = z.abs().argmax()
-    low, high = float(y.abs().max()), 1e4 * float(y.abs().max())
-    for _ in range(60):
-        middle = (low * high) ** 0.5
-        below = middle * torch.tanh(z[top].abs() / middle) < y[top].abs()
-        low, high = (middle, high) if below else (low, middle)
-    capped = high * torch.tanh(z / high)
-    return (1.0, high) if float((y - capped).norm() / y.norm()) <= 10 * tolerance else None
+def logits_path(model: nn.Module) -> LogitsPath:
+    """Return how the model's last stream becomes its logits.
 
-
-def _linear(norm: nn.Module, stream: Float[Tensor, "*pos d"]) -> bool | None:
-    """Whether a norm takes off each row's mean; None if it is no norm with a weight and a bias."""
-    rows = stream.flatten(0, -2)
-    for is_centred in (False, True):
-        gain, bias = gain_of(norm, rows.shape[1], is_centred, rows)
-        expected = gain * divided(rows.float(), is_centred) + bias
-        if _error(norm(rows), expected) <= (1e-3 if rows.dtype == torch.float32 else 3e-2):
-            return is_centred
-    return None
-
-
-def gain_of(
-    norm: nn.Module, width: int, is_centred: bool, like: Tensor
-) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-    """The weight and the bias with which a norm multiplies divided rows, seen at its output."""
-    made = torch.randn(64, width, generator=torch.Generator().manual_seed(0)) * 100
-    rows = made.to(like.device, like.dtype)
-    with torch.no_grad():
-        bias = norm(torch.zeros_like(rows[:1]))[0].float()
-        u, out = divided(rows.float(), is_centred), norm(rows).float() - bias
-    return (out * u).sum(dim=0) / u.square().sum(dim=0), bias
-
-
-def divided(rows: Float[Tensor, "*pos d"], is_centred: bool) -> Float[Tensor, "*pos d"]:
-    """Rows divided by their root mean square, without their mean first where that is taken off."""
-    rows = rows - rows.mean(dim=-1, keepdim=True) if is_centred else rows
-    return rows / rows.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-30)
+    Raises:
+        ValueError: If that is not known.
+    """
+    path = record_of(model).logits
+    if path is None:
+        raise ValueError(
+            f"the logits of the model must be its head on the norm of its last stream, got others "
+            f"from {type(model).__name__}; use what runs the model itself, such as attribute"
+        )
+    return path

@@ -104,6 +104,26 @@ def trial_inputs(model: nn.Module) -> Tensor | None:
     return trial_pixels(model)
 
 
+def errors(
+    found: Float[Tensor, "*pos _"], expected: Float[Tensor, "*pos _"]
+) -> Float[Tensor, "*pos"]:
+    """The relative error of each row."""
+    difference = (found.float() - expected.float()).norm(dim=-1)
+    relative = difference / expected.float().norm(dim=-1).clamp_min(1e-30)
+    return relative.nan_to_num(torch.inf)
+
+
+def largest_error(found: Float[Tensor, "*pos _"], expected: Float[Tensor, "*pos _"]) -> float:
+    """The largest relative error of a row."""
+    return float(errors(found, expected).max())
+
+
+def same_stream(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two streams are one, in the number format of the first."""
+    both = a is not None and b is not None and a.shape == b.shape
+    return both and torch.equal(a, b.to(a.dtype))
+
+
 @contextlib.contextmanager
 def watching(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Passed]]]:
     """Collect the calls of modules, by name, in the order in which they are entered first."""

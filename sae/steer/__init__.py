@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from sae.steer.effects import Effect, measure_effect
     from sae.steer.generation import generate
     from sae.steer.place import Placed, load
+    from sae.steer.positions import Patches
     from sae.steer.search import find_latents, nearest_latents
-    from sae.steer.steering import Count, Patches, Steering
+    from sae.steer.steering import Count, Steering
     from sae.steer.sweep import Target
 
 __all__ = [
@@ -63,7 +64,7 @@ _HOME = {
     "Edit": "sae.steer.edits",
     "Effect": "sae.steer.effects",
     "Patch": "sae.steer.edits",
-    "Patches": "sae.steer.steering",
+    "Patches": "sae.steer.positions",
     "Placed": "sae.steer.place",
     "Push": "sae.steer.edits",
     "Splice": "sae.steer.edits",
