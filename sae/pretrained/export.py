@@ -2,6 +2,7 @@
 
 import io as bytes_io
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -80,8 +81,7 @@ def _to_saelens(given: Plain, site: dict[str, str]) -> Written:
         "apply_b_dec_to_input": config.b_in == "b_dec",
         "normalize_activations": NORMS[config.input_norm],
         "reshape_activations": site.get("reshape_activations", "none"),
-        "metadata": {key: site[key] for key in saelens.SITE if key in site}
-        | {"sae_lens_version": SAELENS_VERSION},
+        "metadata": _saelens_site(site) | {"sae_lens_version": SAELENS_VERSION},
     }
     record |= {"d_out": config.width_out} if is_transcoder else {}
     record |= {"k": config.activation.k} if isinstance(config.activation, TopK) else {}
@@ -90,6 +90,33 @@ def _to_saelens(given: Plain, site: dict[str, str]) -> Written:
     names = ("b_enc", "b_dec", "threshold", "b_gate", "b_mag", "r_mag")
     tensors |= {name: getattr(weights, name) for name in names}
     return _safetensors(saelens.CONFIG, record, saelens.WEIGHTS, tensors), given.done
+
+
+_PLACES = {
+    ("", "in"): "hook_resid_pre",
+    ("", "out"): "hook_resid_post",
+    **{(name, "out"): "hook_attn_out" for name in ("self_attn", "attn", "attention")},
+    ("mlp", "out"): "hook_mlp_out",
+}
+"""What TransformerLens calls a place in a block, by module path and side."""
+
+
+def _saelens_site(site: dict[str, str]) -> dict[str, str]:
+    """Model and hook point, by names that SAELens' models resolve, and the hook point in ours."""
+    found = {key: site[key] for key in saelens.SITE if key in site}
+    for key in {"hook_name", "hook_name_out"} & found.keys():
+        if ":" in found[key]:
+            found[key] = _lens_name(found[key])
+    own = site.get("hook_name", "")
+    return found | ({"hook_point": own} if ":" in own else {})
+
+
+def _lens_name(hook_point: str) -> str:
+    """TransformerLens' name of a place; the module path where it has none, as SAELens' proxy."""
+    path, _, side = hook_point.partition(":")
+    in_block = re.fullmatch(r"(?:\w+\.)*?(\d+)(?:\.(\w+))?", path)
+    name = in_block and _PLACES.get((in_block[2] or "", side))
+    return path if name is None else f"blocks.{in_block[1]}.{name}"
 
 
 def _saelens_kind(given: Plain, is_transcoder: bool) -> str:

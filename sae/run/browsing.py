@@ -10,7 +10,8 @@ import torch
 import activations_cache
 from activations_cache import ActivationCache
 from activations_cache.checks import Progress, silent
-from activations_cache.models import LoadedModel, load_model, unembedding
+from activations_cache.models import LoadedModel, load_model
+from activations_cache.probe import readout, record_of
 from sae import pretrained
 from sae.browser import (
     Column,
@@ -97,7 +98,7 @@ def _about(subject: BrowsedDictionary, context: BrowseContext, report: Progress)
     lens = None
     if context.loaded is not None and _has_lens(subject, context.loaded):
         lens = promoted_tokens(
-            subject.dictionary, *unembedding(context.loaded.model), N_PROMOTED, progress=report
+            subject.dictionary, readout(context.loaded.model), None, N_PROMOTED, progress=report
         )
     attributed = {}
     if context.loaded is not None and context.cache is not None:
@@ -115,9 +116,9 @@ def _about(subject: BrowsedDictionary, context: BrowseContext, report: Progress)
 
 
 def _has_lens(subject: BrowsedDictionary, loaded: LoadedModel) -> bool:
-    head = getattr(loaded.model, "get_output_embeddings", lambda: None)()
-    width = subject.dictionary.config.slices_out[-1].width
-    return head is not None and head.weight.shape[1] == width
+    if record_of(loaded.model).logits is None:
+        return False
+    return readout(loaded.model).shape[1] == subject.dictionary.config.slices_out[-1].width
 
 
 def _cofiring(

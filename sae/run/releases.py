@@ -27,7 +27,7 @@ from sae.pretrained.verify import (
     meets,
     published,
 )
-from sae.run.context import CacheOrPath, Facts, Section, opened
+from sae.run.context import CacheOrPath, Facts, Section, opened, provenance_of
 
 LATER, FIRST, ALL = "after the first", "the first", "all"
 
@@ -73,7 +73,7 @@ def convert(
         pretrained.save(dictionary, target, {"source": asdict(origin)})
         done = origin.folds_applied
     elif to in TARGETS:
-        site = hook_points_of(dictionary) | origin.site
+        site = hook_points_of(dictionary) | _trained_on(Path(source)) | origin.site
         done = (*origin.folds_applied, *export(dictionary, target, to, site).folds)
     else:
         raise ValueError(f"--to must be one of {[monosema_format.FORMAT, *TARGETS]}, got {to!r}")
@@ -82,6 +82,15 @@ def convert(
         ("folded", "nothing: every number is as it was")
     ]
     return Facts("converted", rows)
+
+
+def _trained_on(source: Path) -> dict[str, str]:
+    """The model and the place that a dictionary's provenance names."""
+    record = provenance_of(source) if source.is_dir() else {}
+    model = (record.get("model") or {}).get("path")
+    points = record.get("hook_points") or []
+    found = {"model_name": model, "hook_name": points[0] if len(points) == 1 else None}
+    return {key: str(value) for key, value in found.items() if value}
 
 
 def hook_points_of(dictionary: SparseAutoencoder) -> dict[str, str]:

@@ -49,7 +49,8 @@ def test_conversion_there_and_back(sae, dictionary, tmp_path, capsys):
     assert sae("convert", dictionary, tmp_path / "b", "--to", "saelens") == 0
     assert "nothing: every number is as it was" in capsys.readouterr().out
     metadata = json.loads((tmp_path / "b" / "cfg.json").read_text())["metadata"]
-    assert metadata["hook_name"] == "model.layers.1:out"
+    assert metadata["hook_name"] == "blocks.1.hook_resid_post"  # as SAELens' models resolve it
+    assert metadata["hook_point"] == "model.layers.1:out"
     assert sae("convert", tmp_path / "b", tmp_path / "c") == 0
     one, other = library.load(dictionary), library.load(tmp_path / "c")
     assert torch.equal(one.W_enc, other.W_enc)
