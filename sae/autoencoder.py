@@ -1,7 +1,7 @@
 """The one autoencoder: encode, decode, initialise."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -25,6 +25,7 @@ class TokenNorm(NamedTuple):
     size: Float[Tensor, "batch _"] | float
 
 
+@runtime_checkable
 class LatentStats(Protocol):
     """What `sae evaluate` counted of a dictionary's latents (`sae.metrics.Firing`)."""
 

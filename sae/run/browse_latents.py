@@ -22,10 +22,11 @@ from sae.autoencoder import SparseAutoencoder
 from sae.browser import Attribution, Example, Explanation, Image, Latent, Score
 from sae.browser.latent import Status
 from sae.browser.server import Reading
-from sae.explain.atlas.neighbours import Nearest, Together
+from sae.explain.atlas.neighbours import Together
 from sae.explain.examples import Context
 from sae.explain.logit_lens import PromotedTokens
 from sae.explain.tables import LatentRecord, iter_examples
+from sae.neighbours import Nearest
 from sae.run.context import Run
 from sae.steer.attribution import Metric, ablation_effects, attribute
 

@@ -24,12 +24,13 @@ from sae.browser import (
 )
 from sae.browser.site import DENSE_ABOVE
 from sae.evaluate.report import read_json
-from sae.explain.atlas.neighbours import Together, cofiring, nearest
+from sae.explain.atlas.neighbours import Together, cofiring
 from sae.explain.firings import encode_rows
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.results import STEM
 from sae.explain.rule_scores import STEM as RULES
 from sae.explain.tables import EXAMPLES, LATENTS, SUMMARY, LatentRecord, iter_examples, read_latents
+from sae.neighbours import nearest
 from sae.run.browse_latents import (
     BrowseContext,
     BrowsedDictionary,
@@ -93,7 +94,7 @@ def _n_rows(explained: Path) -> int:
 def _about(subject: BrowsedDictionary, context: BrowseContext, report: Progress) -> LatentContext:
     rows = subject.dictionary.dec_rows.detach()
     k = min(N_NEIGHBOURS, len(rows) - 1)
-    neighbours = nearest(rows, rows, k, same=True) if k else None
+    neighbours = nearest(rows, rows, k, own=torch.arange(len(rows))) if k else None
     report(0, 1, "latents' neighbours")
     lens = None
     if context.loaded is not None and _has_lens(subject, context.loaded):

@@ -59,7 +59,7 @@ def find_latents_of(
 def _near(path: str | Path, latent: int, request: FindRequest) -> LatentMatches:
     other = None if request.among is None else load_dictionary(request.among)
     near = nearest_latents(load_dictionary(path), torch.tensor([latent]), other, k=request.n)
-    latents, cosines = near.latents[0].tolist(), near.cosines[0].tolist()
+    latents, cosines = near.latent[0].tolist(), near.cosine[0].tolist()
     rows = tuple((str(n), f"{cosine:+.3f}") for n, cosine in zip(latents, cosines, strict=True))
     title = f"latents of {request.among or path} near latent {latent} of {path}"
     table = ResultTable(("latent", "cosine"), rows, "cosines of the decoder's rows")

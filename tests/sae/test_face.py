@@ -16,7 +16,7 @@ D_IN, D_SAE = 7, 23
 FORMS = {
     "topk": {"activation": TopK(k=3)},
     "relu": {"activation": ReLU()},
-    "jumprelu": {"activation": JumpReLU(), "input_norm": "layer_norm"},
+    "jumprelu": {"activation": JumpReLU(), "input_norm": "rms"},
     "gated": {"activation": Gated(), "skip": True},
     "sides": {
         "activation": TopK(k=3),
@@ -40,7 +40,7 @@ def test_rows_may_stand_in_any_axes(form, axes):
     flat = x.reshape(-1, D_IN)
     latents, rows = made.encode(x), made.encode(flat)
     assert latents.values.shape[:-1] == latents.indices.shape[:-1] == axes
-    assert torch.equal(latents.values.reshape(len(flat), -1), rows.values.view(len(flat), -1))
+    assert torch.equal(latents.values.reshape(rows.values.shape), rows.values)
     assert torch.equal(made.encode_dense(x).reshape(-1, D_SAE), made.encode_dense(flat))
     x_hat = made(x)
     assert x_hat.shape == x.shape

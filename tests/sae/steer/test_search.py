@@ -60,16 +60,16 @@ def test_planted_pairs_are_found_within_and_across(monkeypatch):
     other.dec_rows.data[6] = -one.dec_rows.data[4]
     latents = torch.tensor([2, 7, 4])
     within = nearest_latents(one, latents, k=3)
-    assert within.latents[:2, 0].tolist() == [7, 2]
+    assert within.latent[:2, 0].tolist() == [7, 2]
     across = nearest_latents(one, latents, other, k=29)
-    assert int(across.latents[2, 0]) == 5
-    assert int(across.latents[2, -1]) == 6
+    assert int(across.latent[2, 0]) == 5
+    assert int(across.latent[2, -1]) == 6
     exact = torch.nn.functional.cosine_similarity(
         one.dec_rows[latents, None], other.dec_rows[None], dim=2
     )
-    torch.testing.assert_close(across.cosines, exact.sort(dim=1, descending=True).values)
-    monkeypatch.setattr("sae.steer.search._CELLS", 1)
-    assert torch.equal(nearest_latents(one, latents, other, k=29).latents, across.latents)
+    torch.testing.assert_close(across.cosine, exact.sort(dim=1, descending=True).values)
+    monkeypatch.setattr("sae.neighbours._CELLS", 1)
+    assert torch.equal(nearest_latents(one, latents, other, k=29).latent, across.latent)
 
 
 def test_neighbours_that_cannot_be_are_refused():
