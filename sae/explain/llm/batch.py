@@ -91,7 +91,7 @@ class BatchClient:
         if key in self._good:
             answer = self._good[key]["response"].get("body")
             return read_completion(answer, self.form.wire(request))
-        fields = {"model": self._config.model, "messages": turns(request)}
+        fields = {"model": self._config.model, "messages": turns(request, self.form)}
         fields |= body(self.form, request, self._config)
         if self._open[key] <= 0:
             refusal = _refusal(self._bad.get(key))

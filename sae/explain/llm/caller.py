@@ -127,7 +127,7 @@ class Caller:
         self._slots = asyncio.Semaphore(config.concurrency)
         self._scout = asyncio.Lock()
         self._is_flowing = False
-        self._in_a_row = self._waits = 0
+        self._in_a_row = self._waits = self._n_waits = 0
         self._ever_answered = False
         self._not_before = 0.0
         self._refused: dict[str, tuple[str, int]] = {}
@@ -258,7 +258,6 @@ class Caller:
             except UnavailableError as error:
                 self.failures[error.reason] += 1
                 if error.reason == "rate":
-                    self._hold(error)
                     continue
                 n_failed += 1
                 self._give_up_if_down(error, is_last=n_failed > self.config.retries)
@@ -279,6 +278,7 @@ class Caller:
         name = None
         if getattr(self.client, "is_deferred", False):
             name = key_of(canonical(self.client.name, request))
+        n_waits = self._n_waits
         asked = replace(request, max_tokens=self.form.wire(request))
         reserved = self.budget.reserve(asked, name)
         try:
@@ -294,6 +294,8 @@ class Caller:
             elif error.reason != "pending":
                 was_sent = isinstance(error, UnavailableError) and error.was_sent
                 self.budget.lose(reserved, was_sent=was_sent)
+            if isinstance(error, UnavailableError) and error.reason == "rate":
+                self._hold(error, is_late=n_waits != self._n_waits)
             raise
         except BaseException:
             self.budget.lose(reserved, was_sent=True)
@@ -324,8 +326,12 @@ class Caller:
                 f"last: {error}"
             ) from error
 
-    def _hold(self, error: UnavailableError) -> None:
-        """Let all calls wait for a busy service; calls that were under way add no wait of theirs.
+    def _hold(self, error: UnavailableError, *, is_late: bool) -> None:
+        """Let all calls wait for a busy service.
+
+        Args:
+            error: What it said.
+            is_late: Whether the call was sent before the wait that is on: it adds none of its own.
 
         Raises:
             EndpointError: If it asks for too long a wait, or does not answer after many.
@@ -337,10 +343,10 @@ class Caller:
                 f"got a wait of {asked:,.0f} s: {error.detail}; run the same command again then"
             ) from error
         self._is_flowing = False
-        if now < self._not_before:
+        if is_late:
             self._not_before = max(self._not_before, now + asked)
             return
-        self._waits += 1
+        self._waits, self._n_waits = self._waits + 1, self._n_waits + 1
         if self._waits > self.config.retries:
             raise EndpointError(
                 f"{self.client.name} must be free after {self.config.retries} waits, got no answer "

@@ -154,8 +154,9 @@ def as_label(text: str) -> str:
 
 
 _NAME = r"(?:\[EXPLANATION\]|EXPLANATION|LABEL)"
+_BEFORE = r"""[\s*_#>"'`\u2022\u00b7-]*"""  # a bullet, a heading, emphasis, a quote
 _LABEL = re.compile(
-    rf"""^[\s*_#>"'`\u2022\u00b7-]*(?:\d+[.)]\s*)?{_NAME}[\s*_"]*[:\uff1a][\s*_]*(.*)$""", re.I
+    rf"""^{_BEFORE}(?:\d+[.)])?{_BEFORE}{_NAME}[\s*_"]*[:\uff1a][\s*_]*(.*)$""", re.IGNORECASE
 )
 _LIST = re.compile(r"\[[^\[\]]*\]")
 _REFUSAL = re.compile(r"^\W*(i'?m sorry|i am sorry|i can'?t|i cannot|i'?m unable|as an ai)", re.I)

@@ -42,11 +42,13 @@ PRESETS: Mapping[str, Preset] = {
 
 _SUSPECTS = ("response_format", "seed", "temperature", "reasoning_effort")
 _LEAST = 16
+SYSTEM = "system"
+"""Among the fields left out: instructions stand in the user's turn, where there is no other."""
 _LENGTHS = ("max_tokens", "max_completion_tokens")
 _OVERFLOW = re.compile(
     r"context[ _-]?(length|window|size|limit)|maximum context|available context|exceed_context|"
     r"(prompt|input|request|messages?)\b.{0,40}\b(too (long|large)|exceeds?)\b|"
-    r"too many (input )?tokens|"
+    r"too many (input )?tokens|(input|prompt)s?\W{0,3} ?tokens?\b.{0,60}(must be|<=)|"
     r"reduce the length|max(imum)?[ _](model|sequence|input|prompt)[ _]len|n_ctx|num_ctx|"
     r"longer than the (model|maximum)|token limit|string_above_max_length",
     re.I,
@@ -57,6 +59,11 @@ _RANGE = re.compile(
     re.I,
 )
 _TOO_SMALL = re.compile(r"at least|below|minimum|greater than|>=|too small", re.I)
+_NO_SYSTEM = re.compile(
+    r"roles must alternate|\bsystem['\"` ]+(role|message|prompt|instruction)s?\b.{0,40}"
+    r"(not|n't|unsupported)|(unsupported|unknown|invalid) role\W+system",
+    re.I,
+)
 _MODERATED = re.compile(r"content|polic|flagged|moderat|safety|harm", re.I)
 
 
@@ -123,6 +130,10 @@ class Form:
             What changed; nothing if the refusal is of the question itself.
         """
         name = _named(sent, refused)
+        if SYSTEM not in self.left_out and _NO_SYSTEM.search(refused.words):
+            name = SYSTEM
+        elif not name and refused.param.split(".")[0] in ("messages", "model"):
+            return ""
         if name in _LENGTHS:
             note = self._length_note(sent, refused)
         elif name:
@@ -189,6 +200,10 @@ def _named(sent: Mapping[str, Any], refused: Refused) -> str:
     if by_itself in ("reasoning", "text"):
         by_itself = {"reasoning": "reasoning_effort", "text": "response_format"}[by_itself]
         return by_itself if by_itself in ours else ""
+    if re.fullmatch(r"max\w*tokens\w*", by_itself):  # its name for it, not ours
+        return next((name for name in _LENGTHS if name in sent), "")
+    if by_itself in ("messages", "model"):
+        return ""
     words = refused.words.replace("-", "_").lower()
     places = {
         name: match.start()
@@ -234,15 +249,21 @@ def words_of(body: object) -> tuple[str, str]:
     detail = inner.get("detail", inner.get("message", body.get("message")))
     if isinstance(detail, dict):
         detail = detail.get("detail", detail)
-    if isinstance(detail, list) and detail and isinstance(detail[0], dict):
-        place = detail[0].get("loc")
-        names = [str(one) for one in place if one != "body"] if isinstance(place, list) else []
-        param = param or (names[0] if names else None)
+    if isinstance(detail, list) and detail and all(isinstance(one, dict) for one in detail):
+        names = [_place(one.get("loc")) for one in detail]
+        param = param or names[0]
+        said = zip(names, detail, strict=True)
+        detail = "; ".join(f"{name}: {one.get('msg', one)}" for name, one in said)
     words = _line(inner if detail is None else detail)
     raw = inner.get("metadata", {}).get("raw") if isinstance(inner.get("metadata"), dict) else None
     if raw:  # a service in front of another repeats what that one said
         words += f" ({_line(raw)})"
     return words, param if isinstance(param, str) else ""
+
+
+def _place(loc: object) -> str:
+    parts = loc if isinstance(loc, list) else [loc or ""]
+    return ".".join(str(part) for part in parts if part != "body")
 
 
 def _line(value: object) -> str:

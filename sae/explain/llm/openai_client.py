@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -17,7 +18,7 @@ from sae.explain.llm.chat import (
     Response,
     UnavailableError,
 )
-from sae.explain.llm.form import PRESETS, Form, Refused, form_of, is_overflow, words_of
+from sae.explain.llm.form import PRESETS, SYSTEM, Form, Refused, form_of, is_overflow, words_of
 from sae.explain.llm.waits import wanted_wait
 
 _NO_SERVICE = (401, 402, 403, 404)
@@ -77,7 +78,7 @@ class OpenAIClient:
         try:
             raw = await self._openai.chat.completions.with_raw_response.create(
                 model=self._config.model,
-                messages=turns(request),  # pyright: ignore[reportArgumentType]
+                messages=turns(request, self.form),  # pyright: ignore[reportArgumentType]
                 extra_body=fields,
             )
             response = read_completion(json.loads(raw.content), asked)
@@ -183,9 +184,14 @@ def _capped(stream: Any, limit: int) -> Any:
     return _Capped()
 
 
-def turns(request: Request) -> list[dict[str, str]]:
-    """The conversation as the API takes it."""
-    return [{"role": m.role, "content": m.content} for m in request.messages]
+def turns(request: Request, form: Form) -> list[dict[str, str]]:
+    """The conversation as the API takes it, and the model."""
+    first, *others = request.messages
+    messages = request.messages
+    if SYSTEM in form.left_out and first.role == "system" and others:
+        said = f"{first.content}\n\n{others[0].content}"
+        messages = (replace(others[0], content=said), *others[1:])
+    return [{"role": m.role, "content": m.content} for m in messages]
 
 
 def body(form: Form, request: Request, config: LLMConfig) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def text_of(body: Mapping[str, Any]) -> str:
     marked = re.search("<< ?(topic[a-z]+)>>", user)
     if "LABEL" in body["messages"][0]["content"]:
         return f"LABEL: the word {marked[1]}" if marked else "LABEL: nothing"
-    word = user.split("\n")[0].rsplit(" ", 1)[-1]
+    word = re.search("^Label: .* (.*)$", user, re.MULTILINE)[1]
     items = [line for line in user.split("\n") if re.match(r"\d+: ", line)]
     return json.dumps([int(word in line) for line in items])
 
@@ -122,6 +122,12 @@ def no_schema(body: dict[str, Any], state: State) -> Reply | None:
     if "response_format" in body:
         said = "Invalid value: 'json_schema' is not supported by this model; use 'text'"
         return Reply(400, error(said, type="invalid_request_error"))
+    return None
+
+
+def no_system_turn(body: dict[str, Any], state: State) -> Reply | None:
+    if body["messages"][0]["role"] == "system":
+        return Reply(400, {"object": "error", "message": "System role not supported", "code": 400})
     return None
 
 
@@ -283,6 +289,14 @@ def small_slot(body: dict[str, Any], state: State) -> Reply | None:
     return None
 
 
+def small_sum(body: dict[str, Any], state: State) -> Reply | None:
+    if _size(body) + _limit(body) > 310:
+        said = "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 310. Given: "
+        said += f"{_size(body)} `inputs` tokens and {_limit(body)} `max_new_tokens`"
+        return Reply(422, {"error": said, "error_type": "validation"})
+    return None
+
+
 def large_payload(body: dict[str, Any], state: State) -> Reply | None:
     return Reply(413, b"<html>Request Entity Too Large</html>") if _size(body) > 200 else None
 
@@ -365,6 +379,7 @@ ALL_RIGHT: dict[str, tuple[Behaviour, dict[str, Any]]] = {
     "b01 a least length": (shortest_answer, {}),
     "b01 a largest length": (longest_answer, {}),
     "b01 no schema": (no_schema, {"kind": "vllm"}),
+    "b01 no system turn": (no_system_turn, {"kind": "vllm"}),
     "b02 a reset in milliseconds": (reset_moment, {}),
     "b02 resets by kind": (reset_by_kind, {}),
     "b02 a date": (date_to_wait_for, {}),
@@ -386,6 +401,7 @@ ALL_RIGHT: dict[str, tuple[Behaviour, dict[str, Any]]] = {
     "b06 huge bodies": (huge_bodies, {}),
     "b07 a small context": (small_context, {}),
     "b07 a small slot": (small_slot, {"kind": "llama.cpp"}),
+    "b07 a small sum": (small_sum, {}),
     "b07 a large payload": (large_payload, {}),
     "b08 fenced JSON": (fenced_json, {}),
     "b08 full-width signs": (full_width, {}),
