@@ -14,7 +14,7 @@ from sae.cli.cache_commands import app as cache_app
 from sae.cli.cache_commands import verify
 from sae.cli.evaluate_commands import compare, evaluate
 from sae.cli.explain_command import explain
-from sae.cli.release_commands import convert, inspect, push, verify_release
+from sae.cli.release_commands import convert, inspect, push, releases, verify_release
 from sae.cli.request import ConfigArgument, Overrides, run_to
 from sae.cli.scaling import app as scaling_app
 from sae.cli.steer_command import find, steer
@@ -81,7 +81,7 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 for command in (evaluate, compare, explain, find, steer, browse, verify):
     app.command()(command)
-for command in (inspect, convert, push):
+for command in (inspect, convert, push, releases):
     app.command()(command)
 app.command(name="verify-release")(verify_release)
 

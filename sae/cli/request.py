@@ -1,12 +1,13 @@
 """A command that takes a config file: its arguments, and the run that does it."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from sae.cli import console
-from sae.config import config_file, load
+from sae.config import config_file, is_config, load
 from sae.config.recipes import for_another_model
 from sae.run.config import CacheRunConfig, RunConfig, require_installed
 
@@ -36,6 +37,17 @@ def checked_config(schema: type[T], config: str, overrides: list[str] | None) ->
     checked = load(schema, path, for_another_model(path, overrides or []))
     require_installed(checked)
     return checked
+
+
+def refuse_without_cache(text: str) -> None:
+    """Refuse a dictionary's path or name where a config is expected, for want of a cache.
+
+    Raises:
+        BadParameter: If it is one.
+    """
+    is_name = ":" in text and not Path(text).exists() and not is_config(text)
+    if Path(text).is_dir() or is_name:
+        raise typer.BadParameter(f"--cache must be given for a dictionary, got none for {text}")
 
 
 def run_to(last: str, config: str, overrides: list[str] | None) -> None:

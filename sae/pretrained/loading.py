@@ -6,6 +6,7 @@ A cross-layer transcoder on disk: a directory with one dictionary directory per 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from activations_cache import io
 from sae.autoencoder import SparseAutoencoder
 from sae.cross_layer import CrossLayerTranscoder
 from sae.pretrained import (
+    catalogue,
     circuit_tracer,
     dictionary_learning,
     gemma_scope,
@@ -36,8 +38,9 @@ from sae.pretrained import (
     vit_prisma,
 )
 from sae.pretrained.canonical import Reading, Source, assemble
+from sae.pretrained.catalogue import Entry
 from sae.pretrained.fields import DictionaryFormatError
-from sae.pretrained.files import PICKLED, Files
+from sae.pretrained.files import PICKLED, Files, Stated
 from sae.pretrained.monosema_format import save
 
 FORMATS: dict[str, ModuleType] = {
@@ -67,26 +70,29 @@ def load(
     allow_pt: bool = False,
     device: str | torch.device | None = None,
     latents: int | slice | None = None,
+    *,
+    id: str | None = None,
 ) -> SparseAutoencoder:
     """Load a dictionary into the one canonical form, in fp32.
 
     Args:
         path: A dictionary directory, one of its files, or as a text the name of a hub repository,
-            `org/name[/subfolder][@revision]`.
+            `org/name[/subfolder][@revision]`, or of a release that `sae releases` lists,
+            `RELEASE[:ID][@revision]`. A local path of that name wins.
         format: Name the format instead of recognising it; one of the keys of `FORMATS`.
         allow_pt: Permit pickled weights; they are read by a confined process.
         device: Where the weights go; the CPU when absent.
         latents: Take one latent or a slice of them; of a safetensors file only their rows are
             read. Under TopK they then compete among themselves alone, so use it to look at
             directions, not to encode.
+        id: Which dictionary of a release, or which folder of a repository.
 
     Raises:
         FileNotFoundError: If there is nothing at the path.
         DictionaryFormatError: If it is not a whole dictionary of a known format, or if it can be
             read in two ways.
     """
-    files, found = _found(path, format, allow_pt, latents)
-    return _assembled(files, found)[0].to(device)
+    return _assembled(_found(path, format, allow_pt, latents, id))[0].to(device)
 
 
 def load_with_source(
@@ -95,27 +101,51 @@ def load_with_source(
     allow_pt: bool = False,
     device: str | torch.device | None = None,
     latents: int | slice | None = None,
+    *,
+    id: str | None = None,
 ) -> Loaded:
     """Load a dictionary as `load` does, and say what it was read from and what was folded."""
-    files, found = _found(path, format, allow_pt, latents)
-    dictionary, reading = _assembled(files, found)
+    found = _found(path, format, allow_pt, latents, id)
+    dictionary, reading = _assembled(found)
+    name = path if found.entry is None else f"{found.entry.name}"
     source = Source(
-        source_format=found,
-        source_path=hub.name_of(path, files.path),
-        source_sha256=files.sha256,
+        source_format=found.format,
+        source_path=hub.name_of(name, found.files.path),
+        source_sha256=found.files.sha256,
         folds_applied=reading.folds,
         site=reading.site,
-        checked_against=FORMATS[found].CHECKED_AGAINST,
+        checked_against=FORMATS[found.format].CHECKED_AGAINST,
     )
     return Loaded(dictionary.to(device), source)
 
 
+class _Found(NamedTuple):
+    """The files of a dictionary, its format, and what the catalogue says of it."""
+
+    files: Files
+    format: str
+    entry: Entry | None
+
+
 def _found(
-    path: str | Path, format: str | None, allow_pt: bool, latents: int | slice | None
-) -> tuple[Files, str]:
-    where = hub.located(path, allow_pt=allow_pt)
+    path: str | Path,
+    format: str | None,
+    allow_pt: bool,
+    latents: int | slice | None,
+    id: str | None = None,
+) -> _Found:
+    entry, where = None, None
+    if isinstance(path, str) and not Path(path).exists():
+        name, _, revision = path.partition("@")
+        entry = catalogue.named(name, id)
+        if entry is not None:
+            where = hub.located_entry(entry, revision or None, allow_pt=allow_pt)
+    where = where or hub.located(path, allow_pt=allow_pt, id=id)
+    format = format or (entry.format if entry else None)
     files = Files(where, allow_pt=allow_pt, is_named=format is not None, latents=latents)
-    return files, _named(format) if format else _recognised(files)
+    if entry is not None:
+        files.stated = Stated(entry.input_scale, entry.normalize_activations, entry.is_centred)
+    return _Found(files, _named(format) if format else _recognised(files), entry)
 
 
 class Readings(NamedTuple):
@@ -134,19 +164,47 @@ def load_readings(path: str | Path, format: str | None = None, allow_pt: bool = 
 
     Most formats have one; `sae.pretrained.verify` tells by figures which is right.
     """
-    files, found = _found(path, format, allow_pt, None)
+    files, found, entry = _found(path, format, allow_pt, None)
     module = FORMATS[found]
     with _naming(files.path, found):
         several = hasattr(module, "readings")
-        readings = module.readings(files) if several else {"as loaded": module.read(files)}
+        raw = module.readings(files) if several else {"as loaded": module.read(files)}
+        readings = {name: _placed(reading, entry) for name, reading in raw.items()}
         dictionaries = {name: assemble(reading) for name, reading in readings.items()}
     return Readings(dictionaries, found, next(iter(readings.values())).site)
 
 
-def _assembled(files: Files, found: str) -> tuple[SparseAutoencoder, Reading]:
-    with _naming(files.path, found):
-        reading = FORMATS[found].read(files)
-        return assemble(reading, files.latents), reading
+def _assembled(found: _Found) -> tuple[SparseAutoencoder, Reading]:
+    with _naming(found.files.path, found.format):
+        reading = _placed(FORMATS[found.format].read(found.files), found.entry)
+        return assemble(reading, found.files.latents), reading
+
+
+def _placed(reading: Reading, entry: Entry | None) -> Reading:
+    """Add hook points: the catalogue's, or those that the files have in TransformerLens' words.
+
+    Those that a release names itself give way to the catalogue's, which knows the model's class.
+    """
+    site, config = reading.site, reading.config
+    if entry is not None:
+        read, predicted, site = entry.hook_point, entry.hook_point_out, site | entry.site
+    elif config.inputs or site.get("hook_head_index", "None") != "None":
+        return reading
+    else:
+        model = site.get("model_name", "")
+        read, predicted = (
+            catalogue.point_of(site.get(f"hf_{key}") or site.get(key, ""), model)
+            for key in ("hook_name", "hook_name_out")
+        )
+    is_one = len(config.slices_in) == len(config.slices_out) == 1
+    is_square = config.width_out == config.d_in and not config.outputs
+    if not (read and is_one and (predicted or is_square)):
+        return replace(reading, site=site)
+    config = replace(config, inputs=(replace(config.slices_in[0], hook_point=read),))
+    if predicted and predicted != read:
+        outputs = (replace(config.slices_out[0], hook_point=predicted),)
+        config = replace(config, outputs=outputs)
+    return replace(reading, site=site, config=config)
 
 
 @contextmanager

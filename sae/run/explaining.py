@@ -39,6 +39,7 @@ from sae.run.context import (
     model_of,
     opened,
     provenance_of,
+    results_of,
     silent_steps,
     steps_to,
     token_strings,
@@ -167,7 +168,7 @@ def _out_of(request: ExplainRequest) -> Path | None:
         return Path(request.out)
     if isinstance(request.dictionary, SparseAutoencoder):
         return None
-    return Path(request.dictionary) / "explain"
+    return results_of(request.dictionary) / "explain"
 
 
 def _subject(

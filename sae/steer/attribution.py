@@ -233,7 +233,7 @@ def see(
     latents = placed.dictionary.encode(x)
     values = latents.values.clone()
     values[:first_position] = 0
-    size = placed.dictionary.token_norm(x).size
+    size = placed.dictionary.output_norm(x).size
     whole = torch.as_tensor(size).to(values).expand(len(x), 1)
     return Seen(ids, x, Latents(values, latents.indices), whole)
 

@@ -6,11 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from activations_cache import io
 from sae.autoencoder import SparseAutoencoder
 from sae.metrics import STATS, Firing
-from sae.pretrained import load_with_source
+from sae.pretrained import Source, load_with_source
+from sae.pretrained.hub import OURS, directory_of
 from sae.pretrained.monosema_format import PROVENANCE
 
+MEASURED = "measured_on.json"
+"""What an evaluation learned of a dictionary that is not ours, beside its statistics."""
 IDENTITY = ("model_sha256", "config_sha256", "tokenizer_sha256", "model")
 """What must agree between the model that a dictionary was trained on and the one it is put into."""
 
@@ -99,7 +103,9 @@ def load(
             damaged.
     """
     loaded = load_with_source(path, format, allow_pt)
-    record, config = _provenance(Path(path)), loaded.dictionary.config
+    home = directory_of(path, loaded.source)
+    record = _record(home / MEASURED) | _record(home / PROVENANCE)
+    config = loaded.dictionary.config
     if len(config.inputs) > 1 or len(config.outputs) > 1:
         points = ", ".join(part.hook_point for part in config.inputs + config.outputs)
         raise ValueError(f"{path} must read one hook point and predict one, got {points}")
@@ -118,14 +124,49 @@ def load(
         loaded.dictionary.requires_grad_(False),
         str(hook_point or found),
         hook_point_out or written or None,
-        Firing.read(path) if (Path(path) / STATS).is_file() else None,
-        record.get("model", {}),
+        statistics_of(home, loaded.source),
+        _model(record.get("model"), loaded.source),
     )
 
 
-def _provenance(directory: Path) -> dict[str, Any]:
-    """What a dictionary directory of our own says of how it came about; empty for others."""
-    file = directory / PROVENANCE
+def _model(recorded: object, source: Source) -> Mapping[str, str]:
+    """The model of a provenance or an evaluation, or the name that a release has for it."""
+    if isinstance(recorded, Mapping) and recorded:
+        return recorded
+    name = source.site.get("model_name", "")
+    return {"path": name} if name else {}
+
+
+def statistics_of(home: Path, source: Source) -> Firing | None:
+    """Return a dictionary's statistics from where they lie; None where there are none."""
+    if not (home / STATS).is_file():
+        return None
+    return Firing.read(home, None if source.source_format == OURS else source.weights_sha256)
+
+
+def keep_measured(
+    path: str | Path, source: Source, firing: Firing, hook_point: str, model: Mapping[str, str]
+) -> Path:
+    """Keep what an evaluation learned of a dictionary, for steering and for the browser.
+
+    Args:
+        path: As for `sae.load`.
+        source: What it was read from.
+        firing: Its statistics.
+        hook_point: Where it was measured.
+        model: Path and dtype of the model that it was measured on.
+    """
+    home = directory_of(path, source)
+    if home == Path(path):
+        return firing.save(home)
+    io.make_directory(home)
+    record = {"source": source.source_path, "hook_point": hook_point, "model": dict(model)}
+    io.write_files({home / MEASURED: (json.dumps(record, indent=1) + "\n").encode()})
+    return firing.save(home, source.weights_sha256)
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """What a file says of how a dictionary came about; empty where there is no file."""
     try:
         record = json.loads(file.read_bytes()) if file.is_file() else {}
     except ValueError as error:
