@@ -111,7 +111,7 @@ def test_statistics_lie_under_the_hash_of_the_weights(run, cache, snapshot, tmp_
     assert len(list((tmp_path / "user" / "dictionaries").iterdir())) == 2
 
 
-def test_the_browser_takes_it_after_what_the_error_says(run, cache, tmp_path):
+def test_the_browser_takes_it_after_what_the_error_says(run, cache, tmp_path, tiny_model_config):
     code, _, err = run("browse", NAME)
     assert code == 1
     followed(run, err, "run", CACHE=f"{cache} min_firings=5 min_examples=2 n_baseline=3")
@@ -121,6 +121,47 @@ def test_the_browser_takes_it_after_what_the_error_says(run, cache, tmp_path):
     (page,) = (tmp_path / "user" / "dictionaries").glob("*/browse/index.html")
     assert page.stat().st_size > 1000
     assert not (tmp_path / NAME).exists()
+    check_pages(run, tmp_path / "pages", tiny_model_config.path)
+
+
+def check_pages(run, pages, model):
+    """What was explained, as pages of Neuronpedia and circuit-tracer, with promoted tokens."""
+    code, _, err = run("convert", NAME, pages, "--to", "neuronpedia", "--model", model)
+    assert code == 0, err
+    batch = json.loads((pages / "batch-0.json").read_text())
+    assert (batch["model_id"], batch["layer"]) == ("gemma-2-2b", 1)
+    assert batch.keys() == {"model_id", "layer", "sae_set", "sae_id_suffix", "features"}
+    assert [feature["feature_index"] for feature in batch["features"]] == list(range(F))
+    assert all(feature.keys() == FEATURE for feature in batch["features"])
+    shown = next(feature for feature in batch["features"] if feature["activations"])
+    example = shown["activations"][0]
+    assert example["values"][example["qualifying_token_index"]] == max(example["values"]) > 0
+    assert len(example["tokens"]) == len(example["values"])
+    assert abs(sum(shown["freq_hist_data_bar_heights"]) - 1) < 1e-6
+    assert len(shown["pos_str"]) == len(shown["pos_values"]) == 10
+    assert len(shown["vector"]) == D
+    page = json.loads((pages / "features" / f"{shown['feature_index']}.json").read_text())
+    assert page["act_max"] >= page["examples_quantiles"][0]["examples"][0]["tokens_acts_list"][0]
+    labels = [json.loads(x) for x in (pages / "explanations.jsonl").read_text().splitlines()]
+    assert {"modelId", "layer", "index", "description"} <= labels[0].keys()
+
+
+FEATURE = {
+    "feature_index", "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1",
+    "correlated_neurons_indices", "correlated_neurons_l1", "correlated_neurons_pearson",
+    "correlated_features_indices", "correlated_features_l1", "correlated_features_pearson",
+    "neg_str", "neg_values", "pos_str", "pos_values", "frac_nonzero",
+    "freq_hist_data_bar_values", "freq_hist_data_bar_heights", "logits_hist_data_bar_heights",
+    "logits_hist_data_bar_values", "n_prompts_total", "n_tokens_in_prompt", "dataset",
+    "decoder_weights_dist", "activations", "vector",
+}  # fmt: skip
+"""The keys that SAEDashboard 2026-05 writes for a feature."""
+
+
+def test_pages_need_labels(run):
+    code, _, err = run("convert", NAME, "pages", "--to", "neuronpedia")
+    assert code == 1
+    assert "run `sae explain DICT --cache CACHE`" in err
 
 
 def test_the_other_commands_take_it(run, cache, tiny_model_config):
