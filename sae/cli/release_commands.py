@@ -97,7 +97,7 @@ def verify_release(
     )  # fmt: skip
     console.table(verified.section.title, verified.section.table)
     meeting = ", ".join(verified.meeting) or "no reading"
-    console.OUT.print(f"meets the published figures: {meeting}")
+    console.say(f"meets the published figures: {meeting}")
     raise typer.Exit(0 if verified.meeting else 1)
 
 

@@ -137,7 +137,8 @@ def _entry(record: Mapping[str, Any], row: list[Any]) -> Entry:
         repo, path = path, ""
     block = _IN_HOOK.match(word)
     word_out = f"{block[0]}{out}" if out and block else ""
-    point = module_path(word, family) or ""
+    # the embeddings that Gemma Scope was trained on lack the factor that the module's output has
+    point = "" if word == "hook_embed" else module_path(word, family) or ""
     if block and (reads := record.get("reads")):
         # the release names a module that is none of TransformerLens' words
         behind = module_path(f"{block[0]}hook_resid_post", family) or ""

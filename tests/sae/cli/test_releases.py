@@ -179,3 +179,25 @@ def test_the_list_of_releases(sae, capsys):
     assert "sae-lens 6.54.12" in out
     assert sae("releases", "nothing-such") == 1
     assert "must fit a dictionary" in capsys.readouterr().err
+
+
+def test_what_a_command_shows_is_one_json_object(sae, dictionary, cache, tmp_path, capsys):
+    assert sae("inspect", dictionary, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert ["format", "monosema"] in shown["facts"][0]["rows"]
+    assert sae("find", dictionary, "--near", "3", "n=2", "--json") == 0
+    out = capsys.readouterr().out
+    (table,) = json.loads(out)["tables"]
+    assert len(table["rows"]) == 2
+    assert table["rows"][0].keys() == {"latent", "cosine"}
+    arguments = ("verify-release", dictionary, cache, "--published", "l0=1", "--json")
+    assert sae(*arguments) == 1
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["lines"] == ["meets the published figures: no reading"]
+    assert shown["tables"][0]["rows"]
+    assert sae("inspect", tmp_path / "absent", "--json") == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "must be at" in captured.err
+    assert sae("inspect", dictionary) == 0
+    assert "format" in capsys.readouterr().out
