@@ -172,7 +172,6 @@ def _to_circuit_tracer(given: Plain, site: dict[str, str]) -> Written:
         "scan": site.get("model_name", ""),
     }
     if isinstance(given.config.activation, TopK):
-        tensors["k"] = torch.tensor(given.config.activation.k)
         settings |= {"activation": kind, "k": given.config.activation.k}
     found = {name: t.contiguous().clone() for name, t in tensors.items() if t is not None}
     return {
