@@ -190,7 +190,7 @@ def named(name: str, id: str | None = None) -> Entry | None:
     if behind and id is not None:
         raise DictionaryFormatError(f"id must be given once, got {behind!r} in the name and {id!r}")
     entries = release(whole)
-    wanted = behind or id
+    wanted = behind or (None if id is None else str(id))
     if wanted is None and len(entries) == 1:
         return next(iter(entries.values()))
     if wanted in entries:
@@ -218,6 +218,8 @@ def nearest(text: str, options: Iterable[str]) -> list[str]:
 def suggestions(text: str) -> str:
     """What a text that is no release may have meant, for the end of an error; empty if nothing."""
     name, _, id = text.partition(":")
+    if name in releases():
+        return ""
     holding = [entry.name for entry in every() if (id or name) == entry.id][: SHOWN + 1]
     if near := nearest(name, releases()):
         return f"; releases of a like name: {', '.join(near)}"

@@ -183,8 +183,7 @@ def test_a_name_is_verified_against_what_the_list_publishes(run, cache):
     assert code == 1
     assert "published: l0 40" in out
     assert "meets the published figures: no reading" in out
-    measured = float(out.partition("as loaded")[2].split()[0])
-    assert run("verify-release", NAME, cache, "--published", f"l0={measured}")[0] in (0, 1)
+    assert float(out.partition("as loaded")[2].split()[0]) > 0
 
 
 def test_what_needs_a_cache_says_so_for_a_name(run):

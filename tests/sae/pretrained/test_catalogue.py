@@ -157,6 +157,17 @@ def test_a_near_miss_is_one_line_with_what_to_type(name, told):
     assert "\n" not in str(error.value)
 
 
+def test_what_is_right_gets_no_suggestions(monkeypatch):
+    def offline(repo, revision, allow_patterns):
+        raise OSError("no way\nto the hub")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(DictionaryFormatError, match=r"got no way to the hub$"):
+        sae.load(f"{GEMMA}:{ID}")
+    with pytest.raises(DictionaryFormatError, match="as an id: gemma-scope-2b-pt-att-canon"):
+        sae.load(ID)
+
+
 def test_an_id_is_given_once():
     with pytest.raises(DictionaryFormatError, match="id must be given once"):
         sae.load(f"{GEMMA}:{ID}", id=ID)
