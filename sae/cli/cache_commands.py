@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 
 from activations_cache.config import Dtype
 from sae.cli import console
-from sae.cli.request import ConfigArgument, Overrides, checked_config
+from sae.cli.request import ConfigArgument, Overrides, checked_config, with_json
 from sae.run.config import CacheRunConfig
 
 _BUILD = "build"
@@ -47,6 +47,7 @@ def build(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+@with_json
 def info(
     path: Annotated[str, typer.Argument(metavar="CACHE", help="A cache directory.")],
 ) -> None:
@@ -61,6 +62,7 @@ def info(
 
 
 @app.command(name="hook-points")
+@with_json
 def hook_points(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A path or a hub id.")],
 ) -> None:
@@ -76,6 +78,7 @@ def hook_points(
 
 
 @app.command(name="import")
+@with_json
 def import_(
     array: Annotated[
         str, typer.Argument(metavar="ARRAY", help=".npy, .safetensors[::NAME] or a Zarr array.")
@@ -112,6 +115,6 @@ def verify(
     if problems:
         raise typer.Exit(1)
     also = ", 64 of them computed again" if with_model else ""
-    console.OUT.print(
+    console.say(
         f"{path}: {cache.n_rows:,} rows in {len(cache.hook_points)} hook points, whole{also}"
     )

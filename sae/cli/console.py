@@ -1,11 +1,13 @@
 """What the command shows: bars with an ETA, one table, one-line errors."""
 
 import contextlib
+import json
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich import box
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -79,6 +81,36 @@ class _EtaColumn(ProgressColumn):
         left = None if eta is None or task.total is None else eta.seconds(int(task.total))
         shown = "-:--" if left is None else f"{int(left) // 60}:{int(left) % 60:02d}"
         return Text(shown, style="progress.remaining")
+
+
+class Record:
+    """What a command shows, collected to be printed as one JSON object."""
+
+    def __init__(self) -> None:
+        """Collect from now on; lines and bars go to stderr meanwhile."""
+        self.shown: dict[str, list[Any]] = {"tables": [], "facts": [], "texts": [], "lines": []}
+
+
+_record: Record | None = None
+
+
+@contextlib.contextmanager
+def as_json() -> Iterator[None]:
+    """Print what a command shows as one JSON object on stdout at its end, and all else on stderr.
+
+    A command that fails prints none.
+    """
+    global OUT, _record
+    before, OUT, _record = OUT, ERR, Record()
+    try:
+        try:
+            yield
+        except typer.Exit:
+            typer.echo(json.dumps(_record.shown, indent=1))
+            raise
+        typer.echo(json.dumps(_record.shown, indent=1))
+    finally:
+        OUT, _record = before, None
 
 
 class _WithLines(Progress):
@@ -176,11 +208,18 @@ def skipped(label: str, path: object, place: tuple[int, int] | None = None) -> N
 
 def say(line: str) -> None:
     """Print one line, however long it is."""
+    if _record is not None:
+        _record.shown["lines"].append(Text.from_markup(line).plain)
+        return
     OUT.print(line, soft_wrap=True)
 
 
 def table(title: str, shown: "ResultTable") -> None:
     """Print a table, and its note under it."""
+    if _record is not None:
+        rows = [dict(zip(shown.columns, row, strict=True)) for row in shown.rows]
+        _record.shown["tables"].append({"title": title, "rows": rows, "note": shown.note})
+        return
     view = Table(
         title=title,
         title_justify="left",
@@ -208,6 +247,13 @@ def _wrapped(heading: str, widest: int) -> str:
 
 def facts(shown: "Facts") -> None:
     """Print names and what they stand for, one below the other; long values wrap."""
+    if _record is not None:
+        _record.shown["facts"].append({
+            "title": shown.title,
+            "rows": shown.rows,
+            "note": shown.note,
+        })
+        return
     view = Table.grid(padding=(0, 2))
     view.add_column(style="dim", no_wrap=True)
     view.add_column(overflow="fold")
@@ -235,6 +281,9 @@ def error(message: str) -> None:
 
 def side_by_side(title: str, left: tuple[str, str], right: tuple[str, str], note: str) -> None:
     """Print two texts beside each other, each under its name."""
+    if _record is not None:
+        _record.shown["texts"].append({"title": title, **dict([left, right]), "note": note})
+        return
     view = Table(title=title, title_justify="left", caption=note, caption_justify="left")
     for name, _ in (left, right):
         view.add_column(name, ratio=1, overflow="fold")

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from sae.cli import console
-from sae.cli.request import Overrides, run_to
+from sae.cli.request import Overrides, refuse_without_cache, run_to
 from sae.config import ConfigError, load_overrides
 from sae.explain.config import ExplainConfig
 
@@ -48,6 +48,7 @@ def explain(  # noqa: PLR0913
         wrong = wrong or ("--dry-run" if dry_run else "")
         if wrong:
             raise ConfigError(f"{wrong} must come with --cache CACHE, got none")
+        refuse_without_cache(config)
         run_to("explain", config, [*(overrides or []), *(f"explain.{key}" for key in given)])
         return
     checked = load_overrides(ExplainConfig, [*(overrides or []), *given])

@@ -41,7 +41,14 @@ from sae.run.browse_latents import (
 )
 from sae.run.browse_map import LEAST_ON_MAP, comparisons_of, map_of
 from sae.run.config import RunConfig, browsed_config
-from sae.run.context import Run, holds_images, model_of, pieces_of
+from sae.run.context import (
+    Run,
+    holds_images,
+    model_of,
+    pieces_of,
+    provenance_of,
+    results_of,
+)
 from sae.run.tables import result_table
 from sae.train.curves import read_curves
 
@@ -255,32 +262,35 @@ def _curves(run: Run) -> tuple[Curve, ...]:
     )
 
 
-def site_of_dictionary(path: Path, cache_path: str | Path | None, report: Progress) -> Site:
+def site_of_dictionary(path: str | Path, cache_path: str | Path | None, report: Progress) -> Site:
     """A dictionary that `sae explain` labelled; with its cache, also what needs texts and model.
 
     Raises:
         ValueError: If it has no labels.
     """
-    explained = path / "explain"
+    loaded = pretrained.load_with_source(path)
+    home = results_of(path, loaded.source)
+    explained = home / "explain"
     if not (explained / SUMMARY).is_file():
         raise ValueError(
             f"{path} must hold explain/{SUMMARY} to be browsed, got none; run "
             f"`sae explain {path} --cache CACHE` first"
         )
-    provenance = path / "provenance.json"
-    origin = json.loads(provenance.read_text()) if provenance.is_file() else {}
+    origin = {"model": loaded.source.site.get("model_name", ""), **provenance_of(home)}
     points = origin.get("hook_points") or [origin.get("hook_point") or ""]
-    context, hook = BrowseContext(None, None, None), points[0]
+    named = loaded.dictionary.config.slices_in[0].hook_point
+    context, hook = BrowseContext(None, None, None), points[0] or named
     if cache_path is not None:
         cache = activations_cache.open(cache_path)
         hook = hook if hook in cache.hook_points else cache.hook_points[0]
         context = _context_of(cache, report)
-    subject = BrowsedDictionary(path.name, pretrained.load(path), path, explained, hook)
+    name = Path(path).name
+    subject = BrowsedDictionary(name, loaded.dictionary, home, explained, hook)
     facts = [("dictionary", str(path)), ("hook point", hook)]
     model = origin.get("model", "")
     facts.insert(0, ("model", str(model["path"] if isinstance(model, dict) else model)))
     return Site(
-        title=path.name,
+        title=name,
         subtitle="A dictionary, labelled without an LLM.",
         facts=tuple(fact for fact in facts if fact[1]),
         dictionaries=(dictionary_of(subject, context, report),),
@@ -325,7 +335,9 @@ def browse(
 
 def browser_folder(path: str | Path, config: RunConfig | None, out: str | Path | None) -> Path:
     """Return where a browser lies: what is named, or `browse` in the run or the dictionary."""
-    return Path(out) if out else Path(path if config is None else config.output) / "browse"
+    if out:
+        return Path(out)
+    return (results_of(path) if config is None else Path(config.output)) / "browse"
 
 
 def write_browser(
@@ -337,7 +349,7 @@ def write_browser(
 ) -> None:
     """Write the site of a run, or of the dictionary at the path, into a folder."""
     site = (
-        site_of_dictionary(Path(path), cache, progress)
+        site_of_dictionary(path, cache, progress)
         if config is None
         else site_of_run(Run(config), progress)
     )

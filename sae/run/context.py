@@ -20,6 +20,8 @@ from activations_cache.vision import LoadedVisionModel, load_any_model, load_vis
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
+from sae.pretrained import Source
+from sae.pretrained.hub import directory_of
 from sae.run.config import RunConfig
 
 CacheOrPath = ActivationCache | str | Path
@@ -161,6 +163,19 @@ def opened(cache: CacheOrPath) -> ActivationCache:
     raise wrong_class(
         "cache", "be a cache or the path of one", cache, "pass what sae.run.cache returns"
     )
+
+
+def results_of(path: str | Path, source: Source | None = None) -> Path:
+    """Return where labels and pages of a dictionary go if nobody names another place.
+
+    Args:
+        path: A directory, which holds them itself; or another path or name, whose results go into
+            the user's cache under the hash of the weights.
+        source: What it was read from; it is read here when absent.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    return directory_of(path, source or pretrained.load_with_source(path).source)
 
 
 def loaded_dictionary(dictionary: DictionaryOrPath) -> SparseAutoencoder:

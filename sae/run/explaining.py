@@ -41,6 +41,7 @@ from sae.run.context import (
     opened,
     pieces_of,
     provenance_of,
+    results_of,
     silent_steps,
     steps_to,
 )
@@ -168,7 +169,7 @@ def _out_of(request: ExplainRequest) -> Path | None:
         return Path(request.out)
     if isinstance(request.dictionary, SparseAutoencoder):
         return None
-    return Path(request.dictionary) / "explain"
+    return results_of(request.dictionary) / "explain"
 
 
 def _subject(
