@@ -39,9 +39,9 @@ from sae.run.context import (
     Facts,
     Section,
     opened,
+    pieces_of,
     provenance_of,
     results_of,
-    token_strings,
 )
 from sae.run.neuronpedia import Names, export_pages, promoted_of
 
@@ -179,8 +179,8 @@ def _pages(
     promoted = None
     if model is not None:
         loaded = load_model(ModelConfig(path=model))
-        lens = promoted_tokens(dictionary, readout(loaded.model), N_PROMOTED)
-        promoted = promoted_of(lens, token_strings(loaded))
+        lens = promoted_tokens(dictionary, readout(loaded.model), None, N_PROMOTED)
+        promoted = promoted_of(lens, pieces_of(loaded))
     explained = results_of(source, origin) / "explain"
     files = export_pages(explained, Path(target), dictionary, names, promoted)
     return tuple(f"written: {file.name}" for file in files)
