@@ -20,10 +20,10 @@ from tests.sae.explain.llm.services import (
     BILLS,
     SCORES_REFUSED,
     Reply,
-    endless_thoughts,
     error,
     reasoning_model,
     small_context,
+    writes,
 )
 
 PLAN = Plan(LLMExplainer(n_windows=8), (Detection(8),), min_windows=2, n_controls=0)
@@ -108,7 +108,9 @@ def test_refused_scores_say_why_and_stop_the_run(name, serve, latent_of):
 
 
 def test_thoughts_without_an_end_are_no_answer(serve, latent_of):
-    with serve(behaviour=endless_thoughts) as endpoint:
+    with serve(
+        behaviour=writes(lambda text: f"<think>\nLABEL: a draft\n[1, 1]\n{text}")
+    ) as endpoint:
         found, _, summary = label([latent_of(1)], endpoint.url)
     assert (found[0].status, found[0].explanation) == ("failed", None)
     assert found[0].lost == {"parse": 1}
