@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from activations_cache.checks import Progress, silent
 from sae.baselines import baseline_dictionary
@@ -252,5 +253,5 @@ def client_of(config: AutointerpConfig) -> Client:
         dtype = "bfloat16" if on_gpu else "float32"
     loaded = load_model(ModelConfig(path=path, dtype=dtype))
     if on_gpu:
-        loaded.model.cuda()
+        nn.Module.to(loaded.model, "cuda")
     return kind(loaded, path.split("/")[-1])

@@ -139,8 +139,9 @@ class _Work:
                 scores = await self._scores(latent, explanation.text)
             except CallFailedError as error:
                 failed = Explained(latent.latent, "failed", str(error), explanation)
-                return replace(failed, **_counts(tally))
-        return Explained(latent.latent, "done", "", explanation, scores, **_counts(tally))
+                return _counted(failed, tally)
+        done = Explained(latent.latent, "done", "", explanation, scores)
+        return _counted(done, tally)
 
     async def controls(
         self, latent: LatentWindows, label: str, other: str
@@ -168,9 +169,10 @@ class _Work:
         return replace(score, lost=dict(sorted(tally.lost.items())))
 
 
-def _counts(tally: Tally) -> dict[str, dict[str, int]]:
-    counts = {"outcomes": tally.outcomes, "lost": tally.lost}
-    return {name: dict(sorted(counter.items())) for name, counter in counts.items()}
+def _counted(explained: Explained, tally: Tally) -> Explained:
+    """A result with what became of its questions."""
+    outcomes, lost = (dict(sorted(n.items())) for n in (tally.outcomes, tally.lost))
+    return replace(explained, outcomes=outcomes, lost=lost)
 
 
 def shuffled_windows(latent: LatentWindows) -> LatentWindows:

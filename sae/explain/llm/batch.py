@@ -118,19 +118,24 @@ class BatchClient:
         for path in sorted(self.directory.glob(f"{kind}*.jsonl")):
             lines = path.read_bytes().split(b"\n")
             for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                    if isinstance(record["custom_id"], str) and field in record:
-                        yield record
-                        continue
-                except (ValueError, RecursionError, KeyError, TypeError):
-                    if kind == "requests" and number == len(lines):
-                        path.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
-                        continue
-                rule = f"must be JSON with custom_id and {field}"
-                raise ValueError(f"{path}:{number} {rule}, got {line[:80]!r}; fetch it once more")
+                record = _record(line, field)
+                if record is not None:
+                    yield record
+                elif kind == "requests" and number == len(lines) and line.strip():
+                    path.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
+                elif line.strip():
+                    rule = f"must be JSON with custom_id and {field}"
+                    raise ValueError(f"{path}:{number} {rule}, got {line[:80]!r}; fetch it again")
+
+
+def _record(line: bytes, field: str) -> dict[str, Any] | None:
+    """A line of a batch file; None if it is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_right = isinstance(record, dict) and isinstance(record.get("custom_id"), str)
+    return record if is_right and field in record else None
 
 
 def _digest(fields: dict[str, Any]) -> str:

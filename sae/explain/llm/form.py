@@ -255,7 +255,8 @@ def words_of(body: object) -> tuple[str, str]:
         said = zip(names, detail, strict=True)
         detail = "; ".join(f"{name}: {one.get('msg', one)}" for name, one in said)
     words = _line(inner if detail is None else detail)
-    raw = inner.get("metadata", {}).get("raw") if isinstance(inner.get("metadata"), dict) else None
+    metadata = inner.get("metadata")
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None
     if raw:  # a service in front of another repeats what that one said
         words += f" ({_line(raw)})"
     return words, param if isinstance(param, str) else ""

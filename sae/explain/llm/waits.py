@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from itertools import product
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)(?![a-z])", re.I)
@@ -20,6 +21,7 @@ _SAID = re.compile(
     r"((?:\d+(?:\.\d+)?\s*(?:ms|[smhd])(?![a-z])\s*)+)",
     re.I,
 )
+_PREFIXES = ("x-ratelimit-", "ratelimit-", "anthropic-ratelimit-", "x-rate-limit-")
 _KINDS = ("", "-requests", "-tokens", "-input-tokens", "-output-tokens")
 
 
@@ -48,16 +50,12 @@ def wanted_wait(headers: Mapping[str, str], words: str, now: float | None = None
 def _reset(headers: Mapping[str, str], now: float) -> float | None:
     """The reset of the limit that is used up; without such a one the latest of all."""
     used_up, others = [], []
-    for prefix in ("x-ratelimit-", "ratelimit-", "anthropic-ratelimit-", "x-rate-limit-"):
-        for kind in _KINDS:
-            for reset, remaining in (
-                (f"{prefix}reset{kind}", f"{prefix}remaining{kind}"),
-                (f"{prefix}{kind[1:]}-reset", f"{prefix}{kind[1:]}-remaining"),
-            ):
-                wait = _until(headers.get(reset), now)
-                if wait is not None:
-                    left = (headers.get(remaining) or "").strip()
-                    (used_up if left == "0" else others).append(wait)
+    for prefix, kind in product(_PREFIXES, _KINDS):
+        for form in (f"{prefix}{{}}{kind}", f"{prefix}{kind[1:]}-{{}}"):
+            wait = _until(headers.get(form.format("reset")), now)
+            left = (headers.get(form.format("remaining")) or "").strip()
+            if wait is not None:
+                (used_up if left == "0" else others).append(wait)
     return max(used_up or others, default=None)
 
 

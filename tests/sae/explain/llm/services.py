@@ -50,7 +50,6 @@ def completion(text: object, finish: str = "stop", **usage: int) -> dict[str, An
 
 
 def error(message: str, **more: object) -> dict[str, Any]:
-    """An error as OpenAI words it."""
     return {"error": {"message": message, **more}}
 
 
@@ -60,6 +59,11 @@ def _limit(body: Mapping[str, Any]) -> int:
 
 def _answer(body: Mapping[str, Any], text: object, **usage: int) -> Reply:
     return Reply(200, completion(text, **usage))
+
+
+def writes(form: Callable[[str], str] = str, **usage: int) -> Behaviour:
+    """A service that writes its answers in some form, or bills them so."""
+    return lambda body, state: _answer(body, form(text_of(body)), **usage)
 
 
 # Fields that are refused.
@@ -221,25 +225,6 @@ def cut_without_saying(body: dict[str, Any], state: State) -> Reply | None:
     return None
 
 
-def open_thoughts(body: dict[str, Any], state: State) -> Reply | None:
-    draft = "Maybe\nLABEL: a draft\nor [0, 0, 0, 0], no.\n</think>\n\n"
-    return _answer(body, draft + text_of(body))
-
-
-def tagged_thoughts(body: dict[str, Any], state: State) -> Reply | None:
-    draft = "<think>LABEL: one draft</think>Hm.<think>LABEL: another [1, 1]</think>"
-    return _answer(body, draft + text_of(body))
-
-
-def channels(body: dict[str, Any], state: State) -> Reply | None:
-    draft = "<|channel|>analysis<|message|>LABEL: a draft<|end|><|start|>assistant"
-    return _answer(body, f"{draft}<|channel|>final<|message|>{text_of(body)}")
-
-
-def endless_thoughts(body: dict[str, Any], state: State) -> Reply | None:
-    return _answer(body, "<think>\nLABEL: a draft\n[1, 1, 1, 1, 1, 1, 1, 1]\nOr rather")
-
-
 # Errors inside answers, and bodies that are none.
 
 
@@ -311,37 +296,13 @@ def fenced_json(body: dict[str, Any], state: State) -> Reply | None:
     return _answer(body, f"```json\n{text}\n```")
 
 
-def full_width(body: dict[str, Any], state: State) -> Reply | None:
-    return _answer(body, text_of(body).replace(": ", "\uff1a").replace(", ", "\uff0c"))
-
-
-def next_line(body: dict[str, Any], state: State) -> Reply | None:
-    return _answer(body, "- **" + text_of(body).replace("LABEL: ", "LABEL:**\n\n"))
-
-
 def schema_alone(body: dict[str, Any], state: State) -> Reply | None:
-    """A server that holds answers to the schema, and writes nothing else."""
     schema = body["response_format"]["json_schema"]["schema"]
     name, text = schema["required"][0], text_of(body)
     value = text.removeprefix("LABEL: ") if name == "label" else json.loads(text)
     if name == "numbers":
         assert schema["properties"][name]["minItems"] == len(value)
     return _answer(body, json.dumps({name: value}))
-
-
-# Bills.
-
-
-def bills_thoughts(body: dict[str, Any], state: State) -> Reply | None:
-    return _answer(body, text_of(body), completion_tokens=3000)
-
-
-def bills_in_total(body: dict[str, Any], state: State) -> Reply | None:
-    return _answer(body, text_of(body), total_tokens=3050)
-
-
-def bills_prompts(body: dict[str, Any], state: State) -> Reply | None:
-    return _answer(body, text_of(body), prompt_tokens=3000)
 
 
 # Scoring that is refused.
@@ -391,9 +352,16 @@ ALL_RIGHT: dict[str, tuple[Behaviour, dict[str, Any]]] = {
     "b04 thoughts come first": (thinks_first, {}),
     "b04 thoughts in parts": (thinks_in_parts, {}),
     "b04 cut without saying so": (cut_without_saying, {}),
-    "b05 thoughts without a begin": (open_thoughts, {}),
-    "b05 thoughts twice": (tagged_thoughts, {}),
-    "b05 channels": (channels, {}),
+    "b05 thoughts without a begin": (
+        writes(lambda text: f"Maybe\nLABEL: a draft\nor [0, 0, 0, 0], no.\n</think>\n\n{text}"), {},
+    ),
+    "b05 thoughts twice": (
+        writes(lambda text: f"<think>LABEL: a draft</think>Hm.<think>[1, 1]</think>{text}"), {},
+    ),
+    "b05 channels": (
+        writes(lambda text: "<|channel|>analysis<|message|>LABEL: a draft<|end|><|start|>assistant"
+               f"<|channel|>final<|message|>{text}"), {},
+    ),
     "b06 busy inside an answer": (busy_inside, {"backoff_s": 0.01}),
     "b06 failed inside an answer": (failed_inside, {}),
     "b06 failed inside a choice": (failed_choice, {}),
@@ -404,8 +372,12 @@ ALL_RIGHT: dict[str, tuple[Behaviour, dict[str, Any]]] = {
     "b07 a small sum": (small_sum, {}),
     "b07 a large payload": (large_payload, {}),
     "b08 fenced JSON": (fenced_json, {}),
-    "b08 full-width signs": (full_width, {}),
-    "b08 a bullet and the next line": (next_line, {}),
+    "b08 full-width signs": (
+        writes(lambda text: text.replace(": ", "\uff1a").replace(", ", "\uff0c")), {},
+    ),
+    "b08 a bullet and the next line": (
+        writes(lambda text: "- **" + text.replace("LABEL: ", "LABEL:**\n\n")), {},
+    ),
     "vLLM by its schema": (schema_alone, {"kind": "vllm"}),
     "llama.cpp by its schema": (schema_alone, {"kind": "llama.cpp"}),
     "Ollama by its schema": (schema_alone, {"kind": "ollama"}),
@@ -413,9 +385,9 @@ ALL_RIGHT: dict[str, tuple[Behaviour, dict[str, Any]]] = {
 """Services that serve well once one knows how: behaviour, and settings of llm."""
 
 BILLS = {
-    "b22 thoughts": bills_thoughts,
-    "b22 thoughts in the total alone": bills_in_total,
-    "b22 prompts": bills_prompts,
+    "b22 thoughts": writes(completion_tokens=3000),
+    "b22 thoughts in the total alone": writes(total_tokens=3050),
+    "b22 prompts": writes(prompt_tokens=3000),
 }
 """Services that bill more than was asked for."""
 

@@ -138,9 +138,10 @@ def test_all_calls_wait_as_one_and_one_goes_first():
             self.n += 1
             self.under_way += 1
             self.largest.append(self.under_way)
+            number = self.n
             await asyncio.sleep(0.002)
             self.under_way -= 1
-            if 10 <= self.n <= 17:  # all eight that are under way, and none after them
+            if 10 <= number <= 17:  # all eight that are under way, and none after them
                 raise UnavailableError("rate", "busy", retry_after=0.05)
             return await super().complete(request)
 

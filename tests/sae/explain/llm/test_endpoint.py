@@ -113,7 +113,7 @@ def killed(endpoint, path, n, n_kills, repository, after, **limits) -> list[list
     command = [sys.executable, "-c", WORKER, *arguments]
     for kill in range(1, n_kills + 1):
         process = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not after(kill):
             assert time.monotonic() < deadline
             assert process.poll() is None
@@ -128,7 +128,10 @@ def killed(endpoint, path, n, n_kills, repository, after, **limits) -> list[list
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("n", "n_kills"), [(23, 1), pytest.param(400, 5, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("n", "n_kills"),
+    [(23, 1), pytest.param(400, 5, marks=[pytest.mark.long, pytest.mark.timeout(900)])],
+)
 def test_killed_runs_go_on_where_they_were(n, n_kills, serve, tmp_path, repository):
     names = [f"the word topic{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(n)]
     path, cap = tmp_path / "llm.sqlite", 4 * n

@@ -12,6 +12,7 @@ from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import EndpointError
 from sae.explain.llm.openai_client import OpenAIClient
+from sae.explain.llm.waits import wanted_wait
 from sae.explain.pipeline import Plan, explain_all
 from sae.explain.results import summarise
 from sae.explain.scorers.by_questions import Detection
@@ -20,10 +21,10 @@ from tests.sae.explain.llm.services import (
     BILLS,
     SCORES_REFUSED,
     Reply,
-    endless_thoughts,
     error,
     reasoning_model,
     small_context,
+    writes,
 )
 
 PLAN = Plan(LLMExplainer(n_windows=8), (Detection(8),), min_windows=2, n_controls=0)
@@ -108,7 +109,9 @@ def test_refused_scores_say_why_and_stop_the_run(name, serve, latent_of):
 
 
 def test_thoughts_without_an_end_are_no_answer(serve, latent_of):
-    with serve(behaviour=endless_thoughts) as endpoint:
+    with serve(
+        behaviour=writes(lambda text: f"<think>\nLABEL: a draft\n[1, 1]\n{text}")
+    ) as endpoint:
         found, _, summary = label([latent_of(1)], endpoint.url)
     assert (found[0].status, found[0].explanation) == ("failed", None)
     assert found[0].lost == {"parse": 1}
@@ -208,3 +211,32 @@ def test_a_wait_is_shown(serve, latent_of):
     waits = [unit for unit in shown if "waiting 0 s, the service is busy: 429: too many" in unit]
     assert waits
     assert waits[0].startswith("latents explained · ")
+
+
+@pytest.mark.parametrize(
+    ("headers", "words", "seconds"),
+    [
+        ({"retry-after": "5"}, "", 5.0),
+        ({"retry-after-ms": "1500", "retry-after": "9"}, "", 1.5),
+        ({"retry-after": "Tue, 14 Nov 2023 22:13:50 GMT"}, "", 30.0),
+        ({"x-ratelimit-reset": "1700000020000"}, "", 20.0),
+        ({"x-ratelimit-reset": "1700000007"}, "", 7.0),
+        (
+            {
+                "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0.5s",
+                "x-ratelimit-reset-tokens": "9h",
+            },
+            "", 360.5,
+        ),
+        ({"anthropic-ratelimit-tokens-reset": "2023-11-14T22:13:30Z"}, "", 10.0),
+        ({}, "Please try again in 1m12.5s.", 72.5),
+        ({}, "Please retry after 20 seconds.", 20.0),
+        ({}, "Please wait 2 minutes before", 120.0),
+        ({}, '"retryDelay": "34s"', 34.0),
+        ({"retry-after": "Tue, 14 Nov 2000 22:13:50 GMT"}, "", 0.0),
+        ({"retry-after": "soon"}, "slow down, 3 of 5 calls", None),
+        ({"retry-after": "nan"}, "", None),
+    ],
+)  # fmt: skip
+def test_how_long_a_service_asks_to_wait(headers, words, seconds):
+    assert wanted_wait(headers, words, now=1_700_000_000.0) == seconds
