@@ -23,6 +23,7 @@ from activations_cache.config import ModelConfig
 from activations_cache.hooks import blocks_of
 from activations_cache.loading import ModelError, Refusing, one_line, quiet
 from activations_cache.locations import PACKAGE, locate
+from activations_cache.products import widen_products
 
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*model*.safetensors"]
 _SINGLE = ("model.safetensors", "open_clip_model.safetensors")
@@ -192,6 +193,7 @@ def read_model(
             f"model {config.path} must have all weights of {model_class.__name__}, "
             f"got none for {min(report['missing_keys'])}"
         )
+    widen_products(model)
     return model.eval().requires_grad_(False)
 
 

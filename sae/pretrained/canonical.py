@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.architecture import SAEConfig
+from sae.architecture import SAEConfig, with_k
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained.fields import DictionaryFormatError
 
@@ -164,13 +164,12 @@ def empty(config: SAEConfig) -> SparseAutoencoder:
 def narrowed(config: SAEConfig, d_sae: int) -> SAEConfig:
     """The config of a dictionary with fewer latents; k is cut to their number."""
     activation = config.activation
-    if d_sae < config.d_sae and not activation.facts.sliceable:
+    if d_sae < config.d_sae and activation.facts.choice == "group":
         kind = activation.kind
         raise DictionaryFormatError(
             f"latents must be all {config.d_sae} for activation.kind {kind!r}, got {d_sae}; some "
             "of them alone would fire otherwise"
         )
-    k = getattr(activation, "k", 1)
-    if k > max(d_sae, 1):
-        activation = replace(activation, k=max(d_sae, 1))  # pyright: ignore[reportCallIssue]
+    if (activation.per_row or 1) > max(d_sae, 1):
+        activation = with_k(activation, max(d_sae, 1))
     return replace(config, d_sae=d_sae, activation=activation)

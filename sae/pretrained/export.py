@@ -205,7 +205,7 @@ _DICT_CLASSES: dict[type[Activation], str] = {
 
 def _state_of(given: Plain, kind: str) -> dict[str, Tensor]:
     """The tensors by the names that the class has, contiguous."""
-    w, k = given.weights, getattr(given.config.activation, "k", 0)
+    w, k = given.weights, given.config.activation.per_row or 0
     linear = {"encoder.weight": w.enc_rows, "decoder.weight": w.dec_rows.T}
     estimated = torch.tensor(-1.0) if w.threshold is None else w.threshold
     counted = {"b_dec": w.b_dec, "k": torch.tensor(k, dtype=torch.int32), "threshold": estimated}

@@ -6,6 +6,7 @@ A cross-layer transcoder on disk: a directory with one dictionary directory per 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import torch
 from activations_cache import io
 from sae.autoencoder import SparseAutoencoder
 from sae.cross_layer import CrossLayerTranscoder
+from sae.metrics import STATS, Firing
 from sae.pretrained import (
     circuit_tracer,
     dictionary_learning,
@@ -38,7 +40,7 @@ from sae.pretrained import (
 from sae.pretrained.canonical import Reading, Source, assemble
 from sae.pretrained.fields import DictionaryFormatError
 from sae.pretrained.files import PICKLED, Files
-from sae.pretrained.monosema_format import save
+from sae.pretrained.monosema_format import PROVENANCE, save
 
 FORMATS: dict[str, ModuleType] = {
     module.FORMAT: module
@@ -86,7 +88,9 @@ def load(
             read in two ways.
     """
     files, found = _found(path, format, allow_pt, latents)
-    return _assembled(files, found)[0].to(device)
+    dictionary, reading = _assembled(files, found)
+    _describe(dictionary, files, found, reading)
+    return dictionary.to(device)
 
 
 def load_with_source(
@@ -107,7 +111,47 @@ def load_with_source(
         site=reading.site,
         checked_against=FORMATS[found].CHECKED_AGAINST,
     )
+    _describe(dictionary, files, found, reading)
     return Loaded(dictionary.to(device), source)
+
+
+IDENTITY = ("model_sha256", "config_sha256", "tokenizer_sha256", "model")
+"""What must agree between the model that a dictionary was trained on and the one it is put into."""
+
+
+def require_model(dictionary: SparseAutoencoder, identity: Mapping[str, str]) -> None:
+    """Check that a loaded model is the one that a dictionary was trained on.
+
+    Args:
+        dictionary: As `load` gives it.
+        identity: As `LoadedModel.identity` has it; only what both know is compared.
+
+    Raises:
+        ValueError: If it is another model.
+    """
+    known = dictionary.provenance.get("model", {})
+    for key in IDENTITY:
+        if key in known and key in identity and known[key] != identity[key]:
+            raise ValueError(
+                f"the model must be the one that the dictionary was trained on, with {key} "
+                f"{known[key]}, got {identity[key]}"
+            )
+
+
+def _describe(dictionary: SparseAutoencoder, files: Files, found: str, reading: Reading) -> None:
+    """Give a dictionary what lies beside its weights: provenance, hook point and statistics."""
+    record = files.json(PROVENANCE) if files.has(PROVENANCE) else {}
+    source = {"source_format": found, "source_path": str(files.path), "site": reading.site}
+    dictionary.provenance = {"source": source, **record}
+    point = record.get("hook_point")
+    if isinstance(point, str) and not dictionary.config.inputs:
+        dictionary.at(point)
+    if files.latents is None and files.path.is_dir():
+        dictionary.stats = partial(_stats_in, files.root)
+
+
+def _stats_in(directory: Path) -> Firing | None:
+    return Firing.read(directory) if (directory / STATS).is_file() else None
 
 
 def _found(

@@ -24,12 +24,13 @@ from sae.browser import (
 )
 from sae.browser.site import DENSE_ABOVE
 from sae.evaluate.report import read_json
-from sae.explain.atlas.neighbours import Together, cofiring, nearest
+from sae.explain.atlas.neighbours import Together, cofiring
 from sae.explain.firings import encode_rows
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.results import STEM
 from sae.explain.rule_scores import STEM as RULES
 from sae.explain.tables import EXAMPLES, LATENTS, SUMMARY, LatentRecord, iter_examples, read_latents
+from sae.neighbours import nearest
 from sae.run.browse_latents import (
     BrowseContext,
     BrowsedDictionary,
@@ -40,7 +41,7 @@ from sae.run.browse_latents import (
 )
 from sae.run.browse_map import LEAST_ON_MAP, comparisons_of, map_of
 from sae.run.config import RunConfig, browsed_config
-from sae.run.context import Run, holds_images, model_of, token_strings
+from sae.run.context import Run, holds_images, model_of, pieces_of
 from sae.run.tables import result_table
 from sae.train.curves import read_curves
 
@@ -81,7 +82,7 @@ def dictionary_of(
 
 def _activation(subject: BrowsedDictionary) -> str:
     activation = subject.dictionary.config.activation
-    k = getattr(activation, "k", None)
+    k = activation.per_row
     return type(activation).__name__ + ("" if k is None else f", k = {k}")
 
 
@@ -93,7 +94,7 @@ def _n_rows(explained: Path) -> int:
 def _about(subject: BrowsedDictionary, context: BrowseContext, report: Progress) -> LatentContext:
     rows = subject.dictionary.dec_rows.detach()
     k = min(N_NEIGHBOURS, len(rows) - 1)
-    neighbours = nearest(rows, rows, k, same=True) if k else None
+    neighbours = nearest(rows, rows, k, own=torch.arange(len(rows))) if k else None
     report(0, 1, "latents' neighbours")
     lens = None
     if context.loaded is not None and _has_lens(subject, context.loaded):
@@ -105,7 +106,7 @@ def _about(subject: BrowsedDictionary, context: BrowseContext, report: Progress)
         attributed = attributions_of(subject.dictionary, subject.hook_point, context, report)
     return LatentContext(
         path=subject.path,
-        strings=context.strings,
+        pieces=context.pieces,
         neighbours=neighbours,
         cofiring=_cofiring(subject, context, report),
         lens=lens,
@@ -237,8 +238,8 @@ def site_of_run(run: Run, report: Progress) -> Site:
 
 def _context_of_run(run: Run) -> BrowseContext:
     if run.of_images:
-        return BrowseContext(run.cache, None, [], Thumbnails(run.cache))
-    return BrowseContext(run.cache, run.loaded, run.token_strings)
+        return BrowseContext(run.cache, None, None, Thumbnails(run.cache))
+    return BrowseContext(run.cache, run.loaded, run.pieces)
 
 
 def _curves(run: Run) -> tuple[Curve, ...]:
@@ -269,7 +270,7 @@ def site_of_dictionary(path: Path, cache_path: str | Path | None, report: Progre
     provenance = path / "provenance.json"
     origin = json.loads(provenance.read_text()) if provenance.is_file() else {}
     points = origin.get("hook_points") or [origin.get("hook_point") or ""]
-    context, hook = BrowseContext(None, None, []), points[0]
+    context, hook = BrowseContext(None, None, None), points[0]
     if cache_path is not None:
         cache = activations_cache.open(cache_path)
         hook = hook if hook in cache.hook_points else cache.hook_points[0]
@@ -290,9 +291,9 @@ def site_of_dictionary(path: Path, cache_path: str | Path | None, report: Progre
 
 def _context_of(cache: ActivationCache, report: Progress) -> BrowseContext:
     if holds_images(cache):
-        return BrowseContext(cache, None, [], Thumbnails(cache))
+        return BrowseContext(cache, None, None, Thumbnails(cache))
     loaded = load_model(model_of(cache), progress=report)
-    return BrowseContext(cache, loaded, token_strings(loaded))
+    return BrowseContext(cache, loaded, pieces_of(loaded))
 
 
 def browse(

@@ -19,7 +19,7 @@ from sae.config import ConfigError
 from sae.explain.atlas.run import draw_atlas
 from sae.explain.autointerp import client_of, estimate_cost, label_with_llm
 from sae.explain.config import AtlasConfig, AutointerpConfig, ExplainConfig, RuleConfig
-from sae.explain.llm.caller import Cost
+from sae.explain.llm.budget import Cost
 from sae.explain.llm.local_client import LocalClient
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.rule_scores import score_rules_of
@@ -39,10 +39,10 @@ from sae.run.context import (
     loaded_dictionary,
     model_of,
     opened,
+    pieces_of,
     provenance_of,
     silent_steps,
     steps_to,
-    token_strings,
 )
 from sae.run.images import explain_pictures
 
@@ -179,7 +179,7 @@ def _subject(
     loaded = load_any_model(model_of(cache))
     assert isinstance(loaded, LoadedModel), "a cache of texts records a language model"
     tools = tools_for(config, dictionary, cache, hook, loaded)
-    subject = Subject(dictionary, cache, hook, token_strings(loaded), tools)
+    subject = Subject(dictionary, cache, hook, pieces_of(loaded), tools)
     promoted = []
     if config.autointerp is not None:
         strings = subject.token_strings

@@ -286,7 +286,7 @@ def equations_of(config: SAEConfig) -> list[tuple[str, str]]:
 
 def _activation(config: SAEConfig) -> str:
     h = "h * |W_dec|" if config.gate_by_decoder_norm else "h"
-    facts, k = config.activation.facts, getattr(config.activation, "k", None)
+    facts, k = config.activation.facts, config.activation.per_row
     text = facts.equation.format(h=h, k=k)
     return f"({text}) / |W_dec|" if config.gate_by_decoder_norm else text
 

@@ -15,7 +15,7 @@ from sae.evaluate.substitution import Effect, Substitution
 from sae.explain.tables import SUMMARY
 from sae.run.context import Run, Section
 from sae.run.image_tables import image_table, mean_cell
-from sae.statistics import BootstrapInterval
+from sae.statistics import Interval
 from sae.train.curves import read_curves
 
 COLUMNS = ("dictionary", "L0", "FVU", "dead", "CE rec. (zero)", "CE rec. (mean)", "Δ CE", "KL",
@@ -144,7 +144,7 @@ def _cells(effect: Effect) -> tuple[str, ...]:
     return tuple(_cell(figure) for figure in figures)
 
 
-def _cell(figure: BootstrapInterval) -> str:
+def _cell(figure: Interval) -> str:
     return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from activations_cache import hooks
 from activations_cache.checks import Progress, silent
 from activations_cache.models import Tokenizer
+from sae.autoencoder import SparseAutoencoder
 from sae.steer.config import SteerConfig
 from sae.steer.edits import Edit
 from sae.steer.effects import MAX_REPEATED, Effect, measure_effect, repeated_share
 from sae.steer.generation import Generation, generate, generate_copies
-from sae.steer.place import Placed
 from sae.steer.steering import Steering, per_example
 
 MIN_AUC = 0.7
@@ -121,7 +121,7 @@ class Subject(NamedTuple):
     """A causal language model in evaluation mode."""
     tokenizer: Tokenizer
     """The model's."""
-    dictionary: Placed
+    dictionary: SparseAutoencoder
     """With its statistics, the unit of the strength."""
     first_position: int = 1
     """Positions below this one, the attention sinks, are left as they are."""

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from activations_cache.hooks import capture, edit
 from activations_cache.probe import logits_path, readout, record_of
+from sae.autoencoder import SparseAutoencoder
 from sae.steer.attribution import Attribution, see
 from sae.steer.edits import directions_of
-from sae.steer.place import Placed
 
 
 @torch.no_grad()
 def direct_logits(
     model: nn.Module,
-    placed: Placed,
+    placed: SparseAutoencoder,
     input_ids: Int[Tensor, "example pos"],
     target: int,
     against: int | None = None,
@@ -52,7 +52,7 @@ def direct_logits(
     final = streams[0][0].float()
     rows = readout(model)
     toward = rows[target] - (0.0 if against is None else rows[against])
-    used = directions_of(placed.dictionary, seen.latents.indices.flatten()).float()
+    used = directions_of(placed, seen.latents.indices.flatten()).float()
     added = (used @ toward).view(seen.latents.indices.shape)
     if path.norm:
         h = final - final.mean(dim=1, keepdim=True) if path.is_centred else final

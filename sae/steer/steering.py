@@ -194,7 +194,7 @@ Place = tuple[str, str]
 def _place(change: Change) -> Place:
     match change:
         case Edit(dictionary=placed) | Splice(dictionary=placed):
-            return placed.hook_point, placed.writes
+            return placed.hook_point, placed.config.hook_point_out
         case Patch(hook_point=point) | Push(hook_point=point):
             return point, point
 
@@ -301,7 +301,7 @@ def _require_widths(applied: Applied, place: Place, x: Tensor, stream: Tensor) -
         placed = (
             applied.edits[0].dictionary if isinstance(applied, LatentEdits) else applied.dictionary
         )
-        config = placed.dictionary.config
+        config = placed.config
         widths = [
             (place[0], config.d_in, x.shape[-1]), (place[1], config.width_out, stream.shape[-1])
         ]  # fmt: skip

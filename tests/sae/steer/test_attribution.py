@@ -13,7 +13,6 @@ from sae.steer.attribution import (
     logit_difference,
 )
 from sae.steer.directions import direct_logits
-from sae.steer.place import Placed
 from tests.families import make
 
 IDS = torch.randint(1, 37, (1, 7), generator=torch.Generator().manual_seed(2))
@@ -23,7 +22,7 @@ METRIC = logit_difference(5, 11)
 @pytest.fixture
 def before_the_head(dictionary):
     """Where nothing but a matrix follows."""
-    return Placed(dictionary, "lm_head:in")
+    return dictionary.at("lm_head:in")
 
 
 def test_on_a_linear_model_attribution_is_the_ablation_effect(model, before_the_head):
@@ -53,7 +52,7 @@ def test_ablation_takes_the_direction_out_at_one_position(model, placed, hook_po
     found = attribute(model, placed, IDS, METRIC)
     latent = int(found.latents.indices[4, -1])
     (effect,) = ablation_effects(model, placed, IDS, METRIC, [(4, latent)])
-    f, direction = found.latents.values[4, -1], placed.dictionary.direction(latent)
+    f, direction = found.latents.values[4, -1], placed.direction(latent)
 
     def without(module, args, output):
         output = output.clone()
@@ -68,7 +67,7 @@ def test_ablation_takes_the_direction_out_at_one_position(model, placed, hook_po
 
 
 def test_direct_logits_pass_the_frozen_norm_and_the_head_alone(model, dictionary):
-    placed = Placed(dictionary, "model.layers.3:out")
+    placed = dictionary.at("model.layers.3:out")
     found = direct_logits(model, placed, IDS, 5, 11)
     with capture(model, ["model.layers.3:out"]) as run:
         h = run(IDS)["model.layers.3:out"][0]
@@ -83,7 +82,7 @@ def test_direct_logits_pass_the_frozen_norm_and_the_head_alone(model, dictionary
 
 
 def test_direct_logits_need_a_language_model(vit_model, dictionary):
-    placed = Placed(dictionary, "layers.0:out")
+    placed = dictionary.at("layers.0:out")
     with pytest.raises(ValueError, match=r"model must read tokens, got ViTModel"):
         direct_logits(vit_model, placed, IDS, 5)
 
@@ -103,7 +102,7 @@ def test_direct_logits_of_another_family_are_parts_of_its_own_logits(family):
         rows = torch.cat([torch.eye(24), -torch.eye(24)])
         dictionary.enc_rows.copy_(rows)
         dictionary.dec_rows.copy_(rows)  # relu(x) - relu(-x) = x
-    found = direct_logits(model, Placed(dictionary.requires_grad_(False), record.last), ids, 5, 11)
+    found = direct_logits(model, dictionary.requires_grad_(False).at(record.last), ids, 5, 11)
     own = model(input_ids=ids).logits[0]
     assert found.metric == pytest.approx(float(own[-1, 5] - own[-1, 11]), rel=1e-4)
     zero = model.get_submodule(record.logits.norm)(torch.zeros_like(h[:1]))
@@ -113,7 +112,7 @@ def test_direct_logits_of_another_family_are_parts_of_its_own_logits(family):
 
 
 def test_direct_logits_through_a_soft_cap_are_refused(dictionary):
-    placed = Placed(dictionary, "model.layers.2:out")
+    placed = dictionary.at("model.layers.2:out")
     with pytest.raises(ValueError, match=r"a soft cap of 30 in Gemma2ForCausalLM; use attribute"):
         direct_logits(make("Gemma2"), placed, IDS, 5)
 

@@ -20,7 +20,6 @@ from activations_cache.reading import given_cache
 from sae.architecture import ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.steer.edits import Edit, Push
-from sae.steer.place import Placed
 from sae.steer.steering import Steering
 
 VOCAB, D_MODEL, N_NEW = 43, 24, 9
@@ -66,7 +65,7 @@ def dictionary_of(hook_point, d_model=D_MODEL, activation=None):
     config = SAEConfig(d_in=d_model, d_sae=53, activation=activation or TopK(k=7))
     dictionary = SparseAutoencoder(config)
     initialise(dictionary, torch.Generator().manual_seed(1))
-    return Placed(dictionary.requires_grad_(False), hook_point)
+    return dictionary.requires_grad_(False).at(hook_point)
 
 
 @pytest.fixture(
@@ -217,7 +216,9 @@ def test_an_edit_that_never_ran_is_reported_in_one_line(subject, prompts, caplog
     with caplog.at_level(logging.WARNING), Steering(model, edits, positions="generated"):
         model(**prompts)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"clamp of latent 5 at {placed.writes} ran on none of 21 tokens")
+    assert line.startswith(
+        f"clamp of latent 5 at {placed.config.hook_point_out} ran on none of 21 tokens"
+    )
     assert "positions 'generated' from 1 on" in line
     caplog.clear()
     with caplog.at_level(logging.WARNING), contextlib.suppress(KeyError), Steering(model, edits):
@@ -371,7 +372,7 @@ def test_nested_steerings_each_know_the_prompt(subject, prompts):
 
 def test_several_dictionaries_and_layers_apply_in_order(subject, prompts):
     model, placed = subject
-    before = Placed(placed.dictionary, placed.hook_point.replace("1", "0"))
+    before = dictionary_of(placed.hook_point.replace("1", "0"))
     other = dictionary_of(placed.hook_point, activation=ReLU())
     first, second = Edit(before, latent=5, clamp=9.0), Edit(placed, latent=5, clamp=9.0)
     third = Edit(other, latent=7, ablate=True)
