@@ -71,7 +71,7 @@ class ModelSource:
     ) -> None:
         self._loaded = loaded
         self._hook_points = config.hook_points
-        self._way, self._is_causal = _way(loaded, packed)
+        self._way, self._is_causal = way_of(loaded, packed)
         self.examples = _examples(packed)
         self.plan = Plan(
             made_from={
@@ -115,8 +115,8 @@ class ModelSource:
         return {"model": self._loaded.provenance, "device": name}
 
 
-def _way(loaded: LoadedModel, packed: PackedText) -> tuple[Way | None, bool]:
-    """How the documents of a text are kept apart, and whether the model is causal.
+def way_of(loaded: LoadedModel, packed: PackedText) -> tuple[Way | None, bool]:
+    """Return how the documents of a text are kept apart, and whether the model is causal.
 
     Raises:
         ValueError: If they shall be and cannot.

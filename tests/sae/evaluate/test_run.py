@@ -7,6 +7,8 @@ import torch
 
 from sae.evaluate import EvaluateConfig, evaluate, read_json, write_json
 from sae.evaluate.run import held_out
+from sae.run.tables import text_table
+from tests.families import make
 
 CONFIG = EvaluateConfig(
     n_contexts=5, n_contexts_special=3, contexts_per_forward=2, n_rows_firing=31, n_resamples=29
@@ -87,3 +89,25 @@ def test_the_seed_chooses_the_contexts(cache, hook_point):
 
 def test_gradients_are_not_kept(evaluation):
     assert not evaluation.firing["random"].max_activation.requires_grad
+
+
+def test_a_model_that_does_not_predict_the_next_token_has_no_loss(cache, hook_point, identity):
+    report = evaluate({"identity": identity}, cache, hook_point, make("Bert"), CONFIG).report
+    assert report.substitution == {}
+    table = text_table(report)
+    assert table.columns == ("dictionary", "L0", "FVU", "dead")
+    assert [len(row) for row in table.rows] == [4]
+    assert "CE" not in table.note
+
+
+def test_documents_that_share_a_context_are_spliced_one_by_one(cache, hook_point, monkeypatch):
+    whole = held_out(cache, hook_point, CONFIG)
+    segment = torch.zeros_like(cache.examples.tokens)
+    segment[:, 5:] = 1
+    monkeypatch.setattr(cache, "examples", replace(cache.examples, segment=segment))
+    found = held_out(cache, hook_point, CONFIG)
+    assert len(found.tokens) == 2 * len(whole.tokens)
+    assert torch.equal(found.tokens[0, :5], whole.tokens[0, :5])
+    assert (found.tokens[0, 5:] == -1).all()
+    n = whole.tokens.shape[1] - 5
+    assert torch.equal(found.tokens[1, :n], whole.tokens[0, 5:])

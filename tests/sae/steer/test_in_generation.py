@@ -229,11 +229,9 @@ def test_an_edit_that_never_ran_is_reported_in_one_line(subject, prompts, caplog
 @pytest.mark.parametrize("policy", ["all", "generated"])
 def test_an_edit_whose_place_was_never_passed_is_an_error(subject, policy):
     model, placed = subject
-    edits = [Edit(placed, latent=5, clamp=9.0)]
-    with (
-        pytest.raises(ValueError, match=r"ran on none of 0 tokens .* torch.compile leaves hooks"),
-        Steering(model, edits, positions=policy),
-    ):
+    said = r"ran on none of 0 tokens .* torch.compile leaves hooks"
+    with pytest.raises(ValueError, match=said), Steering(model, [Edit(placed, latent=5, clamp=9.0)],
+                                                         positions=policy):  # fmt: skip
         pass
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -247,13 +245,12 @@ def test_an_edit_that_rounding_undoes_is_an_error(subject, prompts):
         model(**prompts)
 
 
+GUIDANCE = {"guidance_scale": 1.5}
+NEGATIVE = {**GUIDANCE, "negative_prompt_ids": torch.tensor([[5, 6, 7], [9, 9, 1], [2, 4, 8]])}
+
+
 @pytest.mark.parametrize("policy", ["all", "prompt", "generated", "last"])
-@pytest.mark.parametrize(
-    "options",
-    [{"guidance_scale": 1.5}, {"guidance_scale": 1.5, "negative_prompt_ids": torch.tensor(
-        [[5, 6, 7], [9, 9, 1], [2, 4, 8]])}],
-    ids=["guidance", "negative-prompt"],
-)  # fmt: skip
+@pytest.mark.parametrize("options", [GUIDANCE, NEGATIVE], ids=["guidance", "negative-prompt"])
 def test_guidance_is_steered_alike_with_and_without_a_cache(prompts, policy, options):
     torch.manual_seed(3)
     model, hook_point = llama()
@@ -275,10 +272,7 @@ def test_prompts_that_a_batch_packs_into_one_row_are_steered_each_by_itself():
         out = model.generate_batch([row.tolist() for row in ids], generation_config=config)
     assert steering.n_tokens == 2 * (5 + 3)
     with Steering(model, push):
-        alone = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4,
-            do_sample=False, pad_token_id=0,
-        )  # fmt: skip
+        alone = model.generate(ids, attention_mask=ids != 0, generation_config=config)
     assert [o.generated_tokens for o in out.values()] == alone[:, 6:].tolist()
 
 
