@@ -12,7 +12,8 @@ from sae.cli.request import ConfigArgument, Overrides, checked_config
 from sae.run.config import CacheRunConfig
 
 _BUILD = "build"
-_ALIASES = {"--list-sites": "sites"}
+_FORMER = ("sites", "--list-sites")
+"""What `hook-points` was called."""
 
 
 class _Group(TyperGroup):
@@ -20,9 +21,11 @@ class _Group(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Name the command that is left out."""
-        if args and args[0] in _ALIASES:
-            args = [_ALIASES[args[0]], *args[1:]]
-        elif args and args[0] not in self.commands and not args[0].startswith("-"):
+        if args and args[0] in _FORMER:
+            raise typer.BadParameter(
+                f"the command must be `sae cache hook-points`, got {args[0]!r}, its former name"
+            )
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
             args = [_BUILD, *args]
         return super().parse_args(ctx, args)
 
@@ -60,15 +63,15 @@ def info(
     console.parts(facts)
 
 
-@app.command()
-def sites(
+@app.command(name="hook-points")
+def hook_points(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A path or a hub id.")],
 ) -> None:
-    """List the hook points of a model (`sae cache --list-sites MODEL` is the same)."""
-    from sae.run.caches import hook_points
+    """List the hook points of a model."""
+    from sae.run import caches
 
     with console.step("load") as progress:
-        names = hook_points(model, progress)
+        names = caches.hook_points(model, progress)
     for name in names:
         console.say(name)
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from activations_cache.checks import at_least, positive, require
+from monosema.checks import at_least, positive, require
 from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK
 from sae.train.loss_config import (
     L0,
