@@ -94,6 +94,9 @@ Init = Tied | DataPoints
 __all__ = ["L0", "L1", "Adam", "AuxK", "DictionaryConfig", "TrainConfig"]
 
 
+LATER_FIELDS = ("losses",)
+"""Fields of a DictionaryConfig that the first release had not: a new one, a loss's too, goes here."""
+
 _TOPK, _ADAM, _TIED = TopK(), Adam(), Tied()
 
 
@@ -382,6 +385,7 @@ class TrainConfig:
         """
         record = asdict(self)
         for entry in record["saes"].values():
-            if not entry["losses"]:
-                del entry["losses"]
+            for name in LATER_FIELDS:
+                if not entry[name]:
+                    del entry[name]
         return record
