@@ -95,7 +95,7 @@ __all__ = ["L0", "L1", "Adam", "AuxK", "DictionaryConfig", "TrainConfig"]
 
 
 LATER_FIELDS = ("losses",)
-"""Fields of a DictionaryConfig that the first release had not: a new one, a loss's too, goes here."""
+"""Fields of a DictionaryConfig that the first release had not; a new one goes here."""
 
 _TOPK, _ADAM, _TIED = TopK(), Adam(), Tied()
 
