@@ -1,6 +1,8 @@
 # Needs Python >= 3.11, git and make; the tests, and a GPU, a C++ compiler. All else goes into .venv.
 PYTHON ?= python3
 WORKERS ?= 2
+# The release whose list of public dictionaries is taken.
+SAE_LENS ?= 6.54.12
 ARGS ?=
 # A package index that has torch for this machine; empty means pip's own settings.
 TORCH_INDEX_URL ?=
@@ -33,7 +35,7 @@ UNLOCKED := -W default::DeprecationWarning -W default::PendingDeprecationWarning
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-vision test lint long docs oldest newest lock gpu install install-dev \
+.PHONY: help catalogue demo demo-small demo-vision test lint long docs oldest newest lock gpu install install-dev \
 	environment compiler clean distclean
 
 help: ## Show this text
@@ -45,6 +47,9 @@ help: ## Show this text
 
 demo: $(if $(HAS_GPU),compiler) install ## Cache, train, evaluate, explain, steer and browse on this machine
 	@$(BIN)/sae run configs/demo.yaml $(ARGS)
+
+demo-small: $(if $(HAS_GPU),compiler) install ## The same with two dictionaries and a quarter of the text
+	@$(BIN)/sae run configs/demo_small.yaml $(ARGS)
 
 demo-vision: $(if $(HAS_GPU),compiler) install $(STAMPS)/vision ## The same on drawings, with a vision model
 	@$(BIN)/sae run configs/demo_vision.yaml $(ARGS)
@@ -67,6 +72,10 @@ lint: install-dev ## Check style, types and the layers of the project
 
 long: docs $(STAMPS)/chromium ## Run the long tests, and build the site
 	@$(PYTEST) -n $(WORKERS) --dist loadfile -m long --timeout 3600 $(ARGS)
+
+catalogue: install-dev ## Make the list of public dictionaries anew from SAELens' wheel (SAE_LENS=6.54.12)
+	@$(BIN)/python -m pip download -q --no-deps -d build 'sae-lens==$(SAE_LENS)'
+	@$(BIN)/python -m benchmarks.catalogue build/sae_lens-$(SAE_LENS)-py3-none-any.whl
 
 docs: install-dev ## Build the site into build/site; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -252,6 +252,8 @@ class SAEConfig:
     """The factor between the predicted rows and the dictionary's units; input_scale when absent."""
     input_norm: Literal["none", "layer_norm", "rms"] = "none"
     """What is done to each row first, and undone in the output."""
+    undo_norm: bool = True
+    """Whether the norm brings the output back; if not, the skip too reads rows as they are."""
     gate_by_decoder_norm: bool = False
     """The activation sees h * |decoder row|, and what it gives is divided by that norm again."""
     skip: bool = False
@@ -283,7 +285,7 @@ class SAEConfig:
         for name, words in (("b_in", B_IN), ("input_norm", INPUT_NORMS)):
             value = getattr(self, name)
             require(value in words, name, f"be one of {', '.join(map(repr, words))}", value)
-        for name in ("gate_by_decoder_norm", "skip"):
+        for name in ("gate_by_decoder_norm", "skip", "undo_norm"):
             value = getattr(self, name)
             require(isinstance(value, bool), name, "be true or false", value)
 
@@ -383,4 +385,4 @@ class SAEConfig:
     @property
     def decode_needs_rows(self) -> bool:
         """Whether the latents alone do not decide the output."""
-        return self.skip or self.input_norm != "none"
+        return self.skip or (self.input_norm != "none" and self.undo_norm)

@@ -249,8 +249,10 @@ class SparseAutoencoder(nn.Module):
         scale = _scales(self.config.slices_out, self.config.scale_out, self.b_dec)
         if not self.config.decode_needs_rows:
             return self.decode_scaled(acts) / scale
-        norm = self.token_norm(self._rows(x))
-        return self.decode_scaled(acts, self.scaled(self._rows(x))) / scale * norm.size + norm.mean
+        norm = self.output_norm(self._rows(x))
+        return (
+            self.decode_scaled(acts, self.skip_input(self._rows(x))) / scale * norm.size + norm.mean
+        )
 
     def decode_scaled(
         self,
@@ -263,6 +265,14 @@ class SparseAutoencoder(nn.Module):
         else:
             y = torch.addmm(self.b_dec, acts, self.dec_rows)
         return y + self.skipped(self._rows(u)) if self.config.skip else y
+
+    def skip_input(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """What the skip reads: u, or rows without their norm where the output does not undo it."""
+        if self.config.undo_norm:
+            return self.scaled(x)
+        return x.to(self.enc_rows.dtype) * _scales(
+            self.config.slices_in, self.config.input_scale, self.enc_rows
+        )
 
     def skipped(self, u: Float[Tensor, "batch d_in"]) -> float | Float[Tensor, "batch d_out"]:
         """What goes past the latents, u @ W_skip; 0 without a skip."""
@@ -278,6 +288,10 @@ class SparseAutoencoder(nn.Module):
         """Reconstruction of rows, both in the model's units and in the same axes."""
         is_sparse = self.config.activation.facts.trains == "sparse"
         return self.decode(self.encode(x) if is_sparse else self.encode_dense(x), x)
+
+    def output_norm(self, x: Float[Tensor, "batch d_in"]) -> TokenNorm:
+        """What brings the output back to the model's units, of rows that are read."""
+        return self.token_norm(x) if self.config.undo_norm else TokenNorm(0.0, 1.0)
 
     def token_norm(self, x: Float[Tensor, "batch d_in"]) -> TokenNorm:
         """What the norm of the input takes from rows in the model's units, in fp32 at least."""

@@ -209,11 +209,15 @@ class Firing:
         self.n_fired += other.n_fired
         self.max_activation = torch.maximum(self.max_activation, other.max_activation)
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | Path, weights_sha256: str | None = None) -> Path:
         """Write `stats.safetensors` into a dictionary's directory and return its path.
 
         It holds float32 `max_activation` and `density`, int64 `n_fired`, each (d_sae,), and the
         int64 scalar `n_rows`; its metadata names the hash of the dictionary's weights.
+
+        Args:
+            directory: Where it goes.
+            weights_sha256: Of the weights; of those in the directory when absent.
         """
         path = Path(directory) / STATS
         tensors = {
@@ -222,13 +226,17 @@ class Firing:
             "n_fired": self.n_fired,
             "n_rows": torch.tensor(self.n_rows),
         }
-        metadata = {"sae_sha256": _weights_sha256(path.parent)}
+        metadata = {"sae_sha256": weights_sha256 or _weights_sha256(path.parent)}
         io.write_files({path: safetensors.torch.save(tensors, metadata)})
         return path
 
     @classmethod
-    def read(cls, directory: str | Path) -> "Firing":
+    def read(cls, directory: str | Path, weights_sha256: str | None = None) -> "Firing":
         """Read what `save` wrote.
+
+        Args:
+            directory: Where it is.
+            weights_sha256: As for `save`.
 
         Raises:
             FileNotFoundError: If the directory holds no statistics.
@@ -244,10 +252,10 @@ class Firing:
                 n_fired, n_rows = file.get_tensor("n_fired"), file.get_tensor("n_rows")
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} must be whole, got: {error}; run `sae evaluate`") from error
-        found = _weights_sha256(path.parent)
+        found = weights_sha256 or _weights_sha256(path.parent)
         if metadata.get("sae_sha256") != found:
             raise ValueError(
-                f"{path} must be made for the weights beside it (sha256 {found}), "
+                f"{path} must be made for the weights of the dictionary (sha256 {found}), "
                 f"got {metadata.get('sae_sha256')}; run `sae evaluate`"
             )
         firing = cls(len(n_fired))

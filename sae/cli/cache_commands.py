@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 
 from activations_cache.config import Dtype
 from sae.cli import console
-from sae.cli.request import ConfigArgument, Overrides, checked_config
+from sae.cli.request import ConfigArgument, Overrides, checked_config, with_json
 from sae.run.config import CacheRunConfig
 
 _BUILD = "build"
@@ -50,6 +50,7 @@ def build(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+@with_json
 def info(
     path: Annotated[str, typer.Argument(metavar="CACHE", help="A cache directory.")],
 ) -> None:
@@ -64,19 +65,23 @@ def info(
 
 
 @app.command(name="hook-points")
+@with_json
 def hook_points(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A path or a hub id.")],
 ) -> None:
-    """List the hook points of a model."""
-    from sae.run import caches
+    """List the hook points of a model, and what is true of it."""
+    from sae.run.caches import list_hook_points
 
     with console.step("load") as progress:
-        names = caches.hook_points(model, progress)
-    for name in names:
-        console.say(name)
+        listing = list_hook_points(model, progress)
+    for name, note in listing.points:
+        console.say(f"{name}  # {note}" if note else name)
+    for subject, said in listing.record:
+        console.say(f"# {subject}: {said}")
 
 
 @app.command(name="import")
+@with_json
 def import_(
     array: Annotated[
         str, typer.Argument(metavar="ARRAY", help=".npy, .safetensors[::NAME] or a Zarr array.")
@@ -113,6 +118,6 @@ def verify(
     if problems:
         raise typer.Exit(1)
     also = ", 64 of them computed again" if with_model else ""
-    console.OUT.print(
+    console.say(
         f"{path}: {cache.n_rows:,} rows in {len(cache.hook_points)} hook points, whole{also}"
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae.cli import console
-from sae.cli.request import run_to
+from sae.cli.request import refuse_without_cache, run_to
 
 if TYPE_CHECKING:
     from sae.run.measuring import MeasureRequest
@@ -56,10 +56,7 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
 ) -> None:
     """Measure dictionaries on held-out rows: those of a config, or any with --cache."""
     if cache is None:
-        if Path(targets[0].rpartition("=")[2]).is_dir():
-            raise typer.BadParameter(
-                f"--cache must be given for a dictionary, got none for {targets[0]}"
-            )
+        refuse_without_cache(targets[0].rpartition("=")[2])
         run_to("evaluate", targets[0], targets[1:])
         return
     from sae.run.measuring import measure, write_record

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from sae.cli import console
-from sae.cli.request import Overrides, run_to
+from sae.cli.request import Overrides, refuse_without_cache, run_to
 from sae.config import ConfigError, load_overrides
 from sae.explain.config import ExplainConfig
 
@@ -33,8 +33,12 @@ def explain(  # noqa: PLR0913
     """Label latents and score the labels: those of a run, or with --cache of any dictionary.
 
     With --cache the overrides are those of `explain:`, such as min_firings=50, of images
-    images.group_separator=-, or autointerp.llm.model=NAME autointerp.llm.base_url=URL for labels
-    by a language model. Latents of images are labelled by the folders of the images.
+    images.group_separator=-. Latents of images are labelled by the folders of the images.
+
+    Labels by a language model: autointerp.llm.model=NAME, with autointerp.llm.kind=openai,
+    openrouter, mistral, vllm, llama.cpp, ollama or local, autointerp.llm.base_url=URL for another
+    address, autointerp.llm.batch_dir=DIR for batch files. Exit code 1 while questions are open: the
+    same command asks just those. Limits count all runs with the same llm.sqlite.
     """
     limits = {"max_usd": max_usd, "max_tokens": max_tokens}
     given = [f"autointerp.llm.{key}={value}" for key, value in limits.items() if value is not None]
@@ -44,6 +48,7 @@ def explain(  # noqa: PLR0913
         wrong = wrong or ("--dry-run" if dry_run else "")
         if wrong:
             raise ConfigError(f"{wrong} must come with --cache CACHE, got none")
+        refuse_without_cache(config)
         run_to("explain", config, [*(overrides or []), *(f"explain.{key}" for key in given)])
         return
     checked = load_overrides(ExplainConfig, [*(overrides or []), *given])

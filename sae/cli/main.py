@@ -14,8 +14,8 @@ from sae.cli.cache_commands import app as cache_app
 from sae.cli.cache_commands import verify
 from sae.cli.evaluate_commands import compare, evaluate
 from sae.cli.explain_command import explain
-from sae.cli.release_commands import convert, inspect, push, verify_release
-from sae.cli.request import ConfigArgument, Overrides, run_to
+from sae.cli.release_commands import convert, inspect, push, releases, verify_release
+from sae.cli.request import ConfigArgument, Overrides, run_to, with_json
 from sae.cli.scaling import app as scaling_app
 from sae.cli.steer_command import find, steer
 from sae.config import ConfigError, config_file
@@ -68,22 +68,24 @@ app.add_typer(scaling_app, name="scaling")
 
 
 @app.command()
+@with_json
 def run(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Do every step whose result is not there yet, and print the page's path under one table."""
     run_to(Step.BROWSE, config, overrides)
 
 
 @app.command()
+@with_json
 def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Train the config's dictionaries side by side, after the cache."""
     run_to(Step.TRAIN, config, overrides)
 
 
-for command in (evaluate, compare, explain, find, steer, browse, verify):
+for command in (evaluate, releases, browse):
     app.command()(command)
-for command in (inspect, convert, push):
-    app.command()(command)
-app.command(name="verify-release")(verify_release)
+for command in (compare, explain, find, steer, verify, inspect, convert, push):
+    app.command()(with_json(command))
+app.command(name="verify-release")(with_json(verify_release))
 
 
 @app.command(context_settings=PASSED_ON)

@@ -1,18 +1,23 @@
-"""`sae inspect`, `sae convert`, `sae push` and `sae verify-release`."""
+"""`sae inspect`, `sae convert`, `sae push`, `sae verify-release` and `sae releases`."""
 
+from json import dumps
 from typing import Annotated
 
 import typer
 
 from sae.cli import console
 
-Dictionary = Annotated[str, typer.Argument(metavar="DICT", help="A directory, a file or org/name.")]
+Dictionary = Annotated[
+    str, typer.Argument(metavar="DICT", help="A directory, a file, org/name, or RELEASE:ID.")
+]
 Format = Annotated[str | None, typer.Option(help="The format, where two fit.")]
 AllowPt = Annotated[bool, typer.Option(help="Read a pickle in a closed process.")]
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A directory or org/name.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A directory, org/name, or RELEASE:ID.")
+    ],
     format: Format = None,
     allow_pt: AllowPt = False,
 ) -> None:
@@ -26,15 +31,23 @@ def convert(
     source: Dictionary,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="The directory to write.")],
     to: Annotated[
-        str, typer.Option(help="monosema, saelens, sparsify, dictionary_learning or saebench.")
+        str,
+        typer.Option(
+            help="monosema, saelens, sparsify, dictionary_learning, saebench, circuit_tracer, "
+            "neuronpedia."
+        ),
     ] = "monosema",
     format: Format = None,
     allow_pt: AllowPt = False,
+    model: Annotated[
+        str | None, typer.Option(help="neuronpedia: whose tokens each latent promotes.")
+    ] = None,
 ) -> None:
     """Write a dictionary in another format, exactly, or say why that format cannot hold it."""
     from sae.run.releases import convert as convert_dictionary
 
-    console.facts(convert_dictionary(source, target, to, format=format, allow_pt=allow_pt))
+    facts = convert_dictionary(source, target, to, format=format, allow_pt=allow_pt, model=model)
+    console.facts(facts)
 
 
 def push(
@@ -84,5 +97,26 @@ def verify_release(
     )  # fmt: skip
     console.table(verified.section.title, verified.section.table)
     meeting = ", ".join(verified.meeting) or "no reading"
-    console.OUT.print(f"meets the published figures: {meeting}")
+    console.say(f"meets the published figures: {meeting}")
     raise typer.Exit(0 if verified.meeting else 1)
+
+
+def releases(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[WORDS]...", help="A part of a name, layer_20, 16k; each must fit."
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all that is known, as JSON.")] = False,
+) -> None:
+    """List public dictionaries by name, e.g. sae releases gemma-2-2b layer_20 16k; no network."""
+    from sae.browser import ResultTable
+    from sae.pretrained import catalogue
+
+    if json:
+        entries = catalogue.search(words or [])
+        typer.echo(dumps([{"name": e.name} | e._asdict() for e in entries], indent=1))
+        return
+    columns, rows, note = catalogue.table(words or [])
+    console.table("public dictionaries", ResultTable(columns, rows, note))

@@ -1,12 +1,17 @@
 """A command that takes a config file: its arguments, and the run that does it."""
 
+import contextlib
+import functools
+import inspect
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from sae.cli import console
-from sae.config import config_file, load
+from sae.config import config_file, is_config, load
 from sae.config.recipes import for_another_model
 from sae.run.config import CacheRunConfig, RunConfig, require_installed
 
@@ -18,10 +23,31 @@ T = TypeVar("T", RunConfig, CacheRunConfig)
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or a name that `sae recipes` lists.")
 ]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print tables and facts as one JSON object.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.saes.topk.d_sae=9216."),
 ]
+
+
+def with_json(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the option --json, which prints what it shows as one JSON object."""
+
+    @functools.wraps(command)
+    def run(*args: object, as_json: bool = False, **options: object) -> None:
+        with console.as_json() if as_json else contextlib.nullcontext():
+            command(*args, **options)
+
+    signature = inspect.signature(command)
+    option = inspect.Parameter(
+        "as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=JsonOption
+    )
+    parameters = [*signature.parameters.values(), option]
+    run.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    run.__annotations__ = {**command.__annotations__, "as_json": JsonOption}
+    return run
 
 
 def checked_config(schema: type[T], config: str, overrides: list[str] | None) -> T:
@@ -36,6 +62,17 @@ def checked_config(schema: type[T], config: str, overrides: list[str] | None) ->
     checked = load(schema, path, for_another_model(path, overrides or []))
     require_installed(checked)
     return checked
+
+
+def refuse_without_cache(text: str) -> None:
+    """Refuse a dictionary's path or name where a config is expected, for want of a cache.
+
+    Raises:
+        BadParameter: If it is one.
+    """
+    is_name = ":" in text and not Path(text).exists() and not is_config(text)
+    if Path(text).is_dir() or is_name:
+        raise typer.BadParameter(f"--cache must be given for a dictionary, got none for {text}")
 
 
 def run_to(last: str, config: str, overrides: list[str] | None) -> None:
@@ -70,7 +107,7 @@ def _do_steps(run: "Run", last: str) -> None:
     is_estimated = False
     for step in pending_steps(run, last):
         if step.is_done:
-            console.skipped(step.name, step.path)
+            console.skipped(step.name, step.path, step.place)
             continue
         if not is_estimated and step.name in SHARED:  # later there is nothing to train
             time_needed, n = estimate_time(run.config), len(run.config.train.saes)
@@ -81,7 +118,7 @@ def _do_steps(run: "Run", last: str) -> None:
                 "shows its own ETA[/]"
             )
             is_estimated = True
-        with console.step(step.name) as progress:
+        with console.step(step.name, step.place) as progress:
             summaries = step.do(progress)
         for name, summary in (summaries or {}).items():
             console.facts(llm_facts(name, summary, step.path / name))

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from sae.cli import console
-from sae.cli.request import ConfigArgument, Overrides
+from sae.cli.request import ConfigArgument, Overrides, with_json
 from sae.config import config_file, load
 from sae.evaluate.scaling.config import ScalingConfig
 
@@ -13,6 +13,7 @@ app = typer.Typer(no_args_is_help=True, help="How the loss falls with width, row
 
 
 @app.command()
+@with_json
 def plan(config: ConfigArgument, overrides: Overrides = None) -> None:
     """List the runs of a grid that fits a compute budget, with what each costs."""
     checked = load(ScalingConfig, config_file(config), overrides or [])
@@ -22,6 +23,7 @@ def plan(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+@with_json
 def fit(
     paths: Annotated[
         list[str],

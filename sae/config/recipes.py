@@ -34,11 +34,11 @@ def is_config(text: str) -> bool:
     """Whether a word means a config: by the end of a file's name, or as a recipe.
 
     What lies on disk under the very word wins. What has a slash and is no recipe may be a name on
-    the hub; a word without one can only be meant as a recipe.
+    the hub, and what has a colon a dictionary of a release; other words can only be recipes.
     """
     if text.endswith(_SUFFIXES):
         return True
-    return not Path(text).exists() and ("/" not in text or text in recipes())
+    return not Path(text).exists() and (not set("/:") & set(text) or text in recipes())
 
 
 def config_file(text: str) -> Path:

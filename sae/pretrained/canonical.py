@@ -1,5 +1,6 @@
 """What every format is read into: weights by the names of the autoencoder's parameters."""
 
+import hashlib
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -10,6 +11,8 @@ from sae.architecture import SAEConfig, with_k
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained.fields import DictionaryFormatError
 
+SETTINGS = (".json", ".yaml")
+"""Ends of the names of files without weights."""
 WHOLE = ("b_dec", "b_in", "skip_rows")
 """Tensors that have no axis of latents."""
 
@@ -90,6 +93,15 @@ class Source:
     """As in Reading."""
     checked_against: str = ""
     """What the format's reader was compared with; no reader was run on released weights yet."""
+
+    @property
+    def weights_sha256(self) -> str:
+        """The SHA-256 of the file of weights; of several files, that of their names and hashes."""
+        files = {n: d for n, d in self.source_sha256.items() if not n.endswith(SETTINGS)}
+        if len(files) == 1:
+            return next(iter(files.values()))
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def selected(latents: int | slice | None, d_sae: int) -> slice:

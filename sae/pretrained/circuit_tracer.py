@@ -20,6 +20,7 @@ CROSS = re.compile(r"W_enc_(\d+)\.safetensors")
 TENSORS = {"W_enc", "W_dec", "b_enc", "b_dec"}
 THRESHOLD = "activation_function.threshold"
 CONFIGS = ("config.yaml", "wandb-config.yaml", "wanb-config.yaml")
+K = re.compile(rb"^k\s*:\s*(\d{1,9})\s*$", re.MULTILINE)
 SAYS_TOPK = re.compile(rb"^\s*activation\w*\s*:\s*['\"]?topk", re.MULTILINE | re.IGNORECASE)
 
 
@@ -112,12 +113,22 @@ def _activation(files: Files, k: Tensor | None, threshold: Tensor | None) -> Act
         return TopK(k=int(k))
     if k is not None:
         raise DictionaryFormatError("k must be one number without thresholds beside it")
+    if threshold is None and (k_beside := _k_beside(files)):
+        needs_name(files.is_named, FORMAT)
+        return TopK(k=k_beside)
     says_topk = (files.has_beside(c) and SAYS_TOPK.search(files.text(c)) for c in CONFIGS)
     if any(says_topk):
         raise DictionaryFormatError(
             f"{files.path.name} must hold k where its config says top-k, got none"
         )
     return ReLU() if threshold is None else JumpReLU()
+
+
+def _k_beside(files: Files) -> int:
+    """The k of a config that says top-k, as circuit-tracer's own reader takes it; 0 without."""
+    texts = [files.text(name) for name in CONFIGS if files.has_beside(name)]
+    found = {int(k) for text in texts if SAYS_TOPK.search(text) for k in K.findall(text)}
+    return found.pop() if len(found) == 1 else 0
 
 
 def _check_orientation(files: Files, d: int, d_sae: int) -> None:

@@ -2,6 +2,7 @@
 
 import io as bytes_io
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 from activations_cache import io
 from sae.architecture import Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder
-from sae.pretrained import dictionary_learning, saelens, sparsify
+from sae.pretrained import circuit_tracer, dictionary_learning, saelens, sparsify
 from sae.pretrained.fields import DictionaryFormatError
 from sae.pretrained.rewrite import Plain, centred_by, plain, with_thresholds, with_unit_rows
 
@@ -66,7 +67,7 @@ Written = tuple[dict[str, bytes], tuple[str, ...]]
 
 def _to_saelens(given: Plain, site: dict[str, str]) -> Written:
     given = _without_negative_thresholds(with_thresholds(given), "saelens")
-    is_transcoder = given.config.skip or given.config.width_out != given.config.d_in
+    is_transcoder = _is_transcoder(given, site)
     if is_transcoder or given.config.b_in == "own":
         given = centred_by(given, "none")
     config, weights = given.config, given.weights
@@ -80,8 +81,7 @@ def _to_saelens(given: Plain, site: dict[str, str]) -> Written:
         "apply_b_dec_to_input": config.b_in == "b_dec",
         "normalize_activations": NORMS[config.input_norm],
         "reshape_activations": site.get("reshape_activations", "none"),
-        "metadata": {key: site[key] for key in saelens.SITE if key in site}
-        | {"sae_lens_version": SAELENS_VERSION},
+        "metadata": _saelens_metadata(site),
     }
     record |= {"d_out": config.width_out} if is_transcoder else {}
     record |= {"k": config.activation.k} if isinstance(config.activation, TopK) else {}
@@ -92,16 +92,38 @@ def _to_saelens(given: Plain, site: dict[str, str]) -> Written:
     return _safetensors(saelens.CONFIG, record, saelens.WEIGHTS, tensors), given.done
 
 
+def _saelens_metadata(site: Mapping[str, str]) -> dict[str, object]:
+    """What is known of model, place and training, by SAELens' keys and as its types."""
+    found: dict[str, object] = {key: site[key] for key in saelens.SITE if key in site}
+    for key in ("context_size", "training_tokens"):
+        if str(found.get(key, "")).isdecimal():
+            found[key] = int(site[key])
+    if "prepend_bos" in found:
+        found["prepend_bos"] = site["prepend_bos"] == "True"
+    if dtype := site.get("model_dtype"):
+        found["model_from_pretrained_kwargs"] = {"dtype": dtype}
+    return {**found, "sae_lens_version": SAELENS_VERSION}
+
+
+def _is_transcoder(given: Plain, site: Mapping[str, str]) -> bool:
+    """Whether it is written as a transcoder; for a top-k there is no such form."""
+    config = given.config
+    if config.skip or config.width_out != config.d_in or not config.undo_norm:
+        return True
+    return "hook_name_out" in site and isinstance(config.activation, ReLU | JumpReLU)
+
+
 def _saelens_kind(given: Plain, is_transcoder: bool) -> str:
     kinds = {ReLU: "standard", TopK: "topk", JumpReLU: "jumprelu", Gated: "gated"}
     kind = _named(kinds, given, "saelens")
     if not is_transcoder:
         return kind
-    norm = given.config.input_norm
-    if kind not in ("standard", "jumprelu") or norm != "none":
+    config = given.config
+    is_brought_back = config.input_norm != "none" and config.undo_norm
+    if kind not in ("standard", "jumprelu") or is_brought_back:
         raise DictionaryFormatError(
-            "a transcoder must be of ReLU or JumpReLU without a norm to be written as saelens, got "
-            f"{kind} with input_norm={norm!r}"
+            "a transcoder must be of ReLU or JumpReLU, its output not brought back by a norm, to "
+            f"be written as saelens, got {kind} with input_norm={config.input_norm!r}"
         )
     name = "skip_transcoder" if given.config.skip else "transcoder"
     return name if kind == "standard" else f"jumprelu_{name}"
@@ -112,6 +134,55 @@ def _to_saebench(given: Plain, site: dict[str, str]) -> Written:
     if given.config.skip or given.config.width_out != given.config.d_in:
         raise DictionaryFormatError("saebench must be given an autoencoder, got a transcoder")
     return _to_saelens(with_unit_rows(with_thresholds(given)), site)
+
+
+def _to_circuit_tracer(given: Plain, site: dict[str, str]) -> Written:
+    """One layer of a set of transcoders; the set is a directory with a file for every layer."""
+    read, predicted = site.get("hook_name", ""), site.get("hook_name_out", "")
+    layer = re.match(r"blocks\.(\d+)\.", read)
+    if layer is None or not predicted.startswith(layer[0]):
+        raise DictionaryFormatError(
+            "circuit_tracer must be given a transcoder whose hook points TransformerLens has a "
+            f"word for, in one block, got {read or 'none'!r} and {predicted or 'none'!r}"
+        )
+    config = given.config
+    if config.width_out != config.d_in or (config.input_norm != "none"):
+        raise DictionaryFormatError(
+            "circuit_tracer must be given rows of one width without a norm, got "
+            f"d_in={config.d_in}, d_out={config.width_out}, input_norm={config.input_norm!r}"
+        )
+    given = centred_by(
+        _without_negative_thresholds(with_thresholds(given), "circuit_tracer"), "none"
+    )
+    kind = _named({ReLU: "relu", JumpReLU: "jump_relu", TopK: "topk"}, given, "circuit_tracer")
+    weights = given.weights
+    tensors = {
+        "W_enc": weights.enc_rows,
+        "W_dec": weights.dec_rows,
+        "b_enc": weights.b_enc,
+        "b_dec": weights.b_dec,
+        circuit_tracer.THRESHOLD: weights.threshold,
+        "W_skip": weights.skip_rows,
+    }
+    settings = {
+        "model_name": site.get("model_name", ""),
+        "model_kind": "transcoder_set",
+        "feature_input_hook": read.removeprefix(layer[0]),
+        "feature_output_hook": predicted.removeprefix(layer[0]),
+        "scan": site.get("model_name", ""),
+    }
+    if isinstance(given.config.activation, TopK):
+        settings |= {"activation": kind, "k": given.config.activation.k}
+    found = {name: t.contiguous().clone() for name, t in tensors.items() if t is not None}
+    return {
+        circuit_tracer.CONFIGS[0]: _yaml(settings),
+        f"layer_{layer[1]}.safetensors": to_safetensors(found),
+    }, given.done
+
+
+def _yaml(settings: Mapping[str, object]) -> bytes:
+    """A flat mapping; JSON's texts and numbers are YAML's."""
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()).encode()
 
 
 def _to_sparsify(given: Plain, site: dict[str, str]) -> Written:
@@ -249,6 +320,7 @@ def _json(record: Mapping[str, object]) -> bytes:
 TARGETS: dict[str, Callable[[Plain, dict[str, str]], Written]] = {
     "saelens": _to_saelens,
     "sparsify": _to_sparsify,
+    "circuit_tracer": _to_circuit_tracer,
     "dictionary_learning": _to_dictionary_learning,
     "saebench": _to_saebench,
 }

@@ -8,6 +8,7 @@ sizes are held against the file's own size, and only regular files inside the di
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -21,6 +22,17 @@ MAX_TENSORS = 64
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"}
 PICKLED = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 _HUB_SNAPSHOTS = "snapshots"
+
+
+class Stated(NamedTuple):
+    """What a list of releases says of a dictionary whose own files lack it or have it wrong."""
+
+    input_scale: float = 0.0
+    """The factor of an average norm; 0 where the files have what is needed."""
+    normalize_activations: str = ""
+    """SAELens' word for a norm; empty where the files are right."""
+    is_centred: bool = False
+    """Whether the rows that it was trained on had no mean over dimensions."""
 
 
 class Files:
@@ -44,6 +56,7 @@ class Files:
         """
         self.path, self.allow_pt, self.is_named = path, allow_pt, is_named
         self.latents = latents
+        self.stated = Stated()
         self.root = path if path.is_dir() else path.parent
         self._read: set[str] = set()
         self._pickled: dict[str, pickled.Content] = {}
@@ -100,7 +113,7 @@ class Files:
         if not self.allow_pt:
             raise DictionaryFormatError(
                 f"{self.root / name} must not be a pickled file, got one; pass allow_pt=True to "
-                "read it in a confined process, or convert it to safetensors"
+                "read it in a confined process, or write it as ours by `sae convert --allow-pt`"
             )
         if name not in self._pickled:
             self._pickled[name] = pickled.read(self._open(name), start=start)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from sae.architecture import Activation, JumpReLU, ReLU, SAEConfig, TopK
@@ -53,6 +54,9 @@ def reading(cfg: Fields, raw: dict[str, Tensor], files: Files) -> Reading:
             "folded without the thresholds; take the file from before"
         )
     norms = {name[len(NORM) :]: raw.pop(name) for name in list(raw) if name.startswith(NORM)}
+    if files.stated.input_scale and not norms:
+        norm_in = math.sqrt(cfg.whole("d_model")) / files.stated.input_scale
+        norms = dict.fromkeys((cfg.word(key) for key in SITE), torch.tensor(norm_in))
     weights = in_memory(_weights(cfg, raw, act_fn), files.latents)
     if weights.threshold is not None:
         weights = replace(weights, threshold=rewrite.exp(weights.threshold))

@@ -6,10 +6,11 @@ A cross-layer transcoder on disk: a directory with one dictionary directory per 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +19,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.cross_layer import CrossLayerTranscoder
 from sae.metrics import STATS, Firing
 from sae.pretrained import (
+    catalogue,
     circuit_tracer,
     dictionary_learning,
     gemma_scope,
@@ -38,8 +40,9 @@ from sae.pretrained import (
     vit_prisma,
 )
 from sae.pretrained.canonical import Reading, Source, assemble
+from sae.pretrained.catalogue import Entry
 from sae.pretrained.fields import DictionaryFormatError
-from sae.pretrained.files import PICKLED, Files
+from sae.pretrained.files import PICKLED, Files, Stated
 from sae.pretrained.monosema_format import PROVENANCE, save
 
 FORMATS: dict[str, ModuleType] = {
@@ -69,27 +72,31 @@ def load(
     allow_pt: bool = False,
     device: str | torch.device | None = None,
     latents: int | slice | None = None,
+    *,
+    id: str | None = None,
 ) -> SparseAutoencoder:
     """Load a dictionary into the one canonical form, in fp32.
 
     Args:
         path: A dictionary directory, one of its files, or as a text the name of a hub repository,
-            `org/name[/subfolder][@revision]`.
+            `org/name[/subfolder][@revision]`, or of a release that `sae releases` lists,
+            `RELEASE[:ID][@revision]`. A local path of that name wins.
         format: Name the format instead of recognising it; one of the keys of `FORMATS`.
         allow_pt: Permit pickled weights; they are read by a confined process.
         device: Where the weights go; the CPU when absent.
         latents: Take one latent or a slice of them; of a safetensors file only their rows are
             read. Under TopK they then compete among themselves alone, so use it to look at
             directions, not to encode.
+        id: Which dictionary of a release, or which folder of a repository.
 
     Raises:
         FileNotFoundError: If there is nothing at the path.
         DictionaryFormatError: If it is not a whole dictionary of a known format, or if it can be
             read in two ways.
     """
-    files, found = _found(path, format, allow_pt, latents)
-    dictionary, reading = _assembled(files, found)
-    _describe(dictionary, files, found, reading)
+    found = _found(path, format, allow_pt, latents, id)
+    dictionary, reading = _assembled(found)
+    _describe(dictionary, path, found, reading)
     return dictionary.to(device)
 
 
@@ -99,20 +106,22 @@ def load_with_source(
     allow_pt: bool = False,
     device: str | torch.device | None = None,
     latents: int | slice | None = None,
+    *,
+    id: str | None = None,
 ) -> Loaded:
     """Load a dictionary as `load` does, and say what it was read from and what was folded."""
-    files, found = _found(path, format, allow_pt, latents)
-    dictionary, reading = _assembled(files, found)
-    source = Source(
-        source_format=found,
-        source_path=hub.name_of(path, files.path),
-        source_sha256=files.sha256,
-        folds_applied=reading.folds,
-        site=reading.site,
-        checked_against=FORMATS[found].CHECKED_AGAINST,
-    )
-    _describe(dictionary, files, found, reading)
-    return Loaded(dictionary.to(device), source)
+    found = _found(path, format, allow_pt, latents, id)
+    dictionary, reading = _assembled(found)
+    _describe(dictionary, path, found, reading)
+    return Loaded(dictionary.to(device), _source(path, found, reading))
+
+
+class _Found(NamedTuple):
+    """The files of a dictionary, its format, and what the catalogue says of it."""
+
+    files: Files
+    format: str
+    entry: Entry | None
 
 
 IDENTITY = ("model_sha256", "config_sha256", "tokenizer_sha256", "model")
@@ -138,28 +147,107 @@ def require_model(dictionary: SparseAutoencoder, identity: Mapping[str, str]) ->
             )
 
 
-def _describe(dictionary: SparseAutoencoder, files: Files, found: str, reading: Reading) -> None:
-    """Give a dictionary what lies beside its weights: provenance, hook point and statistics."""
+MEASURED = "measured_on.json"
+"""What an evaluation learned of a dictionary that is not ours, beside its statistics."""
+
+
+def _describe(
+    dictionary: SparseAutoencoder, path: str | Path, found: _Found, reading: Reading
+) -> None:
+    """Give a dictionary what is known of it: provenance, hook point and statistics."""
+    files = found.files
+    source = {
+        "source_format": found.format, "source_path": str(files.path), "site": reading.site,
+    }  # fmt: skip
     record = files.json(PROVENANCE) if files.has(PROVENANCE) else {}
-    source = {"source_format": found, "source_path": str(files.path), "site": reading.site}
+    is_ours = found.format == hub.OURS and files.path.is_dir()
+    if not is_ours and hub.statistics_directory().is_dir():  # weights are hashed for this alone
+        record = _record(_home(path, found, reading) / MEASURED) | record
+    if not record.get("model") and (name := reading.site.get("model_name")):
+        record["model"] = {"path": name}
     dictionary.provenance = {"source": source, **record}
     point = record.get("hook_point")
     if isinstance(point, str) and not dictionary.config.inputs:
         dictionary.at(point)
-    if files.latents is None and files.path.is_dir():
-        dictionary.stats = partial(_stats_in, files.root)
+    if files.latents is None:
+        dictionary.stats = partial(_stats_of, path, found, reading)
 
 
-def _stats_in(directory: Path) -> Firing | None:
-    return Firing.read(directory) if (directory / STATS).is_file() else None
+def _source(path: str | Path, found: _Found, reading: Reading) -> Source:
+    name = path if found.entry is None else found.entry.name
+    return Source(
+        source_format=found.format,
+        source_path=hub.name_of(name, found.files.path),
+        source_sha256=found.files.sha256,
+        folds_applied=reading.folds,
+        site=reading.site,
+        checked_against=FORMATS[found.format].CHECKED_AGAINST,
+    )
+
+
+def _home(path: str | Path, found: _Found, reading: Reading) -> Path:
+    if found.format == hub.OURS and found.files.path.is_dir():
+        return found.files.root
+    return hub.directory_of(path, _source(path, found, reading))
+
+
+def _stats_of(path: str | Path, found: _Found, reading: Reading) -> Firing | None:
+    home = _home(path, found, reading)
+    if not (home / STATS).is_file():
+        return None
+    is_ours = found.format == hub.OURS
+    return Firing.read(home, None if is_ours else _source(path, found, reading).weights_sha256)
+
+
+def keep_measured(
+    path: str | Path, source: Source, firing: Firing, hook_point: str, model: Mapping[str, str]
+) -> Path:
+    """Keep what an evaluation learned of a dictionary, for steering and for the browser.
+
+    Args:
+        path: As for `sae.load`.
+        source: What it was read from.
+        firing: Its statistics.
+        hook_point: Where it was measured.
+        model: Path and dtype of the model that it was measured on.
+    """
+    home = hub.directory_of(path, source)
+    if home == Path(path):
+        return firing.save(home)
+    io.make_directory(home)
+    record = {"source": source.source_path, "hook_point": hook_point, "model": dict(model)}
+    io.write_files({home / MEASURED: (json.dumps(record, indent=1) + "\n").encode()})
+    return firing.save(home, source.weights_sha256)
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """What a file says of how a dictionary came about; empty where there is no file."""
+    try:
+        record = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:
+        raise DictionaryFormatError(f"{file} must be JSON, got: {error}") from error
+    return record if isinstance(record, dict) else {}
 
 
 def _found(
-    path: str | Path, format: str | None, allow_pt: bool, latents: int | slice | None
-) -> tuple[Files, str]:
-    where = hub.located(path, allow_pt=allow_pt)
+    path: str | Path,
+    format: str | None,
+    allow_pt: bool,
+    latents: int | slice | None,
+    id: str | None = None,
+) -> _Found:
+    entry, where = None, None
+    if isinstance(path, str) and not Path(path).exists():
+        name, _, revision = path.partition("@")
+        entry = catalogue.named(name, id)
+        if entry is not None:
+            where = hub.located_entry(entry, revision or None, allow_pt=allow_pt)
+    where = where or hub.located(path, allow_pt=allow_pt, id=id)
+    format = format or (entry.format if entry else None)
     files = Files(where, allow_pt=allow_pt, is_named=format is not None, latents=latents)
-    return files, _named(format) if format else _recognised(files)
+    if entry is not None:
+        files.stated = Stated(entry.input_scale, entry.normalize_activations, entry.is_centred)
+    return _Found(files, _named(format) if format else _recognised(files), entry)
 
 
 class Readings(NamedTuple):
@@ -178,19 +266,47 @@ def load_readings(path: str | Path, format: str | None = None, allow_pt: bool = 
 
     Most formats have one; `sae.pretrained.verify` tells by figures which is right.
     """
-    files, found = _found(path, format, allow_pt, None)
+    files, found, entry = _found(path, format, allow_pt, None)
     module = FORMATS[found]
     with _naming(files.path, found):
         several = hasattr(module, "readings")
-        readings = module.readings(files) if several else {"as loaded": module.read(files)}
+        raw = module.readings(files) if several else {"as loaded": module.read(files)}
+        readings = {name: _placed(reading, entry) for name, reading in raw.items()}
         dictionaries = {name: assemble(reading) for name, reading in readings.items()}
     return Readings(dictionaries, found, next(iter(readings.values())).site)
 
 
-def _assembled(files: Files, found: str) -> tuple[SparseAutoencoder, Reading]:
-    with _naming(files.path, found):
-        reading = FORMATS[found].read(files)
-        return assemble(reading, files.latents), reading
+def _assembled(found: _Found) -> tuple[SparseAutoencoder, Reading]:
+    with _naming(found.files.path, found.format):
+        reading = _placed(FORMATS[found.format].read(found.files), found.entry)
+        return assemble(reading, found.files.latents), reading
+
+
+def _placed(reading: Reading, entry: Entry | None) -> Reading:
+    """Add hook points: the catalogue's, or those that the files have in TransformerLens' words.
+
+    Those that a release names itself give way to the catalogue's, which knows the model's class.
+    """
+    site, config = reading.site, reading.config
+    if entry is not None:
+        read, predicted, site = entry.hook_point, entry.hook_point_out, site | entry.site
+    elif config.inputs or site.get("hook_head_index", "None") != "None":
+        return reading
+    else:
+        model = site.get("model_name", "")
+        read, predicted = (
+            catalogue.point_of(site.get(f"hf_{key}") or site.get(key, ""), model)
+            for key in ("hook_name", "hook_name_out")
+        )
+    is_one = len(config.slices_in) == len(config.slices_out) == 1
+    is_square = config.width_out == config.d_in and not config.outputs
+    if not (read and is_one and (predicted or is_square)):
+        return replace(reading, site=site)
+    config = replace(config, inputs=(replace(config.slices_in[0], hook_point=read),))
+    if predicted and predicted != read:
+        outputs = (replace(config.slices_out[0], hook_point=predicted),)
+        config = replace(config, outputs=outputs)
+    return replace(reading, site=site, config=config)
 
 
 @contextmanager

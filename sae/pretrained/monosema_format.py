@@ -33,7 +33,9 @@ PROVENANCE = "provenance.json"
 CONFIG_KEYS = {
     "format", "format_version", "d_in", "d_sae", "d_out", "activation", "b_in", "input_scale",
 }  # fmt: skip
-LATER_KEYS = {"output_scale", "input_norm", "gate_by_decoder_norm", "skip", "inputs", "outputs"}
+LATER_KEYS = {
+    "output_scale", "input_norm", "undo_norm", "gate_by_decoder_norm", "skip", "inputs", "outputs",
+}  # fmt: skip
 """Files that were written before these existed have their defaults."""
 
 
@@ -58,6 +60,8 @@ def save(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     weights = to_safetensors(tensors)
     config = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(dictionary.config)}
+    if dictionary.config.undo_norm:  # files without the key are read by releases before it too
+        del config["undo_norm"]
     made_by = dictionary.provenance if provenance is None else provenance
     record = {**made_by, "sae_sha256": hashlib.sha256(weights).hexdigest()}
     io.write_files({path / WEIGHTS: weights, path / PROVENANCE: _json(record)})
@@ -114,6 +118,7 @@ def _config(files: Files) -> SAEConfig:
             input_scale=cfg.number("input_scale"),
             output_scale=cfg.number("output_scale") if "output_scale" in cfg else None,
             input_norm=cfg.word("input_norm", INPUT_NORMS, "none"),  # pyright: ignore[reportArgumentType]
+            undo_norm=cfg.flag("undo_norm", True),
             gate_by_decoder_norm=cfg.flag("gate_by_decoder_norm", False),
             skip=cfg.flag("skip", False),
             inputs=_slices(cfg, "inputs"),

@@ -45,6 +45,25 @@ def decoder_norm_gate(weights: Weights) -> Weights:
     return _unit_rows(weights)[0]
 
 
+def for_rows_with_mean(weights: Weights, *, centred: bool) -> Weights:
+    """Take off each row its mean over dimensions, in the encoder: W_enc' = (I - 1 1^T / d) W_enc.
+
+    For a dictionary that was trained on a stream without that mean, as TransformerLens has it with
+    center_writing_weights. The latents are then those of the whole stream; the reconstruction goes
+    on lacking its mean.
+
+    Args:
+        weights: Of ReLU, TopK or JumpReLU.
+        centred: Whether b_dec is subtracted first: all of that goes through the encoder.
+    """
+    mean = weights.enc_rows.double().mean(dim=1)
+    b_enc = weights.b_enc
+    if centred and b_enc is not None:
+        b_enc = (b_enc.double() - weights.b_dec.double().sum() * mean).float()
+    rows = (weights.enc_rows.double() - mean[:, None]).float()
+    return replace(weights, enc_rows=rows, b_enc=b_enc)
+
+
 def scales_keeping_latents(weights: Weights, s_in: float, s_out: float) -> Weights:
     """Fold u = s_in * x and x_hat = y / s_out; latents keep the units they were trained in.
 

@@ -53,7 +53,8 @@ TRAINING_KEYS = {
 """Keys of a checkpoint of training, which say nothing of how a dictionary is applied."""
 SITE = (
     "model_name", "hook_name", "hook_point", "hook_name_out", "hook_head_index", "context_size",
-    "prepend_bos", "exclude_special_tokens", "reshape_activations",
+    "prepend_bos", "exclude_special_tokens", "reshape_activations", "dataset_path",
+    "training_tokens", "hf_hook_name", "hf_hook_name_out",
 )  # fmt: skip
 NORMS = {"none": "none", "constant_norm_rescale": "rms", "layer_norm": "layer_norm"}
 EXPECTED = "expected_average_only_in"
@@ -70,7 +71,7 @@ def read(files: Files) -> Reading:
     Raises:
         DictionaryFormatError: If something is missing, unknown, or could be read in two ways.
     """
-    cfg = Fields(files.json(CONFIG), CONFIG)
+    cfg = Fields(_corrected(files), CONFIG)
     is_legacy = _version(cfg) < 6
     cfg = Fields(_modern(cfg), CONFIG) if is_legacy else cfg
     if not is_legacy:
@@ -92,6 +93,9 @@ def read(files: Files) -> Reading:
         done.append("thresholds taken from their logarithms")
     expect_keys(raw, TENSORS[architecture], WEIGHTS)
     weights = in_memory(_weights(cfg, raw), files.latents)
+    if files.stated.is_centred:
+        weights = rewrite.for_rows_with_mean(weights, centred=_is_centred(cfg, architecture))
+        done.append("encoder taken off the mean over dimensions, which it was trained without")
     scale = _input_scale(cfg, files)
     weights, activation = _activation(cfg, architecture, raw, weights, done)
     config = SAEConfig(
@@ -101,11 +105,18 @@ def read(files: Files) -> Reading:
         activation=activation,
         b_in="b_dec" if _is_centred(cfg, architecture) else "none",
         input_scale=scale,
-        input_norm=_norm(cfg, architecture),  # pyright: ignore[reportArgumentType]
+        input_norm=NORMS.get(_norm(cfg), "none"),  # pyright: ignore[reportArgumentType]
+        undo_norm="transcoder" not in architecture or NORMS.get(_norm(cfg)) in (None, "none"),
         skip=weights.skip_rows is not None,
     )
     site = cfg.texts(SITE) | cfg.part("metadata", {}).texts(SITE)
     return Reading(config=config, weights=weights, folds=tuple(done), site=site)
+
+
+def _corrected(files: Files) -> dict[str, object]:
+    """The config, with what the list of releases has for it where the file has it wrong."""
+    norm = files.stated.normalize_activations
+    return files.json(CONFIG) | ({"normalize_activations": norm} if norm else {})
 
 
 def _version(cfg: Fields) -> int:
@@ -196,14 +207,8 @@ def _is_centred(cfg: Fields, architecture: str) -> bool:
     return "transcoder" not in architecture and cfg.flag("apply_b_dec_to_input")
 
 
-def _norm(cfg: Fields, architecture: str) -> str:
-    norm = cfg.word("normalize_activations", (*NORMS, EXPECTED))
-    if "transcoder" in architecture and norm != "none":
-        raise DictionaryFormatError(
-            f"normalize_activations must be 'none' for a transcoder in {CONFIG}, got {norm!r}: "
-            "its output would not be brought back"
-        )
-    return NORMS.get(norm, "none")
+def _norm(cfg: Fields) -> str:
+    return cfg.word("normalize_activations", (*NORMS, EXPECTED))
 
 
 def _input_scale(cfg: Fields, files: Files) -> float:
@@ -211,6 +216,8 @@ def _input_scale(cfg: Fields, files: Files) -> float:
     norm = cfg.word("normalize_activations")
     found = Fields(files.json(SCALER), SCALER) if files.has(SCALER) else Fields({}, SCALER)
     factor = found.number("scaling_factor") if "scaling_factor" in found else None
+    if norm == EXPECTED and factor is None and files.stated.input_scale:
+        return files.stated.input_scale
     if norm == EXPECTED and factor is None:
         raise DictionaryFormatError(
             f"{CONFIG} must come with {SCALER} where normalize_activations is {EXPECTED!r}, got "

@@ -52,13 +52,14 @@ Pair = tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]
 
 
 def published(site: dict[str, str], given: str | None) -> Published:
-    """Take figures that were given, such as "l0=50,fvu=0.2", or the L0 that its files state.
+    """Take figures that were given, such as "l0=50,fvu=0.2", or what files and catalogue state.
 
     Raises:
         DictionaryFormatError: If neither says anything, or something else than positive numbers.
     """
     stated = next((site[key] for key in L0_KEYS if key in site), None)
-    text = given or (f"l0={stated}" if stated else "")
+    known = {"l0": stated, "fvu": site.get("fvu")}
+    text = given or ",".join(f"{name}={value}" for name, value in known.items() if value)
     parts = [part.partition("=") for part in text.split(",") if part]
     found = {name: _number(value) for name, _, value in parts}
     if not found or not found.keys() <= set(Published._fields) or min(found.values()) <= 0:

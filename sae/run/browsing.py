@@ -10,7 +10,8 @@ import torch
 import activations_cache
 from activations_cache import ActivationCache
 from activations_cache.checks import Progress, silent
-from activations_cache.models import LoadedModel, load_model, unembedding
+from activations_cache.models import LoadedModel, load_model
+from activations_cache.probe import readout, record_of
 from sae import pretrained
 from sae.browser import (
     Column,
@@ -40,7 +41,14 @@ from sae.run.browse_latents import (
 )
 from sae.run.browse_map import LEAST_ON_MAP, comparisons_of, map_of
 from sae.run.config import RunConfig, browsed_config
-from sae.run.context import Run, holds_images, model_of, token_strings
+from sae.run.context import (
+    Run,
+    holds_images,
+    model_of,
+    pieces_of,
+    provenance_of,
+    results_of,
+)
 from sae.run.tables import result_table
 from sae.train.curves import read_curves
 
@@ -98,14 +106,14 @@ def _about(subject: BrowsedDictionary, context: BrowseContext, report: Progress)
     lens = None
     if context.loaded is not None and _has_lens(subject, context.loaded):
         lens = promoted_tokens(
-            subject.dictionary, *unembedding(context.loaded.model), N_PROMOTED, progress=report
+            subject.dictionary, readout(context.loaded.model), None, N_PROMOTED, progress=report
         )
     attributed = {}
     if context.loaded is not None and context.cache is not None:
         attributed = attributions_of(subject.dictionary, subject.hook_point, context, report)
     return LatentContext(
         path=subject.path,
-        strings=context.strings,
+        pieces=context.pieces,
         neighbours=neighbours,
         cofiring=_cofiring(subject, context, report),
         lens=lens,
@@ -116,9 +124,9 @@ def _about(subject: BrowsedDictionary, context: BrowseContext, report: Progress)
 
 
 def _has_lens(subject: BrowsedDictionary, loaded: LoadedModel) -> bool:
-    head = getattr(loaded.model, "get_output_embeddings", lambda: None)()
-    width = subject.dictionary.config.slices_out[-1].width
-    return head is not None and head.weight.shape[1] == width
+    if record_of(loaded.model).logits is None:
+        return False
+    return readout(loaded.model).shape[1] == subject.dictionary.config.slices_out[-1].width
 
 
 def _cofiring(
@@ -237,8 +245,8 @@ def site_of_run(run: Run, report: Progress) -> Site:
 
 def _context_of_run(run: Run) -> BrowseContext:
     if run.of_images:
-        return BrowseContext(run.cache, None, [], Thumbnails(run.cache))
-    return BrowseContext(run.cache, run.loaded, run.token_strings)
+        return BrowseContext(run.cache, None, None, Thumbnails(run.cache))
+    return BrowseContext(run.cache, run.loaded, run.pieces)
 
 
 def _curves(run: Run) -> tuple[Curve, ...]:
@@ -254,32 +262,35 @@ def _curves(run: Run) -> tuple[Curve, ...]:
     )
 
 
-def site_of_dictionary(path: Path, cache_path: str | Path | None, report: Progress) -> Site:
+def site_of_dictionary(path: str | Path, cache_path: str | Path | None, report: Progress) -> Site:
     """A dictionary that `sae explain` labelled; with its cache, also what needs texts and model.
 
     Raises:
         ValueError: If it has no labels.
     """
-    explained = path / "explain"
+    loaded = pretrained.load_with_source(path)
+    home = results_of(path, loaded.source)
+    explained = home / "explain"
     if not (explained / SUMMARY).is_file():
         raise ValueError(
             f"{path} must hold explain/{SUMMARY} to be browsed, got none; run "
             f"`sae explain {path} --cache CACHE` first"
         )
-    provenance = path / "provenance.json"
-    origin = json.loads(provenance.read_text()) if provenance.is_file() else {}
+    origin = {"model": loaded.source.site.get("model_name", ""), **provenance_of(home)}
     points = origin.get("hook_points") or [origin.get("hook_point") or ""]
-    context, hook = BrowseContext(None, None, []), points[0]
+    named = loaded.dictionary.config.slices_in[0].hook_point
+    context, hook = BrowseContext(None, None, None), points[0] or named
     if cache_path is not None:
         cache = activations_cache.open(cache_path)
         hook = hook if hook in cache.hook_points else cache.hook_points[0]
         context = _context_of(cache, report)
-    subject = BrowsedDictionary(path.name, pretrained.load(path), path, explained, hook)
+    name = Path(path).name
+    subject = BrowsedDictionary(name, loaded.dictionary, home, explained, hook)
     facts = [("dictionary", str(path)), ("hook point", hook)]
     model = origin.get("model", "")
     facts.insert(0, ("model", str(model["path"] if isinstance(model, dict) else model)))
     return Site(
-        title=path.name,
+        title=name,
         subtitle="A dictionary, labelled without an LLM.",
         facts=tuple(fact for fact in facts if fact[1]),
         dictionaries=(dictionary_of(subject, context, report),),
@@ -290,9 +301,9 @@ def site_of_dictionary(path: Path, cache_path: str | Path | None, report: Progre
 
 def _context_of(cache: ActivationCache, report: Progress) -> BrowseContext:
     if holds_images(cache):
-        return BrowseContext(cache, None, [], Thumbnails(cache))
+        return BrowseContext(cache, None, None, Thumbnails(cache))
     loaded = load_model(model_of(cache), progress=report)
-    return BrowseContext(cache, loaded, token_strings(loaded))
+    return BrowseContext(cache, loaded, pieces_of(loaded))
 
 
 def browse(
@@ -324,7 +335,9 @@ def browse(
 
 def browser_folder(path: str | Path, config: RunConfig | None, out: str | Path | None) -> Path:
     """Return where a browser lies: what is named, or `browse` in the run or the dictionary."""
-    return Path(out) if out else Path(path if config is None else config.output) / "browse"
+    if out:
+        return Path(out)
+    return (results_of(path) if config is None else Path(config.output)) / "browse"
 
 
 def write_browser(
@@ -336,7 +349,7 @@ def write_browser(
 ) -> None:
     """Write the site of a run, or of the dictionary at the path, into a folder."""
     site = (
-        site_of_dictionary(Path(path), cache, progress)
+        site_of_dictionary(path, cache, progress)
         if config is None
         else site_of_run(Run(config), progress)
     )

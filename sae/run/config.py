@@ -1,5 +1,6 @@
 """What `sae run` reads: one file with a part per step."""
 
+import re
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def require_installed(config: CacheRunConfig | RunConfig) -> None:
     explain = config.explain
     if explain.atlas is not None and explain.atlas.plane == "umap":
         require_extra("umap", "explain.atlas.plane=umap", "umap")
-    if explain.autointerp is not None and explain.autointerp.llm.kind == "openai":
+    if explain.autointerp is not None and explain.autointerp.llm.kind != "local":
         require_extra("openai", "explain.autointerp.llm", "llm")
     if config.train.wandb is not None:
         require_extra("wandb", "train.wandb", "wandb")
@@ -146,6 +147,12 @@ def require_installed(config: CacheRunConfig | RunConfig) -> None:
 
 RUN_CONFIG = "run.yaml"
 """A run's own config, in its output."""
+
+
+DICTIONARY_FILES = ("sae.safetensors", "cfg.json", "explain/summary.json")
+"""What tells a dictionary's directory: its weights, or that it was explained there."""
+_NAME = re.compile(r"[\w.\-]+(:|/[\w.\-]).*")
+"""A name on the hub, or RELEASE:ID."""
 
 
 def browsed_config(path: str | Path) -> RunConfig | None:
@@ -168,7 +175,8 @@ def browsed_config(path: str | Path) -> RunConfig | None:
         if not Path(load(RunConfig, place / RUN_CONFIG).cache_path or "").is_dir():
             moved.append(f"cache_path={_quoted(place / 'cache')}")
         return load(RunConfig, place / RUN_CONFIG, moved)
-    if (place / "sae.safetensors").is_file():
+    is_name = not place.exists() and isinstance(path, str) and bool(_NAME.fullmatch(path))
+    if is_name or any((place / name).is_file() for name in DICTIONARY_FILES):
         return None
     raise ConfigError(
         f"RUN must be a directory with {RUN_CONFIG}, which `sae run` writes, a YAML file, a "

@@ -15,10 +15,13 @@ from activations_cache import ActivationCache
 from activations_cache.checks import Progress, silent
 from activations_cache.config import ModelConfig
 from activations_cache.models import LoadedModel, load_model
+from activations_cache.pieces import Pieces
 from activations_cache.vision import LoadedVisionModel, load_any_model, load_vision_model
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
+from sae.pretrained import Source
+from sae.pretrained.hub import directory_of
 from sae.run.config import RunConfig
 
 CacheOrPath = ActivationCache | str | Path
@@ -94,9 +97,9 @@ class Run:
         return load_model(self.config.cache.model)
 
     @cached_property
-    def token_strings(self) -> list[str]:
-        """Each token id as text, with its leading space if it has one."""
-        return token_strings(self.loaded)
+    def pieces(self) -> Pieces:
+        """What turns rows of tokens into text."""
+        return pieces_of(self.loaded)
 
     @cached_property
     def dictionaries(self) -> dict[str, SparseAutoencoder]:
@@ -108,11 +111,11 @@ class Run:
         return self.config.train.saes[name].frozen != "none"
 
 
-def token_strings(loaded: LoadedModel) -> list[str]:
-    """Return each token id of a model as text, with its leading space if it has one."""
+def pieces_of(loaded: LoadedModel) -> Pieces:
+    """Return what turns the rows of a model's tokens into text, and its tokens one by one."""
     embeddings = loaded.model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor), type(embeddings)
-    return loaded.tokenizer.batch_decode([[i] for i in range(embeddings.shape[0])])
+    return Pieces(loaded.tokenizer, embeddings.shape[0])
 
 
 def holds_images(cache: ActivationCache) -> bool:
@@ -160,6 +163,19 @@ def opened(cache: CacheOrPath) -> ActivationCache:
     raise wrong_class(
         "cache", "be a cache or the path of one", cache, "pass what sae.run.cache returns"
     )
+
+
+def results_of(path: str | Path, source: Source | None = None) -> Path:
+    """Return where labels and pages of a dictionary go if nobody names another place.
+
+    Args:
+        path: A directory, which holds them itself; or another path or name, whose results go into
+            the user's cache under the hash of the weights.
+        source: What it was read from; it is read here when absent.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    return directory_of(path, source or pretrained.load_with_source(path).source)
 
 
 def loaded_dictionary(dictionary: DictionaryOrPath) -> SparseAutoencoder:

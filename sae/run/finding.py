@@ -11,7 +11,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.config import load_overrides
 from sae.pretrained import load as load_dictionary
-from sae.run.context import Steps, silent_steps, steps_to
+from sae.run.context import Steps, pieces_of, silent_steps, steps_to
 from sae.run.steering import placed_in_model
 from sae.steer.attribution import agreement, attribute, integrated_gradients, logit_difference
 from sae.steer.config import FindRequest
@@ -75,12 +75,11 @@ def _by_texts(
             Counting(request.where, request.first_position), progress=progress,
         )  # fmt: skip
     n_fitting, entries = len(entries), entries[: request.n]
-    texts = [loaded.tokenizer(text)["input_ids"] for text in request.pos]
+    pieces = pieces_of(loaded)
+    texts = [pieces.row(loaded.tokenizer(text)["input_ids"]) for text in request.pos]
     rows = []
     for entry in entries:
-        tokens = [
-            str(loaded.tokenizer.decode([t[p]])) for t, p in zip(texts, entry.tokens, strict=True)
-        ]
+        tokens = [text[place] for text, place in zip(texts, entry.tokens, strict=True)]
         where = " ".join(tokens)
         rows.append((str(entry.latent), f"{entry.score:.3f}", f"{entry.weakest:.3f}", where))
     unit = "of its maximum" if placed.stats is not None else "no statistics: as it is"
@@ -111,7 +110,7 @@ def _behind(
         agreed = agreement(
             loaded.model, placed, ids, metric, n=request.n_ablated, progress=progress
         )
-    strings = [str(loaded.tokenizer.decode([i])) for i in ids[0].tolist()]
+    strings = pieces_of(loaded).row(ids[0].tolist())
     activations, indices = attributed.latents.values, attributed.latents.indices
     top, rows = attributed.top(request.n), []
     for position, latent, score in top:

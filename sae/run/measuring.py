@@ -28,6 +28,8 @@ from sae.evaluate.reconstruction import measure_reconstruction
 from sae.evaluate.report import EvaluationReport, plain
 from sae.evaluate.run import evaluate as evaluate_all
 from sae.evaluate.run import held_out_rows
+from sae.pretrained import Source, load_with_source
+from sae.pretrained.loading import keep_measured
 from sae.run.context import (
     CacheOrPath,
     DictionaryOrPath,
@@ -39,6 +41,7 @@ from sae.run.context import (
     loaded_dictionary,
     opened,
     provenance_of,
+    recorded_model,
     silent_steps,
     steps_to,
     wrong_class,
@@ -91,11 +94,13 @@ class MeasuredDictionary(NamedTuple):
     """A dictionary that is measured."""
 
     dictionary: SparseAutoencoder
-    path: Path | None
+    path: str | Path | None
     """None for one that was passed as it is."""
     group: str
     """Its recipe, or what the request names."""
     seed: int
+    source: Source | None = None
+    """What it was read from; None for one that was passed as it is."""
 
 
 class Measurement(NamedTuple):
@@ -226,9 +231,11 @@ def _report(
         report = result.report
         if isinstance(loaded, LoadedVisionModel):
             report = with_downstream(report, dictionaries, cache, loaded, config, progress)
+    recorded = recorded_model(cache) or {}
+    where = {key: recorded[key] for key in ("path", "dtype") if recorded.get(key)}
     for name, entry in entries.items():
-        if entry.path is not None and (entry.path / "sae.safetensors").is_file():
-            result.firing[name].save(entry.path)  # the unit of steering
+        if entry.path is not None and entry.source is not None:  # the unit of steering
+            keep_measured(entry.path, entry.source, result.firing[name], hook_point, where)
     return report
 
 
@@ -270,17 +277,19 @@ def load_entries(
     recipes: dict[str, str] = {}
     entries: dict[str, MeasuredDictionary] = {}
     for name, target in zip(_names(targets), targets, strict=True):
-        path = None
-        if not isinstance(target.dictionary, SparseAutoencoder):
-            path = Path(target.dictionary)
-        provenance = provenance_of(path)
-        dictionary = loaded_dictionary(target.dictionary)
+        path = source = None
+        if isinstance(target.dictionary, str | Path):
+            path = target.dictionary
+            dictionary, source = load_with_source(path)
+        else:
+            dictionary = loaded_dictionary(target.dictionary)
+        provenance = provenance_of(None if path is None else Path(path))
         check_origin(str(path or name), dictionary, provenance, cache, hook_point)
         recipe, seed = _recipe_and_seed(provenance)
         group = target.group or recipes.setdefault(recipe or name, name)
         n_before = sum(entry.group == group for entry in entries.values())
         seed = n_before if seed is None else seed
-        entries[name] = MeasuredDictionary(dictionary, path, group, seed)
+        entries[name] = MeasuredDictionary(dictionary, path, group, seed, source)
     return entries
 
 

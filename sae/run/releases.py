@@ -1,20 +1,27 @@
 """Dictionaries of others and for others: inspect, convert, push, verify a release."""
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from activations_cache import ActivationCache
+from activations_cache.config import ModelConfig
+from activations_cache.models import load_model
+from activations_cache.probe import readout
 from sae import pretrained
 from sae.architecture import Gated, SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.evaluate.report import read_json
-from sae.pretrained import monosema_format
+from sae.explain.logit_lens import promoted_tokens
+from sae.pretrained import Source, catalogue, monosema_format
 from sae.pretrained.export import TARGETS, export
+from sae.pretrained.hook_names import family_of, lens_name
 from sae.pretrained.loading import load_readings
 from sae.pretrained.push import Card, Pushed
 from sae.pretrained.push import push as push_to_hub
@@ -27,7 +34,16 @@ from sae.pretrained.verify import (
     meets,
     published,
 )
-from sae.run.context import CacheOrPath, Facts, Section, opened
+from sae.run.context import (
+    CacheOrPath,
+    Facts,
+    Section,
+    opened,
+    provenance_of,
+    results_of,
+    token_strings,
+)
+from sae.run.neuronpedia import Names, export_pages, promoted_of
 
 LATER, FIRST, ALL = "after the first", "the first", "all"
 
@@ -50,15 +66,18 @@ def convert(
     *,
     format: str | None = None,
     allow_pt: bool = False,
+    model: str | None = None,
 ) -> Facts:
     """Read one format and write another, exactly, or say why that format cannot hold it.
 
     Args:
         source: A directory, a file or org/name.
         target: The directory to write.
-        to: monosema, saelens, sparsify, dictionary_learning or saebench.
+        to: monosema, saelens, sparsify, dictionary_learning, saebench or circuit_tracer; or
+            neuronpedia, for pages of a dictionary that was explained.
         format: Of the source, where two fit.
         allow_pt: Read a pickle in a closed process.
+        model: For neuronpedia: the model, to show the tokens that each latent promotes.
 
     Returns:
         What was folded.
@@ -66,17 +85,22 @@ def convert(
     Raises:
         ValueError: If the target holds files, or its format cannot hold the dictionary.
     """
-    if Path(target).exists() and any(Path(target).iterdir()):
+    # a set of transcoders is one directory, to which each layer adds a file
+    is_set = to == "circuit_tracer"
+    if Path(target).exists() and any(Path(target).iterdir()) and not is_set:
         raise ValueError(f"{target} must be empty to be written to, got files in it; name another")
     dictionary, origin = pretrained.load_with_source(source, format, allow_pt)
     if to == monosema_format.FORMAT:
         pretrained.save(dictionary, target, {"source": asdict(origin)})
         done = origin.folds_applied
     elif to in TARGETS:
-        site = hook_points_of(dictionary) | origin.site
+        site = origin.site | site_of(dictionary, origin, _record_of(source))
         done = (*origin.folds_applied, *export(dictionary, target, to, site).folds)
+    elif to == PAGES:
+        done = _pages(source, target, dictionary, origin, model)
     else:
-        raise ValueError(f"--to must be one of {[monosema_format.FORMAT, *TARGETS]}, got {to!r}")
+        known = [monosema_format.FORMAT, *TARGETS, PAGES]
+        raise ValueError(f"--to must be one of {known}, got {to!r}")
     rows = [("from", f"{source}, {origin.source_format}"), ("to", f"{target}, {to}")]
     rows += [("folded", fold) for fold in done] or [
         ("folded", "nothing: every number is as it was")
@@ -85,11 +109,81 @@ def convert(
 
 
 def hook_points_of(dictionary: SparseAutoencoder) -> dict[str, str]:
-    """What a dictionary of ours knows of its hook points, in the words of other libraries."""
+    """What a dictionary of ours knows of its hook points, as module paths."""
     config = dictionary.config
     read, predicted = (s[0].hook_point for s in (config.slices_in, config.slices_out))
     names = {"hook_name": read, "submodule_name": read.rpartition(":")[0]} if read else {}
     return names | ({"hook_name_out": predicted} if predicted not in {"", read} else {})
+
+
+def _record_of(source: str | Path) -> dict[str, Any]:
+    """The provenance of a dictionary of ours; empty for others."""
+    return provenance_of(Path(source)) if Path(source).is_dir() else {}
+
+
+def site_of(
+    dictionary: SparseAutoencoder, origin: Source, provenance: Mapping[str, Any]
+) -> dict[str, str]:
+    """What is known of model, hook points and training, in the words of other libraries.
+
+    A hook point has TransformerLens' word where it has one, else its module's path, which stands
+    for the module's output there; `hf_hook_name` names module and side.
+
+    Args:
+        dictionary: Its hook points.
+        origin: What it was read from.
+        provenance: What its directory says of its training; empty for others.
+    """
+    recorded = provenance.get("model")
+    model = recorded if isinstance(recorded, dict) else {"path": str(recorded or "")}
+    name = origin.site.get("model_name") or model.get("path", "")
+    family = family_of(model.get("model", "")) or catalogue.family_of_model(name)
+    points = hook_points_of(dictionary)
+    if not points and (trained := provenance.get("hook_points")):
+        points = {"hook_name": trained[0], "submodule_name": trained[0].rpartition(":")[0]}
+    site = {**points, "model_name": name}
+    for key in ("hook_name", "hook_name_out"):
+        if point := points.get(key):
+            module, _, side = point.rpartition(":")
+            site[key] = lens_name(point, family) or (module if side == "out" else point)
+            site[f"hf_{key}"] = f"{module}.{side}put"
+    trained_on = {
+        "model_dtype": model.get("dtype", ""),
+        "context_size": provenance.get("context", ""),
+        "training_tokens": provenance.get("rows", ""),
+    }
+    return {key: str(text) for key, text in (site | trained_on).items() if text}
+
+
+PAGES = "neuronpedia"
+N_PROMOTED = 10
+
+
+def _pages(
+    source: str | Path,
+    target: str | Path,
+    dictionary: SparseAutoencoder,
+    origin: Source,
+    model: str | None,
+) -> tuple[str, ...]:
+    """Write the pages of an explained dictionary; returns what to say of them."""
+    site = origin.site | site_of(dictionary, origin, _record_of(source))
+    layer = re.match(r"blocks\.(\d+)\.", site.get("hook_name", ""))
+    names = Names(
+        site.get("model_name", "").rpartition("/")[2],
+        int(layer[1]) if layer else 0,
+        re.sub(r"[^\w.\-]+", "-", Path(source).name),
+        site.get("hook_name", ""),
+        site.get("dataset_path", ""),
+    )
+    promoted = None
+    if model is not None:
+        loaded = load_model(ModelConfig(path=model))
+        lens = promoted_tokens(dictionary, readout(loaded.model), N_PROMOTED)
+        promoted = promoted_of(lens, token_strings(loaded))
+    explained = results_of(source, origin) / "explain"
+    files = export_pages(explained, Path(target), dictionary, names, promoted)
+    return tuple(f"written: {file.name}" for file in files)
 
 
 def push(
@@ -259,12 +353,12 @@ def equations_of(config: SAEConfig) -> list[tuple[str, str]]:
     scaled = norm if config.input_scale == 1 else f"{norm} * {config.input_scale:.6g}"
     scaled += "" if len(config.slices_in) == 1 else " * each hook point's own factor"
     centred = "u" if config.b_in == "none" else f"(u - {config.b_in.replace('own', 'b_in')})"
-    y = "a @ W_dec + b_dec" + (" + u @ W_skip" if config.skip else "")
+    through = "u" if config.undo_norm else "x" + scaled.removeprefix(norm)
+    y = "a @ W_dec + b_dec" + (f" + {through} @ W_skip" if config.skip else "")
     brought = "y" if config.scale_out == 1 else f"y / {config.scale_out:.6g}"
     brought += "" if len(config.slices_out) == 1 else " / each hook point's own factor"
-    brought += {"none": "", "layer_norm": " * std(x) + mean(x)", "rms": " * rms(x)"}[
-        config.input_norm
-    ]
+    undone = {"none": "", "layer_norm": " * std(x) + mean(x)", "rms": " * rms(x)"}
+    brought += undone[config.input_norm] if config.undo_norm else ""
     bias = "" if isinstance(config.activation, Gated) else " + b_enc"
     return [
         ("u", scaled),

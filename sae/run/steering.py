@@ -15,19 +15,21 @@ from activations_cache import io
 from activations_cache.checks import Progress, silent
 from activations_cache.config import SPLITS, ModelConfig, TextSource
 from activations_cache.documents import documents
-from activations_cache.models import LoadedModel, Tokenizer, load_model, unembedding
+from activations_cache.models import LoadedModel, Tokenizer, load_model
+from activations_cache.probe import readout
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.tables import LATENTS, LatentRecord, read_latents
 from sae.pretrained import load as load_dictionary
 from sae.pretrained.loading import require_model
-from sae.run.context import Run, Section, wrong_class
+from sae.run.context import Run, Section, pieces_of, wrong_class
 from sae.steer.choice import Candidate, Subject, choose_latent, target_tokens
 from sae.steer.config import SteerRequest, latent_change
 from sae.steer.edits import Edit
 from sae.steer.generation import generate
-from sae.steer.steering import Positions, Steering
+from sae.steer.positions import Positions
+from sae.steer.steering import Steering
 from sae.steer.sweep import Point, Sweep, Target, plot, sweep
 
 GLOSSES = TextSource(path="package://sae/demo_data/wordnet_glosses.jsonl.gz", field="gloss")
@@ -166,13 +168,13 @@ def continuations(
     """Continue each prompt of a request, as the model is and with latents changed."""
     texts = []
     for prompt in request.prompts:
-        n_new = request.max_new_tokens
-        base = generate(loaded.model, loaded.tokenizer, prompt, max_new_tokens=n_new)
+        options = {"max_new_tokens": request.max_new_tokens, "chat": request.chat}
+        base = generate(loaded.model, loaded.tokenizer, prompt, **options)
         changes = [latent_change(text) for text in request.latents]
         edits = [Edit(dictionary, latent=latent, **words) for latent, words in changes]
         where = {"positions": request.positions, "first_position": request.first_position}
         with Steering(loaded.model, edits, **where) as steering:
-            steered = generate(loaded.model, loaded.tokenizer, prompt, max_new_tokens=n_new)
+            steered = generate(loaded.model, loaded.tokenizer, prompt, **options)
         (count,) = steering.counts
         figures = (count.n_chosen, count.n_changed, count.relative_size)
         texts.append(SteeredText(prompt, base.text, steered.text, *figures))
@@ -203,7 +205,8 @@ def sweep_latent(
     points = sweep(target, _neutral(request, loaded.tokenizer), config, progress=progress)
     # Tokens may have glyphs that no font has, so the title has none.
     title = f"latent {latent} of {Path(path).name} at {dictionary.config.hook_point_out}"
-    promoted = [str(loaded.tokenizer.decode([token])) for token in tokens.tolist()]
+    pieces = pieces_of(loaded)
+    promoted = [pieces[token] for token in tokens.tolist()]
     return LatentSweep(latent, points, title, f"x {request.unit}", promoted)
 
 
@@ -238,7 +241,7 @@ def _promoted(
     """The tokens that a latent's direction promotes most, which stand for it in a sweep."""
     placed.require_latent(latent)
     alone = load_dictionary(path, latents=slice(latent, latent + 1))
-    return promoted_tokens(alone, *unembedding(loaded.model), N_TARGETS).promoted[0]
+    return promoted_tokens(alone, readout(loaded.model), None, N_TARGETS).promoted[0]
 
 
 def _neutral(request: SteerRequest, tokenizer: Tokenizer) -> Int[Tensor, "example pos"]:

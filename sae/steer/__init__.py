@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from sae.steer.edits import Edit, Patch, Push, Splice
     from sae.steer.effects import Effect, measure_effect
     from sae.steer.generation import generate
+    from sae.steer.positions import Patches
     from sae.steer.search import find_latents, nearest_latents
-    from sae.steer.steering import Count, Patches, Steering
+    from sae.steer.steering import Count, Steering
     from sae.steer.sweep import Target
 
 __all__ = [
@@ -60,7 +61,7 @@ _HOME = {
     "Edit": "sae.steer.edits",
     "Effect": "sae.steer.effects",
     "Patch": "sae.steer.edits",
-    "Patches": "sae.steer.steering",
+    "Patches": "sae.steer.positions",
     "Push": "sae.steer.edits",
     "Splice": "sae.steer.edits",
     "SteerConfig": "sae.steer.config",

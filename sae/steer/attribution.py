@@ -235,7 +235,7 @@ def see(
     latents = placed.encode(x)
     values = latents.values.clone()
     values[:first_position] = 0
-    size = placed.token_norm(x).size
+    size = placed.output_norm(x).size
     whole = torch.as_tensor(size).to(values).expand(len(x), 1)
     return Seen(ids, x, Latents(values, latents.indices), whole)
 

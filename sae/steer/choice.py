@@ -252,6 +252,7 @@ def _try(
             config.prompt,
             len(candidates),
             max_new_tokens=config.max_new_tokens,
+            chat=config.chat,
         )
     return [_trial(c, found, base) for c, found in zip(candidates, texts, strict=True)]
 
@@ -281,8 +282,8 @@ def _edit(subject: Subject, candidate: Candidate, config: SteerConfig) -> Edit:
 
 
 def _generate(subject: Subject, config: SteerConfig) -> Generation:
-    n_tokens = config.max_new_tokens
-    return generate(subject.model, subject.tokenizer, config.prompt, max_new_tokens=n_tokens)
+    options = {"max_new_tokens": config.max_new_tokens, "chat": config.chat}
+    return generate(subject.model, subject.tokenizer, config.prompt, **options)
 
 
 def _rank(trial: Trial) -> tuple[bool, int, float, float, int]:

@@ -169,7 +169,8 @@ def _maximum(placed: SparseAutoencoder, latent: int) -> float:
     if placed.stats is None:
         raise ValueError(
             "stats must be given for a value in units of a latent's maximum, got None; "
-            "run `sae evaluate`, which writes them beside the dictionary, or give a plain number"
+            "run `sae evaluate DICT --cache CACHE`, then steer by the dictionary's path or name, "
+            "or give a plain number"
         )
     maximum = float(placed.stats.max_activation[latent])
     if maximum == 0:
@@ -226,7 +227,7 @@ class LatentEdits:
     def __call__(self, rows: Rows) -> Changed:
         """Apply h' = h + sum_i (g_i(f_i) - f_i) d_i."""
         h = rows.h.to(self._directions.dtype)
-        size = self._dictionary.token_norm(rows.x).size
+        size = self._dictionary.output_norm(rows.x).size
         f = self._read(rows.x)
         units = h.norm(dim=1, keepdim=True) / (self._norms * size)  # (batch, k)
         pairs = enumerate(zip(self.edits, f.unbind(dim=1), strict=True))

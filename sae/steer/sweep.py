@@ -150,7 +150,8 @@ def sweep(
 
 
 def _continued(target: Target, prompt: str, config: SweepConfig) -> Generation:
-    return generate(target.model, target.tokenizer, prompt, max_new_tokens=config.max_new_tokens)
+    options = {"max_new_tokens": config.max_new_tokens, "chat": config.chat}
+    return generate(target.model, target.tokenizer, prompt, **options)
 
 
 def _point(

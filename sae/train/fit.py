@@ -164,6 +164,7 @@ def _train(
         "model": _model_of(cache),
         "seed": config.seed,
         "rows": total_steps * config.batch,
+        "context": cache.manifest.plan.context,
         "precision": precision,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

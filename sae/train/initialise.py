@@ -97,7 +97,7 @@ def _require_same(path: str, old: SAEConfig, form: SAEConfig) -> None:
         "d_out": (old.width_out, form.width_out),
         **{
             name: (getattr(old, name), getattr(form, name))
-            for name in ("d_sae", "b_in", "input_norm", "gate_by_decoder_norm", "skip")
+            for name in ("d_sae", "b_in", "input_norm", "undo_norm", "gate_by_decoder_norm", "skip")
         },
     }
     for name, (found, wanted) in values.items():

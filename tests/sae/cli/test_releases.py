@@ -49,10 +49,12 @@ def test_conversion_there_and_back(sae, dictionary, tmp_path, capsys):
     assert sae("convert", dictionary, tmp_path / "b", "--to", "saelens") == 0
     assert "nothing: every number is as it was" in capsys.readouterr().out
     metadata = json.loads((tmp_path / "b" / "cfg.json").read_text())["metadata"]
-    assert metadata["hook_name"] == "model.layers.1:out"
+    assert metadata["hook_name"] == "blocks.1.hook_resid_post"
+    assert metadata["hf_hook_name"] == "model.layers.1.output"
     assert sae("convert", tmp_path / "b", tmp_path / "c") == 0
     one, other = library.load(dictionary), library.load(tmp_path / "c")
     assert torch.equal(one.W_enc, other.W_enc)
+    assert other.config.inputs == one.config.inputs
     source = json.loads((tmp_path / "c" / "provenance.json").read_text())["source"]
     assert source["source_format"] == "saelens"
     assert sae("inspect", tmp_path / "b") == 0
@@ -136,3 +138,66 @@ def test_a_release_is_held_against_its_figures(sae, identity, cache, capsys, pub
     assert sae("verify-release", identity, cache, *published) == code
     told = capsys.readouterr()
     assert said in told.out + told.err
+
+
+def test_an_export_names_what_the_provenance_has(sae, dictionary, tmp_path):
+    made = library.load(dictionary)
+    model = {"path": "org/model", "model": "GPT2LMHeadModel", "dtype": "float32"}
+    point = (Slice(hook_point="transformer.h.4.mlp:out", width=D),)
+    placed = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, activation=TopK(k=3), inputs=point))
+    placed.load_state_dict(made.state_dict())
+    recorded = {"model": model, "rows": 4096, "context": 64}
+    library.pretrained.monosema_format.save(placed, tmp_path / "a", recorded)
+    assert sae("convert", tmp_path / "a", tmp_path / "b", "--to", "saelens") == 0
+    metadata = json.loads((tmp_path / "b" / "cfg.json").read_text())["metadata"]
+    assert metadata == {
+        "model_name": "org/model", "hook_name": "blocks.4.hook_mlp_out", "context_size": 64,
+        "training_tokens": 4096, "hf_hook_name": "transformer.h.4.mlp.output",
+        "model_from_pretrained_kwargs": {"dtype": "float32"}, "sae_lens_version": "6.18.0",
+    }  # fmt: skip
+
+
+def test_a_place_without_a_word_is_a_module_s_path(sae, tmp_path):
+    point = (Slice(hook_point="encoder.layer.3.output.dense:out", width=D),)
+    made = SparseAutoencoder(SAEConfig(d_in=D, d_sae=F, activation=ReLU(), inputs=point))
+    library.save(made, tmp_path / "a")
+    assert sae("convert", tmp_path / "a", tmp_path / "b", "--to", "saelens") == 0
+    metadata = json.loads((tmp_path / "b" / "cfg.json").read_text())["metadata"]
+    assert metadata["hook_name"] == "encoder.layer.3.output.dense"
+
+
+def test_the_list_of_releases(sae, capsys):
+    assert sae("releases", "gemma-2-2b", "layer_20", "16k", "res-canonical") == 0
+    assert "gemma-scope-2b-pt-res-canonical:layer_20/width_16k/canonical" in capsys.readouterr().out
+    assert sae("releases", "qwen-scope", "layer_3", "--json") == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert {entry["hook_name"] for entry in entries} == {"blocks.3.hook_resid_post"}
+    assert {"repo", "path", "format", "model", "l0", "name"} <= entries[0].keys()
+    assert sae("releases") == 0
+    out = capsys.readouterr().out
+    assert "dictionaries" in out
+    assert "sae-lens 6.54.12" in out
+    assert sae("releases", "nothing-such") == 1
+    assert "must fit a dictionary" in capsys.readouterr().err
+
+
+def test_what_a_command_shows_is_one_json_object(sae, dictionary, cache, tmp_path, capsys):
+    assert sae("inspect", dictionary, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert ["format", "monosema"] in shown["facts"][0]["rows"]
+    assert sae("find", dictionary, "--near", "3", "n=2", "--json") == 0
+    out = capsys.readouterr().out
+    (table,) = json.loads(out)["tables"]
+    assert len(table["rows"]) == 2
+    assert table["rows"][0].keys() == {"latent", "cosine"}
+    arguments = ("verify-release", dictionary, cache, "--published", "l0=1", "--json")
+    assert sae(*arguments) == 1
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["lines"] == ["meets the published figures: no reading"]
+    assert shown["tables"][0]["rows"]
+    assert sae("inspect", tmp_path / "absent", "--json") == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "must be at" in captured.err
+    assert sae("inspect", dictionary) == 0
+    assert "format" in capsys.readouterr().out

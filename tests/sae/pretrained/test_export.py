@@ -64,6 +64,7 @@ EXACT = [
     ("saelens", "topk", {"input_norm": "rms"}),
     ("saelens", "relu", {"b_in": "none", "d_out": D_OUT, "skip": True}),
     ("saelens", "jumprelu", {"b_in": "none", "d_out": D_OUT}),
+    ("saelens", "relu", {"b_in": "none", "input_norm": "layer_norm", "undo_norm": False}),
     ("saelens", "jumprelu", {"b_in": "none", "skip": True}),
     ("sparsify", "topk", {}),
     ("sparsify", "topk", {"b_in": "none", "skip": True}),
@@ -130,9 +131,9 @@ def test_what_has_to_be_folded_is_the_same_function(tmp_path, to, kind, form, ke
 @pytest.mark.parametrize(
     ("to", "kind", "form", "message"),
     [
-        ("saelens", "topk", {"skip": True}, "must be of ReLU or JumpReLU without a norm"),
+        ("saelens", "topk", {"skip": True}, "must be of ReLU or JumpReLU, its output"),
         ("saelens", "gated", {"b_in": "none", "d_out": D_OUT}, "must be of ReLU or JumpReLU"),
-        ("saelens", "relu", {"input_norm": "rms", "skip": True}, "without a norm"),
+        ("saelens", "relu", {"input_norm": "rms", "skip": True}, "not brought back by a norm"),
         ("sparsify", "relu", {}, "must be one of .*topk.* to be written as sparsify, got 'relu'"),
         ("sparsify", "batchtopk", {}, "to be written as sparsify, got 'batchtopk'"),
         ("saelens", "groupmax", {}, "to be written as saelens, got 'groupmax'"),
@@ -196,4 +197,56 @@ def test_what_is_known_of_the_site_is_written(tmp_path):
     metadata = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
     assert metadata["hook_name"] == "blocks.5.hook_resid_post"
     assert "other" not in metadata
-    assert set(TARGETS) == {"saelens", "sparsify", "dictionary_learning", "saebench"}
+    assert set(TARGETS) == {
+        "saelens", "sparsify", "dictionary_learning", "saebench", "circuit_tracer",
+    }  # fmt: skip
+
+
+TRAINED = {
+    "hook_name": "blocks.3.mlp.hook_in", "hook_name_out": "blocks.3.hook_mlp_out",
+    "model_name": "meta-llama/Llama-3.2-1B", "context_size": "256", "training_tokens": "4096",
+    "model_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_saelens_is_told_model_place_and_training(tmp_path):
+    export.export(filled("jumprelu", b_in="none"), tmp_path, "saelens", TRAINED)
+    record = json.loads((tmp_path / "cfg.json").read_text())
+    metadata = record["metadata"]
+    assert record["architecture"] == "jumprelu_transcoder"
+    assert metadata["model_name"] == "meta-llama/Llama-3.2-1B"
+    assert (metadata["context_size"], metadata["training_tokens"]) == (256, 4096)
+    assert metadata["model_from_pretrained_kwargs"] == {"dtype": "bfloat16"}
+    read = sae.load(tmp_path).config
+    assert read.inputs[0].hook_point == "model.layers.3.mlp:in"
+    assert read.outputs[0].hook_point == "model.layers.3.mlp:out"
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("relu", {}), ("jumprelu", {"skip": True}), ("topk", {}), ("relu", {"b_in": "b_dec"})],
+)
+def test_a_transcoder_in_circuit_tracer_s_layout(tmp_path, kind, form):
+    dictionary = filled(kind, **{"b_in": "none"} | form)
+    export.export(dictionary, tmp_path, "circuit_tracer", TRAINED)
+    settings = (tmp_path / "config.yaml").read_text().splitlines()
+    assert 'model_kind: "transcoder_set"' in settings
+    assert 'feature_input_hook: "mlp.hook_in"' in settings
+    assert 'feature_output_hook: "hook_mlp_out"' in settings
+    assert ("k: 3" in settings) == (kind == "topk")
+    read = sae.load(tmp_path / "layer_3.safetensors", format="circuit_tracer")
+    same_function(read, dictionary)
+
+
+@pytest.mark.parametrize(
+    ("kind", "site", "message"),
+    [
+        ("relu", {}, "got 'none' and 'none'"),
+        ("relu", TRAINED | {"hook_name_out": "blocks.4.hook_mlp_out"}, "in one block"),
+        ("gated", TRAINED, "must be one of"),
+    ],
+)
+def test_what_circuit_tracer_has_no_form_for(tmp_path, kind, site, message):
+    with pytest.raises(DictionaryFormatError, match=message):
+        export.export(filled(kind, b_in="none"), tmp_path, "circuit_tracer", site)
+    assert not list(tmp_path.iterdir())

@@ -2,10 +2,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import sae
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae.pretrained import DictionaryFormatError, load_with_source, rewrite
+from sae.pretrained.export import export
 
 D, F, D_OUT = 7, 23, 11
 K = 3
@@ -118,6 +120,32 @@ def test_gating_by_the_decoder_norm(tmp_path, make, peer, rows, agree, monkeypat
 
 
 @pytest.mark.parametrize("norm", ["constant_norm_rescale", "layer_norm"])
+@pytest.mark.parametrize("architecture", ["transcoder", "jumprelu_skip_transcoder"])
+def test_a_transcoder_s_norm_is_not_undone_and_its_skip_reads_rows_as_they_are(
+    tmp_path, make, peer, rows, agree, architecture, norm
+):
+    given = arrays(make, architecture, D_OUT)
+    path = put(peer, tmp_path / "a", cfg(architecture, normalize_activations=norm), given)
+    x = rows(D) * 5 + 2
+    if norm == "layer_norm":
+        u = (x - x.mean(1, keepdims=True)) / (x.std(1, keepdims=True, ddof=1) + 1e-5)
+    else:
+        u = x * np.sqrt(D) / np.linalg.norm(x, axis=1, keepdims=True)
+    acts, y = reference(peer, architecture, given, u)
+    w = peer.wide(given)
+    y = y + (x - u) @ w.W_skip.T if "skip" in architecture else y
+    dictionary = sae.load(path)
+    agree(dictionary, x, acts, y)
+    again = sae.load(sae.save(dictionary.float(), tmp_path / "b"))
+    agree(again, x, acts, y)
+    assert again.config == dictionary.config
+    export(again.float(), tmp_path / "c", "saelens")
+    agree(sae.load(tmp_path / "c"), x, acts, y)
+    rows_in = torch.from_numpy(x)
+    assert float(dictionary.double().output_norm(rows_in).size) == 1.0
+
+
+@pytest.mark.parametrize("norm", ["constant_norm_rescale", "layer_norm"])
 def test_norms_of_each_token(tmp_path, make, peer, rows, agree, norm):
     given = arrays(make, "topk")
     path = put(peer, tmp_path, cfg("topk", normalize_activations=norm), given)
@@ -216,7 +244,6 @@ def test_a_factor_that_is_not_one_is_refused(tmp_path, make, peer):
         ("topk", {"k": F + 1}, "activation.k must be at most d_sae=23"),
         ("topk", {"k": 0}, "k must be a whole number from 1"),
         ("transcoder", {"d_out": ...}, "must have the key 'd_out'"),
-        ("transcoder", {"normalize_activations": "layer_norm"}, "must be 'none' for a transcoder"),
         ("jumprelu", {"architecture": "standard"}, r"unknown \['threshold'\]"),
         ("standard", {"architecture": "jumprelu"}, r"missing \['threshold'\]"),
     ],

@@ -160,3 +160,53 @@ def test_what_we_write_is_read_by_dictionary_learning(tmp_path, x, kind, module,
     read = theirs.from_pretrained(str(tmp_path / "ae.pt"), **arguments)
     with torch.no_grad():
         assert differs(made.double()(x.double()), read(x)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk"])
+def test_circuit_tracer_reads_a_set_that_is_written_for_it(tmp_path, x, kind):
+    library = pytest.importorskip("circuit_tracer.transcoder.single_layer_transcoder")
+    config = SAEConfig(
+        d_in=D, d_sae=F, activation=KINDS[kind], b_in="none", skip=kind == "jumprelu"
+    )
+    dictionary = fill(SparseAutoencoder(config))
+    site = {**PLACES, "hook_name": "blocks.0.mlp.hook_in", "hook_name_out": "blocks.0.hook_mlp_out"}
+    export(dictionary, tmp_path, "circuit_tracer", site)
+    named = {"activation": "topk", "k": K} if kind == "topk" else {}
+    transcoders = library.load_transcoder_set(
+        {0: str(tmp_path / "layer_0.safetensors")}, "scan", "mlp.hook_in", "hook_mlp_out",
+        device=torch.device("cpu"), lazy_encoder=False, lazy_decoder=False, **named,
+    )  # fmt: skip
+    theirs = transcoders.transcoders[0]
+    with torch.no_grad():
+        acts = theirs.encode(x)
+        assert differs(acts, dictionary.encode_dense(x)) < 1e-6
+        assert differs(theirs.decode(acts, x), dictionary(x)) < 1e-6
+
+
+PLACES = {
+    "hook_name": "blocks.5.mlp.hook_in", "hook_name_out": "blocks.5.hook_mlp_out",
+    "model_name": "meta-llama/Llama-3.2-1B", "context_size": "128", "training_tokens": "1000",
+    "model_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", ["none", "layer_norm", "rms"])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("kind", ["relu", "jumprelu"])
+def test_saelens_reads_transcoders_that_are_written_for_it(tmp_path, x, kind, skip, norm):
+    theirs = pytest.importorskip("sae_lens").SAE
+    config = SAEConfig(
+        d_in=D, d_sae=F, d_out=D_OUT, activation=KINDS[kind], b_in="none", skip=skip,
+        input_norm=norm, undo_norm=norm == "none",
+    )  # fmt: skip
+    dictionary = fill(SparseAutoencoder(config))
+    export(dictionary, tmp_path, "saelens", PLACES)
+    read = theirs.load_from_disk(tmp_path)
+    with torch.no_grad():
+        assert differs(read(x), dictionary(x)) < 1e-6
+        assert differs(read.encode(x), dictionary.encode_dense(x)) < 1e-6
+    metadata = read.cfg.metadata
+    assert (metadata.model_name, metadata.hook_name) == (PLACES["model_name"], PLACES["hook_name"])
+    assert metadata.hook_name_out == PLACES["hook_name_out"]
+    assert (metadata.context_size, metadata.training_tokens) == (128, 1000)
+    assert metadata.model_from_pretrained_kwargs == {"dtype": "bfloat16"}

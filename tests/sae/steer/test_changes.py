@@ -11,7 +11,8 @@ from sae.pretrained.loading import require_model
 from sae.steer.directions import mean_difference, random_direction, stream_of
 from sae.steer.edits import Edit, Patch, Push, Splice
 from sae.steer.generation import generate
-from sae.steer.steering import Patches, Steering
+from sae.steer.positions import Patches
+from sae.steer.steering import Steering
 
 IDS = torch.randint(1, 37, (3, 7), generator=torch.Generator().manual_seed(2))
 
