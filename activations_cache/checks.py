@@ -1,36 +1,30 @@
-"""Checks of config fields; each message begins with the field, so that its path can precede it.
+"""Checks of config fields that a cache alone needs, beside the common ones of `monosema.checks`.
 
 What can go wrong with a cache on disk, each as its own class.
-
-How long-running functions report where they are.
 """
 
 import math
 import re
-from collections.abc import Callable
+
+from monosema.checks import Progress, at_least, fraction, positive, require, silent
+
+__all__ = [
+    "CacheBusyError",
+    "CacheFormatError",
+    "DiskFullError",
+    "MissingPackageError",
+    "NonFiniteError",
+    "Progress",
+    "at_least",
+    "fraction",
+    "package_path",
+    "positive",
+    "require",
+    "silent",
+    "split_fractions",
+]
 
 _PACKAGE_PATH = re.compile(r"package://\w+/.+", re.ASCII)
-
-
-def require(holds: bool, field: str, rule: str, got: object) -> None:
-    """Raise ValueError "<field> must <rule>, got <got>" unless the rule holds."""
-    if not holds:
-        raise ValueError(f"{field} must {rule}, got {got!r}")
-
-
-def at_least(field: str, value: float | int, least: float | int) -> None:
-    """Require a finite number that is at least `least`."""
-    require(math.isfinite(value) and value >= least, field, f"be at least {least}", value)
-
-
-def positive(field: str, value: float | int) -> None:
-    """Require a finite number above 0."""
-    require(math.isfinite(value) and value > 0, field, "be a positive number", value)
-
-
-def fraction(field: str, value: float | int) -> None:
-    """Require a number from 0 to 1."""
-    require(math.isfinite(value) and 0 <= value <= 1, field, "lie between 0 and 1", value)
 
 
 def split_fractions(explain: float, score: float, hold: float, what: str) -> None:
@@ -66,14 +60,3 @@ class NonFiniteError(ValueError):
 
 class MissingPackageError(ValueError):
     """What was asked for needs a package that is not installed; the message says how to get it."""
-
-
-Progress = Callable[[int, int, str], None]
-"""Called as `progress(done, total, unit)`, for example `progress(3, 16, "contexts")`.
-
-Behind " · " may stand what changes, and on further lines what is shown below, a line each.
-"""
-
-
-def silent(done: int, total: int, unit: str) -> None:
-    """Report nothing; what a function uses when its caller passed no progress."""

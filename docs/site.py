@@ -22,7 +22,7 @@ TEXTS = {
 }
 """Files of the repository that become pages, and how the pages are called."""
 
-SOURCES = ("activations_cache", "kernels/sae_kernels", "sae")
+SOURCES = ("activations_cache", "kernels/sae_kernels", "sae", "monosema")
 LINK = re.compile(r"(!?\[[^\]]*\])\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 HIDDEN = ("sae/cli", "sae/demo_data")
 """Nothing to call from Python."""

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from activations_cache import capture
     from sae import evaluate, explain, pretrained, run, steer, train
     from sae.architecture import SAEConfig
     from sae.autoencoder import Latents, SparseAutoencoder
@@ -16,6 +17,7 @@ __all__ = [
     "Latents",
     "SAEConfig",
     "SparseAutoencoder",
+    "capture",
     "evaluate",
     "explain",
     "load",
@@ -30,6 +32,7 @@ _HOME = {
     "Latents": "sae.autoencoder",
     "SAEConfig": "sae.architecture",
     "SparseAutoencoder": "sae.autoencoder",
+    "capture": "activations_cache",
     "load": "sae.pretrained",
     "save": "sae.pretrained",
 }

@@ -8,7 +8,7 @@ Where x stands for several hook points side by side, norms and scales are each h
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, get_args
 
-from activations_cache.checks import at_least, positive, require
+from monosema.checks import at_least, positive, require
 
 
 class Facts(NamedTuple):

@@ -12,7 +12,8 @@ from sae.cli.request import ConfigArgument, Overrides, checked_config, with_json
 from sae.run.config import CacheRunConfig
 
 _BUILD = "build"
-_ALIASES = {"--list-sites": "hook-points", "sites": "hook-points"}
+_FORMER = ("sites", "--list-sites")
+"""What `hook-points` was called."""
 
 
 class _Group(TyperGroup):
@@ -20,9 +21,11 @@ class _Group(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Name the command that is left out."""
-        if args and args[0] in _ALIASES:
-            args = [_ALIASES[args[0]], *args[1:]]
-        elif args and args[0] not in self.commands and not args[0].startswith("-"):
+        if args and args[0] in _FORMER:
+            raise typer.BadParameter(
+                f"the command must be `sae cache hook-points`, got {args[0]!r}, its former name"
+            )
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
             args = [_BUILD, *args]
         return super().parse_args(ctx, args)
 
@@ -66,7 +69,7 @@ def info(
 def hook_points(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A path or a hub id.")],
 ) -> None:
-    """List the hook points of a model, and what is true of it (`sites` is the same)."""
+    """List the hook points of a model, and what is true of it."""
     from sae.run.caches import list_hook_points
 
     with console.step("load") as progress:

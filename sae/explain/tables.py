@@ -139,17 +139,19 @@ def _write(
     os.replace(unfinished, path)
 
 
-def read_latents(path: Path) -> list[LatentRecord]:
-    """Read latents.parquet; record i is latent i.
+def read_latents(path: str | Path) -> list[LatentRecord]:
+    """Read latents.parquet, or that of a directory of explanations; record i is latent i.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If its columns are not those of this version.
     """
-    return [LatentRecord(**row) for row in _rows(path, _LATENT_SCHEMA)]
+    path = Path(path)
+    file = path / LATENTS if path.is_dir() else path
+    return [LatentRecord(**row) for row in _rows(file, _LATENT_SCHEMA)]
 
 
-def read_examples(path: Path, latent: int | None = None) -> list[Context]:
+def read_examples(path: str | Path, latent: int | None = None) -> list[Context]:
     """Read the contexts of one latent, the largest peak first, or of all latents.
 
     Only the part of the file that holds the latent is read.
@@ -159,7 +161,7 @@ def read_examples(path: Path, latent: int | None = None) -> list[Context]:
         ValueError: If its columns are not those of this version.
     """
     only = None if latent is None else [("latent", "==", latent)]
-    return [Context(**row) for row in _rows(path, _CONTEXT_SCHEMA, only)]
+    return [Context(**row) for row in _rows(Path(path), _CONTEXT_SCHEMA, only)]
 
 
 def iter_examples(path: Path) -> Iterator[tuple[int, list[Context]]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sae.run.browsing import browse
-    from sae.run.caches import cache, verify
+    from sae.run.caches import cache, hook_points, model, verify
     from sae.run.comparing import compare
     from sae.run.explaining import explain
     from sae.run.finding import find
@@ -25,8 +25,10 @@ __all__ = [
     "evaluate",
     "explain",
     "find",
+    "hook_points",
     "inspect",
     "job",
+    "model",
     "push",
     "steer",
     "train",
@@ -42,8 +44,10 @@ _HOME = {
     "evaluate": "measuring",
     "explain": "explaining",
     "find": "finding",
+    "hook_points": "caches",
     "inspect": "releases",
     "job": "jobs",
+    "model": "caches",
     "push": "releases",
     "steer": "steering",
     "train": "jobs",

@@ -21,7 +21,7 @@ from activations_cache.models import LoadedModel
 from activations_cache.probe import record_of
 from activations_cache.recompute import recompute
 from activations_cache.summary import HookSummary, summarise
-from activations_cache.vision import load_any_model
+from activations_cache.vision import LoadedVisionModel, load_any_model
 from sae.run.context import CacheOrPath, Facts, Steps, model_of, opened, steps_to, wrong_class
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -113,8 +113,7 @@ def verify_cache(
         problems = [str(problem) for problem in cache.verify(progress=progress)]
     if with_model:
         with steps("recompute") as progress:
-            loaded = load_any_model(model_of(cache, None if moved is None else str(moved)))
-            problems += map(str, recompute(cache, loaded, progress=progress))
+            problems += map(str, recompute(cache, model(cache, moved), progress=progress))
     return problems
 
 
@@ -164,6 +163,16 @@ def _summary_rows(cache: ActivationCache, summary: HookSummary) -> list[tuple[st
         ("effective rank", f"{summary.effective_rank:.0f} (RankMe)"),
         ("share of the mean", f"{summary.mean_share:.1%} of the mean square norm"),
     ]
+
+
+def model(cache: CacheOrPath, moved: str | Path | None = None) -> LoadedModel | LoadedVisionModel:
+    """Load the model that made a cache.
+
+    Args:
+        cache: The cache.
+        moved: Where the model is now, if it has moved.
+    """
+    return load_any_model(model_of(opened(cache), None if moved is None else str(moved)))
 
 
 def hook_points(model: ModelConfig | str | Path, progress: Progress = silent) -> list[str]:

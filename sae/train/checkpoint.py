@@ -17,7 +17,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from activations_cache import io
-from activations_cache.checks import Progress
+from monosema.checks import Progress
 from sae.train.config import TrainConfig
 from sae.train.ranks import Ranks
 from sae.train.signals import Signals, Stopped

@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from activations_cache.checks import at_least, positive, require
+from monosema.checks import at_least, positive, require
 from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK
 from sae.train.loss_config import (
     L0,
@@ -93,6 +93,9 @@ Init = Tied | DataPoints
 
 __all__ = ["L0", "L1", "Adam", "AuxK", "DictionaryConfig", "TrainConfig"]
 
+
+LATER_FIELDS = ("losses",)
+"""Fields of a DictionaryConfig that the first release had not; a new one goes here."""
 
 _TOPK, _ADAM, _TIED = TopK(), Adam(), Tied()
 
@@ -382,6 +385,7 @@ class TrainConfig:
         """
         record = asdict(self)
         for entry in record["saes"].values():
-            if not entry["losses"]:
-                del entry["losses"]
+            for name in LATER_FIELDS:
+                if not entry[name]:
+                    del entry[name]
         return record

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from activations_cache.checks import require
+from monosema.checks import require
 from sae import losses
 from sae.cross_layer import CrossLayerTranscoder
 from sae.train.config import DictionaryConfig

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from activations_cache.checks import require
 from activations_cache.hooks import Edit, edit
+from monosema.checks import require
 from sae.train.forward.common import Forward
 from sae.train.step import StepMetrics, TrainStep
 

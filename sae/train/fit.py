@@ -14,8 +14,8 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 
-from activations_cache.checks import Progress, silent
 from activations_cache.config import TRAINING_SPLITS
+from monosema.checks import Progress, silent
 from sae.config import digest
 from sae.pretrained.monosema_format import save
 from sae.train import checkpoint, curves

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from activations_cache.checks import require
+from monosema.checks import require
 from sae.train.config import DictionaryConfig
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
 
-from activations_cache.checks import at_least, fraction, positive, require
+from monosema.checks import at_least, fraction, positive, require
 from sae.train.loss_term import LossFacts, Sizes, Term
 
 DENSE_OF_DEAD = 2.0

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from activations_cache.checks import at_least, fraction, positive, require
+from monosema.checks import at_least, fraction, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-LIBRARY = ("sae", "activations_cache", "kernels")
+LIBRARY = ("sae", "activations_cache", "kernels", "monosema")
 AROUND = ("tests", "benchmarks", "examples", "docs")
 
 

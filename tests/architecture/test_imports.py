@@ -56,7 +56,9 @@ def test_every_public_name_is_where_its_package_says(in_root, library):
 import importlib
 for package in {packages}:
     module = importlib.import_module(package)
-    for name in getattr(module, "__all__", dir(module)):
+    public = getattr(module, "__all__", dir(module))
+    assert set(dir(module)) == set(public), package
+    for name in public:
         getattr(module, name)
 print("all there")
 """
@@ -102,7 +104,7 @@ def test_what_is_imported_is_declared(repository: Path, library):
     extras = itertools.chain.from_iterable(project["optional-dependencies"].values())
     lines = [*project["dependencies"], *extras]
     declared = {re.match(r"[\w.-]+", line)[0].lower() for line in lines}
-    own = {"sae", "activations_cache", "sae_kernels"}
+    own = {"sae", "activations_cache", "sae_kernels", "monosema"}
     roots = {
         name.partition(".")[0]
         for source in library

@@ -13,7 +13,7 @@ import pytest
 
 from sae.config import recipes
 
-PACKAGES = ("sae", "activations_cache", "kernels")
+PACKAGES = ("sae", "activations_cache", "kernels", "monosema")
 LINKED = ("configs",)
 """What a link inside a package leads to."""
 GLOSSES = "package://sae/demo_data/wordnet_glosses.jsonl.gz"
@@ -65,12 +65,13 @@ def environment(folder: Path, *, pip: bool = False) -> Path:
     return folder / "bin"
 
 
-def test_the_wheel_brings_three_packages_and_no_folder_named_kernels(names):
+def test_the_wheel_brings_four_packages_and_no_folder_named_kernels(names):
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {
         "sae",
         "activations_cache",
         "sae_kernels",
+        "monosema",
     }
 
 

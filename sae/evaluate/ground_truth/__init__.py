@@ -47,3 +47,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'sae.evaluate.ground_truth' has no attribute {name!r}")
     return getattr(import_module(f"sae.evaluate.ground_truth.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -44,3 +44,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'sae.evaluate.scaling' has no attribute {name!r}")
     return getattr(import_module(f"sae.evaluate.scaling.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,4 @@
-"""`sae cache` and `sae verify`: build, look, import, list sites, compare with the model."""
+"""`sae cache` and `sae verify`: build, look, import, list hook points, compare with the model."""
 
 import json
 import sys
@@ -74,8 +74,13 @@ def test_a_cache_of_another_model_is_named(monkeypatch, capsys, config, tmp_path
 
 
 @pytest.mark.parametrize("word", ["sites", "--list-sites"])
-def test_the_sites_of_a_model_are_listed(monkeypatch, capsys, tiny_model_dir, word):
-    assert sae(monkeypatch, "cache", word, str(tiny_model_dir)) == 0
+def test_the_former_name_costs_one_line(monkeypatch, capsys, word):
+    assert sae(monkeypatch, "cache", word, "somewhere") == 2
+    assert "`sae cache hook-points`" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_hook_points_of_a_model_are_listed(monkeypatch, capsys, tiny_model_dir):
+    assert sae(monkeypatch, "cache", "hook-points", str(tiny_model_dir)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "model.layers.0:in" in lines
     assert "model.layers.4.self_attn:out" in lines
@@ -97,7 +102,7 @@ def test_an_array_is_imported(monkeypatch, capsys, tmp_path):
         (["import", "nowhere.npy", "c"], 1, "array nowhere.npy must exist"),
         (["import", "nowhere.npy", "c", "--dtype", "int4"], 2, "'int4' is not one of 'bfloat16'"),
         (["info", "nowhere"], 1, "nowhere must be a directory with a cache"),
-        (["sites", "nowhere/at/all"], 1, "must be a directory"),
+        (["hook-points", "nowhere/at/all"], 1, "must be a directory"),
         (["nowhere.yaml"], 2, "nowhere.yaml"),
     ],
 )

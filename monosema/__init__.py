@@ -1,0 +1,1 @@
+"""What lies below everything else here: checks of arguments, and how progress is reported."""

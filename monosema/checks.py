@@ -1,0 +1,39 @@
+"""Checks of config fields; each message begins with the field, so that its path can precede it.
+
+How long-running functions report where they are.
+"""
+
+import math
+from collections.abc import Callable
+
+
+def require(holds: bool, field: str, rule: str, got: object) -> None:
+    """Raise ValueError "<field> must <rule>, got <got>" unless the rule holds."""
+    if not holds:
+        raise ValueError(f"{field} must {rule}, got {got!r}")
+
+
+def at_least(field: str, value: float | int, least: float | int) -> None:
+    """Require a finite number that is at least `least`."""
+    require(math.isfinite(value) and value >= least, field, f"be at least {least}", value)
+
+
+def positive(field: str, value: float | int) -> None:
+    """Require a finite number above 0."""
+    require(math.isfinite(value) and value > 0, field, "be a positive number", value)
+
+
+def fraction(field: str, value: float | int) -> None:
+    """Require a number from 0 to 1."""
+    require(math.isfinite(value) and 0 <= value <= 1, field, "lie between 0 and 1", value)
+
+
+Progress = Callable[[int, int, str], None]
+"""Called as `progress(done, total, unit)`, for example `progress(3, 16, "contexts")`.
+
+Behind " · " may stand what changes, and on further lines what is shown below, a line each.
+"""
+
+
+def silent(done: int, total: int, unit: str) -> None:
+    """Report nothing; what a function uses when its caller passed no progress."""
