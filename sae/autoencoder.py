@@ -58,8 +58,7 @@ class SparseAutoencoder(nn.Module):
         """
         super().__init__()
         if not isinstance(config, SAEConfig):
-            kind = type(config).__name__
-            raise TypeError(f"config must be an SAEConfig, got {kind}; see sae.SAEConfig")
+            raise TypeError(f"config must be an SAEConfig, got {type(config).__name__}")
         self.config = config
         self.provenance: Mapping[str, Any] = {}
         self._stats: LatentStats | Callable[[], LatentStats | None] | None = None
@@ -90,10 +89,9 @@ class SparseAutoencoder(nn.Module):
         """Say what it is, for `repr`."""
         config, place = self.config, " and ".join(self.config.hook_points)
         written = " and ".join(part.hook_point for part in config.outputs)
-        where = [f"of {place}" + (f" to {written}" if written else "")] if place else []
-        sizes = f"d_in={config.d_in}, d_sae={config.d_sae}"
-        sizes += "" if config.width_out == config.d_in else f", d_out={config.width_out}"
-        return ", ".join([repr(config.activation), sizes, *where])
+        where = f", of {place}" + (f" to {written}" if written else "") if place else ""
+        out = "" if config.width_out == config.d_in else f", d_out={config.width_out}"
+        return f"{config.activation!r}, d_in={config.d_in}, d_sae={config.d_sae}{out}{where}"
 
     @property
     def stats(self) -> LatentStats | None:
@@ -108,10 +106,9 @@ class SparseAutoencoder(nn.Module):
     @stats.setter
     def stats(self, stats: LatentStats | Callable[[], LatentStats | None] | None) -> None:
         d_sae = self.config.d_sae
-        if stats is not None and not callable(stats) and len(stats.max_activation) != d_sae:
-            raise ValueError(
-                f"stats must be of a dictionary with d_sae={d_sae}, got {len(stats.max_activation)}"
-            )
+        n = d_sae if stats is None or callable(stats) else len(stats.max_activation)
+        if n != d_sae:
+            raise ValueError(f"stats must be of a dictionary with d_sae={d_sae}, got {n}")
         self._stats = stats
 
     @property
@@ -123,8 +120,8 @@ class SparseAutoencoder(nn.Module):
         """Say where in a model it belongs, and return it; what it knows already is only compared.
 
         Args:
-            hook_point: The place that it reads, such as "model.layers.7:out".
-            hook_point_out: The place that a transcoder predicts.
+            hook_point: What it reads, such as "model.layers.7:out".
+            hook_point_out: What a transcoder predicts.
 
         Raises:
             ValueError: If it belongs elsewhere.

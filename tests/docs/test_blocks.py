@@ -125,9 +125,8 @@ def check_sae(words: list[str]) -> None:
     command, name = typer.main.get_command(app), words[0]
     while words and words[0] in getattr(command, "commands", {}):
         command = command.commands[words.pop(0)]
-    if hasattr(command, "commands"):  # `sae cache` has two short forms of its own
-        command = command.commands[{"--list-sites": "hook-points"}.get(words[0], "build")]
-        words = [word for word in words if word != "--list-sites"]
+    if hasattr(command, "commands"):  # `sae cache CONFIG` leaves a word out
+        command = command.commands["build"]
     known = {option for parameter in command.params for option in parameter.opts}
     known |= {o for parameter in command.params for o in parameter.secondary_opts}
     passed_on = command.context_settings.get("ignore_unknown_options", False)
