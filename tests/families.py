@@ -145,6 +145,13 @@ def make(family: str) -> nn.Module:
     return model
 
 
+def own_hooks(model: nn.Module) -> list[Callable]:
+    """The hooks in a model that transformers has not left there for its `hidden_states`."""
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(),
+                                                  *m._forward_pre_hooks.values())]  # fmt: skip
+    return [hook for hook in hooks if not hook.__module__.startswith("transformers")]
+
+
 class Row(NamedTuple):
     """What holds for a family; each word was checked against the model's own outputs."""
 

@@ -13,6 +13,7 @@ from sae.steer.edits import Edit, Patch, Push, Splice
 from sae.steer.generation import generate
 from sae.steer.positions import Patches
 from sae.steer.steering import Steering
+from tests.families import own_hooks
 
 IDS = torch.randint(1, 37, (3, 7), generator=torch.Generator().manual_seed(2))
 
@@ -128,7 +129,7 @@ def test_wrong_places_are_refused(model, placed, stats, dictionary, hook_point):
         Steering(model, [edit]),
     ):
         model(IDS)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not own_hooks(model)
 
 
 def test_wrong_requests_are_refused(model, placed):

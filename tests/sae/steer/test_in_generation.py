@@ -21,6 +21,7 @@ from sae.architecture import ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.steer.edits import Edit, Push
 from sae.steer.steering import Steering
+from tests.families import own_hooks
 
 VOCAB, D_MODEL, N_NEW = 43, 24, 9
 LENGTHS = (7, 3, 5)
@@ -233,7 +234,7 @@ def test_an_edit_whose_place_was_never_passed_is_an_error(subject, policy):
     with pytest.raises(ValueError, match=said), Steering(model, [Edit(placed, latent=5, clamp=9.0)],
                                                          positions=policy):  # fmt: skip
         pass
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not own_hooks(model)
 
 
 def test_an_edit_that_rounding_undoes_is_an_error(subject, prompts):
@@ -282,7 +283,8 @@ class Wrapper(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.base_model = model
-        self.config, self.generation_config = model.config, model.generation_config
+        self.config, self.dtype = model.config, model.dtype
+        self.generation_config = model.generation_config
 
     def forward(self, *args, **kwargs):
         return self.base_model(*args, **kwargs)
@@ -297,9 +299,7 @@ def test_a_wrapped_model_is_steered_as_it_is_bare(prompts, policy):
     model, hook_point = llama()
     model.eval().requires_grad_(False)
     bare = steered((model, dictionary_of(hook_point)), prompts, policy)
-    wrapped = Wrapper(model)
-    wrapped.dtype = model.dtype
-    found = steered((wrapped, dictionary_of(f"base_model.{hook_point}")), prompts, policy)
+    found = steered((Wrapper(model), dictionary_of(f"base_model.{hook_point}")), prompts, policy)
     assert found[0] == bare[0]
     assert found[1].n_tokens == bare[1].n_tokens > 0
 
@@ -350,7 +350,7 @@ def test_hooks_and_generate_are_put_back_after_an_error(subject, prompts):
 
     with pytest.raises(KeyError, match="stop"):
         fail()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not own_hooks(model)
     assert "generate" not in vars(model)
 
 
