@@ -35,7 +35,7 @@ UNLOCKED := -W default::DeprecationWarning -W default::PendingDeprecationWarning
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help catalogue demo demo-vision test lint long docs oldest newest lock gpu install install-dev \
+.PHONY: help catalogue demo demo-small demo-vision test lint long docs oldest newest lock gpu install install-dev \
 	environment compiler clean distclean
 
 help: ## Show this text
@@ -47,6 +47,9 @@ help: ## Show this text
 
 demo: $(if $(HAS_GPU),compiler) install ## Cache, train, evaluate, explain, steer and browse on this machine
 	@$(BIN)/sae run configs/demo.yaml $(ARGS)
+
+demo-small: $(if $(HAS_GPU),compiler) install ## The same with two dictionaries and a quarter of the text
+	@$(BIN)/sae run configs/demo_small.yaml $(ARGS)
 
 demo-vision: $(if $(HAS_GPU),compiler) install $(STAMPS)/vision ## The same on drawings, with a vision model
 	@$(BIN)/sae run configs/demo_vision.yaml $(ARGS)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from activations_cache.images import read_images as read_images
     from activations_cache.images import read_skipped as read_skipped
     from activations_cache.models import load_model as load_model
+    from activations_cache.pieces import Pieces as Pieces
     from activations_cache.reader import ActivationCache as ActivationCache
     from activations_cache.reader import open_cache
 
@@ -38,6 +39,7 @@ _PLACES = {
     "ImageSource": ("config", "ImageSource"),
     "ImagesConfig": ("config", "ImagesConfig"),
     "ModelConfig": ("config", "ModelConfig"),
+    "Pieces": ("pieces", "Pieces"),
     "TextConfig": ("config", "TextConfig"),
     "TextSource": ("config", "TextSource"),
     "build": ("builder", "build"),

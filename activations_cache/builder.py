@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from activations_cache import io
@@ -22,11 +22,13 @@ from activations_cache.checks import CacheFormatError, Progress, silent
 from activations_cache.config import CacheConfig, parse_hook_point
 from activations_cache.hooks import capture
 from activations_cache.image_rows import ImageRows, image_widths
+from activations_cache.isolation import Way, read_documents
 from activations_cache.journal import first_difference, journals_at, newest
 from activations_cache.layout import STORAGE
 from activations_cache.locations import PACKAGE, locate
 from activations_cache.manifest import Plan, read_manifest, read_plan
 from activations_cache.models import LoadedModel, load_model
+from activations_cache.probe import record_of
 from activations_cache.reader import ActivationCache, open_cache
 from activations_cache.shard import Examples, ShardBuffer
 from activations_cache.text import PackedText, pack
@@ -69,12 +71,15 @@ class ModelSource:
     ) -> None:
         self._loaded = loaded
         self._hook_points = config.hook_points
+        self._way, self._is_causal = _way(loaded, packed)
         self.examples = _examples(packed)
         self.plan = Plan(
             made_from={
                 "model": loaded.identity,
                 "text": packed.identity,
                 "contexts_per_forward": config.contexts_per_forward,
+                # Position ids are the way of all caches that say nothing of it.
+                **({"documents": self._way} if self._way == "rows" else {}),
             },
             hook_points=d_model,
             dtype=config.dtype,
@@ -91,12 +96,16 @@ class ModelSource:
 
     def __call__(self, numbers: range) -> Mapping[str, Float[Tensor, "example pos _"]]:
         """Run the model on some examples."""
-        ids, positions = model_inputs(self.examples, slice(numbers.start, numbers.stop))
         device = self._loaded.model.device
         with capture(self._loaded.model, self._hook_points) as run:
-            if positions is None:
-                return run(ids.to(device))
-            return run(ids.to(device), position_ids=positions.to(device))
+
+            def on_device(ids: Tensor, **options: Tensor) -> Mapping[str, Tensor]:
+                return run(ids.to(device), **{n: t.to(device) for n, t in options.items()})
+
+            some = slice(numbers.start, numbers.stop)
+            return read_documents(
+                on_device, self.examples, some, self._way, is_causal=self._is_causal
+            )
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -106,15 +115,22 @@ class ModelSource:
         return {"model": self._loaded.provenance, "device": name}
 
 
-def model_inputs(
-    examples: Examples, some: slice | Int[Tensor, " some"]
-) -> tuple[Int[Tensor, "some pos"], Int[Tensor, "some pos"] | None]:
-    """Return token ids and, where examples have segments, positions that begin anew in each.
+def _way(loaded: LoadedModel, packed: PackedText) -> tuple[Way | None, bool]:
+    """How the documents of a text are kept apart, and whether the model is causal.
 
-    From such positions transformers makes the mask that keeps the segments apart.
+    Raises:
+        ValueError: If they shall be and cannot.
     """
-    ids = examples.tokens[some].clamp_min(0)  # padding stands at the end, where nothing sees it
-    return ids, None if examples.segment is None else examples.positions(some)
+    if packed.segments is None:
+        return None, True
+    record = record_of(loaded.model)
+    if record.documents is None:
+        leak = min(record.leaks.values())
+        raise ValueError(
+            f"text.attention must be context for {record.name}, got document: what a document's "
+            f"tokens give there differs by {leak:.1g} from what they give alone"
+        )
+    return record.documents, record.is_causal
 
 
 def load_on_device(config: CacheConfig, progress: Progress) -> AnyModel:

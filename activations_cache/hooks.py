@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from activations_cache.config import parse_hook_point
-from activations_cache.reading import Reading, base_model
+from activations_cache.reading import Reading, around, base_model
+from activations_cache.trial import (
+    Addition,
+    additions,
+    block_lists,
+    passed_lists,
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,10 @@ FAMILIES = (
 def sites(model: nn.Module) -> list[str]:
     """Return the hook points of a model, block by block, in the order in which they are passed.
 
-    For each block: `B:in`, attention `:out`, MLP `:in`, MLP `:out`, `B:out`. A block of a family
-    that is not known has its `in` and `out` alone.
+    For each block: `B:in`, attention `:out`, MLP `:in`, MLP `:out`, `B:out`. What stands for
+    attention and MLP is what the block adds to the stream, looked at on this model: in OLMo 2 it
+    is the norm behind each of them, in Granite no module. A block of a family that is not known
+    has its `in` and `out` alone.
 
     Args:
         model: A transformer: a language model or a vision tower.
@@ -57,30 +65,43 @@ def sites(model: nn.Module) -> list[str]:
     Raises:
         ValueError: If the model has no list of blocks.
     """
+    return [point for point, note in noted_sites(model) if not note]
+
+
+def noted_sites(model: nn.Module) -> list[tuple[str, str]]:
+    """Return the hook points of a model, and of those that are not added to the stream what is.
+
+    Raises:
+        ValueError: If the model has no list of blocks.
+    """
     path, blocks = blocks_of(model)
     prefix = f"{path}." if path else ""
-    return [point for i, block in enumerate(blocks) for point in _points(f"{prefix}{i}", block)]
+    parts = [_parts(block) for block in blocks]
+    names = [[] if of is None else [of.attention, of.mlp_out] for of in parts]
+    added = additions(model, prefix, blocks, names)
+    return [
+        (f"{prefix}{i}{f'.{inner}' if inner else ''}:{side}", note)
+        for i, of_block in enumerate(parts)
+        for inner, side, note in _points(of_block, added[i])
+    ]
 
 
 def blocks_of(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """Return the blocks of a transformer and the module path of their list.
 
-    They are the longest list of modules of one class that is not inside another list, as the
-    experts of a block are.
+    Of several lists of modules they are the longest that a text passes, in a trial; of a model
+    without tokens the longest of modules of one class.
 
     Raises:
         ValueError: If the model has no such list.
     """
-    lists = {
-        path: list(module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        and not any(part.isdigit() for part in path.split("."))
-        and len({type(child) for child in module}) == 1
-    }
-    if not lists:
+    lists = block_lists(model)
+    alike = [path for path, blocks in lists.items() if len({type(b) for b in blocks}) == 1]
+    passed = passed_lists(model, lists) if len(lists) > 1 or not alike else []
+    paths = passed or alike
+    if not paths:
         raise ValueError(f"model must have a list of blocks, got none in {type(model).__name__}")
-    path = max(lists, key=lambda name: len(lists[name]))
+    path = max(paths, key=lambda name: len(lists[name]))
     return path, lists[path]
 
 
@@ -95,15 +116,34 @@ def middle_block(model: nn.Module) -> tuple[str, int]:
     return f"{prefix}{len(blocks) // 2}:out", len(blocks)
 
 
-def _points(path: str, block: nn.Module) -> Iterator[str]:
+def _parts(block: nn.Module) -> BlockParts | None:
     modules = dict(block.named_modules())
     fits = (p for p in FAMILIES if {p.attention, p.mlp_in, p.mlp_out} <= modules.keys())
-    yield f"{path}:in"
-    if (parts := next(fits, None)) is not None:
-        yield f"{path}.{parts.attention}:out"
-        yield f"{path}.{parts.mlp_in}:in"
-        yield f"{path}.{parts.mlp_out}:out"
-    yield f"{path}:out"
+    return next(fits, None)
+
+
+def _points(
+    parts: BlockParts | None, added: Mapping[str, Addition]
+) -> Iterator[tuple[str, str, str]]:
+    """Paths inside a block, sides, and what is to be said of them."""
+    yield "", "in", ""
+    if parts is not None:
+        yield from _adding(parts.attention, added[parts.attention])
+        yield parts.mlp_in, "in", ""
+        yield from _adding(parts.mlp_out, added[parts.mlp_out])
+    yield "", "out", ""
+
+
+def _adding(path: str, addition: Addition) -> Iterator[tuple[str, str, str]]:
+    if addition.path == path:
+        yield path, "out", ""
+    elif addition.path:
+        yield path, "out", f"not what is added to the stream: that is {addition.path}:out"
+        yield addition.path, "out", ""
+    elif addition.scale == addition.scale:  # nan is not itself
+        yield path, "out", f"added to the stream times {addition.scale:.3g}"
+    else:
+        yield path, "out", "not what is added to the stream"
 
 
 Stream = Float[Tensor, "example pos d_model"]
@@ -149,6 +189,8 @@ class Capture:
             missed = [name for name in self._hook_points if name not in self._seen]
             if missed:
                 raise ValueError(f"hook points must be passed by the forward, got no {missed}")
+            for name, stream in self._seen.items():
+                _require_tokens(name, stream, input_ids)
             return {name: self._seen[name] for name in self._hook_points}
         finally:
             self._seen = None
@@ -212,10 +254,24 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
     with contextlib.ExitStack() as hooks:
         for hook_point, fn in edits.items():
+            _require_not_compiled(model, hook_point)
             reading = Reading(model, hook_point)
             hooks.callback(_attach(model, hook_point, replace(hook_point, fn, reading)).remove)
             hooks.enter_context(reading.attach())
         yield
+
+
+def _require_not_compiled(model: nn.Module, hook_point: str) -> None:
+    """Refuse a place inside of compiled code, which runs without hooks."""
+    around_it, module = around(model, hook_point), _module(model, hook_point)
+    called = [*around_it, module]
+    of_forward = any(hasattr(m.forward, "_torchdynamo_orig_callable") for m in around_it)
+    if of_forward or any(m._compiled_call_impl is not None for m in called):
+        raise ValueError(
+            f"{hook_point} must not lie in compiled code, which leaves hooks out, got a compiled "
+            f"{type(model).__name__}; edit the model that is not compiled, or compile each block's "
+            "forward alone (model.compile: true)"
+        )
 
 
 def _apply(
@@ -278,7 +334,21 @@ def _stream(value: object, hook_point: str) -> Stream:
     if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
         return value
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    path, side = parse_hook_point(hook_point)
+    parts = path.split(".")
+    inside = next((i + 2 for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    around = ".".join(parts[: min(inside, len(parts) - 1)])
     raise ValueError(
         f"{hook_point} must carry a stream of shape (example, pos, d_model), got {got}; "
-        "choose another module"
+        f"choose another module{f', such as the one around it, {around}:{side}' * bool(around)}"
     )
+
+
+def _require_tokens(hook_point: str, stream: Stream, inputs: Tensor) -> None:
+    """Refuse a stream whose rows are not the tokens that were read, in their order."""
+    reads = inputs.ndim == 2 and not inputs.is_floating_point()
+    if reads and stream.shape[:2] != inputs.shape:
+        raise ValueError(
+            f"{hook_point} must carry a row for each of {tuple(inputs.shape)} tokens, got a stream "
+            f"of {tuple(stream.shape)}; choose a hook point in the part that reads the text"
+        )

@@ -15,8 +15,10 @@ from activations_cache.checks import MissingPackageError
 
 _DAMAGE = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
+    ImportError,
     LookupError,
     MemoryError,
     OSError,

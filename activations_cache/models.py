@@ -13,8 +13,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -24,9 +23,7 @@ from activations_cache.config import ModelConfig
 from activations_cache.hooks import blocks_of
 from activations_cache.loading import ModelError, Refusing, one_line, quiet
 from activations_cache.locations import PACKAGE, locate
-
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
-"""What model families call the norm before the unembedding."""
+from activations_cache.products import widen_products
 
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*model*.safetensors"]
 _SINGLE = ("model.safetensors", "open_clip_model.safetensors")
@@ -196,6 +193,7 @@ def read_model(
             f"model {config.path} must have all weights of {model_class.__name__}, "
             f"got none for {min(report['missing_keys'])}"
         )
+    widen_products(model)
     return model.eval().requires_grad_(False)
 
 
@@ -240,19 +238,3 @@ def _weights_sha256(config: ModelConfig, paths: list[Path], progress: Progress) 
             "fetch the right file or change model.sha256"
         )
     return found
-
-
-def unembedding(
-    model: nn.Module,
-) -> tuple[Float[Tensor, "vocab d_model"], Float[Tensor, " d_model"] | None]:
-    """Return the output embedding and the weight of the norm before it, float32.
-
-    Raises:
-        ValueError: If the model has no output embedding.
-    """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        raise ValueError(f"model must have an output embedding, got {type(model).__name__}")
-    norms = (getattr(model.base_model, name, None) for name in FINAL_NORMS)
-    weight = next((norm.weight.float() for norm in norms if norm is not None), None)
-    return head.weight.float(), weight

@@ -255,12 +255,16 @@ def _readers(model: nn.Module, hook_point: str) -> list[nn.Module]:
     found = around(model, hook_point)
     models = [m for m in found if hasattr(m, "main_input_name")]
     # A tower for images reads no tokens, although the model around it does.
-    if models and not _reads_tokens(models[-1]):
+    if models and not reads_tokens(models[-1]):
         return [models[-1]]
-    return [m for m in found if _reads_tokens(m)] or [base_model(model)]
+    return [m for m in found if reads_tokens(m)] or [base_model(model)]
 
 
-def _reads_tokens(module: nn.Module) -> bool:
+def reads_tokens(module: nn.Module) -> bool:
     """Whether a module takes the tokens of one stack: not those of encoder and decoder together."""
-    taken = set(parameters_of(module))
-    return bool(taken & {"input_ids", "inputs_embeds"}) and "decoder_input_ids" not in taken
+    return takes_tokens(module) and "decoder_input_ids" not in parameters_of(module)
+
+
+def takes_tokens(module: nn.Module) -> bool:
+    """Whether a module takes token ids, or what was embedded."""
+    return bool({"input_ids", "inputs_embeds"} & set(parameters_of(module)))

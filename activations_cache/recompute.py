@@ -1,20 +1,22 @@
 """Checking a cache against its model: random rows computed again, by another way than hooks."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from activations_cache.builder import model_inputs
 from activations_cache.checks import Progress, silent
 from activations_cache.config import parse_hook_point
 from activations_cache.hooks import blocks_of, capture
 from activations_cache.image_rows import CachedImages
+from activations_cache.isolation import pieces_of
 from activations_cache.models import LoadedModel
+from activations_cache.probe import record_of
 from activations_cache.reader import ActivationCache
 from activations_cache.reading import base_model
+from activations_cache.trial import run_whole
 from activations_cache.vision import LoadedVisionModel
 
 N_ROWS = 64
@@ -37,9 +39,11 @@ def recompute(
 ) -> list[str]:
     """Return how a cache differs from what a model gives, one line for each problem.
 
-    The streams between blocks are compared with `output_hidden_states`, which needs no hooks, so a
-    wrong layer or a wrong side cannot agree with itself. Places inside a block have no such second
-    source; they are captured again in a whole forward.
+    The streams between blocks are compared with `output_hidden_states`, whose entries need no
+    hooks, so a wrong layer or a wrong side cannot agree with itself; which entry is which differs
+    between models and is looked at on this one. Places that are no entry have no such second
+    source; they are captured again in a whole forward. Documents that share a context are each
+    read alone.
 
     Args:
         cache: A complete cache.
@@ -49,10 +53,7 @@ def recompute(
     """
     problems = _identity_problems(cache.identity.get("model"), loaded.identity)
     rows = _sample(cache.rows(), seed)
-    refs = cache.refs(rows)
-    needed = refs.example.unique()
-    at = torch.searchsorted(needed, refs.example)
-    found = _streams(cache, loaded, needed, progress or silent)
+    found = _streams(cache, loaded, rows, progress or silent)
     tolerance = _tolerance(cache.manifest.plan.dtype, loaded.identity["dtype"])
     for hook_point, stream in found.items():
         if stream.shape[-1] != cache.d_model(hook_point):
@@ -61,7 +62,7 @@ def recompute(
                 f"{stream.shape[-1]} from the model"
             )
             continue
-        wanted = stream[at, refs.position]
+        wanted = stream
         # A row may be near zero (an attention's output): then the median row is the measure.
         typical = cache[hook_point].statistics.norm_quantiles["0.5"]
         difference = (cache[hook_point][rows] - wanted).norm(dim=1)
@@ -106,50 +107,114 @@ def _sample(rows: Int[Tensor, " row"], seed: int) -> Int[Tensor, " sample"]:
 def _streams(
     cache: ActivationCache,
     loaded: LoadedModel | LoadedVisionModel,
-    needed: Int[Tensor, " example"],
+    rows: Int[Tensor, " row"],
     progress: Progress,
-) -> dict[str, Float[Tensor, "example pos _"]]:
-    hook_points, inputs = cache.hook_points, _inputs(cache, loaded)
-    parts: dict[str, list[Tensor]] = {name: [] for name in hook_points}
-    blocks, _ = blocks_of(loaded.model)
-    base = base_model(loaded.model)  # without the head
-    numbers = {name: _block_number(name, blocks) for name in hook_points}
-    for chunk in needed.split(_LONGEST):
-        first, rest = inputs(chunk)
-        with torch.no_grad():
-            hidden = base(first, **rest, output_hidden_states=True).hidden_states
-        last = len(hidden) - 1
-        # The last one comes after the final norm, so the last block's output is captured as well.
-        wanted = [name for name in hook_points if numbers[name] in (None, last)]
-        captured = {}
-        if wanted:
-            with capture(loaded.model, wanted, stop=False) as run:
-                captured = run(first, **rest)
-        for name, number in numbers.items():
-            stream = captured[name] if name in captured else hidden[number or 0]
-            parts[name].append(stream.float().cpu())
-        done = min(len(parts[hook_points[0]]) * _LONGEST, len(needed))
-        progress(done, len(needed), "examples computed again")
-    return {name: torch.cat(streams) for name, streams in parts.items()}
+) -> dict[str, Float[Tensor, "row _"]]:
+    """What the model gives at each hook point for some rows of the cache."""
+    read = _Reader(cache.hook_points, loaded)
+    refs, parts = cache.refs(rows), {name: [] for name in cache.hook_points}
+    order: list[Tensor] = []
+    for chunk, inputs, options in _inputs(cache, loaded, refs.example, refs.position):
+        given = read(inputs, options)
+        for name, stream in given.items():
+            parts[name].append(stream[chunk.example, chunk.position].float().cpu())
+        order.append(chunk.row)
+        progress(sum(map(len, order)), len(rows), "rows computed again")
+    at = torch.cat(order).argsort()
+    return {name: torch.cat(streams)[at] for name, streams in parts.items()}
+
+
+class _Chunk(NamedTuple):
+    """Rows that one forward gives: which they are, and where they stand in it."""
+
+    row: Int[Tensor, " row"]
+    example: Int[Tensor, " row"]
+    position: Int[Tensor, " row"]
+
+
+class _Reader:
+    """Runs a model and returns the streams at some hook points."""
+
+    def __init__(self, hook_points: Sequence[str], loaded: LoadedModel | LoadedVisionModel) -> None:
+        model = loaded.model
+        self._entry, prefix = base_model(model), ""
+        blocks, listed = blocks_of(model)
+        last = len(listed)
+        entries = dict(enumerate([*range(1, last), None]))
+        first: int | None = 0
+        if isinstance(loaded, LoadedModel):
+            record = record_of(model)
+            prefix, entries = record.reader, dict(enumerate(record.hidden_states))
+            self._entry = model.get_submodule(prefix)
+            first = record.first
+        self._entry_of: dict[str, int | None] = {}
+        for name in hook_points:
+            number = _block_number(name, blocks)
+            self._entry_of[name] = first if number == 0 else entries.get((number or 0) - 1)
+        wanted = [name for name, entry in self._entry_of.items() if entry is None]
+        self._captured = {name: name.removeprefix(f"{prefix}." * bool(prefix)) for name in wanted}
+        outside = [name for name, own in self._captured.items() if prefix and own == name]
+        if outside:
+            raise ValueError(
+                f"{outside[0]} must lie in {prefix}, which reads the text, to be computed again"
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self, inputs: Shaped[Tensor, "example ..."], options: Mapping[str, Any]
+    ) -> dict[str, Float[Tensor, "example pos _"]]:
+        hidden, captured = (), {}
+        if len(self._captured) < len(self._entry_of):
+            output = run_whole(self._entry, inputs, **options, output_hidden_states=True)
+            hidden = output.hidden_states
+        if self._captured:
+            with capture(self._entry, list(self._captured.values()), stop=False) as run:
+                captured = run(inputs, **options)
+        return {
+            name: hidden[entry] if entry is not None else captured[self._captured[name]]
+            for name, entry in self._entry_of.items()
+        }
 
 
 def _inputs(
-    cache: ActivationCache, loaded: LoadedModel | LoadedVisionModel
-) -> Callable[[Int[Tensor, " example"]], tuple[Shaped[Tensor, "example ..."], dict[str, Any]]]:
-    """Return what gives, for some examples, the first argument of a forward and the others."""
-    if isinstance(loaded, LoadedVisionModel):
-        images = CachedImages(cache)
-        options = loaded.reading.options(images.preprocessing.size)
-        return lambda some: (images.pixels(some).to(loaded.device, loaded.dtype), options)
+    cache: ActivationCache,
+    loaded: LoadedModel | LoadedVisionModel,
+    example: Int[Tensor, " row"],
+    position: Int[Tensor, " row"],
+) -> Iterator[tuple[_Chunk, Shaped[Tensor, "example ..."], dict[str, Any]]]:
+    """Yield what a forward reads, and which of the rows it gives."""
+    if cache.examples.segment is not None and isinstance(loaded, LoadedModel):
+        yield from _pieces(cache, loaded, example, position)
+        return
+    for some in example.unique().split(_LONGEST):
+        row = torch.isin(example, some).nonzero().flatten()
+        chunk = _Chunk(row, torch.searchsorted(some, example[row]), position[row])
+        if isinstance(loaded, LoadedVisionModel):
+            images = CachedImages(cache)
+            options = loaded.reading.options(images.preprocessing.size)
+            yield chunk, images.pixels(some).to(loaded.device, loaded.dtype), dict(options)
+        else:
+            tokens = cache.examples.tokens[some].clamp_min(0)
+            yield chunk, tokens.to(loaded.model.device), {}
 
-    def read(some: Int[Tensor, " example"]) -> tuple[Int[Tensor, "example pos"], dict[str, Any]]:
-        ids, positions = model_inputs(cache.examples, some)
-        device, rest = loaded.model.device, dict[str, Any](use_cache=False)
-        if positions is not None:
-            rest["position_ids"] = positions.to(device)
-        return ids.to(device), rest
 
-    return read
+def _pieces(
+    cache: ActivationCache,
+    loaded: LoadedModel,
+    example: Int[Tensor, " row"],
+    position: Int[Tensor, " row"],
+) -> Iterator[tuple[_Chunk, Int[Tensor, "1 pos"], dict[str, Any]]]:
+    """Yield each document that has one of the rows, alone."""
+    tokens, segment = cache.examples.tokens, cache.examples.segment
+    assert segment is not None, "called for segments alone"
+    for piece in pieces_of(tokens[example.unique()], segment[example.unique()]):
+        number = int(example.unique()[piece.example])
+        inside = (example == number) & (position >= piece.start) & (position < piece.stop)
+        row = inside.nonzero().flatten()
+        if len(row):
+            chunk = _Chunk(row, torch.zeros_like(row), position[row] - piece.start)
+            ids = tokens[number, piece.start : piece.stop][None]
+            yield chunk, ids.to(loaded.model.device), {}
 
 
 def _block_number(hook_point: str, blocks: str) -> int | None:

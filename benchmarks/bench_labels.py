@@ -18,6 +18,7 @@ import torch
 
 import activations_cache
 from activations_cache.models import load_model
+from activations_cache.pieces import Pieces
 from benchmarks.rows import append, surroundings
 from sae import pretrained
 from sae.explain.config import ExplainConfig
@@ -38,7 +39,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Explained]:
     loaded = load_model(model_of(cache, None))
     embeddings = loaded.model.get_input_embeddings().weight
     assert isinstance(embeddings, torch.Tensor)
-    strings = loaded.tokenizer.batch_decode([[i] for i in range(embeddings.shape[0])])
+    strings = Pieces(loaded.tokenizer, embeddings.shape[0])
     found = {}
     for number, path in enumerate(arguments.dictionaries):
         config = ExplainConfig(

@@ -17,7 +17,7 @@ from pathlib import Path
 import activations_cache
 import sae
 import stand_ins
-from activations_cache import CacheConfig, ModelConfig, TextConfig, TextSource, load_model
+from activations_cache import CacheConfig, ModelConfig, Pieces, TextConfig, TextSource, load_model
 from sae.architecture import TopK
 from sae.explain.autointerp import Subject, client_of, label_with_llm
 from sae.explain.config import AutointerpConfig, LLMConfig, WindowConfig
@@ -30,8 +30,7 @@ config = CacheConfig(model=model, text=text, hook_points=(hook_point,), n_rows=4
 cache = activations_cache.build(config, "cache")
 entries = {"topk": DictionaryConfig(d_sae=32, activation=TopK(k=4))}
 path = train(cache, TrainConfig(saes=entries, batch=256, epochs=4), "train")["topk"]
-tokenizer = load_model(model).tokenizer
-strings = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+pieces = Pieces(load_model(model).tokenizer)
 
 # %%
 # Labels are written from the split `explain` and scored on `score`, which share no document. Limits
@@ -48,7 +47,7 @@ with nullcontext(given[0]) if given else stand_ins.endpoint() as url:
         n_controls=3,
         n_baseline=2,
     )  # fmt: skip
-    subject = Subject(sae.load(path), cache, hook_point, [f" {string}" for string in strings])
+    subject = Subject(sae.load(path), cache, hook_point, pieces)
     summary = label_with_llm(subject, settings, Path("labels"), client_of(settings))
 
 # %%

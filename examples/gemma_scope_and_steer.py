@@ -12,9 +12,10 @@ import sys
 
 import torch
 
+import sae
 import stand_ins
 from activations_cache import ModelConfig, load_model
-from sae.steer import Edit, Splice, Steering, load
+from sae.steer import Edit, Splice, Steering
 
 given = sys.argv[1:]
 model, hook_point, release = given or (
@@ -24,10 +25,10 @@ model, hook_point, release = given or (
 # %%
 # The release does not name the place in this project's words, so it is given. Nothing is guessed:
 # where two formats or two orientations fit, `format=` has to be named.
-placed = load(release, hook_point, format="gemma_scope")
+dictionary = sae.load(release, format="gemma_scope").at(hook_point)
 loaded = load_model(ModelConfig(path=model, dtype="float32"))
 prompt = loaded.tokenizer("the sister was in the garden", return_tensors="pt")
-print(placed.dictionary.config.activation, placed.dictionary.W_dec.shape)
+print(dictionary.config.activation, dictionary.W_dec.shape)
 
 # %%
 # h' = h + (g(f) - f) d: what the dictionary does not reconstruct stays in the stream. Strengths are
@@ -36,7 +37,7 @@ print(placed.dictionary.config.activation, placed.dictionary.W_dec.shape)
 settings = {"max_new_tokens": 8, "do_sample": False}
 base = loaded.model.generate(**prompt, **settings)
 for strength in ("0.5x norm", "2x norm"):
-    edit = Edit(placed, latent=7, add=strength)
+    edit = Edit(dictionary, latent=7, add=strength)
     with Steering(loaded.model, [edit], positions="generated") as steering:
         steered = loaded.model.generate(**prompt, **settings)
     [count] = steering.counts
@@ -48,7 +49,7 @@ for strength in ("0.5x norm", "2x norm"):
 # the reconstruction alone.
 with torch.no_grad():
     logits = loaded.model(**prompt).logits
-    with Steering(loaded.model, [Splice(placed, keep_error=False)]):
+    with Steering(loaded.model, [Splice(dictionary, keep_error=False)]):
         spliced = loaded.model(**prompt).logits
 kl = (logits.log_softmax(-1).exp() * (logits.log_softmax(-1) - spliced.log_softmax(-1))).sum(-1)
 print(f"KL of the prompt's tokens by the reconstruction alone: {kl.mean():.4f} nats")

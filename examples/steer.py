@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from activations_cache import capture
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
-from sae.steer import Edit, Placed, Steering
+from sae.steer import Edit, Steering
 
 torch.manual_seed(0)
 config = LlamaConfig(
@@ -23,9 +23,9 @@ dictionary = SparseAutoencoder(SAEConfig(d_in=32, d_sae=128, activation=TopK(k=8
 initialise(dictionary, torch.Generator().manual_seed(1))
 
 # %%
-# `sae.steer.load("runs/demo/train/topk")` gives the same of a trained one, with its statistics.
-placed = Placed(dictionary.requires_grad_(False), "model.layers.1:out")
-edit = Edit(placed, latent=7, add="2x norm")  # moves the stream by twice its norm
+# `sae.load("runs/demo/train/topk")` gives a trained one with its hook point and statistics.
+dictionary = dictionary.requires_grad_(False).at("model.layers.1:out")
+edit = Edit(dictionary, latent=7, add="2x norm")  # moves the stream by twice its norm
 prompt = torch.tensor([[5, 17, 23, 42]])
 with Steering(model, [edit], positions="generated") as steering:
     text = model.generate(prompt, max_new_tokens=12, do_sample=False)

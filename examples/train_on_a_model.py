@@ -8,7 +8,7 @@ seconds; its figures mean nothing.
 """
 
 # %%
-# `capture` takes any module path, with `:out` or `:in`; `sae cache --list-sites MODEL` lists them.
+# `capture` takes any module path, with `:out` or `:in`; `sae cache hook-points MODEL` lists them.
 import sys
 
 import activations_cache

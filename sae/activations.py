@@ -17,16 +17,22 @@ from sae_kernels import (
 
 
 class Latents(NamedTuple):
-    """The latents of a batch in sparse form.
+    """The latents of rows, which may stand in any axes, in sparse form.
 
     Width is k for TopK, else the largest L0 among the rows. Only values != 0 fire; a place that
     does not fire holds value 0 and index 0; indices are int64 and ascend within a row.
     """
 
-    values: Float[Tensor, "batch k"]
+    values: Float[Tensor, "*rows k"]
     """Activations."""
-    indices: Int[Tensor, "batch k"]
+    indices: Int[Tensor, "*rows k"]
     """Latent numbers."""
+
+    def top(self, n: int) -> list[int]:
+        """The n latents of the largest activations in all rows, the largest first, each once."""
+        order = self.values.detach().flatten().argsort(descending=True, stable=True)
+        fires = order[self.values.flatten()[order] > 0]
+        return list(dict.fromkeys(self.indices.flatten()[fires].tolist()))[:n]
 
 
 class Magnitude(NamedTuple):
@@ -77,7 +83,7 @@ def encode(
             open_gates = encode_threshold(u, rows, bias, 0.0, b_in=b_in)
             latents = from_csr(_magnitudes(open_gates, weights))
         case ReLU():
-            latents = to_latents(torch.relu(pre_acts(u, weights)))
+            latents = to_latents(dense_acts(activation, pre_acts(u, weights), weights))
         case _:
             assert_never(activation)
     return ungated(latents, weights)
@@ -124,19 +130,26 @@ def encode_dense(
     """The same activations as one dense row per input row."""
     if activation.facts.trains == "sparse":
         return to_dense(encode(activation, u, weights), weights.enc_rows.shape[0])
-    acts = dense_acts(pre_acts(u, weights), weights)
+    acts = dense_acts(activation, pre_acts(u, weights), weights)
     return acts if weights.norms is None else acts / weights.norms
 
 
 def dense_acts(
-    pre: Float[Tensor, "batch d_sae"], weights: EncoderWeights
+    activation: Activation, pre: Float[Tensor, "batch d_sae"], weights: EncoderWeights
 ) -> Float[Tensor, "batch d_sae"]:
-    """What ReLU, JumpReLU and Gated make of pre-activations, before any division by `norms`."""
-    if weights.magnitude is not None:
-        return torch.relu(pre * weights.magnitude.scale + weights.magnitude.shift) * (pre > 0)
-    if weights.threshold is not None:
-        return pre * (pre > weights.threshold)
-    return torch.relu(pre)
+    """What a dense kind makes of pre-activations, before any division by `norms`."""
+    match activation:
+        case Gated():
+            assert weights.magnitude is not None
+            return torch.relu(pre * weights.magnitude.scale + weights.magnitude.shift) * (pre > 0)
+        case JumpReLU():
+            return pre * (pre > _threshold(weights))
+        case ReLU():
+            return torch.relu(pre)
+        case TopK() | BatchTopK() | GroupMax():
+            raise AssertionError(f"{activation.kind} is sparse; see encode")
+        case _:
+            assert_never(activation)
 
 
 def _threshold(weights: EncoderWeights) -> Float[Tensor, "*d_sae"]:

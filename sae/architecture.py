@@ -5,7 +5,7 @@ y = a @ W_dec + b_dec (+ u @ W_skip);  x_hat = y / output_scale, with the input'
 Where x stands for several hook points side by side, norms and scales are each hook point's own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 from activations_cache.checks import at_least, positive, require
@@ -22,16 +22,59 @@ class Facts(NamedTuple):
     """a as a function of h and k, for people."""
     threshold: Literal["none", "one", "per latent"] = "none"
     """Whether h must exceed a threshold: one that training estimates, or a parameter each."""
-    penalties: tuple[str, ...] = ()
-    """The sparsity penalties of the training config of which it needs one."""
-    terms: tuple[str, ...] = ()
-    """Other terms of the loss that it takes."""
-    sliceable: bool = True
-    """Whether some of the latents fire as they do among all, if nothing else has to be chosen."""
+    choice: Literal["none", "row", "batch", "group"] = "none"
+    """Where the k largest are chosen: nowhere, in each row, in the batch, or one in each group."""
+    parameters: tuple[str, ...] = ("b_enc",)
+    """The parameters, or the buffer, that have one value per latent."""
+    one_op: tuple[str, ...] = ()
+    """The precisions in which one kernel does the whole step of a dense dictionary."""
+    pieces: float = 1.0
+    """Pieces of the workspace that this kernel holds (`sae.train.memory`)."""
+
+
+class Kind:
+    """What every activation answers; those that differ say so."""
+
+    facts: ClassVar[Facts]
+
+    @property
+    def per_row(self) -> int | None:
+        """How many latents fire in a row, on average, where the activation decides it."""
+        return None
+
+    @property
+    def window(self) -> float:
+        """Width of the window around a threshold in which it learns."""
+        return 1.0
+
+    @property
+    def first_threshold(self) -> float:
+        """The threshold of every latent at the start of training."""
+        return 0.0
+
+    def check_width(self, d_sae: int) -> None:
+        """Check what counts latents against their number."""
+        k = self.per_row
+        require(k is None or k <= d_sae, "activation.k", f"be at most d_sae={d_sae}", k)
+
+
+class _KLargest(Kind):
+    """What the activations with a k share."""
+
+    k: int
+
+    @property
+    def per_row(self) -> int | None:
+        """The k of the config."""
+        return self.k
+
+    def __post_init__(self) -> None:
+        """Check k, as far as it can be without d_sae."""
+        at_least("k", self.k, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReLU:
+class ReLU(Kind):
     """a = max(h, 0); how many latents fire is decided by the sparsity penalty."""
 
     kind: Literal["relu"] = "relu"
@@ -40,13 +83,12 @@ class ReLU:
         "dense",
         6.5,
         "relu({h})",
-        penalties=("l1", "p_anneal"),
-        terms=("auxk", "matryoshka", "control"),
+        one_op=("fp32",),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopK:
+class TopK(_KLargest):
     """The k largest h of each row, cut at 0 (Gao et al. 2024, arXiv 2406.04093)."""
 
     kind: Literal["topk"] = "topk"
@@ -57,16 +99,12 @@ class TopK:
         "sparse",
         2.5,
         "relu of the {k} largest of {h}",
-        terms=("auxk", "matryoshka", "k_anneal", "multi_topk", "refine"),
+        choice="row",
     )
-
-    def __post_init__(self) -> None:
-        """Check k, as far as it can be without d_sae."""
-        at_least("k", self.k, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchTopK:
+class BatchTopK(_KLargest):
     """The k * batch largest h of a batch in training, else all above one threshold.
 
     The threshold is what separated the two in training, so that a row's latents do not depend on
@@ -82,16 +120,12 @@ class BatchTopK:
         2.5,
         "{h} where above one threshold, else 0",
         "one",
-        terms=("auxk", "matryoshka", "k_anneal", "refine"),
+        choice="batch",
     )
-
-    def __post_init__(self) -> None:
-        """Check k, as far as it can be without d_sae."""
-        at_least("k", self.k, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupMax:
+class GroupMax(_KLargest):
     """The largest h of each of k groups of neighbours, cut at 0 (sparsify's `groupmax`)."""
 
     kind: Literal["groupmax"] = "groupmax"
@@ -102,17 +136,18 @@ class GroupMax:
         "sparse",
         2.5,
         "relu of the largest {h} of each of {k} groups",
-        terms=("auxk", "matryoshka"),
-        sliceable=False,
+        choice="group",
     )
 
-    def __post_init__(self) -> None:
-        """Check k, as far as it can be without d_sae."""
-        at_least("k", self.k, 1)
+    def check_width(self, d_sae: int) -> None:
+        """The groups are equal."""
+        super().check_width(d_sae)
+        divides = d_sae % self.k == 0
+        require(divides, "activation.k", f"divide d_sae={d_sae} into equal groups", self.k)
 
 
 @dataclass(frozen=True, kw_only=True)
-class JumpReLU:
+class JumpReLU(Kind):
     """a = h where h > threshold, else 0; a threshold per latent (arXiv 2407.14435)."""
 
     kind: Literal["jumprelu"] = "jumprelu"
@@ -126,9 +161,20 @@ class JumpReLU:
         6.5,
         "{h} where above the latent's threshold, else 0",
         "per latent",
-        ("l0", "tanh"),
-        ("preact", "auxk", "matryoshka", "control"),
+        parameters=("b_enc", "threshold"),
+        one_op=("fp32", "bf16"),
+        pieces=4.0,
     )
+
+    @property
+    def window(self) -> float:
+        """The bandwidth."""
+        return self.bandwidth
+
+    @property
+    def first_threshold(self) -> float:
+        """The threshold that the config names."""
+        return self.threshold
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -137,7 +183,7 @@ class JumpReLU:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gated:
+class Gated(Kind):
     """One product decides what fires and, rescaled, how much (arXiv 2404.16014).
 
     pi = (u - b_in) @ W_enc;  a = max(pi * exp(r_mag) + b_mag, 0) where pi + b_gate > 0, else 0.
@@ -149,8 +195,7 @@ class Gated:
         "gated",
         8.5,
         "relu(h * exp(r_mag) + b_mag) where h + b_gate > 0, else 0",
-        penalties=("l1",),
-        terms=("control",),
+        parameters=("b_gate", "b_mag", "r_mag"),
     )
 
 
@@ -159,12 +204,9 @@ KINDS: dict[str, type[Activation]] = {kind.kind: kind for kind in get_args(Activ
 """The activations by name."""
 
 
-def check_k(activation: Activation, d_sae: int) -> None:
-    """Check what counts latents against their number."""
-    k = getattr(activation, "k", 1)
-    require(k <= d_sae, "activation.k", f"be at most d_sae={d_sae}", k)
-    divides = not isinstance(activation, GroupMax) or d_sae % k == 0
-    require(divides, "activation.k", f"divide d_sae={d_sae} into equal groups", k)
+def with_k(activation: Activation, k: int) -> Activation:
+    """The same activation with another k; itself where it has none."""
+    return replace(activation, k=k) if isinstance(activation, _KLargest) else activation
 
 
 B_IN = ("none", "b_dec", "own")
@@ -233,7 +275,7 @@ class SAEConfig:
         self._check_words()
         if self.input_norm == "layer_norm":
             at_least("d_in", min(part.width for part in self.slices_in), 2)
-        check_k(self.activation, self.d_sae)
+        self.activation.check_width(self.d_sae)
         if isinstance(self.activation, Gated):
             gate = self.gate_by_decoder_norm
             require(not gate, "gate_by_decoder_norm", "be false for activation.kind 'gated'", gate)
@@ -273,6 +315,62 @@ class SAEConfig:
         """The hook points that are read and those that are predicted; the default if unrecorded."""
         read = tuple(part.hook_point for part in self.inputs) or (default,)
         return read, tuple(part.hook_point for part in self.outputs) or read
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        """The places in a model that are read, side by side; empty where nobody recorded them."""
+        return tuple(part.hook_point for part in self.inputs if part.hook_point)
+
+    @property
+    def hook_point(self) -> str:
+        """The one place that is read.
+
+        Raises:
+            ValueError: If there are several, or nobody said which.
+        """
+        if len(self.hook_points) != 1:
+            known = ", ".join(self.hook_points) or "none"
+            say = 'say which by .at("model.layers.7:out")'
+            advice = "use hook_points" if self.hook_points else say
+            raise ValueError(f"the dictionary must read one hook point, got {known}; {advice}")
+        return self.hook_points[0]
+
+    @property
+    def hook_point_out(self) -> str:
+        """The one place that is predicted: the one that is read, or a transcoder's other one.
+
+        Raises:
+            ValueError: If there are several, or nobody said which.
+        """
+        points = [part.hook_point for part in self.outputs]
+        if len(points) > 1:
+            raise ValueError(f"the dictionary must predict one hook point, got {', '.join(points)}")
+        if not points and self.width_out != self.d_in:
+            raise ValueError(
+                f"d_out must be d_in={self.d_in} for a dictionary that writes where it reads, got "
+                f"{self.width_out}; say where a transcoder writes: .at(HERE, THERE)"
+            )
+        return points[0] if points else self.hook_point
+
+    def at(self, hook_point: str, hook_point_out: str | None = None) -> "SAEConfig":
+        """The same with its hook points; those that it knows already are only compared.
+
+        Raises:
+            ValueError: If it belongs elsewhere.
+        """
+        written = tuple(part.hook_point for part in self.outputs)
+        for given, known in ((hook_point, self.hook_points), (hook_point_out, written)):
+            if given and known and (given,) != known:
+                place = " and ".join(known)
+                raise ValueError(f"hook_point must be {place}, where it was trained, got {given}")
+        config = self
+        if not self.hook_points:
+            [part] = self.inputs or (Slice(hook_point="", width=self.d_in),)
+            config = replace(config, inputs=(replace(part, hook_point=hook_point),))
+        if hook_point_out and hook_point_out != hook_point and not written:
+            part = Slice(hook_point=hook_point_out, width=self.width_out)
+            config = replace(config, d_out=self.width_out, outputs=(part,))
+        return config
 
     @property
     def width_out(self) -> int:

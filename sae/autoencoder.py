@@ -1,9 +1,10 @@
 """The one autoencoder: encode, decode, initialise."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from sae import activations
@@ -24,6 +25,18 @@ class TokenNorm(NamedTuple):
     size: Float[Tensor, "batch _"] | float
 
 
+@runtime_checkable
+class LatentStats(Protocol):
+    """What `sae evaluate` counted of a dictionary's latents (`sae.metrics.Firing`)."""
+
+    n_rows: int
+    """Rows that were encoded."""
+    n_fired: Int[Tensor, " d_sae"]
+    """In how many of them each latent fired."""
+    max_activation: Float[Tensor, " d_sae"]
+    """The largest activation of each."""
+
+
 class SparseAutoencoder(nn.Module):
     """A dictionary of d_sae latents over rows of width d_in.
 
@@ -38,9 +51,18 @@ class SparseAutoencoder(nn.Module):
     threshold: Tensor | None
 
     def __init__(self, config: SAEConfig) -> None:
-        """Make the parameters, all fp32 and zero; `initialise` or `sae.load` fills them."""
+        """Make the parameters, all fp32 and zero; `initialise` or `sae.load` fills them.
+
+        Raises:
+            TypeError: If the config is of another class.
+        """
         super().__init__()
+        if not isinstance(config, SAEConfig):
+            kind = type(config).__name__
+            raise TypeError(f"config must be an SAEConfig, got {kind}; see sae.SAEConfig")
         self.config = config
+        self.provenance: Mapping[str, Any] = {}
+        self._stats: LatentStats | Callable[[], LatentStats | None] | None = None
         d_in, d_sae, d_out = config.d_in, config.d_sae, config.width_out
         self.enc_rows = nn.Parameter(torch.zeros(d_sae, d_in))
         self.dec_rows = nn.Parameter(torch.zeros(d_sae, d_out))
@@ -57,12 +79,67 @@ class SparseAutoencoder(nn.Module):
             self.skip_rows = nn.Parameter(torch.zeros(d_out, d_in))
         match config.activation.facts.threshold:
             case "per latent":
-                start = float(getattr(config.activation, "threshold", 0.0))
+                start = float(config.activation.first_threshold)
                 self.threshold = nn.Parameter(torch.full((d_sae,), start))
             case "one":  # estimated in training, not learned
                 self.register_buffer("threshold", torch.tensor(torch.nan))
             case "none":
                 self.threshold = None
+
+    def extra_repr(self) -> str:
+        """Say what it is, for `repr`."""
+        config, place = self.config, " and ".join(self.config.hook_points)
+        written = " and ".join(part.hook_point for part in config.outputs)
+        where = [f"of {place}" + (f" to {written}" if written else "")] if place else []
+        sizes = f"d_in={config.d_in}, d_sae={config.d_sae}"
+        sizes += "" if config.width_out == config.d_in else f", d_out={config.width_out}"
+        return ", ".join([repr(config.activation), sizes, *where])
+
+    @property
+    def stats(self) -> LatentStats | None:
+        """What `sae evaluate` counted of its latents, if it did; read when first asked for."""
+        if not callable(self._stats):
+            return self._stats
+        stats = self._stats()
+        if stats is not None:
+            self._stats = stats
+        return stats
+
+    @stats.setter
+    def stats(self, stats: LatentStats | Callable[[], LatentStats | None] | None) -> None:
+        d_sae = self.config.d_sae
+        if stats is not None and not callable(stats) and len(stats.max_activation) != d_sae:
+            raise ValueError(
+                f"stats must be of a dictionary with d_sae={d_sae}, got {len(stats.max_activation)}"
+            )
+        self._stats = stats
+
+    @property
+    def hook_point(self) -> str:
+        """The one place in a model that it reads; `config.hook_points` has those of several."""
+        return self.config.hook_point
+
+    def at(self, hook_point: str, hook_point_out: str | None = None) -> "SparseAutoencoder":
+        """Say where in a model it belongs, and return it; what it knows already is only compared.
+
+        Args:
+            hook_point: The place that it reads, such as "model.layers.7:out".
+            hook_point_out: The place that a transcoder predicts.
+
+        Raises:
+            ValueError: If it belongs elsewhere.
+        """
+        self.config = self.config.at(hook_point, hook_point_out)
+        return self
+
+    def require_latent(self, latent: int) -> None:
+        """Check the number of a latent.
+
+        Raises:
+            ValueError: If there is no such latent.
+        """
+        if not 0 <= latent < self.config.d_sae:
+            raise ValueError(f"latent must be below d_sae={self.config.d_sae}, got {latent}")
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
@@ -117,17 +194,28 @@ class SparseAutoencoder(nn.Module):
         divisor = norms.clamp_min(torch.finfo(norms.dtype).tiny)
         return EncoderWeights(rows, bias, b_in, threshold, norms=divisor)
 
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Latents:
-        """Sparse activations of rows in the model's units."""
-        return self.encode_scaled(self.scaled(x))
+    def encode(self, x: Float[Tensor, "*rows d_in"]) -> Latents:
+        """Sparse activations of rows in the model's units.
+
+        The rows may stand in any axes, as (example, pos, d_in) does; the latents then do as well.
+
+        Raises:
+            TypeError: If x is no tensor.
+            ValueError: If the rows are not d_in wide.
+        """
+        latents = self.encode_scaled(self.scaled(_flat(x, "x")))
+        if x.dim() == 2:
+            return latents
+        return Latents(*(part.view(*x.shape[:-1], part.shape[1]) for part in latents))
 
     def encode_scaled(self, u: Float[Tensor, "batch d_in"]) -> Latents:
         """Sparse activations of rows in the dictionary's units."""
         return activations.encode(self.config.activation, u, self.encoder())
 
-    def encode_dense(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+    def encode_dense(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
         """The same activations as dense rows; only for those who need all of d_sae."""
-        return self.encode_dense_scaled(self.scaled(x))
+        dense = self.encode_dense_scaled(self.scaled(_flat(x, "x")))
+        return dense if x.dim() == 2 else dense.view(*x.shape[:-1], dense.shape[1])
 
     def encode_dense_scaled(self, u: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Dense activations of rows in the dictionary's units."""
@@ -135,19 +223,29 @@ class SparseAutoencoder(nn.Module):
 
     def decode(
         self,
-        acts: Latents | Float[Tensor, "batch d_sae"],
-        x: Float[Tensor, "batch d_in"] | None = None,
-    ) -> Float[Tensor, "batch d_out"]:
+        acts: Latents | Float[Tensor, "*rows d_sae"],
+        x: Float[Tensor, "*rows d_in"] | None = None,
+    ) -> Float[Tensor, "*rows d_out"]:
         """Reconstruction in the model's units, from sparse or dense activations.
 
         Args:
-            acts: Activations.
+            acts: Activations, in any axes.
             x: The rows they are of, in the model's units; only a dictionary with a skip or a norm
                 of its input needs them.
 
         Raises:
             ValueError: If the rows are needed and missing.
         """
+        if isinstance(acts, Latents):
+            axes, flat = acts.values.shape[:-1], Latents(*(_flat(part, "acts") for part in acts))
+        else:
+            flat, axes = _flat(acts, "acts"), acts.shape[:-1]
+        x_hat = self._decode(flat, None if x is None else _flat(x, "x"))
+        return x_hat if len(axes) == 1 else x_hat.view(*axes, x_hat.shape[1])
+
+    def _decode(
+        self, acts: Latents | Float[Tensor, "batch d_sae"], x: Float[Tensor, "batch d_in"] | None
+    ) -> Float[Tensor, "batch d_out"]:
         scale = _scales(self.config.slices_out, self.config.scale_out, self.b_dec)
         if not self.config.decode_needs_rows:
             return self.decode_scaled(acts) / scale
@@ -186,8 +284,8 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"decode must be given the rows x with {form}, got none; pass them")
         return x
 
-    def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
-        """Reconstruction of rows, both in the model's units."""
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """Reconstruction of rows, both in the model's units and in the same axes."""
         is_sparse = self.config.activation.facts.trains == "sparse"
         return self.decode(self.encode(x) if is_sparse else self.encode_dense(x), x)
 
@@ -245,6 +343,15 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"predicted rows must be d_out={width} wide, got {tuple(x.shape)}")
         v = x.to(self.dec_rows.dtype)
         return v * _scales(self.config.slices_out, self.config.scale_out, v)
+
+
+def _flat(x: Shaped[Tensor, "*rows width"], name: str) -> Shaped[Tensor, "batch width"]:
+    """The rows of a tensor of any axes; a class or shape that has none is refused."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() == 0:
+        raise ValueError(f"{name} must have rows, got a tensor without dimensions")
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _scales(

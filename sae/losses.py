@@ -1,7 +1,65 @@
-"""Losses of a batch, all in the dictionary's units: plain functions of tensors."""
+"""Losses of a batch, all in the dictionary's units: plain functions of tensors.
 
-from jaxtyping import Float
+What a loss of the user's own is, and what it gets to see of a step.
+"""
+
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from sae.activations import Latents, to_dense, to_latents
+from sae.autoencoder import SparseAutoencoder
+
+
+class StepTensors(NamedTuple):
+    """A step of training as a loss sees it: with gradients, in the dictionary's units."""
+
+    autoencoder: SparseAutoencoder
+    """The dictionary, which is not to be changed."""
+    u: Float[Tensor, "batch d_in"]
+    """The rows that are read."""
+    v: Float[Tensor, "batch d_out"]
+    """The rows that are predicted; u itself for an autoencoder proper."""
+    y: Float[Tensor, "batch d_out"]
+    """The reconstruction of v."""
+    acts: Latents | Float[Tensor, "batch d_sae"]
+    """The activations, as this kind of dictionary trains them."""
+    dead: Bool[Tensor, " d_sae"]
+    """The latents that are dead."""
+    n_steps: int
+    """Steps that were done before."""
+    total_steps: int
+    """Steps that there will be."""
+
+    @property
+    def dense(self) -> Float[Tensor, "batch d_sae"]:
+        """The activations of all latents."""
+        if isinstance(self.acts, Latents):
+            return to_dense(self.acts, len(self.dead))
+        return self.acts
+
+    @property
+    def latents(self) -> Latents:
+        """The activations in sparse form."""
+        return self.acts if isinstance(self.acts, Latents) else to_latents(self.acts)
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A loss of the user's own: any object that can be called so.
+
+    It is a mean over the rows of a batch, or independent of them: a batch may be cut into parts.
+    """
+
+    @property
+    def needs(self) -> Literal["output", "latents", "dense"]:
+        """What it looks at; "dense" is all of d_sae, which takes memory with sparse latents."""
+        ...
+
+    def __call__(self, step: StepTensors) -> Float[Tensor, ""]:
+        """One number, which is added to the other losses."""
+        ...
 
 
 def squared_error(

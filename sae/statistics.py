@@ -21,7 +21,7 @@ _RESAMPLES = 1000
 
 
 class Interval(NamedTuple):
-    """A figure and the ends of its interval."""
+    """A figure and the ends of its interval; nan where they are not defined."""
 
     value: float
     """The figure."""
@@ -104,7 +104,7 @@ def correlation(
     x = np.array([v for window in predicted for v in window], np.float64)
     y = np.array([v for window in real for v in window], np.float64)
     if ranks and len(x):
-        x, y = ranked(x), ranked(y)
+        x, y = stats.rankdata(x), stats.rankdata(y)
     whose = np.repeat(np.arange(len(lengths)), lengths)
     terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y])
     sums = np.stack([np.bincount(whose, term, len(lengths)) for term in terms])
@@ -118,12 +118,6 @@ def correlation(
     return Interval(value, float(min(low, value)), float(max(high, value)))
 
 
-def ranked(values: Float64[np.ndarray, " batch"]) -> Float64[np.ndarray, " batch"]:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[place]
-
-
 def _pearson(sums: np.ndarray) -> np.ndarray:
     n, x, y, xx, yy, xy = sums
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -131,18 +125,6 @@ def _pearson(sums: np.ndarray) -> np.ndarray:
         # Rounding leaves a constant a spread of about 1e-16 of its square.
         is_flat = (n * xx - x * x <= 1e-12 * n * xx) | (n * yy - y * y <= 1e-12 * n * yy)
         return np.where(is_flat, np.nan, (n * xy - x * y) / np.sqrt(np.maximum(spread, 1e-300)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class BootstrapInterval:
-    """A figure with its 95 % bootstrap interval over contexts, as reports hold it."""
-
-    value: float
-    """The figure over all contexts."""
-    low: float
-    """2.5 % quantile of the resamples."""
-    high: float
-    """97.5 % quantile of the resamples."""
 
 
 class Resamples:
@@ -168,13 +150,13 @@ class Resamples:
         return (self._weights @ sums) / (self._weights @ n_tokens)
 
 
-def interval(values: Float[Tensor, " batch"]) -> BootstrapInterval:
+def interval(values: Float[Tensor, " batch"]) -> Interval:
     """The first of the values with the quantiles of the others; nan where nothing is defined."""
     others = values[1:][values[1:].isfinite()]
     if len(others) == 0:
-        return BootstrapInterval(value=float(values[0]), low=math.nan, high=math.nan)
+        return Interval(value=float(values[0]), low=math.nan, high=math.nan)
     low, high = torch.quantile(others, torch.tensor([0.025, 0.975], dtype=others.dtype)).tolist()
-    return BootstrapInterval(value=float(values[0]), low=low, high=high)
+    return Interval(value=float(values[0]), low=low, high=high)
 
 
 LEVEL, POWER = 0.05, 0.8

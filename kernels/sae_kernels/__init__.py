@@ -9,8 +9,8 @@ from sae_kernels.auxk import auxk
 from sae_kernels.decode import sparse_decode
 from sae_kernels.dense import DenseStep, dense_autoencode
 from sae_kernels.encode import encode_group_max, encode_topk, screened_topk
-from sae_kernels.grads import WeightGrads, sparse_weight_grads
-from sae_kernels.launch import Backend
+from sae_kernels.grads import sparse_weight_grads
+from sae_kernels.launch import Backend, WeightGrads
 from sae_kernels.mse import DecodeLoss, sparse_decode_mse
 from sae_kernels.screen import CertifiedTopK
 from sae_kernels.select import TopK, topk_select

@@ -1,6 +1,10 @@
 """Reconstruction from sparse latents: `x_hat = values @ dec_rows[indices] + b_dec`.
 
 Rows hold k latents each, as (batch, k), or any number, as (entry,) with a row pointer (CSR).
+
+As `torch.compile` sees it the op is opaque, with shapes for its tracing and with a gradient. The
+operator calls the public function, which checks the arguments when the compiled code runs; its
+annotations are bare tensors, because torch reads the operator's schema from them.
 """
 
 from typing import Any
@@ -175,9 +179,7 @@ def sparse_decode(
         TypeError: if the indices or bounds are no integers, or the others' dtypes do not fit.
     """
     if torch.compiler.is_compiling() and row_ptr is None:
-        from sae_kernels.compiled import compiled_decode
-
-        return compiled_decode(values, indices, dec_rows, b_dec, backend)
+        return _compiled_decode(values, indices, dec_rows, b_dec, backend)
     check_floating(values=values)
     check_floating(dec_rows=dec_rows, b_dec=b_dec)
     if values.dtype != accumulator(dec_rows.dtype):
@@ -197,3 +199,61 @@ def sparse_decode(
         else:
             x_hat = _SparseDecode.apply(values, indices.long(), dec_rows, row_ptr, name)
         return x_hat if b_dec is None else x_hat + b_dec
+
+
+@torch.library.custom_op("sae_kernels::decode", mutates_args=())
+def _decode_op(values: Tensor, indices: Tensor, dec_rows: Tensor, backend: str | None) -> Tensor:
+    return sparse_decode(values, indices, dec_rows, backend=backend)
+
+
+@_decode_op.register_fake
+def _(values: Tensor, _indices: Tensor, dec_rows: Tensor, *_: Any) -> Tensor:
+    return dec_rows.new_empty(values.shape[0], dec_rows.shape[1])
+
+
+@torch.library.custom_op("sae_kernels::decode_grads", mutates_args=())
+def _decode_grads_op(
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    dec_rows: Tensor,
+    backend: str | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    name, indices = choose(values, backend), indices.long()
+    d_values = d_rows = values.new_empty(0)
+    if needs[0]:
+        d_values = row_products(grad, dec_rows, indices, backend=name).to(values.dtype)
+    if needs[1]:
+        entries = Entries(indices, len(dec_rows))
+        d_rows = segment_product(entries, values, grad, name).to(dec_rows.dtype)
+    return [d_values, d_rows]
+
+
+@_decode_grads_op.register_fake
+def _(_grad: Tensor, values: Tensor, _indices: Tensor, dec_rows: Tensor, *rest: Any) -> Any:
+    needs = rest[-1]
+    pairs = zip((values, dec_rows), needs, strict=True)
+    return [t.new_empty(t.shape) if need else values.new_empty(0) for t, need in pairs]
+
+
+def _keep_for_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+    d_values, d_rows = _decode_grads_op(grad, *ctx.saved_tensors, ctx.backend, needs)
+    return d_values if needs[0] else None, None, d_rows if needs[1] else None, None
+
+
+_decode_op.register_autograd(_decode_backward, setup_context=_keep_for_decode)
+
+
+def _compiled_decode(
+    values: Tensor, indices: Tensor, dec_rows: Tensor, b_dec: Tensor | None, backend: str | None
+) -> Tensor:
+    """Decode by an operator, and add the bias."""
+    x_hat = _decode_op(values, indices, dec_rows, backend)
+    return x_hat if b_dec is None else x_hat + b_dec

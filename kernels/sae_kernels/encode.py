@@ -6,17 +6,31 @@ Encoder and group maxima in one op: of each of k groups of neighbours the larges
     group g holds the latents g * d_sae / k .. (g + 1) * d_sae / k - 1
 
 On equal values the lower index wins; NaN is larger than every number.
+
+As `torch.compile` sees it the op is opaque, with shapes for its tracing and with a gradient. The
+operator calls the public function, which checks the arguments when the compiled code runs; its
+annotations are bare tensors, because torch reads the operator's schema from them.
 """
 
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_kernels.grads import accumulator
 from sae_kernels.launch import Backend, check_k, choose
-from sae_kernels.product import Encode, Kept, Product, Rule, check_encoder, dense_pre
+from sae_kernels.product import (
+    Encode,
+    Kept,
+    Product,
+    Rule,
+    check_encoder,
+    dense_pre,
+    encoder_grads,
+    product_dtype,
+)
 from sae_kernels.screen import (
     CertifiedTopK,
     Screen,
@@ -96,9 +110,7 @@ def encode_topk(
         TypeError: if the tensors are not floating point or differ in dtype.
     """
     if torch.compiler.is_compiling():
-        from sae_kernels.compiled import compiled_encode
-
-        return compiled_encode(x, enc_rows, b_enc, b_in, k, relu, backend)
+        return _compiled_encode(x, enc_rows, b_enc, b_in, k, relu, backend)
     check_encoder(x, enc_rows, b_enc, b_in)
     check_k(k, len(enc_rows))
     name = choose(x, backend)
@@ -233,3 +245,81 @@ def encode_group_max(
     rule = Rule(partial(_keep_maxima, k=k, relu=relu), relu, name)
     found = Encode.apply(x, enc_rows, b_enc, b_in, rule)
     return TopK(found[0], found[1])
+
+
+@torch.library.custom_op("sae_kernels::encode", mutates_args=())
+def _encode_op(  # noqa: PLR0913  (an operator takes each tensor and number as its own argument)
+    x: Tensor,
+    enc_rows: Tensor,
+    b_enc: Tensor,
+    b_in: Tensor | None,
+    k: int,
+    relu: bool,
+    backend: str | None,
+    low: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(x.device.type, low, enabled=low != x.dtype):
+        found = encode_topk(x, enc_rows, b_enc, k, b_in=b_in, relu=relu, backend=backend)
+    return found.values, found.indices
+
+
+@_encode_op.register_fake
+def _(x: Tensor, _rows: Tensor, _bias: Tensor, _b_in: Tensor | None, k: int, *_: Any) -> Any:
+    shape = (x.shape[0], k)
+    values = x.new_empty(shape, dtype=accumulator(x.dtype))
+    return values, x.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("sae_kernels::encode_grads", mutates_args=())
+def _encode_grads_op(  # noqa: PLR0913
+    d_values: Tensor,
+    x: Tensor,
+    enc_rows: Tensor,
+    b_in: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+    relu: bool,
+    backend: str | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    rule = Rule(lambda _: Kept(values, indices), relu, choose(x, backend))
+    grads = encoder_grads(d_values, (x, enc_rows, b_in), Kept(values, indices), rule, tuple(needs))
+    pairs = zip(grads, needs, strict=True)
+    return [x.new_empty(0) if g is None or not need else g for g, need in pairs]
+
+
+@_encode_grads_op.register_fake
+def _(_grad: Tensor, x: Tensor, enc_rows: Tensor, *rest: Any) -> list[Tensor]:
+    needs = rest[-1]
+    whole = (x, enc_rows, enc_rows[:, 0], enc_rows[0])
+    pairs = zip(whole, needs, strict=True)
+    return [t.new_empty(t.shape) if need else x.new_empty(0) for t, need in pairs]
+
+
+def _keep_for_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, enc_rows, _, b_in, _, ctx.relu, ctx.backend, _ = inputs
+    ctx.save_for_backward(x, enc_rows, b_in, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _encode_backward(ctx: Any, d_values: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:4])
+    grads = _encode_grads_op(d_values, *ctx.saved_tensors, ctx.relu, ctx.backend, needs)
+    pairs = zip(grads, needs, strict=True)
+    return *(grad if need else None for grad, need in pairs), None, None, None, None
+
+
+_encode_op.register_autograd(_encode_backward, setup_context=_keep_for_encode)
+
+
+def _compiled_encode(
+    x: Tensor,
+    enc_rows: Tensor,
+    b_enc: Tensor,
+    b_in: Tensor | None,
+    k: int,
+    relu: bool,
+    backend: str | None,
+) -> TopK:
+    """Encode by an operator, in the product's dtype of where it is called."""
+    return TopK(*_encode_op(x, enc_rows, b_enc, b_in, k, relu, backend, product_dtype(x)))

@@ -13,23 +13,12 @@ from torch import Tensor
 
 from sae_kernels.launch import (
     Backend,
+    WeightGrads,
     check_floating,
     check_indices,
     check_shape,
     choose,
 )
-
-
-class WeightGrads(NamedTuple):
-    """Gradients of both weight matrices and of the encoder bias, and how often each latent fired.
-
-    The gradients are float32, or float64 for float64 input.
-    """
-
-    dec_rows: Float[Tensor, "d_sae d_out"]
-    enc_rows: Float[Tensor, "d_sae d_in"]
-    b_enc: Float[Tensor, " d_sae"]
-    n_fired: Int[Tensor, " d_sae"]
 
 
 class Segments(NamedTuple):

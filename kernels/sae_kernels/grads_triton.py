@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sae_kernels import blocks
 from sae_kernels.decode_triton import arch_of, interprets
-from sae_kernels.grads import WeightGrads
+from sae_kernels.launch import WeightGrads
 
 
 class Sorted(NamedTuple):

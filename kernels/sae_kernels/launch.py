@@ -1,13 +1,25 @@
 """The choice of backend, and the argument checks that the ops share."""
 
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 Backend = Literal["reference", "torch", "triton"]
+
+
+class WeightGrads(NamedTuple):
+    """Gradients of both weight matrices and of the encoder bias, and how often each latent fired.
+
+    The gradients are float32, or float64 for float64 input.
+    """
+
+    dec_rows: Float[Tensor, "d_sae d_out"]
+    enc_rows: Float[Tensor, "d_sae d_in"]
+    b_enc: Float[Tensor, " d_sae"]
+    n_fired: Int[Tensor, " d_sae"]
 
 
 def _interprets() -> bool:

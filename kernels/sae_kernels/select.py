@@ -5,10 +5,14 @@ groups with the largest maxima (recursively) and then looks only at their member
 top k whenever its smallest member is strictly above everything that was left out, because each of
 the k groups contributes at least one member that is not below any latent of the other groups.
 Rows where it is not (ties at the boundary, and some rows with NaN) are settled by index.
+
+As `torch.compile` sees it the op is opaque, with shapes for its tracing and with a gradient. The
+operator calls the public function, which checks the arguments when the compiled code runs; its
+annotations are bare tensors, because torch reads the operator's schema from them.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -191,9 +195,7 @@ def topk_select(
         TypeError: if `pre` is not floating point.
     """
     if torch.compiler.is_compiling():
-        from sae_kernels.compiled import compiled_select
-
-        return compiled_select(pre, k, relu, sorted, backend)
+        return _compiled_select(pre, k, relu, sorted, backend)
     check_shape("pre", pre, None, None)
     check_floating(pre=pre)
     check_k(k, pre.shape[1])
@@ -203,3 +205,20 @@ def topk_select(
     if name == "triton":
         return _topk_select_triton(pre, k, relu, sorted)
     return _topk_select_torch(pre, k, relu, sorted)
+
+
+@torch.library.custom_op("sae_kernels::select", mutates_args=())
+def _select_op(pre: Tensor, k: int, by_value: bool, backend: str | None) -> Tensor:
+    return topk_select(pre, k, relu=False, sorted=by_value, backend=backend).indices
+
+
+@_select_op.register_fake
+def _(pre: Tensor, k: int, *_: Any) -> Tensor:
+    return pre.new_empty(pre.shape[0], k, dtype=torch.int64)
+
+
+def _compiled_select(pre: Tensor, k: int, relu: bool, by_value: bool, backend: str | None) -> TopK:
+    """Select by an operator, and gather the values, which has a gradient."""
+    indices = _select_op(pre.detach(), k, by_value, backend)
+    values = pre.gather(1, indices)
+    return TopK(values.relu() if relu else values, indices)

@@ -12,7 +12,7 @@ from sae.cli.request import ConfigArgument, Overrides, checked_config, with_json
 from sae.run.config import CacheRunConfig
 
 _BUILD = "build"
-_ALIASES = {"--list-sites": "sites"}
+_ALIASES = {"--list-sites": "hook-points", "sites": "hook-points"}
 
 
 class _Group(TyperGroup):
@@ -61,18 +61,20 @@ def info(
     console.parts(facts)
 
 
-@app.command()
+@app.command(name="hook-points")
 @with_json
-def sites(
+def hook_points(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A path or a hub id.")],
 ) -> None:
-    """List the hook points of a model (`sae cache --list-sites MODEL` is the same)."""
-    from sae.run.caches import hook_points
+    """List the hook points of a model, and what is true of it (`sites` is the same)."""
+    from sae.run.caches import list_hook_points
 
     with console.step("load") as progress:
-        names = hook_points(model, progress)
-    for name in names:
-        console.say(name)
+        listing = list_hook_points(model, progress)
+    for name, note in listing.points:
+        console.say(f"{name}  # {note}" if note else name)
+    for subject, said in listing.record:
+        console.say(f"# {subject}: {said}")
 
 
 @app.command(name="import")

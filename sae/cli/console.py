@@ -15,10 +15,11 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -32,6 +33,54 @@ if TYPE_CHECKING:
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 SECONDS_PER_LINE = 10.0
+_WIDTH = 13  # of a step's name and place
+
+LEAST_SECONDS = 5.0
+"""Of a unit's work before its ETA is shown."""
+
+
+class Eta:
+    """How long a unit's work will still take, as its reports come in.
+
+    The slowest stretch between two reports does not count: it may hold a warm-up, and early on it
+    would make seconds look like an hour. Nothing is said before there is enough to go by.
+    """
+
+    def __init__(self) -> None:
+        """Start without a report."""
+        self._began = self._last = (0.0, 0)
+        self._slowest = (0.0, 0)
+        self._n_reports = 0
+
+    def update(self, done: int, now: float) -> None:
+        """Take a report, at a time in seconds."""
+        if self._n_reports == 0:
+            self._began = self._last = (now, done)
+        stretch = (now - self._last[0], done - self._last[1])
+        if stretch[0] * max(self._slowest[1], 1) > self._slowest[0] * max(stretch[1], 1):
+            self._slowest = stretch
+        self._last = (now, done)
+        self._n_reports += 1
+
+    def seconds(self, total: int) -> float | None:
+        """What is left of `total`; None while that is a guess."""
+        now, done = self._last
+        taken = now - self._began[0] - self._slowest[0]
+        finished = done - self._began[1] - self._slowest[1]
+        if self._n_reports < 4 or now - self._began[0] < LEAST_SECONDS or finished <= 0:
+            return None
+        return max(taken / finished * (total - done), 0.0)
+
+
+class _EtaColumn(ProgressColumn):
+    """The ETA of a bar."""
+
+    def render(self, task: Task) -> Text:
+        """The minutes and seconds that are left, if they are known."""
+        eta: Eta | None = task.fields.get("eta")
+        left = None if eta is None or task.total is None else eta.seconds(int(task.total))
+        shown = "-:--" if left is None else f"{int(left) // 60}:{int(left) % 60:02d}"
+        return Text(shown, style="progress.remaining")
 
 
 class Record:
@@ -83,7 +132,7 @@ class _Bars:
 
     def __init__(self, progress: _WithLines, label: str) -> None:
         self.progress, self.label = progress, label
-        self.unit = "starting"
+        self.unit, self.eta = "starting", Eta()
         self.task = progress.add_task(label, total=None, unit=self.unit)
 
     def __call__(self, done: int, total: int, unit: str) -> None:
@@ -91,8 +140,9 @@ class _Bars:
         kind = unit.split(" · ")[0]  # behind it stands what changes, such as a running cost
         if kind != self.unit:
             self.progress.remove_task(self.task)
-            self.unit = kind
-            self.task = self.progress.add_task(self.label, total=total, unit=unit)
+            self.unit, self.eta = kind, Eta()
+            self.task = self.progress.add_task(self.label, total=total, unit=unit, eta=self.eta)
+        self.eta.update(done, time.monotonic())
         self.progress.update(self.task, completed=done, total=total, unit=unit)
 
 
@@ -100,49 +150,60 @@ class _Lines:
     """The same for a log file: a line with the ETA every few seconds."""
 
     def __init__(self, label: str) -> None:
-        self.label, self.unit = label, ""
-        self.began = self.shown = time.monotonic()
-        self.first = 0
+        self.label, self.unit, self.eta = label, "", Eta()
+        self.shown = time.monotonic()
 
     def __call__(self, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
         unit, *lines = unit.split("\n")
         kind = unit.split(" · ")[0]
         if kind != self.unit:
-            self.unit, self.began, self.first = kind, now, done
-        if now - self.shown >= SECONDS_PER_LINE and done > self.first:
+            self.unit, self.eta = kind, Eta()
+        self.eta.update(done, now)
+        if now - self.shown >= SECONDS_PER_LINE:
             self.shown = now
-            left = (now - self.began) / (done - self.first) * (total - done)
-            OUT.print(f"  {self.label}: {done:,} of {total:,} {unit}, {left:.0f} s left")
+            left = self.eta.seconds(total)
+            eta = "" if left is None else f", {left:.0f} s left"
+            OUT.print(f"  {self.label}: {done:,} of {total:,} {unit}{eta}", soft_wrap=True)
             for line in lines:
                 OUT.print(f"    {line}", soft_wrap=True)
 
 
 @contextlib.contextmanager
-def step(label: str) -> Iterator[Report]:
-    """Show a step while it runs and one line with its time when it is done."""
+def step(label: str, place: tuple[int, int] | None = None) -> Iterator[Report]:
+    """Show a step while it runs and one line with its time when it is done.
+
+    Args:
+        label: Its name.
+        place: Which of how many steps it is, where there are several.
+    """
     began = time.monotonic()
+    label = _placed(label, place)
     if OUT.is_terminal:
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description:<9}"),
+            TextColumn(f"{{task.description:<{_WIDTH}}}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
-            TimeRemainingColumn(),
+            _EtaColumn(),
         )
         with _WithLines(*columns, console=OUT, transient=True, refresh_per_second=4) as progress:
             yield _Bars(progress, label)
     else:
         yield _Lines(label)
-    OUT.print(f"[green]✓[/] {label:<9} {time.monotonic() - began:6.1f} s")
+    OUT.print(f"[green]✓[/] {label:<{_WIDTH}} {time.monotonic() - began:6.1f} s")
 
 
-def skipped(label: str, path: object) -> None:
+def _placed(label: str, place: tuple[int, int] | None) -> str:
+    return label if place is None else f"{place[0]}/{place[1]} {label}"
+
+
+def skipped(label: str, path: object, place: tuple[int, int] | None = None) -> None:
     """Say that a step's result is there already."""
-    OUT.print(f"[dim]✓ {label:<9} done before: {path}[/]", soft_wrap=True)
+    OUT.print(f"[dim]✓ {_placed(label, place):<{_WIDTH}} done before: {path}[/]", soft_wrap=True)
 
 
 def say(line: str) -> None:

@@ -33,8 +33,12 @@ def explain(  # noqa: PLR0913
     """Label latents and score the labels: those of a run, or with --cache of any dictionary.
 
     With --cache the overrides are those of `explain:`, such as min_firings=50, of images
-    images.group_separator=-, or autointerp.llm.model=NAME autointerp.llm.base_url=URL for labels
-    by a language model. Latents of images are labelled by the folders of the images.
+    images.group_separator=-. Latents of images are labelled by the folders of the images.
+
+    Labels by a language model: autointerp.llm.model=NAME, with autointerp.llm.kind=openai,
+    openrouter, mistral, vllm, llama.cpp, ollama or local, autointerp.llm.base_url=URL for another
+    address, autointerp.llm.batch_dir=DIR for batch files. Exit code 1 while questions are open: the
+    same command asks just those. Limits count all runs with the same llm.sqlite.
     """
     limits = {"max_usd": max_usd, "max_tokens": max_tokens}
     given = [f"autointerp.llm.{key}={value}" for key, value in limits.items() if value is not None]

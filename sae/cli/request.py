@@ -107,7 +107,7 @@ def _do_steps(run: "Run", last: str) -> None:
     is_estimated = False
     for step in pending_steps(run, last):
         if step.is_done:
-            console.skipped(step.name, step.path)
+            console.skipped(step.name, step.path, step.place)
             continue
         if not is_estimated and step.name in SHARED:  # later there is nothing to train
             time_needed, n = estimate_time(run.config), len(run.config.train.saes)
@@ -118,7 +118,7 @@ def _do_steps(run: "Run", last: str) -> None:
                 "shows its own ETA[/]"
             )
             is_estimated = True
-        with console.step(step.name) as progress:
+        with console.step(step.name, step.place) as progress:
             summaries = step.do(progress)
         for name, summary in (summaries or {}).items():
             console.facts(llm_facts(name, summary, step.path / name))

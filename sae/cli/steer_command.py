@@ -11,7 +11,7 @@ from sae.config import ConfigError, is_config, load_overrides
 from sae.steer.config import FindRequest, SteerRequest
 
 
-def steer(
+def steer(  # noqa: PLR0913  (options are parameters)
     path: Annotated[
         str, typer.Argument(metavar="CONFIG|DICT", help="A YAML file, a recipe, or a dictionary.")
     ],
@@ -21,6 +21,9 @@ def steer(
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What is continued; repeatable.")] = None,
     model: Annotated[str | None, typer.Option(help="If the dictionary does not name it.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are what a user says: use the chat template.")
+    ] = False,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Try many strengths and plot them.")
     ] = False,
@@ -32,13 +35,15 @@ def steer(
     unit=norm max_kl=0.3 neutral=news.txt hook_point=model.layers.7:out dtype=float32.
     """
     if is_config(path):
-        given = {"--latent": latent, "--prompt": prompt, "--model": model, "--sweep": sweep}
+        given = {"--latent": latent, "--prompt": prompt, "--model": model}
+        given |= {"--chat": chat, "--sweep": sweep}
         if used := [name for name, value in given.items() if value]:
             raise ConfigError(f"{used[0]} must stand beside a dictionary, got the config {path}")
         run_to("steer", path, overrides)
         return
     named = {"latents": latent or [], "prompts": prompt, "model": model, "output": output}
     options = {key: value for key, value in named.items() if value is not None}
+    options |= {"chat": True} if chat else {}
     request = load_overrides(SteerRequest, overrides or [], {**options, "sweep": sweep})
     from sae.run.steering import continuations, placed_in_model, sweep_latent
 

@@ -20,7 +20,7 @@ from activations_cache.checks import Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.resume_forward import Replacement, Replay
-from sae.statistics import BootstrapInterval, Resamples, interval
+from sae.statistics import Interval, Resamples, interval
 
 IMAGES_AT_ONCE = 32
 AS_IT_IS = "as it is"
@@ -57,13 +57,13 @@ class Place(NamedTuple):
 class Accuracy:
     """Of the pooled features with one stream."""
 
-    knn: BootstrapInterval
+    knn: Interval
     """By the k nearest training images in cosine."""
-    linear: BootstrapInterval
+    linear: Interval
     """By logistic regression."""
-    knn_change: BootstrapInterval
+    knn_change: Interval
     """Above that of the model as it is; paired, so its interval is narrower."""
-    linear_change: BootstrapInterval
+    linear_change: Interval
     """The same by logistic regression."""
 
 
@@ -225,10 +225,10 @@ def _told(
 def _accuracy(right: _Right, as_it_is: _Right, resamples: Resamples) -> Accuracy:
     ones = torch.ones(len(right.knn), dtype=torch.float64)
 
-    def mean(values: np.ndarray) -> BootstrapInterval:
+    def mean(values: np.ndarray) -> Interval:
         return interval(resamples.mean(torch.from_numpy(values.astype(np.float64)), ones))
 
-    def change(values: np.ndarray, base: np.ndarray) -> BootstrapInterval:
+    def change(values: np.ndarray, base: np.ndarray) -> Interval:
         return mean(values.astype(np.float64) - base)
 
     return Accuracy(

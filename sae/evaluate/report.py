@@ -14,7 +14,7 @@ from activations_cache import io
 from sae.evaluate.downstream import Accuracy, Downstream
 from sae.evaluate.reconstruction import FiringSummary, Reconstruction
 from sae.evaluate.substitution import Effect, Substitution
-from sae.statistics import BootstrapInterval
+from sae.statistics import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,8 @@ def _effect(record: dict[str, Any]) -> Effect:
     return Effect(**_each(record, _interval))
 
 
-def _interval(record: dict[str, Any]) -> BootstrapInterval:
-    return BootstrapInterval(**{key: _number(value) for key, value in record.items()})
+def _interval(record: dict[str, Any]) -> Interval:
+    return Interval(**{key: _number(value) for key, value in record.items()})
 
 
 def _number(value: Any) -> Any:
@@ -119,6 +119,8 @@ def plain(value: Any) -> Any:
     match value:
         case dict():
             return {str(key): plain(entry) for key, entry in value.items()}
+        case Interval():
+            return plain(value._asdict())
         case list() | tuple():
             return [plain(entry) for entry in value]
         case float() if math.isnan(value):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from activations_cache.checks import Progress
 from activations_cache.config import SPLITS, TRAINING_SPLITS
+from activations_cache.isolation import pieces_of
+from activations_cache.probe import record_of
 from activations_cache.reader import ActivationCache
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
@@ -46,8 +48,8 @@ def evaluate(
         dictionaries: By name; "zero" and "mean" are taken.
         cache: Made from the model at the hook point.
         hook_point: Which stream.
-        model: The causal language model that the cache was made from, in evaluation mode; without
-            one nothing is spliced.
+        model: The language model that the cache was made from, in evaluation mode. Nothing is
+            spliced without one, or into one that does not predict the next token.
         config: Sizes.
         progress: Called with the units "rows" and "spliced contexts", one after the other.
 
@@ -67,7 +69,7 @@ def evaluate(
     for name, of_one in measured.items():
         firing[name].merge(of_one.firing)
     substitution = {}
-    if model is not None:
+    if model is not None and record_of(model).predicts_next:
         context = held_out(cache, hook_point, config)
         substitution = measure_substitution(
             dictionaries, model, hook_point, context, config, progress=progress
@@ -100,11 +102,19 @@ def held_out_rows(cache: ActivationCache) -> Int[Tensor, " row"]:
 
 
 def held_out(cache: ActivationCache, hook_point: str, config: EvaluateConfig) -> HeldOut:
-    """The held-out contexts that the model reads, ascending, and the mean training row."""
+    """The held-out contexts that the model reads, ascending, and the mean training row.
+
+    Documents that share a context without seeing each other are read one by one.
+    """
     numbers = (cache.examples.split == SPLITS.index("hold")).nonzero().flatten()
     numbers = _sample(numbers, config.n_contexts, config.seed)
+    tokens, segment = cache.examples.tokens[numbers], cache.examples.segment
+    if segment is not None:
+        pieces = pieces_of(tokens, segment[numbers])
+        parts = [tokens[p.example, p.start : p.stop] for p in pieces]
+        tokens = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)
     return HeldOut(
-        tokens=cache.examples.tokens[numbers],
+        tokens=tokens,
         skip_positions=cache.manifest.plan.skip_positions,
         mean=cache[hook_point].mean,
         means={point: cache[point].mean for point in cache.hook_points},

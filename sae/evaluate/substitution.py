@@ -22,7 +22,7 @@ from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.logit_comparison import Tally, compare
 from sae.evaluate.resume_forward import Replacement, Replay
 from sae.metrics import ce_recovered
-from sae.statistics import BootstrapInterval, Resamples, interval
+from sae.statistics import Interval, Resamples, interval
 
 
 class HeldOut(NamedTuple):
@@ -42,17 +42,17 @@ class HeldOut(NamedTuple):
 class Effect:
     """What the model does with another stream, over the scored tokens; 95 % intervals."""
 
-    ce: BootstrapInterval
+    ce: Interval
     """Cross-entropy in nats per token."""
-    ce_increase: BootstrapInterval
+    ce_increase: Interval
     """Cross-entropy above that of the model as it is, in nats per token."""
-    kl: BootstrapInterval
+    kl: Interval
     """KL(model as it is || model with this stream), in nats per token."""
-    top1_agreement: BootstrapInterval
+    top1_agreement: Interval
     """Share of the tokens at which both hold the same token most likely."""
-    ce_recovered_zero: BootstrapInterval
+    ce_recovered_zero: Interval
     """Share of what zero ablation loses that is recovered (see `sae.metrics.ce_recovered`)."""
-    ce_recovered_mean: BootstrapInterval
+    ce_recovered_mean: Interval
     """Share of what mean ablation loses that is recovered."""
 
 
@@ -66,7 +66,7 @@ class Substitution:
     """Contexts that were read."""
     n_tokens: int
     """Predictions that were scored."""
-    ce_base: BootstrapInterval
+    ce_base: Interval
     """Cross-entropy of the model as it is, in nats per token."""
     zero: Effect
     """The stream replaced by 0."""

@@ -1,8 +1,9 @@
 """Labels by a language model for a dictionary: windows, labels, scores, controls, files."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from sae.baselines import baseline_dictionary
 from sae.explain.config import AutointerpConfig, ScorerName
 from sae.explain.explainers import LLMExplainer
 from sae.explain.llm.answers import AnswerCache
-from sae.explain.llm.caller import Caller, Cost
-from sae.explain.llm.chat import Client
+from sae.explain.llm.budget import Cost
+from sae.explain.llm.caller import Caller
+from sae.explain.llm.chat import OPEN, Client, UnfinishedError
 from sae.explain.llm.stand_ins import ConstantClient
 from sae.explain.pipeline import Explained, Plan, estimate_all, explain_all
 from sae.explain.results import export_neuronpedia, summarise, write_results
@@ -55,13 +57,16 @@ def label_with_llm(
 
     Raises:
         EndpointError: If the endpoint does not serve us.
+        UnfinishedError: If something can be asked again; the files are written all the same.
         ReplayMissError: If an answer is missing in replay mode.
     """
     report = progress or silent
     groups = _groups(subject, config, out_dir, promoted, identity or {}, report)
     latents = groups[""]
-    found, caller = asyncio.run(_run(groups, config, out_dir, client, subject.tools, report))
-    summary = summarise(found[""], caller)
+    with _answers(config, out_dir) as answers:
+        run = _run(groups, config, answers, client, subject.tools, report)
+        found, caller = asyncio.run(run)
+        summary = summarise(found[""], caller)
     summary["baselines"] = {
         name: summarise(results, None) for name, results in found.items() if name
     }
@@ -71,7 +76,33 @@ def label_with_llm(
         export_neuronpedia(
             out_dir, found[""], latents, config.neuronpedia_model, config.neuronpedia_layer
         )
+    _raise_if_open(caller, found, out_dir)
     return summary
+
+
+@contextlib.contextmanager
+def _answers(config: AutointerpConfig, out_dir: Path) -> Iterator[AnswerCache | None]:
+    """The store of answers while it is used; None where none are kept."""
+    if config.llm.cache_mode == "off":
+        yield None
+        return
+    path = Path(config.llm.cache_path) if config.llm.cache_path else out_dir / ANSWERS
+    with contextlib.closing(AnswerCache(path, replay=config.llm.cache_mode == "replay")) as answers:
+        yield answers
+
+
+def _raise_if_open(caller: Caller, found: dict[str, list[Explained]], out_dir: Path) -> None:
+    """Raise if a later run could ask something again: the work is not done."""
+    lost, words = caller.tally.lost, caller.tally.words
+    reasons = [reason for reason in OPEN if lost[reason]]
+    if not reasons:
+        return
+    n_latents = sum(any(f.lost.get(r) for r in OPEN) for fs in found.values() for f in fs)
+    said = "; ".join(f"{reason}: {words[reason]}" for reason in reasons)
+    raise UnfinishedError(
+        f"{out_dir}: all questions must have an answer, got {caller.tally.n_open:,} without one "
+        f"of {n_latents:,} latents ({said}); run the same command again: it asks just those"
+    )
 
 
 def estimate_cost(
@@ -123,15 +154,11 @@ async def _estimate(
 async def _run(
     groups: dict[str, list[LatentWindows]],
     config: AutointerpConfig,
-    out_dir: Path,
+    answers: AnswerCache | None,
     client: Client,
     tools: Tools | None,
     report: Progress,
 ) -> tuple[dict[str, list[Explained]], Caller]:
-    answers = None
-    if config.llm.cache_mode != "off":
-        where = Path(config.llm.cache_path) if config.llm.cache_path else out_dir / ANSWERS
-        answers = AnswerCache(where, replay=config.llm.cache_mode == "replay")
     caller = Caller(client, config.llm, answers)
     wanted = await _estimate(groups, config, caller)
     _log.warning(
@@ -139,13 +166,9 @@ async def _run(
         f"{wanted.requests:,}", f"{wanted.tokens:,}", wanted.usd(config.llm),
     )  # fmt: skip
     found = {}
-    try:
-        for name, latents in groups.items():
-            plan = plan_of(config, tools, is_baseline=bool(name))
-            found[name] = await explain_all(latents, plan, caller, report)
-    finally:
-        if answers is not None:
-            answers.close()
+    for name, latents in groups.items():
+        plan = plan_of(config, tools, is_baseline=bool(name))
+        found[name] = await explain_all(latents, plan, caller, report)
     return found, caller
 
 
@@ -209,7 +232,11 @@ def client_of(config: AutointerpConfig) -> Client:
         EndpointError: If a key is wanted and the environment has none.
         FileNotFoundError: If a local model is not there.
     """
-    if config.llm.kind == "openai":
+    if config.llm.batch_dir is not None:
+        from sae.explain.llm.batch import BatchClient
+
+        return BatchClient(config.llm)
+    if config.llm.kind != "local":
         from sae.explain.llm.openai_client import OpenAIClient
 
         return OpenAIClient(config.llm)
@@ -219,5 +246,11 @@ def client_of(config: AutointerpConfig) -> Client:
 
     path = config.llm.model
     kind = ConstrainedClient if config.llm.constrained else LocalClient
-    with torch.no_grad():
-        return kind(load_model(ModelConfig(path=path, dtype="float32")), path.split("/")[-1])
+    on_gpu = torch.cuda.is_available()
+    dtype = config.llm.dtype
+    if dtype == "auto":  # half the memory where it costs no time, exact sums where it would
+        dtype = "bfloat16" if on_gpu else "float32"
+    loaded = load_model(ModelConfig(path=path, dtype=dtype))
+    if on_gpu:
+        loaded.model.cuda()
+    return kind(loaded, path.split("/")[-1])

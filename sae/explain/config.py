@@ -10,7 +10,7 @@ How latents of images are labelled and scored; neither torch nor a third-party p
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from activations_cache.checks import at_least, positive, require
@@ -49,6 +49,7 @@ class ImageLabelConfig:
 
 
 CacheMode = Literal["read-write", "replay", "off"]
+ServiceKind = Literal["openai", "openrouter", "mistral", "vllm", "llama.cpp", "ollama", "local"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +58,35 @@ class LLMConfig:
 
     model: str
     """Name that the endpoint knows; for kind "local" a path as `cache.model.path` takes it."""
-    kind: Literal["openai", "local"] = "openai"
-    """Where the model runs."""
+    kind: ServiceKind = "openai"
+    """Which kind of service, with a preset of its address and fields (`llm/form.py`): "openai" and
+    all that imitate it, a server of one's own, or "local", `transformers` in this process."""
     constrained: bool = True
     """Whether a local model's numbers are the likeliest allowed ones, and its label what it writes
     behind LABEL:; else it answers freely, and is asked again where it cannot be read."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of a local model; "auto": bfloat16 on a GPU, float32 without one."""
     base_url: str | None = None
-    """Endpoint such as http://127.0.0.1:8000/v1; OpenAI's own when absent."""
-    api_key: Literal["environment", "none"] = "environment"
-    """Where the key comes from: OPENAI_API_KEY, or none is sent; a key is never in a config."""
+    """Endpoint such as http://127.0.0.1:8000/v1; the usual one of its kind when absent."""
+    api_key: Literal["auto", "environment", "none"] = "auto"
+    """Where the key comes from: OPENAI_API_KEY, or none is sent, as is usual for a server of one's
+    own; a key is never in a config."""
+    answer_tokens: int | None = None
+    """Longest answer, thoughts included; what each question needs when absent."""
+    longest_answer: int = 16384
+    """An answer that was cut is asked for again with more room, up to this."""
+    length_field: Literal["auto", "max_tokens", "max_completion_tokens", "none"] = "auto"
+    """What the service calls the longest answer; "auto": as its kind does, else what it takes."""
+    leave_out: tuple[str, ...] = ()
+    """Fields that are not sent, such as "temperature"; what is refused is left out too."""
+    reasoning_effort: str | None = None
+    """How long a thinking model thinks, such as "low"; not sent when absent."""
+    response_format: Literal["auto", "json_schema", "none"] = "auto"
+    """Whether the server holds answers to a JSON schema: those of one's own do."""
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    """Further fields, such as {"chat_template_kwargs": {"enable_thinking": false}}."""
+    batch_dir: str | None = None
+    """Questions are written to batch files here, and answers read, instead of calling."""
     cache_path: str | None = None
     """SQLite file of all answers; llm.sqlite beside the results when absent."""
     cache_mode: CacheMode = "read-write"
@@ -79,17 +100,22 @@ class LLMConfig:
     attempts: int = 3
     """How often a question is asked when the answer is refused, cut off or not readable."""
     backoff_s: float = 0.25
-    """First pause before a call is made again; it doubles, up to 8 s, and varies by a half."""
-    max_wait_s: float = 60.0
-    """A longer Retry-After counts as a failure."""
+    """First pause before a call is made again; it doubles, up to 8 s, and varies by a half. A busy
+    service (429, 503) is waited out by all calls: 8 times as long, up to 60 s, or what it asks."""
+    max_wait_s: float = 600.0
+    """A busy service that asks for more stops the run, as do `retries` waits without an answer."""
     give_up_after: int = 24
     """So many failed calls one after the other stop the run: the endpoint is down."""
+    stop_after_refusals: int = 10
+    """So many equal refusals of a kind of question before its first answer stop the run."""
+    max_answer_bytes: int = 4_000_000
+    """A longer body of an answer is not read."""
     usd_per_million_input: float = 0.0
     """Price of a million tokens sent."""
     usd_per_million_output: float = 0.0
     """Price of a million tokens received."""
     max_usd: float | None = None
-    """No call is begun that could exceed this."""
+    """No call is begun that could exceed this, counted over all runs that use the same store."""
     max_tokens: int | None = None
     """The same for tokens sent and received."""
     max_requests: int | None = None
@@ -100,7 +126,11 @@ class LLMConfig:
         require(bool(self.model), "model", "name a model", self.model)
         for name, least in (("concurrency", 1), ("retries", 0), ("attempts", 1)):
             at_least(name, getattr(self, name), least)
-        at_least("give_up_after", self.give_up_after, 1)
+        for name in ("give_up_after", "stop_after_refusals", "longest_answer"):
+            at_least(name, getattr(self, name), 1)
+        at_least("max_answer_bytes", self.max_answer_bytes, 1000)
+        if self.answer_tokens is not None:
+            at_least("answer_tokens", self.answer_tokens, 1)
         for name in ("timeout_s", "max_wait_s"):
             positive(name, getattr(self, name))
         for name in ("backoff_s", "usd_per_million_input", "usd_per_million_output"):
@@ -118,6 +148,9 @@ class LLMConfig:
             # The address is written down, so what it holds is not repeated here either.
             rule = "be http(s)://HOST[:PORT]/PATH without a name, password or query"
             require(is_plain and not secret, "base_url", rule, "something else")
+        is_live = self.batch_dir is None or (self.kind != "local" and self.cache_mode != "off")
+        rule = "be absent for a model in this process and where no answers are kept"
+        require(is_live, "batch_dir", rule, self.batch_dir)
 
 
 @dataclass(frozen=True, kw_only=True)

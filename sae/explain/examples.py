@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
+from activations_cache.pieces import PieceTable
 from sae.explain.config import ExplainConfig
 from sae.explain.firings import Codes
 from sae.explain.text_at_rows import Examples, RowText
@@ -69,7 +70,7 @@ class ContextFinder:
         self,
         parts: Sequence[Part],
         examples: Examples,
-        token_strings: Sequence[str],
+        pieces: PieceTable,
         config: ExplainConfig,
     ) -> None:
         """Keep what every latent needs.
@@ -77,16 +78,15 @@ class ContextFinder:
         Args:
             parts: The splits from which contexts are taken.
             examples: The texts.
-            token_strings: Each token as text.
+            pieces: Their text, token by token.
             config: How many contexts, and how long.
         """
         self._parts = parts
-        self._tokens = examples.tokens.numpy()
+        self._pieces = pieces
         self._source = examples.source.numpy()
         self._source_names = examples.source_names
-        self._strings = token_strings
         self._config = config
-        self._n_tokens = np.zeros(len(self._tokens), np.int64)  # up to the last row: no padding
+        self._n_tokens = np.zeros(len(pieces.ids), np.int64)  # up to the last row: no padding
         for part in parts:
             np.maximum.at(self._n_tokens, part.text.example, part.text.position + 1)
 
@@ -132,7 +132,7 @@ class ContextFinder:
         shown = (fired.position >= start) & (fired.position < start + width)
         activations = np.zeros(width, np.float32)
         activations[fired.position[shown] - start] = fired.value[shown]
-        tokens = self._tokens[example, start : start + width]
+        shown_ids = self._pieces.ids[example, start : start + width].tolist()
         return Context(
             latent=latent,
             rank=rank,
@@ -142,7 +142,7 @@ class ContextFinder:
             source=self._source_names[self._source[example]],
             start=start,
             peak=peak - start,
-            tokens=tuple([self._strings[int(token)] for token in tokens]),
+            tokens=tuple([self._pieces.names[i] for i in shown_ids]),
             activations=tuple(activations.tolist()),
         )
 

@@ -10,12 +10,12 @@ A style is a prompt version: how contexts and activations are shown.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from sae.explain.config import Style
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.chat import Message, Request
+from sae.explain.llm.chat import CallFailedError, Message, Request
 from sae.explain.llm.corpus_text import NOTE, Item, escape, item, items_text, read_label
 from sae.explain.windows import NEGATIVES, LatentWindows, Window
 
@@ -105,7 +105,15 @@ class LLMExplainer:
             CallFailedError: If no answer holds a label.
             ValueError: If there is no active window.
         """
-        text = await caller.ask(self.request(latent), read_label)
+        n_shown = min(self.n_windows, len(latent.of("explain", "active")))
+        try:
+            text = await caller.ask(self.request(latent), read_label, is_last=n_shown <= 1)
+        except CallFailedError as error:
+            if error.reason != "context" or n_shown <= 1:
+                raise
+            caller.note("shortened")
+            shorter = replace(self, n_windows=n_shown // 2, n_silent=self.n_silent // 2)
+            return await shorter.explain(latent, caller)
         return Explanation(latent.latent, text, self.name, caller.client.name)
 
 

@@ -3,7 +3,6 @@
 The client that knows the rule: what a perfect language model would say, by executing it.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -21,6 +20,7 @@ from sae.explain.llm.corpus_text import (
     unescape,
 )
 from sae.explain.llm.stand_ins import reply
+from sae.explain.text_at_rows import word_begins, words_with_blanks
 
 N_TEXTS = 10
 """Texts that a judge writes for a label."""
@@ -134,7 +134,18 @@ class LLMJudge:
         """Ask and read."""
         known = allowed(task, len(items))
         assert known is not None, task
-        return await self._caller.ask(question(task, explanation, items), read_numbers(*known))
+        is_divisible = len(items) > 1 and task != "intruder"
+        asked, read = question(task, explanation, items), read_numbers(*known)
+        try:
+            return await self._caller.ask(asked, read, is_last=not is_divisible)
+        except CallFailedError as error:
+            if error.reason != "context" or not is_divisible:
+                raise
+        self._caller.note("shortened")
+        half = len(items) // 2
+        halves = (items[:half], items[half:])
+        first, second = [await self.answer(task, explanation, part) for part in halves]
+        return first + second
 
     async def texts(self, explanation: str) -> list[str]:
         """Ask for texts that fit a label."""
@@ -175,17 +186,16 @@ class WordRule:
 
 
 def _words(pieces: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The words that pieces make together, as `words.join_words` does, and the word of each."""
+    """The words that pieces make, as `text_at_rows.join_words` does, and the word of each."""
     words: list[str] = []
     of_piece: list[int] = []
-    before = ""
-    for piece in pieces:
-        if words and piece[:1].isalnum() and before[-1:].isalnum():
-            words[-1] += piece.strip().lower()
+    for piece, begins in zip(pieces, word_begins(pieces), strict=True):
+        shown = piece.strip().lower() or piece
+        if begins:
+            words.append(shown)
         else:
-            words.append(piece.strip().lower() or piece)
+            words[-1] += shown
         of_piece.append(len(words) - 1)
-        before = piece
     return words, of_piece
 
 
@@ -230,9 +240,7 @@ class RuleJudge:
     def _found(self, item: Item) -> list[tuple[float, bool]]:
         """Strength and mark of each piece."""
         pieces = [
-            (piece, span.marked)
-            for span in item.spans
-            for piece in re.findall(r"\s*\w+|\s*[^\w\s]", span.text)
+            (piece, span.marked) for span in item.spans for piece in words_with_blanks(span.text)
         ]
         strengths = self._rule([piece for piece, _ in pieces])
         return [(s, marked) for s, (_, marked) in zip(strengths, pieces, strict=True)]

@@ -8,7 +8,8 @@ from typing import Literal, TypeVar
 from activations_cache.checks import Progress, silent
 from sae.explain.explainers import Explanation, LLMExplainer
 from sae.explain.judges import Judge, LLMJudge
-from sae.explain.llm.caller import Caller, Cost, cancelled_together, estimate
+from sae.explain.llm.budget import Cost, estimate
+from sae.explain.llm.caller import Caller, Tally, cancelled_together, tallied
 from sae.explain.llm.chat import CallFailedError, Request, Response
 from sae.explain.llm.stand_ins import ConstantClient
 from sae.explain.scorers.score import Score, Scorer
@@ -36,6 +37,10 @@ class Explained:
     """One per scorer."""
     controls: dict[str, tuple[Score, ...]] = field(default_factory=dict)
     """The same scorers on what should score at chance; for a subsample of the latents."""
+    outcomes: dict[str, int] = field(default_factory=dict, compare=False)
+    """Questions that were answered, shortened, and unusable answers by their reason."""
+    lost: dict[str, int] = field(default_factory=dict)
+    """Questions that ended without an answer, by reason; scorers' too, controls' not."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,13 @@ class _Work:
         async def worker() -> None:
             for index, latent in waiting:
                 results[index] = await do(latent)
-                text = f"{unit} · {cost_text(self._caller)}"
-                self._progress(len(results), len(latents), text)
+                report()
 
+        def report(wait: str = "") -> None:
+            text = f"{unit} · {cost_text(self._caller)}{wait and ' · '}{wait}"
+            self._progress(len(results), len(latents), text)
+
+        self._caller.on_wait = report
         n_workers = min(self._caller.config.concurrency, len(latents))
         tasks = [asyncio.create_task(worker()) for _ in range(n_workers)]
         async with cancelled_together(tasks):
@@ -124,12 +133,14 @@ class _Work:
                 latent.latent, "insufficient", f"{least} active windows of {wanted} wanted"
             )
         explanation = None
-        try:
-            explanation = await self._plan.explainer.explain(latent, self._caller)
-            scores = await self._scores(latent, explanation.text)
-        except CallFailedError as error:
-            return Explained(latent.latent, "failed", str(error), explanation)
-        return Explained(latent.latent, "done", "", explanation, scores)
+        with tallied() as tally:
+            try:
+                explanation = await self._plan.explainer.explain(latent, self._caller)
+                scores = await self._scores(latent, explanation.text)
+            except CallFailedError as error:
+                failed = Explained(latent.latent, "failed", str(error), explanation)
+                return replace(failed, **_counts(tally))
+        return Explained(latent.latent, "done", "", explanation, scores, **_counts(tally))
 
     async def controls(
         self, latent: LatentWindows, label: str, other: str
@@ -144,8 +155,22 @@ class _Work:
             return {}
 
     async def _scores(self, latent: LatentWindows, label: str) -> tuple[Score, ...]:
-        scores = [scorer.score(latent, label, self._judge) for scorer in self._plan.scorers]
+        scores = [self._score(scorer, latent, label) for scorer in self._plan.scorers]
         return tuple(await asyncio.gather(*scores))
+
+    async def _score(self, scorer: Scorer, latent: LatentWindows, label: str) -> Score:
+        """A score, with what became of its questions; `gather` gives each its own context."""
+        with tallied() as tally:
+            score = await scorer.score(latent, label, self._judge)
+        said = "; ".join(f"{name}: {tally.words[name]}" for name in sorted(tally.lost))
+        if score.value is None and said:
+            score = replace(score, reason=f"{score.reason}: {said}" if score.reason else said)
+        return replace(score, lost=dict(sorted(tally.lost.items())))
+
+
+def _counts(tally: Tally) -> dict[str, dict[str, int]]:
+    counts = {"outcomes": tally.outcomes, "lost": tally.lost}
+    return {name: dict(sorted(counter.items())) for name, counter in counts.items()}
 
 
 def shuffled_windows(latent: LatentWindows) -> LatentWindows:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sae.explain.llm.caller import Caller
+from sae.explain.llm.chat import OPEN
 from sae.explain.pipeline import Explained
 from sae.explain.scorers.score import Score
 from sae.explain.windows import LatentWindows
@@ -38,14 +39,17 @@ def summarise(found: Sequence[Explained], caller: Caller | None) -> dict[str, ob
 
     Means are over the latents with a value; `mean_worst` and `mean_best` are over all latents that
     were tried, a failed one counted at the floor of ignorance and at 1. A weak language model gives
-    one label to many latents, which `n_different_labels` tells.
+    one label to many latents, which `n_different_labels` tells. `first_words` has what was first
+    said of each way to fail; `all_runs` is what all calls through the same store took.
     """
     statuses = Counter(f.status for f in found)
+    is_open = [any(f.lost.get(reason) for reason in OPEN) for f in found]
     reasons = Counter(f.reason.split(":")[0] for f in found if f.status == "failed")
     labels = {f.explanation.text for f in found if f.status == "done" and f.explanation}
     summary: dict[str, object] = {
         "n_failed": statuses["failed"],
         "failed_by_reason": dict(sorted(reasons.items())),
+        "n_open": sum(is_open),
         "n_insufficient": statuses["insufficient"],
         "n_done": statuses["done"],
         "n_different_labels": len(labels),
@@ -57,6 +61,10 @@ def summarise(found: Sequence[Explained], caller: Caller | None) -> dict[str, ob
     }
     if caller is not None:
         spent = caller.budget.spent
+        total, usd = caller.budget.ledger.total()
+        summary["outcomes"] = dict(sorted(caller.tally.outcomes.items()))
+        summary["questions_lost"] = dict(sorted(caller.tally.lost.items()))
+        summary["first_words"] = dict(sorted(caller.tally.words.items()))
         summary["cost"] = {
             "failed_calls_and_answers": dict(sorted(caller.failures.items())),
             "requests": spent.requests,
@@ -64,6 +72,7 @@ def summarise(found: Sequence[Explained], caller: Caller | None) -> dict[str, ob
             "input_tokens": spent.input_tokens,
             "output_tokens": spent.output_tokens,
             "usd": round(spent.usd(caller.config), 6),
+            "all_runs": {"requests": total.requests, "tokens": total.tokens, "usd": round(usd, 6)},
         }
     return summary
 

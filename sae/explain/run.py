@@ -70,7 +70,7 @@ def explain(
         dictionary: What is explained.
         cache: Activations and texts, split by document.
         hook_point: Which activations the dictionary reads.
-        token_strings: Each token as text, with its leading space if it has one.
+        token_strings: `activations_cache.Pieces`, or what stands for each id everywhere.
         config: How.
         out_dir: Where the files go; None writes none and looks for no contexts.
         progress: Called in every stage, with the stage's own total and unit.
@@ -89,7 +89,7 @@ def explain(
     explained = explain_codes(parts[0], parts[1], reader.names, config, report)
     if out_dir is None:
         return explained
-    finder = ContextFinder(parts, cache.examples, token_strings, config)
+    finder = ContextFinder(parts, cache.examples, reader.pieces, config)
     fired = [part.codes.n_fired for part in parts]
     records = (_record(explained, fired, latent) for latent in range(len(fired[0])))
     contexts = _contexts(finder, len(fired[0]), report)

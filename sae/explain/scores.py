@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
+from scipy import stats
 
 from sae.explain.config import Kind
 from sae.explain.firings import Codes, Entries, concatenated_ranges
@@ -18,7 +19,6 @@ from sae.explain.text_at_rows import RowText
 FLOOR = 0.5
 """The AUC of any rule that knows nothing."""
 
-_NORMAL = 1.959964
 _LATENTS_AT_ONCE = 64
 
 
@@ -229,24 +229,12 @@ def _interval(
     alike = (variance <= 1e-18) | (spread <= 1e-12)
     worth = np.where(alike, n_clusters, spread * safe**2 / np.where(alike, 1.0, variance))
     worth = np.minimum(worth, n_firing)
-    z2 = student_quantile(n_clusters - 1) ** 2
+    z2 = stats.t.ppf(0.975, np.maximum(n_clusters - 1, 1)) ** 2
     middle = (share + z2 / (2 * worth)) / (1 + z2 / worth)
     half = np.sqrt(z2 * (spread / worth + z2 / (4 * worth**2))) / (1 + z2 / worth)
     low, high = (ranks.lowest + np.clip(end, 0, 1) * span for end in (middle - half, middle + half))
     low, high = np.minimum(low, ranks.auc), np.maximum(high, ranks.auc)
     return Scores(ranks.auc, low, high, np.sqrt(variance))
-
-
-def student_quantile(degrees: Int64[np.ndarray, " d_sae"]) -> Float64[np.ndarray, " d_sae"]:
-    """The 97.5 % quantile of Student's t, by its expansion (Abramowitz and Stegun 26.7.5).
-
-    Right within 0.01 from 4 degrees on.
-    """
-    z, n = _NORMAL, np.maximum(degrees, 1).astype(np.float64)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / n + second / n**2 + third / n**3
 
 
 def derangement(

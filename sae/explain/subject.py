@@ -27,7 +27,7 @@ class Subject:
     hook_point: str
     """Which activations the dictionary reads."""
     token_strings: Sequence[str]
-    """Each token as text."""
+    """`activations_cache.Pieces`, or what stands for each id everywhere."""
     tools: Tools | None = None
     """What scorers need that look into the model."""
     known: dict[object, tuple[State, Assembler]] = field(default_factory=dict, repr=False)

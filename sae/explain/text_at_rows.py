@@ -5,14 +5,18 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import regex
 import torch
 from jaxtyping import Int, Int32
 from torch import Tensor
 
+from activations_cache.pieces import PieceTable, table_of
 from sae.explain.config import Kind
 from sae.explain.firings import ActivationRows
 
 _LEAST_PAIR = 2
+_WORD_BOUNDARY = regex.compile(r"(?w)\b")
+_WORD_WITH_BLANKS = regex.compile(r"(?w)\s*\S.*?\b")
 
 
 @runtime_checkable
@@ -103,7 +107,7 @@ class Words:
     """The words of all examples, each token standing for the whole word it belongs to."""
 
     word: Int32[np.ndarray, "example pos"]
-    """Index into names."""
+    """Index into names; -1 where no character ends, as in padding."""
     previous: Int32[np.ndarray, "example pos"]
     """The word before that word in the example; -1 for none."""
     names: tuple[str, ...]
@@ -114,13 +118,14 @@ class Words:
         key = self.previous.astype(np.int64) * len(self.names) + self.word
         begins = np.ones(key.shape, bool)  # a word of several tokens counts once
         begins[:, 1:] = key[:, 1:] != key[:, :-1]
-        known, count = np.unique(key[begins & (self.previous >= 0)], return_counts=True)
+        is_pair = (self.previous >= 0) & (self.word >= 0)
+        known, count = np.unique(key[begins & is_pair], return_counts=True)
         known = known[count >= _LEAST_PAIR]
         place = np.minimum(np.searchsorted(known, key), max(len(known) - 1, 0))
         is_known = known[place] == key if len(known) else np.zeros(key.shape, bool)
         first, second = np.divmod(known, len(self.names))
         names = [f"{self.names[a]} {self.names[b]}" for a, b in zip(first, second, strict=True)]
-        return np.where(is_known, place, -1).astype(np.int32), tuple(names)
+        return np.where(is_known & is_pair, place, -1).astype(np.int32), tuple(names)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ class TextReader:
 
         Args:
             cache: Whose texts are read.
-            token_strings: Each token as text, with its leading space if it has one.
+            token_strings: `activations_cache.Pieces`, or what stands for each id everywhere.
 
         Raises:
             ValueError: If a token of the examples has no string.
@@ -154,7 +159,9 @@ class TextReader:
                 f"{self._tokens.min()} to {self._tokens.max()}; pass the strings of the tokenizer "
                 "that made the cache"
             )
-        self._words = join_words(self._tokens, token_strings)
+        self.pieces = table_of(self._tokens, token_strings)
+        """The pieces of all examples."""
+        self._words = join_words(self.pieces)
         self._pair, pair_names = self._words.pairs()
         longest = self._tokens.shape[1].bit_length()
         self.names: Mapping[Kind, Sequence[str]] = {
@@ -191,29 +198,44 @@ class TextReader:
         return SplitRows(ids, RowText(example, position, values))
 
 
-def join_words(tokens: Int[np.ndarray, "example pos"], token_strings: Sequence[str]) -> Words:
+def join_words(table: PieceTable) -> Words:
     """Join tokens to words within each example.
 
-    A token continues the word before it if it begins with a letter or digit and the token before it
-    ends with one. Words are stripped of white space and lower-cased; white space itself stays.
+    A word ends at a Unicode word boundary (UAX 29) between two tokens and at white space: "don't"
+    is one word, a Chinese, Japanese or Thai character that is a token is one too. A token is never
+    cut. Words are stripped of white space and lower-cased; white space itself stays.
     """
-    used, flat = np.unique(tokens, return_inverse=True)
-    strings = [token_strings[int(token)] if token >= 0 else "" for token in used]  # -1: padding
-    pieces = np.array([string.strip().lower() or string for string in strings], dtype=object)
-    continues = np.array([string[:1].isalnum() for string in strings])
-    continued = np.array([string[-1:].isalnum() for string in strings])
-    flat = flat.reshape(tokens.shape)
-    begins = np.ones(tokens.shape, bool)
-    begins[:, 1:] = ~(continues[flat[:, 1:]] & continued[flat[:, :-1]])
+    names = [*table.names, ""]  # the last is that of padding
+    pieces = np.array([name.strip().lower() or name for name in names], dtype=object)
+    begins = np.array([word_begins([names[i] for i in row]) for row in table.ids.tolist()])
     first = np.flatnonzero(begins)
     ids: dict[str, int] = {}
-    joined = np.add.reduceat(pieces[flat.ravel()], first)
-    words = np.array([ids.setdefault(word, len(ids)) for word in joined], np.int32)
+    joined = np.add.reduceat(pieces[table.ids.ravel()], first)
+    words = np.array([ids.setdefault(word, len(ids)) if word else -1 for word in joined], np.int32)
     before = np.concatenate([np.array([-1], np.int32), words[:-1]])
-    before[first % tokens.shape[1] == 0] = -1
+    before[first % begins.shape[1] == 0] = -1
     number = np.cumsum(begins.ravel()) - 1
-    shape = tokens.shape
-    return Words(words[number].reshape(shape), before[number].reshape(shape), tuple(ids))
+    return Words(
+        words[number].reshape(begins.shape), before[number].reshape(begins.shape), tuple(ids)
+    )
+
+
+def word_begins(pieces: Sequence[str]) -> list[bool]:
+    """Say of each piece of a text whether a word begins with it."""
+    text = "".join(pieces)
+    bounds = {match.start() for match in _WORD_BOUNDARY.finditer(text)}
+    begins, at, is_open = [], 0, False
+    for piece in pieces:
+        is_parted = at in bounds or text[at - 1 : at].isspace() or text[at : at + 1].isspace()
+        begins.append(not begins or at == len(text) or (is_parted and not is_open))
+        is_open = not piece  # what ends in the next piece began here
+        at += len(piece)
+    return begins
+
+
+def words_with_blanks(text: str) -> list[str]:
+    """Cut a text into its words and signs, each with the blanks before it."""
+    return _WORD_WITH_BLANKS.findall(text)
 
 
 def _position_name(n_bits: int) -> str:

@@ -1,13 +1,14 @@
 """What every format is read into: weights by the names of the autoencoder's parameters."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.architecture import SAEConfig
+from sae.architecture import SAEConfig, with_k
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained.fields import DictionaryFormatError
 
@@ -97,11 +98,16 @@ class Source:
     @property
     def weights_sha256(self) -> str:
         """The SHA-256 of the file of weights; of several files, that of their names and hashes."""
-        files = {n: d for n, d in self.source_sha256.items() if not n.endswith(SETTINGS)}
-        if len(files) == 1:
-            return next(iter(files.values()))
-        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
-        return hashlib.sha256(lines.encode()).hexdigest()
+        return weights_sha256(self.source_sha256)
+
+
+def weights_sha256(sha256: Mapping[str, str]) -> str:
+    """The SHA-256 of the one file of weights among some; of several, that of names and hashes."""
+    files = {name: digest for name, digest in sha256.items() if not name.endswith(SETTINGS)}
+    if len(files) == 1:
+        return next(iter(files.values()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def selected(latents: int | slice | None, d_sae: int) -> slice:
@@ -176,13 +182,12 @@ def empty(config: SAEConfig) -> SparseAutoencoder:
 def narrowed(config: SAEConfig, d_sae: int) -> SAEConfig:
     """The config of a dictionary with fewer latents; k is cut to their number."""
     activation = config.activation
-    if d_sae < config.d_sae and not activation.facts.sliceable:
+    if d_sae < config.d_sae and activation.facts.choice == "group":
         kind = activation.kind
         raise DictionaryFormatError(
             f"latents must be all {config.d_sae} for activation.kind {kind!r}, got {d_sae}; some "
             "of them alone would fire otherwise"
         )
-    k = getattr(activation, "k", 1)
-    if k > max(d_sae, 1):
-        activation = replace(activation, k=max(d_sae, 1))  # pyright: ignore[reportCallIssue]
+    if (activation.per_row or 1) > max(d_sae, 1):
+        activation = with_k(activation, max(d_sae, 1))
     return replace(config, d_sae=d_sae, activation=activation)

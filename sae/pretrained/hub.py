@@ -177,7 +177,12 @@ def directory_of(path: str | Path, source: Source) -> Path:
     """
     if source.source_format == OURS and Path(path).is_dir():
         return Path(path)
-    return cache_directory() / "dictionaries" / source.weights_sha256
+    return dictionaries() / source.weights_sha256
+
+
+def dictionaries() -> Path:
+    """Where what is known of dictionaries that are not ours lies, by the hash of their weights."""
+    return cache_directory() / "dictionaries"
 
 
 def name_of(path: str | Path, where: Path) -> str:

@@ -7,15 +7,17 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from activations_cache import io
 from sae.autoencoder import SparseAutoencoder
 from sae.cross_layer import CrossLayerTranscoder
+from sae.metrics import STATS, Firing
 from sae.pretrained import (
     catalogue,
     circuit_tracer,
@@ -37,11 +39,11 @@ from sae.pretrained import (
     sparsify,
     vit_prisma,
 )
-from sae.pretrained.canonical import Reading, Source, assemble
+from sae.pretrained.canonical import Reading, Source, assemble, weights_sha256
 from sae.pretrained.catalogue import Entry
 from sae.pretrained.fields import DictionaryFormatError
-from sae.pretrained.files import PICKLED, Files, Stated
-from sae.pretrained.monosema_format import save
+from sae.pretrained.files import PICKLED, Files, Stated, parse_json
+from sae.pretrained.monosema_format import PROVENANCE, save
 
 FORMATS: dict[str, ModuleType] = {
     module.FORMAT: module
@@ -92,7 +94,10 @@ def load(
         DictionaryFormatError: If it is not a whole dictionary of a known format, or if it can be
             read in two ways.
     """
-    return _assembled(_found(path, format, allow_pt, latents, id))[0].to(device)
+    found = _found(path, format, allow_pt, latents, id)
+    dictionary, reading = _assembled(found)
+    _describe(dictionary, found, reading)
+    return dictionary.to(device)
 
 
 def load_with_source(
@@ -116,7 +121,90 @@ def load_with_source(
         site=reading.site,
         checked_against=FORMATS[found.format].CHECKED_AGAINST,
     )
+    _describe(dictionary, found, reading)
     return Loaded(dictionary.to(device), source)
+
+
+IDENTITY = ("model_sha256", "config_sha256", "tokenizer_sha256", "model")
+"""What must agree between the model that a dictionary was trained on and the one it is put into."""
+
+
+def require_model(dictionary: SparseAutoencoder, identity: Mapping[str, str]) -> None:
+    """Check that a loaded model is the one that a dictionary was trained on.
+
+    Args:
+        dictionary: As `load` gives it.
+        identity: As `LoadedModel.identity` has it; only what both know is compared.
+
+    Raises:
+        ValueError: If it is another model.
+    """
+    known = dictionary.provenance.get("model", {})
+    for key in IDENTITY:
+        if key in known and key in identity and known[key] != identity[key]:
+            raise ValueError(
+                f"the model must be the one that the dictionary was trained on, with {key} "
+                f"{known[key]}, got {identity[key]}"
+            )
+
+
+MEASURED = "measured_on.json"
+"""What an evaluation learned of a dictionary that is not ours, beside its statistics."""
+
+
+def _describe(dictionary: SparseAutoencoder, found: "_Found", reading: Reading) -> None:
+    """Give a dictionary provenance, hook point and statistics, from where they lie."""
+    files, is_ours = found.files, found.format == hub.OURS
+    site = reading.site
+    source = {"source_format": found.format, "source_path": str(files.path), "site": site}
+    record = files.json(PROVENANCE) if is_ours and files.has(PROVENANCE) else {}
+    if not is_ours:
+        named = {"model": {"path": site["model_name"]}} if site.get("model_name") else {}
+        record = named | _measured_on(files)
+    dictionary.provenance = {"source": source, **record}
+    point = record.get("hook_point")
+    if isinstance(point, str) and not dictionary.config.inputs:
+        dictionary.at(point)
+    if (files.latents is None and files.path.is_dir()) or not is_ours:
+        dictionary.stats = partial(_stats_of, files, is_ours)
+
+
+def _measured_on(files: Files) -> dict[str, Any]:
+    """What was learned of it before; nothing is hashed where nothing was ever measured."""
+    if not hub.dictionaries().is_dir():
+        return {}
+    file = hub.dictionaries() / weights_sha256(files.sha256) / MEASURED
+    if not file.is_file():
+        return {}
+    record = parse_json(file.read_bytes(), str(file))
+    return {key: record[key] for key in ("hook_point", "model") if record.get(key)}
+
+
+def _stats_of(files: Files, is_ours: bool) -> Firing | None:
+    digest = None if is_ours else weights_sha256(files.sha256)
+    home = files.root if digest is None else hub.dictionaries() / digest
+    return Firing.read(home, digest) if (home / STATS).is_file() else None
+
+
+def keep_measured(
+    path: str | Path, source: Source, firing: Firing, hook_point: str, model: Mapping[str, str]
+) -> Path:
+    """Keep what an evaluation learned of a dictionary, for steering and for the browser.
+
+    Args:
+        path: As for `load`.
+        source: What it was read from.
+        firing: Its statistics.
+        hook_point: Where it was measured.
+        model: Path and dtype of the model that it was measured on.
+    """
+    home = hub.directory_of(path, source)
+    if home == Path(path):
+        return firing.save(home)
+    io.make_directory(home)
+    record = {"source": source.source_path, "hook_point": hook_point, "model": dict(model)}
+    io.write_files({home / MEASURED: (json.dumps(record, indent=1) + "\n").encode()})
+    return firing.save(home, source.weights_sha256)
 
 
 class _Found(NamedTuple):
@@ -193,8 +281,13 @@ def _placed(reading: Reading, entry: Entry | None) -> Reading:
     else:
         model = site.get("model_name", "")
         read, predicted = (
-            catalogue.point_of(site.get(f"hf_{key}") or site.get(key, ""), model)
-            for key in ("hook_name", "hook_name_out")
+            catalogue.point_of(
+                site.get(f"hook_point{side}")
+                or site.get(f"hf_hook_name{side}")
+                or site.get(f"hook_name{side}", ""),
+                model,
+            )
+            for side in ("", "_out")
         )
     is_one = len(config.slices_in) == len(config.slices_out) == 1
     is_square = config.width_out == config.d_in and not config.outputs

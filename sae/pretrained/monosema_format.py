@@ -48,6 +48,7 @@ def save(
         dictionary: What is written, in fp32.
         path: The directory; files of an earlier dictionary in it are replaced.
         provenance: What made it (cache fingerprint, config, versions); recorded, never compared.
+            The dictionary's own when absent.
 
     Raises:
         ValueError: If a number is not finite, such as the threshold of an untrained BatchTopK.
@@ -61,7 +62,8 @@ def save(
     config = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(dictionary.config)}
     if dictionary.config.undo_norm:  # files without the key are read by releases before it too
         del config["undo_norm"]
-    record = {**(provenance or {}), "sae_sha256": hashlib.sha256(weights).hexdigest()}
+    made_by = dictionary.provenance if provenance is None else provenance
+    record = {**made_by, "sae_sha256": hashlib.sha256(weights).hexdigest()}
     io.write_files({path / WEIGHTS: weights, path / PROVENANCE: _json(record)})
     io.write_files({path / CONFIG: _json(config)})
     return path

@@ -16,18 +16,19 @@ from activations_cache.config import SPLITS
 from activations_cache.hooks import capture
 from activations_cache.image_rows import CachedImages
 from activations_cache.models import LoadedModel
+from activations_cache.pieces import Pieces
 from activations_cache.preprocessing import as_rgb
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import Attribution, Example, Explanation, Image, Latent, Score
 from sae.browser.latent import Status
 from sae.browser.server import Reading
-from sae.explain.atlas.neighbours import Nearest, Together
+from sae.explain.atlas.neighbours import Together
 from sae.explain.examples import Context
 from sae.explain.logit_lens import PromotedTokens
 from sae.explain.tables import LatentRecord, iter_examples
+from sae.neighbours import Nearest
 from sae.run.context import Run
 from sae.steer.attribution import Metric, ablation_effects, attribute
-from sae.steer.place import Placed
 
 LONGEST = 224
 """Pixels of a thumbnail's side, at most."""
@@ -78,8 +79,8 @@ class LatentContext(NamedTuple):
 
     path: Path
     """The dictionary's directory, for the steering command."""
-    strings: list[str]
-    """Each token id as text."""
+    pieces: Pieces | None
+    """What turns tokens into text; None without a model."""
     neighbours: Nearest | None
     cofiring: list[tuple[Together, ...]] | None
     lens: PromotedTokens | None
@@ -148,12 +149,12 @@ def _command(path: Path, latent: int) -> str:
 
 
 def _tokens(about: LatentContext, latent: int, end: str) -> tuple[tuple[str, float | None], ...]:
-    if about.lens is None:
+    if about.lens is None or about.pieces is None:
         return ()
     tokens: Int[Tensor, "d_sae k"] = getattr(about.lens, end)
     logits: Float[Tensor, "d_sae k"] = getattr(about.lens, f"{end}_logits")
     pairs = zip(tokens[latent].tolist(), logits[latent].tolist(), strict=True)
-    return tuple((about.strings[token], logit) for token, logit in pairs)
+    return tuple((about.pieces[token], logit) for token, logit in pairs)
 
 
 def _pairs(neighbours: Nearest | None, latent: int) -> tuple[tuple[int, float], ...]:
@@ -221,8 +222,8 @@ class BrowseContext(NamedTuple):
 
     cache: ActivationCache | None
     loaded: LoadedModel | None
-    strings: list[str]
-    """Each token id as text; empty without a model."""
+    pieces: Pieces | None
+    """What turns tokens into text; None without a model."""
     pictures: Thumbnails | None = None
     """The images of a cache of images."""
 
@@ -248,7 +249,7 @@ def attributions_of(
     reads, writes = dictionary.config.sites(hook_point)
     if context.cache is None or context.loaded is None or len(reads) != 1 or writes != reads:
         return {}
-    examples, placed = context.cache.examples, Placed(dictionary, "".join(reads))
+    examples, placed = context.cache.examples, dictionary.at(*reads)
     first_position = context.cache.manifest.plan.skip_positions
     held_out = (examples.split == SPLITS.index("hold")).nonzero().flatten()
     chosen = held_out[:: max(1, len(held_out) // N_PROMPTS)][:N_PROMPTS].tolist()
@@ -271,10 +272,14 @@ def _size(shown: Attribution) -> float:
 
 
 def _of_prompt(
-    placed: Placed, context: BrowseContext, tokens: Int[Tensor, " pos"], first_position: int
+    placed: SparseAutoencoder,
+    context: BrowseContext,
+    tokens: Int[Tensor, " pos"],
+    first_position: int,
 ) -> Iterator[tuple[int, Attribution]]:
     """The latents on which the last token depends most, each with its score at every position."""
     assert context.loaded is not None
+    assert context.pieces is not None
     model = context.loaded.model
     prompt, target = tokens[None, :-1], int(tokens[-1])
     metric = _log_probability(target)
@@ -286,7 +291,7 @@ def _of_prompt(
     entries = [(position, latent) for latent, position in strongest.items()][:N_ABLATED]
     effects = ablation_effects(model, placed, prompt, metric, entries).tolist() if entries else []
     measured = {latent: effect for (_, latent), effect in zip(entries, effects, strict=True)}
-    texts = tuple(context.strings[token] for token in tokens.tolist())
+    texts = context.pieces.row(tokens.tolist())
     for latent in strongest:
         values = (scored.scores * (scored.latents.indices == latent)).sum(dim=1).tolist()
         yield latent, Attribution(texts[:-1], tuple(values), texts[-1], measured.get(latent), NOTE)
@@ -335,5 +340,4 @@ class PromptReader:
             for row, strengths in zip(numbers.tolist(), values.tolist(), strict=True)
         ]
         fires[:skipped] = [()] * skipped
-        strings = tuple(run.token_strings[token] for token in ids[0].tolist())
-        return Reading(strings, tuple(fires), skipped)
+        return Reading(run.pieces.row(ids[0].tolist()), tuple(fires), skipped)

@@ -7,9 +7,9 @@ import torch
 
 from activations_cache.checks import Progress
 from sae.browser import Comparison, Layout, Map
-from sae.explain.atlas.neighbours import chance_cosine, nearest
 from sae.explain.atlas.plane import Method, cluster_names, clusters, plane, share_kept
 from sae.explain.tables import LatentRecord
+from sae.neighbours import chance_cosine, nearest
 from sae.run.browse_latents import BrowsedDictionary
 
 N_CLUSTERS = 12
@@ -36,7 +36,7 @@ def map_of(rows: torch.Tensor, records: list[LatentRecord], report: Progress) ->
     """
     live = torch.tensor([record.status != "dead" for record in records])
     directions = rows[live].float().cpu()
-    cosine = nearest(directions, directions, 1, same=True).cosine[:, 0]
+    cosine = nearest(directions, directions, 1, own=torch.arange(len(directions))).cosine[:, 0]
     chance = chance_cosine(directions)
     share = float((cosine > chance).float().mean())
     nearer = (

@@ -10,7 +10,8 @@ import torch
 import activations_cache
 from activations_cache import ActivationCache
 from activations_cache.checks import Progress, silent
-from activations_cache.models import LoadedModel, load_model, unembedding
+from activations_cache.models import LoadedModel, load_model
+from activations_cache.probe import readout, record_of
 from sae import pretrained
 from sae.browser import (
     Column,
@@ -23,12 +24,13 @@ from sae.browser import (
 )
 from sae.browser.site import DENSE_ABOVE
 from sae.evaluate.report import read_json
-from sae.explain.atlas.neighbours import Together, cofiring, nearest
+from sae.explain.atlas.neighbours import Together, cofiring
 from sae.explain.firings import encode_rows
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.results import STEM
 from sae.explain.rule_scores import STEM as RULES
 from sae.explain.tables import EXAMPLES, LATENTS, SUMMARY, LatentRecord, iter_examples, read_latents
+from sae.neighbours import nearest
 from sae.run.browse_latents import (
     BrowseContext,
     BrowsedDictionary,
@@ -43,9 +45,9 @@ from sae.run.context import (
     Run,
     holds_images,
     model_of,
+    pieces_of,
     provenance_of,
     results_of,
-    token_strings,
 )
 from sae.run.tables import result_table
 from sae.train.curves import read_curves
@@ -87,7 +89,7 @@ def dictionary_of(
 
 def _activation(subject: BrowsedDictionary) -> str:
     activation = subject.dictionary.config.activation
-    k = getattr(activation, "k", None)
+    k = activation.per_row
     return type(activation).__name__ + ("" if k is None else f", k = {k}")
 
 
@@ -99,19 +101,19 @@ def _n_rows(explained: Path) -> int:
 def _about(subject: BrowsedDictionary, context: BrowseContext, report: Progress) -> LatentContext:
     rows = subject.dictionary.dec_rows.detach()
     k = min(N_NEIGHBOURS, len(rows) - 1)
-    neighbours = nearest(rows, rows, k, same=True) if k else None
+    neighbours = nearest(rows, rows, k, own=torch.arange(len(rows))) if k else None
     report(0, 1, "latents' neighbours")
     lens = None
     if context.loaded is not None and _has_lens(subject, context.loaded):
         lens = promoted_tokens(
-            subject.dictionary, *unembedding(context.loaded.model), N_PROMOTED, progress=report
+            subject.dictionary, readout(context.loaded.model), None, N_PROMOTED, progress=report
         )
     attributed = {}
     if context.loaded is not None and context.cache is not None:
         attributed = attributions_of(subject.dictionary, subject.hook_point, context, report)
     return LatentContext(
         path=subject.path,
-        strings=context.strings,
+        pieces=context.pieces,
         neighbours=neighbours,
         cofiring=_cofiring(subject, context, report),
         lens=lens,
@@ -122,9 +124,9 @@ def _about(subject: BrowsedDictionary, context: BrowseContext, report: Progress)
 
 
 def _has_lens(subject: BrowsedDictionary, loaded: LoadedModel) -> bool:
-    head = getattr(loaded.model, "get_output_embeddings", lambda: None)()
-    width = subject.dictionary.config.slices_out[-1].width
-    return head is not None and head.weight.shape[1] == width
+    if record_of(loaded.model).logits is None:
+        return False
+    return readout(loaded.model).shape[1] == subject.dictionary.config.slices_out[-1].width
 
 
 def _cofiring(
@@ -243,8 +245,8 @@ def site_of_run(run: Run, report: Progress) -> Site:
 
 def _context_of_run(run: Run) -> BrowseContext:
     if run.of_images:
-        return BrowseContext(run.cache, None, [], Thumbnails(run.cache))
-    return BrowseContext(run.cache, run.loaded, run.token_strings)
+        return BrowseContext(run.cache, None, None, Thumbnails(run.cache))
+    return BrowseContext(run.cache, run.loaded, run.pieces)
 
 
 def _curves(run: Run) -> tuple[Curve, ...]:
@@ -277,7 +279,7 @@ def site_of_dictionary(path: str | Path, cache_path: str | Path | None, report: 
     origin = {"model": loaded.source.site.get("model_name", ""), **provenance_of(home)}
     points = origin.get("hook_points") or [origin.get("hook_point") or ""]
     named = loaded.dictionary.config.slices_in[0].hook_point
-    context, hook = BrowseContext(None, None, []), points[0] or named
+    context, hook = BrowseContext(None, None, None), points[0] or named
     if cache_path is not None:
         cache = activations_cache.open(cache_path)
         hook = hook if hook in cache.hook_points else cache.hook_points[0]
@@ -299,9 +301,9 @@ def site_of_dictionary(path: str | Path, cache_path: str | Path | None, report: 
 
 def _context_of(cache: ActivationCache, report: Progress) -> BrowseContext:
     if holds_images(cache):
-        return BrowseContext(cache, None, [], Thumbnails(cache))
+        return BrowseContext(cache, None, None, Thumbnails(cache))
     loaded = load_model(model_of(cache), progress=report)
-    return BrowseContext(cache, loaded, token_strings(loaded))
+    return BrowseContext(cache, loaded, pieces_of(loaded))
 
 
 def browse(

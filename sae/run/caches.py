@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import activations_cache
 from activations_cache import ActivationCache
@@ -14,8 +15,10 @@ from activations_cache.config import (
     TextConfig,
     TextSource,
 )
-from activations_cache.hooks import sites
+from activations_cache.hooks import noted_sites, sites
 from activations_cache.importing import import_array
+from activations_cache.models import LoadedModel
+from activations_cache.probe import record_of
 from activations_cache.recompute import recompute
 from activations_cache.summary import HookSummary, summarise
 from activations_cache.vision import load_any_model
@@ -166,6 +169,22 @@ def _summary_rows(cache: ActivationCache, summary: HookSummary) -> list[tuple[st
 def hook_points(model: ModelConfig | str | Path, progress: Progress = silent) -> list[str]:
     """Return the hook points of a model."""
     return list(sites(load_any_model(_model(model), progress=progress).model))
+
+
+class Listing(NamedTuple):
+    """The hook points of a model, and what is true of it."""
+
+    points: list[tuple[str, str]]
+    """Each with what is to be said of it, such as that it is not what is added to the stream."""
+    record: list[tuple[str, str]]
+    """What was seen of a language model in a trial, by subject; empty for a vision tower."""
+
+
+def list_hook_points(model: ModelConfig | str | Path, progress: Progress = silent) -> Listing:
+    """Return every hook point of a model, with notes, and the record of the model."""
+    loaded = load_any_model(_model(model), progress=progress)
+    record = record_of(loaded.model).lines() if isinstance(loaded, LoadedModel) else []
+    return Listing(noted_sites(loaded.model), record)
 
 
 def import_rows(

@@ -139,7 +139,7 @@ def require_installed(config: CacheRunConfig | RunConfig) -> None:
     explain = config.explain
     if explain.atlas is not None and explain.atlas.plane == "umap":
         require_extra("umap", "explain.atlas.plane=umap", "umap")
-    if explain.autointerp is not None and explain.autointerp.llm.kind == "openai":
+    if explain.autointerp is not None and explain.autointerp.llm.kind != "local":
         require_extra("openai", "explain.autointerp.llm", "llm")
     if config.train.wandb is not None:
         require_extra("wandb", "train.wandb", "wandb")

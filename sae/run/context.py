@@ -15,6 +15,7 @@ from activations_cache import ActivationCache
 from activations_cache.checks import Progress, silent
 from activations_cache.config import ModelConfig
 from activations_cache.models import LoadedModel, load_model
+from activations_cache.pieces import Pieces
 from activations_cache.vision import LoadedVisionModel, load_any_model, load_vision_model
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
@@ -96,9 +97,9 @@ class Run:
         return load_model(self.config.cache.model)
 
     @cached_property
-    def token_strings(self) -> list[str]:
-        """Each token id as text, with its leading space if it has one."""
-        return token_strings(self.loaded)
+    def pieces(self) -> Pieces:
+        """What turns rows of tokens into text."""
+        return pieces_of(self.loaded)
 
     @cached_property
     def dictionaries(self) -> dict[str, SparseAutoencoder]:
@@ -110,11 +111,11 @@ class Run:
         return self.config.train.saes[name].frozen != "none"
 
 
-def token_strings(loaded: LoadedModel) -> list[str]:
-    """Return each token id of a model as text, with its leading space if it has one."""
+def pieces_of(loaded: LoadedModel) -> Pieces:
+    """Return what turns the rows of a model's tokens into text, and its tokens one by one."""
     embeddings = loaded.model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor), type(embeddings)
-    return loaded.tokenizer.batch_decode([[i] for i in range(embeddings.shape[0])])
+    return Pieces(loaded.tokenizer, embeddings.shape[0])
 
 
 def holds_images(cache: ActivationCache) -> bool:

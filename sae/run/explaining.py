@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from activations_cache import ActivationCache, capture
 from activations_cache.checks import Progress, silent
-from activations_cache.models import LoadedModel, unembedding
+from activations_cache.models import LoadedModel
+from activations_cache.probe import readout, record_of
 from activations_cache.text import NO_TOKEN
 from activations_cache.vision import load_any_model
 from sae.autoencoder import SparseAutoencoder
@@ -18,7 +19,7 @@ from sae.config import ConfigError
 from sae.explain.atlas.run import draw_atlas
 from sae.explain.autointerp import client_of, estimate_cost, label_with_llm
 from sae.explain.config import AtlasConfig, AutointerpConfig, ExplainConfig, RuleConfig
-from sae.explain.llm.caller import Cost
+from sae.explain.llm.budget import Cost
 from sae.explain.llm.local_client import LocalClient
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.rule_scores import score_rules_of
@@ -38,11 +39,11 @@ from sae.run.context import (
     loaded_dictionary,
     model_of,
     opened,
+    pieces_of,
     provenance_of,
     results_of,
     silent_steps,
     steps_to,
-    token_strings,
 )
 from sae.run.images import explain_pictures
 
@@ -179,7 +180,7 @@ def _subject(
     loaded = load_any_model(model_of(cache))
     assert isinstance(loaded, LoadedModel), "a cache of texts records a language model"
     tools = tools_for(config, dictionary, cache, hook, loaded)
-    subject = Subject(dictionary, cache, hook, token_strings(loaded), tools)
+    subject = Subject(dictionary, cache, hook, pieces_of(loaded), tools)
     promoted = []
     if config.autointerp is not None:
         strings = subject.token_strings
@@ -262,7 +263,7 @@ def tools_for(
     neutral = neutral[(neutral != NO_TOKEN).all(dim=1)][:N_PROMPTS]
     if not len(neutral):
         raise ValueError(f"{cache.path} must have held-out examples for prompts, got none")
-    lens = promoted_tokens(dictionary, *unembedding(loaded.model), N_PROMOTED)
+    lens = promoted_tokens(dictionary, readout(loaded.model), None, N_PROMOTED)
     return Tools(
         client.embed, client.log_likelihood,
         amplified(loaded.model, neutral.long(), dictionary, hook_point), lens.promoted, peaks_on,
@@ -284,11 +285,9 @@ def promoted_strings(
     config: AutointerpConfig,
 ) -> list[tuple[list[str], list[str]]]:
     """Tokens that each latent makes likelier and less likely; nothing if they are not wanted."""
-    readout: Any = model
-    if not config.logit_lens:
+    if not config.logit_lens or record_of(model).logits is None:
         return []
-    weight: Tensor = readout.get_output_embeddings().weight.detach()
-    lens = promoted_tokens(dictionary, weight, None, N_TOKENS)
+    lens = promoted_tokens(dictionary, readout(model), None, N_TOKENS)
     ends = zip(lens.promoted.tolist(), lens.suppressed.tolist(), strict=True)
     return [
         ([str(token_strings[i]) for i in up], [str(token_strings[i]) for i in down])

@@ -7,14 +7,14 @@ import torch
 
 from activations_cache.checks import Progress, silent
 from activations_cache.models import LoadedModel
+from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.config import load_overrides
 from sae.pretrained import load as load_dictionary
-from sae.run.context import Steps, silent_steps, steps_to
+from sae.run.context import Steps, pieces_of, silent_steps, steps_to
 from sae.run.steering import placed_in_model
 from sae.steer.attribution import agreement, attribute, integrated_gradients, logit_difference
 from sae.steer.config import FindRequest
-from sae.steer.place import Placed
 from sae.steer.search import Counting, find_latents, nearest_latents
 
 
@@ -59,7 +59,7 @@ def find_latents_of(
 def _near(path: str | Path, latent: int, request: FindRequest) -> LatentMatches:
     other = None if request.among is None else load_dictionary(request.among)
     near = nearest_latents(load_dictionary(path), torch.tensor([latent]), other, k=request.n)
-    latents, cosines = near.latents[0].tolist(), near.cosines[0].tolist()
+    latents, cosines = near.latent[0].tolist(), near.cosine[0].tolist()
     rows = tuple((str(n), f"{cosine:+.3f}") for n, cosine in zip(latents, cosines, strict=True))
     title = f"latents of {request.among or path} near latent {latent} of {path}"
     table = ResultTable(("latent", "cosine"), rows, "cosines of the decoder's rows")
@@ -67,7 +67,7 @@ def _near(path: str | Path, latent: int, request: FindRequest) -> LatentMatches:
 
 
 def _by_texts(
-    placed: Placed, loaded: LoadedModel, request: FindRequest, steps: Steps
+    placed: SparseAutoencoder, loaded: LoadedModel, request: FindRequest, steps: Steps
 ) -> LatentMatches:
     with steps("find") as progress:
         entries = find_latents(
@@ -75,19 +75,18 @@ def _by_texts(
             Counting(request.where, request.first_position), progress=progress,
         )  # fmt: skip
     n_fitting, entries = len(entries), entries[: request.n]
-    texts = [loaded.tokenizer(text)["input_ids"] for text in request.pos]
+    pieces = pieces_of(loaded)
+    texts = [pieces.row(loaded.tokenizer(text)["input_ids"]) for text in request.pos]
     rows = []
     for entry in entries:
-        tokens = [
-            str(loaded.tokenizer.decode([t[p]])) for t, p in zip(texts, entry.tokens, strict=True)
-        ]
+        tokens = [text[place] for text, place in zip(texts, entry.tokens, strict=True)]
         where = " ".join(tokens)
         rows.append((str(entry.latent), f"{entry.score:.3f}", f"{entry.weakest:.3f}", where))
     unit = "of its maximum" if placed.stats is not None else "no statistics: as it is"
     title = (
         f"latents that fire in all of {len(request.pos)} texts and in none of {len(request.neg)}"
     )
-    note = f"{n_fitting} of {placed.dictionary.config.d_sae:,}; its weakest peak among the texts"
+    note = f"{n_fitting} of {placed.config.d_sae:,}; its weakest peak among the texts"
     columns = ("latent", f"score, {unit}", "activation", "where")
     latents, scores = (
         tuple(getattr(entry, name) for entry in entries) for name in ("latent", "score")
@@ -96,7 +95,7 @@ def _by_texts(
 
 
 def _behind(
-    placed: Placed, loaded: LoadedModel, request: FindRequest, steps: Steps
+    placed: SparseAutoencoder, loaded: LoadedModel, request: FindRequest, steps: Steps
 ) -> LatentMatches:
     assert request.prompt is not None
     assert request.target is not None
@@ -111,7 +110,7 @@ def _behind(
         agreed = agreement(
             loaded.model, placed, ids, metric, n=request.n_ablated, progress=progress
         )
-    strings = [str(loaded.tokenizer.decode([i])) for i in ids[0].tolist()]
+    strings = pieces_of(loaded).row(ids[0].tolist())
     activations, indices = attributed.latents.values, attributed.latents.indices
     top, rows = attributed.top(request.n), []
     for position, latent, score in top:

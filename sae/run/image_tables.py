@@ -10,7 +10,7 @@ from sae.evaluate.report import EvaluationReport
 from sae.explain.scores import Mean
 from sae.explain.vision.run import ExplainedImages
 from sae.run.images import frozen_of, rival_of, verdict
-from sae.statistics import BootstrapInterval
+from sae.statistics import Interval
 from sae.statistics import Interval as Share
 
 COLUMNS = ("dictionary", "FVU", "L0", "dead", "kNN kept", "linear kept")
@@ -63,7 +63,7 @@ def _accuracies(accuracies: Downstream | None, name: str) -> tuple[str, ...]:
     return (_share(spliced.knn, base.knn), _share(spliced.linear, base.linear))
 
 
-def _share(spliced: BootstrapInterval, of_model: BootstrapInterval) -> str:
+def _share(spliced: Interval, of_model: Interval) -> str:
     return f"{spliced.value / of_model.value:.0%}" if of_model.value else "-"
 
 

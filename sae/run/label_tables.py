@@ -7,7 +7,7 @@ from typing import Any
 
 from sae.browser import ResultTable
 from sae.explain.config import AutointerpConfig
-from sae.explain.llm.caller import Cost
+from sae.explain.llm.budget import Cost
 from sae.explain.summary import Summary
 from sae.explain.vision.run import ExplainedImages
 from sae.run.context import Facts, Section
@@ -96,6 +96,11 @@ def llm_facts(name: str, summary: dict[str, Any], path: Path) -> Facts:
     calls = f"{cost['requests']:,} calls, {cost['cached']:,} answers from the cache"
     n_tokens = cost["input_tokens"] + cost["output_tokens"]
     facts.append(("cost", f"{calls}, {n_tokens:,} tokens, ${cost['usd']:.4f}"))
+    total = cost["all_runs"]
+    if total["requests"] != cost["requests"]:
+        before = f"{total['requests']:,} calls, {total['tokens']:,} tokens, ${total['usd']:.4f}"
+        facts.append(("cost of all runs so far", before))
+    facts += [(f"first {name}", words) for name, words in summary["first_words"].items()]
     return Facts(f"{name}: labels by {_model(summary)}", facts, str(path))
 
 

@@ -29,6 +29,7 @@ from sae.evaluate.report import EvaluationReport, plain
 from sae.evaluate.run import evaluate as evaluate_all
 from sae.evaluate.run import held_out_rows
 from sae.pretrained import Source, load_with_source
+from sae.pretrained.loading import keep_measured
 from sae.run.context import (
     CacheOrPath,
     DictionaryOrPath,
@@ -49,7 +50,6 @@ from sae.run.image_tables import image_table
 from sae.run.images import with_downstream
 from sae.run.seeds import noise_table, stability_table, structure_table
 from sae.run.tables import probe_table, text_table
-from sae.steer.place import keep_measured
 
 ROWS_FOR_L0, ROWS_FOR_PCA = 4096, 65_536
 

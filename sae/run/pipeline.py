@@ -31,7 +31,7 @@ class _Step(NamedTuple):
 
 STEPS = (
     _Step("cache", steps.cache, lambda c: asdict(c.cache)),
-    _Step("train", steps.train, lambda c: asdict(c.train)),
+    _Step("train", steps.train, lambda c: c.train.record()),
     _Step("evaluate", steps.evaluate, lambda c: asdict(c.evaluate)),
     _Step("explain", steps.explain, lambda c: asdict(c.explain)),
     _Step("steer", steps.steer, lambda c: asdict(c.steer), of_images=False),
@@ -47,6 +47,8 @@ class Pending(NamedTuple):
     """A step of a run, before it is done."""
 
     name: str
+    place: tuple[int, int]
+    """Which of how many steps it is, from 1."""
     path: Path
     """Directory of its result."""
     is_done: bool
@@ -69,13 +71,15 @@ def pending_steps(run: Run, last: str) -> Iterator[Pending]:
     if rank == 0:
         io.write_files({run.output / RUN_CONFIG: dump(run.config).encode()})
     identity = ""
-    for step in _steps_to(run, last):
+    steps_of_run = _steps_to(run, last)
+    for number, step in enumerate(steps_of_run, start=1):
         if rank > 0 and step.name not in SHARED:
             return  # what follows is the first process's alone
         identity = digest({"after": identity, step.name: step.config(run.config)})
         marker = run.path(step.name) / "done.json"
         do = partial(_do, run, step, marker, identity) if rank == 0 else partial(step.action, run)
-        yield Pending(step.name, run.path(step.name), _is_done(marker, identity), do)
+        place, is_done = (number, len(steps_of_run)), _is_done(marker, identity)
+        yield Pending(step.name, place, run.path(step.name), is_done, do)
         if step.name != last:
             steps.check(run, step.name, last)
 

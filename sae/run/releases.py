@@ -11,7 +11,8 @@ import torch
 
 from activations_cache import ActivationCache
 from activations_cache.config import ModelConfig
-from activations_cache.models import load_model, unembedding
+from activations_cache.models import load_model
+from activations_cache.probe import readout
 from sae import pretrained
 from sae.architecture import Gated, SAEConfig
 from sae.autoencoder import SparseAutoencoder
@@ -38,9 +39,9 @@ from sae.run.context import (
     Facts,
     Section,
     opened,
+    pieces_of,
     provenance_of,
     results_of,
-    token_strings,
 )
 from sae.run.neuronpedia import Names, export_pages, promoted_of
 
@@ -126,7 +127,7 @@ def site_of(
     """What is known of model, hook points and training, in the words of other libraries.
 
     A hook point has TransformerLens' word where it has one, else its module's path, which stands
-    for the module's output there; `hf_hook_name` names module and side.
+    for the module's output there; `hook_point` is ours.
 
     Args:
         dictionary: Its hook points.
@@ -145,7 +146,7 @@ def site_of(
         if point := points.get(key):
             module, _, side = point.rpartition(":")
             site[key] = lens_name(point, family) or (module if side == "out" else point)
-            site[f"hf_{key}"] = f"{module}.{side}put"
+            site[key.replace("name", "point")] = point
     trained_on = {
         "model_dtype": model.get("dtype", ""),
         "context_size": provenance.get("context", ""),
@@ -178,8 +179,8 @@ def _pages(
     promoted = None
     if model is not None:
         loaded = load_model(ModelConfig(path=model))
-        lens = promoted_tokens(dictionary, *unembedding(loaded.model), N_PROMOTED)
-        promoted = promoted_of(lens, token_strings(loaded))
+        lens = promoted_tokens(dictionary, readout(loaded.model), None, N_PROMOTED)
+        promoted = promoted_of(lens, pieces_of(loaded))
     explained = results_of(source, origin) / "explain"
     files = export_pages(explained, Path(target), dictionary, names, promoted)
     return tuple(f"written: {file.name}" for file in files)
@@ -370,7 +371,7 @@ def equations_of(config: SAEConfig) -> list[tuple[str, str]]:
 
 def _activation(config: SAEConfig) -> str:
     h = "h * |W_dec|" if config.gate_by_decoder_norm else "h"
-    facts, k = config.activation.facts, getattr(config.activation, "k", None)
+    facts, k = config.activation.facts, config.activation.per_row
     text = facts.equation.format(h=h, k=k)
     return f"({text}) / |W_dec|" if config.gate_by_decoder_norm else text
 

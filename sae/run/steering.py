@@ -15,20 +15,21 @@ from activations_cache import io
 from activations_cache.checks import Progress, silent
 from activations_cache.config import SPLITS, ModelConfig, TextSource
 from activations_cache.documents import documents
-from activations_cache.models import LoadedModel, Tokenizer, load_model, unembedding
+from activations_cache.models import LoadedModel, Tokenizer, load_model
+from activations_cache.probe import readout
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.tables import LATENTS, LatentRecord, read_latents
-from sae.metrics import Firing
 from sae.pretrained import load as load_dictionary
-from sae.run.context import Run, Section, wrong_class
+from sae.pretrained.loading import require_model
+from sae.run.context import Run, Section, pieces_of, wrong_class
 from sae.steer.choice import Candidate, Subject, choose_latent, target_tokens
 from sae.steer.config import SteerRequest, latent_change
 from sae.steer.edits import Edit
 from sae.steer.generation import generate
-from sae.steer.place import Placed, load
-from sae.steer.steering import Positions, Steering
+from sae.steer.positions import Positions
+from sae.steer.steering import Steering
 from sae.steer.sweep import Point, Sweep, Target, plot, sweep
 
 GLOSSES = TextSource(path="package://sae/demo_data/wordnet_glosses.jsonl.gz", field="gloss")
@@ -86,7 +87,7 @@ class LatentSweep(NamedTuple):
 
 def steer(
     model: nn.Module | LoadedModel,
-    dictionary: SparseAutoencoder | Placed | str | Path,
+    dictionary: SparseAutoencoder | str | Path,
     latents: Mapping[int, str | float],
     *,
     hook_point: str | None = None,
@@ -120,56 +121,60 @@ def steer(
 
 
 def placed(
-    dictionary: SparseAutoencoder | Placed | str | Path, hook_point: str | None = None
-) -> Placed:
-    """Return a dictionary with the place where it belongs."""
-    if isinstance(dictionary, Placed):
-        return dictionary
+    dictionary: SparseAutoencoder | str | Path, hook_point: str | None = None
+) -> SparseAutoencoder:
+    """Return a dictionary that knows the one place where it belongs."""
     if isinstance(dictionary, str | Path):
-        return load(dictionary, hook_point)
+        return placed(load_dictionary(dictionary).requires_grad_(False), hook_point)
     if not isinstance(dictionary, SparseAutoencoder):
         raise wrong_class(
             "dictionary", "be a dictionary or the path of one", dictionary, "see sae.load"
         )
-    config = dictionary.config
-    point = hook_point or config.slices_in[0].hook_point
-    if not point:
-        raise ValueError("hook_point must be given for a dictionary without one, got none")
-    written = config.outputs[0].hook_point if config.outputs else None
-    return Placed(dictionary, point, written)
+    if hook_point is not None:
+        dictionary.at(hook_point)
+    if not dictionary.config.hook_points:
+        site = dictionary.provenance.get("source", {}).get("site", {})
+        said = ", ".join(f"{key} {value}" for key, value in site.items()) or "nothing of it"
+        raise ValueError(
+            f"hook_point must be given for a dictionary whose files say {said}, got none; name a "
+            "place such as model.layers.7:out"
+        )
+    assert dictionary.config.hook_point_out  # one place is read, and one is predicted
+    return dictionary
 
 
 def placed_in_model(
     path: str | Path, model: str | None, dtype: str | None, hook_point: str | None
-) -> tuple[Placed, LoadedModel]:
+) -> tuple[SparseAutoencoder, LoadedModel]:
     """Load a dictionary and the model that it belongs to.
 
     Raises:
         ValueError: If the model is not known and not named, or if it is another one.
     """
-    placed = load(path, hook_point)
-    name = model or placed.model.get("path")
+    dictionary = placed(path, hook_point)
+    made_from = dictionary.provenance.get("model", {})
+    name = model or made_from.get("path")
     if name is None:
         raise ValueError(f"--model must name the model of {path}, whose files do not say it")
-    kind = dtype or placed.model.get("dtype") or "bfloat16"
+    kind = dtype or made_from.get("dtype") or "bfloat16"
     loaded = load_model(ModelConfig(path=name, dtype=kind))  # pyright: ignore[reportArgumentType]
-    placed.require_model(loaded.identity)
-    return placed, loaded
+    require_model(dictionary, loaded.identity)
+    return dictionary, loaded
 
 
 def continuations(
-    dictionary: Placed, loaded: LoadedModel, request: SteerRequest
+    dictionary: SparseAutoencoder, loaded: LoadedModel, request: SteerRequest
 ) -> list[SteeredText]:
     """Continue each prompt of a request, as the model is and with latents changed."""
     texts = []
     for prompt in request.prompts:
-        n_new = request.max_new_tokens
-        base = generate(loaded.model, loaded.tokenizer, prompt, max_new_tokens=n_new)
+        options = {"max_new_tokens": request.max_new_tokens, "chat": request.chat}
+        base = generate(loaded.model, loaded.tokenizer, prompt, **options)
         changes = [latent_change(text) for text in request.latents]
         edits = [Edit(dictionary, latent=latent, **words) for latent, words in changes]
         where = {"positions": request.positions, "first_position": request.first_position}
         with Steering(loaded.model, edits, **where) as steering:
-            steered = generate(loaded.model, loaded.tokenizer, prompt, max_new_tokens=n_new)
+            steered = generate(loaded.model, loaded.tokenizer, prompt, **options)
         (count,) = steering.counts
         figures = (count.n_chosen, count.n_changed, count.relative_size)
         texts.append(SteeredText(prompt, base.text, steered.text, *figures))
@@ -178,7 +183,7 @@ def continuations(
 
 def sweep_latent(
     path: str | Path,
-    dictionary: Placed,
+    dictionary: SparseAutoencoder,
     loaded: LoadedModel,
     request: SteerRequest,
     progress: Progress = silent,
@@ -199,8 +204,9 @@ def sweep_latent(
     config = replace(request, mode=mode)
     points = sweep(target, _neutral(request, loaded.tokenizer), config, progress=progress)
     # Tokens may have glyphs that no font has, so the title has none.
-    title = f"latent {latent} of {Path(path).name} at {dictionary.writes}"
-    promoted = [str(loaded.tokenizer.decode([token])) for token in tokens.tolist()]
+    title = f"latent {latent} of {Path(path).name} at {dictionary.config.hook_point_out}"
+    pieces = pieces_of(loaded)
+    promoted = [pieces[token] for token in tokens.tolist()]
     return LatentSweep(latent, points, title, f"x {request.unit}", promoted)
 
 
@@ -230,12 +236,12 @@ def _sweep_note(points: Sweep, output: Path) -> str:
 
 
 def _promoted(
-    path: str | Path, placed: Placed, loaded: LoadedModel, latent: int
+    path: str | Path, placed: SparseAutoencoder, loaded: LoadedModel, latent: int
 ) -> Int[Tensor, " k"]:
     """The tokens that a latent's direction promotes most, which stand for it in a sweep."""
     placed.require_latent(latent)
     alone = load_dictionary(path, latents=slice(latent, latent + 1))
-    return promoted_tokens(alone, *unembedding(loaded.model), N_TARGETS).promoted[0]
+    return promoted_tokens(alone, readout(loaded.model), None, N_TARGETS).promoted[0]
 
 
 def _neutral(request: SteerRequest, tokenizer: Tokenizer) -> Int[Tensor, "example pos"]:
@@ -259,11 +265,7 @@ def steering_example(run: Run, progress: Progress) -> dict[str, Any]:
     subject = Subject(
         model=run.loaded.model,
         tokenizer=run.loaded.tokenizer,
-        dictionary=Placed(
-            run.dictionaries[name],
-            hook_point,
-            stats=Firing.read(run.path("train") / name),
-        ),
+        dictionary=run.dictionaries[name].at(hook_point),
         first_position=run.config.cache.skip_positions,
     )
     records = read_latents(run.path("explain") / name / LATENTS)

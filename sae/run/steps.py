@@ -81,7 +81,7 @@ def explain(run: Run, report: Progress) -> dict[str, Any]:
             dictionary,
             run.cache.concatenated(dictionary.config.sites(run.hook_point)[0]),
             run.hook_point,
-            run.token_strings,
+            run.pieces,
             run.config.explain,
             path,
             progress=report_named,
@@ -98,11 +98,11 @@ def explain_by_llm(
     """Label one dictionary by a language model as well."""
     dictionary, path = run.dictionaries[name], run.path("explain") / name
     return label_with_llm(
-        Subject(dictionary, run.cache, run.hook_point, run.token_strings),
+        Subject(dictionary, run.cache, run.hook_point, run.pieces),
         config,
         path,
         client_of(config),
-        promoted=promoted_strings(dictionary, run.loaded.model, run.token_strings, config),
+        promoted=promoted_strings(dictionary, run.loaded.model, run.pieces, config),
         identity={"cache": run.cache.fingerprint, "dictionary": digest_of(dictionary)},
         progress=report,
     )

@@ -15,7 +15,7 @@ from sae.evaluate.substitution import Effect, Substitution
 from sae.explain.tables import SUMMARY
 from sae.run.context import Run, Section
 from sae.run.image_tables import image_table, mean_cell
-from sae.statistics import BootstrapInterval
+from sae.statistics import Interval
 from sae.train.curves import read_curves
 
 COLUMNS = ("dictionary", "L0", "FVU", "dead", "CE rec. (zero)", "CE rec. (mean)", "Δ CE", "KL",
@@ -33,13 +33,14 @@ def text_table(report: EvaluationReport) -> ResultTable:
         row = [name, f"{measured.l0:.1f}", f"{measured.fvu:.3f}"]
         row.append(f"{report.firing[name].dead_fraction:.1%}")
         if intact is None:
-            rows.append((*row, *("-" for _ in COLUMNS[len(row) :])))
+            rows.append(tuple(row))
             continue
         effect = intact.dictionaries[name]
         figures = (effect.ce_recovered_zero, effect.ce_recovered_mean, effect.ce_increase,
                    effect.kl, effect.top1_agreement)  # fmt: skip
         rows.append((*row, *(f"{figure.value:.3f}" for figure in figures)))
-    return ResultTable(COLUMNS, tuple(rows), _note(report))
+    columns = COLUMNS if intact else COLUMNS[:4]
+    return ResultTable(columns, tuple(rows), _note(report))
 
 
 def _note(report: EvaluationReport) -> str:
@@ -143,7 +144,7 @@ def _cells(effect: Effect) -> tuple[str, ...]:
     return tuple(_cell(figure) for figure in figures)
 
 
-def _cell(figure: BootstrapInterval) -> str:
+def _cell(figure: Interval) -> str:
     return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
 
 
@@ -189,35 +190,42 @@ def result_table(run: Run, measured: EvaluationReport, *, with_labels: bool) -> 
         frozen = [name for name in run.dictionaries if run.is_frozen(name)]
         labels = {name: _labels(run, name) for name in run.dictionaries} if with_labels else None
         return image_table(measured, labels, frozen)
-    columns = ["dictionary", "FVU", "L0", "dead", "CE rec. (zero)", "CE rec. (mean)", "Δ CE"]
+    intact = measured.substitution.get("intact")
+    columns = ["dictionary", "FVU", "L0", "dead"]
+    columns += ["CE rec. (zero)", "CE rec. (mean)", "Δ CE"] if intact else []
     if with_labels:
         columns.append("label AUC")
-    intact = measured.substitution["intact"]
     rows = []
     for name, of_rows in measured.reconstruction.items():
-        spliced = measured.spliced(name)
-        effect = spliced.dictionaries[name]
-        row = [
-            name,
-            f"{of_rows.fvu:.3f}",
-            f"{of_rows.l0:.1f}",
-            f"{measured.firing[name].dead_fraction:.1%}",
-            f"{effect.ce_recovered_zero.value:.3f}",
-            f"{effect.ce_recovered_mean.value:.3f}",
-            f"{effect.ce.value - spliced.ce_base.value:+.3f}",
-        ]
+        dead = measured.firing[name].dead_fraction
+        row = [name, f"{of_rows.fvu:.3f}", f"{of_rows.l0:.1f}", f"{dead:.1%}"]
+        row += _losses(measured, name) if intact else []
         if with_labels:
             row.append(mean_cell(_labels(run, name)["auc"]))
         rows.append(tuple(row))
     n_rows = next(iter(measured.reconstruction.values())).n_rows
-    note = (
-        f"{n_rows:,} held-out rows; CE {intact.ce_base.value:.3f} nats on {intact.n_tokens:,} "
+    note = f"{n_rows:,} held-out rows; "
+    note += (
+        f"CE {intact.ce_base.value:.3f} nats on {intact.n_tokens:,} "
         f"held-out tokens, positions below {measured.skip_positions} left intact"
+        if intact
+        else "no loss of the model, which does not predict the next token"
     )
     if with_labels:
         controls = ", ".join(mean_cell(_labels(run, n)["control_auc"]) for n in run.dictionaries)
         note += f"; AUC of exchanged labels: {controls}"
     return ResultTable(columns=tuple(columns), rows=tuple(rows), note=note)
+
+
+def _losses(measured: EvaluationReport, name: str) -> list[str]:
+    """What the model loses with a dictionary spliced in."""
+    spliced = measured.spliced(name)
+    effect = spliced.dictionaries[name]
+    return [
+        f"{effect.ce_recovered_zero.value:.3f}",
+        f"{effect.ce_recovered_mean.value:.3f}",
+        f"{effect.ce.value - spliced.ce_base.value:+.3f}",
+    ]
 
 
 def _labels(run: Run, name: str) -> dict[str, Any]:

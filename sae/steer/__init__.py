@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from sae.steer.edits import Edit, Patch, Push, Splice
     from sae.steer.effects import Effect, measure_effect
     from sae.steer.generation import generate
-    from sae.steer.place import Placed, load
+    from sae.steer.positions import Patches
     from sae.steer.search import find_latents, nearest_latents
-    from sae.steer.steering import Count, Patches, Steering
+    from sae.steer.steering import Count, Steering
     from sae.steer.sweep import Target
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "Effect",
     "Patch",
     "Patches",
-    "Placed",
     "Push",
     "Splice",
     "SteerConfig",
@@ -46,7 +45,6 @@ __all__ = [
     "find_latents",
     "generate",
     "integrated_gradients",
-    "load",
     "logit_difference",
     "mean_difference",
     "measure_effect",
@@ -63,8 +61,7 @@ _HOME = {
     "Edit": "sae.steer.edits",
     "Effect": "sae.steer.effects",
     "Patch": "sae.steer.edits",
-    "Patches": "sae.steer.steering",
-    "Placed": "sae.steer.place",
+    "Patches": "sae.steer.positions",
     "Push": "sae.steer.edits",
     "Splice": "sae.steer.edits",
     "SteerConfig": "sae.steer.config",
@@ -80,7 +77,6 @@ _HOME = {
     "find_latents": "sae.steer.search",
     "generate": "sae.steer.generation",
     "integrated_gradients": "sae.steer.attribution",
-    "load": "sae.steer.place",
     "logit_difference": "sae.steer.attribution",
     "mean_difference": "sae.steer.directions",
     "measure_effect": "sae.steer.effects",

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from activations_cache.checks import Progress, silent
 from activations_cache.hooks import capture, edit
-from sae.autoencoder import Latents
+from sae.autoencoder import Latents, SparseAutoencoder
 from sae.steer.edits import directions_of
-from sae.steer.place import Placed
 
 Metric = Callable[[Float[Tensor, "example pos vocab"]], Float[Tensor, " example"]]
 """From logits to one number per example."""
@@ -62,7 +61,7 @@ class Seen(NamedTuple):
 
 def attribute(
     model: nn.Module,
-    placed: Placed,
+    placed: SparseAutoencoder,
     input_ids: Int[Tensor, "example pos"],
     metric: Metric,
     *,
@@ -85,7 +84,7 @@ def attribute(
 @torch.no_grad()
 def ablation_effects(
     model: nn.Module,
-    placed: Placed,
+    placed: SparseAutoencoder,
     input_ids: Int[Tensor, "example pos"],
     metric: Metric,
     entries: list[tuple[int, int]],
@@ -131,7 +130,7 @@ class Agreement(NamedTuple):
 
 def agreement(
     model: nn.Module,
-    placed: Placed,
+    placed: SparseAutoencoder,
     input_ids: Int[Tensor, "example pos"],
     metric: Metric,
     *,
@@ -179,7 +178,7 @@ class PathAttribution(NamedTuple):
 
 def integrated_gradients(
     model: nn.Module,
-    placed: Placed,
+    placed: SparseAutoencoder,
     input_ids: Int[Tensor, "example pos"],
     metric: Metric,
     *,
@@ -200,7 +199,7 @@ def integrated_gradients(
         first_position: Latents at positions below this one stay as they are.
     """
     seen = see(model, placed, input_ids, first_position)
-    directions = directions_of(placed.dictionary, seen.latents.indices.flatten())
+    directions = directions_of(placed, seen.latents.indices.flatten())
     directions = directions.view(*seen.latents.indices.shape, -1)
     whole = (seen.latents.values[:, :, None] * directions).sum(dim=1) * seen.size  # (pos, d_out)
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(n_steps))
@@ -218,7 +217,10 @@ def integrated_gradients(
 
 @torch.no_grad()
 def see(
-    model: nn.Module, placed: Placed, input_ids: Int[Tensor, "example pos"], first_position: int
+    model: nn.Module,
+    placed: SparseAutoencoder,
+    input_ids: Int[Tensor, "example pos"],
+    first_position: int,
 ) -> Seen:
     """Read a prompt at the dictionary's place.
 
@@ -230,34 +232,34 @@ def see(
     ids = input_ids.to(next(model.parameters()).device)
     with capture(model, [placed.hook_point]) as run:
         x = run(ids)[placed.hook_point][0]
-    latents = placed.dictionary.encode(x)
+    latents = placed.encode(x)
     values = latents.values.clone()
     values[:first_position] = 0
-    size = placed.dictionary.output_norm(x).size
+    size = placed.output_norm(x).size
     whole = torch.as_tensor(size).to(values).expand(len(x), 1)
     return Seen(ids, x, Latents(values, latents.indices), whole)
 
 
 def _along(
-    placed: Placed, seen: Seen, gradient: Float[Tensor, "pos d_out"]
+    placed: SparseAutoencoder, seen: Seen, gradient: Float[Tensor, "pos d_out"]
 ) -> Float[Tensor, "pos k"]:
     """a_i (d_i . gradient) for each latent that fires."""
     indices, values = seen.latents.indices, seen.latents.values
-    directions = directions_of(placed.dictionary, indices.flatten()).view(*indices.shape, -1)
+    directions = directions_of(placed, indices.flatten()).view(*indices.shape, -1)
     return values * seen.size * torch.einsum("pkd,pd->pk", directions, gradient.to(directions))
 
 
 def _contribution(
-    placed: Placed, seen: Seen, position: int, latent: int
+    placed: SparseAutoencoder, seen: Seen, position: int, latent: int
 ) -> Float[Tensor, " d_out"]:
     at = seen.latents.indices[position] == latent
     f = (seen.latents.values[position] * at).sum()
-    return f * placed.dictionary.direction(latent) * seen.size[position]
+    return f * placed.direction(latent) * seen.size[position]
 
 
 def _metric(
     model: nn.Module,
-    placed: Placed,
+    placed: SparseAutoencoder,
     ids: Int[Tensor, "example pos"],
     metric: Metric,
     moved: Float[Tensor, "*example"],
@@ -271,14 +273,14 @@ def _metric(
         leaves.append(leaf)
         return leaf
 
-    with edit(model, {placed.writes: move}):
+    with edit(model, {placed.config.hook_point_out: move}):
         logits = model(input_ids=ids, use_cache=False).logits
     return metric(logits), leaves[0]
 
 
 def _gradient(
     model: nn.Module,
-    placed: Placed,
+    placed: SparseAutoencoder,
     ids: Int[Tensor, "example pos"],
     metric: Metric,
     moved: Float[Tensor, "*example"],

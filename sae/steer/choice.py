@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from activations_cache import hooks
 from activations_cache.checks import Progress, silent
 from activations_cache.models import Tokenizer
+from sae.autoencoder import SparseAutoencoder
 from sae.steer.config import SteerConfig
 from sae.steer.edits import Edit
 from sae.steer.effects import MAX_REPEATED, Effect, measure_effect, repeated_share
 from sae.steer.generation import Generation, generate, generate_copies
-from sae.steer.place import Placed
 from sae.steer.steering import Steering, per_example
 
 MIN_AUC = 0.7
@@ -121,7 +121,7 @@ class Subject(NamedTuple):
     """A causal language model in evaluation mode."""
     tokenizer: Tokenizer
     """The model's."""
-    dictionary: Placed
+    dictionary: SparseAutoencoder
     """With its statistics, the unit of the strength."""
     first_position: int = 1
     """Positions below this one, the attention sinks, are left as they are."""
@@ -252,6 +252,7 @@ def _try(
             config.prompt,
             len(candidates),
             max_new_tokens=config.max_new_tokens,
+            chat=config.chat,
         )
     return [_trial(c, found, base) for c, found in zip(candidates, texts, strict=True)]
 
@@ -281,8 +282,8 @@ def _edit(subject: Subject, candidate: Candidate, config: SteerConfig) -> Edit:
 
 
 def _generate(subject: Subject, config: SteerConfig) -> Generation:
-    n_tokens = config.max_new_tokens
-    return generate(subject.model, subject.tokenizer, config.prompt, max_new_tokens=n_tokens)
+    options = {"max_new_tokens": config.max_new_tokens, "chat": config.chat}
+    return generate(subject.model, subject.tokenizer, config.prompt, **options)
 
 
 def _rank(trial: Trial) -> tuple[bool, int, float, float, int]:

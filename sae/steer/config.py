@@ -148,6 +148,8 @@ class SteerConfig:
     """In units of the latent's largest activation."""
     prompt: str = "The"
     """What the model continues."""
+    chat: bool = False
+    """Whether the prompt is what a user says, put into the tokenizer's chat template."""
     max_new_tokens: int = 40
     """Length of the continuation, at most."""
     n_candidates: int = 32
@@ -175,6 +177,8 @@ class SweepConfig:
     """Whether a strength replaces the activation or is added to it."""
     prompts: tuple[str, ...] = ("The",)
     """What is continued."""
+    chat: bool = False
+    """Whether the prompts are what a user says, put into the tokenizer's chat template."""
     max_new_tokens: int = 40
     """Length of the continuations, at most."""
     positions: Literal["all", "prompt", "generated", "last"] = "all"

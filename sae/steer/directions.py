@@ -7,25 +7,26 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from activations_cache.hooks import capture
-from activations_cache.models import FINAL_NORMS
+from activations_cache.hooks import capture, edit
+from activations_cache.probe import logits_path, readout, record_of
+from sae.autoencoder import SparseAutoencoder
 from sae.steer.attribution import Attribution, see
 from sae.steer.edits import directions_of
-from sae.steer.place import Placed
 
 
 @torch.no_grad()
 def direct_logits(
     model: nn.Module,
-    placed: Placed,
+    placed: SparseAutoencoder,
     input_ids: Int[Tensor, "example pos"],
     target: int,
     against: int | None = None,
 ) -> Attribution:
     """What each latent adds to a logit at its position past all later blocks, straight to the end.
 
-    a_i norm'(d_i) . (U_target - U_against), where norm' is the final norm with the scale (and for
-    a layer norm the centring) that it has at that token in the model as it is.
+    a_i norm'(d_i) . (U_target - U_against) s, where norm' is the final norm with the scale (and for
+    a layer norm the centring) that it has at that token in the model as it is, and s is what the
+    model multiplies its head's result by. The metric is the model's own.
 
     Args:
         model: A causal language model in evaluation mode.
@@ -35,55 +36,30 @@ def direct_logits(
         against: Token whose logit is taken off.
 
     Raises:
-        ValueError: If the model has no final norm under a known name or no output embedding.
+        ValueError: If the model's logits are not its head on the norm of its last stream, times a
+            number: where it caps them, say.
     """
-    base, name = _final_norm(model)
-    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    norm = base.get_submodule(name)
-    path = next(path for path, module in model.named_modules() if module is norm)
-    seen = see(model, placed, input_ids, 0)
-    with capture(model, [f"{path}:in"], stop=False) as run:
-        final = run(seen.ids)[f"{path}:in"][0].float()
-    readout = head.weight[target] - (0.0 if against is None else head.weight[against])
-    readout = readout.float()
-    used = directions_of(placed.dictionary, seen.latents.indices.flatten()).float()
-    normed = _linear_norm(norm, used).view(*seen.latents.indices.shape, -1) @ readout
-    scale = _spread(norm, final)[:, None]
-    scores = seen.latents.values * seen.size * normed / scale
-    return Attribution(
-        seen.latents, scores, float(norm(final.to(head.weight))[-1].float() @ readout)
-    )
-
-
-def _final_norm(model: nn.Module) -> tuple[nn.Module, str]:
-    base = getattr(model, "base_model", model)
-    found = [name for name in FINAL_NORMS if isinstance(getattr(base, name, None), nn.Module)]
-    if not found or getattr(model, "get_output_embeddings", lambda: None)() is None:
+    path = logits_path(model)
+    if path.cap is not None:
         raise ValueError(
-            f"model must have an output embedding and a final norm named {' or '.join(FINAL_NORMS)}"
-            f", got {type(model).__name__}"
+            f"logits must be linear in the normed stream for direct_logits, got a soft cap of "
+            f"{path.cap:.4g} in {type(model).__name__}; use attribute, which goes through it"
         )
-    return base, found[0]
-
-
-def _linear_norm(
-    norm: nn.Module, d: Float[Tensor, "batch d_model"]
-) -> Float[Tensor, "batch d_model"]:
-    """The norm without its division: what it does to a direction, weights and centring included."""
-    large = d * 1e4  # so that the norm's epsilon does not count
-    weight = next(norm.parameters())
-    applied = (
-        norm(large.to(weight.dtype)).float()
-        - norm(torch.zeros_like(large, dtype=weight.dtype)).float()
-    )
-    return applied * _spread(norm, large)[:, None] / 1e4
-
-
-def _spread(norm: nn.Module, h: Float[Tensor, "batch d_model"]) -> Float[Tensor, " batch"]:
-    """What the norm divides rows by."""
-    if isinstance(norm, nn.LayerNorm):
-        h = h - h.mean(dim=1, keepdim=True)
-    return h.square().mean(dim=1).sqrt()
+    seen, last = see(model, placed, input_ids, 0), record_of(model).last
+    streams: list[Tensor] = []
+    with edit(model, {last: lambda stream, _: streams.append(stream) or stream}):
+        own = model(input_ids=seen.ids, use_cache=False).logits[0, -1].float()
+    final = streams[0][0].float()
+    rows = readout(model)
+    toward = rows[target] - (0.0 if against is None else rows[against])
+    used = directions_of(placed, seen.latents.indices.flatten()).float()
+    added = (used @ toward).view(seen.latents.indices.shape)
+    if path.norm:
+        h = final - final.mean(dim=1, keepdim=True) if path.is_centred else final
+        added = added / h.square().mean(dim=1, keepdim=True).sqrt()
+    scores = seen.latents.values * seen.size * added
+    metric = own[target] - (0.0 if against is None else own[against])
+    return Attribution(seen.latents, scores, float(metric))
 
 
 def stream_of(

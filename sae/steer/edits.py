@@ -14,10 +14,8 @@ from torch import Tensor
 
 from sae import activations
 from sae.activations import EncoderWeights
-from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU
 from sae.autoencoder import SparseAutoencoder
 from sae.steer.config import Ablate, Add, Cap, Clamp, Floor, Operation, Scale, strength
-from sae.steer.place import Placed
 
 Reader = Callable[[Float[Tensor, "batch d_in"]], Float[Tensor, "batch k"]]
 """From rows of the stream, in the model's units, to the activations of the latents asked for."""
@@ -35,7 +33,7 @@ def latent_reader(dictionary: SparseAutoencoder, latents: Int[Tensor, " k"]) -> 
         latents: Numbers; a latent may come more than once.
     """
     activation = dictionary.config.activation
-    if isinstance(activation, ReLU | JumpReLU | Gated | BatchTopK):
+    if activation.facts.choice in ("none", "batch"):
         weights = _of_latents(dictionary.encoder(), latents)
         return lambda x: activations.encode_dense(activation, dictionary.scaled(x), weights)
 
@@ -90,7 +88,7 @@ class Edit:
     latent's largest activation) and "0.5x norm" (what moves the stream by half of its norm).
     """
 
-    dictionary: Placed
+    dictionary: SparseAutoencoder
     """Whose latent it is."""
     _: KW_ONLY
     latent: int
@@ -115,9 +113,9 @@ class Edit:
     def __post_init__(self) -> None:
         """Check everything before a model runs."""
         self.dictionary.require_latent(self.latent)
-        if self.along is not None and self.along.shape != self.dictionary.dictionary.b_dec.shape:
+        if self.along is not None and self.along.shape != self.dictionary.b_dec.shape:
             raise ValueError(
-                f"along must be d_out={len(self.dictionary.dictionary.b_dec)} wide, "
+                f"along must be d_out={len(self.dictionary.b_dec)} wide, "
                 f"got {tuple(self.along.shape)}"
             )
         _ = self.value  # refuses a unit that cannot be told
@@ -163,10 +161,11 @@ class Edit:
 
     def __str__(self) -> str:
         """Name it in one line."""
-        return f"{self.operation.kind} of latent {self.latent} at {self.dictionary.writes}"
+        place = self.dictionary.config.hook_point_out
+        return f"{self.operation.kind} of latent {self.latent} at {place}"
 
 
-def _maximum(placed: Placed, latent: int) -> float:
+def _maximum(placed: SparseAutoencoder, latent: int) -> float:
     if placed.stats is None:
         raise ValueError(
             "stats must be given for a value in units of a latent's maximum, got None; "
@@ -215,7 +214,7 @@ class LatentEdits:
         if len(set(numbers)) < len(numbers):
             raise ValueError(f"edits must name a latent once, got {sorted(numbers)}")
         self.edits = tuple(edits)
-        self._dictionary = edits[0].dictionary.dictionary
+        self._dictionary = edits[0].dictionary
         latents = torch.tensor(numbers, device=self._dictionary.dec_rows.device)
         self._read = latent_reader(self._dictionary, latents)
         directions = directions_of(self._dictionary, latents)
@@ -267,14 +266,14 @@ def _operate(
 class Splice:
     """The dictionary's reconstruction in the stream's place: h' = x_hat (+ h - x_hat)."""
 
-    dictionary: Placed
+    dictionary: SparseAutoencoder
     """Whose reconstruction flows on."""
     keep_error: bool = False
     """Add what the reconstruction lacks, so that only gradients tell the two streams apart."""
 
     def __call__(self, rows: Rows) -> Changed:
         """Reconstruct the rows."""
-        x_hat = self.dictionary.dictionary(rows.x)
+        x_hat = self.dictionary(rows.x)
         error = (rows.h - x_hat).detach() if self.keep_error else 0.0
         return Changed(
             x_hat + error, torch.ones(len(rows.h), dtype=torch.bool, device=x_hat.device)
@@ -282,7 +281,7 @@ class Splice:
 
     def __str__(self) -> str:
         """Name it in one line."""
-        return f"splice at {self.dictionary.writes}"
+        return f"splice at {self.dictionary.config.hook_point_out}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from activations_cache.models import Tokenizer
+from activations_cache.probe import record_of
 from activations_cache.reading import given_cache
 
 
@@ -37,25 +38,29 @@ def generate(
     *,
     max_new_tokens: int = 40,
     use_cache: bool = True,
+    chat: bool = False,
 ) -> Generation:
     """Continue a prompt with the most likely token each time, until the end token.
 
-    Inside `Steering` this gives the steered text. There is no sampling, no penalty and no chat
-    template: what is seen is the model and the operations alone.
+    Inside `Steering` this gives the steered text. There is no sampling and no penalty: what is
+    seen is the model and the operations alone.
 
     Args:
         model: A causal language model in evaluation mode.
         tokenizer: The model's; it decides whether the prompt gets special tokens.
         prompt: The text.
         max_new_tokens: Tokens at most.
-        use_cache: Keep keys and values of earlier positions; the text is the same without.
+        use_cache: Keep keys and values of earlier positions; the text is the same without. A model
+            whose logits differ with a cache is run without one.
+        chat: Whether the prompt is what a user says, which the tokenizer's chat template puts into
+            the form that the model was trained on, up to where its answer begins.
 
     Raises:
-        ValueError: If the prompt has no tokens.
+        ValueError: If the prompt has no tokens, the tokenizer no chat template, or the model does
+            not predict the next token.
     """
-    (found,) = generate_copies(
-        model, tokenizer, prompt, 1, max_new_tokens=max_new_tokens, use_cache=use_cache
-    )
+    options = {"max_new_tokens": max_new_tokens, "use_cache": use_cache, "chat": chat}
+    (found,) = generate_copies(model, tokenizer, prompt, 1, **options)
     return found
 
 
@@ -67,6 +72,7 @@ def generate_copies(
     *,
     max_new_tokens: int = 40,
     use_cache: bool = True,
+    chat: bool = False,
 ) -> list[Generation]:
     """Continue several copies of a prompt side by side, in a context that steers each otherwise.
 
@@ -74,15 +80,22 @@ def generate_copies(
     may differ from the one that `generate` gives. The arguments are those of `generate`.
 
     Raises:
-        ValueError: If the prompt has no tokens.
+        ValueError: For the same reasons.
     """
-    prompt_tokens = tuple(tokenizer(prompt)["input_ids"])
+    record = record_of(model)
+    if not record.predicts_next:
+        raise ValueError(
+            f"model must predict the next token to continue a text, got {record.name}, whose "
+            f"attention is {'causal' if record.is_causal else 'in both directions'}"
+        )
+    prompt_tokens = tuple(_chat_ids(tokenizer, prompt) if chat else tokenizer(prompt)["input_ids"])
     if not prompt_tokens:
         raise ValueError(f"prompt must have at least one token, got {prompt!r}")
     copies = [list(prompt_tokens) for _ in range(n_copies)]
     end = tokenizer.eos_token_id
     assert end is None or isinstance(end, int), end
-    rows = _greedy(model, copies, end, max_new_tokens, use_cache)
+    is_cached = use_cache and record.cache_argument is not None
+    rows = _greedy(model, copies, end, max_new_tokens, is_cached)
     return [
         Generation(
             prompt=prompt,
@@ -93,6 +106,18 @@ def generate_copies(
         )
         for row in rows
     ]
+
+
+def _chat_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of what a user says, with all that the template puts around it."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "chat must be false for a tokenizer without a chat template, got true; write the "
+            "prompt as the model knows it"
+        )
+    said = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    return tokenizer(str(text), add_special_tokens=False)["input_ids"]  # the template has them
 
 
 @torch.no_grad()

@@ -12,9 +12,7 @@ from activations_cache.checks import Progress, silent
 from activations_cache.hooks import capture
 from activations_cache.models import Tokenizer
 from sae.autoencoder import SparseAutoencoder
-from sae.steer.place import Placed
-
-_CELLS = 1 << 25  # cosines held at once: 128 MiB
+from sae.neighbours import Nearest, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ EVERYWHERE = Counting()
 def find_latents(
     model: nn.Module,
     tokenizer: Tokenizer,
-    placed: Placed,
+    placed: SparseAutoencoder,
     positives: Sequence[str],
     negatives: Sequence[str] = (),
     counting: Counting = EVERYWHERE,
@@ -102,7 +100,7 @@ class _Peaks(NamedTuple):
 
 @torch.no_grad()
 def _peaks(
-    model: nn.Module, tokenizer: Tokenizer, placed: Placed, text: str, counting: Counting
+    model: nn.Module, tokenizer: Tokenizer, placed: SparseAutoencoder, text: str, counting: Counting
 ) -> _Peaks:
     """The largest activation of every latent in a text, and its position."""
     ids = tokenizer(text)["input_ids"]
@@ -115,17 +113,8 @@ def _peaks(
     with capture(model, [placed.hook_point]) as run:
         x = run(torch.tensor([ids], device=device))[placed.hook_point][0]
     start = len(ids) - 1 if counting.where == "last" else counting.first_position
-    peak = placed.dictionary.encode_dense(x[start:]).max(dim=0)
+    peak = placed.encode_dense(x[start:]).max(dim=0)
     return _Peaks(peak.values, peak.indices + start)
-
-
-class Neighbours(NamedTuple):
-    """The latents with the most similar directions, the nearest first."""
-
-    latents: Int[Tensor, "row k"]
-    """Numbers."""
-    cosines: Float[Tensor, "row k"]
-    """Cosines of the decoder rows."""
 
 
 @torch.no_grad()
@@ -135,7 +124,7 @@ def nearest_latents(
     among: SparseAutoencoder | None = None,
     *,
     k: int = 10,
-) -> Neighbours:
+) -> Nearest:
     """The k latents whose decoder rows have the largest cosine with those of some latents.
 
     Args:
@@ -157,15 +146,6 @@ def nearest_latents(
             f"both dictionaries must write rows of one width, got {width} and "
             f"{other.config.width_out}"
         )
-    rows = torch.nn.functional.normalize(other.directions, dim=1)
-    found: list[tuple[Tensor, Tensor]] = []
-    n = min(k, len(rows) - (among is None))
-    for part in latents.split(max(1, _CELLS // len(rows))):
-        own = torch.nn.functional.normalize(dictionary.directions[part], dim=1)
-        cosines = own @ rows.T
-        if among is None:
-            cosines[range(len(part)), part] = -torch.inf
-        top = cosines.topk(n, dim=1)
-        found.append((top.indices, top.values))
-    numbers, values = zip(*found, strict=True)
-    return Neighbours(torch.cat(numbers), torch.cat(values))
+    n = min(k, other.config.d_sae - (among is None))
+    own = latents if among is None else None
+    return nearest(dictionary.directions[latents], other.directions, n, own=own)

@@ -1,7 +1,4 @@
-"""`Steering`: a context in which a model runs with its stream changed, and counts where it was.
-
-Which tokens are changed: a policy that gives the same answer with and without a KV cache.
-"""
+"""`Steering`: a context in which a model runs with its stream changed, and counts where it was."""
 
 import contextlib
 import logging
@@ -14,104 +11,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from activations_cache import hooks
-from activations_cache.prompts import Prompt, Prompts, prompts_of
+from activations_cache.probe import record_of
+from activations_cache.prompts import Prompts, prompts_of
+from activations_cache.reading import takes_tokens
+from activations_cache.trial import attempt
 from sae.steer.edits import Change, Edit, LatentEdits, Patch, Push, Rows, Splice
-
-POLICIES = ("all", "prompt", "generated", "last", "class")
-"""`last` is the prompt's last token; `class` is position 0, the class token of a ViT."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patches:
-    """The patches of a ViT, without class token and registers."""
-
-    n_prefix: int
-    """Positions before the first patch: `Reading.n_prefix` of a loaded vision model."""
-
-
-Positions = str | Patches | Bool[Tensor, "_example _pos"]
-"""One of POLICIES, the patches of a ViT, or a mask, which has a column for each token of the
-prompts, padding included; nothing after the prompts is chosen by it."""
-
-
-def check_positions(positions: Positions) -> None:
-    """Check a policy before a model runs.
-
-    Raises:
-        ValueError: If it is not known.
-    """
-    if isinstance(positions, str) and positions not in POLICIES:
-        raise ValueError(
-            f"positions must be one of {', '.join(POLICIES)}, a mask or Patches, got {positions!r}"
-        )
-
-
-def chosen(
-    policy: Positions,
-    positions: Int[Tensor, "example pos"],
-    prompt: Prompt | None,
-    first_position: int,
-) -> Bool[Tensor, "example pos"]:
-    """Where a policy holds in one forward.
-
-    Args:
-        policy: The policy.
-        positions: Absolute positions of the tokens, negative for padding.
-        prompt: The prompts of these examples; None where the model reads no tokens.
-        first_position: Positions below this one, the attention sinks, are never chosen, but by
-            `class`.
-
-    Raises:
-        ValueError: If the policy needs a prompt and there is none, or a mask has another shape.
-    """
-    if isinstance(policy, Patches):
-        return positions >= policy.n_prefix
-    if isinstance(policy, str) and policy == "class":
-        return positions == 0
-    if prompt is None:
-        if not isinstance(policy, str) or policy != "all":
-            raise ValueError(
-                f"positions must be all, class or Patches without a prompt, got {policy}"
-            )
-        return positions >= first_position
-    n_tokens = prompt.n_tokens[:, None].to(positions.device)
-    inside = positions < n_tokens
-    return (positions >= first_position) & _of_prompt(policy, positions, prompt, inside)
-
-
-def _of_prompt(
-    policy: Positions,
-    positions: Int[Tensor, "example pos"],
-    prompt: Prompt,
-    inside: Bool[Tensor, "example pos"],
-) -> Bool[Tensor, "example pos"]:
-    if isinstance(policy, Tensor):
-        return inside & _masked(policy, positions, prompt)
-    match policy:
-        case "all":  # what follows a whole prompt is padding
-            return inside if prompt.is_whole else torch.ones_like(inside)
-        case "prompt":
-            return inside
-        case "generated":
-            return torch.zeros_like(inside) if prompt.is_whole else ~inside
-        case _:
-            return positions == prompt.n_tokens[:, None].to(positions.device) - 1
-
-
-def _masked(
-    mask: Bool[Tensor, "_example _pos"], positions: Int[Tensor, "example pos"], prompt: Prompt
-) -> Bool[Tensor, "example pos"]:
-    n_examples, n_columns = mask.shape
-    if len(positions) % n_examples:
-        raise ValueError(
-            f"a mask of positions must have a row for each of {len(positions)} examples, "
-            f"got {n_examples}"
-        )
-    rows = mask.to(positions.device).repeat_interleave(len(positions) // n_examples, dim=0)
-    columns = positions + prompt.n_padding[:, None].to(positions.device)
-    within = (columns >= 0) & (columns < n_columns)
-    return rows.gather(1, columns.clamp(0, n_columns - 1)) & within
-
+from sae.steer.positions import Positions, check_positions, chosen
 
 _log = logging.getLogger(__name__)
 
@@ -128,6 +33,8 @@ class Count:
     """Tokens that passed the place."""
     n_chosen: int = 0
     """Those among them at which the positions hold: the change ran here."""
+    n_meant: int = 0
+    """Those among them for which the change gives another stream, before that is rounded."""
     n_changed: int = 0
     """Those among them whose stream became another."""
     relative_size: float = 0.0
@@ -138,9 +45,9 @@ class Count:
         n_seen: int,
         h: Float[Tensor, "batch d_out"],
         new: Float[Tensor, "batch d_out"],
-        is_changed: Bool[Tensor, " batch"],
+        is_meant: Bool[Tensor, " batch"],
     ) -> None:
-        """Count one forward."""
+        """Count one forward; what replaces the stream as a whole may give it back as it was."""
         self.n_seen += n_seen
         n, before = len(h), self.n_chosen
         if n == 0:
@@ -148,7 +55,8 @@ class Count:
         norm = h.detach().float().norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         size = float(((new - h).detach().float().norm(dim=1) / norm).mean())
         self.n_chosen += n
-        self.n_changed += int(is_changed.sum())
+        self.n_meant += int(is_meant.sum())
+        self.n_changed += int((new != h).any(dim=1).sum())
         self.relative_size += (size - self.relative_size) * n / (before + n)
 
 
@@ -163,8 +71,10 @@ class Steering:
     the stream as the earlier ones have left it. With a KV cache and without, `generate`
     gives the same tokens.
 
-    `counts` proves on how many tokens each change ran. A change that ran on none is logged in one
-    line when the context ends.
+    `counts` proves on how many tokens each change ran. When the context ends it is an error if the
+    model never passed the place, or if rounding undid a change everywhere; a change whose positions
+    chose no token is logged in one line. Logits that are not finite are an error as they come.
+    In `output_hidden_states` the entry of the block that is changed is the stream as it was.
     """
 
     def __init__(
@@ -201,10 +111,21 @@ class Steering:
             for _, a in self._applied
         )
         self._hooks: contextlib.ExitStack | None = None
+        self._is_tried = False
 
     def __enter__(self) -> "Steering":
-        """Attach the hooks."""
+        """Attach the hooks.
+
+        Raises:
+            ValueError: If the model is compiled, so that hooks inside it would be left out.
+        """
+        if takes_tokens(self.model) and not self._is_tried:
+            # While nothing is changed: what is tried inside the context would be steered too.
+            attempt(lambda: record_of(self.model))
+            self._is_tried = True
         with contextlib.ExitStack() as stack:
+            finite = self.model.register_forward_hook(self._require_finite)
+            stack.callback(finite.remove)
             for (place, applied), count in zip(self._applied, self.counts, strict=True):
                 prompts = stack.enter_context(prompts_of(self.model, place[1]))
                 work = _Work(applied, place, count, self, prompts)
@@ -214,11 +135,37 @@ class Steering:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Remove the hooks, and say which changes never ran."""
+        """Remove the hooks, and refuse what did not take place.
+
+        Raises:
+            ValueError: If the model never passed a place, or rounding undid a change everywhere.
+        """
         assert self._hooks is not None, "left without having been entered"
         self._hooks.close()
-        for line in [] if kind is not None else self.unused():
-            _log.warning(line)
+        if kind is not None:
+            return
+        unused = [count for count in self.counts if not count.n_chosen]
+        for count, line in zip(unused, self.unused(), strict=True):
+            if count.n_seen == 0:
+                raise ValueError(line)
+            _log.warning(line)  # a policy may choose none: the first tokens are all that there is
+        for count in self.counts:
+            if count.n_meant and not count.n_changed:
+                raise ValueError(
+                    f"{count.name} must change the stream, got the same at all {count.n_meant} "
+                    "tokens that it is for; raise the strength, or run the model in float32, which "
+                    "rounds less"
+                )
+
+    def _require_finite(self, _model: nn.Module, _args: tuple, output: object) -> None:
+        """Refuse logits that no token can be chosen by; some models bar tokens by -inf."""
+        logits = getattr(output, "logits", None)
+        if isinstance(logits, Tensor) and bool((logits.isnan() | logits.isposinf()).any()):
+            raise ValueError(
+                f"logits must be finite, got others in {type(self.model).__name__} under "
+                f"{' and '.join(_with_strength(applied) for _, applied in self._applied)}; lower "
+                f"the strength, or run the model in float32"
+            )
 
     @property
     def n_tokens(self) -> int:
@@ -228,9 +175,13 @@ class Steering:
     def unused(self) -> list[str]:
         """A line for each change that ran on no token."""
         policy = "mask" if isinstance(self.positions, Tensor) else repr(self.positions)
+        none, other = (
+            "run the model in the context, and not compiled: torch.compile leaves hooks out",
+            "choose other positions, or a lower first_position",
+        )
         return [
             f"{count.name} ran on none of {count.n_seen} tokens with positions {policy} from "
-            f"{self.first_position} on; run the model in the context, or choose other positions"
+            f"{self.first_position} on; {other if count.n_seen else none}"
             for count in self.counts
             if count.n_chosen == 0
         ]
@@ -243,7 +194,7 @@ Place = tuple[str, str]
 def _place(change: Change) -> Place:
     match change:
         case Edit(dictionary=placed) | Splice(dictionary=placed):
-            return placed.hook_point, placed.writes
+            return placed.hook_point, placed.config.hook_point_out
         case Patch(hook_point=point) | Push(hook_point=point):
             return point, point
 
@@ -300,7 +251,26 @@ class _Work:
         x = stream if self._x is None else self._x
         self._x = None
         _require_widths(self._applied, self._place, x, stream)
-        return apply_at(self._applied, where, x, stream, positions, self._count)
+        new = apply_at(self._applied, where, x, stream, positions, self._count)
+        if not bool(new.isfinite().all()) and bool(stream.isfinite().all()):
+            raise ValueError(
+                f"the stream must stay finite in {str(new.dtype).removeprefix('torch.')} at "
+                f"{self._place[1]}, got other numbers from {_with_strength(self._applied)}; lower "
+                "the strength, or run the model in float32"
+            )
+        return new
+
+
+def _with_strength(applied: Applied) -> str:
+    """Name a change, and how strong it is."""
+    match applied:
+        case LatentEdits(edits=edits):
+            units = " norms" if any(edit.in_norms for edit in edits) else ""
+            return " and ".join(f"{edit} to {edit.value:g}{units}" for edit in edits)
+        case Push(vector=vector):
+            return f"{applied} with norm {float(vector.norm()):g}"
+        case _:
+            return str(applied)
 
 
 def apply_at(
@@ -318,7 +288,8 @@ def apply_at(
     changed = change(Rows(x.flatten(0, 1)[at], h, positions.reshape(-1)[at]))
     new = torch.where(changed.is_changed[:, None], changed.h.to(stream.dtype), h)
     if count is not None:
-        count.add(len(flat), h, new, changed.is_changed)
+        is_meant = changed.is_changed & isinstance(change, LatentEdits | Push)
+        count.add(len(flat), h, new, is_meant)
     return flat.index_put((at,), new).view(stream.shape) if len(at) else stream
 
 
@@ -330,7 +301,7 @@ def _require_widths(applied: Applied, place: Place, x: Tensor, stream: Tensor) -
         placed = (
             applied.edits[0].dictionary if isinstance(applied, LatentEdits) else applied.dictionary
         )
-        config = placed.dictionary.config
+        config = placed.config
         widths = [
             (place[0], config.d_in, x.shape[-1]), (place[1], config.width_out, stream.shape[-1])
         ]  # fmt: skip

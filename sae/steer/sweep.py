@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from activations_cache.checks import Progress, silent
 from activations_cache.hooks import capture
 from activations_cache.models import Tokenizer
+from sae.autoencoder import SparseAutoencoder
 from sae.steer.config import SweepConfig
 from sae.steer.directions import random_direction
 from sae.steer.edits import Edit
 from sae.steer.effects import MAX_REPEATED, Effect, Steered, measure_effect
 from sae.steer.generation import Generation, generate
-from sae.steer.place import Placed
 from sae.steer.steering import Steering
 
 TAU = 0.1
@@ -106,7 +106,7 @@ class Target(NamedTuple):
     """A causal language model in evaluation mode."""
     tokenizer: Tokenizer
     """The model's."""
-    dictionary: Placed
+    dictionary: SparseAutoencoder
     """With statistics if strengths are in units of a maximum."""
     latent: int
     """Number of the latent."""
@@ -130,7 +130,7 @@ def sweep(
         progress: Called after each strength of each arm.
     """
     progress = progress or silent
-    made = target.dictionary.dictionary.direction(target.latent)
+    made = target.dictionary.direction(target.latent)
     control = random_direction(made, torch.Generator().manual_seed(config.seed))
     arms = {LATENT: None, RANDOM: control.to(made)}
     bases = [_continued(target, prompt, config) for prompt in config.prompts]
@@ -150,7 +150,8 @@ def sweep(
 
 
 def _continued(target: Target, prompt: str, config: SweepConfig) -> Generation:
-    return generate(target.model, target.tokenizer, prompt, max_new_tokens=config.max_new_tokens)
+    options = {"max_new_tokens": config.max_new_tokens, "chat": config.chat}
+    return generate(target.model, target.tokenizer, prompt, **options)
 
 
 def _point(
@@ -236,7 +237,7 @@ class _Neutral:
         logits = self._target.model(input_ids=self._ids, **arguments).logits[where]
         with capture(self._target.model, [placed.hook_point]) as run:
             rows = run(self._ids, **arguments)[placed.hook_point][where]
-        return logits.float().log_softmax(dim=1), placed.dictionary.encode_dense(rows.float())
+        return logits.float().log_softmax(dim=1), placed.encode_dense(rows.float())
 
     def _rows(self) -> Bool[Tensor, "example pos"]:
         where = self._mask.clone()

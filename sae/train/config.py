@@ -5,12 +5,13 @@ Where the weights begin, as frozen configs; no torch here.
 Where the figures of a training run go, as frozen configs; no torch here.
 """
 
+import functools
 import re
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from activations_cache.checks import at_least, positive, require
-from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK, check_k
+from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK
 from sae.train.loss_config import (
     L0,
     L1,
@@ -26,6 +27,7 @@ from sae.train.loss_config import (
     Refine,
     Tanh,
 )
+from sae.train.loss_term import OwnLoss, Term
 from sae.train.optim_config import Adam, Optimizer, Resample, ScheduleFree, decay
 
 
@@ -92,13 +94,6 @@ Init = Tied | DataPoints
 __all__ = ["L0", "L1", "Adam", "AuxK", "DictionaryConfig", "TrainConfig"]
 
 
-PENALTIES = ("l1", "p_anneal", "l0", "tanh")
-TERMS = (
-    *PENALTIES,
-    *("preact", "auxk", "multi_topk", "matryoshka", "k_anneal", "control", "refine"),
-)
-"""Fields of a DictionaryConfig that not every activation takes."""
-
 _TOPK, _ADAM, _TIED = TopK(), Adam(), Tied()
 
 
@@ -144,6 +139,8 @@ class DictionaryConfig:
     """A larger k at first, of topk and batchtopk alone."""
     refine: Refine | None = None
     """A decoder that is learned from iterated encodings, of topk and batchtopk alone."""
+    losses: tuple[OwnLoss, ...] = ()
+    """Losses of your own, added to the others."""
     dead_after_tokens: int = 100_000
     """A latent is dead when it was silent for so many rows."""
     decoder_norm: float = 1.0
@@ -171,10 +168,9 @@ class DictionaryConfig:
 
     def __post_init__(self) -> None:
         """Check the fields against each other."""
-        facts = self.activation.facts
-        self._allow(*facts.terms, one_of=facts.penalties)
-        check_k(self.activation, self.d_sae)
-        self._check_k(getattr(self.activation, "k", self.d_sae))
+        self._check_terms()
+        self.activation.check_width(self.d_sae)
+        self._check_k(self.activation.per_row or self.d_sae)
         self._check_sites()
         self._check_refine()
         alone = self.control is None or self.p_anneal is None
@@ -199,13 +195,11 @@ class DictionaryConfig:
         rule = "be absent outside of files, where each entry stands for itself"
         require(self.grid is None, "grid", rule, self.grid)
         at_least("accumulate", self.accumulate, 1)
-        whole = {
-            f"activation.kind {self.activation.kind!r}": self.activation.facts.threshold == "one",
-            "l0.target": self.l0 is not None and self.l0.target is not None,
-            "p_anneal": self.p_anneal is not None,
-            "control": self.control is not None,
-        }
-        for what in (name for name, is_on in whole.items() if is_on):
+        parts = {name: term.whole_batch for name, term in self.terms.items()}
+        whole = [name + part for name, part in parts.items() if part is not None]
+        if self.activation.facts.choice == "batch":
+            whole.insert(0, f"activation.kind {self.activation.kind!r}")
+        for what in whole:
             rule = f"be 1 beside {what}, which looks at the whole batch"
             require(self.accumulate == 1, "accumulate", rule, self.accumulate)
         rule = f"be absent beside frozen {self.frozen!r}, which it would move"
@@ -220,12 +214,31 @@ class DictionaryConfig:
         if self.seed is not None:
             at_least("seed", self.seed, 0)
 
-    def _allow(self, *optional: str, one_of: tuple[str, ...] = ()) -> None:
+    @property
+    def terms(self) -> dict[str, Term]:
+        """The terms of the loss that are given, by the names of their fields."""
+        given = {name: getattr(self, name) for name in term_classes()}
+        return {name: term for name, term in given.items() if term is not None}
+
+    @property
+    def in_one_op(self) -> bool:
+        """Whether one kernel has all terms of the loss of a dense dictionary."""
+        return not self.losses and all(term.facts.in_one_op for term in self.terms.values())
+
+    @property
+    def threshold_lr(self) -> float | None:
+        """The learning rate of the thresholds, where the penalty names one."""
+        penalty = self.l0 or self.tanh
+        return None if penalty is None else penalty.threshold_lr
+
+    def _check_terms(self) -> None:
         """Refuse the terms of the loss that do not fit the activation, or are missing."""
-        of = f"for activation.kind {self.activation.kind!r}"
-        for name in TERMS:
-            value, fits = getattr(self, name), name in (*optional, *one_of)
+        of, one_of = f"for activation.kind {self.activation.kind!r}", list[str]()
+        for name, kinds in term_classes().items():
+            fits = any(kind.suits(self.activation.facts) for kind in kinds)
+            value = getattr(self, name)
             require(fits or value is None, name, f"be absent {of}", value)
+            one_of += [name] if fits and kinds[0].facts.is_penalty else []
         given = [name for name in one_of if getattr(self, name) is not None]
         if one_of and not given:
             rule = "".join(f", or {name}," for name in one_of[1:])
@@ -279,7 +292,8 @@ class DictionaryConfig:
         if isinstance(self.matryoshka, NestedK):
             kind, last = self.activation.kind, self.matryoshka.ks[-1]
             rule = f"not be 'nested_k' for activation.kind {kind!r}"
-            require(kind == "topk", "matryoshka.kind", rule, "nested_k")
+            suits = self.matryoshka.suits(self.activation.facts)
+            require(suits, "matryoshka.kind", rule, "nested_k")
             require(last < k, "matryoshka.ks", f"be below activation.k={k}", last)
 
     def architecture(
@@ -307,6 +321,17 @@ class DictionaryConfig:
             inputs=inputs,
             outputs=outputs,
         )
+
+
+@functools.cache
+def term_classes() -> dict[str, tuple[type[Term], ...]]:
+    """The fields of a DictionaryConfig that are terms of the loss, with the classes of each."""
+    found = {}
+    for name, hint in get_type_hints(DictionaryConfig).items():
+        members = [m for m in get_args(hint) if isinstance(m, type) and issubclass(m, Term)]
+        if members and get_origin(hint) is not tuple:
+            found[name] = tuple(members)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,3 +374,14 @@ class TrainConfig:
         at_least("seed", self.seed, 0)
         positive("checkpoint_seconds", self.checkpoint_seconds)
         positive("rank_timeout_seconds", self.rank_timeout_seconds)
+
+    def record(self) -> dict[str, Any]:
+        """The config as plain data whose digest names what is trained.
+
+        What earlier releases did not have is left out where it is absent, so their runs still fit.
+        """
+        record = asdict(self)
+        for entry in record["saes"].values():
+            if not entry["losses"]:
+                del entry["losses"]
+        return record

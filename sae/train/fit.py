@@ -232,7 +232,7 @@ def _require_memory(
 
 def _identity(cache: "ActivationCache", config: TrainConfig, precision: str) -> str:
     """Digest of what is trained on what; not by how many processes, nor what is logged."""
-    found = asdict(config)
+    found = config.record()
     for name in ("latent_shards", "rank_timeout_seconds", "log_every", "wandb"):
         del found[name]
     return digest({"cache": cache.fingerprint, "train": found, "precision": precision})

@@ -6,21 +6,15 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from sae.architecture import BatchTopK, SAEConfig, TopK
+from sae.architecture import KINDS, SAEConfig, with_k
 from sae.autoencoder import SparseAutoencoder
 from sae.train.ranks import Axis, Ranks
 
 PIECE_BYTES = 1 << 28
 """Tensors are gathered in pieces of at most so many bytes."""
 LATENT_MAJOR = frozenset((
-    "enc_rows",
-    "dec_rows",
-    "b_enc",
-    "threshold",
-    "b_gate",
-    "b_mag",
-    "r_mag",
-    "silent_rows",
+    *("enc_rows", "dec_rows", "silent_rows"),
+    *(name for kind in KINDS.values() for name in kind.facts.parameters),
 ))
 """Names of what has one row per latent; what belongs to it is named `x.NAME.y`."""
 
@@ -74,8 +68,7 @@ def part_of(autoencoder: SparseAutoencoder, axis: Axis) -> SparseAutoencoder:
         return autoencoder
     form = autoencoder.config
     n, activation = form.d_sae // axis.size, form.activation
-    if isinstance(activation, TopK | BatchTopK):  # more cannot fire here
-        activation = replace(activation, k=min(activation.k, n))
+    activation = with_k(activation, min(activation.per_row or 1, n))  # more cannot fire here
     part = SparseAutoencoder(replace(form, d_sae=n, activation=activation))
     state = autoencoder.state_dict()
     own = {name: t[axis.share(len(t))] if of_latents(name, t) else t for name, t in state.items()}

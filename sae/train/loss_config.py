@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 from activations_cache.checks import at_least, fraction, positive, require
+from sae.train.loss_term import LossFacts, Sizes, Term
+
+DENSE_OF_DEAD = 2.0
+"""Matrices (batch, dead) that AuxK holds at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class L1:
+class L1(Term):
     """Penalty sum_i a_i ||W_dec[i]|| beside the squared error summed over d.
 
     For a gated dictionary a_i is max(h_i, 0) of the gates, and beside it stands the error of what
@@ -20,6 +24,8 @@ class L1:
     ramp: float = 0.05
     """Fraction of the steps over which the weight rises from 0."""
 
+    facts: ClassVar = LossFacts(trains=("dense", "gated"), thresholds=("none",), is_penalty=True)
+
     def __post_init__(self) -> None:
         """Check ranges."""
         at_least("coefficient", self.coefficient, 0)
@@ -27,7 +33,7 @@ class L1:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PAnneal:
+class PAnneal(Term):
     """Penalty sum_i (a_i ||W_dec[i]||)^p, p falling from 1 (Karvonen et al., arXiv 2408.00113).
 
     p falls in a few jumps; at each, the weight is multiplied by what keeps the penalty of that
@@ -45,6 +51,14 @@ class PAnneal:
     n: int = 10
     """Number of jumps."""
 
+    facts: ClassVar = LossFacts(
+        trains=("dense",),
+        thresholds=("none",),
+        is_penalty=True,
+        in_one_op=False,
+        is_sharded=False,
+    )
+
     def __post_init__(self) -> None:
         """Check ranges."""
         at_least("coefficient", self.coefficient, 0)
@@ -53,9 +67,14 @@ class PAnneal:
         fraction("start", self.start)
         at_least("n", self.n, 1)
 
+    @property
+    def whole_batch(self) -> str | None:
+        """P falls by what the whole batch's penalty is."""
+        return ""
+
 
 @dataclass(frozen=True, kw_only=True)
-class L0:
+class L0(Term):
     """Penalty on the number of latents that fire, which moves JumpReLU's thresholds.
 
     With a target it is (L0 / target - 1)^2 of the batch's mean L0, which finds that L0 at any
@@ -71,6 +90,8 @@ class L0:
     threshold_lr: float | None = None
     """Learning rate of the thresholds; the optimiser's when absent."""
 
+    facts: ClassVar = LossFacts(trains=("dense",), thresholds=("per latent",), is_penalty=True)
+
     def __post_init__(self) -> None:
         """Check ranges."""
         at_least("coefficient", self.coefficient, 0)
@@ -79,9 +100,14 @@ class L0:
             if (value := getattr(self, name)) is not None:
                 positive(name, value)
 
+    @property
+    def whole_batch(self) -> str | None:
+        """The target is that of the whole batch."""
+        return None if self.target is None else ".target"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Tanh:
+class Tanh(Term):
     """Penalty sum_i tanh(scale a_i ||W_dec[i]||), an L0 that all weights learn from.
 
     Anthropic, Circuits Updates, January 2025.
@@ -96,6 +122,14 @@ class Tanh:
     threshold_lr: float | None = None
     """Learning rate of the thresholds; the optimiser's when absent."""
 
+    facts: ClassVar = LossFacts(
+        trains=("dense",),
+        thresholds=("per latent",),
+        is_penalty=True,
+        in_one_op=False,
+        is_sharded=False,
+    )
+
     def __post_init__(self) -> None:
         """Check ranges."""
         at_least("coefficient", self.coefficient, 0)
@@ -106,7 +140,7 @@ class Tanh:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreAct:
+class PreAct(Term):
     """Dead latents are drawn to their thresholds: sum_i max(threshold_i - h_i, 0) ||W_dec[i]||.
 
     Anthropic, Circuits Updates, January 2025.
@@ -115,13 +149,17 @@ class PreAct:
     coefficient: float = 3e-6
     """Weight of the sum over the dead latents."""
 
+    facts: ClassVar = LossFacts(
+        trains=("dense",), thresholds=("per latent",), in_one_op=False, is_sharded=False
+    )
+
     def __post_init__(self) -> None:
         """Check ranges."""
         at_least("coefficient", self.coefficient, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuxK:
+class AuxK(Term):
     """Dead latents reconstruct the residual (Gao et al. 2024, arXiv 2406.04093, A.2)."""
 
     coefficient: float = 1 / 32
@@ -131,21 +169,30 @@ class AuxK:
     products: Literal["step", "bf16"] = "step"
     """Format of its dense products: that of the whole step, or bf16, which suffices to revive."""
 
+    facts: ClassVar = LossFacts(trains=("sparse", "dense"))
+
     def __post_init__(self) -> None:
         """Check ranges."""
         at_least("coefficient", self.coefficient, 0)
         if self.k is not None:
             at_least("k", self.k, 1)
 
+    def memory(self, sizes: Sizes) -> float:
+        """Dense matrices of the dead latents."""
+        is_low = "bf16" in (sizes.precision, self.products)
+        return DENSE_OF_DEAD * (0.5 if is_low else 1.0) * sizes.dead * sizes.dense
+
 
 @dataclass(frozen=True, kw_only=True)
-class MultiTopK:
+class MultiTopK(Term):
     """A second reconstruction from more latents (Gao et al. 2024, arXiv 2406.04093, 4.2)."""
 
     coefficient: float = 1 / 8
     """Weight of its squared error."""
     times: int = 4
     """It has so many times k latents."""
+
+    facts: ClassVar = LossFacts(choices=("row",), is_sharded=False)
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -154,7 +201,7 @@ class MultiTopK:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedPrefixes:
+class FixedPrefixes(Term):
     """Every prefix of the latents reconstructs the row (Bussmann et al. 2025, arXiv 2503.17547).
 
     The squared error is the mean over the prefixes, the whole dictionary being the last of them.
@@ -168,6 +215,8 @@ class FixedPrefixes:
     """Fraction of the steps over which the shorter ones' weight falls linearly to 0; if absent it
     stays."""
 
+    facts: ClassVar = LossFacts(trains=("sparse", "dense"), in_one_op=False, is_sharded=False)
+
     def __post_init__(self) -> None:
         """Check that the prefixes rise."""
         if self.until is not None:
@@ -179,7 +228,7 @@ class FixedPrefixes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomPrefixes:
+class RandomPrefixes(Term):
     """The same for prefixes that are drawn anew at every step, short ones more often.
 
     Sizes m have the density m^-(1 + exponent) on 1..d_sae (Nabeshima, Matryoshka Sparse
@@ -195,6 +244,8 @@ class RandomPrefixes:
     seed: int = 0
     """Decides, with the number of the step, what is drawn."""
 
+    facts: ClassVar = LossFacts(trains=("sparse", "dense"), in_one_op=False, is_sharded=False)
+
     def __post_init__(self) -> None:
         """Check ranges."""
         at_least("n", self.n, 1)
@@ -203,7 +254,7 @@ class RandomPrefixes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NestedK:
+class NestedK(Term):
     """The same for the k largest latents of each row, for several k (Zaigrajew et al. 2025, MSAE).
 
     The activation's k is the last of them (arXiv 2502.20578).
@@ -216,6 +267,8 @@ class NestedK:
     weights: Literal["uniform", "reverse"] = "uniform"
     """Of n errors all count alike, or n for the smallest k, n - 1 for the next, down to 1."""
 
+    facts: ClassVar = LossFacts(choices=("row",), is_sharded=False)
+
     def __post_init__(self) -> None:
         """Check that the numbers rise."""
         rises = all(low < high for low, high in pairwise((0, *self.ks)))
@@ -226,7 +279,7 @@ Matryoshka = FixedPrefixes | RandomPrefixes | NestedK
 
 
 @dataclass(frozen=True, kw_only=True)
-class Control:
+class Control(Term):
     """A controller of the penalty's weight: after each step it is multiplied by exp(rate * e).
 
     e = L0 / target - 1 of that step's batch, cut at -1 and 1; so the weight rises while too many
@@ -238,14 +291,21 @@ class Control:
     rate: float = 0.01
     """How fast the weight moves."""
 
+    facts: ClassVar = LossFacts(trains=("dense", "gated"), is_sharded=False)
+
     def __post_init__(self) -> None:
         """Check ranges."""
         positive("target", self.target)
         positive("rate", self.rate)
 
+    @property
+    def whole_batch(self) -> str | None:
+        """The weight moves by the whole batch's L0."""
+        return ""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Refine:
+class Refine(Term):
     """A better encoding in training alone: what the latents leave of a row is added to it again.
 
     u' = u + rate (u - y(u)) + rate (u - y(u')) ..., and the losses are those of the latents of the
@@ -268,6 +328,8 @@ class Refine:
     slack_from: float = 0.4
     """Fraction of the steps after which there is slack."""
 
+    facts: ClassVar = LossFacts(choices=("row", "batch"), is_sharded=False)
+
     def __post_init__(self) -> None:
         """Check ranges."""
         at_least("steps", self.steps, 1)
@@ -279,15 +341,21 @@ class Refine:
         rule = f"be at least until={self.until}"
         require(self.held_until >= self.until, "held_until", rule, self.held_until)
 
+    def memory(self, sizes: Sizes) -> float:
+        """A second gradient of the encoder while both are added up, and each round's rows."""
+        return float(sizes.weights // 2 + self.steps * sizes.rows)
+
 
 @dataclass(frozen=True, kw_only=True)
-class KAnneal:
+class KAnneal(Term):
     """k begins large and falls linearly to the one of the activation."""
 
     start: int
     """k at the first step."""
     until: float = 0.2
     """Fraction of the steps after which k is the activation's."""
+
+    facts: ClassVar = LossFacts(choices=("row", "batch"))
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae.train.config import DictionaryConfig
+from sae.train.loss_term import COMPOSED, Sizes
 from sae.train.optim_config import Adam
 
 FLOAT = 4
@@ -24,10 +25,10 @@ CHUNK = 16 * MIB
 """What `sae_kernels` works on at a time in a CPU's memory."""
 GPU_WORKSPACE = 256 * MIB
 """What it works on at a time on a GPU."""
+COMPOSED_PLAIN = 4.0
+"""Dense matrices that ReLU holds in bf16, where torch differentiates the kernel's own terms."""
 DEAD = 0.2
 """Share of the latents for which AuxK's memory is counted; how many die, no config tells."""
-AUXK_DENSE = 2.0
-"""Matrices (batch, dead) that AuxK holds at once."""
 SOFT = 2.15
 """Temporaries of turning the rows of a soft decoder back, in units of the weights."""
 MOMENTS = {"float32": 2.0, "bfloat16": 1.0, "int8": 0.55, "muon": 1.0, "schedule_free": 3.0}
@@ -89,12 +90,8 @@ def estimate(  # noqa: PLR0913
     dense = FLOAT * -(-batch // config.accumulate) * d_sae
     rows = 2 * FLOAT * batch * (d_in + d_out)
     held, pieces = _held(config, precision)
-    if config.auxk is not None:
-        low = 0.5 if precision == "bf16" or config.auxk.products == "bf16" else 1.0
-        held += AUXK_DENSE * low * dead
-    refined = 0
-    if config.refine is not None:
-        refined = weights // 2 + config.refine.steps * FLOAT * batch * d_in
+    sizes = Sizes(weights, dense, FLOAT * batch * d_in, precision, dead)
+    terms = sum(term.memory(sizes) for term in (*config.terms.values(), *config.losses))
     passing = int(SOFT * weights) if config.frozen == "soft_decoder" else 0
     passing += int(UPDATES.get(config.optimizer.kind, 0.0) * trained)
     copies = weights // 4 if precision == "bf16" else 0  # of the encoder, in half as many bytes
@@ -104,7 +101,7 @@ def estimate(  # noqa: PLR0913
         int(trained),
         int(_moments(config) * trained),
         int(trained) * (config.ema is not None) + weights // 2 * (config.frozen == "soft_decoder"),
-        rows + refined + int(held * dense),
+        rows + int(held * dense + terms),
         int(pieces * min(chunk, dense)) + copies + passing + FIXED,
     )
 
@@ -117,16 +114,14 @@ def _moments(config: DictionaryConfig) -> float:
 
 def _held(config: DictionaryConfig, precision: str) -> tuple[float, float]:
     """Dense matrices held over a step, and pieces of the workspace."""
-    trains, kind = config.activation.facts.trains, config.activation.kind
-    if trains == "sparse":
+    facts = config.activation.facts
+    if facts.trains == "sparse":
         return 0.0, 1.0
-    others = (config.tanh, config.preact, config.p_anneal, config.matryoshka)
-    composed = any(term is not None for term in others) or config.gate_by_decoder_norm
-    if trains == "gated" or composed:
-        return 7.0, 0.0
-    if precision == "bf16" and kind == "relu":
-        return 4.0, 0.0
-    return 1.0, 4.0 if kind == "jumprelu" else 1.0
+    if not config.in_one_op or config.gate_by_decoder_norm:
+        return COMPOSED, 0.0
+    if precision not in facts.one_op:
+        return COMPOSED if not facts.one_op else COMPOSED_PLAIN, 0.0
+    return 1.0, facts.pieces
 
 
 def require_memory(needed: int, free: int, what: str, where: str) -> None:

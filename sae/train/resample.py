@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.architecture import JumpReLU
 from sae.autoencoder import SparseAutoencoder
 from sae.train.forward.common import Rows
 from sae.train.optim_config import Resample
@@ -75,11 +74,10 @@ def resample_(
     enc_rows[latents] = torch.nn.functional.normalize(read, dim=1) * size
     size = dec_rows[alive].norm(dim=1).mean()
     dec_rows[latents] = torch.nn.functional.normalize(v[drawn] - autoencoder.b_dec, dim=1) * size
-    for name in ("b_enc", "b_gate", "b_mag", "r_mag"):
-        if getattr(autoencoder, name, None) is not None:
-            autoencoder.get_parameter(name)[latents] = 0
-    if isinstance(activation := autoencoder.config.activation, JumpReLU):
-        autoencoder.get_parameter("threshold")[latents] = activation.threshold
+    activation = autoencoder.config.activation
+    for name in activation.facts.parameters:
+        fresh = activation.first_threshold if name == "threshold" else 0
+        autoencoder.get_parameter(name)[latents] = fresh
     return latents
 
 

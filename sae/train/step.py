@@ -7,7 +7,7 @@ BatchTopK's threshold, which follows what the batches say of it.
 Baselines in which a random part never learns, or hardly (arXiv 2602.14111).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,10 @@ from torch.nn.functional import normalize
 
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
+from sae.losses import Loss
 from sae.train.config import DictionaryConfig
 from sae.train.diagnostics import Watch
-from sae.train.forward.common import Forward, Moment, Power, Rows
+from sae.train.forward.common import Forward, Moment, Power, Rows, WeightedLoss
 from sae.train.forward.run import forward
 from sae.train.forward.sharded import require_shardable
 from sae.train.latent_shards import gradient_norm, of_latents, part_of, sum_gradients, whole_of
@@ -160,6 +161,7 @@ class TrainStep:
         *,
         precision: str = "fp32",
         ranks: Ranks = ALONE,
+        losses: Sequence[Loss] = (),
     ) -> None:
         """Take the autoencoder, which the steps change in place.
 
@@ -170,16 +172,24 @@ class TrainStep:
             precision: "fp32", or "bf16" for the encoder's and the dense products.
             ranks: The processes that train it; each gives the steps its own rows of every batch,
                 and `self.autoencoder` has its own latents.
+            losses: Losses of your own, added to those of the config.
         """
         if total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         _require_fit(autoencoder.config, config)
-        require_shardable(config, ranks.latents.size)
+        if not bool(autoencoder.dec_rows.any()):
+            raise ValueError(
+                "autoencoder must have decoder rows that are not all 0, which never learn; fill it "
+                "by initialise(autoencoder, generator), or take one from sae.load"
+            )
+        require_shardable(config, ranks.latents.size, losses)
         self.form = autoencoder.config
         self.autoencoder = autoencoder = part_of(autoencoder, ranks.latents)
         self.config = config
         self.total_steps = total_steps
         self.bf16 = precision == "bf16"
+        self.losses = tuple(WeightedLoss(each.coefficient, each.make()) for each in config.losses)
+        self.losses += tuple(WeightedLoss(1.0, loss) for loss in losses)
         self.ranks = ranks
         self.n_steps = 0
         self.power = Power()
@@ -201,8 +211,7 @@ class TrainStep:
 
     def _groups(self) -> list[dict[str, Any]]:
         """The parameters with their learning rates: JumpReLU's thresholds may have their own."""
-        lr, penalty = self.config.optimizer.lr, self.config.l0 or self.config.tanh
-        own = None if penalty is None else penalty.threshold_lr
+        lr, own = self.config.optimizer.lr, self.config.threshold_lr
         thresholds = [] if own is None else [self.autoencoder.get_parameter("threshold")]
         rest = [p for p in self.params if all(p is not t for t in thresholds)]
         groups = [{"params": rest, "base_lr": lr}]
@@ -235,7 +244,7 @@ class TrainStep:
         rows = Rows(u, u if target is None else self.autoencoder.scaled_out(target))
         batch = batch_of(rows.v, self.ranks)
         place = (self.n_steps, self.total_steps, self._dead, self.bf16, self.power)
-        moment = Moment(*place, self.ranks, batch.n_rows, batch.share)
+        moment = Moment(*place, self.ranks, batch.n_rows, batch.share, self.losses)
         self.optimizer.zero_grad(set_to_none=True)
         found = backward(self.autoencoder, self.config, rows, moment, loss_of)
         sum_gradients(self.learned, self.ranks)

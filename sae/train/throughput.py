@@ -39,9 +39,7 @@ class Meter:
         self.watches = {name: Watch(step.autoencoder, ranks) for name, step in steps.items()}
         for name, step in steps.items():
             step.watch = self.watches[name]
-        self.bandwidths = {
-            name: getattr(step.config.activation, "bandwidth", None) for name, step in steps.items()
-        }
+        self.windows = {name: step.config.activation.window for name, step in steps.items()}
         self.stuck = dict.fromkeys(steps, 0)
         self.seconds = dict.fromkeys((*steps, ""), 0.0)
         self.n_steps = 0
@@ -110,7 +108,7 @@ class Meter:
                 name,
                 100 * share,
                 PATIENCE * self.every,
-                self.bandwidths[name],
+                self.windows[name],
             )
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from activations_cache import build, stream
-from activations_cache.builder import model_inputs
 from activations_cache.config import TextConfig, TextSource
 from activations_cache.hooks import capture
+from activations_cache.isolation import read_documents
 from activations_cache.recompute import recompute
 from activations_cache.shard import Examples
 from activations_cache.text import TooShort, pack, positions_in_segments
@@ -71,9 +71,14 @@ def test_a_document_is_read_as_if_it_stood_alone(packed, causal_model):
     )
     blocks = "model.layers" if hasattr(causal_model, "model") else "transformer.h"
     hook_point = f"{blocks}.3:out"
-    ids, positions = model_inputs(examples, slice(0, 5))
+    ids = examples.tokens[:5].clamp_min(0)
     with capture(causal_model, [hook_point]) as run:
-        together = run(ids, position_ids=positions)[hook_point]
+        together, rows = (
+            read_documents(run, examples, slice(0, 5), way, is_causal=True)[hook_point]
+            for way in ("positions", "rows")
+        )
+        real = packed.tokens[:5] != -1
+        assert torch.allclose(rows[real], together[real], atol=1e-4, rtol=1e-4)
         for example in range(5):
             for segment in packed.segments[example].unique():
                 here = (packed.segments[example] == segment) & (packed.tokens[example] != -1)

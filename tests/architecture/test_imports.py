@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,40 @@ def test_the_contracts_of_the_layers_are_kept(repository):
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 broken" in done.stdout
+
+
+def module_of(path: str) -> str:
+    return path.removeprefix("kernels/").removesuffix(".py").replace("/", ".")
+
+
+def edges(library: list) -> dict[str, set[str]]:
+    """Module -> what it imports of the project, inside functions and for type checkers too."""
+    modules = {module_of(s.path): s for s in library if not s.path.endswith("__init__.py")}
+    return {name: set(targets(source.tree)) & {*modules} for name, source in modules.items()}
+
+
+def targets(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        yield from named(node)
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; empty if there are none."""
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_module_imports_itself_by_way_of_others(library):
+    assert circle(edges(library)) == []
+
+
+def test_a_circle_is_found_wherever_the_import_stands():
+    inside = ast.parse("def f():\n    from sae.b import g\n")
+    typing = ast.parse("if TYPE_CHECKING:\n    from sae import a\n")
+    graph = {"sae.a": {*targets(inside)} & {"sae.b"}, "sae.b": {*targets(typing)} & {"sae.a"}}
+    assert set(circle(graph)) == {"sae.a", "sae.b"}

@@ -126,7 +126,7 @@ def check_sae(words: list[str]) -> None:
     while words and words[0] in getattr(command, "commands", {}):
         command = command.commands[words.pop(0)]
     if hasattr(command, "commands"):  # `sae cache` has two short forms of its own
-        command = command.commands[{"--list-sites": "sites"}.get(words[0], "build")]
+        command = command.commands[{"--list-sites": "hook-points"}.get(words[0], "build")]
         words = [word for word in words if word != "--list-sites"]
     known = {option for parameter in command.params for option in parameter.opts}
     known |= {o for parameter in command.params for o in parameter.secondary_opts}

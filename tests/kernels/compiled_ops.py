@@ -6,8 +6,10 @@ The annotation checks of the test run wrap every function in code that torch can
 import pytest
 import torch
 
-from sae_kernels import compiled as library
+from sae_kernels import decode as decoding
+from sae_kernels import encode as encoding
 from sae_kernels import encode_topk, sparse_decode, topk_select
+from sae_kernels import select as selecting
 
 BATCH, D_IN, D_OUT, D_SAE, K = 13, 7, 11, 61, 5
 
@@ -72,10 +74,10 @@ def operators_keep_the_rules_of_torch():
     x, enc_rows, b_enc, b_in, dec_rows, _ = (t.requires_grad_() for t in tensors())
     rules = ("test_schema", "test_autograd_registration", "test_faketensor")
     encode = (x, enc_rows, b_enc, b_in, K, True, None, torch.float32)
-    torch.library.opcheck(library._encode, encode, test_utils=rules)
+    torch.library.opcheck(encoding._encode_op, encode, test_utils=rules)
     indices, values = torch.arange(K).repeat(BATCH, 1), torch.ones(BATCH, K, requires_grad=True)
-    torch.library.opcheck(library._decode, (values, indices, dec_rows, None), test_utils=rules)
-    torch.library.opcheck(library._select, (x.detach(), 3, False, None), test_utils=rules)
+    torch.library.opcheck(decoding._decode_op, (values, indices, dec_rows, None), test_utils=rules)
+    torch.library.opcheck(selecting._select_op, (x.detach(), 3, False, None), test_utils=rules)
 
 
 def main() -> None:

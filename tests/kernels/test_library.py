@@ -11,6 +11,10 @@ def test_compiled_ops_are_the_eager_ones():
     assert done.returncode == 0, done.stderr
 
 
-def test_nothing_is_registered_by_an_import():
-    code = "import torch, sae_kernels; raise SystemExit(hasattr(torch.ops.sae_kernels, 'encode'))"
+def test_importing_registers_the_operators_and_loads_no_compiler():
+    code = (
+        "import sys, torch, sae_kernels;"
+        "assert hasattr(torch.ops.sae_kernels, 'encode');"
+        "raise SystemExit(bool({'torch._dynamo', 'triton'} & {*sys.modules}))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from scipy import stats
 
 from activations_cache.checks import Progress, silent
 from sae.autoencoder import SparseAutoencoder
@@ -154,9 +155,6 @@ class _Sums:
             counts.update(fires, acts > 0)
 
 
-T_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t that 95 % lie within, by degrees of freedom; 1.96 is used beyond."""
-
 COLUMNS: dict[str, Callable[[GroundTruthReport], float]] = {
     "MCC": lambda report: report.directions.mcc,
     "MMCS": lambda report: report.directions.mmcs,
@@ -213,7 +211,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     if n == 1:
         return mean, math.nan
     spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    t = T_95[n - 1] if n <= len(T_95) else 1.96
+    t = float(stats.t.ppf(0.975, n - 1))
     return mean, t * spread / math.sqrt(n)
 
 

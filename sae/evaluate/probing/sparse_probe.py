@@ -26,7 +26,7 @@ from sae.evaluate.probing.labels import (
     mean_difference,
     task_of,
 )
-from sae.statistics import BootstrapInterval
+from sae.statistics import Interval
 
 KS = (1, 2, 5)
 """Numbers of units, as in SAEBench and sae-probes."""
@@ -45,7 +45,7 @@ N_RESAMPLES = 300
 class ProbeScore:
     """One probe on rows that it was not fitted to."""
 
-    auc: BootstrapInterval
+    auc: Interval
     """Area under the ROC curve, chance 0.5, with a 95 % interval over groups."""
     accuracy: float
     """At probability 1/2; the larger class's share is its floor."""
@@ -184,7 +184,7 @@ def auc_interval(
     y: Bool[np.ndarray, " row"],
     group: Int[np.ndarray, " row"],
     seed: int,
-) -> BootstrapInterval:
+) -> Interval:
     """The AUC with its bootstrap interval over whole groups."""
     names, member = np.unique(group, return_inverse=True)
     generator = np.random.default_rng(seed)
@@ -192,7 +192,7 @@ def auc_interval(
     found = _weighted_auc(score, y, counts[:, member].astype(float))
     defined = found[~np.isnan(found)]
     low, high = np.quantile(defined, [0.025, 0.975]) if len(defined) else (np.nan, np.nan)
-    return BootstrapInterval(value=auc(score, y), low=float(low), high=float(high))
+    return Interval(value=auc(score, y), low=float(low), high=float(high))
 
 
 def _weighted_auc(

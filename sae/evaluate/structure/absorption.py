@@ -3,13 +3,13 @@
 With the truth known (a synthetic hierarchy) no probe has to be trained: the parent's own direction
 takes its place. Chanin et al. 2024 (arXiv 2409.14507), in SAEBench's two forms.
 
-Splitting and hedging: what becomes of features in wider and in too narrow dictionaries.
+Hedging: what becomes of features in too narrow dictionaries (splitting is in `sae.neighbours`).
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.evaluate.structure.stability import cosines
@@ -110,54 +110,6 @@ def main_latents(
         chosen.append(latent)
         best, called = float(f1[latent]), any_of[:, latent]
     return tuple(chosen), best
-
-
-RELATED = 0.5
-"""Cosine below which a latent of the wider dictionary descends from none of the narrower."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Splitting:
-    """How the latents of a wider dictionary descend from those of a narrower one."""
-
-    parent: Int64[Tensor, " other"]
-    """For each latent of the wider: the narrower's latent of the largest cosine, or -1."""
-    n_children: Int64[Tensor, " d_sae"]
-    """For each latent of the narrower."""
-    split: float
-    """Share of the narrower's latents with at least two children."""
-    novel: float
-    """Share of the wider's latents without a parent: features that the narrower misses."""
-
-
-@torch.no_grad()
-def splitting(
-    narrow: Float[Tensor, "d_sae d_model"],
-    wide: Float[Tensor, "other d_in"],
-    related: float = RELATED,
-) -> Splitting:
-    """Assign the decoder rows of a wider dictionary to those of a narrower one.
-
-    The neighbourhoods of Scaling Monosemanticity (arXiv 2605.29358) as counts.
-
-    Raises:
-        ValueError: If the widths of the rows differ, or `related` is not in 0..1.
-    """
-    if narrow.shape[1] != wide.shape[1]:
-        raise ValueError(
-            f"decoders must be of one stream, got widths {narrow.shape[1]} and {wide.shape[1]}"
-        )
-    if not 0 <= related <= 1:
-        raise ValueError(f"related must be in 0..1, got {related}")
-    best = cosines(wide, narrow).max(dim=1)
-    parent = torch.where(best.values >= related, best.indices, -1)
-    n_children = torch.bincount(parent[parent >= 0], minlength=len(narrow))
-    return Splitting(
-        parent=parent,
-        n_children=n_children,
-        split=float((n_children >= 2).double().mean()),
-        novel=float((parent < 0).double().mean()),
-    )
 
 
 def hedging(

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from activations_cache.locations import require_extra
-from sae.explain.atlas.neighbours import nearest
+from sae.neighbours import nearest
 
 Method = Literal["tsne", "pca", "umap"]
 
@@ -137,7 +137,7 @@ def _tsne(unit: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae 2"]:
 def _distances(unit: Float[Tensor, "d_sae d_out"], perplexity: float) -> csr_matrix:
     """Distance of each latent to itself and to as many neighbours as t-SNE asks for."""
     n = len(unit)
-    near = nearest(unit, unit, min(n - 1, int(3 * perplexity + 1)), same=True)
+    near = nearest(unit, unit, min(n - 1, int(3 * perplexity + 1)), own=torch.arange(len(unit)))
     far = (2 - 2 * near.cosine).clamp_min(0).sqrt().numpy()
     column = np.column_stack([np.arange(n), near.latent.numpy()])
     value = np.column_stack([np.zeros(n, far.dtype), far])

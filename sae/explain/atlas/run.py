@@ -17,19 +17,13 @@ from torch import Tensor
 from activations_cache.checks import Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.atlas.completeness import completeness
-from sae.explain.atlas.neighbours import (
-    CAUTION,
-    MaxCorrelation,
-    Nearest,
-    Splitting,
-    nearest,
-    splitting,
-)
+from sae.explain.atlas.neighbours import CAUTION, MaxCorrelation
 from sae.explain.atlas.plane import plane
 from sae.explain.config import AtlasConfig, Kind
 from sae.explain.labels import Labels
 from sae.explain.text_at_rows import Cache
 from sae.explain.windows import shuffled
+from sae.neighbours import Nearest, Splitting, nearest, splitting
 
 ATLAS, SUMMARY = "atlas.parquet", "atlas.json"
 SINGLES_OUT = 0.5
@@ -73,7 +67,7 @@ def draw_atlas(
     """
     rows = dictionary.dec_rows.detach().float().cpu()
     at = plane(rows, config.plane)
-    near = nearest(rows, rows, min(config.n_neighbours, len(rows) - 1), same=True)
+    near = nearest(rows, rows, min(config.n_neighbours, len(rows) - 1), own=torch.arange(len(rows)))
     correlation = _correlation(dictionary, cache, hook_point, config.n_rows, progress or silent)
     split = None if narrow is None else splitting(narrow.dec_rows.detach().float().cpu(), rows)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -90,7 +84,7 @@ def draw_atlas(
         }
     if split is not None:
         summary["splitting"] = {
-            "without_a_parent": int(split.is_new.sum()),
+            "without_a_parent": int((split.parent < 0).sum()),
             "parents_with_several_children": int((split.n_children > 1).sum()),
             "most_children": int(split.n_children.max()),
         }

@@ -13,6 +13,7 @@ import pyarrow as pa
 from jaxtyping import Float16, Float32, Float64, Int64
 from scipy import sparse
 
+from activations_cache.pieces import table_of
 from sae.explain.collect.state import N_BINS, SPLITS, State, WindowRows, half_octave, mixed, uniform
 from sae.explain.windows import LatentWindows, Source, Window
 from sae.statistics import Interval, wilson
@@ -53,22 +54,26 @@ class Texts:
 
         Args:
             tokens: Token ids; -1 where an example has ended.
-            strings: Each token as text; None where positions are patches.
+            strings: `activations_cache.Pieces`, or what stands for each id everywhere; None where
+                positions are patches.
             width: Positions of a window.
         """
         self.tokens, self.width = tokens, width
         self.per_example = -(-tokens.shape[1] // width)
-        self._is_text = strings is not None
-        self._strings = np.array([*strings, ""] if strings is not None else [""], object)
+        self._pieces = None if strings is None else table_of(tokens, strings)
+        names = () if self._pieces is None else self._pieces.names
+        self._strings = np.array([*names, ""], object)
         self._arrow = pa.array(self._strings.tolist(), pa.string())
 
     def ids(self, window: Int64[np.ndarray, " row"]) -> Int64[np.ndarray, "row pos"]:
         """Token ids of windows; -1 for padding, -2 beyond the end of the example."""
+        return self._at(window, self.tokens)
+
+    def _at(self, window: np.ndarray, values: np.ndarray) -> np.ndarray:
         example, place = np.divmod(window, self.per_example)
         position = place[:, None] * self.width + np.arange(self.width)
-        last = self.tokens.shape[1] - 1
-        ids = self.tokens[example[:, None], np.minimum(position, last)]
-        return np.where(position <= last, ids, -2)
+        last = values.shape[1] - 1
+        return np.where(position <= last, values[example[:, None], np.minimum(position, last)], -2)
 
     def windows(self, cuts: Cuts) -> Iterator[Window]:
         """As objects."""
@@ -101,8 +106,10 @@ class Texts:
     def _cut(self, cuts: Cuts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Length of each window, its strings' places, its activations."""
         ids = self.ids(cuts.window)
-        length = (ids >= (0 if self._is_text else -1)).sum(axis=1)
-        names = ids if self._is_text else np.zeros_like(ids)
+        length = (ids >= (-1 if self._pieces is None else 0)).sum(axis=1)
+        names = np.zeros_like(ids)
+        if self._pieces is not None:
+            names = self._at(cuts.window, self._pieces.ids)
         return length, names, cuts.acts.astype(np.float64) * cuts.peak[:, None].astype(np.float64)
 
 
@@ -142,7 +149,8 @@ class Assembler:
         Args:
             state: What the pass left.
             tokens: The texts of the cache.
-            strings: Each token as text; None where positions are patches.
+            strings: `activations_cache.Pieces`, or what stands for each id everywhere; None where
+                positions are patches.
         """
         self._state, self._tokens, self._has_strings = state, tokens, strings is not None
         self.texts = Texts(tokens, strings, state.width)

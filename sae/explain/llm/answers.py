@@ -1,14 +1,19 @@
-"""The cache of answers: an append-only SQLite file, one row per canonical question."""
+"""The store of answers: an append-only SQLite file, one row per canonical question.
+
+Beside the answers stand what all calls took (`Ledger`), what the server refused, and what was
+learned of the fields that it takes.
+"""
 
 import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from sae.explain.llm.chat import Response
+from sae.explain.llm.budget import Ledger, usable
+from sae.explain.llm.chat import CallFailedError, Response
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -18,6 +23,10 @@ CREATE TRIGGER IF NOT EXISTS never_changed BEFORE UPDATE ON answers
     BEGIN SELECT RAISE(ABORT, 'answers are never changed'); END;
 CREATE TRIGGER IF NOT EXISTS never_deleted BEFORE DELETE ON answers
     BEGIN SELECT RAISE(ABORT, 'answers are never deleted'); END;
+CREATE TABLE IF NOT EXISTS refusals (
+    key TEXT PRIMARY KEY, reason TEXT NOT NULL, words TEXT NOT NULL, time REAL NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS learned (client TEXT PRIMARY KEY, form TEXT NOT NULL) STRICT;
 """
 
 
@@ -25,7 +34,7 @@ class AnswerCache:
     """Answers by the key of their question; the first answer stays.
 
     Every answer is on the disk when `put` returns, so a killed run asks nothing twice but what was
-    under way. Several processes may use one file.
+    under way. Several processes of one machine may use one file.
     """
 
     def __init__(self, path: Path, *, replay: bool = False) -> None:
@@ -40,17 +49,24 @@ class AnswerCache:
         if not replay:
             path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self._is_replayed = replay
         mode = "ro" if replay else "rwc"
         uri = f"{path.resolve().as_uri()}?mode={mode}"
-        with self._named():
-            self._file = sqlite3.connect(uri, uri=True, timeout=30.0)
+        with usable(self.path):
+            self._file = sqlite3.connect(uri, uri=True, timeout=30.0, isolation_level=None)
             if not replay:
+                self._file.execute("PRAGMA journal_mode=WAL")  # a commit is one write, not three
+                self._file.execute("PRAGMA synchronous=NORMAL")
                 self._file.executescript(_SCHEMA)
             self._file.execute("SELECT key, question, answer FROM answers LIMIT 0")
+            self.ledger = Ledger(None if replay else self._file, path)
+            """What all calls through this file took; nothing is called to replay it."""
+            tables = "SELECT count(*) FROM sqlite_master WHERE name = 'refusals'"
+            self._has_refusals = bool(self._file.execute(tables).fetchone()[0])
 
     def get(self, key: str) -> Response | None:
         """The stored answer, or None."""
-        with self._named():
+        with usable(self.path):
             row = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
             return None if row is None else Response(**json.loads(row[0]))
 
@@ -58,24 +74,48 @@ class AnswerCache:
         """Store an answer durably, unless there is one."""
         answer = json.dumps(asdict(response), sort_keys=True)
         row = (key, question, answer, time.time())
-        with self._named(), self._file:
+        with usable(self.path):
+            self._file.execute("PRAGMA synchronous=FULL")  # what was bought outlives a power cut
             self._file.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row)
+            self._file.execute("PRAGMA synchronous=NORMAL")
+
+    def refused(self, key: str) -> CallFailedError | None:
+        """What the server said when it last refused the question."""
+        if not self._has_refusals:  # a file of an older version
+            return None
+        with usable(self.path):
+            found = "SELECT reason, words FROM refusals WHERE key = ?"
+            row = self._file.execute(found, (key,)).fetchone()
+            return None if row is None else CallFailedError(*row)
+
+    def put_refusal(self, key: str, error: CallFailedError) -> None:
+        """Keep a refusal for the replay; a later run asks again."""
+        row = (key, error.reason, error.detail, time.time())
+        with usable(self.path):
+            self._file.execute("INSERT OR REPLACE INTO refusals VALUES (?, ?, ?, ?)", row)
+
+    def learned(self, client: str) -> dict[str, Any]:
+        """What an earlier process learned of a service."""
+        with usable(self.path):
+            found = "SELECT form FROM learned WHERE client = ?"
+            row = self._file.execute(found, (client,)).fetchone()
+            return {} if row is None else json.loads(row[0])
+
+    def learn(self, client: str, form: dict[str, Any]) -> None:
+        """Keep that for the next process."""
+        row = (client, json.dumps(form, sort_keys=True))
+        with usable(self.path):
+            self._file.execute("INSERT OR REPLACE INTO learned VALUES (?, ?)", row)
 
     def __len__(self) -> int:
         """Number of answers."""
-        with self._named():
+        with usable(self.path):
             return self._file.execute("SELECT count(*) FROM answers").fetchone()[0]
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; the last process to do so leaves nothing beside it."""
+        if not self._is_replayed:
+            with contextlib.suppress(sqlite3.Error):  # another process uses it
+                self._file.execute("PRAGMA busy_timeout=0")
+                self._file.execute("PRAGMA journal_mode=DELETE")
         self._file.close()
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, json.JSONDecodeError, TypeError) as error:
-            raise ValueError(
-                f"{self.path} must be a cache of answers that can be used, got {error}; "
-                "name another llm.cache_path"
-            ) from error

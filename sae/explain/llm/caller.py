@@ -1,24 +1,29 @@
-"""Questions to a client, through the cache, within the budget, made again after failures.
+"""Questions to a client, through the store, within the budget, made again after failures.
 
-What the calls may cost: estimated before the first, reserved before each, settled after it.
+All that becomes of a question is counted here: per latent, per score and for the run.
 """
 
 import asyncio
 import contextlib
 import logging
-import math
 import random
+import re
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from sae.explain.config import LLMConfig
 from sae.explain.llm.answers import AnswerCache
+from sae.explain.llm.budget import Budget
 from sae.explain.llm.chat import (
+    OPEN,
+    AdaptedError,
     CallFailedError,
     Client,
     EndpointError,
+    Reason,
     ReplayMissError,
     Request,
     Response,
@@ -26,110 +31,66 @@ from sae.explain.llm.chat import (
     canonical,
     key_of,
 )
-
-CHARACTERS_PER_TOKEN = 3.0
-"""English has about 4; fewer makes the reservation err on the safe side."""
-
-
-class Cost(NamedTuple):
-    """Calls and tokens."""
-
-    requests: int = 0
-    """Calls."""
-    input_tokens: int = 0
-    """Tokens sent."""
-    output_tokens: int = 0
-    """Tokens received."""
-
-    def plus(self, other: "Cost", sign: int = 1) -> "Cost":
-        """Sum, or with sign -1 the difference."""
-        return Cost(*(a + sign * b for a, b in zip(self, other, strict=True)))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in both directions."""
-        return self.input_tokens + self.output_tokens
-
-    def usd(self, config: LLMConfig) -> float:
-        """At the config's prices."""
-        sent = self.input_tokens * config.usd_per_million_input
-        return (sent + self.output_tokens * config.usd_per_million_output) / 1e6
-
-
-def most(request: Request) -> Cost:
-    """The most that one call is expected to take."""
-    sent = math.ceil(request.n_characters / CHARACTERS_PER_TOKEN) + 8 * len(request.messages)
-    return Cost(1, sent, request.max_tokens)
-
-
-def estimate(requests: Iterable[Request]) -> Cost:
-    """The most that these calls are expected to take together, if none has to be made again."""
-    total = Cost()
-    for request in requests:
-        total = total.plus(most(request))
-    return total
-
-
-@dataclass
-class Budget:
-    """Counts what was spent and what is under way, and refuses what could go beyond the limits."""
-
-    config: LLMConfig
-    """Prices and limits."""
-    spent: Cost = field(default_factory=Cost)
-    """Of finished calls."""
-    reserved: Cost = field(default_factory=Cost)
-    """Of calls under way."""
-
-    def reserve(self, request: Request) -> Cost:
-        """Set aside the most that a call can take.
-
-        Raises:
-            CallFailedError: With reason "budget", if that would exceed a limit.
-        """
-        wanted = most(request)
-        after = self.spent.plus(self.reserved).plus(wanted)
-        limits = (
-            ("max_usd", after.usd(self.config)),
-            ("max_tokens", after.tokens),
-            ("max_requests", after.requests),
-        )
-        for name, value in limits:
-            limit = getattr(self.config, name)
-            if limit is not None and value > limit:
-                raise CallFailedError("budget", f"{name}={limit} would be exceeded")
-        self.reserved = self.reserved.plus(wanted)
-        return wanted
-
-    def settle(self, reserved: Cost, response: Response) -> None:
-        """Replace a reservation by what the call took; endpoints that do not say are estimated."""
-        self.reserved = self.reserved.plus(reserved, -1)
-        written = math.ceil(len(response.text) / CHARACTERS_PER_TOKEN)
-        received = response.output_tokens or min(written, reserved.output_tokens)
-        self.spent = self.spent.plus(
-            Cost(1, response.input_tokens or reserved.input_tokens, received)
-        )
-
-    def lose(self, reserved: Cost, *, was_sent: bool) -> None:
-        """Give back a reservation of a call that failed; what was sent may have been charged."""
-        self.reserved = self.reserved.plus(reserved, -1)
-        self.spent = self.spent.plus(Cost(1, reserved.input_tokens if was_sent else 0, 0))
-
+from sae.explain.llm.form import Form
 
 _log = logging.getLogger(__name__)
 _LONGEST_PAUSE = 8.0
+_LONGEST_WAIT = 60.0
 _WARM = 0.7
+_MORE_ROOM = 2048
+_ASKED_AGAIN: tuple[Reason, ...] = ("refusal", "parse", "length")
+_CHANGES_PER_CALL = 12
 
 T = TypeVar("T")
+
+
+@dataclass
+class Tally:
+    """What became of questions."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    """Questions that were "answered", shortened prompts, and unusable answers by their reason."""
+    lost: Counter[str] = field(default_factory=Counter)
+    """Questions that ended without an answer, by reason."""
+    words: dict[str, str] = field(default_factory=dict)
+    """The first that was said for each reason."""
+
+    @property
+    def n_open(self) -> int:
+        """Questions that a later run asks again."""
+        return sum(self.lost[reason] for reason in OPEN)
+
+
+_TALLIES: ContextVar[tuple[Tally, ...]] = ContextVar("tallies", default=())
+
+
+@contextlib.contextmanager
+def tallied() -> Iterator[Tally]:
+    """Count what becomes of the questions that are asked inside the block."""
+    tally = Tally()
+    token = _TALLIES.set((*_TALLIES.get(), tally))
+    try:
+        yield tally
+    finally:
+        _TALLIES.reset(token)
+
+
+@runtime_checkable
+class Adaptive(Protocol):
+    """A client whose requests can take another form."""
+
+    form: Form
+    """It."""
 
 
 class Caller:
     """Asks questions; everything an explainer or scorer needs of a language model.
 
-    The answer to a question that was asked before comes from the cache. Failures of the endpoint
-    are tried again after a pause that doubles; an answer that is refused, cut off or not readable
-    is stored and the question asked again, warmer and with another seed. All this is a function of
-    the question alone, so results do not depend on the order or on what runs beside.
+    The answer to a question that was asked before comes from the store. Failures of the endpoint
+    are tried again after a pause that doubles; while it is busy all calls wait as one, and one of
+    them asks first. An answer that is refused, cut off or not readable is stored and the question
+    asked again, warmer, with another seed, and after a cut with more room. All this is a function
+    of the question alone, so results do not depend on the order or on what runs beside.
     """
 
     def __init__(
@@ -151,42 +112,110 @@ class Caller:
         self.client = client
         self.config = config
         self.cache = cache
-        self.budget = Budget(config)
+        self.budget = Budget(config, None if cache is None else cache.ledger)
+        self.form = client.form if isinstance(client, Adaptive) else Form()
+        """What was learned of the service."""
+        self.tally = Tally()
+        """What became of all questions."""
         self.failures: Counter[str] = Counter()
         """Failed calls and unusable answers by reason; a question that succeeded later counts."""
         self.n_cached = 0
-        """Answers that came from the cache."""
+        """Answers that came from the store."""
+        self.on_wait: Callable[[str], None] | None = None
+        """Called with a line when all calls begin to wait for a busy service."""
         self._sleep = sleep
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._in_a_row = 0
+        self._scout = asyncio.Lock()
+        self._is_flowing = False
+        self._in_a_row = self._waits = self._n_waits = 0
         self._ever_answered = False
         self._not_before = 0.0
+        self._refused: dict[str, tuple[str, int]] = {}
+        self._answered: set[str] = set()
+        if cache is not None and config.cache_mode != "replay":
+            self.form.recall(cache.learned(client.name))
 
-    async def ask(self, request: Request, read: Callable[[str], T]) -> T:
+    async def ask(self, request: Request, read: Callable[[str], T], *, is_last: bool = True) -> T:
         """Ask until `read` can read the answer.
 
         Args:
             request: The question.
             read: Reads the answer; raises CallFailedError where it cannot.
+            is_last: Whether nothing shorter is asked where it exceeds the model's context.
 
         Raises:
             CallFailedError: If there is no usable answer after all attempts.
             EndpointError: If the endpoint does not serve us; nothing more should be asked.
             ReplayMissError: If an answer is missing in replay mode.
         """
-        failure = None
+        failure, room = None, request.max_tokens
         for attempt in range(self.config.attempts):
             # At temperature 0 the same question has the same unusable answer.
             warm = request.temperature if attempt == 0 else max(request.temperature, _WARM)
-            again = replace(request, seed=request.seed + attempt, temperature=warm)
-            response = await self._answer(again)
+            again = replace(request, seed=request.seed + attempt, temperature=warm, max_tokens=room)
             try:
-                return read(_usable(response))
+                response = await self._answer(again)
+                found = read(_usable(response))
             except CallFailedError as error:
-                self.failures[error.reason] += 1
+                self._count(error)
                 failure = error
+                if error.reason not in _ASKED_AGAIN:
+                    break
+                if error.reason == "length":
+                    room = max(room, min(max(8 * room, _MORE_ROOM), self.config.longest_answer))
+            else:
+                self._succeeded(request, room)
+                return found
         assert failure is not None
+        if is_last or failure.reason != "context":
+            self._lose(request, failure)
         raise failure
+
+    def note(self, outcome: str) -> None:
+        """Count something that happened to a question, such as that it was shortened."""
+        for tally in (self.tally, *_TALLIES.get()):
+            tally.outcomes[outcome] += 1
+
+    def _count(self, error: CallFailedError) -> None:
+        """Count an answer that is of no use, or a question that gets none."""
+        self.failures[error.reason] += error.reason in (
+            *_ASKED_AGAIN,
+            "request",
+            "context",
+            "budget",
+        )
+        for tally in (self.tally, *_TALLIES.get()):
+            tally.outcomes[error.reason] += 1
+            tally.words.setdefault(error.reason, error.detail)
+
+    def _succeeded(self, request: Request, room: int) -> None:
+        self.note("answered")
+        self._answered.add(request.prompt)
+        if room > max(
+            request.max_tokens, self.form.room
+        ):  # thoughts come first: others need it too
+            self.form.room = room
+            self._keep_form()
+
+    def _lose(self, request: Request, error: CallFailedError) -> None:
+        """Count a question that ended without an answer.
+
+        Raises:
+            EndpointError: If all questions of its kind were refused in the same words.
+        """
+        for tally in (self.tally, *_TALLIES.get()):
+            tally.lost[error.reason] += 1
+        if error.reason not in ("request", "context") or request.prompt in self._answered:
+            return
+        words = re.sub(r"[0-9a-f-]*\d[0-9a-f-]*", "#", error.detail)
+        before, n = self._refused.get(request.prompt, (words, 0))
+        n = n + 1 if words == before else 1
+        self._refused[request.prompt] = words, n
+        if n >= self.config.stop_after_refusals:
+            raise EndpointError(
+                f"{self.client.name} must answer {request.prompt}, got {n} equal refusals from the "
+                f"first on: {error.detail}; change the settings of llm"
+            ) from error
 
     async def _answer(self, request: Request) -> Response:
         question = canonical(self.client.name, request)
@@ -196,33 +225,62 @@ class Caller:
             self.n_cached += 1
             return found
         if self.config.cache_mode == "replay":
+            refusal = None if self.cache is None else self.cache.refused(key)
+            if refusal is not None:
+                raise refusal
             raise ReplayMissError(
                 f"every answer must be in the cache to be replayed, got none for {request.prompt} "
                 f"({key[:12]}); run once with llm.cache_mode=read-write"
             )
-        async with self._slots:
-            response = await self._call(request)
+        try:
+            async with self._slots:
+                response = await self._call(request)
+        except CallFailedError as error:
+            if self.cache is not None and error.reason in ("request", "context"):
+                self.cache.put_refusal(key, error)
+            raise
         if self.cache is not None:
             self.cache.put(key, question, response)
         return response
 
     async def _call(self, request: Request) -> Response:
-        """Call until the endpoint answers, `retries` times more at most."""
+        """Call until the endpoint answers: `retries` times more at most, and waits besides."""
         pauses = random.Random(key_of(canonical("pauses", request)))
-        for retry in range(self.config.retries + 1):
-            await self._wait()
+        n_failed = n_changes = 0
+        while True:
             try:
-                return await self._once(request)
-            except UnavailableError as error:
-                self._note(error)
-                if retry == self.config.retries:
-                    self._last_of(error)
+                return await self._in_turn(request)
+            except AdaptedError:
+                n_changes += 1
+                self._adapted()
+                if n_changes >= _CHANGES_PER_CALL:
                     raise
-                await self._pause(error, retry, pauses)
-        raise AssertionError("unreachable")
+            except UnavailableError as error:
+                self.failures[error.reason] += 1
+                if error.reason == "rate":
+                    continue
+                n_failed += 1
+                self._give_up_if_down(error, is_last=n_failed > self.config.retries)
+                if n_failed > self.config.retries:
+                    raise
+                await self._pause(error, n_failed - 1, pauses)
+
+    async def _in_turn(self, request: Request) -> Response:
+        """One call; until the service has answered, and after it was busy, one goes first."""
+        if not self._is_flowing:
+            async with self._scout:
+                if not self._is_flowing:
+                    return await self._once(request)
+        return await self._once(request)
 
     async def _once(self, request: Request) -> Response:
-        reserved = self.budget.reserve(request)
+        await self._wait()
+        name = None
+        if getattr(self.client, "is_deferred", False):
+            name = key_of(canonical(self.client.name, request))
+        n_waits = self._n_waits
+        asked = replace(request, max_tokens=self.form.wire(request))
+        reserved = self.budget.reserve(asked, name)
         try:
             async with asyncio.timeout(self.config.timeout_s):
                 response = await self.client.complete(request)
@@ -230,40 +288,89 @@ class Caller:
             self.budget.lose(reserved, was_sent=True)
             detail = f"no answer within {self.config.timeout_s:g} s"
             raise UnavailableError("transport", detail, was_sent=True) from None
-        except UnavailableError as error:
-            self.budget.lose(reserved, was_sent=error.was_sent)
+        except CallFailedError as error:
+            if name is not None and reserved.is_new and error.reason != "pending":
+                self.budget.release(reserved)  # what is known of an earlier run is not asked again
+            elif error.reason != "pending":
+                was_sent = isinstance(error, UnavailableError) and error.was_sent
+                self.budget.lose(reserved, was_sent=was_sent)
+            if isinstance(error, UnavailableError) and error.reason == "rate":
+                self._hold(error, is_late=n_waits != self._n_waits)
             raise
         except BaseException:
             self.budget.lose(reserved, was_sent=True)
             raise
         self.budget.settle(reserved, response)
-        self._in_a_row, self._ever_answered = 0, True
+        self._in_a_row = self._waits = 0
+        self._ever_answered = self._is_flowing = True
         return response
 
-    def _note(self, error: UnavailableError) -> None:
-        self.failures[error.reason] += 1
-        self._in_a_row += 1
-        if self._in_a_row >= self.config.give_up_after:
-            raise EndpointError(_no_answer(self.client.name, self._in_a_row, error)) from error
+    def _adapted(self) -> None:
+        """A field was refused; from now on requests have another form."""
+        self.failures["adapted"] += 1
+        if self.form.notes and self.form.notes[-1] not in self.tally.words.values():
+            self.tally.words[f"adapted {len(self.form.notes)}"] = self.form.notes[-1]
+            _log.warning("%s: %s", self.client.name, self.form.notes[-1])
+            self._keep_form()
 
-    def _last_of(self, error: UnavailableError) -> None:
-        if not self._ever_answered:
-            raise EndpointError(_no_answer(self.client.name, self._in_a_row, error)) from error
+    def _keep_form(self) -> None:
+        if self.cache is not None and isinstance(self.client, Adaptive):
+            self.cache.learn(self.client.name, self.form.learned())
+
+    def _give_up_if_down(self, error: UnavailableError, *, is_last: bool) -> None:
+        self._in_a_row += 1
+        too_many = self._in_a_row >= self.config.give_up_after
+        if too_many or (is_last and not self._ever_answered):
+            raise EndpointError(
+                f"{self.client.name} must answer, got {self._in_a_row} failed calls in a row, the "
+                f"last: {error}"
+            ) from error
+
+    def _hold(self, error: UnavailableError, *, is_late: bool) -> None:
+        """Let all calls wait for a busy service.
+
+        Args:
+            error: What it said.
+            is_late: Whether the call was sent before the wait that is on: it adds none of its own.
+
+        Raises:
+            EndpointError: If it asks for too long a wait, or does not answer after many.
+        """
+        now, asked = asyncio.get_running_loop().time(), error.retry_after or 0.0
+        if asked > self.config.max_wait_s:
+            raise EndpointError(
+                f"{self.client.name} must be free within max_wait_s={self.config.max_wait_s:g} s, "
+                f"got a wait of {asked:,.0f} s: {error.detail}; run the same command again then"
+            ) from error
+        self._is_flowing = False
+        if is_late:
+            self._not_before = max(self._not_before, now + asked)
+            return
+        self._waits, self._n_waits = self._waits + 1, self._n_waits + 1
+        if self._waits > self.config.retries:
+            raise EndpointError(
+                f"{self.client.name} must be free after {self.config.retries} waits, got no answer "
+                f"between them, the last: {error}; run the same command again later"
+            ) from error
+        pause = min(8 * self.config.backoff_s * 2 ** (self._waits - 1), _LONGEST_WAIT)
+        pause = max(pause, asked)
+        self._not_before = now + pause
+        line = f"waiting {pause:.0f} s, the service is busy: {error.detail[:80]}"
+        _log.log(logging.WARNING if pause > 30 else logging.INFO, "%s", line)
+        if self.on_wait is not None:
+            self.on_wait(line)
 
     async def _pause(self, error: UnavailableError, retry: int, pauses: random.Random) -> None:
         pause = min(self.config.backoff_s * 2**retry, _LONGEST_PAUSE) * (0.5 + pauses.random())
-        asked = error.retry_after or 0.0
-        if asked > self.config.max_wait_s:
-            raise CallFailedError("rate", f"asked to wait {asked:g} s")
-        if asked:  # the endpoint speaks to all of us
-            self._not_before = max(self._not_before, asyncio.get_running_loop().time() + asked)
-        _log.info("%s; again in %.1f s", error, max(pause, asked))
-        await self._sleep(max(pause, asked))
+        pause = max(pause, min(error.retry_after or 0.0, self.config.max_wait_s))
+        _log.info("%s; again in %.1f s", error, pause)
+        await self._sleep(pause)
 
     async def _wait(self) -> None:
-        left = self._not_before - asyncio.get_running_loop().time()
-        if left > 0:
-            await self._sleep(left)
+        while (until := self._not_before) > (now := asyncio.get_running_loop().time()):
+            await self._sleep(until - now)
+            if until == self._not_before:  # nobody was asked to wait longer meanwhile
+                break
 
 
 def _usable(response: Response) -> str:
@@ -272,10 +379,6 @@ def _usable(response: Response) -> str:
     if response.finish == "length":
         raise CallFailedError("length", f"cut off after {response.output_tokens} tokens")
     return response.text
-
-
-def _no_answer(name: str, n: int, error: UnavailableError) -> str:
-    return f"{name} must answer, got {n} failed calls in a row, the last: {error}"
 
 
 @contextlib.asynccontextmanager

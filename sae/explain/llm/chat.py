@@ -5,8 +5,15 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-Reason = Literal["transport", "rate", "request", "refusal", "parse", "length", "budget"]
-"""Why a question has no answer."""
+Reason = Literal[
+    "transport", "rate", "request", "context", "refusal", "parse", "length", "budget", "pending"
+]
+"""Why a question has no answer: no connection or no such answer as was promised; too many calls;
+the server refuses it; it is longer than the model's context; the model refuses; the answer cannot
+be read; it was cut; a limit of the budget; it stands in a batch file that is not answered yet."""
+
+OPEN: tuple[Reason, ...] = ("transport", "rate", "pending")
+"""Reasons for which a later run asks again."""
 
 
 class CallFailedError(Exception):
@@ -43,8 +50,20 @@ class UnavailableError(CallFailedError):
         self.was_sent = was_sent
 
 
+class AdaptedError(CallFailedError):
+    """The service refused a field, and the form of our requests has changed: ask again at once."""
+
+    def __init__(self, detail: str) -> None:
+        """Keep the service's words."""
+        super().__init__("request", detail)
+
+
 class EndpointError(OSError):
     """The endpoint does not serve us at all: a wrong key, no credit, no such model, no answer."""
+
+
+class UnfinishedError(EndpointError):
+    """Something has no answer yet and would be asked again by the same command."""
 
 
 class ReplayMissError(ValueError):

@@ -3,7 +3,8 @@ r"""Corpus text in prompts, so that no text can pass for anything but text.
 Every piece of corpus stands on one numbered line, as `3: some <<marked>> text` or, with a note,
 `3 (level 7): ...`. Inside it a backslash precedes a backslash, `<` and `>`, so marks cannot be
 forged nor a chat template's special tokens formed; a line break is \n, and what is invisible or
-turns the direction of writing is \u{hex}. `read_items` is the exact inverse of `items_text`.
+turns the direction of writing is \u{hex}; a joiner behind a letter that it joins stays, as Persian,
+Hindi and emoji are not readable without. `read_items` is the exact inverse of `items_text`.
 
 Reading a model's answers: a label or a list of numbers, or CallFailedError; never a guess.
 """
@@ -11,6 +12,7 @@ Reading a model's answers: a label or a list of numbers, or CallFailedError; nev
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -29,6 +31,7 @@ _SHORT = {"\\": "\\\\", "<": "\\<", ">": "\\>", "\n": "\\n", "\r": "\\r", "\t": 
 _LONG = {escaped: plain for plain, escaped in _SHORT.items()}
 _PIECE = re.compile(r"<<|>>|\\u\{[0-9a-f]+\}|\\.|[^\\<>]+")
 _ODD = re.compile(r"[^ -;=?-\[\]-~]")  # all but visible ASCII without < > and backslash
+_JOINERS = "\u200c\u200d"
 _ITEM = re.compile(r"^(\d+)(?: \(([^()]*)\))?: (.*)$")
 
 
@@ -62,11 +65,20 @@ class Item(NamedTuple):
 
 def escape(text: str) -> str:
     """Quote a text: one line, no marks, nothing invisible."""
-    return _ODD.sub(lambda match: _SHORT.get(match[0]) or _escaped(match[0]), text)
+    return _ODD.sub(_escaped, text)
 
 
-def _escaped(character: str) -> str:
-    return character if character.isprintable() else f"\\u{{{ord(character):x}}}"
+def _escaped(match: re.Match[str]) -> str:
+    if _is_visible(match.string, match.start()):
+        return _SHORT.get(match[0], match[0])
+    return _SHORT.get(match[0]) or f"\\u{{{ord(match[0]):x}}}"
+
+
+def _is_visible(text: str, at: int) -> bool:
+    """Say whether a character is seen, or joins the letter or sign before it to the next."""
+    if text[at] not in _JOINERS or at == 0:
+        return text[at].isprintable()
+    return text[at - 1].isprintable() and not text[at - 1].isascii()
 
 
 def unescape(quoted: str) -> str:
@@ -81,12 +93,18 @@ def _unescaped(piece: str) -> str:
 
 
 def item(pieces: Sequence[str], marked: Sequence[bool] = (), note: str = "") -> Item:
-    """An item of pieces of text, such as tokens; neighbours that are both marked share a mark."""
+    """An item of pieces of text, such as tokens; neighbours that are both marked share a mark.
+
+    The mark of an empty piece, a part of a character, goes to the piece that has the character.
+    """
     flags = marked or [False] * len(pieces)
     spans: list[Span] = []
-    for text, flag in zip(pieces, flags, strict=True):
+    carried = False
+    for text, own in zip(pieces, flags, strict=True):
+        flag = carried = own or carried
         if not text:
             continue
+        carried = False
         if spans and spans[-1].marked == flag:
             spans[-1] = Span(spans[-1].text + text, flag)
         else:
@@ -130,39 +148,101 @@ def _spans(quoted: str) -> list[Span]:
 
 def as_label(text: str) -> str:
     """A model's label as it is kept: one line of visible characters, cut to a length."""
-    visible = "".join(c if c.isprintable() else " " for c in text)
+    visible = "".join(c if _is_visible(text, at) else " " for at, c in enumerate(text))
     line = " ".join(visible.split())
     return line if len(line) <= LONGEST_LABEL else line[: LONGEST_LABEL - 1] + "…"
 
 
-_LABEL = re.compile(r"^[\s*_#>]*(?:\[EXPLANATION\]|EXPLANATION|LABEL)[\s*_]*:[\s*_]*(\S.*)$", re.I)
+_NAME = r"(?:\[EXPLANATION\]|EXPLANATION|LABEL)"
+_BEFORE = r"""[\s*_#>"'`\u2022\u00b7-]*"""  # a bullet, a heading, emphasis, a quote
+_LABEL = re.compile(
+    rf"""^{_BEFORE}(?:\d+[.)])?{_BEFORE}{_NAME}[\s*_"]*[:\uff1a][\s*_]*(.*)$""", re.IGNORECASE
+)
 _LIST = re.compile(r"\[[^\[\]]*\]")
 _REFUSAL = re.compile(r"^\W*(i'?m sorry|i am sorry|i can'?t|i cannot|i'?m unable|as an ai)", re.I)
 _NO_LABEL = {"none", "n/a", "null", "unknown", "...", "<label>", "[label]"}
+_THOUGHT = r"(?:think|thinking|thought|thoughts|reasoning|reflection)"
+_ENDS = re.compile(
+    rf"</\s*{_THOUGHT}\s*>|\[/think\]|<\|end_?of_?thought\|>|<\|/think\|>|◁/think▷|"
+    r"<\|channel\|>\s*final\s*<\|message\|>|<channel\|>",
+    re.I,
+)
+_BEGINS = re.compile(
+    rf"<\s*{_THOUGHT}\s*>|\[think\]|<\|begin_?of_?thought\|>|<\|think\|>|◁think▷|"
+    r"<\|channel\|?>\s*(?:analysis|thought)",
+    re.I,
+)
+
+
+def final_part(text: str) -> str:
+    """What stands behind a model's thoughts; nothing, if the thoughts have no end."""
+    ends = [match.end() for match in _ENDS.finditer(text)]
+    text = text[ends[-1] :] if ends else text
+    return "" if _BEGINS.match(text.lstrip()) else text
 
 
 def read_label(text: str) -> str:
-    """The label on the last line of the form `LABEL: ...`.
+    """The label on the last line of the form `LABEL: ...`, or in JSON, behind a model's thoughts.
+
+    A mark alone on its line has the label on the next one. Emphasis, a bullet, a heading, quotes, a
+    code fence and a full-width colon do no harm.
 
     Raises:
         CallFailedError: With reason "refusal" or "parse", if there is none.
     """
-    for line in reversed(text.splitlines()):
+    text = final_part(text)
+    if found := _kept(_of_json(text)):
+        return found
+    lines = [line for line in text.splitlines() if line.strip()]
+    for place, line in reversed([*enumerate(lines)]):
         match = _LABEL.match(line)
-        label = as_label(match[1]).strip("* _\"'") if match else ""
-        if label and label.lower() not in _NO_LABEL:
-            return label
+        if match is None:
+            continue
+        following = "".join(lines[place + 1 : place + 2])
+        if found := _kept(match[1]) or ("" if _LABEL.match(following) else _next(match, following)):
+            return found
     raise _unreadable(text, "a line LABEL: ...")
 
 
+def _next(match: re.Match[str], following: str) -> str:
+    """The label on the line behind a mark that stands alone."""
+    return "" if match[1].strip("* _\"'`") else _kept(following.lstrip("-*\u2022 "))
+
+
+def _kept(text: str) -> str:
+    label = as_label(text).strip("* _\"'`")
+    return "" if label.lower() in _NO_LABEL else label
+
+
+def _of_json(text: str) -> str:
+    """The label of a JSON object, fenced or not."""
+    try:
+        found = json.loads(text[text.find("{") : text.rfind("}") + 1])
+    except (ValueError, RecursionError):
+        return ""
+    named = {name.lower(): value for name, value in found.items()}
+    value = named.get("label", named.get("explanation"))
+    return value if isinstance(value, str) else ""
+
+
 def read_numbers(n: int, low: int, high: int) -> Callable[[str], list[float]]:
-    """A reader of the last JSON list of exactly n numbers from low to high; true is 1, false 0."""
+    """A reader of the one JSON list of exactly n numbers from low to high; true is 1, false 0.
+
+    Two lists that fit and differ are no answer: nothing says which of them is meant.
+    """
 
     def read(text: str) -> list[float]:
-        for found in reversed(_LIST.findall(text)):
+        text = final_part(text)
+        fitting = []
+        for found in _LIST.findall(unicodedata.normalize("NFKC", text)):
             numbers = _numbers(found)
-            if len(numbers) == n and all(low <= number <= high for number in numbers):
-                return numbers
+            is_right = len(numbers) == n and all(low <= number <= high for number in numbers)
+            if is_right and numbers not in fitting:
+                fitting.append(numbers)
+        if len(fitting) > 1:
+            raise CallFailedError("parse", f"the answer must have one list, got {fitting[:2]}")
+        if fitting:
+            return fitting[0]
         raise _unreadable(text, f"a list of {n} numbers from {low} to {high}")
 
     return read
@@ -185,6 +265,7 @@ def read_texts(n: int) -> Callable[[str], list[str]]:
     """A reader of the last JSON list of n texts or more; n of them are taken."""
 
     def read(text: str) -> list[str]:
+        text = final_part(text)
         start, end = text.find("["), text.rfind("]")
         try:
             values = json.loads(text[start : end + 1]) if 0 <= start < end else []

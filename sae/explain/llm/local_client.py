@@ -9,6 +9,7 @@ likeliest at its place, given those before it; a label is what the model writes 
 """
 
 import hashlib
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -66,11 +67,11 @@ class LocalClient:
         longest = getattr(self._model.config, "max_position_embeddings", None)
         if longest and ids.shape[1] + request.max_tokens > longest:
             detail = f"{ids.shape[1]} tokens and an answer do not fit into {longest} positions"
-            raise CallFailedError("length", detail)
+            raise CallFailedError("context", detail)
         sampling: dict[str, Any] = {"do_sample": False}
         if request.temperature > 0:
             sampling = {"do_sample": True, "temperature": request.temperature}
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with self._own_dice(), torch.no_grad():
             torch.manual_seed(request.seed)
             out = self._model.generate(
                 ids,
@@ -100,6 +101,11 @@ class LocalClient:
                 states = self._model(self._plain(text), output_hidden_states=True).hidden_states
             rows.append(states[-1][0].float().mean(dim=0))
         return torch.stack(rows)
+
+    def _own_dice(self) -> AbstractContextManager[None]:
+        """Random numbers of this answer's own, on the model's device as well."""
+        device = self._model.device
+        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
     def _plain(self, text: str) -> Tensor:
         ids = self._tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
@@ -164,7 +170,7 @@ class ConstrainedClient(LocalClient):
         sampling: dict[str, Any] = {"do_sample": False}
         if request.temperature > 0:
             sampling = {"do_sample": True, "temperature": request.temperature}
-        with torch.random.fork_rng(devices=[]):
+        with self._own_dice():
             torch.manual_seed(request.seed)
             out = self._model.generate(
                 ids,
@@ -187,5 +193,5 @@ class ConstrainedClient(LocalClient):
         longest = getattr(self._model.config, "max_position_embeddings", None)
         if longest and ids.shape[1] + n_more > longest:
             detail = f"{ids.shape[1]} tokens and an answer do not fit into {longest} positions"
-            raise CallFailedError("length", detail)
+            raise CallFailedError("context", detail)
         return ids

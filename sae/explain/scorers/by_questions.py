@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from sae.explain.judges import Judge
 from sae.explain.llm.corpus_text import Item, item
 from sae.explain.scorers.score import Score, ask, ask_in_batches, scored
 from sae.explain.windows import NEGATIVES, LatentWindows, Window, seed_of, shuffled
-from sae.statistics import Interval, correlation, ranked, weighted_sum, wilson
+from sae.statistics import Interval, correlation, weighted_sum, wilson
 
 
 class _Asked(NamedTuple):
@@ -249,7 +250,7 @@ def curve(levels: np.ndarray, grades: np.ndarray) -> dict[str, float]:
         for grade in range(_HIGHEST + 1):
             found[f"level {level:.0f} grade {grade}"] = float((here == grade).mean())
     if len(np.unique(levels)) > 1 and len(np.unique(grades)) > 1:
-        found["spearman"] = float(np.corrcoef(ranked(levels), ranked(grades))[0, 1])
+        found["spearman"] = float(np.corrcoef(stats.rankdata(levels), stats.rankdata(grades))[0, 1])
     return found
 
 

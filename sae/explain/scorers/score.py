@@ -41,6 +41,8 @@ class Score:
     """Further figures by name."""
     reason: str = ""
     """Why there is no value."""
+    lost: dict[str, int] = field(default_factory=dict)
+    """Questions that ended without an answer, by reason."""
 
     def __post_init__(self) -> None:
         """A figure that is not finite is a fault of ours."""

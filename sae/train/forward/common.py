@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae import losses
+from sae.activations import Latents
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
 from sae.train.loss_config import Control, FixedPrefixes, Matryoshka, RandomPrefixes
@@ -56,6 +57,13 @@ class Forward(NamedTuple):
     """For p-annealing: where it stands now."""
 
 
+class WeightedLoss(NamedTuple):
+    """A loss of the user's own, ready to be called."""
+
+    coefficient: float
+    loss: losses.Loss
+
+
 class Moment(NamedTuple):
     """Where training stands, as far as the losses depend on it."""
 
@@ -73,6 +81,8 @@ class Moment(NamedTuple):
     """Rows of the batch, on all processes."""
     share: float = 1.0
     """This process's part of them."""
+    losses: tuple[WeightedLoss, ...] = ()
+    """Losses of the user's own."""
 
 
 def autocast(device: torch.device, is_on: bool) -> torch.autocast:
@@ -118,6 +128,32 @@ def auxk(
     with autocast(rows.u.device, False):
         error = losses.squared_error(residual, found.to(residual.dtype))
     return settings.coefficient * error
+
+
+def own_losses(
+    autoencoder: SparseAutoencoder,
+    rows: Rows,
+    moment: Moment,
+    y: Float[Tensor, "batch d_out"],
+    acts: Latents | Float[Tensor, "batch d_sae"],
+) -> float | Float[Tensor, ""]:
+    """The losses of the user's own; 0 without.
+
+    Raises:
+        ValueError: If one is not a single number.
+    """
+    total, at = 0.0, (moment.dead, moment.n_steps, moment.total_steps)
+    with autocast(rows.u.device, False):
+        for coefficient, loss in moment.losses:
+            value = loss(losses.StepTensors(autoencoder, *rows, y, acts, *at))
+            if not isinstance(value, Tensor) or value.dim() != 0:
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"{type(loss).__name__} must give a tensor without dimensions, got {shape}; "
+                    "take the mean over the rows"
+                )
+            total = total + coefficient * value
+    return total
 
 
 def controlled(control: Control, found: Forward, moment: Moment) -> Forward:

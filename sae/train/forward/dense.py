@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae import activations, losses
 from sae.activations import EncoderWeights
-from sae.architecture import JumpReLU, ReLU
+from sae.architecture import Activation
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
 from sae.train.forward import common
@@ -29,13 +29,13 @@ def forward(
     moment: Moment,
 ) -> Forward:
     """Differentiated by hand where the kernel has all the terms, else by autograd."""
-    is_relu = isinstance(autoencoder.config.activation, ReLU)
-    others = any((config.tanh, config.preact, config.p_anneal, config.matryoshka))
     form = autoencoder.config
-    others = others or form.gate_by_decoder_norm or len(form.slices_out) > 1
-    if others or (is_relu and moment.bf16):
-        return _composed(autoencoder, config, rows, moment)
-    return _fused(autoencoder, config, rows, moment)
+    is_plain = not form.gate_by_decoder_norm and len(form.slices_out) == 1
+    precision = "bf16" if moment.bf16 else "fp32"
+    has_op = precision in form.activation.facts.one_op
+    if has_op and is_plain and config.in_one_op and not moment.losses:
+        return _fused(autoencoder, config, rows, moment)
+    return _composed(autoencoder, config, rows, moment)
 
 
 def _fused(
@@ -46,7 +46,6 @@ def _fused(
 ) -> Forward:
     """One op, in float32."""
     weights, activation = autoencoder.encoder(), autoencoder.config.activation
-    bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else 1.0
     with autocast(rows.u.device, False):
         step = dense_autoencode(
             rows.u,
@@ -56,7 +55,7 @@ def _fused(
             autoencoder.b_dec,
             b_in=weights.b_in,
             threshold=weights.threshold,
-            bandwidth=bandwidth,
+            bandwidth=activation.window,
         )
         y = step.x_hat + autoencoder.skipped(rows.u)
     error = losses.squared_error(rows.v, y)
@@ -80,10 +79,9 @@ def _composed(
 ) -> Forward:
     """All terms, in torch's own operations."""
     weights, activation = autoencoder.encoder(), autoencoder.config.activation
-    bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else 1.0
     u = rows.u
     pre = activations.pre_acts(u, weights).to(u.dtype)
-    acts, n_active = jump(pre, weights, bandwidth)
+    acts, n_active = acts_of(activation, pre, weights)
     y, error, loss = _decoded(autoencoder, config, rows, moment, acts)
     loss = loss + common.auxk(autoencoder, config, rows, moment, y)
     norms, l0 = autoencoder.decoder_norms(), n_active.sum(dim=1).mean()
@@ -102,6 +100,7 @@ def _composed(
         loss = loss + penalty(config, moment, l1, l0)
     if config.preact is not None and bool(moment.dead.any()):
         loss = loss + config.preact.coefficient * _distance(pre, weights, norms, moment)
+    loss = loss + common.own_losses(autoencoder, rows, moment, y, acts)
     fires = acts.detach() > 0
     return Forward(loss, error, fires.sum(dim=0), l0.detach(), y.detach(), power=power)
 
@@ -148,6 +147,17 @@ def _annealed(
     both = (losses.power_decoder_norm(acts, norms, q) for q in (before.p, p))
     old, new = (float(moment.ranks.mean(found, moment.share)) for found in both)
     return Power(p, before.scale * old / new if new > 0 else before.scale)
+
+
+def acts_of(
+    activation: Activation, pre: Float[Tensor, "batch d_sae"], weights: EncoderWeights
+) -> _Acts:
+    """Activations, and how many fire, of any dense kind."""
+    if activation.facts.one_op:
+        return jump(pre, weights, activation.window)
+    acts = activations.dense_acts(activation, pre, weights)
+    n_active = (acts.detach() != 0).to(pre.dtype)
+    return _Acts(acts if weights.norms is None else acts / weights.norms, n_active)
 
 
 def jump(pre: Float[Tensor, "batch d_sae"], weights: EncoderWeights, bandwidth: float) -> _Acts:
@@ -215,6 +225,7 @@ def gated_forward(
     penalty = losses.l1_decoder_norm(gates, autoencoder.decoder_norms())
     weight = config.l1.coefficient * ramp(moment.n_steps, moment.total_steps, config.l1.ramp)
     loss = error + weight * moment.power.scale * penalty + losses.squared_error(v, guess)
+    loss = loss + common.own_losses(autoencoder, rows, moment, y, acts)
     fires = acts.detach() > 0
     l0 = fires.sum(dim=1).float().mean()
     return Forward(loss, error, fires.sum(dim=0), l0, y.detach())

@@ -5,6 +5,7 @@ the reconstructions add up to the whole one. Its gradient is the same for each p
 nothing but a (batch, d_out) sum and the candidates of the selection goes over the wire.
 """
 
+from collections.abc import Sequence
 from typing import assert_never
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from sae import activations, losses
 from sae.activations import EncoderWeights, Latents, pad_silent, ungated
-from sae.architecture import BatchTopK, JumpReLU, TopK
+from sae.architecture import BatchTopK, TopK
 from sae.autoencoder import SparseAutoencoder
+from sae.losses import Loss
 from sae.train.config import DictionaryConfig
 from sae.train.forward import batch_topk, dense
 from sae.train.forward.common import Forward, Moment, Rows, autocast
@@ -23,14 +25,8 @@ from sae.train.ranks import Axis
 from sae.train.schedule import ramp
 from sae_kernels import encode_topk, sparse_decode, topk_select
 
-WHOLE_ONLY = (
-    *("matryoshka", "multi_topk", "p_anneal", "tanh", "preact", "control", "resample"),
-    "refine",
-)
-"""Terms that need all latents in one process."""
 
-
-def require_shardable(config: DictionaryConfig, n_shards: int) -> None:
+def require_shardable(config: DictionaryConfig, n_shards: int, losses: Sequence[Loss] = ()) -> None:
     """Refuse what cannot be trained in parts.
 
     Raises:
@@ -42,22 +38,23 @@ def require_shardable(config: DictionaryConfig, n_shards: int) -> None:
         raise ValueError(
             f"d_sae must be a multiple of latent_shards={n_shards}, got {config.d_sae}; round it up"
         )
-    for name in WHOLE_ONLY:
-        if getattr(config, name, None) is not None:
+    terms = {name: term for name, term in config.terms.items() if not term.facts.is_sharded}
+    others = {"resample": config.resample, "losses": [*config.losses, *losses]}
+    for name, value in (terms | others).items():
+        if value:
             raise ValueError(
-                f"{name} must be absent with latent_shards={n_shards}, "
-                f"got {getattr(config, name)}; set latent_shards=1"
+                f"{name} must be absent with latent_shards={n_shards}, got {value}; set "
+                "latent_shards=1"
             )
     if config.optimizer.kind == "muon":
         raise ValueError(
             f"optimizer.kind must be one that goes row by row with latent_shards={n_shards}, "
             "got 'muon'; set latent_shards=1"
         )
-    kind = config.activation.kind
-    if config.activation.facts.trains == "sparse" and kind not in ("topk", "batchtopk"):
+    if config.activation.facts.choice == "group":
         raise ValueError(
             f"activation.kind must be one that is chosen over all latents with "
-            f"latent_shards={n_shards}, got {kind!r}; set latent_shards=1"
+            f"latent_shards={n_shards}, got {config.activation.kind!r}; set latent_shards=1"
         )
 
 
@@ -138,9 +135,8 @@ def _dense(
         autoencoder.encoder(),
         autoencoder.config.activation,
     )
-    bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) else 1.0
     pre = activations.pre_acts(rows.u, weights).to(rows.u.dtype)
-    acts, n_active = dense.jump(pre, weights, bandwidth)
+    acts, n_active = dense.acts_of(activation, pre, weights)
     y = _whole(autoencoder, rows, acts @ autoencoder.dec_rows, axis)
     error = losses.squared_error(rows.v, y)
     l1 = axis.total(losses.l1_decoder_norm(acts, autoencoder.decoder_norms()))

@@ -104,6 +104,7 @@ def _losses(
     with autocast(rows.u.device, False):
         y, error, loss = _decode(autoencoder, config, rows, moment, latents)
     loss = loss + common.auxk(autoencoder, config, rows, moment, y)
+    loss = loss + common.own_losses(autoencoder, rows, moment, y, latents)
     fires = latents.values > 0
     n_fired = latents.indices[fires].bincount(minlength=config.d_sae)
     return Forward(loss, error, n_fired, fires.sum(dim=1).float().mean(), y.detach())

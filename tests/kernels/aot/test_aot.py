@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 SNAPSHOT = Path(__file__).with_name("snapshot.json")
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "compile_all_kernels.py"
 MAX_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10}
 MAY_SPILL = {"latent_adam_ width=16384 norm=unit: latent_adam": 64}
 """The widest rows that are supported, with 32 columns a thread, may spill a little."""
 REGENERATE = (
     "if that is meant, write the report anew: "
-    "TRITON_INTERPRET=0 python -m sae_kernels.aot_triton tests/kernels/aot/snapshot.json"
+    "TRITON_INTERPRET=0 python benchmarks/compile_all_kernels.py tests/kernels/aot/snapshot.json"
 )
 EVIDENCE = {
     "group_max": ["LDG.128"],
@@ -37,7 +38,7 @@ def report(tmp_path_factory):
     """What the compiler makes of the kernels, in a process where they are not interpreted."""
     place = tmp_path_factory.mktemp("aot")
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(place / "cache")}
-    command = [sys.executable, "-m", "sae_kernels.aot_triton", str(place / "report.json")]
+    command = [sys.executable, str(SCRIPT), str(place / "report.json")]
     done = subprocess.run(
         command, cwd=place, env=environment, capture_output=True, text=True, check=False
     )

@@ -11,6 +11,7 @@ import torch
 
 from activations_cache.config import ModelConfig
 from activations_cache.models import load_model
+from activations_cache.pieces import Pieces
 from benchmarks.browser_example import example_site
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
@@ -33,14 +34,13 @@ def run(tiny_model_dir: Path) -> Run:
     torch.manual_seed(0)
     dictionary = SparseAutoencoder(SAEConfig(d_in=d_in, d_sae=67, activation=TopK(k=5)))
     torch.nn.init.normal_(dictionary.enc_rows)
-    n_tokens = loaded.model.get_input_embeddings().weight.shape[0]
     known = Run.__new__(Run)  # what a config would lead to stands in its place
     known.__dict__.update(
         loaded=loaded,
         dictionaries={"topk": dictionary},
         hook_point=HOOK,
         config=SimpleNamespace(cache=SimpleNamespace(skip_positions=2)),
-        token_strings=loaded.tokenizer.batch_decode([[i] for i in range(n_tokens)]),
+        pieces=Pieces(loaded.tokenizer),
     )
     return known
 

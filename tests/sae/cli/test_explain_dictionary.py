@@ -10,6 +10,7 @@ from sae import pretrained
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.cli import main
+from sae.explain.llm.chat import UnavailableError
 from sae.explain.llm.stand_ins import ConstantClient
 
 HOOK = "model.layers.1:out"
@@ -101,6 +102,33 @@ def test_a_dry_run_estimates_and_asks_nobody(paths, tmp_path, monkeypatch, capsy
     assert "cost $0." in shown
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"windows.parquet", "activity.parquet"}
+
+
+def test_what_can_be_asked_again_is_exit_code_1(paths, tmp_path, monkeypatch, capsys):
+    class Failing(ConstantClient):
+        n, fails = 0, True
+
+        async def complete(self, request):
+            self.n += 1
+            if self.fails and self.n == 3:
+                raise UnavailableError("transport", "connection reset")
+            return await super().complete(request)
+
+    client = Failing(1)
+    monkeypatch.setattr("sae.run.explaining.client_of", lambda config: client)
+    arguments = [
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
+        "autointerp.llm.model=m", "autointerp.n_latents=5", "n_baseline=0", "rules.n_latents=1",
+        "rules.windows.tokens=8", "min_firings=5", "permutations=100", "autointerp.n_baseline=0",
+        "autointerp.min_windows=2", "autointerp.windows.tokens=8", "autointerp.llm.retries=0",
+    ]  # fmt: skip
+    assert sae(monkeypatch, *arguments) == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "got 1 without one of 1 latents (transport: connection reset); run the same" in shown
+    client.n, client.fails = 0, False
+    assert sae(monkeypatch, *arguments) == 0
+    assert client.n <= 3  # that question, and the scores of its label
+    assert "cost of all runs so far" in capsys.readouterr().out
 
 
 def test_limits_reach_the_client(paths, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from activations_cache.pieces import table_of
 from sae.explain.config import ExplainConfig
 from sae.explain.examples import ContextFinder, Part, activity
 from sae.explain.text_at_rows import TextReader
@@ -40,7 +41,8 @@ def parts(fake_cache, codes_of):
 
 def _finder(parts, **settings: int) -> ContextFinder:
     cache, found = parts
-    return ContextFinder(found, cache.examples, STRINGS, ExplainConfig(**settings))
+    pieces = table_of(cache.examples.tokens.numpy(), STRINGS)
+    return ContextFinder(found, cache.examples, pieces, ExplainConfig(**settings))
 
 
 def test_contexts_come_from_different_examples_by_peak(parts):

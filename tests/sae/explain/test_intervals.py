@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from sae.statistics import Interval, auc, correlation, ranked, weighted_sum, wilson
+from sae.statistics import Interval, auc, correlation, weighted_sum, wilson
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 7), (3, 7), (7, 7), (50, 101)])
@@ -72,8 +72,3 @@ def test_shuffled_predictions_cover_zero():
         found = correlation(guess, real, seed=trial)
         inside += found.low <= 0 <= found.high
     assert 88 <= inside <= 100
-
-
-def test_ranks_are_scipys():
-    values = np.array([3.0, 1.0, 3.0, 2.0, 3.0, 1.0])
-    assert ranked(values).tolist() == stats.rankdata(values).tolist()

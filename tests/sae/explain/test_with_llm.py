@@ -12,7 +12,7 @@ from sae.baselines import baseline_dictionary
 from sae.explain.autointerp import label_with_llm
 from sae.explain.config import AutointerpConfig, LLMConfig, WindowConfig
 from sae.explain.judges import OracleClient, WordRule
-from sae.explain.llm.chat import ReplayMissError
+from sae.explain.llm.chat import ReplayMissError, UnavailableError, UnfinishedError
 from sae.explain.llm.stand_ins import ConstantClient, RandomClient, ScriptedClient
 from sae.explain.subject import Subject
 
@@ -105,6 +105,39 @@ def test_without_money_nothing_is_called_and_everything_is_counted(subject, tmp_
     assert summary["cost"]["requests"] == 0
     assert summary["scores"] == {}  # missing, not a number
     assert {r["reason"] for r in lines(tmp_path)[:3]} == {"budget: max_usd=0.0 would be exceeded"}
+
+
+def test_what_can_be_asked_again_ends_in_an_error_and_a_second_run_asks_just_that(
+    subject, tmp_path
+):
+    class Failing(RandomClient):
+        n, fails = 0, True
+
+        async def complete(self, request):
+            self.n += 1
+            if self.fails and request.messages[-1].content.count("topic") and self.n % 3 == 0:
+                raise UnavailableError("transport", "connection reset")
+            return await super().complete(request)
+
+    llm = LLMConfig(model="m", attempts=1, retries=0, concurrency=1)
+    config, client = dataclasses.replace(CONFIG, llm=llm), Failing(1)
+    with pytest.raises(UnfinishedError) as error:
+        label_with_llm(subject, config, tmp_path, client)
+    assert "(transport: connection reset); run the same command again" in str(error.value)
+    assert "\n" not in str(error.value)
+    summary = json.loads((tmp_path / FILES[2]).read_text())
+    lost = summary["questions_lost"]["transport"]
+    assert f"got {lost} without one of " in str(error.value)
+    assert summary["first_words"] == {"transport": "connection reset"}
+    assert summary["n_open"] == sum(bool(r["lost"]) for r in lines(tmp_path)) > 0
+    client.n, client.fails = 0, False
+    again = label_with_llm(subject, config, tmp_path, client)
+    assert (again["n_open"], again["questions_lost"], again["n_done"]) == (0, {}, 3)
+    whole = label_with_llm(subject, config, tmp_path / "whole", RandomClient(1))
+    assert client.n == whole["cost"]["requests"] - summary["cost"]["cached"] - (
+        summary["cost"]["requests"] - lost
+    )
+    assert (tmp_path / FILES[0]).read_bytes() == (tmp_path / "whole" / FILES[0]).read_bytes()
 
 
 def test_neuronpedias_files(subject, tmp_path):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sae.explain.text_at_rows import TextReader, join_words
+from activations_cache.pieces import PieceTable, table_of
+from sae.explain.text_at_rows import TextReader, join_words, word_begins, words_with_blanks
 
 STRINGS = (
     " Hand", "some", ",", " clever", "Hand", " 19", "96", "\n", " don", "'t", "--", "é", " ", "X",
@@ -12,7 +13,7 @@ STRINGS = (
 
 
 def _words(rows: list[list[int]]) -> list[list[tuple[str, str | None]]]:
-    found = join_words(np.array(rows), STRINGS)
+    found = join_words(table_of(np.array(rows), STRINGS))
     return [
         [
             (found.names[word], found.names[before] if before >= 0 else None)
@@ -33,10 +34,43 @@ def test_letters_are_joined_over_tokens_and_lower_cased():
 def test_space_punctuation_and_line_ends_part_words():
     (found,) = _words([[5, 6, 7, 8, 9, 10, 4, 12, 13]])
     assert [word for word, _ in found] == [
-        "1996", "1996", "\n", "don", "'t", "--", "hand", " ", "x",
+        "1996", "1996", "\n", "don't", "don't", "--", "hand", " ", "x",
     ]  # fmt: skip
     assert [before for _, before in found] == [
-        None, None, "1996", "\n", "don", "'t", "--", "hand", " ",
+        None, None, "1996", "\n", "\n", "don't", "--", "hand", " ",
+    ]  # fmt: skip
+
+
+def test_half_a_character_belongs_to_the_word_in_which_it_ends():
+    pieces = [" ca", "", "fé", "", "猫", ".", ""]
+    assert word_begins(pieces) == [True, False, False, True, False, True, True]
+    table = PieceTable(np.array([[0, 1, 2, 1, 3, 4, 1]]), (" ca", "", "fé", "猫", "."))
+    found = join_words(table)
+    assert [found.names[i] if i >= 0 else None for i in found.word[0]] == [
+        "café", "café", "café", "猫", "猫", ".", None,
+    ]  # fmt: skip
+    assert found.pairs()[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "begins"),
+    [
+        (["今天", "天", "气"], [True, True, True]),  # no blanks: each token is a word
+        (["고양", "이가", " 잔다"], [True, False, True]),
+        ([" नम", "स्ते", " दु", "निया"], [True, False, True, False]),
+        (["السل", "ام", " عليكم"], [True, False, True]),
+        (["foo", "_bar", "=", "3", ".14"], [True, False, True, True, False]),
+        (["if", "\n", "    ", " return"], [True, True, True, True]),
+        ([" naï", "ve", "\u2019", "s", "!"], [True, False, False, False, True]),
+    ],
+)
+def test_words_end_where_unicode_says(pieces: list[str], begins: list[bool]):
+    assert word_begins(pieces) == begins
+
+
+def test_a_text_is_cut_into_words_with_their_blanks():
+    assert words_with_blanks("don't go, दुनिया 猫猫!") == [
+        "don't", " go", ",", " दुनिया", " 猫", "猫", "!",
     ]  # fmt: skip
 
 
@@ -47,7 +81,8 @@ def test_words_do_not_cross_examples():
 
 
 def test_pairs_that_come_twice_are_known_and_stay_inside_examples():
-    found = join_words(np.array([[3, 0, 1, 2, 3], [2, 3, 0, 2, 0], [0, 1, 2, 3, 7]]), STRINGS)
+    rows = np.array([[3, 0, 1, 2, 3], [2, 3, 0, 2, 0], [0, 1, 2, 3, 7]])
+    found = join_words(table_of(rows, STRINGS))
     pair, names = found.pairs()
     assert set(names) == {"handsome ,", ", clever"}  # once: "clever handsome", ", hand", ...
     shown = [[names[i] if i >= 0 else "" for i in row] for row in pair.tolist()]
@@ -59,7 +94,7 @@ def test_pairs_that_come_twice_are_known_and_stay_inside_examples():
 
 
 def test_case_and_leading_space_do_not_make_another_word():
-    found = join_words(np.array([[0, 2, 4]]), STRINGS)
+    found = join_words(table_of(np.array([[0, 2, 4]]), STRINGS))
     assert found.word[0, 0] == found.word[0, 2]
 
 

@@ -9,7 +9,6 @@ from activations_cache.hooks import capture
 from sae.architecture import ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.metrics import Firing
-from sae.steer.place import Placed
 from sae.train import DictionaryConfig, TrainStep
 from sae.train.config import Adam, AuxK
 
@@ -70,7 +69,8 @@ def stats():
 
 @pytest.fixture
 def placed(dictionary, hook_point, stats):
-    return Placed(dictionary, hook_point, stats=stats)
+    dictionary.stats = stats
+    return dictionary.at(hook_point)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ class Grammar:
 
     def activations(self, ids):
         with capture(self.model, [HOOK0]) as run:
-            return self.placed.dictionary.encode_dense(run(ids)[HOOK0].flatten(0, 1))
+            return self.placed.encode_dense(run(ids)[HOOK0].flatten(0, 1))
 
     def _tokenizer(self):
         words = [f"topic{i}" for i in range(4)] + ["plain"] + [f"verb{i}" for i in range(3)]
@@ -171,7 +171,8 @@ class Grammar:
         dictionary.requires_grad_(False)
         stats = Firing(48)
         stats.update(dictionary.encode(rows))
-        return Placed(dictionary, HOOK0, stats=stats)
+        dictionary.stats = stats
+        return dictionary.at(HOOK0)
 
 
 HOOK0 = "model.layers.0:out"

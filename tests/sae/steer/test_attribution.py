@@ -2,6 +2,9 @@ import pytest
 import torch
 
 from activations_cache.hooks import capture
+from activations_cache.probe import record_of
+from sae.architecture import ReLU, SAEConfig
+from sae.autoencoder import SparseAutoencoder
 from sae.steer.attribution import (
     ablation_effects,
     agreement,
@@ -10,7 +13,7 @@ from sae.steer.attribution import (
     logit_difference,
 )
 from sae.steer.directions import direct_logits
-from sae.steer.place import Placed
+from tests.families import make
 
 IDS = torch.randint(1, 37, (1, 7), generator=torch.Generator().manual_seed(2))
 METRIC = logit_difference(5, 11)
@@ -19,7 +22,7 @@ METRIC = logit_difference(5, 11)
 @pytest.fixture
 def before_the_head(dictionary):
     """Where nothing but a matrix follows."""
-    return Placed(dictionary, "lm_head:in")
+    return dictionary.at("lm_head:in")
 
 
 def test_on_a_linear_model_attribution_is_the_ablation_effect(model, before_the_head):
@@ -49,7 +52,7 @@ def test_ablation_takes_the_direction_out_at_one_position(model, placed, hook_po
     found = attribute(model, placed, IDS, METRIC)
     latent = int(found.latents.indices[4, -1])
     (effect,) = ablation_effects(model, placed, IDS, METRIC, [(4, latent)])
-    f, direction = found.latents.values[4, -1], placed.dictionary.direction(latent)
+    f, direction = found.latents.values[4, -1], placed.direction(latent)
 
     def without(module, args, output):
         output = output.clone()
@@ -64,7 +67,7 @@ def test_ablation_takes_the_direction_out_at_one_position(model, placed, hook_po
 
 
 def test_direct_logits_pass_the_frozen_norm_and_the_head_alone(model, dictionary):
-    placed = Placed(dictionary, "model.layers.3:out")
+    placed = dictionary.at("model.layers.3:out")
     found = direct_logits(model, placed, IDS, 5, 11)
     with capture(model, ["model.layers.3:out"]) as run:
         h = run(IDS)["model.layers.3:out"][0]
@@ -79,9 +82,39 @@ def test_direct_logits_pass_the_frozen_norm_and_the_head_alone(model, dictionary
 
 
 def test_direct_logits_need_a_language_model(vit_model, dictionary):
-    placed = Placed(dictionary, "layers.0:out")
-    with pytest.raises(ValueError, match=r"output embedding and a final norm .* got ViTModel"):
+    placed = dictionary.at("layers.0:out")
+    with pytest.raises(ValueError, match=r"model must read tokens, got ViTModel"):
         direct_logits(vit_model, placed, IDS, 5)
+
+
+@pytest.mark.parametrize("family", ["Granite", "Cohere", "OPT", "Llava"])
+def test_direct_logits_of_another_family_are_parts_of_its_own_logits(family):
+    """All latents of a dictionary that gives a row back add up to the difference of two logits."""
+    model = make(family)
+    record = record_of(model)
+    ids = torch.tensor([[3, 9, 27, 11, 5]])
+    with capture(model, [record.last]) as run:
+        h = run(ids)[record.last][0]
+    dictionary = SparseAutoencoder(SAEConfig(d_in=24, d_sae=48, activation=ReLU()))
+    with torch.no_grad():
+        for parameter in dictionary.parameters():
+            parameter.zero_()
+        rows = torch.cat([torch.eye(24), -torch.eye(24)])
+        dictionary.enc_rows.copy_(rows)
+        dictionary.dec_rows.copy_(rows)  # relu(x) - relu(-x) = x
+    found = direct_logits(model, dictionary.requires_grad_(False).at(record.last), ids, 5, 11)
+    own = model(input_ids=ids).logits[0]
+    assert found.metric == pytest.approx(float(own[-1, 5] - own[-1, 11]), rel=1e-4)
+    zero = model.get_submodule(record.logits.norm)(torch.zeros_like(h[:1]))
+    bias = model.get_output_embeddings()(zero)[0] * record.logits.scale
+    expected = own[:, 5] - own[:, 11] - (bias[5] - bias[11])
+    assert torch.allclose(found.scores.sum(dim=1), expected, atol=1e-3)
+
+
+def test_direct_logits_through_a_soft_cap_are_refused(dictionary):
+    placed = dictionary.at("model.layers.2:out")
+    with pytest.raises(ValueError, match=r"a soft cap of 30 in Gemma2ForCausalLM; use attribute"):
+        direct_logits(make("Gemma2"), placed, IDS, 5)
 
 
 def test_one_prompt_at_a_time(model, placed):

@@ -1,15 +1,18 @@
 """Splicing, patching, pushing, and the tokens of a vision model."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
+from sae.pretrained.loading import require_model
 from sae.steer.directions import mean_difference, random_direction, stream_of
 from sae.steer.edits import Edit, Patch, Push, Splice
 from sae.steer.generation import generate
-from sae.steer.place import Placed
-from sae.steer.steering import Patches, Steering
+from sae.steer.positions import Patches
+from sae.steer.steering import Steering
 
 IDS = torch.randint(1, 37, (3, 7), generator=torch.Generator().manual_seed(2))
 
@@ -54,7 +57,7 @@ def test_a_vision_model_is_steered_on_its_class_token_or_on_its_patches(vit_mode
     block = next(n for n, m in vit_model.named_modules() if type(m).__name__ == "ViTLayer")
     dictionary = SparseAutoencoder(SAEConfig(d_in=22, d_sae=53, activation=TopK(k=7)))
     initialise(dictionary, torch.Generator().manual_seed(1))
-    placed = Placed(dictionary.requires_grad_(False), f"{block}:out")
+    placed = dictionary.requires_grad_(False).at(f"{block}:out")
     pixels = torch.randn(2, 3, 21, 21, generator=torch.Generator().manual_seed(0))
     positions = "class" if policy == "class" else Patches(n_prefix=1)
     base = stream_of(vit_model, f"{block}:out", pixels)
@@ -90,7 +93,8 @@ def test_wrong_edits_are_refused(placed, dictionary, hook_point):
     refused(r"units of max or norm .* got '10x mean'$", latent=3, clamp="10x mean")
     refused(r"^latent 22 must have fired .* silent in 101 rows", latent=22, add="1x max")
     refused(r"^along must be d_out=8 wide, got \(5,\)$", latent=3, clamp=1.0, along=torch.ones(5))
-    bare = Placed(dictionary, hook_point)
+    bare = deepcopy(dictionary)
+    bare.stats = None
     with pytest.raises(ValueError, match=r"stats must be given .* run `sae evaluate`"):
         Edit(bare, latent=3, clamp="10x max")
     assert Edit(bare, latent=3, clamp="10x norm").value == 10
@@ -99,11 +103,14 @@ def test_wrong_edits_are_refused(placed, dictionary, hook_point):
 def test_wrong_places_are_refused(model, placed, stats, dictionary, hook_point):
     config = SAEConfig(d_in=8, d_sae=23, d_out=5, activation=TopK(k=5), b_in="none")
     with pytest.raises(ValueError, match=r"d_out must be d_in=8 .* got 5; say where a transcoder"):
-        Placed(SparseAutoencoder(config), hook_point)
+        Steering(model, [Edit(SparseAutoencoder(config).at(hook_point), latent=3, ablate=True)])
     stats.max_activation = torch.ones(19)
     with pytest.raises(ValueError, match=r"stats must be of a dictionary with d_sae=23, got 19"):
-        Placed(dictionary, hook_point, stats=stats)
-    nowhere = Edit(Placed(dictionary, "model.layers.9:out"), latent=3, ablate=True)
+        dictionary.stats = stats
+    with pytest.raises(ValueError, match=r"hook_point must be model.layers.1:out, .* got other"):
+        placed.at("other")
+    bare = SparseAutoencoder(SAEConfig(d_in=8, d_sae=23, activation=TopK(k=5)))
+    nowhere = Edit(bare.at("model.layers.9:out"), latent=3, ablate=True)
     with (
         pytest.raises(
             ValueError,
@@ -113,7 +120,7 @@ def test_wrong_places_are_refused(model, placed, stats, dictionary, hook_point):
     ):
         pass
     wide = SparseAutoencoder(SAEConfig(d_in=11, d_sae=23, activation=TopK(k=5)))
-    edit = Edit(Placed(wide, hook_point), latent=3, ablate=True)
+    edit = Edit(wide.at(hook_point), latent=3, ablate=True)
     with (
         pytest.raises(
             ValueError, match=r"width, 8 in this model, got one for 11; .* another model"
@@ -142,8 +149,8 @@ def test_wrong_requests_are_refused(model, placed):
         model(IDS)
 
 
-def test_another_model_is_refused(dictionary, hook_point):
-    placed = Placed(dictionary, hook_point, model={"model_sha256": "aa", "dtype": "bfloat16"})
-    placed.require_model({"model_sha256": "aa", "dtype": "float32"})
+def test_another_model_is_refused(dictionary):
+    dictionary.provenance = {"model": {"model_sha256": "aa", "dtype": "bfloat16"}}
+    require_model(dictionary, {"model_sha256": "aa", "dtype": "float32"})
     with pytest.raises(ValueError, match="with model_sha256 aa, got bb"):
-        placed.require_model({"model_sha256": "bb"})
+        require_model(dictionary, {"model_sha256": "bb"})

@@ -1,9 +1,11 @@
 import pytest
 import torch
 
-from sae.steer.edits import Edit
+from activations_cache.probe import record_of
+from sae.steer.edits import Edit, Push
 from sae.steer.generation import generate
 from sae.steer.steering import Steering
+from tests.families import make
 
 
 def test_the_text_is_the_most_likely_token_each_time(model, tokenizer):
@@ -80,3 +82,39 @@ def test_each_token_is_steered_once_with_a_cache(model, tokenizer, placed):
 def test_an_empty_prompt_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="prompt must have at least one token, got '  '"):
         generate(model, tokenizer, "  ")
+
+
+def test_a_chat_is_what_the_template_makes_of_it(model, tokenizer):
+    with pytest.raises(
+        ValueError, match="chat must be false for a tokenizer without a chat template"
+    ):
+        generate(model, tokenizer, "w3 w7", chat=True)
+    tokenizer.chat_template = "w1 {{ messages[0].content }} w2{{ ' w5' if add_generation_prompt }}"
+    try:
+        found = generate(model, tokenizer, "w3 w7", max_new_tokens=5, chat=True)
+    finally:
+        tokenizer.chat_template = None
+    expected = generate(model, tokenizer, "w1 w3 w7 w2 w5", max_new_tokens=5)
+    assert found.prompt_tokens == expected.prompt_tokens
+    assert found.text == expected.text
+
+
+def test_a_model_whose_state_changes_the_logits_is_run_without_one(tokenizer):
+    """RWKV in transformers reads a prompt otherwise when it keeps a state."""
+    model = make("Rwkv")
+    assert record_of(model).cache_argument is None
+    push = Push(
+        "rwkv.blocks.1:out", 3 * torch.randn(24, generator=torch.Generator().manual_seed(0))
+    )
+    texts = []
+    for use_cache in (True, False):
+        with Steering(model, [push]) as steering:
+            texts.append(generate(model, tokenizer, "w3 w7 w9", max_new_tokens=4,
+                                  use_cache=use_cache).tokens)  # fmt: skip
+        assert steering.n_tokens == 2 + 3 + 4 + 5
+    assert texts[0] == texts[1]
+
+
+def test_a_model_that_does_not_predict_the_next_token_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"must predict the next token .* BertForMaskedLM, whose"):
+        generate(make("Bert"), tokenizer, "w3 w7")

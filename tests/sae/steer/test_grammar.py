@@ -129,9 +129,9 @@ def test_a_sweep_chooses_the_largest_strength_within_the_bound(grammar, topic_la
 
 
 def test_latents_are_their_own_nearest_in_a_copy(grammar):
-    dictionary, latents = grammar.placed.dictionary, torch.arange(11)
+    dictionary, latents = grammar.placed, torch.arange(11)
     found = nearest_latents(dictionary, latents, dictionary, k=3)
-    assert torch.equal(found.latents[:, 0], latents)
+    assert torch.equal(found.latent[:, 0], latents)
     own = nearest_latents(dictionary, latents, k=3)
-    assert not (own.latents == latents[:, None]).any()
-    torch.testing.assert_close(own.cosines[:, :2], found.cosines[:, 1:])
+    assert not (own.latent == latents[:, None]).any()
+    torch.testing.assert_close(own.cosine[:, :2], found.cosine[:, 1:])

@@ -9,6 +9,7 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -18,8 +19,7 @@ from transformers import (
 from activations_cache.reading import given_cache
 from sae.architecture import ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
-from sae.steer.edits import Edit
-from sae.steer.place import Placed
+from sae.steer.edits import Edit, Push
 from sae.steer.steering import Steering
 
 VOCAB, D_MODEL, N_NEW = 43, 24, 9
@@ -65,7 +65,7 @@ def dictionary_of(hook_point, d_model=D_MODEL, activation=None):
     config = SAEConfig(d_in=d_model, d_sae=53, activation=activation or TopK(k=7))
     dictionary = SparseAutoencoder(config)
     initialise(dictionary, torch.Generator().manual_seed(1))
-    return Placed(dictionary.requires_grad_(False), hook_point)
+    return dictionary.requires_grad_(False).at(hook_point)
 
 
 @pytest.fixture(
@@ -216,12 +216,133 @@ def test_an_edit_that_never_ran_is_reported_in_one_line(subject, prompts, caplog
     with caplog.at_level(logging.WARNING), Steering(model, edits, positions="generated"):
         model(**prompts)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"clamp of latent 5 at {placed.writes} ran on none of 21 tokens")
+    assert line.startswith(
+        f"clamp of latent 5 at {placed.config.hook_point_out} ran on none of 21 tokens"
+    )
     assert "positions 'generated' from 1 on" in line
     caplog.clear()
     with caplog.at_level(logging.WARNING), contextlib.suppress(KeyError), Steering(model, edits):
         raise KeyError
     assert not caplog.records
+
+
+@pytest.mark.parametrize("policy", ["all", "generated"])
+def test_an_edit_whose_place_was_never_passed_is_an_error(subject, policy):
+    model, placed = subject
+    edits = [Edit(placed, latent=5, clamp=9.0)]
+    with (
+        pytest.raises(ValueError, match=r"ran on none of 0 tokens .* torch.compile leaves hooks"),
+        Steering(model, edits, positions=policy),
+    ):
+        pass
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_an_edit_that_rounding_undoes_is_an_error(subject, prompts):
+    model, placed = subject
+    with (
+        pytest.raises(ValueError, match=r"must change the stream, got the same at all 12 tokens"),
+        Steering(model, [Edit(placed, latent=5, add=1e-12)]),
+    ):
+        model(**prompts)
+
+
+@pytest.mark.parametrize("policy", ["all", "prompt", "generated", "last"])
+@pytest.mark.parametrize(
+    "options",
+    [{"guidance_scale": 1.5}, {"guidance_scale": 1.5, "negative_prompt_ids": torch.tensor(
+        [[5, 6, 7], [9, 9, 1], [2, 4, 8]])}],
+    ids=["guidance", "negative-prompt"],
+)  # fmt: skip
+def test_guidance_is_steered_alike_with_and_without_a_cache(prompts, policy, options):
+    torch.manual_seed(3)
+    model, hook_point = llama()
+    subject = model.eval().requires_grad_(False), dictionary_of(hook_point)
+    found, _ = steered(subject, prompts, policy, **options)
+    whole, _ = steered(subject, prompts, policy, use_cache=False, **options)
+    assert found == whole
+    assert found != generated(model, prompts, **options)
+
+
+def test_prompts_that_a_batch_packs_into_one_row_are_steered_each_by_itself():
+    torch.manual_seed(3)
+    model, hook_point = llama()
+    model.eval().requires_grad_(False)
+    push = [Push(hook_point, 3 * torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0)))]
+    ids = torch.randint(1, VOCAB, (2, 6), generator=torch.Generator().manual_seed(2))
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    with Steering(model, push) as steering:
+        out = model.generate_batch([row.tolist() for row in ids], generation_config=config)
+    assert steering.n_tokens == 2 * (5 + 3)
+    with Steering(model, push):
+        alone = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4,
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+    assert [o.generated_tokens for o in out.values()] == alone[:, 6:].tolist()
+
+
+class Wrapper(torch.nn.Module):
+    """Does as PEFT: its forward and its `generate` call those of the model inside."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+        self.config, self.generation_config = model.config, model.generation_config
+
+    def forward(self, *args, **kwargs):
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        return self.base_model.generate(*args, **kwargs)
+
+
+@pytest.mark.parametrize("policy", ["all", "prompt", "generated", "last"])
+def test_a_wrapped_model_is_steered_as_it_is_bare(prompts, policy):
+    torch.manual_seed(3)
+    model, hook_point = llama()
+    model.eval().requires_grad_(False)
+    bare = steered((model, dictionary_of(hook_point)), prompts, policy)
+    wrapped = Wrapper(model)
+    wrapped.dtype = model.dtype
+    found = steered((wrapped, dictionary_of(f"base_model.{hook_point}")), prompts, policy)
+    assert found[0] == bare[0]
+    assert found[1].n_tokens == bare[1].n_tokens > 0
+
+
+def test_a_stream_beyond_its_number_format_is_an_error_with_its_strength(prompts):
+    torch.manual_seed(3)
+    model, hook_point = llama()
+    model.half().eval().requires_grad_(False)
+    edits = [Edit(dictionary_of(hook_point), latent=5, add=1e6)]
+    with (
+        pytest.raises(
+            ValueError, match=r"finite in float16 at model.layers.1:out, .* latent 5 .* to 1e\+06"
+        ),
+        Steering(model, edits),
+    ):
+        model(**prompts)
+
+
+def test_logits_that_are_not_finite_are_an_error(prompts):
+    torch.manual_seed(3)
+    model, hook_point = llama()
+    model.eval().requires_grad_(False)
+    model.lm_head.weight[3] = torch.inf
+    with (
+        pytest.raises(ValueError, match=r"logits must be finite, .* LlamaForCausalLM under clamp"),
+        Steering(model, [Edit(dictionary_of(hook_point), latent=5, clamp=9.0)]),
+    ):
+        model(**prompts)
+
+
+def test_hidden_states_show_a_changed_block_as_it_was_and_later_ones_changed(subject, prompts):
+    model, placed = subject
+    base = model(**prompts, output_hidden_states=True).hidden_states
+    with Steering(model, [Edit(placed, latent=5, clamp="2x norm")]):
+        found = model(**prompts, output_hidden_states=True).hidden_states
+    assert torch.equal(found[2], base[2])  # behind block 1, which is changed
+    assert not torch.equal(found[3], base[3])
 
 
 def test_hooks_and_generate_are_put_back_after_an_error(subject, prompts):
@@ -251,7 +372,7 @@ def test_nested_steerings_each_know_the_prompt(subject, prompts):
 
 def test_several_dictionaries_and_layers_apply_in_order(subject, prompts):
     model, placed = subject
-    before = Placed(placed.dictionary, placed.hook_point.replace("1", "0"))
+    before = dictionary_of(placed.hook_point.replace("1", "0"))
     other = dictionary_of(placed.hook_point, activation=ReLU())
     first, second = Edit(before, latent=5, clamp=9.0), Edit(placed, latent=5, clamp=9.0)
     third = Edit(other, latent=7, ablate=True)

@@ -11,7 +11,7 @@ POSITIVES, NEGATIVES = ["w1 w7 w9 w2", "w3 w7 w4"], ["w1 w8 w9 w2"]
 def peaks(model, placed, tokenizer, text, start=1):
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     rows = model.model(ids, output_hidden_states=True).hidden_states[2][0, start:]
-    return placed.dictionary.encode_dense(rows).amax(0)
+    return placed.encode_dense(rows).amax(0)
 
 
 def test_latents_that_fire_in_all_positives_and_no_negative(model, placed, tokenizer):
@@ -60,16 +60,16 @@ def test_planted_pairs_are_found_within_and_across(monkeypatch):
     other.dec_rows.data[6] = -one.dec_rows.data[4]
     latents = torch.tensor([2, 7, 4])
     within = nearest_latents(one, latents, k=3)
-    assert within.latents[:2, 0].tolist() == [7, 2]
+    assert within.latent[:2, 0].tolist() == [7, 2]
     across = nearest_latents(one, latents, other, k=29)
-    assert int(across.latents[2, 0]) == 5
-    assert int(across.latents[2, -1]) == 6
+    assert int(across.latent[2, 0]) == 5
+    assert int(across.latent[2, -1]) == 6
     exact = torch.nn.functional.cosine_similarity(
         one.dec_rows[latents, None], other.dec_rows[None], dim=2
     )
-    torch.testing.assert_close(across.cosines, exact.sort(dim=1, descending=True).values)
-    monkeypatch.setattr("sae.steer.search._CELLS", 1)
-    assert torch.equal(nearest_latents(one, latents, other, k=29).latents, across.latents)
+    torch.testing.assert_close(across.cosine, exact.sort(dim=1, descending=True).values)
+    monkeypatch.setattr("sae.neighbours._CELLS", 1)
+    assert torch.equal(nearest_latents(one, latents, other, k=29).latent, across.latent)
 
 
 def test_neighbours_that_cannot_be_are_refused():

@@ -9,7 +9,6 @@ from activations_cache.hooks import capture
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.steer.edits import Edit, LatentEdits, Patch, Push, Rows, Splice, read_latents
-from sae.steer.place import Placed
 from sae.steer.steering import Steering, apply_at
 
 KINDS = [TopK(k=5), ReLU(), JumpReLU(threshold=0.3), BatchTopK(k=5), Gated()]
@@ -62,7 +61,7 @@ def test_operations_equal_encode_change_decode_and_error(activation, form):
     x *= torch.linspace(0.1, 30, 13)[:, None]
     f = dictionary.encode_dense(x)
     a, b, c, d, e, g, silent = (f != 0).double().mean(0).argsort(descending=True)[:7].tolist()
-    placed = Placed(dictionary, "here:out")
+    placed = dictionary.at("here:out")
     edits = [
         Edit(placed, latent=a, clamp=2.0), Edit(placed, latent=b, add=-1.5),
         Edit(placed, latent=c, scale=3.0), Edit(placed, latent=d, ablate=True),
@@ -105,8 +104,8 @@ def test_only_topk_encodes_every_latent(monkeypatch, activation):
 
 def test_strengths_in_units_of_the_maximum_and_of_the_norm(placed, stream):
     flat = stream.flatten(0, 1)
-    own = read_latents(placed.dictionary, flat, torch.tensor([3]))
-    direction, norms = placed.dictionary.direction(3), flat.norm(dim=1, keepdim=True)
+    own = read_latents(placed, flat, torch.tensor([3]))
+    direction, norms = placed.direction(3), flat.norm(dim=1, keepdim=True)
     for edit, value in (
         (Edit(placed, latent=3, clamp="2x max"), 2 * placed.stats.max_activation[3]),
         (Edit(placed, latent=3, clamp="-2x"), -2 * placed.stats.max_activation[3]),
@@ -119,16 +118,16 @@ def test_strengths_in_units_of_the_maximum_and_of_the_norm(placed, stream):
 def test_half_a_norm_is_half_a_norm_whatever_the_input_norm(stream):
     for norm in ("none", "rms", "layer_norm"):
         config = SAEConfig(d_in=8, d_sae=23, activation=ReLU(), input_norm=norm, input_scale=0.3)
-        edit = Edit(Placed(randomised(config), "here:out"), latent=3, add="0.5x norm")
+        edit = Edit(randomised(config).at("here:out"), latent=3, add="0.5x norm")
         moved = everywhere(LatentEdits([edit]), stream) - stream
         torch.testing.assert_close(moved.norm(dim=-1), stream.norm(dim=-1) / 2, rtol=1e-4, atol=0)
 
 
 def test_clamping_to_its_own_value_is_the_identity(placed, stream):
-    f = placed.dictionary.encode_dense(stream.flatten(0, 1))
+    f = placed.encode_dense(stream.flatten(0, 1))
     row, latent = divmod(int(f.argmax()), 23)
     one = stream.flatten(0, 1)[row].view(1, 1, -1)
-    own = float(read_latents(placed.dictionary, one[0], torch.tensor([latent])))
+    own = float(read_latents(placed, one[0], torch.tensor([latent])))
     assert own > 0
     found = everywhere(LatentEdits([Edit(placed, latent=latent, clamp=own)]), one)
     assert torch.equal(as_bits(found), as_bits(one))
@@ -145,10 +144,10 @@ def test_no_change_keeps_every_bit(placed, stream, words, dtype):
 
 
 def test_ablating_changes_only_where_the_latent_fires(placed, stream):
-    share = (placed.dictionary.encode_dense(stream.flatten(0, 1)) != 0).double().mean(0)
+    share = (placed.encode_dense(stream.flatten(0, 1)) != 0).double().mean(0)
     latent = int((share - 0.4).abs().argmin())
     found = everywhere(LatentEdits([Edit(placed, latent=latent, ablate=True)]), stream)
-    fires = placed.dictionary.encode_dense(stream.flatten(0, 1))[:, latent] != 0
+    fires = placed.encode_dense(stream.flatten(0, 1))[:, latent] != 0
     assert torch.equal((as_bits(found) != as_bits(stream)).any(-1).flatten(), fires)
     assert 0 < int(fires.sum()) < len(fires)
 
@@ -171,7 +170,7 @@ def test_a_control_arm_moves_as_far_in_another_direction(placed, stream):
 
 
 def test_splicing_with_and_without_the_error(placed, stream):
-    x_hat = placed.dictionary(stream.flatten(0, 1)).view(stream.shape)
+    x_hat = placed(stream.flatten(0, 1)).view(stream.shape)
     torch.testing.assert_close(everywhere(Splice(placed), stream), x_hat)
     torch.testing.assert_close(everywhere(Splice(placed, keep_error=True), stream), stream)
     assert not torch.allclose(x_hat, stream, rtol=0.1)
@@ -199,7 +198,7 @@ def test_a_transcoder_is_read_in_one_place_and_written_in_another(model):
     config = SAEConfig(d_in=8, d_sae=23, d_out=8, activation=ReLU(), b_in="none", input_norm="rms")
     dictionary = randomised(config)
     reads, writes = "model.layers.1.mlp:in", "model.layers.1.mlp:out"
-    placed = Placed(dictionary, reads, writes)
+    placed = dictionary.at(reads, writes)
     tokens = torch.randint(37, (3, 7), generator=torch.Generator().manual_seed(0))
     with capture(model, [reads, writes, "model.layers.2:in"], stop=False) as run:
         before = run(tokens)

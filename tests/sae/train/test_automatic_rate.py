@@ -51,7 +51,9 @@ def test_a_step_takes_it_from_the_width_and_the_rows(planted):
 
 def test_a_step_takes_it_from_the_width_of_its_rows():
     config = DictionaryConfig(d_sae=17, activation=TopK(k=3), optimizer=Adam(lr="auto"))
-    step = TrainStep(SparseAutoencoder(config.architecture(401)), config, STEPS)
+    made = SparseAutoencoder(config.architecture(401))
+    initialise(made, torch.Generator().manual_seed(1))
+    step = TrainStep(made, config, STEPS)
     step(torch.randn(BATCH, 401))
     (group,) = step.optimizer.param_groups
     assert group["lr"] == automatic_rate(17, BATCH, 401) == pytest.approx(0.1 / 401**0.5)

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from sae.evaluate.structure.absorption import hedging, splitting
+from sae.evaluate.structure.absorption import hedging
 from sae.evaluate.structure.description import description_length, entropies, meta_score
+from sae.neighbours import splitting
 
 
 def test_planted_children_are_found_under_their_parent(draw):
@@ -20,7 +21,7 @@ def test_planted_children_are_found_under_their_parent(draw):
 
 
 def test_decoders_of_other_streams_are_refused(draw):
-    with pytest.raises(ValueError, match="of one stream, got widths 7 and 5"):
+    with pytest.raises(ValueError, match="must be as wide as among, 7, got 5"):
         splitting(draw(3, 7), draw(3, 5))
     with pytest.raises(ValueError, match=r"related must be in 0\.\.1, got 2"):
         splitting(draw(3, 7), draw(3, 7), related=2.0)

@@ -4,11 +4,13 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+
+from tests.sae.explain.llm.services import Behaviour, Reply, State, completion, text_of
 
 FAULTS = ("429", "429 wait", "500", "stall", "reset", "cut", "refusal", "nonsense")
 
@@ -16,8 +18,17 @@ FAULTS = ("429", "429 wait", "500", "stall", "reset", "cut", "refusal", "nonsens
 class Endpoint:
     """A local OpenAI-compatible endpoint with a journal of what it answered."""
 
-    def __init__(self, rate: float, mode: str | None, answer: Callable[[str, str], str]) -> None:
+    def __init__(
+        self,
+        rate: float,
+        mode: str | None,
+        answer: Callable[[str, str], str],
+        behaviour: Behaviour | None = None,
+        stall: float = 1.5,
+    ) -> None:
         self.rate, self.mode, self.answer = rate, mode, answer
+        self.behaviour, self.state = behaviour, State()
+        self.stall, self.at_kill = stall, []
         self.n_calls = 0
         self.answered: list[str] = []
         self.keys: set[str] = set()
@@ -42,6 +53,15 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.endpoint.keys.add(self.headers["authorization"] or "")
+        with self.endpoint.lock:
+            self.endpoint.state.n += 1
+            self.endpoint.state.seen.append(body)
+            behaviour = self.endpoint.behaviour
+            reply = behaviour(body, self.endpoint.state) if behaviour else None
+        if behaviour is not None:
+            reply = reply or Reply(200, completion(text_of(body)))
+            self._send(reply.status, reply.body, reply.headers)
+            return
         fault = self.endpoint.fault()
         if fault in ("429", "429 wait"):
             wait = {"Retry-After": "0.01"} if fault == "429 wait" else {}
@@ -50,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
             key = self.headers["authorization"]
             self._send(int(fault), {"error": {"message": f"no: {key}"}})
         elif fault == "stall":
-            time.sleep(1.5)
+            time.sleep(self.endpoint.stall)
         elif fault == "reset":
             self.connection.close()
         else:
@@ -71,9 +91,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, done, cut=fault == "cut")
 
     def _send(
-        self, status: int, body: dict, headers: dict | None = None, cut: bool = False
+        self,
+        status: int,
+        body: object,
+        headers: Mapping[str, str] | None = None,
+        cut: bool = False,
     ) -> None:
-        data = json.dumps(body).encode()
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
         data = data[: len(data) // 2] if cut else data
         self.send_response(status)
         for name, value in (headers or {}).items():
@@ -90,11 +114,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+def _answer(system: str, user: str) -> str:
+    turns = [{"content": system}, {"content": user}]
+    return text_of({"messages": turns})
+
+
 @contextmanager
 def _serve(
-    rate: float = 0.0, mode: str | None = None, answer: Callable[[str, str], str] | None = None
+    rate: float = 0.0,
+    mode: str | None = None,
+    answer: Callable[[str, str], str] | None = None,
+    behaviour: Behaviour | None = None,
+    stall: float = 1.5,
 ) -> Iterator[Endpoint]:
-    endpoint = Endpoint(rate, mode, answer or (lambda system, user: "LABEL: something"))
+    endpoint = Endpoint(rate, mode, answer or _answer, behaviour, stall)
     handler = type("Handler", (_Handler,), {"endpoint": endpoint})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True

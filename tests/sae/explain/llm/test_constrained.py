@@ -64,5 +64,5 @@ def test_it_is_another_client_and_answers_other_questions_freely(tiny_model):
     request = Request(prompt="t/1", messages=(Message("user", "hello"),), max_tokens=5)
     assert complete(client, request) == complete(free, request)
     long = question("detection", "x", [item([" y" * 3000])] * 3)
-    with pytest.raises(CallFailedError, match=r"length: .* do not fit into"):
+    with pytest.raises(CallFailedError, match=r"context: .* do not fit into"):
         complete(client, long)

@@ -141,7 +141,7 @@ def test_a_local_model_answers_embeds_and_reads(tiny_model):
     assert client.log_likelihood("", "ab cd") == pytest.approx(float(whole), abs=1e-4)
     assert client.name.startswith("local tiny ")
     long = Request(prompt="t/1", messages=(Message("user", "x y " * 5000),), max_tokens=5)
-    with pytest.raises(CallFailedError, match=r"length: \d+ tokens and an answer do not fit into"):
+    with pytest.raises(CallFailedError, match=r"context: \d+ tokens and an answer do not fit into"):
         asyncio.run(client.complete(long))
 
 

@@ -1,9 +1,9 @@
 """Compiles the kernels for GPUs that need not be there, and reports what came out.
 
-`python -m sae_kernels.aot_triton REPORT.json` runs the host functions on tensors without memory,
-under a driver that names a GPU and launches nothing. So a kernel is compiled exactly as a launch
-with these shapes would compile it. The report has one row for each kernel: registers, spills,
-shared memory, and counts of the instructions that tell whether the code is what was meant.
+`python benchmarks/compile_all_kernels.py REPORT.json` runs the host functions on tensors without
+memory, under a driver that names a GPU and launches nothing. So a kernel is compiled exactly as a
+launch with these shapes would compile it. The report has one row for each kernel: registers,
+spills, shared memory, and counts of the instructions that tell whether the code is what was meant.
 Needs a process without TRITON_INTERPRET, and none of CUDA.
 """
 
