@@ -1,6 +1,7 @@
 """What every format is read into: weights by the names of the autoencoder's parameters."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -97,11 +98,16 @@ class Source:
     @property
     def weights_sha256(self) -> str:
         """The SHA-256 of the file of weights; of several files, that of their names and hashes."""
-        files = {n: d for n, d in self.source_sha256.items() if not n.endswith(SETTINGS)}
-        if len(files) == 1:
-            return next(iter(files.values()))
-        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
-        return hashlib.sha256(lines.encode()).hexdigest()
+        return weights_sha256(self.source_sha256)
+
+
+def weights_sha256(sha256: Mapping[str, str]) -> str:
+    """The SHA-256 of the one file of weights among some; of several, that of names and hashes."""
+    files = {name: digest for name, digest in sha256.items() if not name.endswith(SETTINGS)}
+    if len(files) == 1:
+        return next(iter(files.values()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def selected(latents: int | slice | None, d_sae: int) -> slice:

@@ -14,8 +14,9 @@ from torch import Tensor
 from activations_cache import io
 from sae.architecture import Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder
-from sae.pretrained import circuit_tracer, dictionary_learning, saelens, sparsify
+from sae.pretrained import catalogue, circuit_tracer, dictionary_learning, saelens, sparsify
 from sae.pretrained.fields import DictionaryFormatError
+from sae.pretrained.hook_names import lens_name
 from sae.pretrained.rewrite import Plain, centred_by, plain, with_thresholds, with_unit_rows
 
 SAELENS_VERSION = "6.18.0"
@@ -93,8 +94,18 @@ def _to_saelens(given: Plain, site: dict[str, str]) -> Written:
 
 
 def _saelens_metadata(site: Mapping[str, str]) -> dict[str, object]:
-    """What is known of model, place and training, by SAELens' keys and as its types."""
+    """What is known of model, place and training, by SAELens' keys and as its types.
+
+    A hook point of ours becomes TransformerLens' word, or the module's path where it has none, as
+    SAELens' proxy has it; `hook_point` keeps ours.
+    """
     found: dict[str, object] = {key: site[key] for key in saelens.SITE if key in site}
+    family = catalogue.family_of_model(site.get("model_name", ""))
+    for key, own in (("hook_name", "hook_point"), ("hook_name_out", "hook_point_out")):
+        if ":" in (point := site.get(key, "")):
+            module, _, side = point.rpartition(":")
+            found[own] = point
+            found[key] = lens_name(point, family) or (module if side == "out" else point)
     for key in ("context_size", "training_tokens"):
         if str(found.get(key, "")).isdecimal():
             found[key] = int(site[key])

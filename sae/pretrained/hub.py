@@ -177,11 +177,11 @@ def directory_of(path: str | Path, source: Source) -> Path:
     """
     if source.source_format == OURS and Path(path).is_dir():
         return Path(path)
-    return statistics_directory() / source.weights_sha256
+    return dictionaries() / source.weights_sha256
 
 
-def statistics_directory() -> Path:
-    """Return where statistics of the dictionaries of others lie, each in its directory."""
+def dictionaries() -> Path:
+    """Where what is known of dictionaries that are not ours lies, by the hash of their weights."""
     return cache_directory() / "dictionaries"
 
 

@@ -39,10 +39,10 @@ from sae.pretrained import (
     sparsify,
     vit_prisma,
 )
-from sae.pretrained.canonical import Reading, Source, assemble
+from sae.pretrained.canonical import Reading, Source, assemble, weights_sha256
 from sae.pretrained.catalogue import Entry
 from sae.pretrained.fields import DictionaryFormatError
-from sae.pretrained.files import PICKLED, Files, Stated
+from sae.pretrained.files import PICKLED, Files, Stated, parse_json
 from sae.pretrained.monosema_format import PROVENANCE, save
 
 FORMATS: dict[str, ModuleType] = {
@@ -96,7 +96,7 @@ def load(
     """
     found = _found(path, format, allow_pt, latents, id)
     dictionary, reading = _assembled(found)
-    _describe(dictionary, path, found, reading)
+    _describe(dictionary, found, reading)
     return dictionary.to(device)
 
 
@@ -112,16 +112,17 @@ def load_with_source(
     """Load a dictionary as `load` does, and say what it was read from and what was folded."""
     found = _found(path, format, allow_pt, latents, id)
     dictionary, reading = _assembled(found)
-    _describe(dictionary, path, found, reading)
-    return Loaded(dictionary.to(device), _source(path, found, reading))
-
-
-class _Found(NamedTuple):
-    """The files of a dictionary, its format, and what the catalogue says of it."""
-
-    files: Files
-    format: str
-    entry: Entry | None
+    name = path if found.entry is None else f"{found.entry.name}"
+    source = Source(
+        source_format=found.format,
+        source_path=hub.name_of(name, found.files.path),
+        source_sha256=found.files.sha256,
+        folds_applied=reading.folds,
+        site=reading.site,
+        checked_against=FORMATS[found.format].CHECKED_AGAINST,
+    )
+    _describe(dictionary, found, reading)
+    return Loaded(dictionary.to(device), source)
 
 
 IDENTITY = ("model_sha256", "config_sha256", "tokenizer_sha256", "model")
@@ -151,52 +152,38 @@ MEASURED = "measured_on.json"
 """What an evaluation learned of a dictionary that is not ours, beside its statistics."""
 
 
-def _describe(
-    dictionary: SparseAutoencoder, path: str | Path, found: _Found, reading: Reading
-) -> None:
-    """Give a dictionary what is known of it: provenance, hook point and statistics."""
-    files = found.files
-    source = {
-        "source_format": found.format, "source_path": str(files.path), "site": reading.site,
-    }  # fmt: skip
-    record = files.json(PROVENANCE) if files.has(PROVENANCE) else {}
-    is_ours = found.format == hub.OURS and files.path.is_dir()
-    if not is_ours and hub.statistics_directory().is_dir():  # weights are hashed for this alone
-        record = _record(_home(path, found, reading) / MEASURED) | record
-    if not record.get("model") and (name := reading.site.get("model_name")):
-        record["model"] = {"path": name}
+def _describe(dictionary: SparseAutoencoder, found: "_Found", reading: Reading) -> None:
+    """Give a dictionary provenance, hook point and statistics, from where they lie."""
+    files, is_ours = found.files, found.format == hub.OURS
+    site = reading.site
+    source = {"source_format": found.format, "source_path": str(files.path), "site": site}
+    record = files.json(PROVENANCE) if is_ours and files.has(PROVENANCE) else {}
+    if not is_ours:
+        named = {"model": {"path": site["model_name"]}} if site.get("model_name") else {}
+        record = named | _measured_on(files)
     dictionary.provenance = {"source": source, **record}
     point = record.get("hook_point")
     if isinstance(point, str) and not dictionary.config.inputs:
         dictionary.at(point)
-    if files.latents is None:
-        dictionary.stats = partial(_stats_of, path, found, reading)
+    if (files.latents is None and files.path.is_dir()) or not is_ours:
+        dictionary.stats = partial(_stats_of, files, is_ours)
 
 
-def _source(path: str | Path, found: _Found, reading: Reading) -> Source:
-    name = path if found.entry is None else found.entry.name
-    return Source(
-        source_format=found.format,
-        source_path=hub.name_of(name, found.files.path),
-        source_sha256=found.files.sha256,
-        folds_applied=reading.folds,
-        site=reading.site,
-        checked_against=FORMATS[found.format].CHECKED_AGAINST,
-    )
+def _measured_on(files: Files) -> dict[str, Any]:
+    """What was learned of it before; nothing is hashed where nothing was ever measured."""
+    if not hub.dictionaries().is_dir():
+        return {}
+    file = hub.dictionaries() / weights_sha256(files.sha256) / MEASURED
+    if not file.is_file():
+        return {}
+    record = parse_json(file.read_bytes(), str(file))
+    return {key: record[key] for key in ("hook_point", "model") if record.get(key)}
 
 
-def _home(path: str | Path, found: _Found, reading: Reading) -> Path:
-    if found.format == hub.OURS and found.files.path.is_dir():
-        return found.files.root
-    return hub.directory_of(path, _source(path, found, reading))
-
-
-def _stats_of(path: str | Path, found: _Found, reading: Reading) -> Firing | None:
-    home = _home(path, found, reading)
-    if not (home / STATS).is_file():
-        return None
-    is_ours = found.format == hub.OURS
-    return Firing.read(home, None if is_ours else _source(path, found, reading).weights_sha256)
+def _stats_of(files: Files, is_ours: bool) -> Firing | None:
+    digest = None if is_ours else weights_sha256(files.sha256)
+    home = files.root if digest is None else hub.dictionaries() / digest
+    return Firing.read(home, digest) if (home / STATS).is_file() else None
 
 
 def keep_measured(
@@ -205,7 +192,7 @@ def keep_measured(
     """Keep what an evaluation learned of a dictionary, for steering and for the browser.
 
     Args:
-        path: As for `sae.load`.
+        path: As for `load`.
         source: What it was read from.
         firing: Its statistics.
         hook_point: Where it was measured.
@@ -220,13 +207,12 @@ def keep_measured(
     return firing.save(home, source.weights_sha256)
 
 
-def _record(file: Path) -> dict[str, Any]:
-    """What a file says of how a dictionary came about; empty where there is no file."""
-    try:
-        record = json.loads(file.read_bytes()) if file.is_file() else {}
-    except ValueError as error:
-        raise DictionaryFormatError(f"{file} must be JSON, got: {error}") from error
-    return record if isinstance(record, dict) else {}
+class _Found(NamedTuple):
+    """The files of a dictionary, its format, and what the catalogue says of it."""
+
+    files: Files
+    format: str
+    entry: Entry | None
 
 
 def _found(
@@ -295,8 +281,13 @@ def _placed(reading: Reading, entry: Entry | None) -> Reading:
     else:
         model = site.get("model_name", "")
         read, predicted = (
-            catalogue.point_of(site.get(f"hf_{key}") or site.get(key, ""), model)
-            for key in ("hook_name", "hook_name_out")
+            catalogue.point_of(
+                site.get(f"hook_point{side}")
+                or site.get(f"hf_hook_name{side}")
+                or site.get(f"hook_name{side}", ""),
+                model,
+            )
+            for side in ("", "_out")
         )
     is_one = len(config.slices_in) == len(config.slices_out) == 1
     is_square = config.width_out == config.d_in and not config.outputs

@@ -54,7 +54,7 @@ TRAINING_KEYS = {
 SITE = (
     "model_name", "hook_name", "hook_point", "hook_name_out", "hook_head_index", "context_size",
     "prepend_bos", "exclude_special_tokens", "reshape_activations", "dataset_path",
-    "training_tokens", "hf_hook_name", "hf_hook_name_out",
+    "training_tokens", "hook_point_out", "hf_hook_name", "hf_hook_name_out",
 )  # fmt: skip
 NORMS = {"none": "none", "constant_norm_rescale": "rms", "layer_norm": "layer_norm"}
 EXPECTED = "expected_average_only_in"

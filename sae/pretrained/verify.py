@@ -47,8 +47,8 @@ class Measured(NamedTuple):
     """Rows that were seen."""
 
 
-Pair = tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]
-"""Rows that are read, and those to predict."""
+Pair = tuple[Float[Tensor, "_ d_in"], Float[Tensor, "_ d_out"]]
+"""Rows that are read, and those to predict; the last pair of several may have fewer."""
 
 
 def published(site: dict[str, str], given: str | None) -> Published:

@@ -65,7 +65,12 @@ def promoted_of(lens: PromotedTokens, strings: Sequence[str]) -> list[Promoted]:
         lens.suppressed_logits.tolist(), strict=True,
     )  # fmt: skip
     return [
-        Promoted(tuple(strings[i] for i in up), tuple(a), tuple(strings[i] for i in down), tuple(b))
+        Promoted(
+            tuple(str(strings[i]) for i in up),
+            tuple(a),
+            tuple(str(strings[i]) for i in down),
+            tuple(b),
+        )
         for up, a, down, b in parts
     ]
 

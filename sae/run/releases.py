@@ -127,7 +127,7 @@ def site_of(
     """What is known of model, hook points and training, in the words of other libraries.
 
     A hook point has TransformerLens' word where it has one, else its module's path, which stands
-    for the module's output there; `hf_hook_name` names module and side.
+    for the module's output there; `hook_point` is ours.
 
     Args:
         dictionary: Its hook points.
@@ -146,7 +146,7 @@ def site_of(
         if point := points.get(key):
             module, _, side = point.rpartition(":")
             site[key] = lens_name(point, family) or (module if side == "out" else point)
-            site[f"hf_{key}"] = f"{module}.{side}put"
+            site[key.replace("name", "point")] = point
     trained_on = {
         "model_dtype": model.get("dtype", ""),
         "context_size": provenance.get("context", ""),

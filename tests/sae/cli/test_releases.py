@@ -49,8 +49,8 @@ def test_conversion_there_and_back(sae, dictionary, tmp_path, capsys):
     assert sae("convert", dictionary, tmp_path / "b", "--to", "saelens") == 0
     assert "nothing: every number is as it was" in capsys.readouterr().out
     metadata = json.loads((tmp_path / "b" / "cfg.json").read_text())["metadata"]
-    assert metadata["hook_name"] == "blocks.1.hook_resid_post"
-    assert metadata["hf_hook_name"] == "model.layers.1.output"
+    assert metadata["hook_name"] == "blocks.1.hook_resid_post"  # as SAELens' models resolve it
+    assert metadata["hook_point"] == "model.layers.1:out"
     assert sae("convert", tmp_path / "b", tmp_path / "c") == 0
     one, other = library.load(dictionary), library.load(tmp_path / "c")
     assert torch.equal(one.W_enc, other.W_enc)
@@ -152,7 +152,7 @@ def test_an_export_names_what_the_provenance_has(sae, dictionary, tmp_path):
     metadata = json.loads((tmp_path / "b" / "cfg.json").read_text())["metadata"]
     assert metadata == {
         "model_name": "org/model", "hook_name": "blocks.4.hook_mlp_out", "context_size": 64,
-        "training_tokens": 4096, "hf_hook_name": "transformer.h.4.mlp.output",
+        "training_tokens": 4096, "hook_point": "transformer.h.4.mlp:out",
         "model_from_pretrained_kwargs": {"dtype": "float32"}, "sae_lens_version": "6.18.0",
     }  # fmt: skip
 
