@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from activations_cache import io
 from activations_cache.checks import CacheFormatError, Progress, silent
 from activations_cache.config import CacheConfig, parse_hook_point
+from activations_cache.encoding import token_ids
 from activations_cache.hooks import capture
 from activations_cache.image_rows import ImageRows, image_widths
 from activations_cache.isolation import Way, read_documents
@@ -28,6 +29,7 @@ from activations_cache.layout import STORAGE
 from activations_cache.locations import PACKAGE, locate
 from activations_cache.manifest import Plan, read_manifest, read_plan
 from activations_cache.models import LoadedModel, load_model
+from activations_cache.pieces import special_ids
 from activations_cache.probe import record_of
 from activations_cache.reader import ActivationCache, open_cache
 from activations_cache.shard import Examples, ShardBuffer
@@ -73,6 +75,7 @@ class ModelSource:
         self._hook_points = config.hook_points
         self._way, self._is_causal = way_of(loaded, packed)
         self.examples = _examples(packed)
+        self._special = special_ids(loaded.tokenizer)
         self.plan = Plan(
             made_from={
                 "model": loaded.identity,
@@ -91,6 +94,7 @@ class ModelSource:
             source_names=packed.source_names,
             label_names=packed.label_names,
             has_segments=packed.segments is not None,
+            exclude_tokens=packed.exclude_tokens,
             request=request_of(config),
         )
 
@@ -112,7 +116,9 @@ class ModelSource:
         """Where the model came from and where it runs."""
         device = self._loaded.model.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return {"model": self._loaded.provenance, "device": name}
+        occurring = np.unique(self.examples.tokens.numpy()).tolist()
+        special = [token for token in occurring if token in self._special]
+        return {"model": self._loaded.provenance, "device": name, "special_tokens": special}
 
 
 def way_of(loaded: LoadedModel, packed: PackedText) -> tuple[Way | None, bool]:
@@ -151,14 +157,48 @@ def load_source(
     if isinstance(loaded, LoadedVisionModel):
         return ImageRows(config, loaded, request_of(config), progress)
     assert config.text is not None, "a language model is loaded for text alone"
+    n_ids = n_embeddings(loaded)
+    require_positions(config.text.context, loaded)
     packed = pack(
         config.text,
         loaded.tokenizer,
         n_rows=config.n_rows,
         skip_positions=config.skip_positions,
+        exclude_tokens=token_ids(config.exclude_tokens, loaded.tokenizer, n_ids),
+        n_ids=n_ids,
         progress=progress,
     )
     return ModelSource(config, loaded, packed, widths(config, loaded))
+
+
+def n_embeddings(loaded: LoadedModel) -> int:
+    """Return how many token ids a model has an embedding for."""
+    embeddings = loaded.model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor), type(embeddings)
+    return embeddings.shape[0]
+
+
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
+
+
+def require_positions(context: int, loaded: LoadedModel) -> None:
+    """Refuse a context that is longer than what the model can read.
+
+    Raises:
+        ValueError: If it is.
+    """
+    text = loaded.model.config.get_text_config()
+    most = [getattr(text, "max_position_embeddings", None)]
+    for name, module in loaded.model.named_modules():
+        if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
+            # The first positions of some stand for padding: those of RoBERTa, or of OPT.
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            most.append(module.num_embeddings - getattr(module, "offset", padding + 1))
+    least = min((n for n in most if isinstance(n, int) and n > 0), default=context)
+    if context > least:
+        raise ValueError(
+            f"text.context must be at most {least}, the positions of the model, got {context}"
+        )
 
 
 def widths(config: CacheConfig, loaded: AnyModel) -> dict[str, int]:
@@ -181,6 +221,11 @@ def request_of(config: CacheConfig) -> dict[str, Any]:
         paths += [source.path for source in config.images.sources]
         paths += [label for label in labels if label.endswith(".npy")]
     given = {name: value for name, value in asdict(config).items() if value is not None}
+    if not config.exclude_tokens:  # as it was before there was such a key
+        del given["exclude_tokens"]
+    for source in given.get("text", {}).get("sources", ()):
+        if not source["special_tokens"]:
+            del source["special_tokens"]
     return {
         "config": json.loads(json.dumps(given)),
         "files": {path: _stamp(path) for path in paths if _is_local(path)},

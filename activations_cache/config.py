@@ -143,7 +143,10 @@ COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)
 Attention = Literal["context", "document"]
 ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
 
-TEXT_FORMATS = (".txt", ".jsonl", ".parquet")
+TEXT_FORMATS = (".txt", ".jsonl", ".parquet", ".arrow")
+
+SPECIAL = "special"
+"""Stands for all special tokens of a tokenizer in `exclude_tokens`."""
 
 _HOOK_POINT = re.compile(r"(?P<module>\w+(?:\.\w+)*):(?P<side>in|out)", re.ASCII)
 
@@ -164,14 +167,13 @@ def parse_hook_point(hook_point: str) -> tuple[str, str]:
 
 
 def text_format(path: str) -> str:
-    """Return the format of a text file by its name: `.txt`, `.jsonl` or `.parquet`.
+    """Return the format of a text file by its name: `.txt`, `.jsonl`, `.parquet` or `.arrow`.
 
     A trailing `.gz` is looked through. Raises ValueError for any other name.
     """
     suffix = PurePosixPath(path.removesuffix(".gz")).suffix
-    require(
-        suffix in TEXT_FORMATS, "path", "end in .txt, .jsonl or .parquet (or these + .gz)", path
-    )
+    rule = "end in .txt, .jsonl, .parquet or .arrow (or these + .gz)"
+    require(suffix in TEXT_FORMATS, "path", rule, path)
     return suffix
 
 
@@ -211,14 +213,14 @@ class TextSource:
     """One file of text and how documents are found in it."""
 
     path: str
-    """A .txt, .jsonl or .parquet file (also .gz), package://PACKAGE/FILE, or dataset://NAME.
+    """A .txt, .jsonl, .parquet or .arrow file (also .gz), package://PACKAGE/FILE, dataset://NAME.
 
     A dataset is one of the `datasets` library: on the hub, or a directory that it can read.
     """
     share: float = 1.0
     """Weight of this source among all: it gives share / (sum of shares) of the rows."""
     field: str = "text"
-    """Field of a record that holds the text (.jsonl, .parquet, dataset)."""
+    """Field of a record that holds the text, or token ids, which are read as they are."""
     label: str | None = None
     """Field of a record that is carried along as the label of its tokens."""
     document_pattern: str | None = None
@@ -230,7 +232,9 @@ class TextSource:
     part: str = "train"
     """Split of a dataset, as its authors call it."""
     n_documents: int | None = None
-    """Only the first so many records are read; needed where a dataset is endless."""
+    """Only the first so many records are read."""
+    special_tokens: bool = False
+    """Whether names of special tokens in the text are read as such; otherwise they are split."""
 
     def __post_init__(self) -> None:
         """Check the fields that need no disk."""
@@ -299,6 +303,8 @@ class CacheConfig:
     """Rows to train on, at least: those of explain and score; hold comes on top by its fraction."""
     skip_positions: int = 1
     """Positions at the start of a context of text that give no row: the first is a sink."""
+    exclude_tokens: tuple[int | str, ...] = ()
+    """Tokens that give no row: ids, names of tokens, or `special` for all special ones."""
     dtype: Dtype = "bfloat16"
     """Number format of the rows on disk; int8 has a scale for each row, and half the size."""
     compression: Compression = "none"
@@ -337,6 +343,8 @@ class CacheConfig:
         if self.text is None:
             rule = "be left out with images, where images.tokens decides"
             require(self.skip_positions == 1, "skip_positions", rule, self.skip_positions)
+            no_tokens = "be left out with images, which have no tokens"
+            require(not self.exclude_tokens, "exclude_tokens", no_tokens, self.exclude_tokens)
             return
         shorter = self.skip_positions < self.text.context
         rule = f"be less than text.context={self.text.context}"

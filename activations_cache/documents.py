@@ -1,6 +1,8 @@
-"""Documents from plain text, JSON lines, Parquet (each also compressed by gzip) or datasets.
+"""Documents from plain text, JSON lines, Parquet, Arrow (also compressed by gzip) or datasets.
 
 Records of a dataset of the `datasets` library: from the hub as a stream, or from a directory.
+
+A record without a text is skipped and counted. A list of ids in its place is read as it is.
 
 A stream that breaks is opened again where it stopped, so faults of the network change no record.
 """
@@ -9,6 +11,7 @@ import gzip
 import io
 import json
 import logging
+import math
 import re
 import time
 import zlib
@@ -16,8 +19,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import pyarrow as pa
 from pyarrow import ArrowInvalid, parquet
 
 from activations_cache.config import ImageSource, TextSource, text_format
@@ -29,6 +33,8 @@ ATTEMPTS = 5
 PAUSE_S = 1.0
 """Before the second attempt; doubled after each."""
 
+
+_PARQUET_ROWS = 1024  # in memory at once
 
 Source = TextSource | ImageSource
 
@@ -119,6 +125,9 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
+Kind = Literal["text", "chat", "ids"]
+
+
 @dataclass(frozen=True)
 class Document:
     """One text that belongs together; it lies in one split as a whole."""
@@ -129,6 +138,8 @@ class Document:
     """The text, without white space at its ends."""
     label: str | None
     """The label of the record, if the source names a field for it."""
+    kind: Kind = "text"
+    """What the text stands for: itself, messages in JSON, or ids in decimal."""
 
 
 def documents(source: TextSource, name: str | None = None) -> Iterator[Document]:
@@ -142,20 +153,48 @@ def documents(source: TextSource, name: str | None = None) -> Iterator[Document]
         FileNotFoundError: If there is no such file or package.
         ValueError: If the file cannot be read, a record lacks a field, or no document is found.
     """
-    name, found = name or source_name(source.path), False
+    name, found, skipped = name or source_name(source.path), False, _Skipped(source)
     try:
-        records = islice(_records(source), source.n_documents)
-        for number, (text, label) in enumerate(records):
-            if text := text.strip():
+        records = islice(_records(source, skipped), source.n_documents)
+        for number, record in enumerate(records):
+            if record is not None and (text := record.text.strip()):
                 found = True
-                yield Document(f"{name}:{number}", text, label)
+                yield Document(f"{name}:{number}", text, record.label, record.kind)
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError, ArrowInvalid) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{source.path} must be a whole {_kind(source)} file in UTF-8, got {reason}"
         ) from error
+    skipped.log()
     if not found:
         raise ValueError(f"{source.path} must hold text, got no document that is not empty")
+
+
+class _Record(NamedTuple):
+    """What a record gives."""
+
+    text: str
+    label: str | None = None
+    kind: Kind = "text"
+
+
+class _Skipped:
+    """Counts the records without a text."""
+
+    def __init__(self, source: TextSource) -> None:
+        self._source, self._n, self._first = source, 0, 0
+
+    def add(self, number: int) -> None:
+        self._first = self._first or number
+        self._n += 1
+
+    def log(self) -> None:
+        if self._n:
+            what = "1 record has" if self._n == 1 else f"{self._n:,} records have"
+            _log.warning(
+                "%s: %s nothing in field %r and gives no document, the first is record %d",
+                self._source.path, what, self._source.field, self._first,
+            )  # fmt: skip
 
 
 def source_name(path: str) -> str:
@@ -163,32 +202,52 @@ def source_name(path: str) -> str:
     return PurePosixPath(path.removesuffix(".gz")).stem
 
 
+def is_open_ended(source: TextSource) -> bool:
+    """Say whether a source is a stream from the hub whose length nobody knows."""
+    is_stream = source.path.startswith(DATASET) and source.n_documents is None
+    return is_stream and not Path(source.path.removeprefix(DATASET)).is_dir()
+
+
 def _kind(source: TextSource) -> str:
     return "dataset" if source.path.startswith(DATASET) else text_format(source.path)
 
 
-def _records(source: TextSource) -> Iterator[tuple[str, str | None]]:
+def _records(source: TextSource, skipped: _Skipped) -> Iterator[_Record | None]:
     kind = _kind(source)
     if kind == "dataset":
-        yield from _of_rows(dataset_rows(source), source)
+        yield from _of_rows(dataset_rows(source), source, skipped)
         return
     path = locate(source.path)
     with gzip.open(path) if source.path.endswith(".gz") else path.open("rb") as file:
-        if kind == ".parquet":
-            yield from _of_rows(_parquet_rows(file, source), source)
+        if kind in (".parquet", ".arrow"):
+            rows = _parquet_rows if kind == ".parquet" else _arrow_rows
+            yield from _of_rows(rows(file, source), source, skipped)
             return
         lines = io.TextIOWrapper(file, encoding="utf-8")
         if kind == ".txt":
-            yield from ((text, None) for text in _parts(lines, source.document_pattern))
+            yield from (_Record(text) for text in _parts(lines, source.document_pattern))
         else:
-            yield from _of_rows(_json_rows(lines, source), source)
+            yield from _of_rows(_json_rows(lines, source), source, skipped)
 
 
 def _of_rows(
-    rows: Iterable[Mapping[str, object]], source: TextSource
-) -> Iterator[tuple[str, str | None]]:
+    rows: Iterable[Mapping[str, object]], source: TextSource, skipped: _Skipped
+) -> Iterator[_Record | None]:
     for number, row in enumerate(rows, start=1):
-        yield _text(row, number, source), _label(row, number, source)
+        if number == 1:  # later records may lack a field, but a wrong name shows here
+            _require_field(row, source.field, f" record {number}", source)
+        entry = row.get(source.field)
+        if _is_nothing(entry):
+            skipped.add(number)
+            yield None
+        else:
+            yield _record(entry, _label(row, number, source), number, source)
+
+
+def _is_nothing(entry: object) -> bool:
+    """Say whether a field is empty; NaN is what pandas writes for that."""
+    is_nan = isinstance(entry, float) and math.isnan(entry)
+    return entry is None or is_nan or (isinstance(entry, list | tuple) and not entry)
 
 
 def _parts(lines: Iterable[str], document_pattern: str | None) -> Iterator[str]:
@@ -223,19 +282,37 @@ def _parquet_rows(file: io.BufferedIOBase, source: TextSource) -> Iterator[Mappi
     wanted = [name for name in (source.field, source.label) if name is not None]
     for name in wanted:
         _require_field(table.schema_arrow.names, name, "", source)
-    for batch in table.iter_batches(columns=wanted):
+    for batch in table.iter_batches(_PARQUET_ROWS, columns=wanted):
         yield from batch.to_pylist()
 
 
-def _text(row: Mapping[str, object], number: int, source: TextSource) -> str:
-    text = _entry(row, source.field, number, source)
+def _arrow_rows(file: io.BufferedIOBase, source: TextSource) -> Iterator[Mapping[str, object]]:
+    """Read Arrow's IPC as a file or as a stream, which is what `datasets` writes."""
+    begin = file.read(6)
+    file.seek(0)
+    wanted = [name for name in (source.field, source.label) if name is not None]
+    is_file = begin == b"ARROW1"
+    with pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file) as reader:
+        for name in wanted:
+            _require_field(reader.schema.names, name, "", source)
+        n = reader.num_record_batches if is_file else None
+        batches = iter(reader) if n is None else (reader.get_batch(i) for i in range(n))
+        for batch in batches:
+            yield from batch.select(wanted).to_pylist()
+
+
+def _record(entry: object, label: str | None, number: int, source: TextSource) -> _Record:
     if source.chat:
-        return _messages(text, number, source)
-    if not isinstance(text, str):
-        raise ValueError(
-            f"{source.path} record {number} must have text in field {source.field!r}, got {text!r}"
-        )
-    return text.encode(errors="replace").decode()  # JSON can hold lone surrogates, UTF-8 cannot
+        return _Record(_messages(entry, number, source), label, "chat")
+    if isinstance(entry, str):
+        # JSON can hold lone surrogates, UTF-8 cannot.
+        return _Record(entry.encode(errors="replace").decode(), label)
+    ids = getattr(entry, "tolist", lambda: entry)()  # a tensor, where a dataset has a format
+    if isinstance(ids, list) and all(type(i) is int for i in ids):
+        return _Record(" ".join(map(str, ids)), label, "ids")
+    raise ValueError(
+        f"{source.path} record {number} must have text in field {source.field!r}, got {entry!r:.60}"
+    )
 
 
 def _messages(entry: object, number: int, source: TextSource) -> str:
@@ -243,7 +320,7 @@ def _messages(entry: object, number: int, source: TextSource) -> str:
     is_chat = isinstance(entry, list) and all(
         isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in entry
     )
-    if not is_chat or not entry:
+    if not is_chat:
         raise ValueError(
             f"{source.path} record {number} must have messages with role and content in field "
             f"{source.field!r}, got {entry!r:.60}"

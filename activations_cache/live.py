@@ -127,7 +127,8 @@ class ActivationStream:
     def _bounds(self) -> tuple[Int64[np.ndarray, " example"], Int64[np.ndarray, " example"]]:
         """Return the global number of each example's first row, and how many rows it gives."""
         plan, examples = self._source.plan, self._source.examples
-        n_rows = examples.gives_row(slice(None), plan.skip_positions).sum(dim=1).numpy()
+        n_rows = examples.gives_row(slice(None), plan.skip_positions, plan.exclude_tokens)
+        n_rows = n_rows.sum(dim=1).numpy()
         first = np.concatenate([
             shard * plan.rows_per_shard + np.cumsum(n_rows[part]) - n_rows[part]
             for shard, part in ((s, plan.examples_of(s)) for s in range(plan.n_shards))

@@ -47,6 +47,8 @@ class Plan:
     """none, or zstd for the files of `acts`."""
     has_segments: bool = False
     """Whether an example may hold several pieces of text that do not see each other."""
+    exclude_tokens: tuple[int, ...] = ()
+    """Token ids that give no row, ascending."""
     request: dict[str, Any] = field(default_factory=dict)
     """What the caller asked for, so that the same request is recognised; not identity."""
 
@@ -85,6 +87,8 @@ class Plan:
         """What the content of every shard depends on."""
         layout = asdict(self)
         del layout["request"]
+        if not self.exclude_tokens:  # the key is newer than many caches
+            del layout["exclude_tokens"]
         return layout.pop("made_from") | layout
 
     @property
@@ -117,8 +121,9 @@ class Plan:
         try:
             identity, request = dict(record["identity"]), dict(record["request"])
             own = {f.name for f in fields(cls)} - {"made_from", "request"}
+            identity.setdefault("exclude_tokens", ())
             layout = {key: identity.pop(key) for key in own}
-            for key in ("source_names", "label_names"):
+            for key in ("source_names", "label_names", "exclude_tokens"):
                 layout[key] = tuple(layout[key])
             return cls(made_from=identity, request=request, **layout)
         except (KeyError, TypeError, ValueError) as error:

@@ -21,6 +21,7 @@ BROKEN = "\ufffd"
 """What a decoder writes for bytes that are no character."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_ESCAPED = re.compile("[\udc80-\udcff]")
 _CLUSTERS = regex.compile(r"\X")
 _JOINING = regex.compile(
     r"[\p{GCB=Extend}\p{GCB=ZWJ}\p{GCB=SpacingMark}\p{GCB=Prepend}\p{GCB=RI}"
@@ -60,7 +61,8 @@ class Pieces(Sequence[str]):
         self._learn([index])
         known = self._bytes[index]
         if known is not None:
-            return known.decode(errors="backslashreplace")
+            text = known.decode(errors="surrogateescape")
+            return _ESCAPED.sub(lambda match: f"<0x{ord(match[0]) - 0xDC00:02X}>", text)
         return str(self._tokenizer.convert_ids_to_tokens(index) or "")
 
     def row(self, ids: Iterable[int]) -> tuple[str, ...]:

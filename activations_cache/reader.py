@@ -214,6 +214,14 @@ class ActivationCache:
         numbers = self._grid.numbers(rows)
         return RowRefs(*(self._int(f"rows/{name}", numbers) for name in RowRefs._fields))
 
+    def is_special(self, rows: RowIds) -> Bool[Tensor, " row"]:
+        """Say of each row whether its token is a special one of the tokenizer.
+
+        A cache that was built before this was recorded says of none that it is.
+        """
+        special = self.manifest.provenance.get("special_tokens", [])
+        return torch.isin(self.refs(rows).token, torch.tensor(special, dtype=torch.int64))
+
     @property
     def examples(self) -> Examples:
         """What the model read."""

@@ -1,6 +1,6 @@
 """The rows of one shard while they are made: cast, checked, counted, then turned into files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -46,10 +46,15 @@ class Examples:
             return torch.arange(self.tokens.shape[1]).expand_as(self.tokens[numbers])
         return torch.from_numpy(positions_in_segments(self.segment[numbers].numpy()))
 
-    def gives_row(self, numbers: slice, skip_positions: int) -> Bool[Tensor, "some pos"]:
-        """Say which tokens give a row: all but padding and the first ones of each segment."""
-        real = self.tokens[numbers] != NO_TOKEN
-        return real & (self.positions(numbers) >= skip_positions)
+    def gives_row(
+        self, numbers: slice, skip_positions: int, exclude_tokens: Sequence[int] = ()
+    ) -> Bool[Tensor, "some pos"]:
+        """Say which tokens give a row: none of padding, the first of each segment, the excluded."""
+        tokens = self.tokens[numbers]
+        given = (tokens != NO_TOKEN) & (self.positions(numbers) >= skip_positions)
+        if exclude_tokens:
+            given &= ~torch.isin(tokens, torch.tensor(exclude_tokens))
+        return given
 
 
 class Rows(NamedTuple):
@@ -83,7 +88,7 @@ def rows_of(
 ) -> tuple[Rows, list[Quarantined]]:
     """Turn what a model gave for some examples into rows, and name those that must be kept out.
 
-    Positions that the plan skips, in each segment, and padding give no row.
+    Positions that the plan skips, in each segment, padding and excluded tokens give no row.
 
     Args:
         plan: The cache.
@@ -96,7 +101,8 @@ def rows_of(
     """
     skip = plan.skip_positions
     some = slice(numbers.start, numbers.stop)
-    token, real = examples.tokens[some, skip:], examples.gives_row(some, skip)[:, skip:]
+    token = examples.tokens[some, skip:]
+    real = examples.gives_row(some, skip, plan.exclude_tokens)[:, skip:]
     position = torch.arange(skip, plan.context).expand_as(token).reshape(-1)
     example = torch.arange(numbers.start, numbers.stop)[:, None].expand_as(token).reshape(-1)
     token = token.reshape(-1)

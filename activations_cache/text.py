@@ -13,11 +13,11 @@ Documents to contexts of equal length: joined and cut, or each for itself.
 """
 
 import hashlib
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,22 +27,24 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from activations_cache.checks import Progress, silent
 from activations_cache.config import SPLITS, TRAINING_SPLITS, TextConfig
-from activations_cache.documents import Document, documents, source_name
+from activations_cache.corpus import (
+    BUNCH_CHARACTERS,
+    CHARACTERS_PER_TOKEN,
+    Bucket,
+    Corpus,
+    buckets_of,
+    hashed,
+    labels_of,
+    names_of,
+    source_names,
+)
+from activations_cache.encoding import Encoder
 
 SEPARATOR = "\n\n"
 NO_TOKEN = -1
 """Padding: the model reads something there, but it gives no row."""
 
 _TOKENIZER_BATCH = 64
-
-
-class Bucket(NamedTuple):
-    """The documents of one source and one split, in their order."""
-
-    source: int
-    split: int
-    documents: list[Document]
-    is_chat: bool = False
 
 
 class Part(NamedTuple):
@@ -62,7 +64,7 @@ class Packer:
     `skip_positions` tokens of the next document would fit.
 
     Args:
-        tokenizer: Turns text into ids.
+        encoder: Turns text into ids.
         config: Length of a context, and how far attention reaches.
         n_contexts: Contexts of all buckets, for the progress.
         skip_positions: Positions at the start of each piece that give no row.
@@ -71,15 +73,15 @@ class Packer:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        encoder: Encoder,
         config: TextConfig,
         n_contexts: int,
         skip_positions: int,
         progress: Progress,
     ):
-        self._tokenizer = tokenizer
-        self._separator = self._ids([SEPARATOR])[0]
-        self._front = _front(tokenizer)
+        self._encoder = encoder
+        self._separator = encoder.text(SEPARATOR)
+        self._front = encoder.front
         self._context = config.context
         self._width = config.context - len(self._front)
         if self._width < 1:
@@ -92,15 +94,14 @@ class Packer:
 
     def cut(self, bucket: Bucket, n_contexts: int) -> Part:
         """Return `n_contexts` contexts, or as many as the bucket fills."""
-        if n_contexts == 0:
-            bucket = bucket._replace(documents=[])
+        documents = self._documents(bucket, n_contexts) if n_contexts else iter(())
         cutter = self._cut_alone if self._by_document else self._cut_joined
-        return cutter(bucket, n_contexts)
+        return cutter(documents, n_contexts)
 
-    def _cut_joined(self, bucket: Bucket, n_contexts: int) -> Part:
+    def _cut_joined(self, documents: Iterable[tuple[int, list[int]]], n_contexts: int) -> Part:
         tokens, owners = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
         n_missing = n_contexts * self._width
-        for owner, ids in self._documents(bucket):
+        for owner, ids in documents:
             tokens.append(np.array(ids + self._separator, np.int32))
             owners.append(np.array([owner] * len(ids) + [-1] * len(self._separator), np.int32))
             self._report(min(len(tokens[-1]), n_missing))
@@ -112,12 +113,12 @@ class Packer:
         owned = self._fold(np.concatenate(owners), n_contexts, front)
         return Part(folded, owned, np.zeros_like(folded))
 
-    def _cut_alone(self, bucket: Bucket, n_contexts: int) -> Part:
+    def _cut_alone(self, documents: Iterable[tuple[int, list[int]]], n_contexts: int) -> Part:
         shape = (n_contexts, self._context)
         tokens, owners = np.full(shape, NO_TOKEN, np.int32), np.full(shape, -1, np.int32)
         segments, n_front = np.zeros(shape, np.int32), len(self._front)
         context, at, segment = 0, 0, 0
-        for owner, document in self._documents(bucket):
+        for owner, document in documents:
             ids = document
             while ids and context < n_contexts:
                 piece = [*self._front, *ids[: self._context - at - n_front]]
@@ -133,18 +134,15 @@ class Packer:
                 break
         return Part(tokens[:context], owners[:context], segments[:context])
 
-    def _documents(self, bucket: Bucket) -> Any:
+    def _documents(self, bucket: Bucket, n_contexts: int) -> Iterator[tuple[int, list[int]]]:
         """Yield the number and the ids of each document."""
-        for start in range(0, len(bucket.documents), _TOKENIZER_BATCH):
-            batch = bucket.documents[start : start + _TOKENIZER_BATCH]
-            texts = [self._text(document, bucket.is_chat) for document in batch]
-            yield from enumerate(self._ids(texts), start=start)
-
-    def _text(self, document: Document, is_chat: bool) -> str:
-        if not is_chat:
-            return document.text
-        messages = json.loads(document.text)
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
+        needed = n_contexts * self._context * CHARACTERS_PER_TOKEN
+        at_once = min(needed, BUNCH_CHARACTERS)
+        number, documents = 0, iter(replace(bucket.documents, n_characters=at_once))
+        while some := list(islice(documents, _TOKENIZER_BATCH)):
+            for ids in self._encoder.of_documents(some, speak=bucket.speak):
+                yield number, ids
+                number += 1
 
     def _report(self, n_new: int) -> None:
         self._n_done += n_new
@@ -155,23 +153,12 @@ class Packer:
         body = stream[: n_full * self._width].reshape(n_full, self._width)
         return np.hstack([np.tile(np.array(front, np.int32), (n_full, 1)), body])
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
 
 def positions_in_segments(segments: np.ndarray) -> np.ndarray:
     """Return for each token its position in its segment: (example, pos)."""
     position = np.arange(segments.shape[1])
     begins = np.diff(segments, axis=1, prepend=-1) != 0
     return position - np.maximum.accumulate(np.where(begins, position, 0), axis=1)
-
-
-def _front(tokenizer: Tokenizer) -> list[int]:
-    """Return what the tokenizer puts before any text, such as a BOS."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    return whole[: next(starts)]
 
 
 class TooShort(ValueError):
@@ -200,6 +187,8 @@ class PackedText:
     """Labels of all documents of the sources, sorted; the same for every number of rows."""
     source_names: tuple[str, ...]
     """One name for each source: its file name."""
+    exclude_tokens: tuple[int, ...]
+    """Ids that give no row."""
     identity: dict[str, object]
     """A hash of the contents, and the configuration that led to them."""
 
@@ -210,6 +199,8 @@ def pack(
     *,
     n_rows: int,
     skip_positions: int = 0,
+    exclude_tokens: Sequence[int] = (),
+    n_ids: int | None = None,
     progress: Progress | None = None,
 ) -> PackedText:
     """Pack enough contexts for `n_rows` rows of explain and score, and hold in proportion to it.
@@ -219,19 +210,58 @@ def pack(
         tokenizer: Turns text into ids.
         n_rows: Rows wanted from explain and score together, at least.
         skip_positions: Positions of each context that give no row.
-        progress: Called with the number of tokens packed so far.
+        exclude_tokens: Ids that give no row.
+        n_ids: Ids that the model has an embedding for; None where nobody knows.
+        progress: Called with the number of documents looked at, then of tokens packed.
 
     Raises:
         FileNotFoundError: If a source does not exist.
         ValueError: If a source cannot be read or is too short; the message says what it gives.
     """
-    rows_per_context = config.context - skip_positions
-    buckets, n_wanted = _read(config), n_rows
+    given = _Given(config, Encoder(tokenizer, n_ids), skip_positions, tuple(exclude_tokens))
+    report, n_characters = progress or silent, CHARACTERS_PER_TOKEN * n_rows
+    corpora = [
+        Corpus(source, name, config, n_characters, report)
+        for source, name in zip(config.sources, source_names(config), strict=True)
+    ]
+    while True:
+        try:
+            return _packed(given, corpora, n_rows, report)
+        except TooShort:  # of what was read; an endless stream has more
+            n_characters *= 2
+            more = [corpus.read_further(n_characters) for corpus in corpora]
+            if not any(more):
+                raise
+
+
+class _Given(NamedTuple):
+    """What decides which tokens give rows."""
+
+    config: TextConfig
+    encoder: Encoder
+    skip_positions: int
+    exclude_tokens: tuple[int, ...]
+
+    def n_rows(self, part: Part) -> int:
+        """Rows that some contexts give."""
+        inside = positions_in_segments(part.segments) >= self.skip_positions
+        excluded = np.isin(part.tokens, self.exclude_tokens)
+        return int((inside & (part.tokens != NO_TOKEN) & ~excluded).sum())
+
+
+def _packed(given: _Given, corpora: list[Corpus], n_rows: int, report: Progress) -> PackedText:
+    config, rows_per_context = given.config, given.config.context - given.skip_positions
+    buckets, n_wanted = buckets_of(config, corpora), n_rows
     while True:
         quotas = _quotas(config, math.ceil(n_wanted / rows_per_context))
-        packer = Packer(tokenizer, config, sum(quotas), skip_positions, progress or silent)
+        packer = Packer(given.encoder, config, sum(quotas), given.skip_positions, report)
         parts = [packer.cut(bucket, n) for bucket, n in zip(buckets, quotas, strict=True)]
-        n_given = sum(_n_rows(part, skip_positions) for part in _training(buckets, parts))
+        n_given = sum(given.n_rows(part) for part in _training(buckets, parts))
+        if given.exclude_tokens and not n_given and any(len(part.tokens) for part in parts):
+            raise ValueError(
+                f"exclude_tokens must leave rows, got {len(given.exclude_tokens)} tokens and no "
+                "row that is none of them; exclude fewer"
+            )
         if n_wanted > n_rows and any(
             len(part.tokens) < quota for part, quota in zip(parts, quotas, strict=True)
         ):
@@ -241,7 +271,7 @@ def pack(
             )
         _require_enough(config, n_wanted, rows_per_context, [len(part.tokens) for part in parts])
         if n_given >= n_rows:
-            return _assemble(config, buckets, parts)
+            return _assemble(given, corpora, buckets, parts)
         # Pieces of documents and padding give fewer rows than whole contexts would.
         n_wanted = math.ceil(n_wanted * n_rows / max(n_given, 1)) + rows_per_context
 
@@ -249,11 +279,6 @@ def pack(
 def _training(buckets: list[Bucket], parts: list[Part]) -> list[Part]:
     numbers = [SPLITS.index(name) for name in TRAINING_SPLITS]
     return [p for bucket, p in zip(buckets, parts, strict=True) if bucket.split in numbers]
-
-
-def _n_rows(part: Part, skip_positions: int) -> int:
-    inside = positions_in_segments(part.segments) >= skip_positions
-    return int((inside & (part.tokens != NO_TOKEN)).sum())
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
@@ -278,33 +303,6 @@ def _quotas(config: TextConfig, n_training: int) -> list[int]:
     return quotas
 
 
-def _read(config: TextConfig) -> list[Bucket]:
-    """Read all sources and deal their documents to the splits; the split varies fastest."""
-    buckets = []
-    for index, (source, name) in enumerate(zip(config.sources, _names(config), strict=True)):
-        dealt: list[list[Document]] = [[] for _ in SPLITS]
-        for document in documents(source, name):
-            dealt[_split(document, config)].append(document)
-        for split, part in enumerate(dealt):
-            part.sort(key=lambda document: _hash(config.seed, "order", document.text))
-            buckets.append(Bucket(index, split, part, source.chat))
-    return buckets
-
-
-def _split(document: Document, config: TextConfig) -> int:
-    drawn = int.from_bytes(_hash(config.seed, "split", document.text)) / 2**64
-    if drawn < config.explain:
-        return 0
-    return 1 if drawn < config.explain + config.score else 2
-
-
-def _names(config: TextConfig) -> tuple[str, ...]:
-    """Return the sources' file names, numbered where two are the same."""
-    names = [source_name(source.path) for source in config.sources]
-    repeats = [names[:i].count(name) for i, name in enumerate(names)]
-    return tuple(f"{name}#{n + 1}" if n else name for name, n in zip(names, repeats, strict=True))
-
-
 def _require_enough(
     config: TextConfig, n_rows: int, rows_per_context: int, n_found: list[int]
 ) -> None:
@@ -320,7 +318,7 @@ def _require_enough(
     while any(n < quota for n, quota in zip(n_found, _quotas(config, n_fitting), strict=True)):
         n_fitting -= 1
     gives = n_fitting * rows_per_context
-    name, split = _names(config)[worst // len(SPLITS)], SPLITS[worst % len(SPLITS)]
+    name, split = source_names(config)[worst // len(SPLITS)], SPLITS[worst % len(SPLITS)]
     raise TooShort(
         f"text must give at least {n_rows} rows of explain and score, got {gives}: "
         f"{name} fills {n_found[worst]} of {quotas[worst]} contexts of {config.context} tokens "
@@ -328,21 +326,22 @@ def _require_enough(
     )
 
 
-def _assemble(config: TextConfig, buckets: list[Bucket], parts: list[Part]) -> PackedText:
+def _assemble(
+    given: _Given, corpora: list[Corpus], buckets: list[Bucket], parts: list[Part]
+) -> PackedText:
     """Put the contexts of all buckets in one order that mixes them."""
+    config = given.config
     origin = [
         (bucket.source, bucket.split, i)
         for bucket, part in zip(buckets, parts, strict=True)
         for i in range(len(part.tokens))
     ]
-    order = sorted(range(len(origin)), key=lambda e: _hash(config.seed, "context", *origin[e]))
+    order = sorted(range(len(origin)), key=lambda e: hashed(config.seed, "context", *origin[e]))
     source, split, _ = np.array(origin, np.int64)[order].T
-    every = [document for bucket in buckets for document in bucket.documents]
     owners = _owners_in_every(buckets, parts)[order]
     used = np.unique(owners[owners >= 0])
-    label_names = tuple(sorted({d.label for d in every if d.label is not None}))
-    label_ids = {None: -1} | {name: i for i, name in enumerate(label_names)}
-    label_of = np.array([*(label_ids[d.label] for d in every), -1], np.int32)
+    label_names = tuple(sorted({name for corpus in corpora for name in corpus.label_names}))
+    label_of = np.array([*labels_of(corpora, buckets, label_names), -1], np.int32)
     tensors = {
         "tokens": np.concatenate([part.tokens for part in parts])[order],
         "split": split.copy(),
@@ -357,16 +356,17 @@ def _assemble(config: TextConfig, buckets: list[Bucket], parts: list[Part]) -> P
     return PackedText(
         **{n: torch.from_numpy(a) for n, a in tensors.items() if n != "segments"},
         segments=segments,
-        document_ids=tuple(every[i].id for i in used),
+        document_ids=names_of(used, corpora, buckets),
         label_names=label_names,
-        source_names=_names(config),
+        source_names=source_names(config),
+        exclude_tokens=given.exclude_tokens,
         identity=_identity(config, tensors),
     )
 
 
 def _owners_in_every(buckets: list[Bucket], parts: list[Part]) -> np.ndarray:
     """Return the owners of all parts as indices into the documents of all buckets."""
-    offsets = np.cumsum([0] + [len(bucket.documents) for bucket in buckets])[:-1]
+    offsets = np.cumsum([0] + [len(bucket.documents.places) for bucket in buckets])[:-1]
     return np.concatenate([
         np.where(part.owners < 0, -1, part.owners + offset)
         for part, offset in zip(parts, offsets, strict=True)
@@ -378,12 +378,10 @@ def _identity(config: TextConfig, tensors: dict[str, np.ndarray]) -> dict[str, o
     for name in sorted(tensors.keys() - {"documents"}):
         digest.update(tensors[name].tobytes())
     settings = asdict(config)
-    for source, name in zip(settings["sources"], _names(config), strict=True):
+    for source, name in zip(settings["sources"], source_names(config), strict=True):
         source["path"] = name  # the same text wherever it lies
         source["share"] = float(source["share"])
+        if not source["special_tokens"]:  # the key is newer than many caches
+            del source["special_tokens"]
     settings["sources"] = list(settings["sources"])
     return {"text_sha256": digest.hexdigest(), "separator": SEPARATOR, **settings}
-
-
-def _hash(*parts: object) -> bytes:
-    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()

@@ -118,6 +118,7 @@ def held_out(cache: ActivationCache, hook_point: str, config: EvaluateConfig) ->
         skip_positions=cache.manifest.plan.skip_positions,
         mean=cache[hook_point].mean,
         means={point: cache[point].mean for point in cache.hook_points},
+        exclude_tokens=cache.manifest.plan.exclude_tokens,
     )
 
 

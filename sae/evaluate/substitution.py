@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor, nn
 
 from activations_cache.checks import Progress, silent
@@ -36,6 +36,12 @@ class HeldOut(NamedTuple):
     """The mean row of the stream."""
     means: Mapping[str, Float[Tensor, " _"]] = MappingProxyType({})
     """Mean rows of other hook points, for the dictionaries that predict these."""
+    exclude_tokens: tuple[int, ...] = ()
+    """Tokens that give no row; at them the stream stays the model's own, and nothing is scored."""
+
+    def excluded(self, tokens: Int[Tensor, "some pos"]) -> Bool[Tensor, "some pos"]:
+        """Say which tokens of some contexts are excluded."""
+        return torch.isin(tokens, torch.tensor(self.exclude_tokens, dtype=tokens.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +100,14 @@ class _Streams:
         read = (part.hook_point for d in dictionaries.values() for part in d.config.inputs)
         self._model, self._points = model, tuple(dict.fromkeys(read))
         self._streams: dict[str, Tensor] = {}
+        self.excluded: Tensor = torch.empty(0)
+        """Which tokens of the contexts at hand give no row."""
 
-    def read(self, input_ids: Int[Tensor, "example pos"]) -> None:
+    def read(
+        self, input_ids: Int[Tensor, "example pos"], excluded: Bool[Tensor, "example pos"]
+    ) -> None:
         """Run the model up to the last of the hook points."""
+        self.excluded = excluded
         if self._points:
             with capture(self._model, self._points) as run:
                 self._streams = run(input_ids)
@@ -198,7 +209,7 @@ def _tasks(
         }
     n_contexts = len(held_out.tokens)
     for name, each in rows.items():
-        kept = {point: _keeping(fn, held_out.skip_positions) for point, fn in each.items()}
+        kept = {point: _keeping(fn, held_out, streams) for point, fn in each.items()}
         yield _Task("intact", name, kept, n_contexts)
     if config.n_contexts_special:
         for name, each in rows.items():
@@ -213,9 +224,14 @@ def _reconstructed(dictionary: SparseAutoencoder) -> Replacement:
     return lambda stream: dictionary(stream.flatten(0, 1).float()).view(stream.shape).to(stream)
 
 
-def _keeping(replacement: Replacement, skip_positions: int) -> Replacement:
+def _keeping(replacement: Replacement, held_out: HeldOut, streams: _Streams) -> Replacement:
+    first = held_out.skip_positions
+
     def replace(stream: Float[Tensor, "example pos d_model"]) -> Float[Tensor, "example pos _"]:
-        return torch.cat([stream[:, :skip_positions], replacement(stream)[:, skip_positions:]], 1)
+        given = torch.cat([stream[:, :first], replacement(stream)[:, first:]], 1)
+        if held_out.exclude_tokens:
+            return torch.where(streams.excluded.to(stream.device)[..., None], stream, given)
+        return given
 
     return replace
 
@@ -235,14 +251,17 @@ def _run(
         tokens = held_out.tokens[start : start + config.contexts_per_forward]
         input_ids = tokens.clamp_min(0)
         base = replay.base(input_ids).logits
-        streams.read(input_ids)
+        excluded = held_out.excluded(tokens)
+        streams.read(input_ids, excluded)
+        scored = tokens.clone()
+        scored[:, 1:][excluded[:, :-1]] = -1  # what an excluded token predicts
         for task in tasks:
             n_here = min(len(tokens), task.n_contexts - start)
             if n_here <= 0:
                 continue
             first, *more = task.replacements.items()
             logits = replay.spliced(input_ids, first[1], dict(more))
-            tally = compare(base, logits, tokens, held_out.skip_positions)
+            tally = compare(base, logits, scored, held_out.skip_positions)
             part = Tally(*(values[:n_here] for values in tally))
             parts.setdefault((task.special, task.name), []).append(part)
             done += n_here

@@ -349,6 +349,8 @@ class TrainConfig:
     """Passes over the rows."""
     seed: int = 0
     """Decides the order of the rows and the first weights."""
+    max_norm: float | None = 10.0
+    """Rows larger than so many times the median norm are left out; null keeps all."""
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     """Format of the encoder's and the dense products; auto: bf16 where the device has it."""
     checkpoint_seconds: float = 60.0
@@ -375,6 +377,8 @@ class TrainConfig:
             parts = entry.accumulate
             require(parts <= self.batch, f"saes.{name}.accumulate", rule, parts)
         at_least("seed", self.seed, 0)
+        if self.max_norm is not None:
+            at_least("max_norm", self.max_norm, 1)
         positive("checkpoint_seconds", self.checkpoint_seconds)
         positive("rank_timeout_seconds", self.rank_timeout_seconds)
 

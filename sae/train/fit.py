@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 
 from activations_cache.config import TRAINING_SPLITS
+from activations_cache.outliers import looked_at
 from monosema.checks import Progress, silent
 from sae.config import digest
 from sae.pretrained.monosema_format import save
@@ -115,6 +116,9 @@ def _train(
     cache: "ActivationCache", config: TrainConfig, path: Path, ranks: Ranks, progress: Progress
 ) -> dict[str, Path]:
     require_wandb(config.wandb)
+    where = sites(config.saes, cache.hook_points)
+    points = dict.fromkeys(p for s in where.values() for p in (*s.inputs, *s.outputs))
+    cache = looked_at(cache, tuple(points), config.max_norm)
     total_steps = cache.n_batches(batch=config.batch, epochs=config.epochs)
     if total_steps < 1:
         n_rows = len(cache.rows(TRAINING_SPLITS))
@@ -125,7 +129,6 @@ def _train(
         raise ValueError(f"train.batch must {rule}, got {config.batch}; raise it")
     precision = resolve_precision(config.precision)
     identity = _identity(cache, config, precision)
-    where = sites(config.saes, cache.hook_points)
     _require_memory(cache, config, where, precision, ranks)
     steps = {
         name: TrainStep(
@@ -169,6 +172,8 @@ def _train(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+    if n_left_out := getattr(cache, "n_left_out", 0):
+        provenance["rows_left_out"] = {"max_norm": config.max_norm, "n": n_left_out}
     _save(steps, where, path, provenance)
     ranks.require_same(total_steps, "the number of steps")  # and all is there when one returns
     return {name: path / name for name in steps}
@@ -235,6 +240,8 @@ def _identity(cache: "ActivationCache", config: TrainConfig, precision: str) -> 
     found = config.record()
     for name in ("latent_shards", "rank_timeout_seconds", "log_every", "wandb"):
         del found[name]
+    if not getattr(cache, "n_left_out", 0):  # then the rows are those of every limit
+        del found["max_norm"]
     return digest({"cache": cache.fingerprint, "train": found, "precision": precision})
 
 

@@ -276,4 +276,7 @@ def units(
     if entry.input_norm != "none":
         return 1.0, None
     variance = mean_square_norm - float(mean.double().square().sum())
+    if not variance > 0:
+        rule = f"differ from each other, got a variance of {variance:.3g}"
+        raise ValueError(f"rows to train on must {rule}; check the hook point")
     return (mean.shape[0] / variance) ** 0.5, mean.float()

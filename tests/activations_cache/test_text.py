@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from activations_cache.config import SPLITS, TextConfig, TextSource
+from activations_cache.corpus import hashed as text_hash
+from activations_cache.corpus import split_of
 from activations_cache.documents import Document, documents
-from activations_cache.text import SEPARATOR, PackedText, Packer, apportion, pack
-from activations_cache.text import _hash as text_hash
-from activations_cache.text import _split as split_of
+from activations_cache.encoding import Encoder
+from activations_cache.text import SEPARATOR, PackedText, apportion, pack
 
 texts = st.lists(
     st.text(alphabet="abc \n.", min_size=1, max_size=60).filter(str.strip), min_size=1, max_size=29
@@ -244,13 +246,13 @@ def test_only_as_many_documents_are_tokenised_as_are_needed(
     tiny_text_config, tiny_tokenizer, monkeypatch
 ):
     n_texts = []
-    ids = Packer._ids
+    ids = Encoder.of_documents
 
-    def counted(packer: Packer, texts: list[str]) -> list[list[int]]:
-        n_texts.append(len(texts))
-        return ids(packer, texts)
+    def counted(encoder: Encoder, documents: list[Document], *, speak: bool) -> Iterator[list[int]]:
+        n_texts.append(len(documents))
+        return ids(encoder, documents, speak=speak)
 
-    monkeypatch.setattr(Packer, "_ids", counted)
+    monkeypatch.setattr(Encoder, "of_documents", counted)
     few = pack(tiny_text_config, tiny_tokenizer, n_rows=61)
     n_few = sum(n_texts)
     many = pack(tiny_text_config, tiny_tokenizer, n_rows=9001)
@@ -263,7 +265,9 @@ def test_progress_counts_tokens_to_the_end(tiny_text_config, tiny_tokenizer):
     calls = []
     pack(tiny_text_config, tiny_tokenizer, n_rows=90 * 31, progress=lambda *c: calls.append(c))
     assert calls[-1] == (100 * 31, 100 * 31, "tokens packed")
-    assert [c[0] for c in calls] == sorted(c[0] for c in calls)
+    packed = [c[0] for c in calls if c[2] == "tokens packed"]
+    assert packed == sorted(packed)
+    assert calls[0] == (1, 0, "documents looked at")
 
 
 @settings(deadline=None)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from types import MappingProxyType
 
 import hypothesis
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from activations_cache import text
+from activations_cache import corpus, text
 from activations_cache.config import TextConfig, TextSource
 from activations_cache.documents import Document
 from activations_cache.manifest import Plan
@@ -26,7 +27,20 @@ class Words(PreTrainedTokenizerBase):
     def __init__(self, has_bos: bool):
         object.__setattr__(self, "has_bos", has_bos)
 
-    def __call__(self, texts, add_special_tokens: bool = True, verbose: bool = True):
+    unk_token_id = None
+    all_special_ids = (FRONT,)
+    added_tokens_decoder = MappingProxyType({})
+
+    def __len__(self):
+        return 126
+
+    def convert_ids_to_tokens(self, ids):
+        return ["<s>" for _ in ids]
+
+    def decode(self, ids):
+        return "".join(chr(97 + i - 100) if i >= 100 else "" for i in ids)
+
+    def __call__(self, texts, add_special_tokens: bool = True, **_):
         if isinstance(texts, str):
             front = [FRONT] if self.has_bos and add_special_tokens else []
             return {"input_ids": front + self._ids(texts)}
@@ -59,7 +73,7 @@ def documents_of(lengths: list[int]) -> list[Document]:
 
 def check(case: dict, monkeypatch: pytest.MonkeyPatch) -> bool:
     documents = documents_of(case["lengths"])
-    monkeypatch.setattr(text, "documents", lambda source, name: iter(documents))
+    monkeypatch.setattr(corpus, "documents", lambda source, name: iter(documents))
     skip, context = case["skip"], case["context"]
     config = TextConfig(
         sources=(TextSource(path="d.txt"),), context=context, attention=case["attention"],
