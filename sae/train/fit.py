@@ -163,11 +163,9 @@ def _train(
             )
         saver.save(module.n_steps, module.full_state())
     provenance = {
-        "cache": cache.fingerprint,
-        "model": _model_of(cache),
+        **_made_from(cache),
         "seed": config.seed,
         "rows": total_steps * config.batch,
-        "context": cache.manifest.plan.context,
         "precision": precision,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -188,6 +186,12 @@ def _save(
         if step.ranks.is_first:
             own = {"hook_points": where[name].inputs, "recipe": asdict(step.config)}
             save(whole, path / name, {**provenance, **own})
+
+
+def _made_from(cache: "ActivationCache") -> dict[str, Any]:
+    """The cache, its model and the length of its contexts, for the provenance."""
+    context = cache.manifest.plan.context
+    return {"cache": cache.fingerprint, "model": _model_of(cache), "context": context}
 
 
 def _model_of(cache: "ActivationCache") -> dict[str, Any]:
