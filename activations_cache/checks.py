@@ -48,6 +48,11 @@ def package_path(path: str) -> None:
     require(is_right, "path", "have the form package://PACKAGE/inner/path", path)
 
 
+LATER = {"later": True}
+"""Marks a key that came after caches and runs were made: at its default it is no part of what
+tells requests apart."""
+
+
 class CacheFormatError(ValueError):
     """A directory is not a cache, is unfinished, is damaged, or was made from something else."""
 

@@ -6,10 +6,10 @@ Where the figures of a training run go, as frozen configs; no torch here.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from activations_cache.checks import at_least, positive, require
+from activations_cache.checks import LATER, at_least, positive, require
 from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK, check_k
 from sae.train.loss_config import (
     L0,
@@ -321,7 +321,7 @@ class TrainConfig:
     """Passes over the rows."""
     seed: int = 0
     """Decides the order of the rows and the first weights."""
-    max_norm: float | None = 10.0
+    max_norm: float | None = field(default=10.0, metadata=LATER)
     """Rows larger than so many times the median norm are left out; null keeps all."""
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     """Format of the encoder's and the dense products; auto: bf16 where the device has it."""
