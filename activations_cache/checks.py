@@ -6,9 +6,10 @@ What can go wrong with a cache on disk, each as its own class.
 import math
 import re
 
-from monosema.checks import Progress, at_least, fraction, positive, require, silent
+from monosema.checks import LATER, Progress, at_least, fraction, positive, require, silent
 
 __all__ = [
+    "LATER",
     "CacheBusyError",
     "CacheFormatError",
     "DiskFullError",

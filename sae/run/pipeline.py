@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +29,11 @@ class _Step(NamedTuple):
 
 
 STEPS = (
-    _Step("cache", steps.cache, lambda c: asdict(c.cache)),
-    _Step("train", steps.train, lambda c: c.train.record()),
-    _Step("evaluate", steps.evaluate, lambda c: asdict(c.evaluate)),
-    _Step("explain", steps.explain, lambda c: asdict(c.explain)),
-    _Step("steer", steps.steer, lambda c: asdict(c.steer), of_images=False),
+    _Step("cache", steps.cache, lambda c: c.cache),
+    _Step("train", steps.train, lambda c: c.train),
+    _Step("evaluate", steps.evaluate, lambda c: c.evaluate),
+    _Step("explain", steps.explain, lambda c: c.explain),
+    _Step("steer", steps.steer, lambda c: c.steer, of_images=False),
     _Step("browse", steps.browse, lambda c: {"title": c.title}),
 )
 

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger
 from activations_cache.config import TRAINING_SPLITS
 from activations_cache.outliers import looked_at
 from monosema.checks import Progress, silent
-from sae.config import digest
+from sae.config import digest, to_dict
 from sae.pretrained.monosema_format import save
 from sae.train import checkpoint, curves
 from sae.train.checkpoint import Saver
@@ -241,11 +241,12 @@ def _require_memory(
 
 def _identity(cache: "ActivationCache", config: TrainConfig, precision: str) -> str:
     """Digest of what is trained on what; not by how many processes, nor what is logged."""
-    found = config.record()
+    found = to_dict(config, all_keys=False)
     for name in ("latent_shards", "rank_timeout_seconds", "log_every", "wandb"):
         del found[name]
-    if not getattr(cache, "n_left_out", 0):  # then the rows are those of every limit
-        del found["max_norm"]
+    found.pop("max_norm", None)
+    if getattr(cache, "n_left_out", 0):  # else the rows are those of every limit
+        found["max_norm"] = config.max_norm
     return digest({"cache": cache.fingerprint, "train": found, "precision": precision})
 
 
