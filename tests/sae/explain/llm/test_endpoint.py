@@ -156,7 +156,7 @@ def test_killed_runs_go_on_where_they_were(n, n_kills, serve, tmp_path, reposito
     assert total - settled <= 8 * n_kills  # only what was under way when the run was killed
     assert endpoint.n_calls <= total <= cap  # every call was reserved before it was sent
     _log.info(
-        "%d of %d latents, %d kills: %d calls, %d reserved, %d cut off by kills, %d stored asked again",
+        "%d of %d latents, %d kills, %d calls, %d reserved, %d cut off, %d stored ones asked again",
         n, n, n_kills, endpoint.n_calls, total, total - settled, len(again),
     )  # fmt: skip
 
