@@ -67,7 +67,8 @@ def trial_tokens(
     get = getattr(model, "get_input_embeddings", None)
     embedding = None if get is None else attempt(get)
     weight = getattr(embedding, "weight", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    get_text: Any = getattr(config, "get_text_config", None)
+    text = config if get_text is None else get_text()
     n_vocab = getattr(text, "vocab_size", None) or (len(weight) if weight is not None else 8)
     usable = torch.tensor([i for i in range(min(n_vocab, 4096)) if i not in special])
     chosen = torch.randint(
