@@ -326,7 +326,7 @@ def readout(model: nn.Module) -> Float[Tensor, "vocab d_model"]:
         ValueError: If the model's own logits do not come about in this way.
     """
     path = logits_path(model)
-    head: Any = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     weight = head.weight.detach().float() * path.scale
     if path.norm:
         norm: Any = model.get_submodule(path.norm)
