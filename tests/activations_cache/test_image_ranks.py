@@ -79,6 +79,6 @@ def test_three_processes_build_what_one_does(config: CacheConfig, tmp_path: Path
     assert skipped.name == "cat/broken.png"
     assert skipped.reason == "UnidentifiedImageError: cannot identify image file"
     journals = list(shared.path.glob("journal.rank*.jsonl"))
-    assert 1 < len(journals) <= N_RANKS  # one that starts late may find no shard left
+    assert len(journals) == N_RANKS
     written = sum(journal.read_bytes().count(b"\n") for journal in journals)
     assert written == alone.manifest.plan.n_shards > N_RANKS
