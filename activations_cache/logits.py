@@ -114,6 +114,26 @@ def gain_of(
     return seen, bias
 
 
+@torch.no_grad()
+def rows_of(head: nn.Module, like: Float[Tensor, "row d"]) -> Float[Tensor, "vocab d"]:
+    """What a head multiplies a row by, without its bias; float32.
+
+    A weight is taken as it is where nothing else is done: in 8 bits it has a scale, an adapter
+    adds to it.
+    """
+    made = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    bias = head(torch.zeros_like(like[:1])).float()
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        rows = weight.detach().float()
+        exact = 1e-4 if like.dtype in {torch.float32, torch.float64} else 1e-2
+        fits = rows.shape == (bias.shape[1], made.shape[1])
+        if fits and largest_error(head(made).float() - bias, made.float() @ rows.T) <= exact:
+            return rows
+    parts = torch.eye(like.shape[1], device=like.device, dtype=like.dtype).split(512)
+    return torch.cat([head(part).float() - bias for part in parts]).T
+
+
 def divided(rows: Float[Tensor, "*pos d"], is_centred: bool) -> Float[Tensor, "*pos d"]:
     """Rows divided by their root mean square, without their mean first where that is taken off."""
     rows = rows - rows.mean(dim=-1, keepdim=True) if is_centred else rows

@@ -8,17 +8,23 @@ how a stream becomes logits differ between families and releases.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from activations_cache.hooks import blocks_of, capture
 from activations_cache.isolation import Piece, Way, read_in_rows
 from activations_cache.loading import one_line
-from activations_cache.logits import LogitsPath, find_logits_path, gain_of, logits_of_tokens
+from activations_cache.logits import (
+    LogitsPath,
+    find_logits_path,
+    gain_of,
+    logits_of_tokens,
+    rows_of,
+)
 from activations_cache.reading import around, base_model, given_cache, reads_tokens, takes_tokens
 from activations_cache.trial import (
     FAILURES,
@@ -28,16 +34,21 @@ from activations_cache.trial import (
     block_lists,
     errors,
     largest_error,
+    n_vocabulary,
     passed_lists,
     run_whole,
     same_stream,
     tolerance_of,
+    trial_inputs,
     trial_tokens,
     watching,
 )
 
 N_FIRST = 7
 """Tokens of the first of two documents in a trial."""
+
+Loss = Literal["next token", "masked token"]
+"""Which token the logits at one place are of: that behind it, or the masked one that is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +80,8 @@ class ModelRecord:
     """Which entry of `hidden_states` each block's output is; None for one that is no entry."""
     first: int | None
     """Which entry of `hidden_states` is the first block's input."""
-    has_logits: bool
-    """Whether it gives logits for each token of a text."""
+    loss: Loss | None
+    """What its logits of a text are scored on; None where they are of no tokens."""
     logits: LogitsPath | None
     """How the last stream becomes logits; None where that is not known."""
 
@@ -82,7 +93,7 @@ class ModelRecord:
     @property
     def predicts_next(self) -> bool:
         """Whether its logits are of the next token."""
-        return self.is_causal and self.has_logits
+        return self.loss == "next token"
 
     @property
     def last(self) -> str:
@@ -108,6 +119,7 @@ class ModelRecord:
             ("documents", documents[self.documents]),
             ("cached text", cached if self.cache_argument else "none that equals the uncached one"),
             ("logits", f"norm and head{scale}{cap}" if path else "not norm and head alone"),
+            ("loss", f"of the {self.loss}" if self.loss else "none that is known"),
         ]
 
 
@@ -172,7 +184,7 @@ def _probe(model: nn.Module) -> ModelRecord:
         tolerance=tolerance,
         cache_argument=_cache_argument(model, ids, 10 * tolerance),
         **layout._asdict(),
-        has_logits=logits_of_tokens(model, ids) is not None,
+        loss=_loss(model, ids, tolerance, is_causal=is_causal),
         logits=find_logits_path(model, blocks, len(listed), ids),
     )
 
@@ -230,8 +242,8 @@ class _Trial:
         return 0.0 if change <= self._rounding else change
 
 
-class _Layout(NamedTuple):
-    """What runs to its end on the tokens, and where the blocks' streams are in what it gives."""
+class Layout(NamedTuple):
+    """What runs to its end on what is read, and where the blocks' streams are in what it gives."""
 
     reader: str
     hidden_states: tuple[int | None, ...]
@@ -239,9 +251,25 @@ class _Layout(NamedTuple):
     is_chained: bool
 
 
+def layout_of(model: nn.Module) -> Layout:
+    """Return the layout of a model that need not read tokens.
+
+    Of one that does not say what its images are nothing is known, and so no entry.
+
+    Raises:
+        ValueError: If it has no blocks, or does not run to its end.
+    """
+    blocks, listed = blocks_of(model)
+    inputs = trial_inputs(model)
+    if inputs is None:
+        return Layout("", (None,) * len(listed), None, True)
+    return _layout(model, blocks, listed, inputs)
+
+
+@torch.no_grad()
 def _layout(
-    model: nn.Module, path: str, blocks: list[nn.Module], ids: Int[Tensor, "example pos"]
-) -> _Layout:
+    model: nn.Module, path: str, blocks: list[nn.Module], ids: Shaped[Tensor, "example ..."]
+) -> Layout:
     """Try the backbone, then what is around the blocks, then the model; the most entries win.
 
     Raises:
@@ -250,7 +278,7 @@ def _layout(
     paths = {module: name for name, module in model.named_modules()}
     inner = [m for m in around(model, f"{path}.0:out") if reads_tokens(m)]
     named = {f"{i}": block for i, block in enumerate(blocks)}
-    found: list[_Layout] = []
+    found: list[Layout] = []
     for module in dict.fromkeys([base_model(model), *inner[::-1], model]):
         with watching(named) as calls:
             output = attempt(lambda m=module: run_whole(m, ids, output_hidden_states=True))
@@ -259,7 +287,7 @@ def _layout(
         of_blocks = [calls[name][-1] for name in named if calls.get(name)]
         if output is not None and len(of_blocks) == len(named):
             streams = getattr(output, "hidden_states", None) or ()
-            found.append(_Layout(paths[module], *_entries(of_blocks, streams)))
+            found.append(Layout(paths[module], *_entries(of_blocks, streams)))
     if not found:
         raise ValueError(
             f"{type(model).__name__} must run on token ids alone, through {path or 'its blocks'}, "
@@ -268,7 +296,7 @@ def _layout(
     return min(found, key=lambda layout: sum(i is None for i in layout.hidden_states))
 
 
-def _failure(model: nn.Module, ids: Int[Tensor, "example pos"]) -> str:
+def _failure(model: nn.Module, ids: Shaped[Tensor, "example ..."]) -> str:
     """Why a model does not run on tokens alone."""
     try:
         run_whole(base_model(model), ids)
@@ -315,6 +343,22 @@ def _cache_argument(
     return name if largest_error(torch.stack(found, dim=1), expected) <= tolerance else None
 
 
+def _loss(
+    model: nn.Module, ids: Int[Tensor, "example pos"], tolerance: float, *, is_causal: bool
+) -> Loss | None:
+    """What the logits are of; in a model that sees all tokens its own loss tells."""
+    logits = logits_of_tokens(model, ids)
+    if logits is None or logits.shape[-1] < n_vocabulary(model):
+        return None  # classes of tokens have logits too
+    if is_causal:
+        return "next token"
+    labels = torch.where(torch.arange(N_TOKENS, device=ids.device) % 3 == 1, ids, -100)
+    own = getattr(attempt(lambda: run_whole(model, ids, labels=labels)), "loss", None)
+    here = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+    is_here = own is not None and abs(float(own) / float(here) - 1) <= 10 * tolerance
+    return "masked token" if is_here else None
+
+
 def readout(model: nn.Module) -> Float[Tensor, "vocab d_model"]:
     """Return what turns a direction in the last stream into logits, but for the norm's division.
 
@@ -325,13 +369,14 @@ def readout(model: nn.Module) -> Float[Tensor, "vocab d_model"]:
     Raises:
         ValueError: If the model's own logits do not come about in this way.
     """
-    path = logits_path(model)
+    path, record = logits_path(model), record_of(model)
     head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    weight = head.weight.detach().float() * path.scale
+    with capture(model, [record.last]) as run:
+        like = run(trial_tokens(model))[record.last][0]
+    weight = rows_of(head, like) * path.scale
     if path.norm:
         norm: Any = model.get_submodule(path.norm)
-        first = next(iter(norm.parameters()), weight)
-        gain, _ = gain_of(norm, weight.shape[1], path.is_centred, first)
+        gain, _ = gain_of(norm, weight.shape[1], path.is_centred, like)
         weight = weight * gain.to(weight)
     return weight - weight.mean(dim=1, keepdim=True) if path.is_centred else weight
 

@@ -50,8 +50,13 @@ def evaluate(run: Run, report: Progress) -> None:
     if run.of_images:
         untrained = baselines(dictionaries, run.cache, run.hook_point, report)
         dictionaries |= {n: d for n, d in untrained.items() if n.startswith(("PCA", "raw"))}
-    model = None if run.of_images else run.loaded.model
-    evaluation = measure(dictionaries, run.cache, run.hook_point, model, config, progress=report)
+    model, mask_token = None, None
+    if not run.of_images:
+        model, mask_token = run.loaded.model, run.loaded.mask_token
+    evaluation = measure(
+        dictionaries, run.cache, run.hook_point, model, config,
+        mask_token=mask_token, progress=report,
+    )  # fmt: skip
     for name in run.dictionaries:
         evaluation.firing[name].save(run.path("train") / name)
     measured = evaluation.report

@@ -16,6 +16,7 @@ from activations_cache.probe import readout, record_of, way_of
 from activations_cache.recompute import recompute
 from activations_cache.trial import trial_tokens
 from tests.families import make
+from tests.variants import EightBits
 
 IDS = torch.tensor([[3, 9, 27, 11, 5, 8, 13]])
 
@@ -41,11 +42,35 @@ def test_what_is_shown_of_a_model():
         "documents": "kept apart by position ids",
         "cached text": f"equals the uncached one ({record.cache_argument})",
         "logits": "norm and head times 0.125",
+        "loss": "of the next token",
     }
     lines = dict(record_of(make("T5")).lines())
     assert lines["no text passes"] == "decoder.block"
     assert lines["attention"] == "in both directions"
     assert lines["logits"] == "not norm and head alone"
+    assert lines["loss"] == "none that is known"
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert", "ModernBert"])
+def test_a_masked_models_own_loss_says_which_token_its_logits_are_of(family):
+    record = record_of(make(family))
+    assert record.loss == "masked token"
+    assert not record.predicts_next
+
+
+def test_classes_of_tokens_are_no_predictions():
+    for family, model_class in (("Llama", "LlamaForTokenClassification"),
+                                ("Bert", "BertForTokenClassification")):  # fmt: skip
+        config = make(family).config
+        assert record_of(getattr(transformers, model_class)(config).eval()).loss is None
+
+
+def test_an_encoder_whose_own_loss_is_of_the_next_token_has_none():
+    """BertLMHeadModel is no decoder unless it is told so: it sees what it is scored on."""
+    model = transformers.BertLMHeadModel(make("Bert").config).eval()
+    record = record_of(model)
+    assert not record.is_causal
+    assert record.loss is None
 
 
 def test_a_model_is_tried_once():
@@ -135,7 +160,7 @@ def test_an_argument_of_the_right_name_is_not_believed():
     record = record_of(Leaky(pads=False).eval())
     assert record.leaks["positions"] > 0.1
     assert record.documents == "rows"
-    assert not record.has_logits
+    assert record.loss is None
 
 
 def test_what_cannot_be_kept_apart_is_refused_by_name():
@@ -258,6 +283,29 @@ def test_the_weight_of_a_norm_is_what_it_multiplies_by():
     norm.weight.data.normal_(std=0.3)
     expected = model.lm_head.weight * (1 + norm.weight)
     assert torch.allclose(readout(model), expected, atol=1e-5)
+
+
+class Adapted(nn.Module):
+    """A linear layer to which an adapter adds, with the weight of the layer alone."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.weight = linear, linear.weight
+        self.added = nn.Linear(linear.in_features, linear.out_features, bias=False)
+
+    def forward(self, x):
+        return self.linear(x) + self.added(x)
+
+
+@pytest.mark.parametrize("head", [EightBits, Adapted, torch.nn.utils.parametrizations.weight_norm])
+def test_the_readout_is_what_the_head_does_and_not_its_weight(head):
+    model = make("Llama")
+    model.lm_head = head(model.lm_head)
+    record = record_of(model)
+    with capture(model, [record.last]) as run:
+        last = run(IDS)[record.last][0]
+    found = last @ readout(model).T / last.square().mean(dim=1, keepdim=True).sqrt()
+    assert torch.allclose(found, model(input_ids=IDS).logits[0], atol=1e-3)
 
 
 def test_a_head_with_layers_of_its_own_has_no_readout():
