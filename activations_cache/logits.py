@@ -4,7 +4,7 @@ A norm and the output embedding are the usual way; some models scale the result 
 some it is another way altogether.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from activations_cache.trial import (
     attempt,
     largest_error,
+    n_vocabulary,
     run_whole,
     same_stream,
     tolerance_of,
     watching,
 )
+
+Loss = Literal["next token", "masked token"]
+"""Which token the logits at one place are of: that behind it, or the masked one that is there."""
 
 
 class LogitsPath(NamedTuple):
@@ -38,6 +42,20 @@ def logits_of_tokens(model: nn.Module, ids: Int[Tensor, "example pos"]) -> Tenso
     logits = getattr(attempt(lambda: run_whole(model, ids)), "logits", None)
     is_of_tokens = isinstance(logits, Tensor) and logits.shape[:-1] == ids.shape
     return logits if is_of_tokens else None
+
+
+def loss_of(model: nn.Module, ids: Int[Tensor, "example pos"], *, is_causal: bool) -> Loss | None:
+    """Return what a model's logits are of; where each token sees all others its own loss tells."""
+    logits = logits_of_tokens(model, ids)
+    if logits is None or logits.shape[-1] < n_vocabulary(model):
+        return None  # classes of tokens have logits too
+    if is_causal:
+        return "next token"
+    labels = torch.where(torch.arange(ids.shape[1], device=ids.device) % 3 == 1, ids, -100)
+    own = getattr(attempt(lambda: run_whole(model, ids, labels=labels)), "loss", None)
+    here = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+    is_here = own is not None and abs(float(own) / float(here) - 1) <= 10 * tolerance_of(model)
+    return "masked token" if is_here else None
 
 
 def find_logits_path(

@@ -8,7 +8,7 @@ how a stream becomes logits differ between families and releases.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,9 +20,10 @@ from activations_cache.isolation import Piece, Way, read_in_rows
 from activations_cache.loading import one_line
 from activations_cache.logits import (
     LogitsPath,
+    Loss,
     find_logits_path,
     gain_of,
-    logits_of_tokens,
+    loss_of,
     rows_of,
 )
 from activations_cache.reading import around, base_model, given_cache, reads_tokens, takes_tokens
@@ -34,7 +35,6 @@ from activations_cache.trial import (
     block_lists,
     errors,
     largest_error,
-    n_vocabulary,
     passed_lists,
     run_whole,
     same_stream,
@@ -46,9 +46,6 @@ from activations_cache.trial import (
 
 N_FIRST = 7
 """Tokens of the first of two documents in a trial."""
-
-Loss = Literal["next token", "masked token"]
-"""Which token the logits at one place are of: that behind it, or the masked one that is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +134,20 @@ def record_of(model: nn.Module) -> ModelRecord:
     return _RECORDS[model]
 
 
+def require_next_token(model: nn.Module, what: str) -> None:
+    """Refuse what is only true of a model whose logits are of the next token.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    record = record_of(model)
+    if not record.predicts_next:
+        raise ValueError(
+            f"model must predict the next token {what}, got {record.name}, whose attention is "
+            f"{'causal' if record.is_causal else 'in both directions'}"
+        )
+
+
 def way_of(model: nn.Module, *, apart: bool) -> tuple[Way | None, bool]:
     """Return how documents in one context are kept apart, and whether the model is causal.
 
@@ -184,7 +195,7 @@ def _probe(model: nn.Module) -> ModelRecord:
         tolerance=tolerance,
         cache_argument=_cache_argument(model, ids, 10 * tolerance),
         **layout._asdict(),
-        loss=_loss(model, ids, tolerance, is_causal=is_causal),
+        loss=loss_of(model, ids, is_causal=is_causal),
         logits=find_logits_path(model, blocks, len(listed), ids),
     )
 
@@ -341,22 +352,6 @@ def _cache_argument(
     if name is None or expected is None:
         return None
     return name if largest_error(torch.stack(found, dim=1), expected) <= tolerance else None
-
-
-def _loss(
-    model: nn.Module, ids: Int[Tensor, "example pos"], tolerance: float, *, is_causal: bool
-) -> Loss | None:
-    """What the logits are of; in a model that sees all tokens its own loss tells."""
-    logits = logits_of_tokens(model, ids)
-    if logits is None or logits.shape[-1] < n_vocabulary(model):
-        return None  # classes of tokens have logits too
-    if is_causal:
-        return "next token"
-    labels = torch.where(torch.arange(N_TOKENS, device=ids.device) % 3 == 1, ids, -100)
-    own = getattr(attempt(lambda: run_whole(model, ids, labels=labels)), "loss", None)
-    here = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-    is_here = own is not None and abs(float(own) / float(here) - 1) <= 10 * tolerance
-    return "masked token" if is_here else None
 
 
 def readout(model: nn.Module) -> Float[Tensor, "vocab d_model"]:

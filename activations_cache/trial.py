@@ -5,7 +5,6 @@ parts of a block are added to the stream as they are.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -167,7 +166,7 @@ def _stream(value: object) -> Tensor | None:
 
 def run_whole(module: nn.Module, inputs: Tensor, **options: Any) -> Any:
     """Call a module on its first argument, without a KV cache where it knows of one."""
-    if "use_cache" in inspect.signature(module.forward).parameters:
+    if "use_cache" in parameters_of(module):
         options.setdefault("use_cache", False)
     return module(inputs, **options)
 

@@ -109,6 +109,9 @@ VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "Llama, compiled": _compiled,
 }
 
+SHORT_VARIANTS = ("Llama in PEFT", "Llama in 8 bits")
+"""Those of the short form."""
+
 WIDE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6, "image_size": 28,
         "patch_size": 7}  # fmt: skip
 VISION = {**WIDE, "intermediate_size": 29}
@@ -123,6 +126,10 @@ TOWERS: dict[str, tuple[str, str, dict]] = {
     "SigLIP": ("SiglipVisionModel", "SiglipVisionConfig", VISION),
 }  # fmt: skip
 """By name: the class, its configuration, and a toy's settings."""
+
+
+SHORT_TOWERS = ("DINOv2 with registers", "SigLIP")
+"""Those of the short form."""
 
 
 class TowerRow(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from activations_cache.checks import Progress, silent
 from activations_cache.hooks import capture
-from activations_cache.probe import Loss
+from activations_cache.logits import Loss
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.logit_comparison import Tally, compare

@@ -1,6 +1,7 @@
 """What each step of a run does, in terms of the packages that do it."""
 
 import json
+import logging
 from typing import Any
 
 import activations_cache
@@ -8,6 +9,7 @@ from activations_cache import io
 from activations_cache.builder import rank_of_this_process
 from activations_cache.checks import Progress
 from activations_cache.config import SPLITS
+from activations_cache.probe import record_of
 from sae.browser import write_site
 from sae.evaluate.report import write_json
 from sae.evaluate.run import evaluate as measure
@@ -27,6 +29,8 @@ from sae.train.fit import train as train_dictionaries
 REPORT = "report.json"
 STEERING = "steering.json"
 PAGE = "index.html"
+
+_log = logging.getLogger(__name__)
 
 
 def cache(run: Run, report: Progress) -> None:
@@ -114,8 +118,14 @@ def explain_by_llm(
 
 
 def steer(run: Run, report: Progress) -> None:
-    """Generate with and without one labelled latent turned up."""
-    example = steering_example(run, report)
+    """Generate with and without one labelled latent turned up; not where nothing is continued."""
+    record = record_of(run.loaded.model)
+    if record.predicts_next:
+        example = steering_example(run, report)
+    else:
+        reason = f"{record.name} does not predict the next token, so no text is continued"
+        _log.warning("%s", reason)
+        example = {"shown": None, "reason": reason}
     io.write_files({run.path("steer") / STEERING: json.dumps(example, indent=1).encode()})
 
 

@@ -1,6 +1,7 @@
 """The record of a model says what the model does, and what does not hold is done otherwise."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -226,14 +227,45 @@ def test_the_listing_says_what_is_added_to_the_stream(family, note):
     assert ("model.layers.1.self_attn:out" in sites(model)) is (note == "")
 
 
-def test_flat_tokens_are_refused_with_what_can_be_cached():
-    model = make("Qwen2Moe")
-    point = "model.layers.1.mlp.experts:out"
-    with (
-        pytest.raises(ValueError, match=r"the one around it, model.layers.1.mlp:out"),
-        capture(model, [point]) as run,
-    ):
-        run(IDS)
+MOE = {
+    "Mixtral": ("experts", "gate"),
+    "Qwen2Moe": ("experts", "gate", "shared_expert", "shared_expert_gate"),
+    "Olmoe": ("experts", "gate"),
+    "GptOss": ("experts", "router"),
+    "DeepseekV3": ("experts", "gate", "shared_experts"),
+    "Qwen3Next": ("experts", "gate", "shared_expert"),
+}
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_parts_of_experts_have_a_row_for_each_token_or_name_what_has(family):
+    """Their tokens lie flat, so that nothing says which row is which; what is around them has."""
+    model, n_refused = make(family), 0
+    ids = torch.cat([IDS, IDS.flip(1)])
+    for part in MOE[family]:
+        point = f"model.layers.1.mlp.{part}:out"
+        try:
+            rows = _captured(model, point, ids)
+        except ValueError as error:
+            (around,) = re.findall(r"such as the one around it, (\S+:out)", str(error))
+            with pytest.raises(ValueError, match="must carry a stream"):
+                _edited(model, point, ids)
+            point, n_refused = around, n_refused + 1
+            rows = _captured(model, point, ids)
+        assert rows.shape == (2, 7, 24)
+        alone = [_captured(model, point, one[None]) for one in ids]
+        assert torch.allclose(rows, torch.cat(alone), atol=1e-4)
+    assert n_refused >= 2
+
+
+def _captured(model, point, ids):
+    with capture(model, [point]) as run:
+        return run(ids)[point]
+
+
+def _edited(model, point, ids):
+    with edit(model, {point: lambda h, _: h}):
+        model(ids)
 
 
 def test_a_stream_in_another_order_is_refused():
