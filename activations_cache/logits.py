@@ -44,9 +44,10 @@ def logits_of_tokens(model: nn.Module, ids: Int[Tensor, "example pos"]) -> Tenso
     return logits if is_of_tokens else None
 
 
-def loss_of(model: nn.Module, ids: Int[Tensor, "example pos"], *, is_causal: bool) -> Loss | None:
+def loss_of(
+    model: nn.Module, ids: Int[Tensor, "example pos"], logits: Tensor | None, *, is_causal: bool
+) -> Loss | None:
     """Return what a model's logits are of; where each token sees all others its own loss tells."""
-    logits = logits_of_tokens(model, ids)
     if logits is None or logits.shape[-1] < n_vocabulary(model):
         return None  # classes of tokens have logits too
     if is_causal:
@@ -60,8 +61,12 @@ def loss_of(model: nn.Module, ids: Int[Tensor, "example pos"], *, is_causal: boo
 
 def find_logits_path(
     model: nn.Module, blocks: str, n_blocks: int, ids: Int[Tensor, "example pos"]
-) -> LogitsPath | None:
-    """Find the norm and the scale with which the model's own head gives the model's own logits."""
+) -> tuple[LogitsPath | None, Tensor | None]:
+    """Find the norm and the scale with which the model's own head gives the model's own logits.
+
+    Returns:
+        The path, None where there is none, and the model's logits of these tokens, if it has any.
+    """
     get = getattr(model, "get_output_embeddings", None)
     head = None if get is None else attempt(get)
     last = f"{blocks}.{n_blocks - 1}"
@@ -69,7 +74,7 @@ def find_logits_path(
     with watching({last: model.get_submodule(last), **outside}) as calls:
         logits = logits_of_tokens(model, ids)
     if head is None or logits is None or not calls.get(last):
-        return None
+        return None, logits
     stream = calls[last][-1].out
     named = [n for n, c in calls.items() if n != last and c and same_stream(c[0].first, stream)]
     for name in [*named, ""]:
@@ -80,8 +85,8 @@ def find_logits_path(
         fit = None if given is None else _fit(logits.double(), given.double(), tolerance_of(model))
         linear = _linear(model.get_submodule(name), stream) if name else False
         if fit is not None and linear is not None:
-            return LogitsPath(name, linear, *fit)
-    return None
+            return LogitsPath(name, linear, *fit), logits
+    return None, logits
 
 
 def _fit(

@@ -185,6 +185,7 @@ def _probe(model: nn.Module) -> ModelRecord:
             "positions": trial.leak_by_positions(),
             "rows": trial.leak_in_rows(with_mask=not is_causal),
         }
+    path, logits = find_logits_path(model, blocks, len(listed), ids)
     return ModelRecord(
         name=type(model).__name__,
         blocks=blocks,
@@ -193,10 +194,10 @@ def _probe(model: nn.Module) -> ModelRecord:
         is_causal=is_causal,
         leaks=leaks,
         tolerance=tolerance,
-        cache_argument=_cache_argument(model, ids, 10 * tolerance),
+        cache_argument=_cache_argument(model, ids, logits, 10 * tolerance),
         **layout._asdict(),
-        loss=loss_of(model, ids, is_causal=is_causal),
-        logits=find_logits_path(model, blocks, len(listed), ids),
+        loss=loss_of(model, ids, logits, is_causal=is_causal),
+        logits=path,
     )
 
 
@@ -214,6 +215,7 @@ class _Trial:
         self._stream, self._ids = stream, ids
         # Other shapes round otherwise, and in 16 bits that grows from block to block.
         self._rounding = 10 * tolerance
+        self._alone: list[Float[Tensor, "pos _"]] = []
 
     def sees_later(self) -> float:
         """How much the first tokens change with those that follow them."""
@@ -247,9 +249,11 @@ class _Trial:
     def _change(self, found: Float[Tensor, "pos _"]) -> float:
         """Of documents in a context from the same alone, if rounding does not explain it."""
         sizes = [N_FIRST, N_TOKENS - N_FIRST]
-        pairs = zip(found.split(sizes), self._ids[:1].split(sizes, dim=1), strict=True)
+        if not self._alone:
+            self._alone = [self._stream(ids)[0] for ids in self._ids[:1].split(sizes, dim=1)]
+        pairs = zip(found.split(sizes), self._alone, strict=True)
         # The middle token of each: in 16 bits another expert may be chosen for a single one.
-        change = max(float(errors(part, self._stream(ids)[0]).median()) for part, ids in pairs)
+        change = max(float(errors(part, alone).median()) for part, alone in pairs)
         return 0.0 if change <= self._rounding else change
 
 
@@ -299,6 +303,9 @@ def _layout(
         if output is not None and len(of_blocks) == len(named):
             streams = getattr(output, "hidden_states", None) or ()
             found.append(Layout(paths[module], *_entries(of_blocks, streams)))
+            # The last entry is often normed, so no other would have more.
+            if None not in found[-1].hidden_states[:-1]:
+                break
     if not found:
         raise ValueError(
             f"{type(model).__name__} must run on token ids alone, through {path or 'its blocks'}, "
@@ -331,7 +338,7 @@ def _entries(
 
 
 def _cache_argument(
-    model: nn.Module, ids: Int[Tensor, "example pos"], tolerance: float
+    model: nn.Module, ids: Int[Tensor, "example pos"], whole: Tensor | None, tolerance: float
 ) -> str | None:
     """The argument by which two tokens, one by one, continue a cache as if all were read."""
     n = N_TOKENS - 2
@@ -347,11 +354,10 @@ def _cache_argument(
             found.append(output.logits[:, -1])
         return name, found
 
-    expected = attempt(lambda: model(input_ids=ids, use_cache=False).logits[:, n:])
-    name, found = attempt(steps) or (None, [])
-    if name is None or expected is None:
+    name, found = (attempt(steps) or (None, [])) if whole is not None else (None, [])
+    if name is None or whole is None:
         return None
-    return name if largest_error(torch.stack(found, dim=1), expected) <= tolerance else None
+    return name if largest_error(torch.stack(found, dim=1), whole[:, n:]) <= tolerance else None
 
 
 def readout(model: nn.Module) -> Float[Tensor, "vocab d_model"]:
