@@ -11,7 +11,6 @@ the model at hand and not spelled from its configuration.
 
 import contextlib
 import difflib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -319,7 +318,7 @@ def _attach(
         return new if new is None or not isinstance(output, tuple) else (new, *rest)
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        name = next(iter(inspect.signature(module.forward).parameters))
+        name = parameters_of(module)[0]
         new = touch(_stream(args[0] if args else kwargs.get(name), hook_point))
         if new is None:
             return None

@@ -269,7 +269,8 @@ def _run(
             input_ids, scored = tokens.clamp_min(0), tokens.clone()
             scored[:, 1:][excluded[:, :-1]] = -1  # what an excluded token predicts
         else:
-            input_ids = tokens.where(~hidden[here], held_out.mask_token)
+            assert held_out.mask_token is not None  # else nothing is hidden
+            input_ids = tokens.masked_fill(hidden[here], held_out.mask_token)
             scored = tokens.where(hidden[here], -1)
         base = replay.base(input_ids).logits
         streams.read(input_ids, excluded)

@@ -130,8 +130,8 @@ class Steering:
             record = attempt(lambda: record_of(reader))
             self._is_tried = True
             # A bridge between two libraries may lose the cache of a model on its way.
-            predicts = inner is not None and record is not None and record.predicts_next
-            self.is_cache_wrong = predicts and record.cache_argument is None
+            if inner is not None and record is not None and record.predicts_next:
+                self.is_cache_wrong = record.cache_argument is None
         with contextlib.ExitStack() as stack:
             finite = self.model.register_forward_hook(self._require_finite)
             stack.callback(finite.remove)
