@@ -6,15 +6,28 @@ What can go wrong with a cache on disk, each as its own class.
 import math
 import re
 
-from monosema.checks import Progress, at_least, fraction, positive, require, silent
+from monosema.checks import (
+    MonosemaError,
+    Progress,
+    WrongClassError,
+    at_least,
+    fraction,
+    positive,
+    require,
+    silent,
+)
 
 __all__ = [
     "CacheBusyError",
     "CacheFormatError",
+    "DamagedFileError",
     "DiskFullError",
+    "HookPointError",
     "MissingPackageError",
+    "MonosemaError",
     "NonFiniteError",
     "Progress",
+    "WrongClassError",
     "at_least",
     "fraction",
     "package_path",
@@ -25,6 +38,14 @@ __all__ = [
 ]
 
 _PACKAGE_PATH = re.compile(r"package://\w+/.+", re.ASCII)
+
+
+class HookPointError(MonosemaError, KeyError):
+    """A cache does not have a hook point."""
+
+    def __str__(self) -> str:
+        """The message as it is; a KeyError shows its repr."""
+        return str(self.args[0])
 
 
 def split_fractions(explain: float, score: float, hold: float, what: str) -> None:
@@ -44,6 +65,10 @@ def package_path(path: str) -> None:
 
 class CacheFormatError(ValueError):
     """A directory is not a cache, is unfinished, is damaged, or was made from something else."""
+
+
+class DamagedFileError(ValueError):
+    """A result is not as it was written; the message says what mends it."""
 
 
 class CacheBusyError(RuntimeError):

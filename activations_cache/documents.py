@@ -268,7 +268,7 @@ def _json_rows(lines: Iterable[str], source: TextSource) -> Iterator[Mapping[str
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(
                 f"{source.path} line {number} must be JSON, got {line.strip()[:40]!r}"
             ) from error

@@ -10,6 +10,10 @@ from torch import Tensor
 Backend = Literal["reference", "torch", "triton"]
 
 
+class KernelError(ValueError):
+    """Arguments that an op cannot take."""
+
+
 class WeightGrads(NamedTuple):
     """Gradients of both weight matrices and of the encoder bias, and how often each latent fired.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from activations_cache import io
+from activations_cache import seals
 from sae.evaluate.downstream import Accuracy, Downstream
 from sae.evaluate.reconstruction import FiringSummary, Reconstruction
 from sae.evaluate.substitution import Effect, Substitution
@@ -47,7 +47,8 @@ class EvaluationReport:
 def write_json(report: EvaluationReport, path: str | Path) -> None:
     """Write a report; nan, which JSON has not, becomes null."""
     text = json.dumps(plain(report), indent=1, allow_nan=False)
-    io.write_files({Path(path): (text + "\n").encode()})
+    path = Path(path)
+    seals.write(path.parent, {path.name: (text + "\n").encode()})
 
 
 def read_json(path: str | Path) -> EvaluationReport:
@@ -55,9 +56,11 @@ def read_json(path: str | Path) -> EvaluationReport:
 
     Raises:
         ValueError: If the file holds something else.
+        DamagedFileError: If it is not as it was written.
     """
+    data = seals.read(Path(path), advice="run `sae evaluate` again to make it anew")
     try:
-        record = json.loads(Path(path).read_text())
+        record = json.loads(data)
         return EvaluationReport(**{
             **record,
             "reconstruction": _each(record["reconstruction"], _reconstruction),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from activations_cache import seals
 from activations_cache.checks import Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.collect.assemble import Assembler
@@ -63,7 +64,7 @@ class Subject:
         assembler = Assembler(state, tokens, self.token_strings)
         if out_dir is not None and path is not None:
             write_windows(out_dir, state, assembler, report)
-            path.unlink(missing_ok=True)
+            seals.remove(out_dir, (path.name,))
         self.known[config, out_dir] = state, assembler
         return state, assembler
 

@@ -5,7 +5,6 @@ sizes are held against the file's own size, and only regular files inside the di
 (or inside the hub's cache that it lies in) are opened.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from activations_cache import seals
 from sae.pretrained import npz, pickled
 from sae.pretrained.fields import DictionaryFormatError, one_line
 
@@ -64,7 +64,7 @@ class Files:
     @property
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256 of every file that was read; this reads them whole."""
-        return {name: _digest(self.root / name) for name in sorted(self._read)}
+        return {name: seals.sha256(self.root / name) for name in sorted(self._read)}
 
     def has(self, name: str) -> bool:
         """Say whether a file belongs to the dictionary."""
@@ -147,11 +147,6 @@ class Files:
             raise DictionaryFormatError(f"{file} must have at most {most:,} bytes, got {size:,}")
         self._read.add(name)
         return file
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _contains(root: Path, file: Path) -> bool:

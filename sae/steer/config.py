@@ -219,6 +219,8 @@ class SteerRequest(SweepConfig):
     """Of the model; as in training when absent."""
     hook_point: str | None = None
     """Where the dictionary reads, if its files do not say so."""
+    force: bool = False
+    """Whether another model or place than the dictionary's is taken; the result names it."""
     neutral: str | None = None
     """A .txt or .jsonl file of text that has nothing to do with the latent; glosses when absent."""
     n_neutral: int = 16
@@ -272,6 +274,8 @@ class FindRequest:
     """Of the model; as in training when absent."""
     hook_point: str | None = None
     """Where the dictionary reads, if its files do not say so."""
+    force: bool = False
+    """Whether another model or place than the dictionary's is taken; the result names it."""
 
     def __post_init__(self) -> None:
         """Check that one thing is asked for."""

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float64
 from scipy.stats import t
 
+from activations_cache import seals
 from activations_cache.checks import positive
 
 
@@ -77,12 +78,12 @@ def _of_file(path: Path) -> list[dict[str, Any]]:
 
 
 def _of_directory(path: Path) -> Iterable[dict[str, Any]]:
-    report = json.loads((path / "evaluate" / "report.json").read_text())
+    report = json.loads(seals.read(path / "evaluate" / "report.json"))
     for name, measured in report["reconstruction"].items():
         place = path / "train" / name
         if not place.is_dir():
             continue
-        provenance = json.loads((place / "provenance.json").read_text())
+        provenance = json.loads(seals.read(place / "provenance.json"))
         recipe = provenance["recipe"]
         if recipe["frozen"] == "none":
             yield {

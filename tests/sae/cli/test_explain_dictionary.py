@@ -39,7 +39,8 @@ def sae(monkeypatch, *arguments: str) -> int:
 def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sae.run.explaining.client_of", lambda config: ConstantClient(1))
     arguments = [
-        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--hook-point", HOOK,
+        "--out", str(tmp_path / "out"),
         "min_firings=5", "min_examples=2", "autointerp.llm.model=m", "autointerp.n_latents=5",
         "autointerp.n_baseline=0", "autointerp.min_windows=2", "autointerp.logit_lens=true",
         "autointerp.windows.tokens=8", "n_baseline=7", "rules.windows.tokens=8",
@@ -67,7 +68,8 @@ def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, 
 def test_scorers_that_look_into_the_model(paths, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sae.run.explaining.client_of", lambda config: ConstantClient(1))
     arguments = [
-        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--hook-point", HOOK,
+        "--out", str(tmp_path / "out"),
         "autointerp.llm.model=m", "autointerp.n_latents=3", "autointerp.n_baseline=2",
         "autointerp.min_windows=2", "autointerp.windows.tokens=8", "rules.n_latents=5",
         "rules.min_windows=2", "rules.windows.tokens=8", "n_baseline=0", "min_firings=5",
@@ -90,7 +92,8 @@ def test_a_dry_run_estimates_and_asks_nobody(paths, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr("sae.run.explaining.client_of", refuse)
     arguments = [
-        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--hook-point", HOOK,
+        "--out", str(tmp_path / "out"),
         "--dry-run", "--max-usd", "0.5", "--max-tokens", "9999", "autointerp.llm.model=m",
         "autointerp.llm.usd_per_million_input=20", "autointerp.n_latents=5",
         "autointerp.n_baseline=0", "autointerp.min_windows=2", "autointerp.windows.tokens=8",
@@ -134,7 +137,8 @@ def test_what_can_be_asked_again_is_exit_code_1(paths, tmp_path, monkeypatch, ca
 def test_limits_reach_the_client(paths, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sae.run.explaining.client_of", lambda config: ConstantClient(1))
     arguments = [
-        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--hook-point", HOOK,
+        "--out", str(tmp_path / "out"),
         "--max-tokens=0", "autointerp.llm.model=m", "autointerp.n_latents=5", "n_baseline=0",
         "rules.n_latents=1", "rules.windows.tokens=8", "min_firings=5", "permutations=100",
         "autointerp.n_baseline=0", "autointerp.min_windows=2", "autointerp.windows.tokens=8",
@@ -184,6 +188,7 @@ def test_a_wrong_request_is_one_line(change, code, message, paths, monkeypatch, 
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     parts = {0: "dictionary", 1: "cache", 2: "min_firings=5"} | change
     arguments = [str(paths / parts[0]), "--cache", str(paths / parts[1]), parts[2]]
+    arguments += ["--hook-point", HOOK] if parts[2] != "--hook-point=x:out" else []
     assert sae(monkeypatch, *arguments) == code
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
