@@ -23,14 +23,14 @@ from activations_cache.config import CacheConfig, parse_hook_point
 from activations_cache.encoding import token_ids
 from activations_cache.hooks import capture
 from activations_cache.image_rows import ImageRows, image_widths
-from activations_cache.isolation import Way, read_documents
+from activations_cache.isolation import read_documents
 from activations_cache.journal import first_difference, journals_at, newest
 from activations_cache.layout import STORAGE
 from activations_cache.locations import PACKAGE, locate
 from activations_cache.manifest import Plan, read_manifest, read_plan
 from activations_cache.models import LoadedModel, load_model
 from activations_cache.pieces import special_ids
-from activations_cache.probe import record_of
+from activations_cache.probe import way_of
 from activations_cache.reader import ActivationCache, open_cache
 from activations_cache.shard import Examples, ShardBuffer
 from activations_cache.text import PackedText, pack
@@ -73,7 +73,7 @@ class ModelSource:
     ) -> None:
         self._loaded = loaded
         self._hook_points = config.hook_points
-        self._way, self._is_causal = way_of(loaded, packed)
+        self._way, self._is_causal = way_of(loaded.model, apart=packed.segments is not None)
         self.examples = _examples(packed)
         self._special = special_ids(loaded.tokenizer)
         self.plan = Plan(
@@ -119,24 +119,6 @@ class ModelSource:
         occurring = np.unique(self.examples.tokens.numpy()).tolist()
         special = [token for token in occurring if token in self._special]
         return {"model": self._loaded.provenance, "device": name, "special_tokens": special}
-
-
-def way_of(loaded: LoadedModel, packed: PackedText) -> tuple[Way | None, bool]:
-    """Return how the documents of a text are kept apart, and whether the model is causal.
-
-    Raises:
-        ValueError: If they shall be and cannot.
-    """
-    if packed.segments is None:
-        return None, True
-    record = record_of(loaded.model)
-    if record.documents is None:
-        leak = min(record.leaks.values())
-        raise ValueError(
-            f"text.attention must be context for {record.name}, got document: what a document's "
-            f"tokens give there differs by {leak:.1g} from what they give alone"
-        )
-    return record.documents, record.is_causal
 
 
 def load_on_device(config: CacheConfig, progress: Progress) -> AnyModel:

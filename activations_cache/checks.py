@@ -7,6 +7,7 @@ import math
 import re
 
 from monosema.checks import (
+    LATER,
     MonosemaError,
     Progress,
     WrongClassError,
@@ -18,6 +19,7 @@ from monosema.checks import (
 )
 
 __all__ = [
+    "LATER",
     "CacheBusyError",
     "CacheFormatError",
     "DamagedFileError",

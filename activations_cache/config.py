@@ -10,12 +10,14 @@ Like `activations_cache.config`, this imports neither torch nor a third-party pa
 
 """
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal, get_args
 
 from activations_cache.checks import (
+    LATER,
     at_least,
     package_path,
     positive,
@@ -233,7 +235,7 @@ class TextSource:
     """Split of a dataset, as its authors call it."""
     n_documents: int | None = None
     """Only the first so many records are read."""
-    special_tokens: bool = False
+    special_tokens: bool = dataclasses.field(default=False, metadata=LATER)
     """Whether names of special tokens in the text are read as such; otherwise they are split."""
 
     def __post_init__(self) -> None:
@@ -303,7 +305,7 @@ class CacheConfig:
     """Rows to train on, at least: those of explain and score; hold comes on top by its fraction."""
     skip_positions: int = 1
     """Positions at the start of a context of text that give no row: the first is a sink."""
-    exclude_tokens: tuple[int | str, ...] = ()
+    exclude_tokens: tuple[int | str, ...] = dataclasses.field(default=(), metadata=LATER)
     """Tokens that give no row: ids, names of tokens, or `special` for all special ones."""
     dtype: Dtype = "bfloat16"
     """Number format of the rows on disk; int8 has a scale for each row, and half the size."""

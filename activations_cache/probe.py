@@ -125,6 +125,28 @@ def record_of(model: nn.Module) -> ModelRecord:
     return _RECORDS[model]
 
 
+def way_of(model: nn.Module, *, apart: bool) -> tuple[Way | None, bool]:
+    """Return how documents in one context are kept apart, and whether the model is causal.
+
+    Args:
+        model: Asked only where documents shall be kept apart.
+        apart: Whether they shall be.
+
+    Raises:
+        ValueError: If they shall be and cannot.
+    """
+    if not apart:
+        return None, True
+    record = record_of(model)
+    if record.documents is None:
+        leak = min(record.leaks.values())
+        raise ValueError(
+            f"text.attention must be context for {record.name}, got document: what a document's "
+            f"tokens give there differs by {leak:.1g} from what they give alone"
+        )
+    return record.documents, record.is_causal
+
+
 @torch.no_grad()
 def _probe(model: nn.Module) -> ModelRecord:
     if not (takes_tokens(model) or takes_tokens(base_model(model))):

@@ -45,6 +45,10 @@ def fraction(field: str, value: float | int) -> None:
     require(math.isfinite(value) and 0 <= value <= 1, field, "lie between 0 and 1", value)
 
 
+LATER = {"later": True}
+"""Marks a key that came after caches and runs were made: at its default it is no part of what
+tells requests apart."""
+
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, unit)`, for example `progress(3, 16, "contexts")`.
 

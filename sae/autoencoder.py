@@ -265,11 +265,8 @@ class SparseAutoencoder(nn.Module):
 
     def skip_input(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """What the skip reads: u, or rows without their norm where the output does not undo it."""
-        if self.config.undo_norm:
-            return self.scaled(x)
-        return x.to(self.enc_rows.dtype) * _scales(
-            self.config.slices_in, self.config.input_scale, self.enc_rows
-        )
+        scale = _scales(self.config.slices_in, self.config.input_scale, self.enc_rows)
+        return self.scaled(x) if self.config.undo_norm else x.to(self.enc_rows.dtype) * scale
 
     def skipped(self, u: Float[Tensor, "batch d_in"]) -> float | Float[Tensor, "batch d_out"]:
         """What goes past the latents, u @ W_skip; 0 without a skip."""

@@ -79,18 +79,28 @@ def from_dict(schema: type[T], data: Mapping[str, object], label: str) -> T:
     return _build(schema, to_dict(data), printable(label), {})
 
 
-def to_dict(config: object) -> Any:
+def to_dict(config: object, *, all_keys: bool = True) -> Any:
     """Return a configuration as plain data: dict, list, str, int, float, bool and None.
+
+    Args:
+        config: The configuration.
+        all_keys: False leaves out keys that came later and have their default, so that what was
+            made before them is recognised.
 
     Raises:
         TypeError: If it holds anything else.
     """
     if is_dataclass(config):
-        return {field.name: to_dict(getattr(config, field.name)) for field in fields(config)}
+        given = ((field, getattr(config, field.name)) for field in fields(config))
+        return {
+            field.name: to_dict(value, all_keys=all_keys)
+            for field, value in given
+            if all_keys or not field.metadata.get("later") or value != field.default
+        }
     if isinstance(config, Mapping):
-        return {str(key): to_dict(value) for key, value in config.items()}
+        return {str(key): to_dict(value, all_keys=all_keys) for key, value in config.items()}
     if isinstance(config, list | tuple):
-        return [to_dict(item) for item in config]
+        return [to_dict(item, all_keys=all_keys) for item in config]
     if isinstance(config, Path):
         return str(config)
     if config is None or isinstance(config, str | int | float):
@@ -108,7 +118,7 @@ def digest(config: object) -> str:
 
     It depends neither on the order of keys nor on whether 1 or 1.0 was written.
     """
-    canonical = json.dumps(_whole(to_dict(config)), sort_keys=True, allow_nan=False)
+    canonical = json.dumps(_whole(to_dict(config, all_keys=False)), sort_keys=True, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

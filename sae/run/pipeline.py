@@ -5,7 +5,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,11 +33,11 @@ class _Step(NamedTuple):
 
 
 STEPS = (
-    _Step("cache", steps.cache, lambda c: asdict(c.cache), steps.cache_files),
-    _Step("train", steps.train, lambda c: c.train.record(), steps.train_files),
-    _Step("evaluate", steps.evaluate, lambda c: asdict(c.evaluate), steps.evaluate_files),
-    _Step("explain", steps.explain, lambda c: asdict(c.explain), steps.explain_files),
-    _Step("steer", steps.steer, lambda c: asdict(c.steer), steps.steer_files, of_images=False),
+    _Step("cache", steps.cache, lambda c: c.cache, steps.cache_files),
+    _Step("train", steps.train, lambda c: c.train, steps.train_files),
+    _Step("evaluate", steps.evaluate, lambda c: c.evaluate, steps.evaluate_files),
+    _Step("explain", steps.explain, lambda c: c.explain, steps.explain_files),
+    _Step("steer", steps.steer, lambda c: c.steer, steps.steer_files, of_images=False),
     _Step("browse", steps.browse, lambda c: {"title": c.title}, steps.browse_files),
 )
 
@@ -115,7 +114,7 @@ def _do(
 ) -> dict[str, Any] | None:
     _begin(run, held)
     for file in _undone(run, step, identity):
-        if file.is_file():  # so that it is not taken for the step's own again
+        if file.is_file() and file.name != MARKER:  # or it is taken for the step's own again
             _log.warning("%s is not as it was written; it is removed and made again", file)
             io.unlink(file)
     path = run.path(step.name)

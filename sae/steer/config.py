@@ -7,10 +7,10 @@ What `sae steer DICT` and `sae find DICT` are asked for, as frozen configs; no t
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from activations_cache.checks import at_least, require
+from activations_cache.checks import LATER, at_least, require
 
 Unit = Literal["max", "norm", "absolute"]
 """`max`: times the largest activation that the latent had when the dictionary was evaluated;
@@ -148,7 +148,7 @@ class SteerConfig:
     """In units of the latent's largest activation."""
     prompt: str = "The"
     """What the model continues."""
-    chat: bool = False
+    chat: bool = field(default=False, metadata=LATER)
     """Whether the prompt is what a user says, put into the tokenizer's chat template."""
     max_new_tokens: int = 40
     """Length of the continuation, at most."""

@@ -7,10 +7,10 @@ Where the figures of a training run go, as frozen configs; no torch here.
 
 import functools
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from monosema.checks import at_least, positive, require
+from monosema.checks import LATER, at_least, positive, require
 from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK
 from sae.train.loss_config import (
     L0,
@@ -94,9 +94,6 @@ Init = Tied | DataPoints
 __all__ = ["L0", "L1", "Adam", "AuxK", "DictionaryConfig", "TrainConfig"]
 
 
-LATER_FIELDS = ("losses",)
-"""Fields of a DictionaryConfig that the first release had not; a new one goes here."""
-
 _TOPK, _ADAM, _TIED = TopK(), Adam(), Tied()
 
 
@@ -142,7 +139,7 @@ class DictionaryConfig:
     """A larger k at first, of topk and batchtopk alone."""
     refine: Refine | None = None
     """A decoder that is learned from iterated encodings, of topk and batchtopk alone."""
-    losses: tuple[OwnLoss, ...] = ()
+    losses: tuple[OwnLoss, ...] = field(default=(), metadata=LATER)
     """Losses of your own, added to the others."""
     dead_after_tokens: int = 100_000
     """A latent is dead when it was silent for so many rows."""
@@ -349,7 +346,7 @@ class TrainConfig:
     """Passes over the rows."""
     seed: int = 0
     """Decides the order of the rows and the first weights."""
-    max_norm: float | None = 10.0
+    max_norm: float | None = field(default=10.0, metadata=LATER)
     """Rows larger than so many times the median norm are left out; null keeps all."""
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     """Format of the encoder's and the dense products; auto: bf16 where the device has it."""
@@ -381,15 +378,3 @@ class TrainConfig:
             at_least("max_norm", self.max_norm, 1)
         positive("checkpoint_seconds", self.checkpoint_seconds)
         positive("rank_timeout_seconds", self.rank_timeout_seconds)
-
-    def record(self) -> dict[str, Any]:
-        """The config as plain data whose digest names what is trained.
-
-        What earlier releases did not have is left out where it is absent, so their runs still fit.
-        """
-        record = asdict(self)
-        for entry in record["saes"].values():
-            for name in LATER_FIELDS:
-                if not entry[name]:
-                    del entry[name]
-        return record

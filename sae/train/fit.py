@@ -18,7 +18,7 @@ from activations_cache import io
 from activations_cache.config import TRAINING_SPLITS
 from activations_cache.outliers import looked_at
 from monosema.checks import Progress, silent
-from sae.config import digest
+from sae.config import digest, to_dict
 from sae.pretrained.monosema_format import save
 from sae.train import checkpoint, curves
 from sae.train.checkpoint import Saver
@@ -172,11 +172,9 @@ def _train(
             )
         saver.save(module.n_steps, module.full_state())
     provenance = {
-        "cache": cache.fingerprint,
-        "model": _model_of(cache),
+        **_made_from(cache),
         "seed": config.seed,
         "rows": total_steps * config.batch,
-        "context": cache.manifest.plan.context,
         "precision": precision,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -197,6 +195,12 @@ def _save(
         if step.ranks.is_first:
             own = {"hook_points": where[name].inputs, "recipe": asdict(step.config)}
             save(whole, path / name, {**provenance, **own})
+
+
+def _made_from(cache: "ActivationCache") -> dict[str, Any]:
+    """The cache, its model and the length of its contexts, for the provenance."""
+    context = cache.manifest.plan.context
+    return {"cache": cache.fingerprint, "model": _model_of(cache), "context": context}
 
 
 def _model_of(cache: "ActivationCache") -> dict[str, Any]:
@@ -246,11 +250,12 @@ def _require_memory(
 
 def _identity(cache: "ActivationCache", config: TrainConfig, precision: str) -> str:
     """Digest of what is trained on what; not by how many processes, nor what is logged."""
-    found = config.record()
+    found = to_dict(config, all_keys=False)
     for name in ("latent_shards", "rank_timeout_seconds", "log_every", "wandb"):
         del found[name]
-    if not getattr(cache, "n_left_out", 0):  # then the rows are those of every limit
-        del found["max_norm"]
+    found.pop("max_norm", None)
+    if getattr(cache, "n_left_out", 0):  # else the rows are those of every limit
+        found["max_norm"] = config.max_norm
     return digest({"cache": cache.fingerprint, "train": found, "precision": precision})
 
 

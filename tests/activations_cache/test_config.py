@@ -58,8 +58,8 @@ def test_model_config_refuses(changes: dict, message: str):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"path": "a.csv"}, "path must end in .txt, .jsonl or .parquet (or these + .gz)"),
-        ({"path": "a.gz"}, "path must end in .txt, .jsonl or .parquet (or these + .gz)"),
+        ({"path": "a.csv"}, "path must end in .txt, .jsonl, .parquet or .arrow (or these + .gz)"),
+        ({"path": "a.gz"}, "path must end in .txt, .jsonl, .parquet or .arrow (or these + .gz)"),
         ({"share": 0.0}, "share must be a positive number, got 0.0"),
         ({"share": float("nan")}, "share must be a positive number, got nan"),
         ({"share": float("inf")}, "share must be a positive number, got inf"),

@@ -7,12 +7,12 @@ import torch
 import transformers
 from torch import nn
 
-from activations_cache.builder import build, way_of
+from activations_cache.builder import build
 from activations_cache.config import CacheConfig, ModelConfig, TextConfig, TextSource
 from activations_cache.hooks import blocks_of, capture, edit, noted_sites, sites
 from activations_cache.isolation import Piece, pieces_of, read_in_rows
 from activations_cache.models import load_model
-from activations_cache.probe import readout, record_of
+from activations_cache.probe import readout, record_of, way_of
 from activations_cache.recompute import recompute
 from activations_cache.trial import trial_tokens
 from tests.families import make
@@ -141,10 +141,8 @@ def test_an_argument_of_the_right_name_is_not_believed():
 def test_what_cannot_be_kept_apart_is_refused_by_name():
     model = Leaky(pads=True).eval()
     assert record_of(model).documents is None
-    packed = type("Packed", (), {"segments": IDS})
-    loaded = type("Loaded", (), {"model": model})
     with pytest.raises(ValueError, match=r"text.attention must be context for Leaky, got document"):
-        way_of(loaded, packed)
+        way_of(model, apart=True)
 
 
 def test_pieces_leave_padding_out():

@@ -240,7 +240,7 @@ def test_an_edit_whose_place_was_never_passed_is_an_error(subject, policy):
 def test_an_edit_that_rounding_undoes_is_an_error(subject, prompts):
     model, placed = subject
     with (
-        pytest.raises(ValueError, match=r"must change the stream, got the same at all 12 tokens"),
+        pytest.raises(ValueError, match=r"must change the stream, got the same at all \d+ tokens"),
         Steering(model, [Edit(placed, latent=5, add=1e-12)]),
     ):
         model(**prompts)
