@@ -45,7 +45,7 @@ def command(monkeypatch, *arguments: str) -> None:
 
 
 def steps_done(said: str) -> list[str]:
-    return [line.split()[1] for line in said.splitlines() if "done before" in line]
+    return [line.split()[2] for line in said.splitlines() if "done before" in line]
 
 
 def sha256(data: bytes) -> str:
