@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from activations_cache import io
-from activations_cache.checks import CacheFormatError, Progress, silent
+from activations_cache.checks import CacheFormatError, MonosemaError, Progress, silent
 from activations_cache.config import CacheConfig, parse_hook_point
 from activations_cache.encoding import token_ids
 from activations_cache.hooks import capture
@@ -178,7 +178,7 @@ def require_positions(context: int, loaded: LoadedModel) -> None:
             most.append(module.num_embeddings - getattr(module, "offset", padding + 1))
     least = min((n for n in most if isinstance(n, int) and n > 0), default=context)
     if context > least:
-        raise ValueError(
+        raise MonosemaError(
             f"text.context must be at most {least}, the positions of the model, got {context}"
         )
 
@@ -254,7 +254,7 @@ def _file_stamp(path: Path) -> list[int | str]:
 def _examples(packed: PackedText) -> Examples:
     n_labels = len(packed.label_names)
     if n_labels > _MAX_LABELS:
-        raise ValueError(
+        raise MonosemaError(
             f"label must have at most {_MAX_LABELS:,} different values, got {n_labels:,}; "
             "choose a field with fewer values"
         )
@@ -337,7 +337,9 @@ def rank_of_this_process() -> tuple[int, int]:
         if n_ranks_name in os.environ:
             rank, n_ranks = int(os.environ.get(rank_name, "0")), int(os.environ[n_ranks_name])
             if not 0 <= rank < n_ranks:
-                raise ValueError(f"{rank_name} must be below {n_ranks_name}={n_ranks}, got {rank}")
+                raise MonosemaError(
+                    f"{rank_name} must be below {n_ranks_name}={n_ranks}, got {rank}"
+                )
             return rank, n_ranks
     return 0, 1
 

@@ -65,11 +65,11 @@ def package_path(path: str) -> None:
     require(is_right, "path", "have the form package://PACKAGE/inner/path", path)
 
 
-class CacheFormatError(ValueError):
+class CacheFormatError(MonosemaError):
     """A directory is not a cache, is unfinished, is damaged, or was made from something else."""
 
 
-class DamagedFileError(ValueError):
+class DamagedFileError(MonosemaError):
     """A result is not as it was written; the message says what mends it."""
 
 
@@ -81,9 +81,9 @@ class DiskFullError(OSError):
     """There is not enough space; the message names the path, the need and what is free."""
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(MonosemaError):
     """The model gives too many rows that are not finite, or that the cache's dtype cannot hold."""
 
 
-class MissingPackageError(ValueError):
+class MissingPackageError(MonosemaError):
     """What was asked for needs a package that is not installed; the message says how to get it."""

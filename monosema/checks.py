@@ -23,9 +23,9 @@ MOST = 1 << 53
 
 
 def require(holds: bool, field: str, rule: str, got: object) -> None:
-    """Raise ValueError "<field> must <rule>, got <got>" unless the rule holds."""
+    """Raise MonosemaError "<field> must <rule>, got <got>" unless the rule holds."""
     if not holds:
-        raise ValueError(f"{field} must {rule}, got {got!r}")
+        raise MonosemaError(f"{field} must {rule}, got {got!r}")
 
 
 def at_least(field: str, value: float | int, least: float | int) -> None:

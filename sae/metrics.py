@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from activations_cache import seals
+from monosema.checks import MonosemaError
 from sae.autoencoder import Latents
 
 __all__ = ["FVU", "L0", "Agreement", "Firing", "ce_recovered", "fvu", "fvu_uncentred"]
@@ -176,10 +177,10 @@ class L0:
             ValueError: If share lies outside 0..1 or no row was seen.
         """
         if not 0 <= share <= 1:
-            raise ValueError(f"share must lie in 0..1, got {share}")
+            raise MonosemaError(f"share must lie in 0..1, got {share}")
         n_rows = int(self.rows_per_count.sum())
         if n_rows == 0:
-            raise ValueError("quantile must be asked for after rows were seen, got 0 rows")
+            raise MonosemaError("quantile must be asked for after rows were seen, got 0 rows")
         rank = max(1, math.ceil(share * n_rows))
         return int(torch.searchsorted(self.rows_per_count.cumsum(0), rank))
 
@@ -251,10 +252,12 @@ class Firing:
                 max_activation = file.get_tensor("max_activation")
                 n_fired, n_rows = file.get_tensor("n_fired"), file.get_tensor("n_rows")
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} must be whole, got: {error}; run `sae evaluate`") from error
+            raise MonosemaError(
+                f"{path} must be whole, got: {error}; run `sae evaluate`"
+            ) from error
         found = weights_sha256 or _weights_sha256(path.parent)
         if metadata.get("sae_sha256") != found:
-            raise ValueError(
+            raise MonosemaError(
                 f"{path} must be made for the weights of the dictionary (sha256 {found}), "
                 f"got {metadata.get('sae_sha256')}; run `sae evaluate`"
             )

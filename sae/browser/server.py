@@ -21,7 +21,7 @@ from threading import Lock
 from urllib.parse import parse_qs, quote, unquote
 
 from activations_cache import seals
-from activations_cache.checks import DamagedFileError, require
+from activations_cache.checks import DamagedFileError, MonosemaError, require
 from sae.browser.script import script
 from sae.browser.write import INDEX, POLICY
 
@@ -95,15 +95,15 @@ class BrowserServer(ThreadingHTTPServer):
     ) -> None:
         """Listen; `serve_forever` answers."""
         if not (folder / INDEX).is_file():
-            raise ValueError(f"folder must hold {INDEX}, got {folder} without")
+            raise MonosemaError(f"folder must hold {INDEX}, got {folder} without")
         require(0 <= port <= 65535, "port", "be from 0 to 65,535", port)
         if host not in LOCAL and token is None:
-            raise ValueError(
+            raise MonosemaError(
                 f"host must be one of {', '.join(LOCAL)} without a token, got {host!r}; others on "
                 "the network could read the run: pass --token too"
             )
         if token is not None and (len(token) < MIN_TOKEN or not token.isascii()):
-            raise ValueError(
+            raise MonosemaError(
                 f"token must have at least {MIN_TOKEN} ASCII characters, got {len(token)}"
             )
         self.folder, self.token, self.prompts = folder.resolve(), token, prompts

@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Template
 
 from activations_cache import io, seals
-from activations_cache.checks import Progress, require, silent
+from activations_cache.checks import MonosemaError, Progress, require, silent
 from sae.browser.detail import LATENTS_PER_FILE as SIZE
 from sae.browser.detail import LATENTS_PER_TABLE, Row, group, row, search, table
 from sae.browser.latent import Latent
@@ -82,7 +82,7 @@ def _check_target(target: Path) -> None:
     if target.is_dir() and names <= _OURS:
         return
     other = ", ".join(sorted(names - _OURS)[:3]) or target.name
-    raise ValueError(
+    raise MonosemaError(
         f"the browser's folder {target} must be new or one of an earlier browser, got {other}; "
         "name another one"
     )

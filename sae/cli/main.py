@@ -151,6 +151,9 @@ def main() -> None:
 
 
 def _requeue() -> None:
+    """Ask SLURM, if it runs this process, to start the job again."""
+    if not troubles.in_slurm():
+        return
     from activations_cache.builder import rank_of_this_process
     from sae.train.launch import requeue
 

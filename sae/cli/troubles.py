@@ -69,6 +69,11 @@ def listening() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def in_slurm() -> bool:
+    """Whether SLURM started this process."""
+    return "SLURM_JOB_ID" in os.environ
+
+
 def _words(problem: BaseException) -> str:
     text = problem.args[0] if isinstance(problem, KeyError) and problem.args else problem
     return str(text) or type(problem).__name__

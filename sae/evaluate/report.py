@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from activations_cache import seals
+from monosema.checks import MonosemaError
 from sae.evaluate.downstream import Accuracy, Downstream
 from sae.evaluate.reconstruction import FiringSummary, Reconstruction
 from sae.evaluate.substitution import Effect, Substitution
@@ -69,7 +70,7 @@ def read_json(path: str | Path) -> EvaluationReport:
             "downstream": _downstream(record.get("downstream")),
         })
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} must be a report of `sae evaluate`, got: {error}") from error
+        raise MonosemaError(f"{path} must be a report of `sae evaluate`, got: {error}") from error
 
 
 def _each(records: dict[str, dict], read: Any) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def at_equal_l0(
         ValueError: If target is not above 0.
     """
     if target <= 0:
-        raise ValueError(f"target must be above 0, got {target}")
+        raise MonosemaError(f"target must be above 0, got {target}")
     seeds = dict.fromkeys(point.seed for point in points)
     found = (_of_sweep([p for p in points if p.seed == s], target, tolerance) for s in seeds)
     return [value for value in found if not math.isnan(value)]

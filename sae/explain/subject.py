@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from activations_cache import seals
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.collect.assemble import Assembler
 from sae.explain.collect.run import collect
@@ -77,6 +77,6 @@ def chosen(state: State, n: int, named: Sequence[int], seed: int) -> list[int]:
     """
     beyond = [latent for latent in named if latent >= state.d_sae]
     if beyond:
-        raise ValueError(f"latents must be below d_sae={state.d_sae}, got {beyond[0]}")
+        raise MonosemaError(f"latents must be below d_sae={state.d_sae}, got {beyond[0]}")
     live = state.counts["n_fired"].nonzero()[0].tolist()
     return sorted(named) if named else sorted(shuffled(live, "latents", seed)[:n])

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from activations_cache import seals
+from monosema.checks import MonosemaError
 from sae.explain.examples import Context
 
 LATENTS = "latents.parquet"
@@ -202,7 +203,7 @@ def _rows(
     whole_parquet(path)
     if not pq.read_schema(path).equals(schema):
         names = pq.read_schema(path).names
-        raise ValueError(
+        raise MonosemaError(
             f"columns of {path} must be {schema.names}, got {names}; run `sae explain` again"
         )
     rows = pq.read_table(path, filters=only, page_checksum_verification=True).to_pylist()

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from activations_cache import seals
+from monosema.checks import MonosemaError
 from sae.pretrained import npz, pickled
 from sae.pretrained.fields import DictionaryFormatError, one_line
 
@@ -173,12 +174,14 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     record = dict(pairs)
     if len(record) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice")
+        raise MonosemaError(
+            f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice"
+        )
     return record
 
 
 def _refuse(constant: str) -> object:
-    raise ValueError(f"{constant} is not a JSON number")
+    raise MonosemaError(f"{constant} is not a JSON number")
 
 
 def check_header(file: Path) -> dict[str, object]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from activations_cache import seals
+from monosema.checks import MonosemaError
 from sae.autoencoder import SparseAutoencoder
 from sae.cross_layer import CrossLayerTranscoder
 from sae.metrics import STATS, Firing
@@ -349,7 +350,7 @@ def load_cross_layer(path: str | Path) -> CrossLayerTranscoder:
         names = json.loads(seals.read(path / LIST))["sources"]
         whole = [f"source-{layer:03d}" for layer in range(len(names))]
         if not names or names != whole:
-            raise ValueError(f"sources must be {whole}, got {names}")
+            raise MonosemaError(f"sources must be {whole}, got {names}")
         return CrossLayerTranscoder([load(path / name) for name in names])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DictionaryFormatError(

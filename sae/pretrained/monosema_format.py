@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from activations_cache import seals
-from activations_cache.checks import DamagedFileError
+from activations_cache.checks import DamagedFileError, MonosemaError
 from sae.architecture import (
     B_IN,
     INPUT_NORMS,
@@ -57,7 +57,7 @@ def save(
     path = Path(path)
     state = dictionary.state_dict()
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
-        raise ValueError("a dictionary must hold finite numbers to be saved, got others")
+        raise MonosemaError("a dictionary must hold finite numbers to be saved, got others")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     weights = to_safetensors(tensors)
     config = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(dictionary.config)}

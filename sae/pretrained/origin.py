@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from monosema.checks import MonosemaError
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
 
@@ -194,7 +195,7 @@ def require_model(
     differences = origin_of(dictionary.config, dictionary.provenance).models(identity, path)
     if differences and not force:
         what, trained, used = differences[0]
-        raise ValueError(
+        raise MonosemaError(
             f"the model must be the one that the dictionary was trained on, with {what} {trained}, "
             f"got {used}; name that one, or go on with --force (force=True)"
         )

@@ -9,7 +9,7 @@ import torch
 
 import activations_cache
 from activations_cache import ActivationCache, seals
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.models import LoadedModel, load_model
 from activations_cache.probe import readout, record_of
 from sae import pretrained
@@ -278,7 +278,7 @@ def site_of_dictionary(
     home = results_of(path, loaded.source)
     explained = home / "explain"
     if not (explained / SUMMARY).is_file():
-        raise ValueError(
+        raise MonosemaError(
             f"{path} must hold explain/{SUMMARY} to be browsed, got none; run "
             f"`sae explain {path} --cache CACHE` first"
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import activations_cache
 from activations_cache import ActivationCache
-from activations_cache.checks import Progress, WrongClassError, silent
+from activations_cache.checks import MonosemaError, Progress, WrongClassError, silent
 from activations_cache.config import ModelConfig
 from activations_cache.models import LoadedModel, load_model
 from activations_cache.pieces import Pieces
@@ -180,7 +180,9 @@ def model_of(cache: ActivationCache, moved: str | None = None) -> ModelConfig:
     """
     recorded = recorded_model(cache)
     if recorded is None:
-        raise ValueError(f"{cache.path} must record its model to be compared, got a cache without")
+        raise MonosemaError(
+            f"{cache.path} must record its model to be compared, got a cache without"
+        )
     path, revision = (moved, None) if moved else (recorded["path"], recorded["revision"])
     return ModelConfig(path=path, revision=revision, dtype=recorded["dtype"])
 
@@ -279,7 +281,7 @@ def fitted(
     ):
         held = sum(cache.d_model(point) for point in points)
         if held != width:
-            raise ValueError(
+            raise MonosemaError(
                 f"{name} must {side} rows as wide as {', '.join(points)} of {cache.path}, {held}, "
                 f"got {width}; name the hook point it was trained on"
             )
@@ -306,7 +308,7 @@ def _place(
         used = hook_point or ", ".join(held)
         raise _elsewhere(name, Difference("hook point", ", ".join(recorded), used), "")
     if point is None:
-        raise ValueError(
+        raise MonosemaError(
             f"--hook-point must be one of {', '.join(held)} for {name}, whose files name none, got "
             "none; name one"
         )
@@ -332,9 +334,9 @@ def require_origin(
     return tuple(map(str, differences))
 
 
-def _elsewhere(name: str, difference: Difference, advice: str) -> ValueError:
+def _elsewhere(name: str, difference: Difference, advice: str) -> MonosemaError:
     what, trained, used = difference
-    return ValueError(
+    return MonosemaError(
         f"{name} must be a dictionary of the cache's {what} {used}, got one of {trained}; pass the "
         f"cache that it was trained on{advice}"
     )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from activations_cache import ActivationCache, capture, io, seals
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.models import LoadedModel
 from activations_cache.probe import readout, record_of
 from activations_cache.text import NO_TOKEN
@@ -185,7 +185,7 @@ def _parts(request: ExplainRequest, config: ExplainConfig) -> Parts:
         return cache, one, None
     narrow = fitted(request.narrow, cache, one.hook_point, force=force)
     if narrow.outputs != one.outputs:
-        raise ValueError(
+        raise MonosemaError(
             f"{narrow.name} must predict {', '.join(one.outputs)} as {one.name} does, got one of "
             f"{', '.join(narrow.outputs)}; pass a narrower dictionary of that place"
         )
@@ -301,7 +301,7 @@ def tools_for(
     neutral = examples.tokens[examples.split == 2][:, :PROMPT_TOKENS]
     neutral = neutral[(neutral != NO_TOKEN).all(dim=1)][:N_PROMPTS]
     if not len(neutral):
-        raise ValueError(f"{cache.path} must have held-out examples for prompts, got none")
+        raise MonosemaError(f"{cache.path} must have held-out examples for prompts, got none")
     lens = promoted_tokens(one.dictionary, readout(loaded.model), None, N_PROMOTED)
     return Tools(
         client.embed, client.log_likelihood,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.models import LoadedModel
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
@@ -132,5 +132,7 @@ def _behind(
 def _token(loaded: LoadedModel, text: str) -> int:
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
-        raise ValueError(f"target and against must be one token each, got {text!r} with {len(ids)}")
+        raise MonosemaError(
+            f"target and against must be one token each, got {text!r} with {len(ids)}"
+        )
     return ids[0]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from activations_cache import ActivationCache, io
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.config import TRAINING_SPLITS
 from activations_cache.models import LoadedModel
 from activations_cache.vision import LoadedVisionModel
@@ -285,7 +285,7 @@ def _hook_point(entries: Mapping[str, MeasuredDictionary], given: str | None) ->
     points = {entry.hook_point: name for name, entry in entries.items()}
     if given is None and len(points) > 1:
         (one, first), (other, second) = list(points.items())[:2]
-        raise ValueError(
+        raise MonosemaError(
             f"dictionaries must be of one hook point, got {first} of {one} and {second} of "
             f"{other}; measure them apart"
         )
@@ -336,7 +336,7 @@ def short_names(paths: list[str]) -> list[str]:
     parts = [[part for part in Path(path).parts if part != "/"] for path in paths]
     if len(set(map(tuple, parts))) < len(parts):
         repeated = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"dictionaries must be given once, got {repeated} again; leave it out")
+        raise MonosemaError(f"dictionaries must be given once, got {repeated} again; leave it out")
     depth = 1
     while len({tuple(p[-depth:]) for p in parts}) < len(parts):
         depth += 1

@@ -13,6 +13,7 @@ from activations_cache import ActivationCache
 from activations_cache.config import ModelConfig
 from activations_cache.models import load_model
 from activations_cache.probe import readout
+from monosema.checks import MonosemaError
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
@@ -89,7 +90,9 @@ def convert(
     # a set of transcoders is one directory, to which each layer adds a file
     is_set = to == "circuit_tracer"
     if Path(target).exists() and any(Path(target).iterdir()) and not is_set:
-        raise ValueError(f"{target} must be empty to be written to, got files in it; name another")
+        raise MonosemaError(
+            f"{target} must be empty to be written to, got files in it; name another"
+        )
     dictionary, origin, _ = pretrained.load_with_source(source, format, allow_pt)
     if to == monosema_format.FORMAT:
         pretrained.save(dictionary, target, {"source": asdict(origin)})
@@ -101,7 +104,7 @@ def convert(
         done = _pages(source, target, dictionary, origin, model)
     else:
         known = [monosema_format.FORMAT, *TARGETS, PAGES]
-        raise ValueError(f"--to must be one of {known}, got {to!r}")
+        raise MonosemaError(f"--to must be one of {known}, got {to!r}")
     rows = [("from", f"{source}, {origin.source_format}"), ("to", f"{target}, {to}")]
     folded = done or ("nothing: every number is as it was",)
     rows += [("folded", fold) for fold in folded]
@@ -213,10 +216,12 @@ def push(
     path = Path(source)
     read = hook_points_of(pretrained.load(path, format=monosema_format.FORMAT)).get("hook_name")
     if hook_point is not None and read not in {None, hook_point}:
-        raise ValueError(f"--hook-point must be that of the dictionary, {read}, got {hook_point}")
+        raise MonosemaError(
+            f"--hook-point must be that of the dictionary, {read}, got {hook_point}"
+        )
     point = hook_point or read
     if point is None:
-        raise ValueError(f"--hook-point must be given, for {path} does not name one, got none")
+        raise MonosemaError(f"--hook-point must be given, for {path} does not name one, got none")
     card = Card(licence, model, point, figures_of(path, metrics))
     return push_to_hub(path, repo, card, private=not public)
 
@@ -228,7 +233,7 @@ def figures_of(path: Path, report: str | Path | None) -> dict[str, object]:
         return {}
     reported = read_json(file).reconstruction
     if path.resolve().name not in reported:
-        raise ValueError(
+        raise MonosemaError(
             f"{file} must have figures of {path.resolve().name}, got those of {sorted(reported)}"
         )
     figures = asdict(reported[path.resolve().name])
@@ -314,7 +319,7 @@ def _chosen(cache: ActivationCache, hook_points: str | None, origin: Origin) -> 
         return recorded[0], recorded[-1]
     names = hook_points.split(",") if hook_points else list(cache.hook_points)
     if len(names) > 1 + bool(hook_points) or not set(names) <= set(cache.hook_points):
-        raise ValueError(
+        raise MonosemaError(
             f"--hook-points must name one of {list(cache.hook_points)}, or two of them, got "
             f"{hook_points}"
         )

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from activations_cache import io
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.config import SPLITS, ModelConfig, TextSource
 from activations_cache.documents import documents
 from activations_cache.models import LoadedModel, Tokenizer, load_model
@@ -156,7 +156,7 @@ def placed(
     if hook_point is not None:
         differs = origin_of(config, dictionary.provenance).places((hook_point,))
         if differs and not force:
-            raise ValueError(
+            raise MonosemaError(
                 f"hook_point must be {differs[0].trained}, where the dictionary was trained, got "
                 f"{hook_point}; leave it out, or go on with --force (force=True)"
             )
@@ -167,7 +167,7 @@ def placed(
     if not dictionary.config.hook_points:
         site = dictionary.provenance.get("source", {}).get("site", {})
         said = ", ".join(f"{key} {value}" for key, value in site.items()) or "nothing of it"
-        raise ValueError(
+        raise MonosemaError(
             f"hook_point must be given for a dictionary whose files say {said}, got none; name a "
             "place such as model.layers.7:out"
         )
@@ -201,7 +201,7 @@ def placed_in_model(
     made_from = dictionary.provenance.get("model", {})
     name = model or made_from.get("path")
     if name is None:
-        raise ValueError(f"--model must name the model of {path}, whose files do not say it")
+        raise MonosemaError(f"--model must name the model of {path}, whose files do not say it")
     kind = dtype or made_from.get("dtype") or "bfloat16"
     loaded = load_model(ModelConfig(path=name, dtype=kind))  # pyright: ignore[reportArgumentType]
     differs += require_model(dictionary, loaded.identity, name, force=force)
@@ -341,7 +341,7 @@ def _steerable(run: Run) -> str:
         config = dictionary.config
         if not run.is_frozen(name) and not config.outputs and len(config.inputs) < 2:
             return name
-    raise ValueError(
+    raise MonosemaError(
         "train.saes must have a dictionary that reads and predicts one hook point to steer by, "
         f"got {', '.join(run.dictionaries)}; add one, or end with `sae explain`"
     )

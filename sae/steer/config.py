@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from activations_cache.checks import LATER, at_least, require
+from activations_cache.checks import LATER, MonosemaError, at_least, require
 
 Unit = Literal["max", "norm", "absolute"]
 """`max`: times the largest activation that the latent had when the dictionary was evaluated;
@@ -43,7 +43,7 @@ def strength(field: str, given: float | int | str) -> Strength:
     except ValueError:
         value = float("nan")
     if found is None or not abs(value) < float("inf"):
-        raise ValueError(
+        raise MonosemaError(
             f"{field} must be a number, or one in units of max or norm such as '10x max', "
             f"got {given!r}"
         )

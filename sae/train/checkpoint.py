@@ -18,7 +18,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from activations_cache import io
-from monosema.checks import Progress
+from monosema.checks import MonosemaError, Progress
 from sae.train.config import TrainConfig
 from sae.train.ranks import Ranks
 from sae.train.signals import Signals, Stopped
@@ -93,7 +93,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     checksum = manifest.pop("crc32c", None)
     is_whole = checksum == _checksum(manifest) if checksum else True
     if not is_whole or manifest.keys() != {"identity", "n_steps", "sha256"}:
-        raise ValueError(f"{path / MANIFEST} must match its own checksum, got a damaged file")
+        raise MonosemaError(f"{path / MANIFEST} must match its own checksum, got a damaged file")
     return manifest
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger
 from activations_cache import io
 from activations_cache.config import TRAINING_SPLITS
 from activations_cache.outliers import looked_at
-from monosema.checks import Progress, silent
+from monosema.checks import MonosemaError, Progress, silent
 from sae.config import digest, to_dict
 from sae.pretrained.monosema_format import save
 from sae.train import checkpoint, curves
@@ -132,10 +132,10 @@ def _train(
     if total_steps < 1:
         n_rows = len(cache.rows(TRAINING_SPLITS))
         rule = f"be at most {n_rows}, the cache's rows of {' and '.join(TRAINING_SPLITS)}"
-        raise ValueError(f"train.batch must {rule}, got {config.batch}; lower it")
+        raise MonosemaError(f"train.batch must {rule}, got {config.batch}; lower it")
     if config.batch < ranks.rows.size:
         rule = f"be at least {ranks.rows.size}, a row for each process that shares it"
-        raise ValueError(f"train.batch must {rule}, got {config.batch}; raise it")
+        raise MonosemaError(f"train.batch must {rule}, got {config.batch}; raise it")
     precision = resolve_precision(config.precision)
     identity = _identity(cache, config, precision)
     _require_memory(cache, config, where, precision, ranks)

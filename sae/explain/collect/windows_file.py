@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from activations_cache import seals
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from sae.explain.collect.assemble import Assembler, Cuts, histogram
 from sae.explain.collect.state import SPLITS, State
 from sae.explain.tables import WRITING, whole_parquet
@@ -98,7 +98,7 @@ def read_windows(directory: Path, latents: Sequence[int]) -> Iterator[LatentWind
     for latent in latents:
         activity = _read(directory / ACTIVITY, _ACTIVITY_SCHEMA, latent)
         if not activity:
-            raise ValueError(f"latent must be in {directory / ACTIVITY}, got {latent}")
+            raise MonosemaError(f"latent must be in {directory / ACTIVITY}, got {latent}")
         windows: dict[str, list[Window]] = {split: [] for split in SPLITS}
         for row in _read(directory / WINDOWS, _WINDOW_SCHEMA, latent):
             row.pop("latent")
@@ -114,7 +114,7 @@ def _read(path: Path, schema: pa.Schema, latent: int) -> list[dict]:
     whole_parquet(path)
     found = pq.read_schema(path)
     if not found.equals(schema):
-        raise ValueError(
+        raise MonosemaError(
             f"columns of {path} must be {schema.names}, got {found.names}; run `sae explain` again"
         )
     only = [("latent", "==", latent)]
