@@ -98,7 +98,7 @@ def read_images(cache: ActivationCache) -> list[ImageRecord]:
     if found != expected:
         raise CacheFormatError(
             f"{file} must have sha256 {expected}, got {found if data else 'no such file'}; "
-            "remove manifest.json and build again"
+            f"run `sae verify {cache.path} --mend` and then `sae cache` again"
         )
     return [ImageRecord(**json.loads(line)) for line in data.splitlines()]
 
