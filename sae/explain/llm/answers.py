@@ -73,11 +73,8 @@ class AnswerCache:
         """The stored answer, or None."""
         with usable(self.path):
             row = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-            return (
-                None
-                if row is None
-                else Response(**_record(row[0], f"the answer {key} in {self.path}"))
-            )
+            name = f"the answer {key} in {self.path}"
+            return None if row is None else Response(**_record(row[0], name))
 
     def put(self, key: str, question: str, response: Response) -> None:
         """Store an answer durably, unless there is one."""
@@ -108,11 +105,8 @@ class AnswerCache:
         with usable(self.path):
             found = "SELECT form FROM learned WHERE client = ?"
             row = self._file.execute(found, (client,)).fetchone()
-            return (
-                {}
-                if row is None
-                else unseal(row[0].encode(), f"what {client} takes in {self.path}")
-            )
+            name = f"what {client} takes in {self.path}"
+            return {} if row is None else unseal(row[0].encode(), name)
 
     def learn(self, client: str, form: dict[str, Any]) -> None:
         """Keep that for the next process."""
