@@ -129,13 +129,7 @@ def _train(
     points = dict.fromkeys(p for s in where.values() for p in (*s.inputs, *s.outputs))
     cache = looked_at(cache, tuple(points), config.max_norm)
     total_steps = cache.n_batches(batch=config.batch, epochs=config.epochs)
-    if total_steps < 1:
-        n_rows = len(cache.rows(TRAINING_SPLITS))
-        rule = f"be at most {n_rows}, the cache's rows of {' and '.join(TRAINING_SPLITS)}"
-        raise MonosemaError(f"train.batch must {rule}, got {config.batch}; lower it")
-    if config.batch < ranks.rows.size:
-        rule = f"be at least {ranks.rows.size}, a row for each process that shares it"
-        raise MonosemaError(f"train.batch must {rule}, got {config.batch}; raise it")
+    _require_batch(cache, config, total_steps, ranks)
     precision = resolve_precision(config.precision)
     identity = _identity(cache, config, precision)
     _require_memory(cache, config, where, precision, ranks)
@@ -184,6 +178,19 @@ def _train(
     _save(steps, where, path, provenance)
     ranks.require_same(total_steps, "the number of steps")  # and all is there when one returns
     return {name: path / name for name in steps}
+
+
+def _require_batch(
+    cache: "ActivationCache", config: TrainConfig, total_steps: int, ranks: Ranks
+) -> None:
+    """Refuse a batch that the cache cannot fill, or that leaves a process without a row."""
+    if total_steps < 1:
+        n_rows = len(cache.rows(TRAINING_SPLITS))
+        rule = f"be at most {n_rows}, the cache's rows of {' and '.join(TRAINING_SPLITS)}"
+        raise MonosemaError(f"train.batch must {rule}, got {config.batch}; lower it")
+    if config.batch < ranks.rows.size:
+        rule = f"be at least {ranks.rows.size}, a row for each process that shares it"
+        raise MonosemaError(f"train.batch must {rule}, got {config.batch}; raise it")
 
 
 def _save(

@@ -99,7 +99,8 @@ def test_a_hook_point_is_compared_once_it_is_known():
     made = dictionary_of(activation=TopK(k=3))
     with pytest.raises(ValueError, match=re.escape('got none; say which by .at("model')):
         _ = made.hook_point
-    assert made.at("h.1:out") is made.at("h.1:out")
+    assert made.at("h.1:out") is made
+    assert made.at("h.1:out") is made
     with pytest.raises(ValueError, match=r"must be h.1:out, where it was trained, got h.2:out"):
         made.at("h.2:out")
     with pytest.raises(ValueError, match=r"one hook point, got a:out, b:out; use hook_points"):
