@@ -56,6 +56,7 @@ def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, 
         "latents.parquet", "examples.parquet", "summary.json", "windows.parquet",
         "activity.parquet", "explanations.jsonl", "explanations.parquet", "explanations.json",
         "llm.sqlite", "rules.jsonl", "rules.parquet", "rules.json", "atlas.parquet", "atlas.json",
+        "files.json", "origin.json",
     }  # fmt: skip
     assert "says nothing about what the model does" in " ".join(shown.split())
     assert "raw neurons" in shown
@@ -104,7 +105,7 @@ def test_a_dry_run_estimates_and_asks_nobody(paths, tmp_path, monkeypatch, capsy
     assert "nothing was called" in shown
     assert "cost $0." in shown
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"windows.parquet", "activity.parquet"}
+    assert names == {"windows.parquet", "activity.parquet", "files.json"}
 
 
 def test_what_can_be_asked_again_is_exit_code_1(paths, tmp_path, monkeypatch, capsys):
@@ -120,7 +121,8 @@ def test_what_can_be_asked_again_is_exit_code_1(paths, tmp_path, monkeypatch, ca
     client = Failing(1)
     monkeypatch.setattr("sae.run.explaining.client_of", lambda config: client)
     arguments = [
-        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--hook-point", HOOK,
+        "--out", str(tmp_path / "out"),
         "autointerp.llm.model=m", "autointerp.n_latents=5", "n_baseline=0", "rules.n_latents=1",
         "rules.windows.tokens=8", "min_firings=5", "permutations=100", "autointerp.n_baseline=0",
         "autointerp.min_windows=2", "autointerp.windows.tokens=8", "autointerp.llm.retries=0",
