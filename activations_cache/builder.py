@@ -23,7 +23,7 @@ from activations_cache.config import CacheConfig, parse_hook_point
 from activations_cache.encoding import token_ids
 from activations_cache.hooks import capture
 from activations_cache.image_rows import ImageRows, image_widths
-from activations_cache.isolation import read_documents
+from activations_cache.isolation import Way, read_documents
 from activations_cache.journal import first_difference, journals_at, newest
 from activations_cache.layout import STORAGE
 from activations_cache.locations import PACKAGE, locate
@@ -73,6 +73,7 @@ class ModelSource:
     ) -> None:
         self._loaded = loaded
         self._hook_points = config.hook_points
+        self._way: Way | None
         self._way, self._is_causal = way_of(loaded.model, apart=packed.segments is not None)
         self.examples = _examples(packed)
         self._special = special_ids(loaded.tokenizer)

@@ -34,8 +34,9 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, n_ids: int | None = None) -> None:
         self._tokenizer, self._n_ids = tokenizer, n_ids
+        unknown: Any = tokenizer.unk_token_id
         # The unknown token is what a text becomes, not what it says.
-        self._controls = special_ids(tokenizer) - {tokenizer.unk_token_id}
+        self._controls = special_ids(tokenizer).difference([unknown])
         names = {str(n) for n in tokenizer.convert_ids_to_tokens(sorted(self._controls))}
         longest_first = sorted((n for n in names if len(n) > 1), key=lambda n: (-len(n), n))
         pattern = "|".join(map(re.escape, longest_first))

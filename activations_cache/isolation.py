@@ -88,7 +88,12 @@ def _groups(pieces: list[Piece], n_tokens: int) -> Iterator[list[Piece]]:
 
 
 def read_documents(
-    run: Run, examples: Examples, some: slice, way: Way | None, *, is_causal: bool
+    run: Run,
+    examples: Examples,
+    some: slice | Int[Tensor, " some"],
+    way: Way | None,
+    *,
+    is_causal: bool,
 ) -> Mapping[str, Float[Tensor, "example pos _"]]:
     """Read some examples; where they have segments, so that none of these sees another.
 

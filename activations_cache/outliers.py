@@ -44,7 +44,7 @@ class KeptRows(HookRows):
         return (total / max(len(self._kept), 1)).float()
 
     @cached_property
-    def mean_square_norm(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def mean_square_norm(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
         """The mean of the squared norms of the kept training rows."""
         parts = self._kept.split(_ROWS_AT_ONCE)
         total = sum(float(self._all.norms(part).double().square().sum()) for part in parts)

@@ -172,7 +172,7 @@ def table_of(tokens: Int[np.ndarray, "example pos"], strings: Sequence[str]) -> 
             out[:] = [known.setdefault(piece, len(known)) for piece in strings.row(row.tolist())]
     else:
         used = np.unique(tokens[tokens >= 0]).tolist()
-        number = {token: known.setdefault(strings[token], len(known)) for token in used}
+        number = {token: known.setdefault(str(strings[token]), len(known)) for token in used}
         ids[tokens >= 0] = [number[token] for token in tokens[tokens >= 0].tolist()]
     ids[tokens < 0] = -1
     return PieceTable(ids, tuple(known))

@@ -327,11 +327,12 @@ def readout(model: nn.Module) -> Float[Tensor, "vocab d_model"]:
         ValueError: If the model's own logits do not come about in this way.
     """
     path = logits_path(model)
-    head: Any = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     weight = head.weight.detach().float() * path.scale
     if path.norm:
-        norm = model.get_submodule(path.norm)
-        gain, _ = gain_of(norm, weight.shape[1], path.is_centred, next(norm.parameters(), weight))
+        norm: Any = model.get_submodule(path.norm)
+        first = next(iter(norm.parameters()), weight)
+        gain, _ = gain_of(norm, weight.shape[1], path.is_centred, first)
         weight = weight * gain.to(weight)
     return weight - weight.mean(dim=1, keepdim=True) if path.is_centred else weight
 

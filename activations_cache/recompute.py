@@ -11,7 +11,7 @@ from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.config import parse_hook_point
 from activations_cache.hooks import blocks_of, capture
 from activations_cache.image_rows import CachedImages
-from activations_cache.isolation import pieces_of
+from activations_cache.isolation import read_documents
 from activations_cache.models import LoadedModel
 from activations_cache.probe import record_of
 from activations_cache.reader import ActivationCache
@@ -42,8 +42,8 @@ def recompute(
     The streams between blocks are compared with `output_hidden_states`, whose entries need no
     hooks, so a wrong layer or a wrong side cannot agree with itself; which entry is which differs
     between models and is looked at on this one. Places that are no entry have no such second
-    source; they are captured again in a whole forward. Documents that share a context are each
-    read alone.
+    source; they are captured again in a whole forward. Documents that share a context are kept
+    apart in the way that is seen to do it in this model, whatever made the cache.
 
     Args:
         cache: A complete cache.
@@ -111,11 +111,9 @@ def _streams(
     progress: Progress,
 ) -> dict[str, Float[Tensor, "row _"]]:
     """What the model gives at each hook point for some rows of the cache."""
-    read = _Reader(cache.hook_points, loaded)
     refs, parts = cache.refs(rows), {name: [] for name in cache.hook_points}
     order: list[Tensor] = []
-    for chunk, inputs, options in _inputs(cache, loaded, refs.example, refs.position):
-        given = read(inputs, options)
+    for chunk, given in _given(cache, loaded, refs.example, refs.position):
         for name, stream in given.items():
             parts[name].append(stream[chunk.example, chunk.position].float().cpu())
         order.append(chunk.row)
@@ -176,45 +174,33 @@ class _Reader:
         }
 
 
-def _inputs(
+def _given(
     cache: ActivationCache,
     loaded: LoadedModel | LoadedVisionModel,
     example: Int[Tensor, " row"],
     position: Int[Tensor, " row"],
-) -> Iterator[tuple[_Chunk, Shaped[Tensor, "example ..."], dict[str, Any]]]:
-    """Yield what a forward reads, and which of the rows it gives."""
-    if cache.examples.segment is not None and isinstance(loaded, LoadedModel):
-        yield from _pieces(cache, loaded, example, position)
-        return
+) -> Iterator[tuple[_Chunk, Mapping[str, Float[Tensor, "example pos _"]]]]:
+    """Yield what each forward gives, and which of the rows are in it."""
+    read, way, is_causal = _Reader(cache.hook_points, loaded), None, True
+    if isinstance(loaded, LoadedModel) and cache.examples.segment is not None:
+        record = record_of(loaded.model)
+        way, is_causal = record.documents or "rows", record.is_causal
+
+    def on_device(ids: Tensor, **options: Tensor) -> Mapping[str, Tensor]:
+        to = loaded.model.device
+        return read(ids.to(to), {name: tensor.to(to) for name, tensor in options.items()})
+
     for some in example.unique().split(_LONGEST):
         row = torch.isin(example, some).nonzero().flatten()
         chunk = _Chunk(row, torch.searchsorted(some, example[row]), position[row])
         if isinstance(loaded, LoadedVisionModel):
             images = CachedImages(cache)
             options = loaded.reading.options(images.preprocessing.size)
-            yield chunk, images.pixels(some).to(loaded.device, loaded.dtype), dict(options)
+            pixels = images.pixels(some).to(loaded.device, loaded.dtype)
+            yield chunk, read(pixels, dict(options))
         else:
-            tokens = cache.examples.tokens[some].clamp_min(0)
-            yield chunk, tokens.to(loaded.model.device), {}
-
-
-def _pieces(
-    cache: ActivationCache,
-    loaded: LoadedModel,
-    example: Int[Tensor, " row"],
-    position: Int[Tensor, " row"],
-) -> Iterator[tuple[_Chunk, Int[Tensor, "1 pos"], dict[str, Any]]]:
-    """Yield each document that has one of the rows, alone."""
-    tokens, segment = cache.examples.tokens, cache.examples.segment
-    assert segment is not None, "called for segments alone"
-    for piece in pieces_of(tokens[example.unique()], segment[example.unique()]):
-        number = int(example.unique()[piece.example])
-        inside = (example == number) & (position >= piece.start) & (position < piece.stop)
-        row = inside.nonzero().flatten()
-        if len(row):
-            chunk = _Chunk(row, torch.zeros_like(row), position[row] - piece.start)
-            ids = tokens[number, piece.start : piece.stop][None]
-            yield chunk, ids.to(loaded.model.device), {}
+            examples = cache.examples
+            yield chunk, read_documents(on_device, examples, some, way, is_causal=is_causal)
 
 
 def _block_number(hook_point: str, blocks: str) -> int | None:

@@ -61,13 +61,14 @@ def trial_tokens(
     model: nn.Module, n_examples: int = N_EXAMPLES, n_tokens: int = N_TOKENS
 ) -> Int[Tensor, "example pos"]:
     """Return token ids that stand for text: none that the configuration has a purpose for."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     given = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     special = set(_special_ids(given))
     get = getattr(model, "get_input_embeddings", None)
     embedding = None if get is None else attempt(get)
     weight = getattr(embedding, "weight", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    get_text: Any = getattr(config, "get_text_config", None)
+    text = config if get_text is None else get_text()
     n_vocab = getattr(text, "vocab_size", None) or (len(weight) if weight is not None else 8)
     usable = torch.tensor([i for i in range(min(n_vocab, 4096)) if i not in special])
     chosen = torch.randint(
@@ -120,8 +121,9 @@ def largest_error(found: Float[Tensor, "*pos _"], expected: Float[Tensor, "*pos 
 
 def same_stream(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two streams are one, in the number format of the first."""
-    both = a is not None and b is not None and a.shape == b.shape
-    return both and torch.equal(a, b.to(a.dtype))
+    if a is None or b is None or a.shape != b.shape:
+        return False
+    return torch.equal(a, b.to(a.dtype))
 
 
 @contextlib.contextmanager
@@ -154,8 +156,9 @@ def watching(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Passed
 
 
 def _stream(value: object) -> Tensor | None:
-    is_stream = isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
-    return value.detach().clone() if is_stream else None
+    if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
+        return value.detach().clone()
+    return None
 
 
 def run_whole(module: nn.Module, inputs: Tensor, **options: Any) -> Any:
@@ -281,13 +284,15 @@ def _addition(part: str, calls: Mapping[str, Passed]) -> Addition:
 
 def _follows(tensor: Tensor | None, call: Passed) -> bool:
     """Whether a call read exactly this tensor, and gave another of its shape."""
-    return (
-        tensor is not None
-        and _same_shape(tensor, call.first)
-        and _same_shape(tensor, call.out)
-        and torch.equal(tensor, call.first)
-        and not torch.equal(tensor, call.out)
-    )
+    first, out = call.first, call.out
+    if (
+        tensor is None
+        or first is None
+        or out is None
+        or not tensor.shape == first.shape == out.shape
+    ):
+        return False
+    return torch.equal(tensor, first) and not torch.equal(tensor, out)
 
 
 def _scale(part: Tensor, block: Passed, streams: list[Tensor]) -> float:

@@ -240,7 +240,9 @@ def test_statistics_of_other_weights_are_refused(firing, tmp_path):
     (tmp_path / "sae.safetensors").write_bytes(b"weights")
     firing.save(tmp_path)
     (tmp_path / "sae.safetensors").write_bytes(b"weights of another run")
-    with pytest.raises(ValueError, match=r"must be made for the weights beside it.*sae evaluate"):
+    with pytest.raises(
+        ValueError, match=r"must be made for the weights of the dictionary .*sae evaluate"
+    ):
         Firing.read(tmp_path)
 
 

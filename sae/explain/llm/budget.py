@@ -5,6 +5,7 @@ they run at once, one after the other, or were killed. A call that was reserved 
 counts as it was reserved.
 """
 
+import asyncio
 import contextlib
 import json
 import math
@@ -196,6 +197,7 @@ class Budget:
         self.ledger = ledger or Ledger()
         self.spent = Cost()
         """Of the calls that this process made."""
+        self._n_under_way, self._ended = 0, asyncio.Event()
 
     def reserve(self, request: Request, name: str | None = None) -> Reservation:
         """Set aside the most that a call can take, by the largest that was billed so far.
@@ -210,6 +212,31 @@ class Budget:
         )
         number, is_new = self.ledger.reserve(held, self.config, name)
         return Reservation(number, expected, held, is_new)
+
+    async def begin(self, request: Request, name: str | None = None) -> Reservation:
+        """Reserve as `reserve` does; while calls under way hold what is left, wait for their end.
+
+        What a call holds is more than it will take, so a limit that seems reached may not be.
+
+        Raises:
+            CallFailedError: With reason "budget", if nothing is under way that could free some.
+        """
+        while True:
+            try:
+                reserved = self.reserve(request, name)
+            except CallFailedError:
+                if not self._n_under_way:
+                    raise
+                await self._ended.wait()
+            else:
+                self._n_under_way += 1
+                return reserved
+
+    def end(self) -> None:
+        """Say that a call that was begun is over, whatever became of it."""
+        self._n_under_way -= 1
+        self._ended.set()
+        self._ended = asyncio.Event()
 
     def settle(self, reserved: Reservation, response: Response) -> None:
         """Replace a reservation by what the call took; endpoints that do not say are estimated."""

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from sae.explain.config import LLMConfig
 from sae.explain.llm.answers import AnswerCache
-from sae.explain.llm.budget import Budget
+from sae.explain.llm.budget import Budget, Reservation
 from sae.explain.llm.chat import (
     OPEN,
     AdaptedError,
@@ -278,9 +278,15 @@ class Caller:
         name = None
         if getattr(self.client, "is_deferred", False):
             name = key_of(canonical(self.client.name, request))
-        n_waits = self._n_waits
         asked = replace(request, max_tokens=self.form.wire(request))
-        reserved = self.budget.reserve(asked, name)
+        reserved = await self.budget.begin(asked, name)
+        try:
+            return await self._sent(request, reserved, name)
+        finally:
+            self.budget.end()
+
+    async def _sent(self, request: Request, reserved: Reservation, name: str | None) -> Response:
+        n_waits = self._n_waits
         try:
             async with asyncio.timeout(self.config.timeout_s):
                 response = await self.client.complete(request)

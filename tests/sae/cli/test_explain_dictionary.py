@@ -122,18 +122,20 @@ def test_what_can_be_asked_again_is_exit_code_1(paths, tmp_path, monkeypatch, ca
     monkeypatch.setattr("sae.run.explaining.client_of", lambda config: client)
     arguments = [
         str(paths / "dictionary"), "--cache", str(paths / "cache"), "--hook-point", HOOK,
-        "--out", str(tmp_path / "out"),
         "autointerp.llm.model=m", "autointerp.n_latents=5", "n_baseline=0", "rules.n_latents=1",
         "rules.windows.tokens=8", "min_firings=5", "permutations=100", "autointerp.n_baseline=0",
         "autointerp.min_windows=2", "autointerp.windows.tokens=8", "autointerp.llm.retries=0",
     ]  # fmt: skip
-    assert sae(monkeypatch, *arguments) == 1
+    out, whole = (["--out", str(tmp_path / name)] for name in ("out", "whole"))
+    assert sae(monkeypatch, *arguments, *out) == 1
     shown = " ".join(capsys.readouterr().err.split())
     assert "got 1 without one of 1 latents (transport: connection reset); run the same" in shown
-    n_first, client.n, client.fails = client.n, 0, False
-    assert sae(monkeypatch, *arguments) == 0
-    assert 0 < client.n < n_first / 2  # that question, the scores of its label, its controls
+    n_stored, client.n, client.fails = client.n - 1, 0, False
+    assert sae(monkeypatch, *arguments, *out) == 0
     assert "cost of all runs so far" in capsys.readouterr().out
+    n_asked, client.n = client.n, 0
+    assert sae(monkeypatch, *arguments, *whole) == 0
+    assert n_asked == client.n - n_stored  # what was answered is not asked again
 
 
 def test_limits_reach_the_client(paths, tmp_path, monkeypatch, capsys):

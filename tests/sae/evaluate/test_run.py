@@ -104,7 +104,8 @@ def test_documents_that_share_a_context_are_spliced_one_by_one(cache, hook_point
     whole = held_out(cache, hook_point, CONFIG)
     segment = torch.zeros_like(cache.examples.tokens)
     segment[:, 5:] = 1
-    monkeypatch.setattr(cache, "examples", replace(cache.examples, segment=segment))
+    segmented = replace(cache.examples, segment=segment)
+    monkeypatch.setattr(type(cache), "examples", property(lambda _: segmented))
     found = held_out(cache, hook_point, CONFIG)
     assert len(found.tokens) == 2 * len(whole.tokens)
     assert torch.equal(found.tokens[0, :5], whole.tokens[0, :5])

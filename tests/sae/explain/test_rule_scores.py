@@ -27,7 +27,7 @@ def scored(planted, identity_dictionary, tmp_path_factory):
 
 def test_planted_words_are_detected_and_controls_are_not(planted, scored):
     summary, out, *_ = scored
-    assert list(summary)[:3] == ["n_failed", "failed_by_reason", "n_insufficient"]
+    assert list(summary)[:4] == ["n_failed", "failed_by_reason", "n_open", "n_insufficient"]
     assert summary["n_failed"] == 0
     assert summary["n_done"] >= planted.n_topics
     right = summary["scores"]["detection"]

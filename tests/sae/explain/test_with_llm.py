@@ -110,17 +110,20 @@ def test_without_money_nothing_is_called_and_everything_is_counted(subject, tmp_
 def test_what_can_be_asked_again_ends_in_an_error_and_a_second_run_asks_just_that(
     subject, tmp_path
 ):
-    class Failing(RandomClient):
-        n, fails = 0, True
+    class Recording(RandomClient):
+        def __init__(self, fails=False):
+            super().__init__(1)
+            self.n, self.fails, self.answered = 0, fails, []
 
         async def complete(self, request):
             self.n += 1
             if self.fails and request.messages[-1].content.count("topic") and self.n % 3 == 0:
                 raise UnavailableError("transport", "connection reset")
+            self.answered.append(request)
             return await super().complete(request)
 
     llm = LLMConfig(model="m", attempts=1, retries=0, concurrency=1)
-    config, client = dataclasses.replace(CONFIG, llm=llm), Failing(1)
+    config, client = dataclasses.replace(CONFIG, llm=llm), Recording(fails=True)
     with pytest.raises(UnfinishedError) as error:
         label_with_llm(subject, config, tmp_path, client)
     assert "(transport: connection reset); run the same command again" in str(error.value)
@@ -130,11 +133,12 @@ def test_what_can_be_asked_again_ends_in_an_error_and_a_second_run_asks_just_tha
     assert f"got {lost} without one of " in str(error.value)
     assert summary["first_words"] == {"transport": "connection reset"}
     assert summary["n_open"] == sum(bool(r["lost"]) for r in lines(tmp_path)) > 0
-    client.n, client.fails = 0, False
-    again = label_with_llm(subject, config, tmp_path, client)
+    second, alone = Recording(), Recording()
+    again = label_with_llm(subject, config, tmp_path, second)
     assert (again["n_open"], again["questions_lost"], again["n_done"]) == (0, {}, 3)
-    whole = label_with_llm(subject, config, tmp_path / "whole", RandomClient(1))
-    assert lost <= client.n <= whole["cost"]["requests"] - 3  # what was answered is not asked again
+    label_with_llm(subject, config, tmp_path / "whole", alone)
+    assert len(second.answered) == len({*second.answered})
+    assert {*second.answered} == {*alone.answered} - {*client.answered}  # no more and no less
     assert (tmp_path / FILES[0]).read_bytes() == (tmp_path / "whole" / FILES[0]).read_bytes()
 
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.numpy import save_file
 
 from sae.autoencoder import SparseAutoencoder
-from sae.pretrained import pickled, pickled_child
+from sae.pretrained import hub, pickled, pickled_child
 
 TOLERANCE = 1e-6
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def relu(h):
@@ -180,3 +181,17 @@ def bad_archives(canary) -> dict[str, bytes]:
 def malice():
     """What the makers of hostile files use."""
     return SimpleNamespace(Canary=Canary, code=code, archives=bad_archives)
+
+
+@pytest.fixture
+def fake_hub(tmp_path, monkeypatch):
+    """Serves a directory as the hub's client would, and records what was asked."""
+    asked = []
+    root = tmp_path / "models--org--name" / "snapshots" / COMMIT
+
+    def download(repo, revision, allow_patterns):
+        asked.append((repo, revision, allow_patterns))
+        return str(root)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    return SimpleNamespace(root=root, asked=asked)

@@ -173,20 +173,6 @@ def test_an_id_is_given_once():
         sae.load(f"{GEMMA}:{ID}", id=ID)
 
 
-@pytest.fixture
-def fake_hub(tmp_path, monkeypatch):
-    """Serves a directory as the hub's client would, and records what was asked."""
-    asked = []
-    root = tmp_path / "models--org--name" / "snapshots" / COMMIT
-
-    def download(repo, revision, allow_patterns):
-        asked.append((repo, revision, allow_patterns))
-        return str(root)
-
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    return SimpleNamespace(root=root, asked=asked)
-
-
 def gemma_scope(folder: Path, make) -> None:
     folder.mkdir(parents=True)
     shapes = {"W_enc": (D, 16_384), "W_dec": (16_384, D), "b_enc": 16_384, "b_dec": D}

@@ -60,22 +60,8 @@ def test_each_format_is_known_by_its_module_s_name():
     assert FORMATS.keys() - named == {"monosema"}
 
 
-@pytest.fixture
-def fake_hub(tmp_path, monkeypatch):
-    """Serves a directory as the hub's client would, and records what was asked."""
-    asked = []
-    root = tmp_path / "models--org--name" / "snapshots" / COMMIT
-
-    def download(repo, revision, allow_patterns):
-        asked.append((repo, revision, allow_patterns))
-        return str(root)
-
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    return root, asked
-
-
 def test_a_repository_of_the_hub(fake_hub, make, peer, caplog):
-    root, asked = fake_hub
+    root, asked = fake_hub.root, fake_hub.asked
     sparsify(root / "layers.3", make, peer)
     with caplog.at_level(logging.WARNING):
         loaded = load_with_source("org/name/layers.3")
@@ -93,7 +79,7 @@ def test_a_repository_of_the_hub(fake_hub, make, peer, caplog):
 
 
 def test_a_file_of_the_hub(fake_hub, make, peer):
-    root, asked = fake_hub
+    root, asked = fake_hub.root, fake_hub.asked
     peer.pt(root / "a" / "model.pth", make(b=3))
     with pytest.raises(DictionaryFormatError, match="pass allow_pt=True"):
         sae.load("org/name/a/model.pth@main")
@@ -121,13 +107,13 @@ def test_the_hub_s_refusals_are_one_line(fake_hub, monkeypatch):
 def test_names_that_are_no_names(name, fake_hub):
     with pytest.raises(FileNotFoundError):
         hub.parsed(name)
-    assert not fake_hub[1]
+    assert not fake_hub.asked
 
 
 def test_a_path_is_never_taken_for_a_repository(fake_hub):
     with pytest.raises(FileNotFoundError, match="got nothing there"):
         sae.load(Path("org/name"))
-    assert not fake_hub[1]
+    assert not fake_hub.asked
 
 
 def test_the_weights_can_be_trained_on(tmp_path):

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ METRIC = logit_difference(5, 11)
 @pytest.fixture
 def before_the_head(dictionary):
     """Where nothing but a matrix follows."""
-    return dictionary.at("lm_head:in")
+    return copy.deepcopy(dictionary).at("lm_head:in")
 
 
 def test_on_a_linear_model_attribution_is_the_ablation_effect(model, before_the_head):

@@ -96,7 +96,7 @@ def test_wrong_edits_are_refused(placed, dictionary, hook_point):
     refused(r"^along must be d_out=8 wide, got \(5,\)$", latent=3, clamp=1.0, along=torch.ones(5))
     bare = deepcopy(dictionary)
     bare.stats = None
-    with pytest.raises(ValueError, match=r"stats must be given .* run `sae evaluate`"):
+    with pytest.raises(ValueError, match=r"stats must be given .* run `sae evaluate DICT"):
         Edit(bare, latent=3, clamp="10x max")
     assert Edit(bare, latent=3, clamp="10x norm").value == 10
 

@@ -201,6 +201,24 @@ def test_calls_are_reserved_before_they_are_sent_and_counted_over_processes(tmp_
     )  # stored ones are free
 
 
+def test_a_limit_is_used_up_although_calls_under_way_hold_more_than_they_take():
+    class Slow(ConstantClient):
+        async def complete(self, request):
+            await asyncio.sleep(0.001)
+            return Response("yes", "stop", 2, 1)  # 3 tokens, where 10 + 7 are set aside
+
+    caller = Caller(Slow(1), replace(CONFIG, concurrency=8, max_tokens=47))
+    questions = [replace(QUESTION, seed=seed) for seed in range(20)]
+
+    async def run():
+        asked = [caller.ask(question, str) for question in questions]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    answers = asyncio.run(run())
+    assert answers.count("yes") == 11  # 10 * 3 + 17 is the last to fit
+    assert {str(a) for a in answers if a != "yes"} == {"budget: max_tokens=47 would be exceeded"}
+
+
 def test_a_store_of_an_older_version_is_used(tmp_path):
     path = tmp_path / "a.sqlite"
     old = sqlite3.connect(path)
