@@ -187,7 +187,7 @@ def _given(
         way, is_causal = record.documents or "rows", record.is_causal
 
     def on_device(ids: Tensor, **options: Tensor) -> Mapping[str, Tensor]:
-        to = loaded.model.device
+        to = next(loaded.model.parameters()).device
         return read(ids.to(to), {name: tensor.to(to) for name, tensor in options.items()})
 
     for some in example.unique().split(_LONGEST):
