@@ -1,8 +1,6 @@
 """Packing covers the text exactly, keeps splits apart, and is a function of its configuration."""
 
 import copy
-import errno
-import io
 import json
 import re
 from collections import Counter
@@ -284,14 +282,11 @@ def test_a_source_larger_than_memory_is_read_once_and_packed_the_same(
 def test_a_full_disk_under_the_text_names_the_directory(
     tiny_text_config, tiny_tokenizer, monkeypatch
 ):
-    class Full(io.BytesIO):
-        def write(self, data: object) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(text, "SpooledTemporaryFile", lambda size: Full())
     message = r"must have room for the text of .*, got No space left on device; set TMPDIR to"
-    with pytest.raises(DiskFullError, match=message):
-        pack(tiny_text_config, tiny_tokenizer, n_rows=61)
+    with Path("/dev/full").open("r+b", 0) as full:
+        monkeypatch.setattr(text, "SpooledTemporaryFile", lambda size: full)
+        with pytest.raises(DiskFullError, match=message):
+            pack(tiny_text_config, tiny_tokenizer, n_rows=61)
 
 
 def test_progress_counts_tokens_to_the_end(tiny_text_config, tiny_tokenizer):
