@@ -241,12 +241,20 @@ def lock(path: Path, what: str, *, wait_s: float = 0.0) -> Iterator[None]:
 def only_one(path: Path, what: str) -> Iterator[None]:
     """Hold the lock of a result while it is made; its directory is made if it is missing.
 
+    A directory that was made and in which nothing was written is removed.
+
     Raises:
         CacheBusyError: If another live process makes the same result.
     """
+    was_there = path.parent.is_dir()
     make_directory(path.parent)
-    with lock(path, what):
-        yield
+    try:
+        with lock(path, what):
+            yield
+    finally:
+        if not was_there:
+            with contextlib.suppress(OSError):  # it holds something
+                path.parent.rmdir()
 
 
 def _try_lock(path: Path) -> int | None:
