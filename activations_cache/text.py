@@ -27,7 +27,7 @@ from jaxtyping import Int, Int32
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.config import SPLITS, TRAINING_SPLITS, TextConfig
 from activations_cache.corpus import (
     CHARACTERS_PER_TOKEN,
@@ -87,7 +87,7 @@ class Packer:
         self._width = config.context - len(self._front)
         if self._width < 1:
             rule = f"exceed the {len(self._front)} tokens in front of every text"
-            raise ValueError(f"context must {rule}, got {config.context}")
+            raise MonosemaError(f"context must {rule}, got {config.context}")
         self._by_document = config.attention == "document"
         self._least = max(len(self._front), skip_positions) + 1
         self._progress = progress
@@ -160,7 +160,7 @@ def positions_in_segments(segments: np.ndarray) -> np.ndarray:
     return position - np.maximum.accumulate(np.where(begins, position, 0), axis=1)
 
 
-class TooShort(ValueError):
+class TooShort(MonosemaError):
     """The sources hold less text than was asked for."""
 
 
@@ -261,7 +261,7 @@ def _packed(given: _Given, corpora: list[Corpus], n_rows: int, report: Progress)
         parts = [packer.cut(bucket, n) for bucket, n in zip(buckets, quotas, strict=True)]
         n_given = sum(given.n_rows(part) for part in _training(buckets, parts))
         if given.exclude_tokens and not n_given and any(len(part.tokens) for part in parts):
-            raise ValueError(
+            raise MonosemaError(
                 f"exclude_tokens must leave rows, got {len(given.exclude_tokens)} tokens and no "
                 "row that is none of them; exclude fewer"
             )

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from activations_cache.hooks import Edit, edit
-from monosema.checks import require
+from monosema.checks import MonosemaError, require
 from sae.train.forward.common import Forward
 from sae.train.step import StepMetrics, TrainStep
 
@@ -53,7 +53,9 @@ class EndToEndStep:
         n = step.config.accumulate
         require(n == 1, "accumulate", "be 1 for end-to-end training", n)
         if any(weight.requires_grad for weight in model.parameters()):
-            raise ValueError("model must have weights without gradients, got some that need them")
+            raise MonosemaError(
+                "model must have weights without gradients, got some that need them"
+            )
         self.step, self.model = step, model
         self.coefficient, self.skip_positions = coefficient, skip_positions
         self.read, self.predicted = step.autoencoder.config.sites(hook_point)
