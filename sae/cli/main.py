@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.markup import escape
 
 from sae.cli import console, troubles
 from sae.cli.browse_command import browse
@@ -114,6 +115,7 @@ def _here() -> Literal["gpu", "cpu"]:
 
 
 @app.command()
+@with_json
 def recipes(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="Write out this one.")
@@ -126,7 +128,7 @@ def recipes(
     known = recipe_lines()
     width = max(map(len, known))
     for recipe, line in known.items():
-        typer.echo(f"{recipe:<{width}}  {line}")
+        console.say(escape(f"{recipe:<{width}}  {line}"))
 
 
 def main() -> None:

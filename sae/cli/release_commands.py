@@ -53,7 +53,9 @@ def convert(
 
 def push(
     source: Annotated[str, typer.Argument(metavar="DICT", help="A directory of our own format.")],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name[/subfolder] of the hub.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="org/name of the hub, or org/name/subfolder.")
+    ],
     licence: Annotated[str, typer.Option(help="As the hub names it, such as apache-2.0.")],
     model: Annotated[str, typer.Option(help="The model it reads, a name of the hub.")],
     hook_point: Annotated[
