@@ -134,7 +134,7 @@ def recipes(
 def main() -> None:
     """Run the command line; a request or a run that fails ends in one line, not a traceback."""
     code = 0
-    with troubles.listening():
+    with troubles.listening(), console.showing_logs():
         try:
             code = app(standalone_mode=False)
             if code == INTERRUPTED:

@@ -1,6 +1,7 @@
 """What the command shows while a step runs."""
 
 import io
+import logging
 import os
 import re
 import subprocess
@@ -109,6 +110,14 @@ def test_each_dictionary_has_its_line_below_the_bar(monkeypatch, terminal):
     lines = [line.strip() for line in text.splitlines()]
     assert lines[-2:] == ["a: FVU 0.500", "b: FVU 0.250"]
     assert "2/4 rows" in lines[-3] if terminal else "2 of 4 rows" in lines[-3]
+
+
+def test_what_the_cache_says_of_its_rows_is_one_line_of_stderr(capsys):
+    log = logging.getLogger("activations_cache.outliers")
+    with console.showing_logs():
+        log.info("the largest 0.1 %% of the rows hold %.1f %% [/x]", 1.5)
+    log.info("not shown after the command")
+    assert capsys.readouterr() == ("", "the largest 0.1 % of the rows hold 1.5 % [/x]\n")
 
 
 def commands() -> list[tuple[str, ...]]:
