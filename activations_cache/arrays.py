@@ -139,8 +139,8 @@ class ShardedArray:
             found = f"{name} must have {self._spec.chunk_bytes:,} bytes, got {expected['bytes']:,}"
         if found is not None:
             raise CacheFormatError(
-                f"shard {shard} is damaged: {found}; remove manifest.json and build again, "
-                "which writes only the damaged shards"
+                f"shard {shard} is damaged: {found}; run `sae verify {self._path} --mend` and then "
+                "the same command again: it writes only the damaged shards anew"
             )
         if self._space is None:
             self._space = AddressSpace(len(self._is_open), self._spec.chunk, self._spec.numpy)

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
+from monosema.checks import MonosemaError
+
 _BLOCKS = 0
 """Stream number of the permutation of blocks; window w has stream number w + 1."""
 
@@ -40,7 +42,7 @@ class RowOrder:
         seed: int,
     ) -> None:
         if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be at least 0 and below 2**64, got {seed}")
+            raise MonosemaError(f"seed must be at least 0 and below 2**64, got {seed}")
         self.rows = rows
         self._ends = np.append(starts[1:], len(rows))
         self._starts = starts
@@ -138,15 +140,15 @@ def count_batches(n_rows: int, *, batch: int, start: int = 0, epochs: int = 1) -
     """
     for name, value, least in (("batch", batch, 1), ("epochs", epochs, 1), ("start", start, 0)):
         if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+            raise MonosemaError(f"{name} must be at least {least}, got {value}")
     total = n_rows * epochs // batch
     if total == 0:
-        raise ValueError(
+        raise MonosemaError(
             f"batch must be at most the {n_rows * epochs:,} rows of {epochs} epochs, got {batch}; "
             "use a smaller batch or more rows"
         )
     if start > total:
-        raise ValueError(f"start must be at most the {total:,} batches there are, got {start:,}")
+        raise MonosemaError(f"start must be at most the {total:,} batches there are, got {start:,}")
     return total - start
 
 

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from activations_cache import io
-from activations_cache.checks import CacheFormatError, Progress, silent
+from activations_cache.checks import CacheFormatError, MonosemaError, Progress, silent
 from activations_cache.config import CacheConfig, parse_hook_point
 from activations_cache.encoding import token_ids
 from activations_cache.hooks import capture
@@ -28,11 +29,12 @@ from activations_cache.journal import first_difference, journals_at, newest
 from activations_cache.layout import STORAGE
 from activations_cache.locations import PACKAGE, locate
 from activations_cache.manifest import Plan, read_manifest, read_plan
-from activations_cache.models import LoadedModel, load_model
+from activations_cache.models import LoadedModel, load_model, n_embeddings, require_positions
 from activations_cache.pieces import special_ids
 from activations_cache.probe import way_of
 from activations_cache.reader import ActivationCache, open_cache
 from activations_cache.shard import Examples, ShardBuffer
+from activations_cache.shared_text import forget, packed_once
 from activations_cache.text import PackedText, pack
 from activations_cache.vision import LoadedVisionModel, load_vision_model
 from activations_cache.writer import CacheWriter
@@ -134,15 +136,19 @@ def load_on_device(config: CacheConfig, progress: Progress) -> AnyModel:
 
 
 def load_source(
-    config: CacheConfig, loaded: AnyModel, progress: Progress
+    config: CacheConfig, loaded: AnyModel, progress: Progress, path: Path | None = None
 ) -> ModelSource | ImageRows:
-    """Prepare the text or the images of a configuration for its model, which is loaded already."""
+    """Prepare the text or the images of a configuration for its model, which is loaded already.
+
+    Text is packed once for all processes that build the cache at `path`.
+    """
     if isinstance(loaded, LoadedVisionModel):
         return ImageRows(config, loaded, request_of(config), progress)
     assert config.text is not None, "a language model is loaded for text alone"
     n_ids = n_embeddings(loaded)
     require_positions(config.text.context, loaded)
-    packed = pack(
+    how = partial(
+        pack,
         config.text,
         loaded.tokenizer,
         n_rows=config.n_rows,
@@ -151,37 +157,9 @@ def load_source(
         n_ids=n_ids,
         progress=progress,
     )
+    made_from = {"request": request_of(config), "model": loaded.identity}
+    packed = how() if path is None else packed_once(path, made_from, how)
     return ModelSource(config, loaded, packed, widths(config, loaded))
-
-
-def n_embeddings(loaded: LoadedModel) -> int:
-    """Return how many token ids a model has an embedding for."""
-    embeddings = loaded.model.get_input_embeddings().weight
-    assert isinstance(embeddings, Tensor), type(embeddings)
-    return embeddings.shape[0]
-
-
-_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
-
-
-def require_positions(context: int, loaded: LoadedModel) -> None:
-    """Refuse a context that is longer than what the model can read.
-
-    Raises:
-        ValueError: If it is.
-    """
-    text = loaded.model.config.get_text_config()
-    most = [getattr(text, "max_position_embeddings", None)]
-    for name, module in loaded.model.named_modules():
-        if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
-            # The first positions of some stand for padding: those of RoBERTa, or of OPT.
-            padding = -1 if module.padding_idx is None else module.padding_idx
-            most.append(module.num_embeddings - getattr(module, "offset", padding + 1))
-    least = min((n for n in most if isinstance(n, int) and n > 0), default=context)
-    if context > least:
-        raise ValueError(
-            f"text.context must be at most {least}, the positions of the model, got {context}"
-        )
 
 
 def widths(config: CacheConfig, loaded: AnyModel) -> dict[str, int]:
@@ -255,7 +233,7 @@ def _file_stamp(path: Path) -> list[int | str]:
 def _examples(packed: PackedText) -> Examples:
     n_labels = len(packed.label_names)
     if n_labels > _MAX_LABELS:
-        raise ValueError(
+        raise MonosemaError(
             f"label must have at most {_MAX_LABELS:,} different values, got {n_labels:,}; "
             "choose a field with fewer values"
         )
@@ -299,13 +277,14 @@ def build(
     _require_space(config, path, _width_by_config(config))
     loaded = load_on_device(config, progress)
     _require_space(config, path, sum(widths(config, loaded).values()))
-    source = load_source(config, loaded, progress)
     rank, n_ranks = rank_of_this_process()
+    source = load_source(config, loaded, progress, path if n_ranks > 1 else None)
     with CacheWriter(path, source.plan, rank=rank, progress=progress) as writer:
         write_shards(writer, source, config.contexts_per_forward, n_ranks, progress)
         if isinstance(source, ImageRows):
             source.write_table(path)
         writer.finish(source.provenance)
+    forget(path)
     return open_cache(path)
 
 
@@ -338,7 +317,9 @@ def rank_of_this_process() -> tuple[int, int]:
         if n_ranks_name in os.environ:
             rank, n_ranks = int(os.environ.get(rank_name, "0")), int(os.environ[n_ranks_name])
             if not 0 <= rank < n_ranks:
-                raise ValueError(f"{rank_name} must be below {n_ranks_name}={n_ranks}, got {rank}")
+                raise MonosemaError(
+                    f"{rank_name} must be below {n_ranks_name}={n_ranks}, got {rank}"
+                )
             return rank, n_ranks
     return 0, 1
 

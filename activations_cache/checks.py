@@ -6,16 +6,30 @@ What can go wrong with a cache on disk, each as its own class.
 import math
 import re
 
-from monosema.checks import LATER, Progress, at_least, fraction, positive, require, silent
+from monosema.checks import (
+    LATER,
+    MonosemaError,
+    Progress,
+    WrongClassError,
+    at_least,
+    fraction,
+    positive,
+    require,
+    silent,
+)
 
 __all__ = [
     "LATER",
     "CacheBusyError",
     "CacheFormatError",
+    "DamagedFileError",
     "DiskFullError",
+    "HookPointError",
     "MissingPackageError",
+    "MonosemaError",
     "NonFiniteError",
     "Progress",
+    "WrongClassError",
     "at_least",
     "fraction",
     "package_path",
@@ -26,6 +40,14 @@ __all__ = [
 ]
 
 _PACKAGE_PATH = re.compile(r"package://\w+/.+", re.ASCII)
+
+
+class HookPointError(MonosemaError, KeyError):
+    """A cache does not have a hook point."""
+
+    def __str__(self) -> str:
+        """The message as it is; a KeyError shows its repr."""
+        return str(self.args[0])
 
 
 def split_fractions(explain: float, score: float, hold: float, what: str) -> None:
@@ -43,8 +65,12 @@ def package_path(path: str) -> None:
     require(is_right, "path", "have the form package://PACKAGE/inner/path", path)
 
 
-class CacheFormatError(ValueError):
+class CacheFormatError(MonosemaError):
     """A directory is not a cache, is unfinished, is damaged, or was made from something else."""
+
+
+class DamagedFileError(MonosemaError):
+    """A result is not as it was written; the message says what mends it."""
 
 
 class CacheBusyError(RuntimeError):
@@ -55,9 +81,9 @@ class DiskFullError(OSError):
     """There is not enough space; the message names the path, the need and what is free."""
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(MonosemaError):
     """The model gives too many rows that are not finite, or that the cache's dtype cannot hold."""
 
 
-class MissingPackageError(ValueError):
+class MissingPackageError(MonosemaError):
     """What was asked for needs a package that is not installed; the message says how to get it."""

@@ -1,7 +1,7 @@
 """What a cache is made from: model, text, hook points and sizes.
 
 Plain frozen dataclasses that import neither torch nor a third-party package, so that a
-configuration is checked before anything slow is loaded. Checks raise ValueError with the field's
+configuration is checked before anything slow is loaded. Checks raise MonosemaError with the field's
 name first; nothing here touches the disk.
 
 The images that a vision model reads: where they lie, and how they become pixels.
@@ -18,6 +18,7 @@ from typing import Literal, get_args
 
 from activations_cache.checks import (
     LATER,
+    MonosemaError,
     at_least,
     package_path,
     positive,
@@ -161,7 +162,7 @@ def parse_hook_point(hook_point: str) -> tuple[str, str]:
     """
     match = _HOOK_POINT.fullmatch(hook_point)
     if match is None:
-        raise ValueError(
+        raise MonosemaError(
             "hook_points must have the form '<module path>:(in|out)', "
             f"such as 'model.layers.15:out', got {hook_point!r}"
         )

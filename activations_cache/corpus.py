@@ -1,32 +1,31 @@
-"""The documents of a source in the order in which they are packed, in constant memory.
+"""The documents of a source in the order in which they are packed, in little memory.
 
 Every document goes to one split by a hash of its text, so copies of a text never meet across
 splits, whichever file they are in. The documents of one split are put in the order of another
-hash. So every document is looked at once, and of each only its hash and its length are kept. The
-texts are read again in bunches, as they are needed; those of a small source stay in memory.
+hash. So every document is looked at once, before the first one is packed. Its text is written to a
+temporary file meanwhile (of a small source: to memory) and read from there when it is needed; in
+memory stay 26 bytes of each document.
 
 A stream whose length nobody knows may have no end. It is read only as far as its documents give
 the rows that are wanted, and further where they prove too few; their order is again by the hash.
 """
 
 import hashlib
+import tempfile
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
-from activations_cache.checks import Progress
+from activations_cache.checks import DiskFullError, Progress
 from activations_cache.config import SPLITS, TextConfig, TextSource
-from activations_cache.documents import Document, documents, is_open_ended, source_name
+from activations_cache.documents import KINDS, Document, documents, is_open_ended, source_name
 
-KEPT_CHARACTERS = 1 << 24
-"""A source with fewer characters stays in memory."""
-BUNCH_CHARACTERS = 1 << 25
-"""So many characters of a larger source are in memory at once, at most."""
+MEMORY_BYTES = 1 << 24
+"""The text of a source with fewer bytes stays in memory."""
 CHARACTERS_PER_TOKEN = 8
 """A guess, on the safe side for most languages: how much of an endless stream is read first."""
 
@@ -42,24 +41,29 @@ class Corpus:
         config: Its seed and fractions deal the documents to the splits.
         n_characters: Wanted of explain and score together, where the stream is endless.
         progress: Called with the number of documents that were looked at.
+        texts: Where their text is written to.
+
+    Raises:
+        DiskFullError: If the temporary file of the text does not fit.
     """
 
     def __init__(
         self, source: TextSource, name: str, config: TextConfig, n_characters: int,
-        progress: Progress,
+        progress: Progress, texts: IO[bytes],
     ) -> None:  # fmt: skip
         self._source, self._name, self._config, self._progress = source, name, config, progress
+        self._texts = texts
         self.is_open_ended = is_open_ended(source)
         """Whether more can be read than was."""
-        self._texts: dict[int, Document] = {}
         self._look(n_characters if self.is_open_ended else None)
 
     def _look(self, n_characters: int | None) -> None:
-        split, order = array("b"), array("Q")
-        length, number, label = array("q"), array("q"), array("q")
+        split, order, start = array("b"), array("Q"), array("q")
+        number, label, kind = array("I"), array("i"), array("b")
         known: dict[str | None, int] = {None: -1}
-        total = n_training = 0
+        end = n_training = 0
         self._ended = True
+        self._texts.seek(0)
         seed = self._config.seed
         for place, document in enumerate(documents(self._source, self._name)):
             if n_characters is not None and n_training >= n_characters:
@@ -67,31 +71,34 @@ class Corpus:
                 break
             split.append(split_of(document, self._config))
             order.append(int.from_bytes(hashed(seed, "order", document.text)))
-            length.append(len(document.text))
+            start.append(end)
+            end += self._write(document)
             number.append(int(document.id.rpartition(":")[2]))
             label.append(known.setdefault(document.label, len(known) - 1))
-            total += len(document.text)
+            kind.append(KINDS.index(document.kind))
             n_training += len(document.text) * (split[-1] < SPLITS.index("hold"))
-            if total <= KEPT_CHARACTERS:
-                self._texts[place] = document
             if place % _REPORT_EVERY == 0:
                 self._progress(place + 1, 0, "documents looked at")
-        self._is_kept = total <= KEPT_CHARACTERS
-        if not self._is_kept:
-            self._texts.clear()
-        self._order = np.array(order, np.uint64)
-        self._split, self._length = np.array(split, np.int8), np.array(length, np.int64)
-        self.numbers: Int64[np.ndarray, " document"] = np.array(number, np.int64)
-        """The number of each document's record."""
-        self.labels: Int64[np.ndarray, " document"] = np.array(label, np.int64)
-        """Index into `label_names`; -1 for none."""
+        start.append(end)
+        self._order, self._split = np.array(order, np.uint64), np.array(split, np.int8)
+        self._start, self._kind = np.array(start, np.int64), np.array(kind, np.int8)
+        self._numbers, self._labels = np.array(number, np.uint32), np.array(label, np.int32)
         self.label_names = tuple(name for name in known if name is not None)
+
+    def _write(self, document: Document) -> int:
+        try:
+            return self._texts.write(document.text.encode())
+        except OSError as error:
+            where = tempfile.gettempdir()
+            raise DiskFullError(
+                f"{where} must have room for the text of {self._source.path}, got "
+                f"{error.strerror}; set TMPDIR to a directory with more room"
+            ) from error
 
     def read_further(self, n_characters: int) -> bool:
         """Look at more of an endless stream; False where there is no more."""
         if self._ended:
             return False
-        self._texts.clear()
         self._look(n_characters)
         return True
 
@@ -101,31 +108,21 @@ class Corpus:
         places = places[np.argsort(self._order[places], kind="stable")]
         return Documents(self, places)
 
-    def read(self, places: Int64[np.ndarray, " document"]) -> list[Document]:
-        """Return documents by their place in the source: from memory, or in one pass over it."""
-        if not self._is_kept:
-            wanted = set(places.tolist())
-            every = enumerate(islice(documents(self._source, self._name), int(places.max()) + 1))
-            self._texts = {place: document for place, document in every if place in wanted}
-        return [self._texts[place] for place in places.tolist()]
-
-    def bunches(self, places: Int64[np.ndarray, " document"], n_characters: int) -> Iterator[slice]:
-        """Cut documents into parts that fit into memory."""
-        if self._is_kept:
-            yield slice(0, len(places))
-            return
-        ends = np.cumsum(self._length[places])
-        start = 0
-        while start < len(places):
-            before = ends[start - 1] if start else 0
-            stop = int(np.searchsorted(ends, before + n_characters, "right"))
-            stop = max(stop, start + 1)
-            yield slice(start, stop)
-            start = stop
+    def __getitem__(self, place: int) -> Document:
+        """Return a document by its place in the source."""
+        begin, end = self._start[place : place + 2].tolist()
+        self._texts.seek(begin)
+        text = self._texts.read(end - begin).decode()
+        return Document(self.id(place), text, self.label(place), KINDS[self._kind[place]])
 
     def id(self, place: int) -> str:
         """Return the name of a document."""
-        return f"{self._name}:{self.numbers[place]}"
+        return f"{self._name}:{self._numbers[place]}"
+
+    def label(self, place: int) -> str | None:
+        """Return the label of a document."""
+        number = int(self._labels[place])
+        return None if number < 0 else self.label_names[number]
 
 
 @dataclass(frozen=True)
@@ -135,13 +132,10 @@ class Documents:
     corpus: Corpus
     places: Int64[np.ndarray, " document"]
     """Where each stands in the source."""
-    n_characters: int = BUNCH_CHARACTERS
-    """Read at once; the documents are few where few are needed."""
 
     def __iter__(self) -> Iterator[Document]:
         """Read one after the other."""
-        for part in self.corpus.bunches(self.places, self.n_characters):
-            yield from self.corpus.read(self.places[part])
+        return (self.corpus[place] for place in self.places.tolist())
 
 
 class Bucket(NamedTuple):
@@ -170,23 +164,20 @@ def buckets_of(config: TextConfig, corpora: list[Corpus]) -> list[Bucket]:
     ]
 
 
-def labels_of(
-    corpora: list[Corpus], buckets: list[Bucket], label_names: tuple[str, ...]
-) -> Iterator[int]:
-    """The label of each document of all buckets."""
-    index = {name: i for i, name in enumerate(label_names)}
-    for bucket in buckets:
-        corpus = corpora[bucket.source]
-        numbers = [*(index[name] for name in corpus.label_names), -1]  # a label of -1 is the last
-        yield from (numbers[label] for label in corpus.labels[bucket.documents.places].tolist())
-
-
-def names_of(used: np.ndarray, corpora: list[Corpus], buckets: list[Bucket]) -> tuple[str, ...]:
-    """The names of documents of all buckets."""
+def names_and_labels(
+    used: Int64[np.ndarray, " document"], corpora: list[Corpus], buckets: list[Bucket]
+) -> tuple[tuple[str, ...], list[str | None]]:
+    """Return the names and the labels of documents that are numbered over all buckets."""
     sizes = [len(bucket.documents.places) for bucket in buckets]
-    places = np.concatenate([bucket.documents.places for bucket in buckets])
-    owner = np.repeat([bucket.source for bucket in buckets], sizes)
-    return tuple(corpora[owner[i]].id(int(places[i])) for i in used)
+    ends = np.cumsum(sizes)
+    bucket_of = np.searchsorted(ends, used, "right").tolist()
+    inside = (used - (ends - sizes)[bucket_of]).tolist()
+    found = [
+        (corpora[buckets[b].source], int(buckets[b].documents.places[i]))
+        for b, i in zip(bucket_of, inside, strict=True)
+    ]
+    names = tuple(corpus.id(place) for corpus, place in found)
+    return names, [corpus.label(place) for corpus, place in found]
 
 
 def split_of(document: Document, config: TextConfig) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import pyarrow as pa
 from pyarrow import ArrowInvalid, parquet
@@ -27,6 +27,7 @@ from pyarrow import ArrowInvalid, parquet
 from activations_cache.config import ImageSource, TextSource, text_format
 from activations_cache.loading import one_line
 from activations_cache.locations import DATASET, locate
+from monosema.checks import MonosemaError
 
 ATTEMPTS = 5
 """How often a stream is opened without a new record before it is given up."""
@@ -82,7 +83,7 @@ def dataset_table(source: Source) -> Any:
 def _wait(source: Source, n_done: int, failures: int, error: Exception) -> None:
     """Pause before the next attempt, or give up."""
     if failures >= ATTEMPTS:
-        raise ValueError(
+        raise MonosemaError(
             f"{source.path} must be readable, got {one_line(error)} at record {n_done}, "
             f"{ATTEMPTS} times; check the name and the network, then run the same command again"
         ) from error
@@ -109,11 +110,13 @@ def _open(source: Source, *, streaming: bool, start: int = 0) -> Any:
                 streaming=streaming and not Path(name).is_dir(),
             )
     except DatasetNotFoundError as error:
-        raise ValueError(f"{source.path} must be a dataset, got {one_line(error)}") from error
+        raise MonosemaError(f"{source.path} must be a dataset, got {one_line(error)}") from error
     except KeyError as error:
-        raise ValueError(f"{source.path} must have the part {source.part!r}, got none") from error
+        raise MonosemaError(
+            f"{source.path} must have the part {source.part!r}, got none"
+        ) from error
     except ValueError as error:  # an unknown part or subset; the library lists those there are
-        raise ValueError(
+        raise MonosemaError(
             f"{source.path} must have part {source.part!r} of subset {source.subset!r}, "
             f"got {one_line(error)}"
         ) from error
@@ -126,6 +129,7 @@ def _is_saved(path: Path) -> bool:
 
 
 Kind = Literal["text", "chat", "ids"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -162,12 +166,12 @@ def documents(source: TextSource, name: str | None = None) -> Iterator[Document]
                 yield Document(f"{name}:{number}", text, record.label, record.kind)
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError, ArrowInvalid) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise MonosemaError(
             f"{source.path} must be a whole {_kind(source)} file in UTF-8, got {reason}"
         ) from error
     skipped.log()
     if not found:
-        raise ValueError(f"{source.path} must hold text, got no document that is not empty")
+        raise MonosemaError(f"{source.path} must hold text, got no document that is not empty")
 
 
 class _Record(NamedTuple):
@@ -268,12 +272,14 @@ def _json_rows(lines: Iterable[str], source: TextSource) -> Iterator[Mapping[str
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise MonosemaError(
                 f"{source.path} line {number} must be JSON, got {line.strip()[:40]!r}"
             ) from error
         if not isinstance(row, dict):
-            raise ValueError(f"{source.path} line {number} must be a JSON object, got {row!r:.40}")
+            raise MonosemaError(
+                f"{source.path} line {number} must be a JSON object, got {row!r:.40}"
+            )
         yield row
 
 
@@ -310,7 +316,7 @@ def _record(entry: object, label: str | None, number: int, source: TextSource) -
     ids = getattr(entry, "tolist", lambda: entry)()  # a tensor, where a dataset has a format
     if isinstance(ids, list) and all(type(i) is int for i in ids):
         return _Record(" ".join(map(str, ids)), label, "ids")
-    raise ValueError(
+    raise MonosemaError(
         f"{source.path} record {number} must have text in field {source.field!r}, got {entry!r:.60}"
     )
 
@@ -321,7 +327,7 @@ def _messages(entry: object, number: int, source: TextSource) -> str:
         isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in entry
     )
     if not is_chat:
-        raise ValueError(
+        raise MonosemaError(
             f"{source.path} record {number} must have messages with role and content in field "
             f"{source.field!r}, got {entry!r:.60}"
         )
@@ -342,6 +348,6 @@ def _entry(row: Mapping[str, object], name: str, number: int, source: TextSource
 
 def _require_field(names: Collection[str], name: str, where: str, source: TextSource) -> None:
     if name not in names:
-        raise ValueError(
+        raise MonosemaError(
             f"{source.path}{where} must have the field {name!r}, got {', '.join(names)}"
         )

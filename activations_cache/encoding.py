@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from activations_cache.config import SPECIAL
 from activations_cache.documents import Document
 from activations_cache.pieces import special_ids
+from monosema.checks import MonosemaError
 
 _N_PROBES = 2048
 _MARKS = [chr(code) for code in range(0xE000, 0xE100)]
@@ -88,7 +89,7 @@ class Encoder:
         except Exception as error:  # the library raises Exception itself
             where = f"{documents[0].id} to {documents[-1].id}"
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
+            raise MonosemaError(
                 f"documents {where} must be text that the tokenizer can encode, got {reason}"
             ) from error
 
@@ -128,7 +129,7 @@ class Encoder:
         if min(ids) < 0 or (self._n_ids is not None and max(ids) >= self._n_ids):
             wrong = next(i for i in ids if i < 0 or (self._n_ids or 0) <= i)
             rule = f"have ids from 0 to {(self._n_ids or 0) - 1}, the embeddings of the model"
-            raise ValueError(
+            raise MonosemaError(
                 f"document {document.id} must {rule}, got {wrong}; "
                 "use the tokenizer that belongs to the model"
             )
@@ -143,7 +144,7 @@ class Encoder:
             if plain and starts:
                 return list(whole[: starts[0]])
             tried += 1
-        raise ValueError(
+        raise MonosemaError(
             f"the tokenizer must encode what its tokens say, got nothing for {tried} of them"
         )
 
@@ -177,10 +178,12 @@ def token_ids(tokens: Sequence[int | str], tokenizer: Tokenizer, n_ids: int) -> 
             ids = [known[token]] if token in known else Encoder(tokenizer).text(token)
             if len(ids) != 1:
                 rule = "name tokens of the model"
-                raise ValueError(f"exclude_tokens must {rule}, got {token!r}, which is {len(ids)}")
+                raise MonosemaError(
+                    f"exclude_tokens must {rule}, got {token!r}, which is {len(ids)}"
+                )
             found.add(ids[0])
         elif not 0 <= token < n_ids:
-            raise ValueError(f"exclude_tokens must lie from 0 to {n_ids - 1}, got {token}")
+            raise MonosemaError(f"exclude_tokens must lie from 0 to {n_ids - 1}, got {token}")
         else:
             found.add(token)
     return tuple(sorted(found))

@@ -27,6 +27,7 @@ from activations_cache.trial import (
     block_lists,
     passed_lists,
 )
+from monosema.checks import MonosemaError
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def blocks_of(model: nn.Module) -> tuple[str, list[nn.Module]]:
     passed = passed_lists(model, lists) if len(lists) > 1 or not alike else []
     paths = passed or alike
     if not paths:
-        raise ValueError(f"model must have a list of blocks, got none in {type(model).__name__}")
+        raise MonosemaError(f"model must have a list of blocks, got none in {type(model).__name__}")
     path = max(paths, key=lambda name: len(lists[name]))
     return path, lists[path]
 
@@ -187,7 +188,7 @@ class Capture:
                 self._entry(input_ids, **kwargs)
             missed = [name for name in self._hook_points if name not in self._seen]
             if missed:
-                raise ValueError(f"hook points must be passed by the forward, got no {missed}")
+                raise MonosemaError(f"hook points must be passed by the forward, got no {missed}")
             for name, stream in self._seen.items():
                 _require_tokens(name, stream, input_ids)
             return {name: self._seen[name] for name in self._hook_points}
@@ -198,7 +199,7 @@ class Capture:
         if self._seen is None:  # the model is called by someone else
             return
         if hook_point in self._seen:
-            raise ValueError(f"{hook_point} must be passed once in a forward, got a second time")
+            raise MonosemaError(f"{hook_point} must be passed once in a forward, got a second time")
         # A copy, because a later module may work in place.
         self._seen[hook_point] = stream.detach().clone()
         if self._stop and len(self._seen) == len(self._hook_points):
@@ -266,7 +267,7 @@ def _require_not_compiled(model: nn.Module, hook_point: str) -> None:
     called = [*around_it, module]
     of_forward = any(hasattr(m.forward, "_torchdynamo_orig_callable") for m in around_it)
     if of_forward or any(m._compiled_call_impl is not None for m in called):
-        raise ValueError(
+        raise MonosemaError(
             f"{hook_point} must not lie in compiled code, which leaves hooks out, got a compiled "
             f"{type(model).__name__}; edit the model that is not compiled, or compile each block's "
             "forward alone (model.compile: true)"
@@ -279,7 +280,7 @@ def _apply(
     edited = fn(stream, positions)
     if not isinstance(edited, Tensor) or edited.shape != stream.shape:
         got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-        raise ValueError(
+        raise MonosemaError(
             f"the edit of {hook_point} must return the shape {tuple(stream.shape)}, got {got}"
         )
     return edited.to(stream)
@@ -290,7 +291,7 @@ def _module(model: nn.Module, hook_point: str) -> nn.Module:
     modules = modules_of(model)
     if path not in modules:
         nearest = difflib.get_close_matches(path, modules, n=3, cutoff=0.0)
-        raise ValueError(
+        raise MonosemaError(
             f"hook points must name a module of {type(model).__name__}, got {hook_point!r}; "
             f"{_middle(model)}the nearest are {', '.join(nearest)}"
         )
@@ -337,7 +338,7 @@ def _stream(value: object, hook_point: str) -> Stream:
     parts = path.split(".")
     inside = next((i + 2 for i, part in enumerate(parts) if part.isdigit()), len(parts))
     around = ".".join(parts[: min(inside, len(parts) - 1)])
-    raise ValueError(
+    raise MonosemaError(
         f"{hook_point} must carry a stream of shape (example, pos, d_model), got {got}; "
         f"choose another module{f', such as the one around it, {around}:{side}' * bool(around)}"
     )
@@ -347,7 +348,7 @@ def _require_tokens(hook_point: str, stream: Stream, inputs: Tensor) -> None:
     """Refuse a stream whose rows are not the tokens that were read, in their order."""
     reads = inputs.ndim == 2 and not inputs.is_floating_point()
     if reads and stream.shape[:2] != inputs.shape:
-        raise ValueError(
+        raise MonosemaError(
             f"{hook_point} must carry a row for each of {tuple(inputs.shape)} tokens, got a stream "
             f"of {tuple(stream.shape)}; choose a hook point in the part that reads the text"
         )

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from activations_cache.checks import CacheFormatError, Progress
+from activations_cache.checks import CacheFormatError, MonosemaError, Progress
 from activations_cache.config import SPLITS, CacheConfig, ImagesConfig, ImageSource
 from activations_cache.hooks import capture
 from activations_cache.image_sources import open_store
@@ -153,7 +153,7 @@ def positions(images: ImagesConfig, reading: Reading, size: int) -> tuple[int, i
     if images.tokens == "cls":
         if not reading.has_class_token:
             rule = "be patches or all for a model without a class token"
-            raise ValueError(f"images.tokens must {rule}, got 'cls'")
+            raise MonosemaError(f"images.tokens must {rule}, got 'cls'")
         return 1, 0
     return n_positions, reading.n_prefix if images.tokens == "patches" else 0
 
@@ -170,7 +170,7 @@ def image_widths(config: CacheConfig, loaded: LoadedVisionModel) -> dict[str, in
     for name, stream in streams.items():
         if stream.shape[1] != n_positions:
             rule = f"carry the {n_positions} positions of the stream"
-            raise ValueError(f"hook_points must {rule}, got {stream.shape[1]} at {name}")
+            raise MonosemaError(f"hook_points must {rule}, got {stream.shape[1]} at {name}")
     return {name: stream.shape[-1] for name, stream in streams.items()}
 
 
@@ -192,7 +192,7 @@ def _images(config: CacheConfig) -> ImagesConfig:
 def _examples(picked: PickedImages, token_ids: Int[Tensor, " pos"]) -> Examples:
     n_labels = len(picked.label_names)
     if n_labels > _MAX_LABELS:
-        raise ValueError(f"classes must be at most {_MAX_LABELS:,}, got {n_labels:,}")
+        raise MonosemaError(f"classes must be at most {_MAX_LABELS:,}, got {n_labels:,}")
     of_name = {name: i for i, name in enumerate(picked.label_names)} | {None: -1}
     label = torch.tensor([of_name[record.label] for record in picked.records])
     sources = [picked.source_names.index(record.source) for record in picked.records]

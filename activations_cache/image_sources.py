@@ -26,6 +26,7 @@ from activations_cache.documents import dataset_table
 from activations_cache.gguf import cache_directory
 from activations_cache.loading import one_line
 from activations_cache.locations import DATASET, locate
+from monosema.checks import MonosemaError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Files of a folder that are taken for images; others are not looked at."""
@@ -174,7 +175,9 @@ def open_store(source: ImageSource) -> ImageStore:
     path = locate(source.path)
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
-        raise ValueError(f"path must name one of {splits} inside {source.path}, got their folder")
+        raise MonosemaError(
+            f"path must name one of {splits} inside {source.path}, got their folder"
+        )
     if path.is_dir() and not (path / "dataset_info.json").is_file():
         store = _folder(path, source)
     elif path.suffix == ".tar":
@@ -185,13 +188,13 @@ def open_store(source: ImageSource) -> ImageStore:
         store = _records(_table(path), source)
     else:
         kinds = "a folder, a .tar, .npy or .parquet file, a saved dataset or dataset://NAME"
-        raise ValueError(f"path must be {kinds}, got {source.path}")
+        raise MonosemaError(f"path must be {kinds}, got {source.path}")
     return _not_empty(store, source)
 
 
 def _not_empty(store: ImageStore, source: ImageSource) -> ImageStore:
     if not store.names:
-        raise ValueError(f"path must hold images, got none in {source.path}")
+        raise MonosemaError(f"path must hold images, got none in {source.path}")
     return store
 
 
@@ -209,7 +212,7 @@ def _archive(path: Path, source: ImageSource) -> Archive:
         with tarfile.open(path, "r:") as archive:
             files = [m for m in archive if m.isreg() and not m.issparse()]
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(
+        raise MonosemaError(
             f"path must be an uncompressed .tar, got {source.path}: {one_line(error)}"
         ) from error
     found = [m for m in files if Path(m.name).suffix.lower() in SUFFIXES]
@@ -225,7 +228,7 @@ def _archive(path: Path, source: ImageSource) -> Archive:
 def _no_label(source: ImageSource) -> None:
     if source.label is not None:
         rule = "be absent where subfolders are the classes"
-        raise ValueError(f"label must {rule}, got {source.label!r} for {source.path}")
+        raise MonosemaError(f"label must {rule}, got {source.label!r} for {source.path}")
 
 
 def _first_folders(names: Sequence[str]) -> list[str | None]:
@@ -238,18 +241,18 @@ def _arrays(path: Path, source: ImageSource) -> Arrays:
         labels = _array_labels(source.label) if source.label else [None] * len(values)
     except (ValueError, TypeError) as error:
         reason = one_line(error)
-        raise ValueError(f"path must be a .npy file of numbers, got {source.path}: {reason}") from (
-            error
-        )
+        raise MonosemaError(
+            f"path must be a .npy file of numbers, got {source.path}: {reason}"
+        ) from (error)
     channels = values.shape[3:]
     if values.dtype != np.uint8 or values.ndim not in {3, 4} or channels not in {(), (1,), (3,)}:
-        raise ValueError(
+        raise MonosemaError(
             f"{source.path} must be uint8 of shape (image, height, width) or with 3 channels "
             f"behind, got {values.dtype} {values.shape}"
         )
     if len(labels) != len(values):
         rule = f"hold {len(values)} classes, one for each image"
-        raise ValueError(f"{source.label} must {rule}, got {len(labels)}")
+        raise MonosemaError(f"{source.label} must {rule}, got {len(labels)}")
     return Arrays(values, _numbers(values), labels)
 
 
@@ -260,7 +263,7 @@ def _numbers(items: Sized) -> list[str]:
 def _array_labels(path: str) -> list[str | None]:
     values = np.lib.format.open_memmap(locate(path), mode="r")
     if values.ndim != 1:
-        raise ValueError(f"{path} must have one axis, got the shape {values.shape}")
+        raise MonosemaError(f"{path} must have one axis, got the shape {values.shape}")
     return [str(value) for value in values.tolist()]
 
 
@@ -281,13 +284,13 @@ def _records(rows: Any, source: ImageSource) -> Records:
     for name in (source.field, source.label):
         if name is not None and name not in rows.column_names:
             listed = ", ".join(rows.column_names)
-            raise ValueError(f"{source.path} must have the field {name!r}, got {listed}")
+            raise MonosemaError(f"{source.path} must have the field {name!r}, got {listed}")
     labels = _record_labels(rows, source.label) if source.label else [None] * len(rows)
     try:
         rows = rows.select_columns([source.field])
         rows = rows.cast_column(source.field, datasets.Image(decode=False))
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise MonosemaError(
             f"{source.path} must hold images in the field {source.field!r}, got {one_line(error)}"
         ) from error
     return Records(rows, source.field, _numbers(rows), labels)

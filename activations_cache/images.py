@@ -25,7 +25,7 @@ from jaxtyping import Float32
 from PIL import Image
 
 from activations_cache import io
-from activations_cache.checks import CacheFormatError, Progress, silent
+from activations_cache.checks import CacheFormatError, MonosemaError, Progress, silent
 from activations_cache.config import TRAINING_SPLITS, ImagesConfig
 from activations_cache.image_sources import UNREADABLE, ImageStore, careful_pillow, open_store
 from activations_cache.layout import IMAGE_TABLE
@@ -98,7 +98,7 @@ def read_images(cache: ActivationCache) -> list[ImageRecord]:
     if found != expected:
         raise CacheFormatError(
             f"{file} must have sha256 {expected}, got {found if data else 'no such file'}; "
-            "remove manifest.json and build again"
+            f"run `sae verify {cache.path} --mend` and then `sae cache` again"
         )
     return [ImageRecord(**json.loads(line)) for line in data.splitlines()]
 
@@ -231,7 +231,7 @@ class _Chooser:
             self._progress(n_training, n_wanted, "images chosen")
         if n_training < n_wanted:
             gives = n_training * rows_per_image
-            raise ValueError(
+            raise MonosemaError(
                 f"images must give at least {n_rows} rows of explain and score, got {gives}, from "
                 f"{len(taken)} images beside {len(self.skipped)} that cannot be read; lower "
                 f"cache.n_rows{f' to {gives}' if gives else ''} or add images"

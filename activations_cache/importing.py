@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from activations_cache.builder import rank_of_this_process, write_shards
-from activations_cache.checks import Progress, require, silent
+from activations_cache.checks import MonosemaError, Progress, require, silent
 from activations_cache.config import SPLITS, Dtype
 from activations_cache.manifest import Plan
 from activations_cache.reader import ActivationCache, open_cache
@@ -140,7 +140,9 @@ def open_array(source: str) -> Matrix:
     elif path.suffix == ".safetensors":
         array = _open_safetensors(path, key)
     else:
-        raise ValueError(f"array must be a .npy, a .safetensors or a Zarr directory, got {source}")
+        raise MonosemaError(
+            f"array must be a .npy, a .safetensors or a Zarr directory, got {source}"
+        )
     is_matrix = len(array.shape) == 2 and np.issubdtype(array.dtype, np.floating)
     is_matrix = is_matrix and 0 not in array.shape
     require(is_matrix, "array", "be a matrix (row, d_model) of floats", (array.shape, array.dtype))
@@ -153,7 +155,7 @@ def _open_zarr(path: Path) -> Matrix:
     try:
         return zarr.open_array(path, mode="r")  # pyright: ignore[reportReturnType]
     except (FileNotFoundError, ValueError, TypeError) as error:
-        raise ValueError(f"array {path} must be a Zarr array, got {error}") from error
+        raise MonosemaError(f"array {path} must be a Zarr array, got {error}") from error
 
 
 def _open_safetensors(path: Path, key: str) -> Matrix:
@@ -163,9 +165,11 @@ def _open_safetensors(path: Path, key: str) -> Matrix:
         names = list(file.keys())
         if not key and len(names) != 1:
             listed = ", ".join(names)
-            raise ValueError(f"{path} must hold one array, got {listed}; name one as {path}::NAME")
+            raise MonosemaError(
+                f"{path} must hold one array, got {listed}; name one as {path}::NAME"
+            )
         if key and key not in names:
-            raise ValueError(f"{path} must hold the array {key}, got {', '.join(names)}")
+            raise MonosemaError(f"{path} must hold the array {key}, got {', '.join(names)}")
         return file.get_tensor(key or names[0]).float().numpy()
 
 

@@ -116,13 +116,13 @@ def write_files(files: Mapping[Path, Buffer]) -> None:
     try:
         for path, data in files.items():
             with _reporting_full_disk(path, n_bytes(data)):
-                _write_temporary(_temporary(path), data)
+                _write_temporary(temporary(path), data)
     except DiskFullError:
         for path in files:
-            unlink(_temporary(path))
+            unlink(temporary(path))
         raise
     for path in files:
-        rename(_temporary(path), path)
+        rename(temporary(path), path)
     for directory in dict.fromkeys(path.parent for path in files):
         sync_directory(directory)
 
@@ -163,10 +163,36 @@ def make_directory(path: Path) -> None:
         sync_directory(path.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with _closing(open_file(path, os.O_RDONLY)) as descriptor:
+        fsync(descriptor)
+
+
 def sync_directory(path: Path) -> None:
     """Wait until the names in a directory are on the disk."""
     with _closing(open_file(path, os.O_RDONLY | os.O_DIRECTORY)) as descriptor:
         fsync(descriptor)
+
+
+@contextlib.contextmanager
+def naming_path(path: Path) -> Iterator[None]:
+    """Name the file in an error of the system that comes while it is written by a library.
+
+    Raises:
+        DiskFullError: If the file system or a quota is exhausted.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL or "No space left" in str(error):
+            raise DiskFullError(
+                f"{path} must have room, got {_size(_free_bytes(path))} free ({error}); free space "
+                "and run the same command again"
+            ) from error
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
 def require_space(path: Path, n_bytes: int) -> None:
@@ -211,6 +237,26 @@ def lock(path: Path, what: str, *, wait_s: float = 0.0) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def only_one(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock of a result while it is made; its directory is made if it is missing.
+
+    A directory that was made and in which nothing was written is removed.
+
+    Raises:
+        CacheBusyError: If another live process makes the same result.
+    """
+    was_there = path.parent.is_dir()
+    make_directory(path.parent)
+    try:
+        with lock(path, what):
+            yield
+    finally:
+        if not was_there:
+            with contextlib.suppress(OSError):  # it holds something
+                path.parent.rmdir()
+
+
 def _try_lock(path: Path) -> int | None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -219,6 +265,12 @@ def _try_lock(path: Path) -> int | None:
             return descriptor
     except (BlockingIOError, FileNotFoundError):
         pass
+    except OSError as error:  # a file system that has none
+        os.close(descriptor)
+        raise OSError(
+            f"{path} must be on a file system with locks, got {error.strerror!r}; write to another "
+            "one, or mount it with them"
+        ) from error
     os.close(descriptor)
     return None
 
@@ -238,7 +290,8 @@ def _write_temporary(path: Path, data: Buffer) -> None:
         fsync(descriptor)
 
 
-def _temporary(path: Path) -> Path:
+def temporary(path: Path) -> Path:
+    """Return where a file lies while it is written."""
     return path.with_name(f".{path.name}.tmp")
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from activations_cache.manifest import Plan
+from monosema.checks import MonosemaError
 
 STORAGE: dict[str, tuple[torch.dtype, str]] = {
     "bfloat16": (torch.bfloat16, "uint16"),  # Zarr's readers agree on no bfloat16
@@ -112,7 +113,9 @@ def decompress(data: np.ndarray) -> bytes:
     try:
         return bytes(_zstd().decompress(data))
     except RuntimeError as error:
-        raise ValueError(f"a compressed chunk must be one Zstandard frame, got {error}") from error
+        raise MonosemaError(
+            f"a compressed chunk must be one Zstandard frame, got {error}"
+        ) from error
 
 
 def _zstd() -> ModuleType:

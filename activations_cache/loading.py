@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from transformers.utils import logging as transformers_logging
 
-from activations_cache.checks import MissingPackageError
+from activations_cache.checks import MissingPackageError, MonosemaError
 
 _DAMAGE = (
     ArithmeticError,
@@ -34,7 +34,7 @@ _DAMAGE = (
 _BAR = "tqdm"
 
 
-class ModelError(ValueError):
+class ModelError(MonosemaError):
     """A model cannot be read, is not whole, or is not the one that was asked for."""
 
 

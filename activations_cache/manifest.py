@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from activations_cache import io
-from activations_cache.checks import CacheFormatError, at_least, require
+from activations_cache.checks import CacheFormatError, MonosemaError, at_least, require
 from activations_cache.config import COMPRESSIONS, DTYPES, parse_hook_point
 from activations_cache.journal import fingerprint, first_difference, seal, unseal
 
@@ -58,7 +58,7 @@ class Plan:
         known = self.compression in COMPRESSIONS
         require(known, "compression", f"be one of {', '.join(COMPRESSIONS)}", self.compression)
         if not self.hook_points:
-            raise ValueError("hook_points must name at least one, got none")
+            raise MonosemaError("hook_points must name at least one, got none")
         for name, d_model in self.hook_points.items():
             parse_hook_point(name)
             at_least("d_model", d_model, 1)

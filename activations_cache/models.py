@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from activations_cache import gguf, onnx_dinov2
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.config import ModelConfig
 from activations_cache.hooks import blocks_of
 from activations_cache.loading import ModelError, Refusing, one_line, quiet
@@ -245,3 +245,33 @@ def _weights_sha256(config: ModelConfig, paths: list[Path], progress: Progress) 
             "fetch the right file or change model.sha256"
         )
     return found
+
+
+def n_embeddings(loaded: LoadedModel) -> int:
+    """Return how many token ids a model has an embedding for."""
+    embeddings = loaded.model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor), type(embeddings)
+    return embeddings.shape[0]
+
+
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
+
+
+def require_positions(context: int, loaded: LoadedModel) -> None:
+    """Refuse a context that is longer than what the model can read.
+
+    Raises:
+        ValueError: If it is.
+    """
+    text = loaded.model.config.get_text_config()
+    most = [getattr(text, "max_position_embeddings", None)]
+    for name, module in loaded.model.named_modules():
+        if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
+            # The first positions of some stand for padding: those of RoBERTa, or of OPT.
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            most.append(module.num_embeddings - getattr(module, "offset", padding + 1))
+    least = min((n for n in most if isinstance(n, int) and n > 0), default=context)
+    if context > least:
+        raise MonosemaError(
+            f"text.context must be at most {least}, the positions of the model, got {context}"
+        )

@@ -20,6 +20,7 @@ from torch import Tensor
 from activations_cache.gguf import Save
 from activations_cache.loading import Refusing
 from activations_cache.locations import require_reader
+from monosema.checks import MonosemaError
 
 _HEAD = 64
 """Width of an attention head in every DINOv2."""
@@ -83,7 +84,7 @@ def _weights(graph: Any, numpy_helper: ModuleType) -> Weights:
     }
     prefix = next((n.removesuffix(_FIRST) for n in found if n.endswith(_FIRST)), None)
     if prefix is None:
-        raise ValueError(f"no weight {_FIRST}")
+        raise MonosemaError(f"no weight {_FIRST}")
     weights = {n.removeprefix(prefix): w for n, w in found.items() if n.startswith(prefix)}
     matrices = dict(_matrices(graph, f"/{prefix.replace('.', '/')}", found))
     weights |= {name: found[own].T.contiguous() for name, own in matrices.items()}

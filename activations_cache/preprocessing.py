@@ -17,6 +17,7 @@ from PIL import Image
 
 from activations_cache.config import ImagePreprocessing, Interpolation
 from activations_cache.loading import ModelError, one_line
+from monosema.checks import MonosemaError
 
 _T = TypeVar("_T")
 
@@ -80,11 +81,13 @@ def as_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """
     if max(image.size) > _LONGEST * min(image.size):
         sides = f"{image.width} x {image.height}"
-        raise ValueError(f"no side may be over {_LONGEST} times as long as the other, got {sides}")
+        raise MonosemaError(
+            f"no side may be over {_LONGEST} times as long as the other, got {sides}"
+        )
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode not in _PLAIN_MODES:
-        raise ValueError(f"the colour mode must be an 8-bit or 16-bit one, got {image.mode}")
+        raise MonosemaError(f"the colour mode must be an 8-bit or 16-bit one, got {image.mode}")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -142,7 +145,7 @@ def _first(name: str, *values: _T | None) -> _T:
     for value in values:
         if value is not None:
             return value
-    raise ValueError(
+    raise MonosemaError(
         f"preprocessing.{name} must be given where the model comes without settings for images, "
         "got nothing"
     )
@@ -154,7 +157,9 @@ def _shortest_edge(asked: ImagePreprocessing, found: ImagePreprocessing, size: i
     if asked.shortest_edge is not None:
         if asked.shortest_edge < size:
             rule = f"be at least the size {size}"
-            raise ValueError(f"preprocessing.shortest_edge must {rule}, got {asked.shortest_edge}")
+            raise MonosemaError(
+                f"preprocessing.shortest_edge must {rule}, got {asked.shortest_edge}"
+            )
         return asked.shortest_edge
     if crop is False:
         return None
@@ -189,7 +194,7 @@ def _of_timm(entries: Mapping[str, Any]) -> ImagePreprocessing:
     own = entries["pretrained_cfg"]
     size, mode = _square(own["input_size"][1:]), own.get("crop_mode") or "center"
     if mode != "center" and not (mode == "squash" and own["crop_pct"] == 1):
-        raise ValueError(f"crop_mode must be center, got {mode}")
+        raise MonosemaError(f"crop_mode must be center, got {mode}")
     return ImagePreprocessing(
         size=size,
         crop=mode == "center",
@@ -205,7 +210,7 @@ def _of_open_clip(entries: Mapping[str, Any]) -> ImagePreprocessing:
     size = _square(own.get("size") or entries["model_cfg"]["vision_cfg"]["image_size"])
     mode = own.get("resize_mode", "shortest")
     if mode not in {"shortest", "squash"}:
-        raise ValueError(f"resize_mode must be shortest or squash, got {mode}")
+        raise MonosemaError(f"resize_mode must be shortest or squash, got {mode}")
     return ImagePreprocessing(
         size=size,
         crop=mode == "shortest",
@@ -222,7 +227,7 @@ def _square(size: Any) -> int:
         size = [size["height"], size.get("width", size["height"])]
     sides = set(size) if isinstance(size, list | tuple) else {size}
     if len(sides) != 1:
-        raise ValueError(f"size must be a square, got {size}")
+        raise MonosemaError(f"size must be a square, got {size}")
     return int(sides.pop())
 
 

@@ -43,6 +43,7 @@ from activations_cache.trial import (
     trial_tokens,
     watching,
 )
+from monosema.checks import MonosemaError
 
 N_FIRST = 7
 """Tokens of the first of two documents in a trial."""
@@ -142,7 +143,7 @@ def require_next_token(model: nn.Module, what: str) -> None:
     """
     record = record_of(model)
     if not record.predicts_next:
-        raise ValueError(
+        raise MonosemaError(
             f"model must predict the next token {what}, got {record.name}, whose attention is "
             f"{'causal' if record.is_causal else 'in both directions'}"
         )
@@ -163,7 +164,7 @@ def way_of(model: nn.Module, *, apart: bool) -> tuple[Way | None, bool]:
     record = record_of(model)
     if record.documents is None:
         leak = min(record.leaks.values())
-        raise ValueError(
+        raise MonosemaError(
             f"text.attention must be context for {record.name}, got document: what a document's "
             f"tokens give there differs by {leak:.1g} from what they give alone"
         )
@@ -173,7 +174,7 @@ def way_of(model: nn.Module, *, apart: bool) -> tuple[Way | None, bool]:
 @torch.no_grad()
 def _probe(model: nn.Module) -> ModelRecord:
     if not (takes_tokens(model) or takes_tokens(base_model(model))):
-        raise ValueError(f"model must read tokens, got {type(model).__name__}")
+        raise MonosemaError(f"model must read tokens, got {type(model).__name__}")
     blocks, listed = blocks_of(model)
     ids, tolerance = trial_tokens(model), tolerance_of(model)
     point = f"{blocks}.{len(listed) - 1}:out"
@@ -307,7 +308,7 @@ def _layout(
             if None not in found[-1].hidden_states[:-1]:
                 break
     if not found:
-        raise ValueError(
+        raise MonosemaError(
             f"{type(model).__name__} must run on token ids alone, through {path or 'its blocks'}, "
             f"got {_failure(model, ids)}; load a model of the text alone"
         )
@@ -390,7 +391,7 @@ def logits_path(model: nn.Module) -> LogitsPath:
     """
     path = record_of(model).logits
     if path is None:
-        raise ValueError(
+        raise MonosemaError(
             f"the logits of the model must be its head on the norm of its last stream, got others "
             f"from {type(model).__name__}; use what runs the model itself, such as attribute"
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from activations_cache import io
 from activations_cache.arrays import ShardedArray
 from activations_cache.batches import ALL, Batch, count_batches, read_batches, row_order
-from activations_cache.checks import CacheFormatError, Progress
+from activations_cache.checks import CacheFormatError, HookPointError, MonosemaError, Progress
 from activations_cache.config import SPLITS, TRAINING_SPLITS
 from activations_cache.journal import ShardRecord, first_difference, journals_at, newest
 from activations_cache.layout import HookArrays, layout_of, read_into
@@ -176,7 +176,7 @@ class ActivationCache:
             KeyError: If the cache does not have it.
         """
         if hook_point not in self._hooks:
-            raise KeyError(
+            raise HookPointError(
                 f"hook point must be one of {', '.join(self.hook_points)}, got {hook_point!r}"
             )
         return self._hooks[hook_point]
@@ -199,7 +199,7 @@ class ActivationCache:
         """Return the numbers of all valid rows of the named splits, ascending."""
         key = tuple(splits)
         if unknown := [name for name in key if name not in SPLITS]:
-            raise ValueError(f"splits must be among {', '.join(SPLITS)}, got {unknown[0]!r}")
+            raise MonosemaError(f"splits must be among {', '.join(SPLITS)}, got {unknown[0]!r}")
         if key not in self._rows_of:
             split, example = self.examples.split, self._arrays["rows/example"]
             parts = []

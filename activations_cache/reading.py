@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from activations_cache.config import parse_hook_point
+from monosema.checks import MonosemaError
 
 _Parameter = inspect.Parameter
 
@@ -122,7 +123,7 @@ class Reading:
                 if found is not None:
                     return found.to(stream.device)
         names = " or ".join(type(module).__name__ for module in self._readers)
-        raise ValueError(
+        raise MonosemaError(
             f"the positions at {self._hook_point} must follow from the call of the model, got "
             f"{stream.shape[1]} tokens in {' in '.join(map(str, reversed(calls))) or 'no call'} of "
             f"{names}; give it all tokens and their mask, or no cache (use_cache=False)"
@@ -183,7 +184,7 @@ def given_cache(model: nn.Module, output: Mapping[str, Any]) -> dict[str, Any]:
     taken = parameters_of(model)
     names = [name for name in (*found, *STATES) if name in taken]
     if not names:
-        raise ValueError(
+        raise MonosemaError(
             f"the cache of {type(model).__name__} must come back as {next(iter(found))}, got a "
             f"forward that takes {', '.join(taken)}; run it without a cache (use_cache=False)"
         )

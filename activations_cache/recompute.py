@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.config import parse_hook_point
 from activations_cache.hooks import blocks_of, capture
 from activations_cache.image_rows import CachedImages
@@ -146,7 +146,7 @@ class _Reader:
         self._captured = {name: name.removeprefix(f"{prefix}." * bool(prefix)) for name in wanted}
         outside = [name for name, own in self._captured.items() if prefix and own == name]
         if outside:
-            raise ValueError(
+            raise MonosemaError(
                 f"{outside[0]} must lie in {prefix}, which reads the text, to be computed again"
             )
 

@@ -15,8 +15,10 @@ Documents to contexts of equal length: joined and cut, or each for itself.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from itertools import islice
+from tempfile import SpooledTemporaryFile
 from typing import NamedTuple
 
 import numpy as np
@@ -25,17 +27,16 @@ from jaxtyping import Int, Int32
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.config import SPLITS, TRAINING_SPLITS, TextConfig
 from activations_cache.corpus import (
-    BUNCH_CHARACTERS,
     CHARACTERS_PER_TOKEN,
+    MEMORY_BYTES,
     Bucket,
     Corpus,
     buckets_of,
     hashed,
-    labels_of,
-    names_of,
+    names_and_labels,
     source_names,
 )
 from activations_cache.encoding import Encoder
@@ -86,7 +87,7 @@ class Packer:
         self._width = config.context - len(self._front)
         if self._width < 1:
             rule = f"exceed the {len(self._front)} tokens in front of every text"
-            raise ValueError(f"context must {rule}, got {config.context}")
+            raise MonosemaError(f"context must {rule}, got {config.context}")
         self._by_document = config.attention == "document"
         self._least = max(len(self._front), skip_positions) + 1
         self._progress = progress
@@ -94,7 +95,7 @@ class Packer:
 
     def cut(self, bucket: Bucket, n_contexts: int) -> Part:
         """Return `n_contexts` contexts, or as many as the bucket fills."""
-        documents = self._documents(bucket, n_contexts) if n_contexts else iter(())
+        documents = self._documents(bucket) if n_contexts else iter(())
         cutter = self._cut_alone if self._by_document else self._cut_joined
         return cutter(documents, n_contexts)
 
@@ -134,11 +135,9 @@ class Packer:
                 break
         return Part(tokens[:context], owners[:context], segments[:context])
 
-    def _documents(self, bucket: Bucket, n_contexts: int) -> Iterator[tuple[int, list[int]]]:
+    def _documents(self, bucket: Bucket) -> Iterator[tuple[int, list[int]]]:
         """Yield the number and the ids of each document."""
-        needed = n_contexts * self._context * CHARACTERS_PER_TOKEN
-        at_once = min(needed, BUNCH_CHARACTERS)
-        number, documents = 0, iter(replace(bucket.documents, n_characters=at_once))
+        number, documents = 0, iter(bucket.documents)
         while some := list(islice(documents, _TOKENIZER_BATCH)):
             for ids in self._encoder.of_documents(some, speak=bucket.speak):
                 yield number, ids
@@ -161,7 +160,7 @@ def positions_in_segments(segments: np.ndarray) -> np.ndarray:
     return position - np.maximum.accumulate(np.where(begins, position, 0), axis=1)
 
 
-class TooShort(ValueError):
+class TooShort(MonosemaError):
     """The sources hold less text than was asked for."""
 
 
@@ -220,18 +219,22 @@ def pack(
     """
     given = _Given(config, Encoder(tokenizer, n_ids), skip_positions, tuple(exclude_tokens))
     report, n_characters = progress or silent, CHARACTERS_PER_TOKEN * n_rows
-    corpora = [
-        Corpus(source, name, config, n_characters, report)
-        for source, name in zip(config.sources, source_names(config), strict=True)
-    ]
-    while True:
-        try:
-            return _packed(given, corpora, n_rows, report)
-        except TooShort:  # of what was read; an endless stream has more
-            n_characters *= 2
-            more = [corpus.read_further(n_characters) for corpus in corpora]
-            if not any(more):
-                raise
+    with ExitStack() as open_files:
+        corpora = [
+            Corpus(
+                source, name, config, n_characters, report,
+                open_files.enter_context(SpooledTemporaryFile(MEMORY_BYTES)),
+            )
+            for source, name in zip(config.sources, source_names(config), strict=True)
+        ]  # fmt: skip
+        while True:
+            try:
+                return _packed(given, corpora, n_rows, report)
+            except TooShort:  # of what was read; an endless stream has more
+                n_characters *= 2
+                more = [corpus.read_further(n_characters) for corpus in corpora]
+                if not any(more):
+                    raise
 
 
 class _Given(NamedTuple):
@@ -258,7 +261,7 @@ def _packed(given: _Given, corpora: list[Corpus], n_rows: int, report: Progress)
         parts = [packer.cut(bucket, n) for bucket, n in zip(buckets, quotas, strict=True)]
         n_given = sum(given.n_rows(part) for part in _training(buckets, parts))
         if given.exclude_tokens and not n_given and any(len(part.tokens) for part in parts):
-            raise ValueError(
+            raise MonosemaError(
                 f"exclude_tokens must leave rows, got {len(given.exclude_tokens)} tokens and no "
                 "row that is none of them; exclude fewer"
             )
@@ -341,13 +344,17 @@ def _assemble(
     owners = _owners_in_every(buckets, parts)[order]
     used = np.unique(owners[owners >= 0])
     label_names = tuple(sorted({name for corpus in corpora for name in corpus.label_names}))
-    label_of = np.array([*labels_of(corpora, buckets, label_names), -1], np.int32)
+    label_number: dict[str | None, int] = {name: i for i, name in enumerate(label_names)}
+    document_ids, labels = names_and_labels(used, corpora, buckets)
+    # One more entry, which an owner of -1 takes.
+    label_of = np.array([label_number.get(label, -1) for label in (*labels, None)], np.int32)
+    documents = np.where(owners < 0, -1, np.searchsorted(used, owners)).astype(np.int32)
     tensors = {
         "tokens": np.concatenate([part.tokens for part in parts])[order],
         "split": split.copy(),
         "source": source.copy(),
-        "documents": np.where(owners < 0, -1, np.searchsorted(used, owners)).astype(np.int32),
-        "labels": label_of[owners],  # an owner of -1 takes the last entry
+        "documents": documents,
+        "labels": label_of[documents],
     }
     segments = None
     if config.attention == "document":
@@ -356,7 +363,7 @@ def _assemble(
     return PackedText(
         **{n: torch.from_numpy(a) for n, a in tensors.items() if n != "segments"},
         segments=segments,
-        document_ids=names_of(used, corpora, buckets),
+        document_ids=document_ids,
         label_names=label_names,
         source_names=source_names(config),
         exclude_tokens=given.exclude_tokens,

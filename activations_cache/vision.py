@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.config import ImagePreprocessing, ModelConfig
 from activations_cache.loading import ModelError, Refusing, quiet
 from activations_cache.locations import require_extra
@@ -82,10 +82,10 @@ class Reading:
         """
         if size % self.patch:
             rule = f"be a multiple of the patch's {self.patch} pixels"
-            raise ValueError(f"preprocessing.size must {rule}, got {size}")
+            raise MonosemaError(f"preprocessing.size must {rule}, got {size}")
         if self.resizes == "never" and size != self.image_size:
             rule = f"be {self.image_size}, as this model's positions are fixed"
-            raise ValueError(f"preprocessing.size must {rule}, got {size}")
+            raise MonosemaError(f"preprocessing.size must {rule}, got {size}")
         return self.n_prefix + (size // self.patch) ** 2
 
     def options(self, size: int) -> dict[str, bool]:
@@ -144,7 +144,7 @@ def load_vision_model(
     library = _library_of(entries)
     if config.devices != "one" and library != "transformers":
         rule = f"model.devices must be one for a vision model of {library}"
-        raise ValueError(f"{rule}, got {config.devices!r}")
+        raise MonosemaError(f"{rule}, got {config.devices!r}")
     rule = f"model {config.path} must be a vision model that can be read"
     with Refusing(rule, "check its files"), quiet():
         if library == "open_clip":

@@ -7,14 +7,31 @@ import math
 from collections.abc import Callable
 
 
+class MonosemaError(ValueError):
+    """What a caller can cause; the message says what must be so, what is, and what to do.
+
+    Every other ValueError is a fault of this program.
+    """
+
+
+class WrongClassError(MonosemaError, TypeError):
+    """An argument is of another class than the function takes."""
+
+
+MOST = 1 << 53
+"""The largest count that is accepted: no machine holds more, and a float is exact up to here."""
+
+
 def require(holds: bool, field: str, rule: str, got: object) -> None:
-    """Raise ValueError "<field> must <rule>, got <got>" unless the rule holds."""
+    """Raise MonosemaError "<field> must <rule>, got <got>" unless the rule holds."""
     if not holds:
-        raise ValueError(f"{field} must {rule}, got {got!r}")
+        raise MonosemaError(f"{field} must {rule}, got {got!r}")
 
 
 def at_least(field: str, value: float | int, least: float | int) -> None:
-    """Require a finite number that is at least `least`."""
+    """Require a finite number that is at least `least`; counts have an upper end as well."""
+    is_count = isinstance(value, int) and not field.endswith("seed")
+    require(not is_count or value <= MOST, field, f"be at most {MOST:,}", value)
     require(math.isfinite(value) and value >= least, field, f"be at least {least}", value)
 
 

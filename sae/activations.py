@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from monosema.checks import MonosemaError
 from sae.architecture import Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from sae_kernels import (
     Csr,
@@ -155,7 +156,7 @@ def dense_acts(
 def _threshold(weights: EncoderWeights) -> Float[Tensor, "*d_sae"]:
     assert weights.threshold is not None
     if weights.threshold.dim() == 0 and bool(weights.threshold.isnan()):
-        raise ValueError(
+        raise MonosemaError(
             "a batchtopk dictionary must have a threshold to encode, got none; train it, or load "
             "one that was trained"
         )

@@ -8,7 +8,7 @@ Where x stands for several hook points side by side, norms and scales are each h
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, get_args
 
-from monosema.checks import at_least, positive, require
+from monosema.checks import MonosemaError, at_least, positive, require
 
 
 class Facts(NamedTuple):
@@ -332,7 +332,7 @@ class SAEConfig:
             known = ", ".join(self.hook_points) or "none"
             say = 'say which by .at("model.layers.7:out")'
             advice = "use hook_points" if self.hook_points else say
-            raise ValueError(f"the dictionary must read one hook point, got {known}; {advice}")
+            raise MonosemaError(f"the dictionary must read one hook point, got {known}; {advice}")
         return self.hook_points[0]
 
     @property
@@ -344,9 +344,11 @@ class SAEConfig:
         """
         points = [part.hook_point for part in self.outputs]
         if len(points) > 1:
-            raise ValueError(f"the dictionary must predict one hook point, got {', '.join(points)}")
+            raise MonosemaError(
+                f"the dictionary must predict one hook point, got {', '.join(points)}"
+            )
         if not points and self.width_out != self.d_in:
-            raise ValueError(
+            raise MonosemaError(
                 f"d_out must be d_in={self.d_in} for a dictionary that writes where it reads, got "
                 f"{self.width_out}; say where a transcoder writes: .at(HERE, THERE)"
             )
@@ -362,7 +364,9 @@ class SAEConfig:
         for given, known in ((hook_point, self.hook_points), (hook_point_out, written)):
             if given and known and (given,) != known:
                 place = " and ".join(known)
-                raise ValueError(f"hook_point must be {place}, where it was trained, got {given}")
+                raise MonosemaError(
+                    f"hook_point must be {place}, where it was trained, got {given}"
+                )
         config = self
         if not self.hook_points:
             [part] = self.inputs or (Slice(hook_point="", width=self.d_in),)

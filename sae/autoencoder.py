@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from monosema.checks import MonosemaError
 from sae import activations
 from sae.activations import EncoderWeights, Latents, Magnitude
 from sae.architecture import Gated, SAEConfig, Slice
@@ -108,7 +109,7 @@ class SparseAutoencoder(nn.Module):
         d_sae = self.config.d_sae
         n = d_sae if stats is None or callable(stats) else len(stats.max_activation)
         if n != d_sae:
-            raise ValueError(f"stats must be of a dictionary with d_sae={d_sae}, got {n}")
+            raise MonosemaError(f"stats must be of a dictionary with d_sae={d_sae}, got {n}")
         self._stats = stats
 
     @property
@@ -136,7 +137,7 @@ class SparseAutoencoder(nn.Module):
             ValueError: If there is no such latent.
         """
         if not 0 <= latent < self.config.d_sae:
-            raise ValueError(f"latent must be below d_sae={self.config.d_sae}, got {latent}")
+            raise MonosemaError(f"latent must be below d_sae={self.config.d_sae}, got {latent}")
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
@@ -275,7 +276,7 @@ class SparseAutoencoder(nn.Module):
     def _rows(self, x: Float[Tensor, "batch d_in"] | None) -> Float[Tensor, "batch d_in"]:
         if x is None:
             form = f"skip={self.config.skip}, input_norm={self.config.input_norm!r}"
-            raise ValueError(f"decode must be given the rows x with {form}, got none; pass them")
+            raise MonosemaError(f"decode must be given the rows x with {form}, got none; pass them")
         return x
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
@@ -316,7 +317,7 @@ class SparseAutoencoder(nn.Module):
             ValueError: If the rows are not d_in wide.
         """
         if x.shape[-1] != self.config.d_in:
-            raise ValueError(f"rows must be d_in={self.config.d_in} wide, got {tuple(x.shape)}")
+            raise MonosemaError(f"rows must be d_in={self.config.d_in} wide, got {tuple(x.shape)}")
         u = x.to(self.enc_rows.dtype)
         scale = _scales(self.config.slices_in, self.config.input_scale, u)
         if self.config.input_norm == "none":
@@ -334,7 +335,7 @@ class SparseAutoencoder(nn.Module):
         """
         if x.shape[-1] != self.config.width_out:
             width = self.config.width_out
-            raise ValueError(f"predicted rows must be d_out={width} wide, got {tuple(x.shape)}")
+            raise MonosemaError(f"predicted rows must be d_out={width} wide, got {tuple(x.shape)}")
         v = x.to(self.dec_rows.dtype)
         return v * _scales(self.config.slices_out, self.config.scale_out, v)
 
@@ -344,7 +345,7 @@ def _flat(x: Shaped[Tensor, "*rows width"], name: str) -> Shaped[Tensor, "batch 
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() == 0:
-        raise ValueError(f"{name} must have rows, got a tensor without dimensions")
+        raise MonosemaError(f"{name} must have rows, got a tensor without dimensions")
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 

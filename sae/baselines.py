@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.reader import ActivationCache
 from sae.architecture import ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
@@ -95,7 +95,7 @@ def covariance_of(
         ValueError: If there is no row.
     """
     if len(rows) == 0:
-        raise ValueError("rows must be at least 1, got none; take another split")
+        raise MonosemaError("rows must be at least 1, got none; take another split")
     source, tell = cache[hook_point], progress or silent
     mean = source.mean.double()
     total = torch.zeros(len(mean), len(mean), dtype=torch.float64)
@@ -124,7 +124,7 @@ def _both_ways(
 
 def _check_k(k: int, d_model: int) -> None:
     if not 1 <= k <= d_model:
-        raise ValueError(f"k must be in 1..{d_model}, the width of the rows, got {k}")
+        raise MonosemaError(f"k must be in 1..{d_model}, the width of the rows, got {k}")
 
 
 @torch.no_grad()
@@ -149,7 +149,7 @@ def baseline_dictionary(
     densities = list(density) if isinstance(density, Sequence) else [density] * n
     wrong = [each for each in densities if not 0 < each < 1]
     if wrong:
-        raise ValueError(f"density must lie between 0 and 1, got {wrong[0]}")
+        raise MonosemaError(f"density must lie between 0 and 1, got {wrong[0]}")
     d_in = rows.shape[1]
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(2 * n, d_in, generator=generator)

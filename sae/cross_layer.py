@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from monosema.checks import MonosemaError
 from sae.autoencoder import Latents, SparseAutoencoder
 
 
@@ -24,17 +25,17 @@ class CrossLayerTranscoder(nn.Module):
         """
         super().__init__()
         if not sources:
-            raise ValueError("sources must be at least one, got none")
+            raise MonosemaError("sources must be at least one, got none")
         places = [_places(source) for source in sources]
         for layer, found in enumerate(places):
             if found != places[0][layer:]:
-                raise ValueError(
+                raise MonosemaError(
                     f"source {layer} must predict the places {places[0][layer:]} "
                     f"(hook point, width, scale), got {found}"
                 )
         if len(places[0]) != len(sources):
             n = len(places[0])
-            raise ValueError(f"sources must be one for each of {n} places, got {len(sources)}")
+            raise MonosemaError(f"sources must be one for each of {n} places, got {len(sources)}")
         self.sources = nn.ModuleList(sources)
         self.widths = [width for _, width, _ in places[0]]
 

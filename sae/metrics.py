@@ -5,7 +5,6 @@ were cut into batches. Every class has `update` (a batch of rows) and `merge` (w
 or shard counted).
 """
 
-import hashlib
 import math
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from activations_cache import io
+from activations_cache import seals
+from monosema.checks import MonosemaError
 from sae.autoencoder import Latents
 
 __all__ = ["FVU", "L0", "Agreement", "Firing", "ce_recovered", "fvu", "fvu_uncentred"]
@@ -177,10 +177,10 @@ class L0:
             ValueError: If share lies outside 0..1 or no row was seen.
         """
         if not 0 <= share <= 1:
-            raise ValueError(f"share must lie in 0..1, got {share}")
+            raise MonosemaError(f"share must lie in 0..1, got {share}")
         n_rows = int(self.rows_per_count.sum())
         if n_rows == 0:
-            raise ValueError("quantile must be asked for after rows were seen, got 0 rows")
+            raise MonosemaError("quantile must be asked for after rows were seen, got 0 rows")
         rank = max(1, math.ceil(share * n_rows))
         return int(torch.searchsorted(self.rows_per_count.cumsum(0), rank))
 
@@ -227,7 +227,7 @@ class Firing:
             "n_rows": torch.tensor(self.n_rows),
         }
         metadata = {"sae_sha256": weights_sha256 or _weights_sha256(path.parent)}
-        io.write_files({path: safetensors.torch.save(tensors, metadata)})
+        seals.write(path.parent, {STATS: safetensors.torch.save(tensors, metadata)})
         return path
 
     @classmethod
@@ -245,16 +245,19 @@ class Firing:
         path = Path(directory) / STATS
         if not path.is_file():
             raise FileNotFoundError(f"{path} must exist, got no such file; run `sae evaluate`")
+        seals.require_whole(path, advice="run `sae evaluate` again to make it anew")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
+                metadata = file.metadata() or {}
                 max_activation = file.get_tensor("max_activation")
                 n_fired, n_rows = file.get_tensor("n_fired"), file.get_tensor("n_rows")
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} must be whole, got: {error}; run `sae evaluate`") from error
+            raise MonosemaError(
+                f"{path} must be whole, got: {error}; run `sae evaluate`"
+            ) from error
         found = weights_sha256 or _weights_sha256(path.parent)
         if metadata.get("sae_sha256") != found:
-            raise ValueError(
+            raise MonosemaError(
                 f"{path} must be made for the weights of the dictionary (sha256 {found}), "
                 f"got {metadata.get('sae_sha256')}; run `sae evaluate`"
             )
@@ -298,8 +301,7 @@ def ce_recovered(ce_base: Figure, ce_spliced: Figure, ce_ablated: Figure) -> Fig
 
 
 def _weights_sha256(directory: Path) -> str:
-    with (directory / "sae.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return seals.sha256(directory / "sae.safetensors")
 
 
 def _ratio(numerator: float | int, denominator: float | int) -> float:

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from monosema.checks import MonosemaError
+
 _CELLS = 1 << 24
 
 
@@ -38,10 +40,10 @@ def nearest(
         ValueError: If widths differ or there are fewer than k.
     """
     if rows.shape[1] != among.shape[1]:
-        raise ValueError(f"rows must be as wide as among, {among.shape[1]}, got {rows.shape[1]}")
+        raise MonosemaError(f"rows must be as wide as among, {among.shape[1]}, got {rows.shape[1]}")
     most = len(among) - (own is not None)
     if not 1 <= k <= most:
-        raise ValueError(f"k must lie between 1 and {most}, got {k}")
+        raise MonosemaError(f"k must lie between 1 and {most}, got {k}")
     known = torch.nn.functional.normalize(among, dim=1).T
     parts, first = [], 0
     for chunk in torch.nn.functional.normalize(rows, dim=1).split(max(1, _CELLS // len(among))):
@@ -106,7 +108,7 @@ def splitting(
         ValueError: If the widths of the rows differ, or `related` is not in 0..1.
     """
     if not 0 <= related <= 1:
-        raise ValueError(f"related must be in 0..1, got {related}")
+        raise MonosemaError(f"related must be in 0..1, got {related}")
     found = nearest(wide, narrow, 1)
     cosine = found.cosine[:, 0]
     parent = torch.where(cosine >= related, found.latent[:, 0], -1)

@@ -16,6 +16,8 @@ from jaxtyping import Float, Float64
 from scipy import stats
 from torch import Tensor
 
+from monosema.checks import MonosemaError
+
 _Z = 1.959964
 _RESAMPLES = 1000
 
@@ -38,7 +40,7 @@ def wilson(n_right: float | int, n: float | int) -> Interval:
         ValueError: If there are no trials.
     """
     if n <= 0:
-        raise ValueError(f"n must be positive, got {n}")
+        raise MonosemaError(f"n must be positive, got {n}")
     share = n_right / n
     middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n)) / (1 + _Z**2 / n)
@@ -68,7 +70,7 @@ def auc(positive: Float64[np.ndarray, " batch"], negative: Float64[np.ndarray, "
     """
     m, n = len(positive), len(negative)
     if not (m and n):
-        raise ValueError(f"positive and negative must both be there, got {m} and {n}")
+        raise MonosemaError(f"positive and negative must both be there, got {m} and {n}")
     order = np.sort(negative)
     below = np.searchsorted(order, positive, "left") + np.searchsorted(order, positive, "right")
     order = np.sort(positive)
@@ -198,7 +200,7 @@ def compare(name_a: str, a: Sequence[float], name_b: str, b: Sequence[float]) ->
         ValueError: If a group is empty.
     """
     if not a or not b:
-        raise ValueError(f"both groups must have a value, got {len(a)} and {len(b)}")
+        raise MonosemaError(f"both groups must have a value, got {len(a)} and {len(b)}")
     freedom = len(a) + len(b) - 2
     noise = detectable = math.nan
     if freedom > 0:

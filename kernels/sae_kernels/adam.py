@@ -16,7 +16,7 @@ import torch
 from jaxtyping import BFloat16, Float, Int, UInt8
 from torch import Tensor
 
-from sae_kernels.launch import check_floating, check_shape, choose
+from sae_kernels.launch import KernelError, check_floating, check_shape, choose
 
 BLOCK = 256
 """Neighbours in a row that share a scale."""
@@ -267,10 +267,12 @@ def _check_packed(t: _Rows, s: _Settings, states: _States) -> None:
         if state.numbers.dtype != states.exp_avg.numbers.dtype:
             raise TypeError(f"{name} must have the dtype of exp_avg, got {state.numbers.dtype}")
         if not state.numbers.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got the strides {state.numbers.stride()}")
+            raise KernelError(
+                f"{name} must be contiguous, got the strides {state.numbers.stride()}"
+            )
         if state.numbers.dtype == torch.uint8:
             if state.scales is None:
-                raise ValueError(f"scales must be given for {name} of 8 bits, got none")
+                raise KernelError(f"scales must be given for {name} of 8 bits, got none")
             check_shape("scales", state.scales, len(t.rows), n_blocks(t.rows.shape[1]))
     _check(t, s)
 
@@ -281,22 +283,22 @@ def _check(t: _Rows, s: _Settings) -> None:
     for name, tensor in t._asdict().items():
         check_shape(name, tensor, *t.rows.shape)
         if tensor is not None and name != "grad" and not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got the strides {tensor.stride()}")
+            raise KernelError(f"{name} must be contiguous, got the strides {tensor.stride()}")
     if t.shadow is not None and t.shadow.dtype != torch.bfloat16:
         raise TypeError(f"shadow must have the dtype torch.bfloat16, got {t.shadow.dtype}")
     check_shape("clip", s.clip)
     if s.step < 1:
-        raise ValueError(f"step must be at least 1, got {s.step}; the first step is number 1")
+        raise KernelError(f"step must be at least 1, got {s.step}; the first step is number 1")
     if s.norm not in get_args(Norm):
-        raise ValueError(f"norm must be one of 'none', 'unit', 'max', got {s.norm!r}")
+        raise KernelError(f"norm must be one of 'none', 'unit', 'max', got {s.norm!r}")
     for name in ("beta1", "beta2"):
         value = getattr(s, name)
         if not 0 <= value < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+            raise KernelError(f"{name} must be at least 0 and below 1, got {value}")
     for name in ("lr", "eps", "weight_decay"):
         value = getattr(s, name)
         if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+            raise KernelError(f"{name} must be finite and at least 0, got {value}")
 
 
 def _dispatch(t: _Rows, s: _Settings, states: _States, backend: str) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_kernels import blocks
+from sae_kernels.launch import KernelError
 
 NORMS = {"none": 0, "unit": 1, "max": 2}
 
@@ -104,7 +105,7 @@ def latent_adam_(
     """
     d_sae, width = rows.shape
     if width > blocks.MAX_ROW:
-        raise ValueError(
+        raise KernelError(
             f"rows must have at most {blocks.MAX_ROW} columns with backend 'triton', got {width}; "
             "use backend='torch'"
         )

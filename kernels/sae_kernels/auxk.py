@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_kernels.grads import accumulator
-from sae_kernels.launch import check_floating, check_shape, choose
+from sae_kernels.launch import KernelError, check_floating, check_shape, choose
 from sae_kernels.product import product_dtype
 from sae_kernels.select import CHUNK, topk_select
 
@@ -158,7 +158,7 @@ def auxk(  # noqa: PLR0913
     if dead.dtype != torch.bool:
         raise TypeError(f"dead must be a mask of bool, got {dead.dtype}")
     if k_aux < 1:
-        raise ValueError(f"k_aux must be at least 1, got {k_aux}")
+        raise KernelError(f"k_aux must be at least 1, got {k_aux}")
     name = choose(x, backend)
     ids = dead.nonzero().flatten()
     if not len(ids):

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from sae_kernels.grads import Entries, accumulator, rows_of, segment_product
 from sae_kernels.launch import (
     Backend,
+    KernelError,
     check_floating,
     check_indices,
     check_shape,
@@ -136,11 +137,11 @@ def _check_row_ptr(row_ptr: Shaped[Tensor, "..."], n_entries: int) -> None:
     if row_ptr.dtype.is_floating_point or row_ptr.dtype == torch.bool:
         raise TypeError(f"row_ptr must be integers, got {row_ptr.dtype}")
     if not len(row_ptr):
-        raise ValueError("row_ptr must have one bound more than there are rows, got none")
+        raise KernelError("row_ptr must have one bound more than there are rows, got none")
     if row_ptr.device.type == "cpu":
         first, last, rises = int(row_ptr[0]), int(row_ptr[-1]), bool((row_ptr.diff() >= 0).all())
         if first != 0 or last != n_entries or not rises:
-            raise ValueError(
+            raise KernelError(
                 f"row_ptr must rise from 0 to the number of entries, {n_entries}, got bounds from "
                 f"{first} to {last}" + ("" if rises else " that fall in between")
             )

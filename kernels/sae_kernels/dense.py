@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_kernels.launch import check_floating, check_shape, choose
+from sae_kernels.launch import KernelError, check_floating, check_shape, choose
 
 CHUNK_BYTES = 1 << 24  # of (batch, d_sae) worked on at a time
 
@@ -228,7 +228,7 @@ def dense_autoencode(  # noqa: PLR0913
     check_shape("b_in", b_in, d_in)
     check_shape("threshold", threshold, d_sae)
     if not bandwidth > 0:
-        raise ValueError(f"bandwidth must be above 0, got {bandwidth}")
+        raise KernelError(f"bandwidth must be above 0, got {bandwidth}")
     run = _DenseStep.apply
     if choose(x, backend) == "reference":
         run = dense_autoencode_reference

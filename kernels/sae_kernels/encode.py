@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_kernels.grads import accumulator
-from sae_kernels.launch import Backend, check_k, choose
+from sae_kernels.launch import Backend, KernelError, check_k, choose
 from sae_kernels.product import (
     Encode,
     Kept,
@@ -161,9 +161,9 @@ def screened_topk(
     if x.dtype != torch.float32:
         raise TypeError(f"x must be torch.float32 to be screened, got {x.dtype}")
     if x.device.type != "cpu":
-        raise ValueError(f"x must be on a CPU to be screened, got {x.device}; use encode_topk")
+        raise KernelError(f"x must be on a CPU to be screened, got {x.device}; use encode_topk")
     if screen not in {None, *get_args(Screen)}:
-        raise ValueError(f"screen must be one of 'bfloat16', 'float32', got {screen!r}")
+        raise KernelError(f"screen must be one of 'bfloat16', 'float32', got {screen!r}")
     n_fallback = 0
 
     def keep(product: Product) -> Kept:
@@ -238,7 +238,7 @@ def encode_group_max(
     check_encoder(x, enc_rows, b_enc, b_in)
     check_k(k, len(enc_rows))
     if len(enc_rows) % k:
-        raise ValueError(f"k must divide d_sae={len(enc_rows)} into equal groups, got {k}")
+        raise KernelError(f"k must divide d_sae={len(enc_rows)} into equal groups, got {k}")
     name = choose(x, backend)
     if name == "reference":
         return encode_group_max_reference(x, enc_rows, b_enc, k, b_in=b_in, relu=relu)

@@ -10,6 +10,10 @@ from torch import Tensor
 Backend = Literal["reference", "torch", "triton"]
 
 
+class KernelError(ValueError):
+    """Arguments that an op cannot take."""
+
+
 class WeightGrads(NamedTuple):
     """Gradients of both weight matrices and of the encoder bias, and how often each latent fired.
 
@@ -34,14 +38,14 @@ def _interprets() -> bool:
 def _check_triton(device: str, dtype: torch.dtype) -> None:
     """Refuse tensors that no Triton kernel here can take."""
     if dtype == torch.float64:
-        raise ValueError(
+        raise KernelError(
             "backend 'triton' must get tensors of at most 32 bits, got torch.float64; "
             "use backend='torch'"
         )
     if device == "cuda" and find_spec("triton") is None:
-        raise ValueError("backend 'triton' must have the package triton, which is not installed")
+        raise KernelError("backend 'triton' must have the package triton, which is not installed")
     if device != "cuda" and not _interprets():
-        raise ValueError(
+        raise KernelError(
             f"backend 'triton' must get CUDA tensors, got {device}; use backend='torch', or set "
             "TRITON_INTERPRET=1 before the first import of triton to run the kernels in its "
             "interpreter"
@@ -65,7 +69,7 @@ def choose(tensor: Shaped[Tensor, "..."], backend: str | None) -> Backend:
                 _check_triton(tensor.device.type, tensor.dtype)
             return name
     names = ", ".join(repr(name) for name in get_args(Backend))
-    raise ValueError(
+    raise KernelError(
         f"backend must be one of {names} on {tensor.device.type}, got {backend!r}; "
         "leave it out for the fastest one"
     )
@@ -74,7 +78,7 @@ def choose(tensor: Shaped[Tensor, "..."], backend: str | None) -> Backend:
 def check_k(k: int, d_sae: int) -> None:
     """Refuse a number of latents that no row of `d_sae` latents has."""
     if not 1 <= k <= d_sae:
-        raise ValueError(f"k must lie between 1 and d_sae={d_sae}, got {k}")
+        raise KernelError(f"k must lie between 1 and d_sae={d_sae}, got {k}")
 
 
 def check_floating(**tensors: Shaped[Tensor, "..."] | None) -> None:
@@ -89,7 +93,7 @@ def check_floating(**tensors: Shaped[Tensor, "..."] | None) -> None:
                 f"{name} must have the dtype of {first}, {model.dtype}, got {tensor.dtype}"
             )
         if tensor.device != model.device:
-            raise ValueError(
+            raise KernelError(
                 f"{name} must be on the device of {first}, {model.device}, got {tensor.device}"
             )
 
@@ -104,7 +108,7 @@ def check_shape(name: str, tensor: Shaped[Tensor, "..."] | None, *expected: int 
     )
     if not fits:
         wanted = ", ".join("any" if want is None else str(want) for want in expected)
-        raise ValueError(f"{name} must have the shape ({wanted}), got {shape}")
+        raise KernelError(f"{name} must have the shape ({wanted}), got {shape}")
 
 
 def check_indices(indices: Shaped[Tensor, "..."], d_sae: int) -> None:
@@ -117,4 +121,6 @@ def check_indices(indices: Shaped[Tensor, "..."], d_sae: int) -> None:
     if indices.device.type == "cpu" and indices.numel():
         low, high = (bound.item() for bound in indices.aminmax())
         if low < 0 or high >= d_sae:
-            raise ValueError(f"indices must lie in 0..{d_sae - 1}, got values from {low} to {high}")
+            raise KernelError(
+                f"indices must lie in 0..{d_sae - 1}, got values from {low} to {high}"
+            )

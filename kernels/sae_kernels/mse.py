@@ -16,7 +16,14 @@ from torch.autograd.function import once_differentiable
 
 from sae_kernels.decode import row_products, weighted_rows
 from sae_kernels.grads import Entries, accumulator, segment_product
-from sae_kernels.launch import Backend, check_floating, check_indices, check_shape, choose
+from sae_kernels.launch import (
+    Backend,
+    KernelError,
+    check_floating,
+    check_indices,
+    check_shape,
+    choose,
+)
 
 
 class DecodeLoss(NamedTuple):
@@ -157,12 +164,12 @@ def _check_prefixes(prefixes: Sequence[int], indices: Int[Tensor, "batch k"], d_
     ends = list(prefixes)
     rises = all(low < high for low, high in zip([0, *ends], ends, strict=False))
     if not ends or not rises or ends[-1] != d_sae:
-        raise ValueError(
+        raise KernelError(
             f"prefixes must rise from at least 1 to d_sae={d_sae}, got {ends}; the last prefix is "
             "the whole dictionary"
         )
     if indices.device.type == "cpu" and bool((indices.diff(dim=1) < 0).any()):
-        raise ValueError(
+        raise KernelError(
             "indices must ascend within a row for prefixes, got some that fall; sort them as "
             "topk_select does without `sorted`"
         )

@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import json
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
@@ -19,6 +20,8 @@ from pathlib import Path
 from threading import Lock
 from urllib.parse import parse_qs, quote, unquote
 
+from activations_cache import seals
+from activations_cache.checks import DamagedFileError, MonosemaError, require
 from sae.browser.script import script
 from sae.browser.write import INDEX, POLICY
 
@@ -92,14 +95,15 @@ class BrowserServer(ThreadingHTTPServer):
     ) -> None:
         """Listen; `serve_forever` answers."""
         if not (folder / INDEX).is_file():
-            raise ValueError(f"folder must hold {INDEX}, got {folder} without")
+            raise MonosemaError(f"folder must hold {INDEX}, got {folder} without")
+        require(0 <= port <= 65535, "port", "be from 0 to 65,535", port)
         if host not in LOCAL and token is None:
-            raise ValueError(
+            raise MonosemaError(
                 f"host must be one of {', '.join(LOCAL)} without a token, got {host!r}; others on "
                 "the network could read the run: pass --token too"
             )
         if token is not None and (len(token) < MIN_TOKEN or not token.isascii()):
-            raise ValueError(
+            raise MonosemaError(
                 f"token must have at least {MIN_TOKEN} ASCII characters, got {len(token)}"
             )
         self.folder, self.token, self.prompts = folder.resolve(), token, prompts
@@ -107,6 +111,11 @@ class BrowserServer(ThreadingHTTPServer):
         self.reading = Lock()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of a reader who went away; other errors are shown as always."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # pyright: ignore[reportArgumentType]
 
     @property
     def url(self) -> str:
@@ -190,7 +199,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, self._abilities().encode(), _TYPES[".js"])
         else:
             file = self._file(path)
-            self._send(HTTPStatus.OK, file.read_bytes(), _TYPES[file.suffix])
+            try:
+                data = seals.read(
+                    file, self.server.folder.resolve(), advice="run `sae browse` again"
+                )
+            except DamagedFileError as error:
+                raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR, str(error)) from error
+            self._send(HTTPStatus.OK, data, _TYPES[file.suffix])
 
     def _remember(self, token: str) -> None:
         """Move the token from the address, where it would be seen and kept, into a cookie."""

@@ -15,7 +15,8 @@ from itertools import groupby
 from pathlib import Path
 from string import Template
 
-from activations_cache.checks import Progress, require, silent
+from activations_cache import io, seals
+from activations_cache.checks import MonosemaError, Progress, require, silent
 from sae.browser.detail import LATENTS_PER_FILE as SIZE
 from sae.browser.detail import LATENTS_PER_TABLE, Row, group, row, search, table
 from sae.browser.latent import Latent
@@ -30,7 +31,7 @@ POLICY = (
 """Content security policy: nothing runs that is not a file of the folder."""
 
 INDEX = "index.html"
-_OURS = {INDEX, "assets", "data", "done.json"}
+_OURS = {INDEX, "assets", "data", "done.json", seals.LIST}
 
 
 def write_site(
@@ -54,14 +55,20 @@ def write_site(
     """
     target = Path(path).resolve()
     _check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    io.make_directory(target.parent)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        _write_all(site, unfinished, progress or silent)
+        with io.naming_path(target):
+            _write_all(site, unfinished, progress or silent)
+        files = (path for path in unfinished.rglob("*") if path.is_file())
+        seals.add(unfinished, (path.relative_to(unfinished).as_posix() for path in files))
+        for directory in (unfinished, *filter(Path.is_dir, unfinished.rglob("*"))):
+            io.sync_directory(directory)
         former = target.with_name(f".{target.name}.{os.getpid()}.old")
         if target.exists():
             target.rename(former)
         unfinished.rename(target)
+        io.sync_directory(target.parent)
         shutil.rmtree(former, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -75,7 +82,7 @@ def _check_target(target: Path) -> None:
     if target.is_dir() and names <= _OURS:
         return
     other = ", ".join(sorted(names - _OURS)[:3]) or target.name
-    raise ValueError(
+    raise MonosemaError(
         f"the browser's folder {target} must be new or one of an earlier browser, got {other}; "
         "name another one"
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae.cli import console
-from sae.cli.request import run_to
+from sae.cli.request import ForceOption, run_to
 from sae.config import is_config
 from sae.run.config import RunConfig, browsed_config
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sae.browser.server import Prompts
 
 
-def browse(
+def browse(  # noqa: PLR0913
     run: Annotated[
         str,
         typer.Argument(
@@ -24,9 +24,12 @@ def browse(
     ],
     out: Annotated[str | None, typer.Option(help="Folder to write; RUN/browse.")] = None,
     cache: Annotated[str | None, typer.Option(help="DICT: the cache it was explained on.")] = None,
+    force: ForceOption = False,
     serve: Annotated[bool, typer.Option("--serve", help="Show it on a local address.")] = False,
     host: Annotated[str, typer.Option(help="Of the server; others need --token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Of the server; 0 takes a free one.")] = 8765,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of the server; 0 takes a free one.")
+    ] = 8765,
     token: Annotated[str | None, typer.Option(help="What a reader must know.")] = None,
 ) -> None:
     """Write the feature browser of a run as a folder of pages that opens by double click.
@@ -44,7 +47,7 @@ def browse(
     is_there = is_yaml or (serve and (folder / INDEX).is_file())
     if out or not is_there:
         with console.step("browse") as progress:
-            write_browser(run, config, folder, cache, progress)
+            write_browser(run, config, folder, cache, progress, force=force)
         console.say(f"page: {(folder / INDEX).resolve()}")
     if serve:
         _serve(folder, (host, port, token), _prompts(config))

@@ -106,8 +106,21 @@ def verify(
     model_path: Annotated[
         str | None, typer.Option(help="Where the model is now, if it has moved.")
     ] = None,
+    mend: Annotated[
+        bool, typer.Option("--mend", help="Have damaged parts written anew by `sae cache`.")
+    ] = False,
 ) -> None:
     """Check every committed file of a cache by its checksum, and its rows by the model."""
+    from sae.run.caches import damage_of, reopen
+
+    if mend:
+        damage = damage_of(path, console.step)
+        for line in damage:
+            console.error(line)
+        if damage:
+            reopen(path)
+            console.say(f"{path}: run the command that built it again: it mends what is damaged")
+            return
     import activations_cache
     from sae.run.caches import verify_cache
 

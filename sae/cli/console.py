@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -204,6 +205,28 @@ def _placed(label: str, place: tuple[int, int] | None) -> str:
 def skipped(label: str, path: object, place: tuple[int, int] | None = None) -> None:
     """Say that a step's result is there already."""
     OUT.print(f"[dim]✓ {_placed(label, place):<{_WIDTH}} done before: {path}[/]", soft_wrap=True)
+
+
+class _Log(logging.Handler):
+    """Prints what the library logs, above the bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        ERR.print(self.format(record), markup=False)
+
+
+@contextlib.contextmanager
+def showing_logs() -> Iterator[None]:
+    """Print warnings of the library, and what the cache says of its rows, on stderr."""
+    logger, handler = logging.getLogger("activations_cache"), _Log()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def say(line: str) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae.cli import console
-from sae.cli.request import refuse_without_cache, run_to
+from sae.cli.request import ForceOption, refuse_without_cache, run_to
 
 if TYPE_CHECKING:
     from sae.run.measuring import MeasureRequest
@@ -15,7 +15,7 @@ CacheOption = Annotated[
     str | None, typer.Option("--cache", metavar="CACHE", help="The cache they are measured on.")
 ]
 HookOption = Annotated[
-    str | None, typer.Option("--hook-point", help="Where the cache holds several.")
+    str | None, typer.Option("--hook-point", help="Where the dictionaries name none.")
 ]
 ModelOption = Annotated[
     bool, typer.Option("--model/--no-model", help="Also splice them into the cache's model.")
@@ -53,6 +53,7 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
     probe: ProbeOption = 0,
     structure: StructureOption = False,
     baselines: Annotated[bool, typer.Option(help="Measure baselines beside them.")] = True,
+    force: ForceOption = False,
 ) -> None:
     """Measure dictionaries on held-out rows: those of a config, or any with --cache."""
     if cache is None:
@@ -63,7 +64,7 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
     from sae.run.page import write_evaluation
 
     request = _request(targets, cache, hook_point, (model, contexts, images), probe, structure)
-    measured = measure(request._replace(baselines=baselines), console.step)
+    measured = measure(request._replace(baselines=baselines, force=force), console.step)
     console.parts(measured.sections)
     if json is not None:
         write_record(json, measured.record)
@@ -93,12 +94,13 @@ def compare(  # noqa: PLR0913
     l0: Annotated[
         float | None, typer.Option("--l0", min=0.5, help="Compare at this L0; else at the median.")
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """Hold groups of dictionaries against each other at equal L0, with ties and Pareto plots."""
     from sae.run.comparing import compare_groups, write_comparison
 
     request = _request(targets, cache, hook_point, (model, contexts, images), probe, structure)
-    comparison = compare_groups(request, l0, console.step)
+    comparison = compare_groups(request._replace(force=force), l0, console.step)
     console.parts(comparison.sections)
     for kind, path in write_comparison(comparison, out).items():
         console.say(f"{kind}: {path}")

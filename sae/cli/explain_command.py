@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from sae.cli import console
-from sae.cli.request import Overrides, refuse_without_cache, run_to
+from sae.cli.request import ForceOption, Overrides, refuse_without_cache, run_to
 from sae.config import ConfigError, load_overrides
 from sae.explain.config import ExplainConfig
 
@@ -19,7 +19,9 @@ def explain(  # noqa: PLR0913
     ],
     overrides: Overrides = None,
     cache: Annotated[str | None, typer.Option(help="Explain DICT on this cache.")] = None,
-    hook_point: Annotated[str | None, typer.Option(help="Of the cache; its first one.")] = None,
+    hook_point: Annotated[
+        str | None, typer.Option(help="Of the cache, where DICT names none.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Result directory; DICT/explain.")] = None,
     across: Annotated[
         str | None, typer.Option(help="A narrower dictionary: which latents did it split?")
@@ -29,6 +31,7 @@ def explain(  # noqa: PLR0913
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate a model's answers, ask nothing.")
     ] = False,
+    force: ForceOption = False,
 ) -> None:
     """Label latents and score the labels: those of a run, or with --cache of any dictionary.
 
@@ -44,8 +47,8 @@ def explain(  # noqa: PLR0913
     given = [f"autointerp.llm.{key}={value}" for key, value in limits.items() if value is not None]
     if cache is None:
         alone = {"--out": out, "--hook-point": hook_point, "--across": across}
+        alone |= {"--dry-run": dry_run, "--force": force}
         wrong = next((name for name, value in alone.items() if value), "")
-        wrong = wrong or ("--dry-run" if dry_run else "")
         if wrong:
             raise ConfigError(f"{wrong} must come with --cache CACHE, got none")
         refuse_without_cache(config)
@@ -57,7 +60,7 @@ def explain(  # noqa: PLR0913
     from sae.run.explaining import ExplainRequest, estimate, explain_dictionary
     from sae.run.label_tables import estimate_facts, explanation_parts
 
-    request = ExplainRequest(config, cache, hook_point, out, across)
+    request = ExplainRequest(config, cache, hook_point, out, across, force)
     if dry_run and checked.autointerp is not None:
         with console.step("estimate") as progress:
             cost = estimate(request, checked, progress)

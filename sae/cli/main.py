@@ -1,4 +1,7 @@
-"""`sae`: the commands and their exit codes: 0 done, 1 failed, 2 wrong request."""
+"""`sae`: the commands. Exit codes: 0 done, 1 failed, 2 wrong request, 70 a bug of this program.
+
+After a signal: 143 (SIGTERM) and 138 (SIGUSR1); what is finished is saved.
+"""
 
 import enum
 import subprocess
@@ -7,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.markup import escape
 
-from sae.cli import console
+from sae.cli import console, troubles
 from sae.cli.browse_command import browse
 from sae.cli.cache_commands import app as cache_app
 from sae.cli.cache_commands import verify
@@ -20,7 +24,6 @@ from sae.cli.scaling import app as scaling_app
 from sae.cli.steer_command import find, steer
 from sae.config import ConfigError, config_file
 from sae.config import recipes as recipe_lines
-from sae.train.signals import Stopped
 
 app = typer.Typer(
     name="sae",
@@ -112,6 +115,7 @@ def _here() -> Literal["gpu", "cpu"]:
 
 
 @app.command()
+@with_json
 def recipes(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="Write out this one.")
@@ -124,27 +128,36 @@ def recipes(
     known = recipe_lines()
     width = max(map(len, known))
     for recipe, line in known.items():
-        typer.echo(f"{recipe:<{width}}  {line}")
+        console.say(escape(f"{recipe:<{width}}  {line}"))
 
 
 def main() -> None:
     """Run the command line; a request or a run that fails ends in one line, not a traceback."""
-    try:
-        code = app(standalone_mode=False)
-        if code == INTERRUPTED:
-            raise KeyboardInterrupt
-    except (ConfigError, typer.TyperException) as problem:
-        is_usage = isinstance(problem, typer.TyperException)
-        code = _fail(problem.format_message() if is_usage else str(problem), 2)
-    except Stopped as stop:
-        code = _fail(stop.message, int(str(stop.code)))
-    except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted; run the same command again, it goes on from here", 1)
-    except (OSError, ValueError, FloatingPointError) as problem:
-        code = _fail(str(problem), 1)
+    code = 0
+    with troubles.listening(), console.showing_logs():
+        try:
+            code = app(standalone_mode=False)
+            if code == INTERRUPTED:
+                raise KeyboardInterrupt
+        except BrokenPipeError:  # who reads our lines has seen enough
+            sys.stdout = None
+            code = troubles.FAILED
+        except BaseException as problem:  # noqa: BLE001  (each has its line or its report)
+            message, code = troubles.ended_by(problem)
+            console.error(message)
+            if getattr(problem, "wants_requeue", False) and isinstance(
+                problem, troubles.TerminatedError
+            ):
+                _requeue()
     sys.exit(code or 0)
 
 
-def _fail(message: str, code: int) -> int:
-    console.error(message)
-    return code
+def _requeue() -> None:
+    """Ask SLURM, if it runs this process, to start the job again."""
+    if not troubles.in_slurm():
+        return
+    from activations_cache.builder import rank_of_this_process
+    from sae.train.launch import requeue
+
+    if rank_of_this_process()[0] == 0:
+        requeue()

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sae.cli import console
+from sae.cli.request import ForceOption
 
 Dictionary = Annotated[
     str, typer.Argument(metavar="DICT", help="A directory, a file, org/name, or RELEASE:ID.")
@@ -22,7 +23,7 @@ def inspect(
     allow_pt: AllowPt = False,
 ) -> None:
     """Print what a dictionary is and how it will be applied."""
-    from sae.run.releases import inspect as inspect_dictionary
+    from sae.run.inspection import inspect as inspect_dictionary
 
     console.facts(inspect_dictionary(path, format=format, allow_pt=allow_pt))
 
@@ -52,7 +53,9 @@ def convert(
 
 def push(
     source: Annotated[str, typer.Argument(metavar="DICT", help="A directory of our own format.")],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name[/subfolder] of the hub.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="org/name of the hub, or org/name/subfolder.")
+    ],
     licence: Annotated[str, typer.Option(help="As the hub names it, such as apache-2.0.")],
     model: Annotated[str, typer.Option(help="The model it reads, a name of the hub.")],
     hook_point: Annotated[
@@ -75,7 +78,7 @@ def push(
     console.facts(Facts("pushed", [("name", pushed.name), *files]))
 
 
-def verify_release(
+def verify_release(  # noqa: PLR0913
     source: Dictionary,
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="Rows of the model it is for.")],
     hook_points: Annotated[
@@ -87,13 +90,14 @@ def verify_release(
     rows: Annotated[int, typer.Option(min=64, help="Rows to measure on.")] = 2048,
     format: Format = None,
     allow_pt: AllowPt = False,
+    force: ForceOption = False,
 ) -> None:
     """Say which reading of a release meets its published figures on real rows."""
     from sae.run.releases import verify_release as verify_readings
 
     verified = verify_readings(
         source, cache, hook_points=hook_points, figures=published, rows=rows, format=format,
-        allow_pt=allow_pt,
+        allow_pt=allow_pt, force=force,
     )  # fmt: skip
     console.table(verified.section.title, verified.section.table)
     meeting = ", ".join(verified.meeting) or "no reading"

@@ -31,6 +31,11 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.saes.topk.d_sae=9216."),
 ]
 
+ForceOption = Annotated[
+    bool,
+    typer.Option("--force", help="Go on with another model or hook point; the result names it."),
+]
+
 
 def with_json(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the option --json, which prints what it shows as one JSON object."""

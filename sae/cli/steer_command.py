@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sae.cli import console
-from sae.cli.request import Overrides, run_to
+from sae.cli.request import ForceOption, Overrides, run_to
 from sae.config import ConfigError, is_config, load_overrides
 from sae.steer.config import FindRequest, SteerRequest
 
@@ -28,6 +28,7 @@ def steer(  # noqa: PLR0913  (options are parameters)
         bool, typer.Option("--sweep", help="Try many strengths and plot them.")
     ] = False,
     output: Annotated[str | None, typer.Option(help="Directory of a sweep's results.")] = None,
+    force: ForceOption = False,
 ) -> None:
     """Generate with latents changed: of a run's config after explaining, or of a dictionary.
 
@@ -36,24 +37,25 @@ def steer(  # noqa: PLR0913  (options are parameters)
     """
     if is_config(path):
         given = {"--latent": latent, "--prompt": prompt, "--model": model}
-        given |= {"--chat": chat, "--sweep": sweep}
+        given |= {"--chat": chat, "--sweep": sweep, "--force": force}
         if used := [name for name, value in given.items() if value]:
             raise ConfigError(f"{used[0]} must stand beside a dictionary, got the config {path}")
         run_to("steer", path, overrides)
         return
     named = {"latents": latent or [], "prompts": prompt, "model": model, "output": output}
     options = {key: value for key, value in named.items() if value is not None}
-    options |= {"chat": True} if chat else {}
+    options |= {key: True for key, is_set in (("chat", chat), ("force", force)) if is_set}
     request = load_overrides(SteerRequest, overrides or [], {**options, "sweep": sweep})
+    from sae.run.context import with_differences
     from sae.run.steering import continuations, placed_in_model, sweep_latent
 
     where = (request.model, request.dtype, request.hook_point)
-    dictionary, loaded = placed_in_model(path, *where)
+    dictionary, loaded, differs = placed_in_model(path, *where, force=request.force)
     if sweep:
         with console.step("sweep") as progress:
             swept = sweep_latent(path, dictionary, loaded, request, progress)
         name = f"steer-{Path(path).name}-{swept.latent}"
-        section = swept.write(Path(request.output or name))
+        section = swept._replace(differs=differs).write(Path(request.output or name))
         console.table(section.title, section.table)
         return
     for text in continuations(dictionary, loaded, request):
@@ -61,10 +63,11 @@ def steer(  # noqa: PLR0913  (options are parameters)
             f"{', '.join(request.latents)} ran on {text.n_chosen} tokens and changed "
             f"{text.n_changed}, by {text.relative_size:.2f} of the stream's norm"
         )
+        note = with_differences(note, {path: differs} if differs else {})
         console.side_by_side(text.prompt, ("base", text.base), ("steered", text.steered), note)
 
 
-def find(
+def find(  # noqa: PLR0913
     path: Annotated[str, typer.Argument(metavar="DICT", help="A dictionary.")],
     overrides: Overrides = None,
     pos: Annotated[list[str] | None, typer.Option(help="A text in which it fires.")] = None,
@@ -72,6 +75,7 @@ def find(
     near: Annotated[int | None, typer.Option(help="Neighbours of this latent.")] = None,
     prompt: Annotated[str | None, typer.Option(help="With target=: what it depends on.")] = None,
     model: Annotated[str | None, typer.Option(help="If the dictionary does not name it.")] = None,
+    force: ForceOption = False,
 ) -> None:
     """Find latents: by texts (--pos, --neg), near another one (--near), behind a prediction.
 
@@ -79,6 +83,7 @@ def find(
     """
     named = {"pos": pos, "neg": neg, "near": near, "prompt": prompt, "model": model}
     options = {key: value for key, value in named.items() if value is not None}
+    options |= {"force": True} if force else {}
     request = load_overrides(FindRequest, overrides or [], options)
     from sae.run.finding import find_latents_of
 

@@ -8,6 +8,7 @@ from dataclasses import is_dataclass
 from decimal import Decimal
 from typing import Any, NamedTuple, get_args, get_origin
 
+from monosema.checks import MonosemaError
 from sae.config.schema import Keys, Problem, hints, show, walk
 
 LARGEST = 256
@@ -31,7 +32,7 @@ class Place(NamedTuple):
         return (*self.keys, *rest)
 
 
-class BadGrid(ValueError):
+class BadGrid(MonosemaError):
     """A grid that cannot be expanded."""
 
     def __init__(self, problem: Problem) -> None:

@@ -20,6 +20,8 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from pydantic import ValidationError
 
+from monosema.checks import MonosemaError
+
 Keys = tuple[str | int, ...]
 """Where a value stands: the keys and list indices from the top."""
 
@@ -208,7 +210,7 @@ _WIDTH = 80
 """Characters of a value that are echoed."""
 
 
-class ConfigError(ValueError):
+class ConfigError(MonosemaError):
     """A configuration cannot be used; the message is one line that says where and why."""
 
 

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import yaml
 
+from monosema.checks import MonosemaError
+
 _NULL, _BOOL, _INT, _FLOAT = (
     f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float")
 )
@@ -33,7 +35,7 @@ DEEPEST = 32
 _INT_LIMIT = 2**63
 
 
-class YAMLProblem(ValueError):
+class YAMLProblem(MonosemaError):
     """A text is not the YAML that we read; the message says where and why, in one line."""
 
 

@@ -15,6 +15,8 @@ from jaxtyping import Float, Float64, Int, Int64
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from monosema.checks import MonosemaError
+
 Measure = Callable[[Tensor, Tensor], float]
 """From two sets of rows of the same examples to a figure."""
 
@@ -48,14 +50,14 @@ def paired(
         ValueError: If they do not hold the same examples, too few, or what is not finite.
     """
     if len(x) != len(y):
-        raise ValueError(
+        raise MonosemaError(
             f"x and y must have a row for each of the same examples, got {len(x)} and {len(y)} rows"
         )
     if len(x) < at_least:
-        raise ValueError(f"x and y must have at least {at_least} rows, got {len(x)}")
+        raise MonosemaError(f"x and y must have at least {at_least} rows, got {len(x)}")
     for name, rows in (("x", x), ("y", y)):
         if not bool(rows.isfinite().all()):
-            raise ValueError(f"{name} must be finite, got nan or inf; leave these rows out")
+            raise MonosemaError(f"{name} must be finite, got nan or inf; leave these rows out")
     return Pair(x.detach().double(), y.detach().double())
 
 
@@ -85,7 +87,7 @@ def permutation_null(
         ValueError: If there is no permutation, or the sides do not fit each other.
     """
     if n_permutations < 1:
-        raise ValueError(f"n_permutations must be at least 1, got {n_permutations}")
+        raise MonosemaError(f"n_permutations must be at least 1, got {n_permutations}")
     pair = paired(x, y)
     value = measure(*pair)
     found = torch.tensor(
@@ -114,7 +116,7 @@ def relative(
     sides = (x.detach().double(), anchors.detach().double())
     for name, rows in zip(("x", "anchors"), sides, strict=True):
         if not bool((rows.norm(dim=1) > 0).all()):
-            raise ValueError(f"{name} must have no row of norm 0, got one; leave it out")
+            raise MonosemaError(f"{name} must have no row of norm 0, got one; leave it out")
     unit, unit_anchors = (rows / rows.norm(dim=1, keepdim=True) for rows in sides)
     return unit @ unit_anchors.T
 
@@ -128,7 +130,7 @@ def sparse_relative(
         ValueError: If k is not in 1..anchors.
     """
     if not 1 <= k <= rows.shape[1]:
-        raise ValueError(f"k must be in 1..{rows.shape[1]}, the number of anchors, got {k}")
+        raise MonosemaError(f"k must be in 1..{rows.shape[1]}, the number of anchors, got {k}")
     top = rows.clamp_min(0).topk(k, dim=1)
     kept = torch.zeros_like(rows).scatter_(1, top.indices, top.values**power)
     return torch.nn.functional.normalize(kept, dim=1, eps=torch.finfo(rows.dtype).tiny)
@@ -258,7 +260,7 @@ class Correlations:
             ValueError: If they are not of the same rows.
         """
         if len(x) != len(y):
-            raise ValueError(
+            raise MonosemaError(
                 f"x and y must be of the same rows, got {len(x)} and {len(y)}; pair them first"
             )
         if len(x) == 0:

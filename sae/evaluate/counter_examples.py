@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int64
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from monosema.checks import MonosemaError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
@@ -38,7 +40,7 @@ def audit(values: Sequence[float], oracle: float) -> Audit:
         ValueError: If there are fewer than 2 seeds.
     """
     if len(values) < 2:
-        raise ValueError(f"values must be of at least 2 seeds, got {len(values)}")
+        raise MonosemaError(f"values must be of at least 2 seeds, got {len(values)}")
     found = torch.tensor(values, dtype=torch.float64)
     mean = float(found.mean())
     cv = float(found.std()) / abs(mean) if mean else float("inf")
@@ -71,7 +73,7 @@ def strongest(
         ValueError: If n is not in 1..d_sae.
     """
     if not 1 <= n <= len(dec_rows):
-        raise ValueError(f"n must be in 1..{len(dec_rows)}, the number of latents, got {n}")
+        raise MonosemaError(f"n must be in 1..{len(dec_rows)}, the number of latents, got {n}")
     contrast = acts[y].double().mean(dim=0) - acts[~y].double().mean(dim=0)
     return (contrast * (dec_rows.double() @ weight)).topk(n).indices
 
@@ -137,7 +139,9 @@ def scr(
     biased, clean = Probe(x[agree], wanted[agree]), Probe(x, wanted)
     base, best = biased.accuracy(x, wanted), clean.accuracy(x, wanted)
     if best <= base:
-        raise ValueError(f"the biased probe must be worse than the clean one, got {base}, {best}")
+        raise MonosemaError(
+            f"the biased probe must be worse than the clean one, got {base}, {best}"
+        )
     weight = Probe(x, spurious).weight
     chosen = strongest(acts, dec_rows, spurious, weight, n)
     rest = without(x, acts, dec_rows, chosen, to_mean=to_mean)

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.resume_forward import Replacement, Replay
@@ -107,14 +107,14 @@ def downstream(
     """
     for labels, what in ((images.train_labels, "to fit on"), (images.test_labels, "to score on")):
         if len(labels.unique()) < 2:
-            raise ValueError(f"images {what} must have two classes, got {len(labels.unique())}")
+            raise MonosemaError(f"images {what} must have two classes, got {len(labels.unique())}")
     streams: dict[str, Replacement] = {
         AS_IT_IS: lambda stream: stream,
         "zero": torch.zeros_like,
         "mean": lambda stream: place.mean.to(stream).expand_as(stream),
     }
     if taken := set(streams) & set(dictionaries):
-        raise ValueError(f"dictionaries must not be named {min(taken)!r}; rename it")
+        raise MonosemaError(f"dictionaries must not be named {min(taken)!r}; rename it")
     for name, of_one in dictionaries.items():
         streams[name] = _reconstructed(of_one)
     n_intact = sorted({0, place.n_intact})

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from monosema.checks import MonosemaError
 from sae.evaluate.alignment import centred
 
 EPS = 1e-7
@@ -41,7 +42,7 @@ def rankme(x: Float[Tensor, "row d_in"]) -> float:
     """
     sizes = torch.linalg.svdvals(x.detach().double())
     if sizes.numel() == 0 or float(sizes[0]) == 0:
-        raise ValueError(f"x must have a row other than 0, got {len(x)} rows of 0")
+        raise MonosemaError(f"x must have a row other than 0, got {len(x)} rows of 0")
     p = sizes / sizes.sum() + EPS
     return float((-(p * p.log()).sum()).exp())
 
@@ -62,11 +63,11 @@ def outlier_dimensions(x: Float[Tensor, "row d_in"], ratio: float = 6.0) -> Outl
         ValueError: If ratio is not above 1 or more than half of the dimensions are 0.
     """
     if ratio <= 1:
-        raise ValueError(f"ratio must be above 1, got {ratio}")
+        raise MonosemaError(f"ratio must be above 1, got {ratio}")
     sizes = x.detach().double().square().mean(dim=0).sqrt()
     median = sizes.median()
     if float(median) == 0:
-        raise ValueError("x must not be 0 in half of its dimensions, got such rows")
+        raise MonosemaError("x must not be 0 in half of its dimensions, got such rows")
     order = (sizes / median).sort(descending=True)
     n_large = int((order.values > ratio).sum())
     return Outliers(order.indices[:n_large], order.values[:n_large])
@@ -83,7 +84,7 @@ def modality_gap(
         ValueError: If the widths differ or a side has no row.
     """
     if x.shape[1] != y.shape[1] or not len(x) or not len(y):
-        raise ValueError(
+        raise MonosemaError(
             f"x and y must have rows of one width, got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     sides = [rows.detach().double() for rows in (x, y)]
@@ -121,12 +122,12 @@ def two_nn(x: Float[Tensor, "row d_in"], *, discard: float = 0.1) -> IntrinsicDi
         ValueError: If `discard` is not in 0..1 or fewer than 10 rows differ from their neighbours.
     """
     if not 0 <= discard < 1:
-        raise ValueError(f"discard must be at least 0 and below 1, got {discard}")
+        raise MonosemaError(f"discard must be at least 0 and below 1, got {discard}")
     nearest = nearest_distances(x.detach().double())
     distinct = nearest[:, 0] > 0
     n = int(distinct.sum())
     if n < 10:
-        raise ValueError(f"x must have at least 10 rows that differ, got {n}; take more rows")
+        raise MonosemaError(f"x must have at least 10 rows that differ, got {n}; take more rows")
     mu = (nearest[distinct, 1] / nearest[distinct, 0]).sort().values
     tail = -torch.log1p(-torch.arange(1, n + 1, dtype=torch.float64) / (n + 1))
     kept = max(2, int(n * (1 - discard)))
@@ -143,7 +144,7 @@ def nearest_distances(x: Float64[Tensor, "row d_in"]) -> Float64[Tensor, "row 2"
     """
     n, d_in = x.shape
     if n < 3:
-        raise ValueError(f"x must have at least 3 rows, got {n}")
+        raise MonosemaError(f"x must have at least 3 rows, got {n}")
     step = max(1, CELLS_AT_ONCE // (n * d_in))
     found = []
     for start in range(0, n, step):
@@ -188,7 +189,7 @@ def rarity(
         ValueError: If widths differ, there is no reference row, or the weights sum to 0.
     """
     if len(reference) == 0 or reference.shape[1] != samples.shape[1]:
-        raise ValueError(
+        raise MonosemaError(
             "reference must have rows as wide as the samples, got "
             f"{tuple(reference.shape)} and {tuple(samples.shape)}"
         )
@@ -201,7 +202,9 @@ def rarity(
     p = ((n - up_to) + u * (up_to - below + 1)) / (n + 1)
     share = torch.ones(p.shape[1]) if weights is None else weights.detach()
     if not float(share.sum()) > 0 or bool((share < 0).any()):
-        raise ValueError(f"weights must be at least 0 and not all 0, got sum {float(share.sum())}")
+        raise MonosemaError(
+            f"weights must be at least 0 and not all 0, got sum {float(share.sum())}"
+        )
     share = share.double() / share.double().sum()
     return Rarity(p, -p.clamp_min(torch.finfo(p.dtype).tiny).log() @ share)
 
@@ -223,13 +226,13 @@ def inherent_interpretability(
             above 0.
     """
     if len(sparsity) != len(accuracy) or len(sparsity) < 2:
-        raise ValueError(
+        raise MonosemaError(
             "sparsity and accuracy must have at least two points each, got "
             f"{len(sparsity)} and {len(accuracy)}"
         )
     if any(a >= b for a, b in itertools.pairwise(sparsity)):
-        raise ValueError(f"sparsity must ascend, got {list(sparsity)}")
+        raise MonosemaError(f"sparsity must ascend, got {list(sparsity)}")
     if reference <= 0:
-        raise ValueError(f"reference must be above 0, got {reference}")
+        raise MonosemaError(f"reference must be above 0, got {reference}")
     points = list(zip(sparsity, accuracy, strict=True))
     return sum((b - a) * (p + q) / 2 for (a, p), (b, q) in itertools.pairwise(points)) / reference

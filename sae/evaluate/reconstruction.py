@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.reader import ActivationCache
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
@@ -190,7 +190,7 @@ def _require_sites(name: str, config: SAEConfig, cache: ActivationCache) -> None
         width = cache.d_model(part.hook_point) if known else None
         if width != part.width:
             has = ", ".join(f"{point} ({cache.d_model(point)})" for point in cache.hook_points)
-            raise ValueError(
+            raise MonosemaError(
                 f"dictionary {name!r} must have hook points of the cache, which are {has}, got "
                 f"{part.hook_point} ({part.width}); build a cache with it"
             )
@@ -204,7 +204,7 @@ def _require_width(
         if dictionary.config.inputs:
             _require_sites(name, dictionary.config, cache)
         elif dictionary.config.d_in != d_model or dictionary.config.width_out != d_model:
-            raise ValueError(
+            raise MonosemaError(
                 f"dictionary {name!r} must have d_in = d_out = {d_model}, the width of {hook_point}"
                 f", got {dictionary.config.d_in} and {dictionary.config.width_out}"
             )

@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from activations_cache import io
+from activations_cache import seals
+from monosema.checks import MonosemaError
 from sae.evaluate.downstream import Accuracy, Downstream
 from sae.evaluate.reconstruction import FiringSummary, Reconstruction
 from sae.evaluate.substitution import Effect, Substitution
@@ -47,7 +48,8 @@ class EvaluationReport:
 def write_json(report: EvaluationReport, path: str | Path) -> None:
     """Write a report; nan, which JSON has not, becomes null."""
     text = json.dumps(plain(report), indent=1, allow_nan=False)
-    io.write_files({Path(path): (text + "\n").encode()})
+    path = Path(path)
+    seals.write(path.parent, {path.name: (text + "\n").encode()})
 
 
 def read_json(path: str | Path) -> EvaluationReport:
@@ -55,9 +57,11 @@ def read_json(path: str | Path) -> EvaluationReport:
 
     Raises:
         ValueError: If the file holds something else.
+        DamagedFileError: If it is not as it was written.
     """
+    data = seals.read(Path(path), advice="run `sae evaluate` again to make it anew")
     try:
-        record = json.loads(Path(path).read_text())
+        record = json.loads(data)
         return EvaluationReport(**{
             **record,
             "reconstruction": _each(record["reconstruction"], _reconstruction),
@@ -66,7 +70,7 @@ def read_json(path: str | Path) -> EvaluationReport:
             "downstream": _downstream(record.get("downstream")),
         })
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} must be a report of `sae evaluate`, got: {error}") from error
+        raise MonosemaError(f"{path} must be a report of `sae evaluate`, got: {error}") from error
 
 
 def _each(records: dict[str, dict], read: Any) -> dict[str, Any]:
@@ -159,7 +163,7 @@ def at_equal_l0(
         ValueError: If target is not above 0.
     """
     if target <= 0:
-        raise ValueError(f"target must be above 0, got {target}")
+        raise MonosemaError(f"target must be above 0, got {target}")
     seeds = dict.fromkeys(point.seed for point in points)
     found = (_of_sweep([p for p in points if p.seed == s], target, tolerance) for s in seeds)
     return [value for value in found if not math.isnan(value)]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from activations_cache.checks import Progress
+from activations_cache.checks import MonosemaError, Progress
 from activations_cache.config import SPLITS, TRAINING_SPLITS
 from activations_cache.isolation import pieces_of
 from activations_cache.probe import record_of
@@ -100,7 +100,7 @@ def held_out_rows(cache: ActivationCache) -> Int[Tensor, " row"]:
     """
     rows = cache.rows(("hold",))
     if len(rows) == 0:
-        raise ValueError(
+        raise MonosemaError(
             f"{cache.path} must have rows in the split hold, got none; build it with a share of "
             "hold above 0"
         )

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from monosema.checks import MonosemaError
 from sae.autoencoder import SparseAutoencoder
 
 
@@ -42,7 +43,7 @@ class ForSAEBench(nn.Module):
         """
         super().__init__()
         if dictionary.config.decode_needs_rows:
-            raise ValueError(
+            raise MonosemaError(
                 "SAEBench must be given a dictionary that decodes from latents alone, got one with "
                 "a skip or a norm of its input; evaluate it here"
             )

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Float64
 from scipy import stats
 from torch import Tensor
 
+from monosema.checks import MonosemaError
 from sae.evaluate.alignment import centred, paired
 
 
@@ -52,7 +53,7 @@ def cknna(x: Float[Tensor, "row d_in"], y: Float[Tensor, "other d_out"], k: int 
     """
     pair = paired(x, y, at_least=4)
     if not 1 <= k < len(pair.x):
-        raise ValueError(f"k must be in 1..{len(pair.x) - 1} for {len(pair.x)} rows, got {k}")
+        raise MonosemaError(f"k must be in 1..{len(pair.x) - 1} for {len(pair.x)} rows, got {k}")
     kernels = [centred(rows) @ centred(rows).T for rows in pair]
     near = [_nearest(kernel, k) for kernel in kernels]
     both = near[0] & near[1]
@@ -118,7 +119,7 @@ def svcca(
             are too few rows for a correlation to say anything.
     """
     if not 0 < variance <= 1:
-        raise ValueError(f"variance must be above 0 and at most 1, got {variance}")
+        raise MonosemaError(f"variance must be above 0 and at most 1, got {variance}")
     pair = paired(x, y)
     _, correlations, _ = _canonical(_basis(pair.x, variance), _basis(pair.y, variance))
     return float(correlations.mean())
@@ -152,7 +153,7 @@ def _basis(rows: Float64[Tensor, "row d_in"], variance: float) -> Basis:
 def _canonical(x: Basis, y: Basis) -> tuple[Tensor, Tensor, Tensor]:
     n_rows, n_directions = len(x.q), x.q.shape[1] + y.q.shape[1]
     if min(x.q.shape[1], y.q.shape[1]) == 0 or n_rows <= n_directions:
-        raise ValueError(
+        raise MonosemaError(
             f"canonical correlations must have more rows than directions of both sides "
             f"({n_directions}) and sides that vary, got {n_rows} rows; take more rows"
         )

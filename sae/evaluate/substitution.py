@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor, nn
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.hooks import capture
 from activations_cache.logits import Loss
 from sae.autoencoder import SparseAutoencoder
@@ -166,7 +166,7 @@ def measure_substitution(
         ValueError: If a dictionary has a reserved name.
     """
     if reserved := {"zero", "mean"} & set(dictionaries):
-        raise ValueError(f"dictionaries must not be named {min(reserved)!r}; rename it")
+        raise MonosemaError(f"dictionaries must not be named {min(reserved)!r}; rename it")
     groups: dict[tuple[str, ...], dict[str, SparseAutoencoder]] = {}
     for name, dictionary in dictionaries.items():
         groups.setdefault(dictionary.config.sites(hook_point)[1], {})[name] = dictionary

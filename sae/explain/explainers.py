@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import assert_never
 
+from monosema.checks import MonosemaError
 from sae.explain.config import Style
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import CallFailedError, Message, Request
@@ -84,7 +85,9 @@ class LLMExplainer:
         """
         active = latent.of("explain", "active")[: self.n_windows]
         if not active:
-            raise ValueError(f"latent {latent.latent} must have windows to be explained, got none")
+            raise MonosemaError(
+                f"latent {latent.latent} must have windows to be explained, got none"
+            )
         parts = [_contexts(self.style, active, latent.max_activation)]
         if self.contrastive:
             silent = latent.of("explain", *NEGATIVES)[: self.n_silent]

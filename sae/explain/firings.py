@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float32, Int, Int32, Int64
 from torch import Tensor
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
 
 _ROWS_PER_CHUNK = 4096
@@ -144,7 +144,7 @@ def _chunks(
         with torch.no_grad():  # not around the loop: whoever takes the chunks keeps his own mode
             latents = dictionary.encode(activations[ids].to(dictionary.enc_rows.device))
         if not torch.isfinite(latents.values).all():
-            raise ValueError(
+            raise MonosemaError(
                 f"activations must be finite, got others in rows {int(ids[0])} to {int(ids[-1])}; "
                 "run `sae verify` on the cache and check the dictionary"
             )

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
 
 _CELLS = 1 << 25  # logits held at once: 128 MiB
@@ -59,11 +59,11 @@ def promoted_tokens(
     directions = dictionary.directions.split(widths, dim=1)[-1]
     vocab, d_model = unembed.shape
     if directions.shape[1] != d_model:
-        raise ValueError(
+        raise MonosemaError(
             f"unembed must be as wide as the decoder rows, {directions.shape[1]}, got {d_model}"
         )
     if not 1 <= k <= vocab:
-        raise ValueError(f"k must lie between 1 and the vocabulary's size {vocab}, got {k}")
+        raise MonosemaError(f"k must lie between 1 and the vocabulary's size {vocab}, got {k}")
     if final_norm_weight is not None:
         directions = directions * final_norm_weight.to(directions)
     report = progress or silent

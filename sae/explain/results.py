@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -12,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from activations_cache import seals
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import OPEN
 from sae.explain.pipeline import Explained
 from sae.explain.scorers.score import Score
+from sae.explain.tables import WRITING, as_json
 from sae.explain.windows import LatentWindows
 
 STEM = "explanations"
@@ -110,25 +111,18 @@ def _share(holds: list[bool], n: int) -> float | None:
 def write_results(
     directory: Path, found: Sequence[Explained], summary: Mapping[str, object], stem: str = STEM
 ) -> None:
-    """Write STEM.jsonl, STEM.parquet and STEM.json, each under another name first."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lines, table, last = (directory / f"{stem}.{end}" for end in ("jsonl", "parquet", "json"))
-    last.unlink(missing_ok=True)
-    _put(lines, "".join(_line(asdict(f)) for f in found).encode())
-    unfinished = table.with_name(f"{table.name}.partial")
-    pq.write_table(pa.Table.from_pylist([_row(f) for f in found], schema=_SCHEMA), unfinished)
-    os.replace(unfinished, table)
-    _put(last, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+    """Write STEM.jsonl, STEM.parquet and STEM.json durably and listed, in this order."""
+    lines, table, last = (f"{stem}.{end}" for end in ("jsonl", "parquet", "json"))
+    seals.remove(directory, (last,))
+    seals.write(directory, {lines: "".join(_line(asdict(f)) for f in found).encode()})
+    rows = pa.Table.from_pylist([_row(f) for f in found], schema=_SCHEMA)
+    with seals.replacing(directory / table) as unfinished:
+        pq.write_table(rows, unfinished, **WRITING)
+    seals.write(directory, {last: as_json(summary)})
 
 
 def _line(record: Mapping[str, object]) -> str:
     return json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
-
-
-def _put(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(f"{path.name}.partial")
-    unfinished.write_bytes(data)
-    os.replace(unfinished, path)
 
 
 def _row(f: Explained) -> dict[str, object]:
@@ -193,5 +187,5 @@ def export_neuronpedia(
         ("explanations", explanations), ("features", features), ("activations", activations),
     ):  # fmt: skip
         path = base / name / "batch-0.jsonl.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _put(path, gzip.compress("".join(map(_line, rows)).encode(), mtime=0))
+        data = gzip.compress("".join(map(_line, rows)).encode(), mtime=0)
+        seals.write(path.parent, {path.name: data})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.baselines import baseline_dictionary
 from sae.explain.atlas.run import words_with_a_latent
@@ -113,10 +113,10 @@ def explain(
 def _check_splits(splits: Mapping[str, SplitRows]) -> None:
     for name, split in splits.items():
         if split.text.n_rows == 0:
-            raise ValueError(f"split {name!r} must have rows, got none; build a larger cache")
+            raise MonosemaError(f"split {name!r} must have rows, got none; build a larger cache")
     shared = np.intersect1d(splits["explain"].text.example, splits["score"].text.example)
     if len(shared):
-        raise ValueError(
+        raise MonosemaError(
             f"splits must not share examples, got {len(shared)} in both, the first {shared[0]}"
         )
 

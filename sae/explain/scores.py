@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 from scipy import stats
 
+from monosema.checks import MonosemaError
 from sae.explain.config import Kind
 from sae.explain.firings import Codes, Entries, concatenated_ranges
 from sae.explain.labels import Rules
@@ -246,7 +247,7 @@ def derangement(
         ValueError: If there are fewer than two.
     """
     if len(latents) < 2:
-        raise ValueError(f"latents must be at least two to be exchanged, got {len(latents)}")
+        raise MonosemaError(f"latents must be at least two to be exchanged, got {len(latents)}")
     order = generator.permutation(len(latents))
     partner = np.empty_like(latents)
     partner[order] = latents[np.roll(order, 1)]

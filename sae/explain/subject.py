@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from activations_cache.checks import Progress, silent
+from activations_cache import seals
+from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.collect.assemble import Assembler
 from sae.explain.collect.run import collect
@@ -63,7 +64,7 @@ class Subject:
         assembler = Assembler(state, tokens, self.token_strings)
         if out_dir is not None and path is not None:
             write_windows(out_dir, state, assembler, report)
-            path.unlink(missing_ok=True)
+            seals.remove(out_dir, (path.name,))
         self.known[config, out_dir] = state, assembler
         return state, assembler
 
@@ -76,6 +77,6 @@ def chosen(state: State, n: int, named: Sequence[int], seed: int) -> list[int]:
     """
     beyond = [latent for latent in named if latent >= state.d_sae]
     if beyond:
-        raise ValueError(f"latents must be below d_sae={state.d_sae}, got {beyond[0]}")
+        raise MonosemaError(f"latents must be below d_sae={state.d_sae}, got {beyond[0]}")
     live = state.counts["n_fired"].nonzero()[0].tolist()
     return sorted(named) if named else sorted(shuffled(live, "latents", seed)[:n])

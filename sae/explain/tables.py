@@ -3,18 +3,24 @@
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from activations_cache import seals
+from monosema.checks import MonosemaError
 from sae.explain.examples import Context
 
 LATENTS = "latents.parquet"
 EXAMPLES = "examples.parquet"
 SUMMARY = "summary.json"
+
+EXPLAIN_AGAIN = "run `sae explain` again to make it anew"
+
+WRITING = {"compression": "zstd", "write_page_checksum": True}
+"""How Parquet is written: each page has a checksum for readers of other libraries too."""
 
 _LATENTS_PER_ROW_GROUP = 64
 
@@ -111,7 +117,7 @@ def write_tables(
     top_contexts: int,
     summary: Mapping[str, object],
 ) -> None:
-    """Write the three files, each under another name first; the summary is the last to appear.
+    """Write the three files durably and listed; the summary is the last to appear.
 
     Args:
         directory: Where; made if it is missing.
@@ -120,23 +126,33 @@ def write_tables(
         top_contexts: Contexts per latent, which sets the size of a row group.
         summary: What summary.json is to say.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / SUMMARY).unlink(missing_ok=True)
+    seals.remove(directory, (SUMMARY,))
     group = _LATENTS_PER_ROW_GROUP * top_contexts
     _write(directory / EXAMPLES, contexts, _CONTEXT_SCHEMA, group)
     _write(directory / LATENTS, latents, _LATENT_SCHEMA, 1 << 16)
-    unfinished = directory / (SUMMARY + ".partial")
-    unfinished.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, directory / SUMMARY)
+    seals.write(directory, {SUMMARY: as_json(summary)})
+
+
+def as_json(record: Mapping[str, object]) -> bytes:
+    """Return a record as it stands in a file."""
+    return (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()
+
+
+def read_summary(path: Path) -> dict:
+    """Read a JSON object that explaining wrote.
+
+    Raises:
+        DamagedFileError: If it is not as it was written.
+    """
+    return json.loads(seals.read(path, advice=EXPLAIN_AGAIN))
 
 
 def _write(
     path: Path, records: Iterable[LatentRecord | Context], schema: pa.Schema, group: int
 ) -> None:
     table = pa.Table.from_pylist([vars(record) for record in records], schema=schema)
-    unfinished = path.with_name(path.name + ".partial")
-    pq.write_table(table, unfinished, row_group_size=group, compression="zstd")
-    os.replace(unfinished, path)
+    with seals.replacing(path) as unfinished:
+        pq.write_table(table, unfinished, row_group_size=group, **WRITING)
 
 
 def read_latents(path: str | Path) -> list[LatentRecord]:
@@ -170,9 +186,8 @@ def iter_examples(path: Path) -> Iterator[tuple[int, list[Context]]]:
     Raises:
         FileNotFoundError: If there is no such file.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a file; run `sae explain` to make it")
-    batches = pq.ParquetFile(path).iter_batches(batch_size=4096)
+    file = pq.ParquetFile(whole_parquet(path), page_checksum_verification=True)
+    batches = file.iter_batches(batch_size=4096)
     rows = (_tuples(row) for batch in batches for row in batch.to_pylist())
     for latent, group in itertools.groupby(rows, lambda row: row["latent"]):
         yield latent, [Context(**row) for row in group]
@@ -185,12 +200,23 @@ def _tuples(row: dict) -> dict:
 def _rows(
     path: Path, schema: pa.Schema, only: list[tuple[str, str, int]] | None = None
 ) -> list[dict]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a file; run `sae explain` to make it")
+    whole_parquet(path)
     if not pq.read_schema(path).equals(schema):
         names = pq.read_schema(path).names
-        raise ValueError(
+        raise MonosemaError(
             f"columns of {path} must be {schema.names}, got {names}; run `sae explain` again"
         )
-    rows = pq.read_table(path, filters=only).to_pylist()
+    rows = pq.read_table(path, filters=only, page_checksum_verification=True).to_pylist()
     return [_tuples(row) for row in rows]
+
+
+def whole_parquet(path: Path) -> Path:
+    """Return the path of a Parquet file that is as it was written.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        DamagedFileError: If it is another.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be a file; run `sae explain` to make it")
+    return seals.require_whole(path, advice=EXPLAIN_AGAIN)

@@ -11,6 +11,7 @@ from jaxtyping import Int, Int32
 from torch import Tensor
 
 from activations_cache.pieces import PieceTable, table_of
+from monosema.checks import MonosemaError
 from sae.explain.config import Kind
 from sae.explain.firings import ActivationRows
 
@@ -154,7 +155,7 @@ class TextReader:
         self._cache = cache
         self._tokens = cache.examples.tokens.numpy()
         if self._tokens.min() < -1 or self._tokens.max() >= len(token_strings):
-            raise ValueError(
+            raise MonosemaError(
                 f"token ids must lie between 0 and {len(token_strings) - 1}, got "
                 f"{self._tokens.min()} to {self._tokens.max()}; pass the strings of the tokenizer "
                 "that made the cache"

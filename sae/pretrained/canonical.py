@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -76,6 +77,8 @@ class Reading:
     """What was multiplied into the weights, or dropped because it does nothing."""
     site: dict[str, str] = field(default_factory=dict)
     """What the files say of the model, the hook points and the rows, in their own words."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What our own files say of how it came about."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,13 @@ What is raised for a dictionary that cannot be read.
 
 from collections.abc import Iterable, Mapping
 
+from monosema.checks import MonosemaError
+
 LONGEST = 1000
 """Characters of a message: a hostile file must not fill the terminal."""
 
 
-class DictionaryFormatError(ValueError):
+class DictionaryFormatError(MonosemaError):
     """A dictionary on disk that is missing, damaged or not what it says, said in one line."""
 
     def __init__(self, message: str) -> None:

@@ -5,7 +5,6 @@ sizes are held against the file's own size, and only regular files inside the di
 (or inside the hub's cache that it lies in) are opened.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,8 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from activations_cache import seals
+from monosema.checks import MonosemaError
 from sae.pretrained import npz, pickled
 from sae.pretrained.fields import DictionaryFormatError, one_line
 
@@ -64,7 +65,7 @@ class Files:
     @property
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256 of every file that was read; this reads them whole."""
-        return {name: _digest(self.root / name) for name in sorted(self._read)}
+        return {name: seals.sha256(self.root / name) for name in sorted(self._read)}
 
     def has(self, name: str) -> bool:
         """Say whether a file belongs to the dictionary."""
@@ -149,11 +150,6 @@ class Files:
         return file
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _contains(root: Path, file: Path) -> bool:
     """The hub's cache keeps files as links from snapshots/ into blobs/ beside it."""
     if _HUB_SNAPSHOTS in root.parts:
@@ -178,12 +174,14 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     record = dict(pairs)
     if len(record) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice")
+        raise MonosemaError(
+            f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice"
+        )
     return record
 
 
 def _refuse(constant: str) -> object:
-    raise ValueError(f"{constant} is not a JSON number")
+    raise MonosemaError(f"{constant} is not a JSON number")
 
 
 def check_header(file: Path) -> dict[str, object]:

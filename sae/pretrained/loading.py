@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from activations_cache import io
+from activations_cache import seals
+from monosema.checks import MonosemaError
 from sae.autoencoder import SparseAutoencoder
 from sae.cross_layer import CrossLayerTranscoder
 from sae.metrics import STATS, Firing
@@ -43,7 +44,8 @@ from sae.pretrained.canonical import Reading, Source, assemble, weights_sha256
 from sae.pretrained.catalogue import Entry
 from sae.pretrained.fields import DictionaryFormatError
 from sae.pretrained.files import PICKLED, Files, Stated, parse_json
-from sae.pretrained.monosema_format import PROVENANCE, save
+from sae.pretrained.monosema_format import save
+from sae.pretrained.origin import Origin, origin_of
 
 FORMATS: dict[str, ModuleType] = {
     module.FORMAT: module
@@ -64,6 +66,8 @@ class Loaded(NamedTuple):
     """In the one canonical form."""
     source: Source
     """Format, hashes and folds: for the provenance of whatever is made of it."""
+    origin: Origin
+    """Where it was trained, as far as its files say."""
 
 
 def load(
@@ -121,31 +125,9 @@ def load_with_source(
         site=reading.site,
         checked_against=FORMATS[found.format].CHECKED_AGAINST,
     )
+    origin = origin_of(dictionary.config, reading.provenance, reading.site)
     _describe(dictionary, found, reading)
-    return Loaded(dictionary.to(device), source)
-
-
-IDENTITY = ("model_sha256", "config_sha256", "tokenizer_sha256", "model")
-"""What must agree between the model that a dictionary was trained on and the one it is put into."""
-
-
-def require_model(dictionary: SparseAutoencoder, identity: Mapping[str, str]) -> None:
-    """Check that a loaded model is the one that a dictionary was trained on.
-
-    Args:
-        dictionary: As `load` gives it.
-        identity: As `LoadedModel.identity` has it; only what both know is compared.
-
-    Raises:
-        ValueError: If it is another model.
-    """
-    known = dictionary.provenance.get("model", {})
-    for key in IDENTITY:
-        if key in known and key in identity and known[key] != identity[key]:
-            raise ValueError(
-                f"the model must be the one that the dictionary was trained on, with {key} "
-                f"{known[key]}, got {identity[key]}"
-            )
+    return Loaded(dictionary.to(device), source, origin)
 
 
 MEASURED = "measured_on.json"
@@ -157,7 +139,7 @@ def _describe(dictionary: SparseAutoencoder, found: "_Found", reading: Reading) 
     files, is_ours = found.files, found.format == hub.OURS
     site = reading.site
     source = {"source_format": found.format, "source_path": str(files.path), "site": site}
-    record = files.json(PROVENANCE) if is_ours and files.has(PROVENANCE) else {}
+    record = reading.provenance
     if not is_ours:
         named = {"model": {"path": site["model_name"]}} if site.get("model_name") else {}
         record = named | _measured_on(files)
@@ -173,10 +155,11 @@ def _measured_on(files: Files) -> dict[str, Any]:
     """What was learned of it before; nothing is hashed where nothing was ever measured."""
     if not hub.dictionaries().is_dir():
         return {}
-    file = hub.dictionaries() / weights_sha256(files.sha256) / MEASURED
+    home = hub.dictionaries() / weights_sha256(files.sha256)
+    file = home / MEASURED
     if not file.is_file():
         return {}
-    record = parse_json(file.read_bytes(), str(file))
+    record = parse_json(seals.read(file, advice=f"remove {home}"), str(file))
     return {key: record[key] for key in ("hook_point", "model") if record.get(key)}
 
 
@@ -201,9 +184,8 @@ def keep_measured(
     home = hub.directory_of(path, source)
     if home == Path(path):
         return firing.save(home)
-    io.make_directory(home)
     record = {"source": source.source_path, "hook_point": hook_point, "model": dict(model)}
-    io.write_files({home / MEASURED: (json.dumps(record, indent=1) + "\n").encode()})
+    seals.write(home, {MEASURED: (json.dumps(record, indent=1) + "\n").encode()})
     return firing.save(home, source.weights_sha256)
 
 
@@ -352,7 +334,7 @@ def save_cross_layer(
     names = [f"source-{layer:03d}" for layer in range(len(transcoder.autoencoders))]
     for name, source in zip(names, transcoder.autoencoders, strict=True):
         save(source, path / name, provenance)
-    io.write_files({path / LIST: (json.dumps({"sources": names}) + "\n").encode()})
+    seals.write(path, {LIST: (json.dumps({"sources": names}) + "\n").encode()})
     return path
 
 
@@ -365,10 +347,10 @@ def load_cross_layer(path: str | Path) -> CrossLayerTranscoder:
     """
     path = Path(path)
     try:
-        names = json.loads((path / LIST).read_text())["sources"]
+        names = json.loads(seals.read(path / LIST))["sources"]
         whole = [f"source-{layer:03d}" for layer in range(len(names))]
         if not names or names != whole:
-            raise ValueError(f"sources must be {whole}, got {names}")
+            raise MonosemaError(f"sources must be {whole}, got {names}")
         return CrossLayerTranscoder([load(path / name) for name in names])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DictionaryFormatError(

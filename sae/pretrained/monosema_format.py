@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_safetensors
 
-from activations_cache import io
+from activations_cache import seals
+from activations_cache.checks import DamagedFileError, MonosemaError
 from sae.architecture import (
     B_IN,
     INPUT_NORMS,
@@ -56,7 +57,7 @@ def save(
     path = Path(path)
     state = dictionary.state_dict()
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
-        raise ValueError("a dictionary must hold finite numbers to be saved, got others")
+        raise MonosemaError("a dictionary must hold finite numbers to be saved, got others")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     weights = to_safetensors(tensors)
     config = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(dictionary.config)}
@@ -64,8 +65,8 @@ def save(
         del config["undo_norm"]
     made_by = dictionary.provenance if provenance is None else provenance
     record = {**made_by, "sae_sha256": hashlib.sha256(weights).hexdigest()}
-    io.write_files({path / WEIGHTS: weights, path / PROVENANCE: _json(record)})
-    io.write_files({path / CONFIG: _json(config)})
+    seals.write(path, {WEIGHTS: weights, PROVENANCE: _json(record)})
+    seals.write(path, {CONFIG: _json(config)})
     return path
 
 
@@ -81,6 +82,7 @@ def read(files: Files) -> Reading:
         DictionaryFormatError: If a file is missing or damaged, or keys, shapes or values are
             not those of the config.
     """
+    provenance = _require_whole(files)
     config = _config(files)
     expected = {name: tuple(p.shape) for name, p in empty(config).state_dict().items()}
     tensors = files.tensors(WEIGHTS)
@@ -93,7 +95,28 @@ def read(files: Files) -> Reading:
             raise DictionaryFormatError(
                 f"{where} must hold float32 numbers, got {tensor.dtype} in {name!r}"
             )
-    return Reading(config=config, weights=in_memory(Weights(**tensors), files.latents))
+    weights = in_memory(Weights(**tensors), files.latents)
+    return Reading(config=config, weights=weights, provenance=provenance)
+
+
+def _require_whole(files: Files) -> dict[str, object]:
+    """Compare the files with their list and the weights with their hash; return the provenance."""
+    try:
+        for name in (CONFIG, PROVENANCE, WEIGHTS):
+            if files.has_beside(name):
+                seals.require_whole(files.root / name)
+    except DamagedFileError as error:
+        raise DictionaryFormatError(str(error)) from error
+    provenance = files.json(PROVENANCE) if files.has_beside(PROVENANCE) else {}
+    expected = provenance.get("sae_sha256")
+    if expected is not None and files.has_beside(WEIGHTS):
+        digest = seals.sha256(files.root / WEIGHTS)
+        if digest != expected:
+            raise DictionaryFormatError(
+                f"{files.root / WEIGHTS} must have the sha256 of {PROVENANCE}, {expected}, got "
+                f"{digest}; it is damaged or another one: copy it again"
+            )
+    return provenance
 
 
 def _config(files: Files) -> SAEConfig:

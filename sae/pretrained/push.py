@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from activations_cache import seals
 from sae.pretrained import hub, monosema_format
 from sae.pretrained.canonical import Source
 from sae.pretrained.fields import DictionaryFormatError, one_line, printable
@@ -92,7 +93,7 @@ def push(
 def provenance(path: Path) -> dict[str, object]:
     """What made a dictionary, as it was recorded; nothing where nothing was."""
     file = path / monosema_format.PROVENANCE
-    return json.loads(file.read_bytes()) if file.is_file() else {}
+    return json.loads(seals.read(file)) if file.is_file() else {}
 
 
 def card_text(loaded: Loaded, card: Card, made_by: Mapping[str, object], repo: str) -> str:

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from sae.run.comparing import compare
     from sae.run.explaining import explain
     from sae.run.finding import find
+    from sae.run.inspection import inspect
     from sae.run.jobs import job, train
     from sae.run.measuring import evaluate
-    from sae.run.releases import convert, inspect, push, verify_release
+    from sae.run.releases import convert, push, verify_release
     from sae.run.steering import steer
 
 __all__ = [
@@ -45,7 +46,7 @@ _HOME = {
     "explain": "explaining",
     "find": "finding",
     "hook_points": "caches",
-    "inspect": "releases",
+    "inspect": "inspection",
     "job": "jobs",
     "model": "caches",
     "push": "releases",

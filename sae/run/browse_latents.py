@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from activations_cache import ActivationCache
-from activations_cache.checks import Progress
+from activations_cache.checks import MonosemaError, Progress
 from activations_cache.config import SPLITS
 from activations_cache.hooks import capture
 from activations_cache.image_rows import CachedImages
@@ -331,7 +331,7 @@ class PromptReader:
         ids = torch.tensor([run.loaded.tokenizer(text)["input_ids"]])
         n = ids.shape[1]
         if not 0 < n <= MAX_TOKENS:
-            raise ValueError(f"text must have 1 to {MAX_TOKENS} tokens, got {n}; shorten it")
+            raise MonosemaError(f"text must have 1 to {MAX_TOKENS} tokens, got {n}; shorten it")
         points, _ = dictionary.config.sites(run.hook_point)
         with capture(run.loaded.model, list(points)) as forward:
             rows = forward(ids)

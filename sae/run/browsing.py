@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 import activations_cache
-from activations_cache import ActivationCache
-from activations_cache.checks import Progress, silent
+from activations_cache import ActivationCache, seals
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.models import LoadedModel, load_model
 from activations_cache.probe import readout, record_of
 from sae import pretrained
@@ -29,7 +29,16 @@ from sae.explain.firings import encode_rows
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.results import STEM
 from sae.explain.rule_scores import STEM as RULES
-from sae.explain.tables import EXAMPLES, LATENTS, SUMMARY, LatentRecord, iter_examples, read_latents
+from sae.explain.tables import (
+    EXAMPLES,
+    EXPLAIN_AGAIN,
+    LATENTS,
+    SUMMARY,
+    LatentRecord,
+    iter_examples,
+    read_latents,
+    read_summary,
+)
 from sae.neighbours import nearest
 from sae.run.browse_latents import (
     BrowseContext,
@@ -41,14 +50,7 @@ from sae.run.browse_latents import (
 )
 from sae.run.browse_map import LEAST_ON_MAP, comparisons_of, map_of
 from sae.run.config import RunConfig, browsed_config
-from sae.run.context import (
-    Run,
-    holds_images,
-    model_of,
-    pieces_of,
-    provenance_of,
-    results_of,
-)
+from sae.run.context import Run, fitted, holds_images, model_of, pieces_of, results_of
 from sae.run.tables import result_table
 from sae.train.curves import read_curves
 
@@ -94,7 +96,7 @@ def _activation(subject: BrowsedDictionary) -> str:
 
 
 def _n_rows(explained: Path) -> int:
-    summary = json.loads((explained / "summary.json").read_text())
+    summary = read_summary(explained / SUMMARY)
     return summary["n_rows_explain"] + summary["n_rows_score"]
 
 
@@ -162,8 +164,8 @@ def read_explained(explained: Path) -> dict[int, dict]:
 def _records(file: Path) -> list[dict]:
     if not file.is_file():
         return []
-    with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    lines = seals.read(file, advice=EXPLAIN_AGAIN).decode().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def _named(scores: list[dict], prefix: str) -> list[dict]:
@@ -214,14 +216,16 @@ def site_of_run(run: Run, report: Progress) -> Site:
     steering = run.path("steer") / "steering.json"
     subjects = [
         BrowsedDictionary(
-            name, dictionary, run.path("train") / name, run.path("explain") / name, hook
+            name, one.dictionary, run.path("train") / name, run.path("explain") / name,
+            one.hook_point,
         )
-        for name, dictionary in run.dictionaries.items()
+        for name, one in run.fitted.items()
         if not run.is_frozen(name)
-        for hook in [dictionary.config.sites(run.hook_point)[0][0]]
-    ]
+    ]  # fmt: skip
     context = _context_of_run(run)
-    shown = json.loads(steering.read_text())["shown"] if steering.is_file() else None
+    shown = None
+    if steering.is_file():
+        shown = json.loads(seals.read(steering, advice="run `sae steer` again"))["shown"]
     return Site(
         title=run.config.title,
         subtitle="Dictionaries of one stream: measured on held-out data, labelled without an LLM.",
@@ -262,33 +266,41 @@ def _curves(run: Run) -> tuple[Curve, ...]:
     )
 
 
-def site_of_dictionary(path: str | Path, cache_path: str | Path | None, report: Progress) -> Site:
+def site_of_dictionary(
+    path: str | Path, cache_path: str | Path | None, report: Progress, *, force: bool = False
+) -> Site:
     """A dictionary that `sae explain` labelled; with its cache, also what needs texts and model.
 
     Raises:
-        ValueError: If it has no labels.
+        ValueError: If it has no labels, or the cache is not one of its model and hook points.
     """
     loaded = pretrained.load_with_source(path)
     home = results_of(path, loaded.source)
     explained = home / "explain"
     if not (explained / SUMMARY).is_file():
-        raise ValueError(
+        raise MonosemaError(
             f"{path} must hold explain/{SUMMARY} to be browsed, got none; run "
             f"`sae explain {path} --cache CACHE` first"
         )
-    origin = {"model": loaded.source.site.get("model_name", ""), **provenance_of(home)}
-    points = origin.get("hook_points") or [origin.get("hook_point") or ""]
-    named = loaded.dictionary.config.slices_in[0].hook_point
-    context, hook = BrowseContext(None, None, None), points[0] or named
+    dictionary, differs = loaded.dictionary, ()
+    points = (*loaded.origin.inputs, *dictionary.config.hook_points)
+    context, hook = BrowseContext(None, None, None), next(iter(points), "")
     if cache_path is not None:
         cache = activations_cache.open(cache_path)
-        hook = hook if hook in cache.hook_points else cache.hook_points[0]
+        one = fitted(path, cache, force=force)
+        dictionary, hook, differs = one.dictionary, one.hook_point, one.differs
         context = _context_of(cache, report)
     name = Path(path).name
-    subject = BrowsedDictionary(name, loaded.dictionary, home, explained, hook)
-    facts = [("dictionary", str(path)), ("hook point", hook)]
-    model = origin.get("model", "")
-    facts.insert(0, ("model", str(model["path"] if isinstance(model, dict) else model)))
+    subject = BrowsedDictionary(name, dictionary, home, explained, hook)
+    model = dictionary.provenance.get("model", "")
+    if isinstance(model, dict):
+        model = model.get("path", model.get("model_sha256", ""))
+    facts = [
+        ("model", str(model)),
+        ("dictionary", str(path)),
+        ("hook point", hook),
+        ("forced", "; ".join(differs)),
+    ]
     return Site(
         title=name,
         subtitle="A dictionary, labelled without an LLM.",
@@ -311,6 +323,7 @@ def browse(
     *,
     out: str | Path | None = None,
     cache: str | Path | None = None,
+    force: bool = False,
     progress: Progress = silent,
 ) -> Path:
     """Write the feature browser of a run, or of a dictionary with its labels.
@@ -319,6 +332,7 @@ def browse(
         path: A run's directory or its YAML file, or a dictionary that was explained.
         out: Folder to write; `browse` in the run or the dictionary when absent.
         cache: Of a dictionary: the cache it was explained on.
+        force: Take a cache of another model or place too; the page names what differs.
         progress: Called in every stage.
 
     Returns:
@@ -329,7 +343,7 @@ def browse(
     """
     config = browsed_config(path)
     folder = browser_folder(path, config, out)
-    write_browser(path, config, folder, cache, progress)
+    write_browser(path, config, folder, cache, progress, force=force)
     return folder / INDEX
 
 
@@ -346,10 +360,12 @@ def write_browser(
     folder: Path,
     cache: str | Path | None = None,
     progress: Progress = silent,
+    *,
+    force: bool = False,
 ) -> None:
     """Write the site of a run, or of the dictionary at the path, into a folder."""
     site = (
-        site_of_dictionary(path, cache, progress)
+        site_of_dictionary(path, cache, progress, force=force)
         if config is None
         else site_of_run(Run(config), progress)
     )

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import activations_cache
-from activations_cache import ActivationCache
-from activations_cache.checks import Progress, silent
+from activations_cache import ActivationCache, io
+from activations_cache.checks import CacheFormatError, Progress, silent
 from activations_cache.config import (
     CacheConfig,
     Dtype,
@@ -17,6 +17,7 @@ from activations_cache.config import (
 )
 from activations_cache.hooks import noted_sites, sites
 from activations_cache.importing import import_array
+from activations_cache.manifest import MANIFEST
 from activations_cache.models import LoadedModel
 from activations_cache.probe import record_of
 from activations_cache.recompute import recompute
@@ -115,6 +116,23 @@ def verify_cache(
         with steps("recompute") as progress:
             problems += map(str, recompute(cache, model(cache, moved), progress=progress))
     return problems
+
+
+def damage_of(path: str | Path, steps: Steps) -> list[str]:
+    """Return what is wrong with a cache's files, a line each; its manifest may be damaged too."""
+    if not (Path(path) / MANIFEST).is_file():
+        return []
+    try:
+        cache = activations_cache.open(path)
+    except CacheFormatError as error:
+        return [str(error)]
+    return verify_cache(cache, with_model=False, moved=None, steps=steps)
+
+
+def reopen(path: str | Path) -> None:
+    """Make a complete cache an unfinished one: building it again writes what is damaged anew."""
+    io.unlink(Path(path) / MANIFEST)
+    io.sync_directory(Path(path))
 
 
 def look_at(cache: CacheOrPath, progress: Progress = silent) -> list[Facts]:

@@ -81,6 +81,7 @@ def compare(  # noqa: PLR0913
     images: int = 2000,
     probe: int = 0,
     structure: bool = False,
+    force: bool = False,
     progress: Progress = silent,
 ) -> DictionaryComparison:
     """Hold groups of dictionaries against each other at equal L0.
@@ -89,13 +90,14 @@ def compare(  # noqa: PLR0913
         groups: Dictionaries by group, those of one being its seeds and its sweep over L0; without
             names, dictionaries of one recipe are a group.
         cache: What they are measured on.
-        hook_point: Which stream; the cache's only one when absent.
+        hook_point: Which stream; that of the dictionaries when absent.
         l0: Where they are compared; at the median when absent.
         model: Whether each is also spliced into the cache's model.
         contexts: Held-out contexts that each is spliced into.
         images: The same of a cache of images.
         probe: Probe so many of the cache's labels.
         structure: Measure stability over seeds, description length and meta-score as well.
+        force: Compare dictionaries of another model or place too; the result names what differs.
         progress: Called in every step.
 
     Raises:
@@ -104,7 +106,9 @@ def compare(  # noqa: PLR0913
     """
     spliced = SplicedInto(contexts, images) if model else None
     targets = _targets(groups)
-    request = MeasureRequest(targets, cache, hook_point, spliced, probe, structure=structure)
+    request = MeasureRequest(
+        targets, cache, hook_point, spliced, probe, structure=structure, force=force
+    )
     return compare_groups(request, l0, steps_to(progress))
 
 

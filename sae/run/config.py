@@ -7,6 +7,7 @@ from typing import Any
 
 from activations_cache.config import CacheConfig
 from activations_cache.locations import PACKAGE, locate, require_extra, require_reader
+from monosema.checks import MonosemaError
 from sae.evaluate.config import EvaluateConfig
 from sae.explain.config import ExplainConfig
 from sae.steer.config import SteerConfig
@@ -46,7 +47,7 @@ def refuse_unread(part: str, config: Any, *, of_images: bool) -> None:
         made = entry.default_factory
         if value != (entry.default if made is MISSING else made()):
             got = "one" if is_dataclass(value) else repr(value)
-            raise ValueError(
+            raise MonosemaError(
                 f"{part}.{name} must be absent where the cache is of {here}, got {got}; it is for "
                 f"{there} alone"
             )
@@ -68,7 +69,7 @@ class _Output:
     def __post_init__(self) -> None:
         """Check what no type tells."""
         if not self.output:
-            raise ValueError("output must name a directory, got ''")
+            raise MonosemaError("output must name a directory, got ''")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +108,15 @@ class RunConfig(_Output):
         where = sites(self.train.saes, self.cache.hook_points, "train.")
         name = self.steer.dictionary
         if name is not None and name not in self.train.saes:
-            raise ValueError(
+            raise MonosemaError(
                 f"steer.dictionary must be one of {', '.join(self.train.saes)}, got {name!r}"
             )
         if name is not None and (len(where[name].inputs) > 1 or where[name].outputs):
-            raise ValueError(
+            raise MonosemaError(
                 f"steer.dictionary must be one that reads and predicts one hook point, got {name!r}"
             )
         if self.train.batch > self.cache.n_rows:
-            raise ValueError(
+            raise MonosemaError(
                 f"train.batch must be at most cache.n_rows={self.cache.n_rows}, "
                 f"got {self.train.batch}"
             )

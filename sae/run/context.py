@@ -1,9 +1,10 @@
 """What the jobs share: their progress, a run's parts, a cache's model, a dictionary's origin."""
 
 import contextlib
-import json
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import activations_cache
 from activations_cache import ActivationCache
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, WrongClassError, silent
 from activations_cache.config import ModelConfig
 from activations_cache.models import LoadedModel, load_model
 from activations_cache.pieces import Pieces
@@ -20,8 +21,10 @@ from activations_cache.vision import LoadedVisionModel, load_any_model, load_vis
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
+from sae.evaluate.probing.labels import check_hook_point
 from sae.pretrained import Source
 from sae.pretrained.hub import directory_of
+from sae.pretrained.origin import Difference, Origin, origin_of
 from sae.run.config import RunConfig
 
 CacheOrPath = ActivationCache | str | Path
@@ -62,6 +65,36 @@ class Facts(NamedTuple):
     note: str = ""
 
 
+class FittedDictionary(NamedTuple):
+    """A dictionary that may be used on a cache: the hook points and the model were compared."""
+
+    name: str
+    """For messages and tables."""
+    dictionary: SparseAutoencoder
+    """It reads and predicts hook points of the cache."""
+    path: str | Path | None
+    """None for one that was passed as it is."""
+    source: Source | None
+    """What it was read from; None for one that was passed as it is."""
+    inputs: tuple[str, ...]
+    """The hook points that it reads."""
+    outputs: tuple[str, ...]
+    """Those that it predicts."""
+    provenance: Mapping[str, Any]
+    """What our own files say of how it came about."""
+    differs: tuple[str, ...]
+    """In what the cache differs from what it was trained on, in words; only where forced."""
+
+    @property
+    def hook_point(self) -> str:
+        """The first hook point that it reads."""
+        return self.inputs[0]
+
+    def rows_of(self, cache: ActivationCache) -> ActivationCache:
+        """Return a cache as the dictionary reads it."""
+        return cache.concatenated(self.inputs)
+
+
 class Run:
     """What the steps of one run share; slow things are loaded when a step first needs them."""
 
@@ -71,6 +104,12 @@ class Run:
         self.output = Path(config.output)
         self.cache_path = Path(config.cache_path or self.output / "cache")
         self.hook_point = config.cache.hook_points[0]
+        self.is_held = False
+        """Whether this process holds the lock of the run's directory."""
+
+    def release(self) -> None:
+        """The lock of the run's directory is given back."""
+        self.is_held = False
 
     def path(self, step: str) -> Path:
         """Directory of a step's result."""
@@ -104,7 +143,13 @@ class Run:
     @cached_property
     def dictionaries(self) -> dict[str, SparseAutoencoder]:
         """The trained dictionaries by name."""
-        return {n: pretrained.load(self.path("train") / n) for n in self.config.train.saes}
+        return {name: part.dictionary for name, part in self.fitted.items()}
+
+    @cached_property
+    def fitted(self) -> dict[str, FittedDictionary]:
+        """The same with the hook points that they read, compared with the cache."""
+        path = self.path("train")
+        return {name: fitted(path / name, self.cache) for name in self.config.train.saes}
 
     def is_frozen(self, name: str) -> bool:
         """Whether an entry of `saes:` is a frozen baseline."""
@@ -135,7 +180,9 @@ def model_of(cache: ActivationCache, moved: str | None = None) -> ModelConfig:
     """
     recorded = recorded_model(cache)
     if recorded is None:
-        raise ValueError(f"{cache.path} must record its model to be compared, got a cache without")
+        raise MonosemaError(
+            f"{cache.path} must record its model to be compared, got a cache without"
+        )
     path, revision = (moved, None) if moved else (recorded["path"], recorded["revision"])
     return ModelConfig(path=path, revision=revision, dtype=recorded["dtype"])
 
@@ -189,53 +236,133 @@ def loaded_dictionary(dictionary: DictionaryOrPath) -> SparseAutoencoder:
     )
 
 
-def wrong_class(what: str, rule: str, got: object, advice: str) -> TypeError:
+def wrong_class(what: str, rule: str, got: object, advice: str) -> WrongClassError:
     """Return the error for an argument of another class than a job takes."""
-    return TypeError(f"{what} must {rule}, got {type(got).__name__}; {advice}")
+    return WrongClassError(f"{what} must {rule}, got {type(got).__name__}; {advice}")
 
 
-def provenance_of(path: Path | None) -> dict[str, Any]:
-    """Return what a dictionary of our own says of how it came about; empty for others."""
-    file = None if path is None else path / "provenance.json"
-    return json.loads(file.read_bytes()) if file is not None and file.is_file() else {}
-
-
-def check_origin(
-    name: str,
-    dictionary: SparseAutoencoder,
-    provenance: Mapping[str, Any],
+def fitted(
+    given: DictionaryOrPath,
     cache: ActivationCache,
-    hook_point: str,
-) -> None:
-    """Refuse a dictionary that was trained elsewhere than on what the cache holds.
+    hook_point: str | None = None,
+    *,
+    force: bool = False,
+    name: str = "",
+) -> FittedDictionary:
+    """Load a dictionary and compare its origin with a cache: the one place where that is done.
+
+    The hook points that it records decide; `hook_point` is needed for one that records none, where
+    the cache has several.
 
     Args:
-        name: Of the dictionary, for the message.
-        dictionary: Its hook points decide, where it records some.
-        provenance: What its directory says, as `provenance_of` returns it.
+        given: The dictionary, its path, or its name on the hub.
         cache: What it is to be used on.
-        hook_point: Which stream.
+        hook_point: A stream of the cache.
+        force: Go on where the origin differs; `differs` then says in what.
+        name: How it is called; its path when empty.
 
     Raises:
-        ValueError: If the hook points or the models differ.
+        TypeError: If it is of another class.
+        ValueError: If the hook points, the models or the widths differ, or none is named.
     """
-    recorded = provenance.get("hook_points") or [provenance.get("hook_point")]
-    points = [part.hook_point for part in dictionary.config.inputs] or recorded
-    origin = {
-        "hook point": ", ".join(point for point in points if point),
-        "model": _model_id(provenance.get("model")),
-    }
-    held = {"hook point": hook_point, "model": _model_id(cache.identity.get("model"))}
-    for what, of_cache in held.items():
-        if origin[what] and of_cache and origin[what] != of_cache:
-            raise ValueError(
-                f"{name} must be a dictionary of the cache's {what} {of_cache}, got one of "
-                f"{origin[what]}; pass the cache that it was trained on"
+    path = source = None
+    if isinstance(given, str | Path):
+        path, (dictionary, source, origin) = given, pretrained.load_with_source(given)
+    else:
+        dictionary = loaded_dictionary(given)
+        origin = origin_of(dictionary.config, dictionary.provenance)
+    name = name or ("the dictionary" if path is None else str(given))
+    inputs, outputs = _place(name, origin, cache, hook_point, dictionary.config.hook_points)
+    differs = require_origin(name, origin, cache, inputs, None, force)
+    dictionary = at_places(dictionary, inputs)
+    for side, points, width in (
+        ("read", inputs, dictionary.config.d_in),
+        ("predict", outputs, dictionary.config.width_out),
+    ):
+        held = sum(cache.d_model(point) for point in points)
+        if held != width:
+            raise MonosemaError(
+                f"{name} must {side} rows as wide as {', '.join(points)} of {cache.path}, {held}, "
+                f"got {width}; name the hook point it was trained on"
             )
+    where = (path, source, inputs, outputs)
+    return FittedDictionary(name, dictionary, *where, dictionary.provenance, differs)
 
 
-def _model_id(recorded: object) -> str:
-    """The hash of its weights, or what stands in its place; empty where nothing is recorded."""
-    if isinstance(recorded, dict):
-        return str(recorded.get("model_sha256", ""))
-    return str(recorded or "")
+def _place(
+    name: str,
+    origin: Origin,
+    cache: ActivationCache,
+    hook_point: str | None,
+    measured: tuple[str, ...],
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The hook points that are read and predicted; the recorded ones where the cache has them."""
+    if hook_point is not None:
+        check_hook_point(cache, hook_point)
+    recorded, held = (*origin.inputs, *origin.outputs), cache.hook_points
+    if recorded and set(recorded) <= set(held) and hook_point in (None, *recorded):
+        return origin.inputs, origin.outputs or origin.inputs
+    known = [point for point in measured if len(measured) == 1 and point in held]
+    point = hook_point or (held[0] if len(held) == 1 else next(iter(known), None))
+    if recorded and (point is None or len(recorded) > 1):
+        used = hook_point or ", ".join(held)
+        raise _elsewhere(name, Difference("hook point", ", ".join(recorded), used), "")
+    if point is None:
+        raise MonosemaError(
+            f"--hook-point must be one of {', '.join(held)} for {name}, whose files name none, got "
+            "none; name one"
+        )
+    return (point,), (point,)
+
+
+def require_origin(
+    name: str,
+    origin: Origin,
+    cache: ActivationCache,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...] | None,
+    force: bool,
+) -> tuple[str, ...]:
+    """Refuse a dictionary of another place or model than the cache, or return what differs.
+
+    Raises:
+        ValueError: If something differs and is not forced.
+    """
+    differences = origin.places(inputs, outputs) + origin.models(*model_identity(cache))
+    if differences and not force:
+        raise _elsewhere(name, differences[0], ", or go on with --force (force=True)")
+    return tuple(map(str, differences))
+
+
+def _elsewhere(name: str, difference: Difference, advice: str) -> MonosemaError:
+    what, trained, used = difference
+    return MonosemaError(
+        f"{name} must be a dictionary of the cache's {what} {used}, got one of {trained}; pass the "
+        f"cache that it was trained on{advice}"
+    )
+
+
+def at_places(dictionary: SparseAutoencoder, inputs: tuple[str, ...]) -> SparseAutoencoder:
+    """Return the dictionary, which names these hook points if it names any."""
+    config = dictionary.config
+    if not config.inputs or tuple(part.hook_point for part in config.inputs) == inputs:
+        return dictionary
+    slices = zip(config.inputs, inputs, strict=True)
+    moved = copy.copy(dictionary)  # with the same parameters
+    moved.config = replace(config, inputs=tuple(replace(s, hook_point=p) for s, p in slices))
+    return moved
+
+
+def with_differences(note: str, differs: Mapping[str, tuple[str, ...]]) -> str:
+    """A table's note, and in what dictionaries are used elsewhere than where they were trained."""
+    lines = [f"forced: {name}: {'; '.join(parts)}" for name, parts in differs.items()]
+    return "; ".join([*([note] if note else []), *lines])
+
+
+def model_identity(cache: ActivationCache) -> tuple[Mapping[str, Any], str]:
+    """Return the hashes of the model that made a cache and its path, as far as they are known."""
+    recorded, model = cache.manifest.provenance.get("model"), cache.identity.get("model")
+    path = str(recorded.get("path", "")) if isinstance(recorded, dict) else ""
+    if isinstance(model, dict):
+        return model, path
+    return ({"model_sha256": model} if model else {}), path

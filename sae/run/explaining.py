@@ -1,6 +1,7 @@
 """Labels of any dictionary's latents on any cache that fits it."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from activations_cache import ActivationCache, capture
-from activations_cache.checks import Progress, silent
+from activations_cache import ActivationCache, capture, io, seals
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.models import LoadedModel
 from activations_cache.probe import readout, record_of
 from activations_cache.text import NO_TOKEN
@@ -20,6 +21,7 @@ from sae.explain.atlas.run import draw_atlas
 from sae.explain.autointerp import client_of, estimate_cost, label_with_llm
 from sae.explain.config import AtlasConfig, AutointerpConfig, ExplainConfig, RuleConfig
 from sae.explain.llm.budget import Cost
+from sae.explain.llm.chat import Client
 from sae.explain.llm.local_client import LocalClient
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.rule_scores import score_rules_of
@@ -33,14 +35,13 @@ from sae.run.config import refuse_unread
 from sae.run.context import (
     CacheOrPath,
     DictionaryOrPath,
+    FittedDictionary,
     Steps,
-    check_origin,
+    fitted,
     holds_images,
-    loaded_dictionary,
     model_of,
     opened,
     pieces_of,
-    provenance_of,
     results_of,
     silent_steps,
     steps_to,
@@ -58,11 +59,13 @@ class ExplainRequest(NamedTuple):
     dictionary: DictionaryOrPath
     cache: CacheOrPath
     hook_point: str | None = None
-    """The cache's first one when absent."""
+    """That of the dictionary when absent."""
     out: str | Path | None = None
     """Where the files go; `explain` in the dictionary's directory when absent."""
     narrow: DictionaryOrPath | None = None
     """A narrower dictionary, whose latents are the parents."""
+    force: bool = False
+    """Whether a dictionary of another model or place is explained as well."""
 
 
 class DictionaryExplanation(NamedTuple):
@@ -78,9 +81,15 @@ class DictionaryExplanation(NamedTuple):
     """What the map says; of texts."""
     by_llm: dict[str, Any] | None = None
     """Summary of the labels by a language model, if the config names one."""
+    differs: tuple[str, ...] = ()
+    """In what the cache differs from what the dictionary was trained on; only where forced."""
 
 
-def explain(
+Parts = tuple[ActivationCache, FittedDictionary, SparseAutoencoder | None]
+"""The cache, the dictionary and the narrower one."""
+
+
+def explain(  # noqa: PLR0913
     dictionary: DictionaryOrPath,
     cache: CacheOrPath,
     config: ExplainConfig | None = None,
@@ -88,6 +97,7 @@ def explain(
     hook_point: str | None = None,
     out: str | Path | None = None,
     narrow: DictionaryOrPath | None = None,
+    force: bool = False,
     progress: Progress = silent,
 ) -> DictionaryExplanation:
     """Label a dictionary's latents and score the labels.
@@ -100,16 +110,17 @@ def explain(
         dictionary: What is explained.
         cache: On what.
         config: How; the defaults when absent.
-        hook_point: Which stream of the cache; its first one when absent.
+        hook_point: Which stream of the cache; that of the dictionary when absent.
         out: Where the files go.
         narrow: A narrower dictionary: which of its latents were split?
+        force: Explain a dictionary of another model or place too; the result names what differs.
         progress: Called in every step.
 
     Raises:
         TypeError: If an argument is of another class.
         ValueError: If the dictionary does not fit the cache.
     """
-    request = ExplainRequest(dictionary, cache, hook_point, out, narrow)
+    request = ExplainRequest(dictionary, cache, hook_point, out, narrow, force)
     return explain_dictionary(request, config or ExplainConfig(), steps_to(progress))
 
 
@@ -117,21 +128,29 @@ def explain_dictionary(
     request: ExplainRequest, config: ExplainConfig, steps: Steps = silent_steps
 ) -> DictionaryExplanation:
     """Label a dictionary without a language model, and by one if the config names one."""
-    cache, hook = _place(request, config)
-    if holds_images(cache):
-        dictionary = _fitting(request.dictionary, cache, hook)
-        out = _out_of(request)
-        with steps("explain") as progress:
-            labels = explain_pictures(dictionary, cache, hook, config, out, progress)
-        return DictionaryExplanation(out, labels)
+    parts, out = _parts(request, config), _out_of(request)
     # A wrong key must not cost the passes over the cache that come first.
     client = None if config.autointerp is None else client_of(config.autointerp)
-    narrow = None if request.narrow is None else _fitting(request.narrow, cache, hook)
-    subject, more = _subject(request, config, cache, hook)
-    out = _out_of(request)
-    if out is None and client is not None:
-        raise ConfigError("out must be given for labels by a language model, got none")
+    if out is None:
+        if client is not None:
+            raise ConfigError("out must be given for labels by a language model, got none")
+        return _explained(parts, config, None, client, steps)
+    with io.only_one(out / ".explain.lock", f"the labels in {out}"):
+        _record_origin(out, *parts[:2])
+        return _explained(parts, config, out, client, steps)
+
+
+def _explained(
+    parts: Parts, config: ExplainConfig, out: Path | None, client: Client | None, steps: Steps
+) -> DictionaryExplanation:
+    cache, one, narrow = parts
+    if holds_images(cache):
+        with steps("explain") as progress:
+            labels = explain_pictures(one.dictionary, cache, one.hook_point, config, out, progress)
+        return DictionaryExplanation(out, labels, differs=one.differs)
+    subject, more = _subject(one, config, cache)
     explained = without_llm(subject, config, out, more["identity"], narrow, steps)
+    explained = explained._replace(differs=one.differs)
     if config.autointerp is None or client is None or out is None:
         return explained
     with steps("labels") as progress:
@@ -145,23 +164,32 @@ def estimate(request: ExplainRequest, config: ExplainConfig, progress: Progress 
     Raises:
         ConfigError: If the config names none, or the cache is of images.
     """
-    cache, hook = _place(request, config)
+    cache, one, _ = _parts(request, config)
     if config.autointerp is None:
         raise ConfigError("autointerp.llm.model must be named to be estimated, got none")
-    subject, more = _subject(request, config, cache, hook)
+    subject, more = _subject(one, config, cache)
     out = _out_of(request) or Path()
     return estimate_cost(subject, config.autointerp, out, **more, progress=progress)
 
 
-def _place(request: ExplainRequest, config: ExplainConfig) -> tuple[ActivationCache, str]:
-    """The cache and the stream of a request, once they fit each other and the config."""
-    cache = opened(request.cache)
-    hook = request.hook_point or cache.hook_points[0]
-    if hook not in cache.hook_points:
+def _parts(request: ExplainRequest, config: ExplainConfig) -> Parts:
+    """The cache, the dictionary and the narrower one, once all fit each other and the config."""
+    cache, force = opened(request.cache), request.force
+    hook = request.hook_point
+    if hook is not None and hook not in cache.hook_points:
         known = ", ".join(cache.hook_points)
         raise ConfigError(f"--hook-point must be one of {known}, got {hook!r}")
     refuse_unread("explain", config, of_images=holds_images(cache))
-    return cache, hook
+    one = fitted(request.dictionary, cache, hook, force=force)
+    if request.narrow is None:
+        return cache, one, None
+    narrow = fitted(request.narrow, cache, one.hook_point, force=force)
+    if narrow.outputs != one.outputs:
+        raise MonosemaError(
+            f"{narrow.name} must predict {', '.join(one.outputs)} as {one.name} does, got one of "
+            f"{', '.join(narrow.outputs)}; pass a narrower dictionary of that place"
+        )
+    return cache, one, narrow.dictionary
 
 
 def _out_of(request: ExplainRequest) -> Path | None:
@@ -172,35 +200,36 @@ def _out_of(request: ExplainRequest) -> Path | None:
     return results_of(request.dictionary) / "explain"
 
 
+ORIGIN = "origin.json"
+"""What labels were made of, next to them."""
+
+
+def _record_origin(out: Path, cache: ActivationCache, one: FittedDictionary) -> None:
+    record = {
+        "dictionary": one.name,
+        "dictionary_sha256": digest_of(one.dictionary),
+        "cache": cache.fingerprint,
+        "inputs": one.inputs,
+        "outputs": one.outputs,
+        "differs": one.differs,
+    }
+    seals.write(out, {ORIGIN: (json.dumps(record, indent=1) + "\n").encode()})
+
+
 def _subject(
-    request: ExplainRequest, config: ExplainConfig, cache: ActivationCache, hook: str
+    one: FittedDictionary, config: ExplainConfig, cache: ActivationCache
 ) -> tuple[Subject, dict[str, Any]]:
     """What is explained, and what a language model is told beside it."""
-    dictionary = _fitting(request.dictionary, cache, hook)
     loaded = load_any_model(model_of(cache))
     assert isinstance(loaded, LoadedModel), "a cache of texts records a language model"
-    tools = tools_for(config, dictionary, cache, hook, loaded)
-    subject = Subject(dictionary, cache, hook, pieces_of(loaded), tools)
+    dictionary, strings = one.dictionary, pieces_of(loaded)
+    tools = tools_for(config, one, cache, loaded)
+    subject = Subject(dictionary, one.rows_of(cache), one.hook_point, strings, tools)
     promoted = []
     if config.autointerp is not None:
-        strings = subject.token_strings
         promoted = promoted_strings(dictionary, loaded.model, strings, config.autointerp)
     identity = {"cache": cache.fingerprint, "dictionary": digest_of(dictionary)}
     return subject, {"promoted": promoted, "identity": identity}
-
-
-def _fitting(given: DictionaryOrPath, cache: ActivationCache, hook_point: str) -> SparseAutoencoder:
-    dictionary = loaded_dictionary(given)
-    path = None if isinstance(given, SparseAutoencoder) else Path(given)
-    name = "the dictionary" if path is None else str(given)
-    if dictionary.config.d_in != cache.d_model(hook_point):
-        raise ValueError(
-            f"{name} must read rows as wide as {hook_point} of {cache.path}, "
-            f"{cache.d_model(hook_point)}, got d_in={dictionary.config.d_in}; name the hook point "
-            "it was trained on"
-        )
-    check_origin(name, dictionary, provenance_of(path), cache, hook_point)
-    return dictionary
 
 
 def without_llm(
@@ -234,16 +263,25 @@ def without_llm(
 
 def tools_for(
     config: ExplainConfig,
-    dictionary: SparseAutoencoder,
+    one: FittedDictionary,
     cache: ActivationCache,
-    hook_point: str,
     loaded: LoadedModel,
 ) -> Tools | None:
-    """The tools, or None if no scorer that is asked for needs them."""
+    """The tools, or None if no scorer that is asked for needs them.
+
+    Raises:
+        ConfigError: If one is asked for that writes to the one stream that a dictionary predicts,
+            and it predicts several.
+    """
     parts = (config.rules, config.autointerp)
     wanted = {name for part in parts if part is not None for name in part.scorers}
     if not wanted & set(WITH_TOOLS):
         return None
+    if len(one.outputs) != 1:
+        raise ConfigError(
+            f"scorers must be none of {', '.join(WITH_TOOLS)} for a dictionary that predicts "
+            f"{', '.join(one.outputs)}, got one; leave it out"
+        )
     client = LocalClient(loaded, "the model that is explained")
     skipped = cache.manifest.plan.skip_positions
 
@@ -252,9 +290,10 @@ def tools_for(
         peaks = []
         for text in texts:
             ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
-            with capture(loaded.model, [hook_point]) as run:
-                rows = run(ids)[hook_point][0, skipped:].float()
-            acts = dictionary.encode_dense(rows)[:, latent]
+            with capture(loaded.model, list(one.inputs)) as run:
+                streams = run(ids)
+            rows = torch.cat([streams[point][0, skipped:].float() for point in one.inputs], dim=1)
+            acts = one.dictionary.encode_dense(rows)[:, latent]
             peaks.append(float(acts.max()) if len(acts) else 0.0)
         return peaks
 
@@ -262,11 +301,12 @@ def tools_for(
     neutral = examples.tokens[examples.split == 2][:, :PROMPT_TOKENS]
     neutral = neutral[(neutral != NO_TOKEN).all(dim=1)][:N_PROMPTS]
     if not len(neutral):
-        raise ValueError(f"{cache.path} must have held-out examples for prompts, got none")
-    lens = promoted_tokens(dictionary, readout(loaded.model), None, N_PROMOTED)
+        raise MonosemaError(f"{cache.path} must have held-out examples for prompts, got none")
+    lens = promoted_tokens(one.dictionary, readout(loaded.model), None, N_PROMOTED)
     return Tools(
         client.embed, client.log_likelihood,
-        amplified(loaded.model, neutral.long(), dictionary, hook_point), lens.promoted, peaks_on,
+        amplified(loaded.model, neutral.long(), one.dictionary, one.outputs[0]), lens.promoted,
+        peaks_on,
     )  # fmt: skip
 
 

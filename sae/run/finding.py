@@ -1,18 +1,19 @@
 """Finding latents: by texts, by neighbours, or by what a prediction depends on."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.models import LoadedModel
 from activations_cache.probe import require_next_token
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.config import load_overrides
 from sae.pretrained import load as load_dictionary
-from sae.run.context import Steps, pieces_of, silent_steps, steps_to
+from sae.run.context import Steps, pieces_of, silent_steps, steps_to, with_differences
 from sae.run.steering import placed_in_model
 from sae.steer.attribution import agreement, attribute, integrated_gradients, logit_difference
 from sae.steer.config import FindRequest
@@ -51,10 +52,11 @@ def find_latents_of(
     if request.near is not None:
         return _near(path, request.near, request)
     where = (request.model, request.dtype, request.hook_point)
-    placed, loaded = placed_in_model(path, *where)
-    if request.prompt is not None:
-        return _behind(placed, loaded, request, steps)
-    return _by_texts(placed, loaded, request, steps)
+    placed, loaded, differs = placed_in_model(path, *where, force=request.force)
+    ways = _by_texts if request.prompt is None else _behind
+    matches = ways(placed, loaded, request, steps)
+    note = with_differences(matches.table.note, {str(path): differs} if differs else {})
+    return matches._replace(table=replace(matches.table, note=note))
 
 
 def _near(path: str | Path, latent: int, request: FindRequest) -> LatentMatches:
@@ -132,5 +134,7 @@ def _behind(
 def _token(loaded: LoadedModel, text: str) -> int:
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
-        raise ValueError(f"target and against must be one token each, got {text!r} with {len(ids)}")
+        raise MonosemaError(
+            f"target and against must be one token each, got {text!r} with {len(ids)}"
+        )
     return ids[0]

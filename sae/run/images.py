@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from activations_cache import ActivationCache
-from activations_cache.checks import Progress
+from activations_cache.checks import MonosemaError, Progress
 from activations_cache.config import SPLITS, TRAINING_SPLITS
 from activations_cache.image_rows import CachedImages
 from activations_cache.images import read_images
@@ -41,10 +41,10 @@ def check_splits(cache: ActivationCache, splits: tuple[str, ...]) -> None:
     for split in splits:
         advice = f"give it a larger share in cache.{kind}, or add {kind}"
         if not _in(cache, (split,)).any():
-            raise ValueError(f"the split {split} must hold {kind}, got none; {advice}")
+            raise MonosemaError(f"the split {split} must hold {kind}, got none; {advice}")
         present = _present(cache, (split,))
         if kind == "images" and len(present) < 2:
-            raise ValueError(
+            raise MonosemaError(
                 f"images of the split {split} must be of two classes or more, got "
                 f"{', '.join(present) or 'none'}; {advice}"
             )

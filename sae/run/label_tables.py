@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from sae.explain.config import AutointerpConfig
 from sae.explain.llm.budget import Cost
 from sae.explain.summary import Summary
 from sae.explain.vision.run import ExplainedImages
-from sae.run.context import Facts, Section
+from sae.run.context import Facts, Section, with_differences
 from sae.run.explaining import DictionaryExplanation
 from sae.run.image_tables import image_label_table, with_ends
 
@@ -119,9 +120,15 @@ def explanation_parts(name: str, explanation: DictionaryExplanation) -> list[Sec
     """Everything that explaining a dictionary came to, as tables and lists."""
     labels, path = explanation.labels, explanation.path or Path()
     title = name if explanation.path is None else str(path)
-    if isinstance(labels, ExplainedImages):
-        return [Section(title, image_label_table(labels))]
-    parts: list[Section | Facts] = [Section(title, label_table(labels.summary, labels.baselines))]
+    is_of_images = isinstance(labels, ExplainedImages)
+    table = (
+        image_label_table(labels) if is_of_images else label_table(labels.summary, labels.baselines)
+    )
+    if explanation.differs:
+        table = replace(table, note=with_differences(table.note, {name: explanation.differs}))
+    parts: list[Section | Facts] = [Section(title, table)]
+    if is_of_images:
+        return parts
     if explanation.rules is not None:
         parts.append(score_facts("labels executed as rules, on windows", explanation.rules, path))
     if explanation.atlas is not None:

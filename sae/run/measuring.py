@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from activations_cache import ActivationCache, io
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.config import TRAINING_SPLITS
 from activations_cache.models import LoadedModel
 from activations_cache.vision import LoadedVisionModel
@@ -28,22 +29,21 @@ from sae.evaluate.reconstruction import measure_reconstruction
 from sae.evaluate.report import EvaluationReport, plain
 from sae.evaluate.run import evaluate as evaluate_all
 from sae.evaluate.run import held_out_rows
-from sae.pretrained import Source, load_with_source
+from sae.pretrained import Source
 from sae.pretrained.loading import keep_measured
 from sae.run.context import (
     CacheOrPath,
     DictionaryOrPath,
     Section,
     Steps,
-    check_origin,
+    fitted,
     holds_images,
     load_model_of,
-    loaded_dictionary,
     opened,
-    provenance_of,
     recorded_model,
     silent_steps,
     steps_to,
+    with_differences,
     wrong_class,
 )
 from sae.run.image_tables import image_table
@@ -88,6 +88,8 @@ class MeasureRequest(NamedTuple):
     """Whether untrained rivals are measured as well."""
     structure: bool = False
     """Whether stability over seeds, description length and meta-score are measured."""
+    force: bool = False
+    """Whether dictionaries of another model or place are measured as well."""
 
 
 class MeasuredDictionary(NamedTuple):
@@ -99,6 +101,10 @@ class MeasuredDictionary(NamedTuple):
     group: str
     """Its recipe, or what the request names."""
     seed: int
+    hook_point: str
+    """The first one that it reads."""
+    differs: tuple[str, ...] = ()
+    """In what the cache differs from what it was trained on."""
     source: Source | None = None
     """What it was read from; None for one that was passed as it is."""
 
@@ -122,13 +128,20 @@ class Measurement(NamedTuple):
         noise = noise_table(members_of(self.entries), self.report)
         probes = None if self.probes is None else probe_table(self.probes)
         more = {"seeds": noise, "k-sparse probing": probes, **self.structure}
+        table = replace(table, note=with_differences(table.note, self.differs))
         tables = {self.report.hook_point: table, **more}
         return [Section(title, table) for title, table in tables.items() if table is not None]
 
     @property
+    def differs(self) -> dict[str, tuple[str, ...]]:
+        """By dictionary, in what the cache differs from what it was trained on; only if forced."""
+        return {name: entry.differs for name, entry in self.entries.items() if entry.differs}
+
+    @property
     def record(self) -> dict[str, Any]:
         """What is written as JSON."""
-        return {"report": self.report, "probes": self.probes, "structure": self.structure}
+        figures = {"report": self.report, "probes": self.probes, "structure": self.structure}
+        return figures | {"differs": self.differs}
 
 
 def evaluate(  # noqa: PLR0913
@@ -142,6 +155,7 @@ def evaluate(  # noqa: PLR0913
     probe: int = 0,
     baselines: bool = True,
     structure: bool = False,
+    force: bool = False,
     progress: Progress = silent,
 ) -> Measurement:
     """Measure dictionaries on held-out rows; `.report` has the figures, `.sections` the tables.
@@ -149,13 +163,14 @@ def evaluate(  # noqa: PLR0913
     Args:
         dictionaries: One, several, or several by name; each as it is or as a path.
         cache: What they are measured on.
-        hook_point: Which stream; the cache's only one when absent.
+        hook_point: Which stream; that of the dictionaries when absent.
         model: Whether each is also spliced into the cache's model.
         contexts: Held-out contexts that each is spliced into.
         images: The same of a cache of images: to fit on, and as many to score.
         probe: Probe so many of the cache's labels.
         baselines: Measure untrained rivals as well.
         structure: Measure stability over seeds, description length and meta-score as well.
+        force: Measure dictionaries of another model or place too; the result names what differs.
         progress: Called in every step.
 
     Raises:
@@ -164,7 +179,7 @@ def evaluate(  # noqa: PLR0913
     """
     spliced = SplicedInto(contexts, images) if model else None
     request = MeasureRequest(
-        targets_of(dictionaries), cache, hook_point, spliced, probe, baselines, structure
+        targets_of(dictionaries), cache, hook_point, spliced, probe, baselines, structure, force
     )
     return measure(request, steps_to(progress))
 
@@ -187,11 +202,13 @@ def targets_of(
 def measure(request: MeasureRequest, steps: Steps = silent_steps) -> Measurement:
     """Load, refuse what cannot be measured before anything slow begins, and measure."""
     cache = opened(request.cache)
-    hook_point = _hook_point(cache, request.hook_point)
+    if request.hook_point is not None:
+        check_hook_point(cache, request.hook_point)
     held_out_rows(cache)
     if request.probe:
         common_labels(cache)
-    entries = load_entries(request.targets, cache, hook_point)
+    entries = load_entries(request.targets, cache, request.hook_point, force=request.force)
+    hook_point = _hook_point(entries, request.hook_point)
     trained = {name: entry.dictionary for name, entry in entries.items()}
     dictionaries = dict(trained)
     if request.baselines:
@@ -201,8 +218,9 @@ def measure(request: MeasureRequest, steps: Steps = silent_steps) -> Measurement
     probes = None
     if request.probe:
         l0 = {name: entry.l0 for name, entry in report.reconstruction.items()}
+        alone = {n: d for n, d in trained.items() if d.config.sites(hook_point)[0] == (hook_point,)}
         with steps("probe") as progress:
-            probes = survey(trained, l0, cache, hook_point, request.probe, progress=progress)
+            probes = survey(alone, l0, cache, hook_point, request.probe, progress=progress)
     structure = {}
     if request.structure:
         with steps("structure") as progress:
@@ -239,8 +257,9 @@ def _report(
     recorded = recorded_model(cache) or {}
     where = {key: recorded[key] for key in ("path", "dtype") if recorded.get(key)}
     for name, entry in entries.items():
-        if entry.path is not None and entry.source is not None:  # the unit of steering
-            keep_measured(entry.path, entry.source, result.firing[name], hook_point, where)
+        path, source = entry.path, entry.source
+        if path is not None and source is not None and not entry.differs:  # the unit of steering
+            keep_measured(path, source, result.firing[name], hook_point, where)
     return report
 
 
@@ -266,35 +285,39 @@ def members_of(entries: dict[str, MeasuredDictionary]) -> dict[str, list[str]]:
     return groups
 
 
-def _hook_point(cache: ActivationCache, given: str | None) -> str:
-    points = cache.hook_points
-    if given is None and len(points) != 1:
-        raise ValueError(f"--hook-point must be one of {', '.join(points)}, got none; name one")
-    hook_point = given or "".join(points)
-    check_hook_point(cache, hook_point)
-    return hook_point
+def _hook_point(entries: Mapping[str, MeasuredDictionary], given: str | None) -> str:
+    """The stream that all are measured on."""
+    points = {entry.hook_point: name for name, entry in entries.items()}
+    if given is None and len(points) > 1:
+        (one, first), (other, second) = list(points.items())[:2]
+        raise MonosemaError(
+            f"dictionaries must be of one hook point, got {first} of {one} and {second} of "
+            f"{other}; measure them apart"
+        )
+    return given or next(iter(points))
 
 
 def load_entries(
-    targets: Sequence[Target], cache: ActivationCache, hook_point: str
+    targets: Sequence[Target],
+    cache: ActivationCache,
+    hook_point: str | None = None,
+    *,
+    force: bool = False,
 ) -> dict[str, MeasuredDictionary]:
-    """Load dictionaries and refuse those of another model or place."""
+    """Load dictionaries and refuse those of another model or place, unless that is forced."""
     recipes: dict[str, str] = {}
     entries: dict[str, MeasuredDictionary] = {}
     for name, target in zip(_names(targets), targets, strict=True):
-        path = source = None
-        if isinstance(target.dictionary, str | Path):
-            path = target.dictionary
-            dictionary, source = load_with_source(path)
-        else:
-            dictionary = loaded_dictionary(target.dictionary)
-        provenance = provenance_of(None if path is None else Path(path))
-        check_origin(str(path or name), dictionary, provenance, cache, hook_point)
-        recipe, seed = _recipe_and_seed(provenance)
+        is_loaded = isinstance(target.dictionary, SparseAutoencoder)
+        called = name if is_loaded else str(target.dictionary)
+        one = fitted(target.dictionary, cache, hook_point, force=force, name=called)
+        recipe, seed = _recipe_and_seed(one.provenance)
         group = target.group or recipes.setdefault(recipe or name, name)
         n_before = sum(entry.group == group for entry in entries.values())
         seed = n_before if seed is None else seed
-        entries[name] = MeasuredDictionary(dictionary, path, group, seed, source)
+        entries[name] = MeasuredDictionary(
+            one.dictionary, one.path, group, seed, one.hook_point, one.differs, one.source
+        )
     return entries
 
 
@@ -318,14 +341,14 @@ def short_names(paths: list[str]) -> list[str]:
     parts = [[part for part in Path(path).parts if part != "/"] for path in paths]
     if len(set(map(tuple, parts))) < len(parts):
         repeated = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"dictionaries must be given once, got {repeated} again; leave it out")
+        raise MonosemaError(f"dictionaries must be given once, got {repeated} again; leave it out")
     depth = 1
     while len({tuple(p[-depth:]) for p in parts}) < len(parts):
         depth += 1
     return ["/".join(p[-depth:]) for p in parts]
 
 
-def _recipe_and_seed(provenance: dict[str, Any]) -> tuple[str | None, int | None]:
+def _recipe_and_seed(provenance: Mapping[str, Any]) -> tuple[str | None, int | None]:
     """What tells groups apart, and the seed of the first weights: an entry's own, or its run's."""
     recipe = dict(provenance.get("recipe") or {})
     of_entry = recipe.pop("seed", None)

@@ -15,7 +15,15 @@ from activations_cache.checks import Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.examples import Context
 from sae.explain.logit_lens import PromotedTokens
-from sae.explain.tables import EXAMPLES, LATENTS, SUMMARY, LatentRecord, iter_examples, read_latents
+from sae.explain.tables import (
+    EXAMPLES,
+    LATENTS,
+    SUMMARY,
+    LatentRecord,
+    iter_examples,
+    read_latents,
+    read_summary,
+)
 from sae.pretrained.fields import DictionaryFormatError
 
 PER_BATCH = 128
@@ -104,7 +112,7 @@ def export_pages(
             f"{explained} must hold {SUMMARY}, got none; run `sae explain DICT --cache CACHE`"
         )
     records = read_latents(explained / LATENTS)
-    summary = json.loads((explained / SUMMARY).read_text())
+    summary = read_summary(explained / SUMMARY)
     n_rows = summary["n_rows_explain"] + summary["n_rows_score"]
     rows = dictionary.dec_rows.detach().cpu()
     written: list[Path] = []

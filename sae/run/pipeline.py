@@ -1,15 +1,17 @@
 """The steps of a whole run, in their order; a step whose result is there and fits is skipped."""
 
+import contextlib
 import json
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from activations_cache import io
+from activations_cache import io, seals
 from activations_cache.builder import rank_of_this_process
 from activations_cache.checks import Progress
 from sae.config import ConfigError, digest, dump
@@ -24,18 +26,25 @@ class _Step(NamedTuple):
     action: Callable[[Run, Progress], dict[str, Any] | None]
     config: Callable[[RunConfig], object]
     """The part of the config that decides this step's result, besides the steps before it."""
+    results: Callable[[Run], list[Path]]
+    """The files that it makes and that are read back; they must be as it left them."""
     of_images: bool = True
     """Whether it is done where the cache is of images."""
 
 
 STEPS = (
-    _Step("cache", steps.cache, lambda c: c.cache),
-    _Step("train", steps.train, lambda c: c.train),
-    _Step("evaluate", steps.evaluate, lambda c: c.evaluate),
-    _Step("explain", steps.explain, lambda c: c.explain),
-    _Step("steer", steps.steer, lambda c: c.steer, of_images=False),
-    _Step("browse", steps.browse, lambda c: {"title": c.title}),
+    _Step("cache", steps.cache, lambda c: c.cache, steps.cache_files),
+    _Step("train", steps.train, lambda c: c.train, steps.train_files),
+    _Step("evaluate", steps.evaluate, lambda c: c.evaluate, steps.evaluate_files),
+    _Step("explain", steps.explain, lambda c: c.explain, steps.explain_files),
+    _Step("steer", steps.steer, lambda c: c.steer, steps.steer_files, of_images=False),
+    _Step("browse", steps.browse, lambda c: {"title": c.title}, steps.browse_files),
 )
+
+MARKER = "done.json"
+"""In a step's directory: what decided it, and its results with sizes and checksums."""
+
+_log = logging.getLogger(__name__)
 
 
 SHARED = ("cache", "train")
@@ -59,36 +68,61 @@ class Pending(NamedTuple):
 def pending_steps(run: Run, last: str) -> Iterator[Pending]:
     """Yield the steps up to `last`; the caller does a step that is not done before the next one.
 
-    A step is done when its marker names the same digest of all the configs that decide it. Each
-    step writes its result before its marker, so a killed run repeats at most that step. Of the
-    processes of a launcher, all but the first are given the steps that they share alone.
+    A step is done when its marker names the same digest of all the configs that decide it, and its
+    results are as the marker says. Each step writes its result before its marker, so a killed run
+    repeats at most that step. Of the processes of a launcher, all but the first are given the steps
+    that they share alone. From the first step that is to be done the run's directory is locked.
 
     Raises:
         ConfigError: If a run of images has no such step.
     """
     rank, _ = rank_of_this_process()
-    if rank == 0:
+    with contextlib.ExitStack() as held:
+        identity = ""
+        steps_of_run = _steps_to(run, last)
+        for number, step in enumerate(steps_of_run, start=1):
+            if rank > 0 and step.name not in SHARED:
+                return  # what follows is the first process's alone
+            identity = digest({"after": identity, step.name: step.config(run.config)})
+            do = partial(_do, run, step, identity, held) if rank == 0 else partial(step.action, run)
+            place, is_done = (number, len(steps_of_run)), not _undone(run, step, identity)
+            yield Pending(step.name, place, run.path(step.name), is_done, do)
+            if step.name != last:
+                steps.check(run, step.name, last)
+        if rank == 0 and not _records_config(run):
+            _begin(run, held)
+
+
+def _begin(run: Run, held: contextlib.ExitStack) -> None:
+    """Lock the run's directory, once, and record the config that is run in it."""
+    if run.is_held:
+        return
+    held.enter_context(io.only_one(run.output / ".run.lock", f"the run in {run.output}"))
+    run.is_held = True
+    held.callback(run.release)
+    if not _records_config(run):
         io.write_files({run.output / RUN_CONFIG: dump(run.config).encode()})
-    identity = ""
-    steps_of_run = _steps_to(run, last)
-    for number, step in enumerate(steps_of_run, start=1):
-        if rank > 0 and step.name not in SHARED:
-            return  # what follows is the first process's alone
-        identity = digest({"after": identity, step.name: step.config(run.config)})
-        marker = run.path(step.name) / "done.json"
-        do = partial(_do, run, step, marker, identity) if rank == 0 else partial(step.action, run)
-        place, is_done = (number, len(steps_of_run)), _is_done(marker, identity)
-        yield Pending(step.name, place, run.path(step.name), is_done, do)
-        if step.name != last:
-            steps.check(run, step.name, last)
+
+
+def _records_config(run: Run) -> bool:
+    file = run.output / RUN_CONFIG
+    return file.is_file() and file.read_bytes() == dump(run.config).encode()
 
 
 def _do(
-    run: Run, step: _Step, marker: Path, identity: str, progress: Progress
+    run: Run, step: _Step, identity: str, held: contextlib.ExitStack, progress: Progress
 ) -> dict[str, Any] | None:
-    marker.unlink(missing_ok=True)
+    _begin(run, held)
+    for file in _undone(run, step, identity):
+        if file.is_file() and file.name != MARKER:  # or it is taken for the step's own again
+            _log.warning("%s is not as it was written; it is removed and made again", file)
+            io.unlink(file)
+    path = run.path(step.name)
+    io.unlink(path / MARKER)
     result = step.action(run, progress)
-    io.write_files({marker: json.dumps({"identity": identity}).encode()})
+    files = seals.describe_all(path, step.results(run))
+    record = {"identity": identity, "files": files}
+    io.write_files({path / MARKER: json.dumps(record, indent=1).encode()})
     return result
 
 
@@ -103,11 +137,28 @@ def _steps_to(run: Run, last: str) -> list[_Step]:
     return selected[: names.index(last) + 1]
 
 
-def _is_done(marker: Path, identity: str) -> bool:
+def _undone(run: Run, step: _Step, identity: str) -> list[Path]:
+    """Why a step is not done: its results that are missing or damaged, or else its marker.
+
+    A marker of an older version names no results; then they must only be there.
+    """
+    path = run.path(step.name)
     try:
-        return json.loads(marker.read_text())["identity"] == identity
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        record = json.loads((path / MARKER).read_bytes())
+        is_same = record.pop("identity") == identity
+        files = record.pop("files", None)
+        if not is_same or record or not isinstance(files, dict | None):
+            return [path / MARKER]
+        if files is None:
+            return [f for f in step.results(run) if not f.is_file() or not f.stat().st_size]
+        wrong = [path / name for name, entry in files.items() if io.problem(path / name, entry)]
+        return wrong + [d / seals.LIST for d in _directories(path, files) if seals.is_damaged(d)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [path / MARKER]
+
+
+def _directories(path: Path, files: Iterable[str]) -> list[Path]:
+    return list(dict.fromkeys((path / name).parent for name in files))
 
 
 ENCODER_SHAPE = (1024, 576, 4608)

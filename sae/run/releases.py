@@ -1,4 +1,4 @@
-"""Dictionaries of others and for others: inspect, convert, push, verify a release."""
+"""Dictionaries of others and for others: convert, push, verify a release."""
 
 import math
 import re
@@ -13,8 +13,8 @@ from activations_cache import ActivationCache
 from activations_cache.config import ModelConfig
 from activations_cache.models import load_model
 from activations_cache.probe import readout
+from monosema.checks import MonosemaError
 from sae import pretrained
-from sae.architecture import Gated, SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.evaluate.report import read_json
@@ -23,6 +23,7 @@ from sae.pretrained import Source, catalogue, monosema_format
 from sae.pretrained.export import TARGETS, export
 from sae.pretrained.hook_names import family_of, lens_name
 from sae.pretrained.loading import load_readings
+from sae.pretrained.origin import Origin, origin_of
 from sae.pretrained.push import Card, Pushed
 from sae.pretrained.push import push as push_to_hub
 from sae.pretrained.verify import (
@@ -40,8 +41,9 @@ from sae.run.context import (
     Section,
     opened,
     pieces_of,
-    provenance_of,
+    require_origin,
     results_of,
+    with_differences,
 )
 from sae.run.neuronpedia import Names, export_pages, promoted_of
 
@@ -88,23 +90,24 @@ def convert(
     # a set of transcoders is one directory, to which each layer adds a file
     is_set = to == "circuit_tracer"
     if Path(target).exists() and any(Path(target).iterdir()) and not is_set:
-        raise ValueError(f"{target} must be empty to be written to, got files in it; name another")
-    dictionary, origin = pretrained.load_with_source(source, format, allow_pt)
+        raise MonosemaError(
+            f"{target} must be empty to be written to, got files in it; name another"
+        )
+    dictionary, origin, _ = pretrained.load_with_source(source, format, allow_pt)
     if to == monosema_format.FORMAT:
         pretrained.save(dictionary, target, {"source": asdict(origin)})
         done = origin.folds_applied
     elif to in TARGETS:
-        site = origin.site | site_of(dictionary, origin, _record_of(source))
+        site = origin.site | site_of(dictionary, origin, _record_of(dictionary, origin))
         done = (*origin.folds_applied, *export(dictionary, target, to, site).folds)
     elif to == PAGES:
         done = _pages(source, target, dictionary, origin, model)
     else:
         known = [monosema_format.FORMAT, *TARGETS, PAGES]
-        raise ValueError(f"--to must be one of {known}, got {to!r}")
+        raise MonosemaError(f"--to must be one of {known}, got {to!r}")
     rows = [("from", f"{source}, {origin.source_format}"), ("to", f"{target}, {to}")]
-    rows += [("folded", fold) for fold in done] or [
-        ("folded", "nothing: every number is as it was")
-    ]
+    folded = done or ("nothing: every number is as it was",)
+    rows += [("folded", fold) for fold in folded]
     return Facts("converted", rows)
 
 
@@ -116,9 +119,9 @@ def hook_points_of(dictionary: SparseAutoencoder) -> dict[str, str]:
     return names | ({"hook_name_out": predicted} if predicted not in {"", read} else {})
 
 
-def _record_of(source: str | Path) -> dict[str, Any]:
+def _record_of(dictionary: SparseAutoencoder, origin: Source) -> Mapping[str, Any]:
     """The provenance of a dictionary of ours; empty for others."""
-    return provenance_of(Path(source)) if Path(source).is_dir() else {}
+    return dictionary.provenance if origin.source_format == monosema_format.FORMAT else {}
 
 
 def site_of(
@@ -167,7 +170,7 @@ def _pages(
     model: str | None,
 ) -> tuple[str, ...]:
     """Write the pages of an explained dictionary; returns what to say of them."""
-    site = origin.site | site_of(dictionary, origin, _record_of(source))
+    site = origin.site | site_of(dictionary, origin, _record_of(dictionary, origin))
     layer = re.match(r"blocks\.(\d+)\.", site.get("hook_name", ""))
     names = Names(
         site.get("model_name", "").rpartition("/")[2],
@@ -213,10 +216,12 @@ def push(
     path = Path(source)
     read = hook_points_of(pretrained.load(path, format=monosema_format.FORMAT)).get("hook_name")
     if hook_point is not None and read not in {None, hook_point}:
-        raise ValueError(f"--hook-point must be that of the dictionary, {read}, got {hook_point}")
+        raise MonosemaError(
+            f"--hook-point must be that of the dictionary, {read}, got {hook_point}"
+        )
     point = hook_point or read
     if point is None:
-        raise ValueError(f"--hook-point must be given, for {path} does not name one, got none")
+        raise MonosemaError(f"--hook-point must be given, for {path} does not name one, got none")
     card = Card(licence, model, point, figures_of(path, metrics))
     return push_to_hub(path, repo, card, private=not public)
 
@@ -228,7 +233,7 @@ def figures_of(path: Path, report: str | Path | None) -> dict[str, object]:
         return {}
     reported = read_json(file).reconstruction
     if path.resolve().name not in reported:
-        raise ValueError(
+        raise MonosemaError(
             f"{file} must have figures of {path.resolve().name}, got those of {sorted(reported)}"
         )
     figures = asdict(reported[path.resolve().name])
@@ -239,7 +244,7 @@ def figures_of(path: Path, report: str | Path | None) -> dict[str, object]:
     }
 
 
-def verify_release(
+def verify_release(  # noqa: PLR0913
     source: str | Path,
     cache: CacheOrPath,
     *,
@@ -248,25 +253,29 @@ def verify_release(
     rows: int = 2048,
     format: str | None = None,
     allow_pt: bool = False,
+    force: bool = False,
 ) -> VerifiedRelease:
     """Say which reading of a release meets its published figures on a cache's rows.
 
     Args:
         source: A directory, a file or org/name.
         cache: Rows of the model that it is for.
-        hook_points: READ, or READ,PREDICTED of a transcoder; the cache's only one when absent.
+        hook_points: READ, or READ,PREDICTED of a transcoder; else the release's, or the only one.
         figures: "l0=50,fvu=0.2" or one of them; the L0 in its files when absent.
         rows: How many to measure on.
         format: Where two fit.
         allow_pt: Read a pickle in a closed process.
+        force: Measure on another model or place than the release names too; the table names it.
 
     Raises:
-        ValueError: If the cache has no such hook points.
+        ValueError: If the cache has no such hook points, or is of another model or place.
     """
     readings = load_readings(source, format, allow_pt)
-    cache = opened(cache)
-    stated = published(readings.site, figures)
-    reads, predicts = _chosen(cache, hook_points)
+    cache, stated = opened(cache), published(readings.site, figures)
+    origin = origin_of(next(iter(readings.dictionaries.values())).config, words=readings.site)
+    reads, predicts = _chosen(cache, hook_points, origin)
+    outputs = None if reads == predicts else (predicts,)
+    differs = require_origin(str(source), origin, cache, (reads,), outputs, force)
     lines, met, measured = [], [], {}
     for which, numbers in _rows(cache, rows).items():
         pairs = [(cache[reads][part], cache[predicts][part]) for part in numbers.split(BATCH)]
@@ -282,14 +291,14 @@ def verify_release(
         "bad with a permuted decoder"
     )
     title = f"{source}, {readings.format}; published: {wanted}"
-    table = ResultTable(columns, tuple(lines), note)
-    return VerifiedRelease(tuple(met), measured, Section(title, table))
+    note = with_differences(note, {str(source): differs} if differs else {})
+    section = Section(title, ResultTable(columns, tuple(lines), note))
+    return VerifiedRelease(tuple(met), measured, section)
 
 
 def _line(name: str, measured: Measured, is_met: bool) -> tuple[str, ...]:
-    verdict = "yes" if is_met else "no"
     figures = (f"{measured.l0:.1f}", f"{measured.fvu:.4f}", f"{measured.fvu_permuted:.4f}")
-    return (name, measured.reading, *figures, f"{measured.n_rows:,}", verdict)
+    return (name, measured.reading, *figures, f"{measured.n_rows:,}", "yes" if is_met else "no")
 
 
 def _rows(cache: ActivationCache, most: int) -> dict[str, torch.Tensor]:
@@ -303,91 +312,15 @@ def _rows(cache: ActivationCache, most: int) -> dict[str, torch.Tensor]:
     return {name: rows for name, rows in parts.items() if len(rows)}
 
 
-def _chosen(cache: ActivationCache, hook_points: str | None) -> tuple[str, str]:
+def _chosen(cache: ActivationCache, hook_points: str | None, origin: Origin) -> tuple[str, str]:
     """The hook points that are read and predicted."""
+    recorded = [*origin.inputs, *origin.outputs]
+    if not hook_points and recorded and set(recorded) <= set(cache.hook_points):
+        return recorded[0], recorded[-1]
     names = hook_points.split(",") if hook_points else list(cache.hook_points)
     if len(names) > 1 + bool(hook_points) or not set(names) <= set(cache.hook_points):
-        raise ValueError(
+        raise MonosemaError(
             f"--hook-points must name one of {list(cache.hook_points)}, or two of them, got "
             f"{hook_points}"
         )
     return names[0], names[-1]
-
-
-def inspect(path: str | Path, *, format: str | None = None, allow_pt: bool = False) -> Facts:
-    """Say what a dictionary is, where it comes from, and how it will be applied.
-
-    Args:
-        path: A directory, a file or org/name.
-        format: Where two fit.
-        allow_pt: Read a pickle in a closed process.
-    """
-    dictionary, source = pretrained.load_with_source(path, format, allow_pt)
-    config = dictionary.config
-    rows = [
-        ("format", source.source_format),
-        ("its reader", f"checked against {source.checked_against}; not run on released weights"),
-        *(("sha256", f"{name} {digest[:16]}") for name, digest in source.source_sha256.items()),
-        *((name.replace("_", " "), text) for name, text in source.site.items()),
-        ("latents", f"{config.d_sae:,}"),
-        ("width", f"{config.d_in:,} -> {config.width_out:,}"),
-        *_hook_points(config),
-        *((name, _range(tensor)) for name, tensor in _tensors(dictionary).items()),
-        *(("folded", fold) for fold in source.folds_applied),
-        *equations_of(config),
-    ]
-    return Facts(str(path), rows, "u, h, a, y, x_hat: how it is applied")
-
-
-def _hook_points(config: SAEConfig) -> list[tuple[str, str]]:
-    """What is read and, if it is something else, what is predicted; nothing if not recorded."""
-    sides = {"reads": config.inputs, "predicts": config.outputs}
-    return [
-        (side, ", ".join(p.hook_point for p in parts)) for side, parts in sides.items() if parts
-    ]
-
-
-def equations_of(config: SAEConfig) -> list[tuple[str, str]]:
-    """How the dictionary is applied: the left and the right side of each equation."""
-    norm = {"none": "x", "layer_norm": "layer_norm(x)", "rms": "x / rms(x)"}[config.input_norm]
-    scaled = norm if config.input_scale == 1 else f"{norm} * {config.input_scale:.6g}"
-    scaled += "" if len(config.slices_in) == 1 else " * each hook point's own factor"
-    centred = "u" if config.b_in == "none" else f"(u - {config.b_in.replace('own', 'b_in')})"
-    through = "u" if config.undo_norm else "x" + scaled.removeprefix(norm)
-    y = "a @ W_dec + b_dec" + (f" + {through} @ W_skip" if config.skip else "")
-    brought = "y" if config.scale_out == 1 else f"y / {config.scale_out:.6g}"
-    brought += "" if len(config.slices_out) == 1 else " / each hook point's own factor"
-    undone = {"none": "", "layer_norm": " * std(x) + mean(x)", "rms": " * rms(x)"}
-    brought += undone[config.input_norm] if config.undo_norm else ""
-    bias = "" if isinstance(config.activation, Gated) else " + b_enc"
-    return [
-        ("u", scaled),
-        ("h", f"{centred} @ W_enc{bias}"),
-        ("a", _activation(config)),
-        ("y", y),
-        ("x_hat", brought),
-    ]
-
-
-def _activation(config: SAEConfig) -> str:
-    h = "h * |W_dec|" if config.gate_by_decoder_norm else "h"
-    facts, k = config.activation.facts, config.activation.per_row
-    text = facts.equation.format(h=h, k=k)
-    return f"({text}) / |W_dec|" if config.gate_by_decoder_norm else text
-
-
-def _tensors(dictionary: SparseAutoencoder) -> dict[str, torch.Tensor]:
-    """What tells a wrong reading by its range."""
-    tensors = {
-        "norms of decoder rows": dictionary.W_dec.norm(dim=1),
-        "norms of encoder rows": dictionary.W_enc.norm(dim=0),
-        "norm of b_dec": dictionary.b_dec.detach().norm(),
-    }
-    if dictionary.threshold is not None:
-        tensors["threshold"] = dictionary.threshold.detach()
-    return tensors
-
-
-def _range(tensor: torch.Tensor) -> str:
-    low, high = float(tensor.min()), float(tensor.max())
-    return f"{low:.4g}" if tensor.dim() == 0 else f"{low:.4g} to {high:.4g}"

@@ -1,6 +1,7 @@
 """Steering: a model with latents changed, its texts, sweeps over strengths, a run's example."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import islice
@@ -12,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from activations_cache import io
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.config import SPLITS, ModelConfig, TextSource
 from activations_cache.documents import documents
 from activations_cache.models import LoadedModel, Tokenizer, load_model
@@ -22,8 +23,8 @@ from sae.browser import ResultTable
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.tables import LATENTS, LatentRecord, read_latents
 from sae.pretrained import load as load_dictionary
-from sae.pretrained.loading import require_model
-from sae.run.context import Run, Section, pieces_of, wrong_class
+from sae.pretrained.origin import origin_of, require_model
+from sae.run.context import Run, Section, at_places, pieces_of, with_differences, wrong_class
 from sae.steer.choice import Candidate, Subject, choose_latent, target_tokens
 from sae.steer.config import SteerRequest, latent_change
 from sae.steer.edits import Edit
@@ -42,6 +43,8 @@ N_TARGETS = 10
 
 N_NEUTRAL = 2
 """Held-out contexts on which the side effect is measured."""
+
+_log = logging.getLogger(__name__)
 
 N_COMMON = 300
 """So many of the most frequent tokens do not show that steering worked."""
@@ -70,18 +73,22 @@ class LatentSweep(NamedTuple):
     unit: str
     promoted: list[str]
     """The tokens that stand for the latent."""
+    differs: tuple[str, ...] = ()
+    """In what the model or the place is not the dictionary's; only where forced."""
 
     def write(self, output: Path) -> Section:
         """Write the sweep as CSV, JSON and a picture; returns a row for each arm and strength."""
         output.mkdir(parents=True, exist_ok=True)
         self.points.write_csv(output / "sweep.csv")
         picture = plot(self.points, self.title, self.unit)
-        record = json.dumps(asdict(self.points), indent=1).encode()
+        record = json.dumps(asdict(self.points) | {"differs": self.differs}, indent=1).encode()
         io.write_files({output / "sweep.png": picture, output / "sweep.json": record})
         columns = ("arm", self.unit, "gain", "KL", "top-1", "perplexity", "repeated", "moved")
         rows = tuple(_row(point) for point in self.points.points)
         promoted = " ".join(map(repr, self.promoted))
-        table = ResultTable(columns, rows, _sweep_note(self.points, output))
+        differs = {f"latent {self.latent}": self.differs} if self.differs else {}
+        note = with_differences(_sweep_note(self.points, output), differs)
+        table = ResultTable(columns, rows, note)
         return Section(f"{self.title}; promoted: {promoted}", table)
 
 
@@ -93,6 +100,7 @@ def steer(
     hook_point: str | None = None,
     positions: Positions = "all",
     first_position: int = 1,
+    force: bool = False,
 ) -> Steering:
     """Return a context in which the model runs with latents changed.
 
@@ -104,62 +112,100 @@ def steer(
         hook_point: Where the dictionary belongs, if it does not say so itself.
         positions: Which tokens are changed.
         first_position: Positions below this one are left as they are.
+        force: Steer another model, or at another place, than the dictionary's; a warning names it.
 
     Raises:
         TypeError: If an argument is of another class.
-        ValueError: If the place is unknown, or a change has another form.
+        ValueError: If the place is unknown, the model or the place is another one, or a change has
+            another form.
     """
     inner = model.model if isinstance(model, LoadedModel) else model
     if not isinstance(inner, nn.Module):
         raise wrong_class("model", "be a model or what load_model returns", model, "load it first")
     if not isinstance(latents, Mapping):
         raise wrong_class("latents", "be changes by number", latents, 'such as {123: "10x"}')
-    where = placed(dictionary, hook_point)
+    where, differs = placed(dictionary, hook_point, force=force)
+    if isinstance(model, LoadedModel):
+        path = str(model.provenance.get("path", ""))
+        differs += require_model(where, model.identity, path, force=force)
+    for difference in differs:
+        _log.warning("forced: %s", difference)
     changes = [latent_change(f"{number}={change}") for number, change in latents.items()]
     edits = [Edit(where, latent=number, **words) for number, words in changes]
     return Steering(inner, edits, positions=positions, first_position=first_position)
 
 
 def placed(
-    dictionary: SparseAutoencoder | str | Path, hook_point: str | None = None
-) -> SparseAutoencoder:
-    """Return a dictionary that knows the one place where it belongs."""
+    dictionary: SparseAutoencoder | str | Path,
+    hook_point: str | None = None,
+    *,
+    force: bool = False,
+) -> tuple[SparseAutoencoder, tuple[str, ...]]:
+    """Return a dictionary that knows the one place where it belongs, and what differs if forced.
+
+    Raises:
+        ValueError: If the place is unknown, or another one than the dictionary's and not forced.
+    """
     if isinstance(dictionary, str | Path):
-        return placed(load_dictionary(dictionary).requires_grad_(False), hook_point)
+        dictionary = load_dictionary(dictionary).requires_grad_(False)
     if not isinstance(dictionary, SparseAutoencoder):
         raise wrong_class(
             "dictionary", "be a dictionary or the path of one", dictionary, "see sae.load"
         )
+    config, differs = dictionary.config, ()
     if hook_point is not None:
-        dictionary.at(hook_point)
+        differs = origin_of(config, dictionary.provenance).places((hook_point,))
+        if differs and not force:
+            raise MonosemaError(
+                f"hook_point must be {differs[0].trained}, where the dictionary was trained, got "
+                f"{hook_point}; leave it out, or go on with --force (force=True)"
+            )
+        if differs and len(config.hook_points) == 1:
+            dictionary = at_places(dictionary, (hook_point,))
+        else:
+            dictionary.at(hook_point)
     if not dictionary.config.hook_points:
         site = dictionary.provenance.get("source", {}).get("site", {})
         said = ", ".join(f"{key} {value}" for key, value in site.items()) or "nothing of it"
-        raise ValueError(
+        raise MonosemaError(
             f"hook_point must be given for a dictionary whose files say {said}, got none; name a "
             "place such as model.layers.7:out"
         )
     assert dictionary.config.hook_point_out  # one place is read, and one is predicted
-    return dictionary
+    return dictionary, tuple(map(str, differs))
+
+
+class PlacedInModel(NamedTuple):
+    """A dictionary and the model that it is used in."""
+
+    dictionary: SparseAutoencoder
+    loaded: LoadedModel
+    differs: tuple[str, ...]
+    """In what the model or the place is not the dictionary's; only where forced."""
 
 
 def placed_in_model(
-    path: str | Path, model: str | None, dtype: str | None, hook_point: str | None
-) -> tuple[SparseAutoencoder, LoadedModel]:
-    """Load a dictionary and the model that it belongs to.
+    path: str | Path,
+    model: str | None,
+    dtype: str | None,
+    hook_point: str | None,
+    *,
+    force: bool = False,
+) -> PlacedInModel:
+    """Load a dictionary and the model that it belongs to, or if forced another one.
 
     Raises:
         ValueError: If the model is not known and not named, or if it is another one.
     """
-    dictionary = placed(path, hook_point)
+    dictionary, differs = placed(path, hook_point, force=force)
     made_from = dictionary.provenance.get("model", {})
     name = model or made_from.get("path")
     if name is None:
-        raise ValueError(f"--model must name the model of {path}, whose files do not say it")
+        raise MonosemaError(f"--model must name the model of {path}, whose files do not say it")
     kind = dtype or made_from.get("dtype") or "bfloat16"
     loaded = load_model(ModelConfig(path=name, dtype=kind))  # pyright: ignore[reportArgumentType]
-    require_model(dictionary, loaded.identity)
-    return dictionary, loaded
+    differs += require_model(dictionary, loaded.identity, name, force=force)
+    return PlacedInModel(dictionary, loaded, differs)
 
 
 def continuations(
@@ -261,7 +307,7 @@ def steering_example(run: Run, progress: Progress) -> dict[str, Any]:
     """
     config = run.config.steer
     name = config.dictionary or _steerable(run)
-    [hook_point], _ = run.dictionaries[name].config.sites(run.hook_point)
+    [hook_point] = run.fitted[name].inputs
     subject = Subject(
         model=run.loaded.model,
         tokenizer=run.loaded.tokenizer,
@@ -295,7 +341,7 @@ def _steerable(run: Run) -> str:
         config = dictionary.config
         if not run.is_frozen(name) and not config.outputs and len(config.inputs) < 2:
             return name
-    raise ValueError(
+    raise MonosemaError(
         "train.saes must have a dictionary that reads and predicts one hook point to steer by, "
         f"got {', '.join(run.dictionaries)}; add one, or end with `sae explain`"
     )

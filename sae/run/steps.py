@@ -2,13 +2,15 @@
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import activations_cache
-from activations_cache import io
+from activations_cache import seals
 from activations_cache.builder import rank_of_this_process
 from activations_cache.checks import Progress
 from activations_cache.config import SPLITS
+from activations_cache.manifest import MANIFEST
 from activations_cache.probe import record_of
 from sae.browser import write_site
 from sae.evaluate.report import write_json
@@ -17,18 +19,23 @@ from sae.explain.autointerp import client_of, label_with_llm
 from sae.explain.config import AutointerpConfig
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import Subject
+from sae.explain.tables import SUMMARY
+from sae.metrics import STATS
+from sae.pretrained.monosema_format import CONFIG, PROVENANCE, WEIGHTS
 from sae.run.browsing import site_of_run
 from sae.run.context import Run
-from sae.run.explaining import digest_of, promoted_strings
+from sae.run.explaining import digest_of, promoted_strings, tools_for
 from sae.run.images import check_splits, explain_pictures, with_downstream
 from sae.run.measuring import baselines
 from sae.run.steering import steering_example
-from sae.train.curves import draw
+from sae.train.curves import LOGS, draw
 from sae.train.fit import train as train_dictionaries
 
 REPORT = "report.json"
 STEERING = "steering.json"
 PAGE = "index.html"
+DICTIONARY = (WEIGHTS, CONFIG, PROVENANCE)
+LABEL_FILES = (".parquet", ".json", ".jsonl")
 
 _log = logging.getLogger(__name__)
 
@@ -76,20 +83,20 @@ def explain(run: Run, report: Progress) -> dict[str, Any]:
         Summaries of the labels by a language model, by dictionary; empty where none was asked.
     """
     summaries: dict[str, Any] = {}
-    for name, dictionary in run.dictionaries.items():
+    for name, one in run.fitted.items():
         path = run.path("explain") / name
 
         def report_named(done: int, total: int, unit: str, name: str = name) -> None:
             report(done, total, f"{unit} of {name}")
 
         if run.of_images:
-            config, hook = run.config.explain, run.hook_point
-            explain_pictures(dictionary, run.cache, hook, config, path, report_named)
+            config, hook = run.config.explain, one.hook_point
+            explain_pictures(one.dictionary, run.cache, hook, config, path, report_named)
             continue
         explain_latents(
-            dictionary,
-            run.cache.concatenated(dictionary.config.sites(run.hook_point)[0]),
-            run.hook_point,
+            one.dictionary,
+            one.rows_of(run.cache),
+            one.hook_point,
             run.pieces,
             run.config.explain,
             path,
@@ -105,14 +112,15 @@ def explain_by_llm(
     run: Run, name: str, config: AutointerpConfig, report: Progress
 ) -> dict[str, Any]:
     """Label one dictionary by a language model as well."""
-    dictionary, path = run.dictionaries[name], run.path("explain") / name
+    one, path, strings = run.fitted[name], run.path("explain") / name, run.pieces
+    tools = tools_for(run.config.explain, one, run.cache, run.loaded)
     return label_with_llm(
-        Subject(dictionary, run.cache, run.hook_point, run.pieces),
+        Subject(one.dictionary, one.rows_of(run.cache), one.hook_point, strings, tools),
         config,
         path,
         client_of(config),
-        promoted=promoted_strings(dictionary, run.loaded.model, run.pieces, config),
-        identity={"cache": run.cache.fingerprint, "dictionary": digest_of(dictionary)},
+        promoted=promoted_strings(one.dictionary, run.loaded.model, strings, config),
+        identity={"cache": run.cache.fingerprint, "dictionary": digest_of(one.dictionary)},
         progress=report,
     )
 
@@ -126,12 +134,52 @@ def steer(run: Run, report: Progress) -> None:
         reason = f"{record.name} does not predict the next token, so no text is continued"
         _log.warning("%s", reason)
         example = {"shown": None, "reason": reason}
-    io.write_files({run.path("steer") / STEERING: json.dumps(example, indent=1).encode()})
+    seals.write(run.path("steer"), {STEERING: json.dumps(example, indent=1).encode()})
 
 
 def browse(run: Run, report: Progress) -> None:
     """Write the browser's folder."""
     write_site(site_of_run(run, report), run.path("browse"), progress=report)
+
+
+def cache_files(run: Run) -> list[Path]:
+    """The manifest, which holds the checksums of all other files of the cache."""
+    return [run.cache_path / MANIFEST]
+
+
+def train_files(run: Run) -> list[Path]:
+    """The dictionaries, and what the curves are drawn from."""
+    path = run.path("train")
+    files = [path / name / file for name in run.config.train.saes for file in DICTIONARY]
+    return files + sorted((path / LOGS / "csv").glob("*/metrics.csv"))
+
+
+def evaluate_files(run: Run) -> list[Path]:
+    """The report, and the statistics next to the dictionaries."""
+    stats = [run.path("train") / name / STATS for name in run.config.train.saes]
+    return [run.path("evaluate") / REPORT, *stats]
+
+
+def explain_files(run: Run) -> list[Path]:
+    """Labels, examples, scores and summaries."""
+    files = []
+    for name in run.config.train.saes:
+        path = run.path("explain") / name
+        files.append(path / SUMMARY)
+        files += [f for f in path.glob("*") if f.suffix in LABEL_FILES and f.name != seals.LIST]
+    return files
+
+
+def steer_files(run: Run) -> list[Path]:
+    """The example."""
+    return [run.path("steer") / STEERING]
+
+
+def browse_files(run: Run) -> list[Path]:
+    """All pages and their data."""
+    folder = run.path("browse")
+    made = (path for part in ("assets", "data") for path in (folder / part).rglob("*"))
+    return [folder / PAGE, *(path for path in made if path.is_file())]
 
 
 def check(run: Run, done: str, last: str) -> None:

@@ -1,6 +1,5 @@
 """What a run and an evaluation say as tables, for the terminal and for their pages."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -12,7 +11,7 @@ from sae.evaluate.downstream import Accuracy, Downstream
 from sae.evaluate.probing.sparse_probe import Survey
 from sae.evaluate.report import EvaluationReport
 from sae.evaluate.substitution import Effect, Substitution
-from sae.explain.tables import SUMMARY
+from sae.explain.tables import SUMMARY, read_summary
 from sae.run.context import Run, Section
 from sae.run.image_tables import image_table, mean_cell
 from sae.statistics import Interval
@@ -230,7 +229,7 @@ def _losses(measured: EvaluationReport, name: str) -> list[str]:
 
 
 def _labels(run: Run, name: str) -> dict[str, Any]:
-    return json.loads((run.path("explain") / name / SUMMARY).read_text())
+    return read_summary(run.path("explain") / name / SUMMARY)
 
 
 TRAINING = ("dictionary", "FVU", "L0", "dead", "rows/s", "time")

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.hooks import capture, edit
 from sae.autoencoder import Latents, SparseAutoencoder
 from sae.steer.edits import directions_of
@@ -228,7 +228,7 @@ def see(
         ValueError: If there is not one prompt.
     """
     if len(input_ids) != 1:
-        raise ValueError(f"input_ids must be one prompt, got {len(input_ids)}")
+        raise MonosemaError(f"input_ids must be one prompt, got {len(input_ids)}")
     ids = input_ids.to(next(model.parameters()).device)
     with capture(model, [placed.hook_point]) as run:
         x = run(ids)[placed.hook_point][0]

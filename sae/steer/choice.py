@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from activations_cache import hooks
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.models import Tokenizer
 from sae.autoencoder import SparseAutoencoder
 from sae.steer.config import SteerConfig
@@ -55,7 +55,7 @@ def named(candidates: Sequence[Candidate], latent: int) -> list[Candidate]:
     """
     found = [candidate for candidate in candidates if candidate.latent == latent]
     if not found:
-        raise ValueError(f"latent must be one of the labelled ones, got {latent}")
+        raise MonosemaError(f"latent must be one of the labelled ones, got {latent}")
     return found
 
 
@@ -72,7 +72,7 @@ def fit_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     )
     fit = [candidate for candidate, holds in zip(candidates, is_fit, strict=True) if holds]
     if not fit:
-        raise ValueError(
+        raise MonosemaError(
             f"candidates must have one with AUC >= {MIN_AUC}, density in {low:g}..{high:g} and "
             f"{MIN_TARGETS} target tokens, got none among {len(candidates)}; name a latent"
         )

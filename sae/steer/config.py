@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from activations_cache.checks import LATER, at_least, require
+from activations_cache.checks import LATER, MonosemaError, at_least, require
 
 Unit = Literal["max", "norm", "absolute"]
 """`max`: times the largest activation that the latent had when the dictionary was evaluated;
@@ -43,7 +43,7 @@ def strength(field: str, given: float | int | str) -> Strength:
     except ValueError:
         value = float("nan")
     if found is None or not abs(value) < float("inf"):
-        raise ValueError(
+        raise MonosemaError(
             f"{field} must be a number, or one in units of max or norm such as '10x max', "
             f"got {given!r}"
         )
@@ -219,6 +219,8 @@ class SteerRequest(SweepConfig):
     """Of the model; as in training when absent."""
     hook_point: str | None = None
     """Where the dictionary reads, if its files do not say so."""
+    force: bool = False
+    """Whether another model or place than the dictionary's is taken; the result names it."""
     neutral: str | None = None
     """A .txt or .jsonl file of text that has nothing to do with the latent; glosses when absent."""
     n_neutral: int = 16
@@ -272,6 +274,8 @@ class FindRequest:
     """Of the model; as in training when absent."""
     hook_point: str | None = None
     """Where the dictionary reads, if its files do not say so."""
+    force: bool = False
+    """Whether another model or place than the dictionary's is taken; the result names it."""
 
     def __post_init__(self) -> None:
         """Check that one thing is asked for."""

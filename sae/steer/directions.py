@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from activations_cache.hooks import capture, edit
 from activations_cache.probe import logits_path, readout, record_of
+from monosema.checks import MonosemaError
 from sae.autoencoder import SparseAutoencoder
 from sae.steer.attribution import Attribution, see
 from sae.steer.edits import directions_of
@@ -41,7 +42,7 @@ def direct_logits(
     """
     path = logits_path(model)
     if path.cap is not None:
-        raise ValueError(
+        raise MonosemaError(
             f"logits must be linear in the normed stream for direct_logits, got a soft cap of "
             f"{path.cap:.4g} in {type(model).__name__}; use attribute, which goes through it"
         )

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from monosema.checks import MonosemaError
 from sae import activations
 from sae.activations import EncoderWeights
 from sae.autoencoder import SparseAutoencoder
@@ -114,7 +115,7 @@ class Edit:
         """Check everything before a model runs."""
         self.dictionary.require_latent(self.latent)
         if self.along is not None and self.along.shape != self.dictionary.b_dec.shape:
-            raise ValueError(
+            raise MonosemaError(
                 f"along must be d_out={len(self.dictionary.b_dec)} wide, "
                 f"got {tuple(self.along.shape)}"
             )
@@ -127,7 +128,7 @@ class Edit:
         words = [name for name, value in given.items() if value is not None]
         words += ["ablate"] * self.ablate
         if len(words) != 1:
-            raise ValueError(
+            raise MonosemaError(
                 "an edit must have one of clamp, add, scale, ablate, cap and floor, "
                 f"got {' and '.join(words) or 'none'}"
             )
@@ -167,14 +168,14 @@ class Edit:
 
 def _maximum(placed: SparseAutoencoder, latent: int) -> float:
     if placed.stats is None:
-        raise ValueError(
+        raise MonosemaError(
             "stats must be given for a value in units of a latent's maximum, got None; "
             "run `sae evaluate DICT --cache CACHE`, then steer by the dictionary's path or name, "
             "or give a plain number"
         )
     maximum = float(placed.stats.max_activation[latent])
     if maximum == 0:
-        raise ValueError(
+        raise MonosemaError(
             f"latent {latent} must have fired for a value in units of its maximum, got a latent "
             f"that was silent in {placed.stats.n_rows:,} rows; give a plain number"
         )
@@ -212,7 +213,7 @@ class LatentEdits:
         """
         numbers = [edit.latent for edit in edits]
         if len(set(numbers)) < len(numbers):
-            raise ValueError(f"edits must name a latent once, got {sorted(numbers)}")
+            raise MonosemaError(f"edits must name a latent once, got {sorted(numbers)}")
         self.edits = tuple(edits)
         self._dictionary = edits[0].dictionary
         latents = torch.tensor(numbers, device=self._dictionary.dec_rows.device)

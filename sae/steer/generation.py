@@ -8,6 +8,7 @@ from torch import nn
 from activations_cache.models import Tokenizer
 from activations_cache.probe import record_of, require_next_token
 from activations_cache.reading import given_cache
+from monosema.checks import MonosemaError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def generate_copies(
     require_next_token(model, "to continue a text")
     prompt_tokens = tuple(_chat_ids(tokenizer, prompt) if chat else tokenizer(prompt)["input_ids"])
     if not prompt_tokens:
-        raise ValueError(f"prompt must have at least one token, got {prompt!r}")
+        raise MonosemaError(f"prompt must have at least one token, got {prompt!r}")
     copies = [list(prompt_tokens) for _ in range(n_copies)]
     end = tokenizer.eos_token_id
     assert end is None or isinstance(end, int), end
@@ -106,7 +107,7 @@ def generate_copies(
 def _chat_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The ids of what a user says, with all that the template puts around it."""
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise MonosemaError(
             "chat must be false for a tokenizer without a chat template, got true; write the "
             "prompt as the model knows it"
         )

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from activations_cache.prompts import Prompt
+from monosema.checks import MonosemaError
 
 POLICIES = ("all", "prompt", "generated", "last", "class")
 """`last` is the prompt's last token; `class` is position 0, the class token of a ViT."""
@@ -32,7 +33,7 @@ def check_positions(positions: Positions) -> None:
         ValueError: If it is not known.
     """
     if isinstance(positions, str) and positions not in POLICIES:
-        raise ValueError(
+        raise MonosemaError(
             f"positions must be one of {', '.join(POLICIES)}, a mask or Patches, got {positions!r}"
         )
 
@@ -61,7 +62,7 @@ def chosen(
         return positions == 0
     if prompt is None:
         if not isinstance(policy, str) or policy != "all":
-            raise ValueError(
+            raise MonosemaError(
                 f"positions must be all, class or Patches without a prompt, got {policy}"
             )
         return positions >= first_position
@@ -94,7 +95,7 @@ def _masked(
 ) -> Bool[Tensor, "example pos"]:
     n_examples, n_columns = mask.shape
     if len(positions) % n_examples:
-        raise ValueError(
+        raise MonosemaError(
             f"a mask of positions must have a row for each of {len(positions)} examples, "
             f"got {n_examples}"
         )

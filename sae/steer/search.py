@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.hooks import capture
 from activations_cache.models import Tokenizer
 from sae.autoencoder import SparseAutoencoder
@@ -69,7 +69,7 @@ def find_latents(
         ValueError: If there is no positive text, or one has no token that counts.
     """
     if not positives:
-        raise ValueError("positives must hold at least one text, got none")
+        raise MonosemaError("positives must hold at least one text, got none")
     progress, peaks = progress or silent, []
     for text in (*positives, *negatives):
         peaks.append(_peaks(model, tokenizer, placed, text, counting))
@@ -105,7 +105,7 @@ def _peaks(
     """The largest activation of every latent in a text, and its position."""
     ids = tokenizer(text)["input_ids"]
     if len(ids) <= counting.first_position:
-        raise ValueError(
+        raise MonosemaError(
             f"texts must have more than {counting.first_position} tokens, "
             f"got {text!r} with {len(ids)}"
         )
@@ -140,9 +140,9 @@ def nearest_latents(
     other = among or dictionary
     d_sae, width = dictionary.config.d_sae, dictionary.config.width_out
     if len(latents) and not 0 <= int(latents.min()) <= int(latents.max()) < d_sae:
-        raise ValueError(f"latents must be below d_sae={d_sae}, got {int(latents.max())}")
+        raise MonosemaError(f"latents must be below d_sae={d_sae}, got {int(latents.max())}")
     if other.config.width_out != width:
-        raise ValueError(
+        raise MonosemaError(
             f"both dictionaries must write rows of one width, got {width} and "
             f"{other.config.width_out}"
         )

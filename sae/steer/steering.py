@@ -15,6 +15,7 @@ from activations_cache.probe import record_of
 from activations_cache.prompts import Prompts, prompts_of
 from activations_cache.reading import kept_aside, takes_tokens
 from activations_cache.trial import attempt
+from monosema.checks import MonosemaError
 from sae.steer.edits import Change, Edit, LatentEdits, Patch, Push, Rows, Splice
 from sae.steer.positions import Positions, check_positions, chosen
 
@@ -100,7 +101,7 @@ class Steering:
                 unknown.
         """
         if not changes:
-            raise ValueError("changes must name at least one edit, got none")
+            raise MonosemaError("changes must name at least one edit, got none")
         check_positions(positions)
         self.model = model
         self.positions: Positions = positions
@@ -158,11 +159,11 @@ class Steering:
         for count, line in zip(unused, self.unused(), strict=True):
             if count.n_seen == 0:
                 # What runs the model may have kept an error to itself, as `generate_batch` does.
-                raise refused or ValueError(line)
+                raise refused or MonosemaError(line)
             _log.warning(line)  # a policy may choose none: the first tokens are all that there is
         for count in self.counts:
             if count.n_meant and not count.n_changed:
-                raise ValueError(
+                raise MonosemaError(
                     f"{count.name} must change the stream, got the same at all {count.n_meant} "
                     "tokens that it is for; raise the strength, or run the model in float32, which "
                     "rounds less"
@@ -172,7 +173,7 @@ class Steering:
         """Refuse logits that no token can be chosen by; some models bar tokens by -inf."""
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if isinstance(logits, Tensor) and bool((logits.isnan() | logits.isposinf()).any()):
-            raise ValueError(
+            raise MonosemaError(
                 f"logits must be finite, got others in {type(self.model).__name__} under "
                 f"{' and '.join(_with_strength(applied) for _, applied in self._applied)}; lower "
                 f"the strength, or run the model in float32"
@@ -268,7 +269,7 @@ class _Work:
     ) -> Float[Tensor, "example pos d_out"]:
         if self._steering.is_cache_wrong and self._prompts.continues:
             name = type(self._steering.model).__name__
-            raise ValueError(
+            raise MonosemaError(
                 f"{self._place[1]} must be read without a KV cache in {name}, which gives other "
                 "logits with one; generate with use_past_kv_cache=False"
             )
@@ -279,7 +280,7 @@ class _Work:
         _require_widths(self._applied, self._place, x, stream)
         new = apply_at(self._applied, where, x, stream, positions, self._count)
         if not bool(new.isfinite().all()) and bool(stream.isfinite().all()):
-            raise ValueError(
+            raise MonosemaError(
                 f"the stream must stay finite in {str(new.dtype).removeprefix('torch.')} at "
                 f"{self._place[1]}, got other numbers from {_with_strength(self._applied)}; lower "
                 "the strength, or run the model in float32"
@@ -333,7 +334,7 @@ def _require_widths(applied: Applied, place: Place, x: Tensor, stream: Tensor) -
         ]  # fmt: skip
     for point, made_for, found in widths:
         if made_for != found:
-            raise ValueError(
+            raise MonosemaError(
                 f"a change at {point} must be made for its width, {found} in this model, got one "
                 f"for {made_for}; it belongs to another model or place"
             )

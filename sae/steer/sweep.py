@@ -8,7 +8,7 @@ import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from activations_cache import io
 from activations_cache.checks import Progress, silent
 from activations_cache.hooks import capture
 from activations_cache.models import Tokenizer
@@ -93,10 +94,11 @@ class Sweep:
 
     def write_csv(self, path: Path) -> None:
         """Write a row for each point."""
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Point)])
-            writer.writeheader()
-            writer.writerows(asdict(point) for point in self.points)
+        text = StringIO(newline="")
+        writer = csv.DictWriter(text, [field.name for field in fields(Point)])
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in self.points)
+        io.write_files({path: text.getvalue().encode()})
 
 
 class Target(NamedTuple):

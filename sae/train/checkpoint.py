@@ -8,8 +8,9 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
@@ -17,7 +18,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from activations_cache import io
-from monosema.checks import Progress
+from monosema.checks import MonosemaError, Progress
 from sae.train.config import TrainConfig
 from sae.train.ranks import Ranks
 from sae.train.signals import Signals, Stopped
@@ -30,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 def save(root: Path, n_steps: int, state: dict[str, Tensor], identity: str) -> Path:
-    """Write `root/step-N`, verify it, and remove all but the two newest.
+    """Write `root/step-N`, verify it, and keep beside it the newest one before it.
+
+    Checkpoints of other identities are neither read nor removed; where one has the name already,
+    this one has a part of its own identity in its name.
 
     Args:
         root: Directory of this run's checkpoints.
@@ -38,24 +42,70 @@ def save(root: Path, n_steps: int, state: dict[str, Tensor], identity: str) -> P
         state: Flat named tensors.
         identity: Digest of what is trained on what; a checkpoint of another one is never read.
     """
-    path = root / f"step-{n_steps:08d}"
+    path = _place(root, n_steps, identity)
     data = to_safetensors({name: t.detach().cpu().contiguous() for name, t in state.items()})
     digest = hashlib.sha256(data).hexdigest()
     manifest = {"identity": identity, "n_steps": n_steps, "sha256": digest}
     io.write_files({path / STATE: data})
+    manifest["crc32c"] = _checksum(manifest)
     io.write_files({path / MANIFEST: json.dumps(manifest).encode()})
     if _read(path, identity) is None:
         raise OSError(f"{path} must read back as it was written, got other bytes; check the disk")
-    for older in sorted(root.glob("step-*"))[:-KEPT]:
-        # The manifest goes first, so a half-removed checkpoint is none.
-        (older / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(older)
+    before = [other for other in _own(root, identity) if other < path]
+    for other in _own(root, identity):
+        if other != path and other not in before[1 - KEPT :]:
+            # The manifest goes first, so a half-removed checkpoint is none.
+            (other / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(other)
     return path
+
+
+def _place(root: Path, n_steps: int, identity: str) -> Path:
+    path = root / f"step-{n_steps:08d}"
+    if _identity(path) in (None, identity):
+        return path
+    return path.with_name(f"{path.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}")
+
+
+def _own(root: Path, identity: str) -> list[Path]:
+    """The checkpoints of an identity, ascending.
+
+    Those beyond the newest one were not whole, or the run would have gone on from there.
+    """
+    return [path for path in sorted(root.glob("step-*")) if _identity(path) == identity]
+
+
+def _identity(path: Path) -> str | None:
+    """Whose checkpoint it is; None where no whole manifest says so."""
+    try:
+        return _manifest(path)["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; those of older versions have no checksum of their own.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    checksum = manifest.pop("crc32c", None)
+    is_whole = checksum == _checksum(manifest) if checksum else True
+    if not is_whole or manifest.keys() != {"identity", "n_steps", "sha256"}:
+        raise MonosemaError(f"{path / MANIFEST} must match its own checksum, got a damaged file")
+    return manifest
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    return io.crc32c(json.dumps(manifest, sort_keys=True).encode())
 
 
 def load_newest(root: Path, identity: str) -> tuple[int, dict[str, Tensor]] | None:
     """Steps and state of the newest checkpoint of this identity that verifies, or None."""
     for path in sorted(root.glob("step-*"), reverse=True):
+        if _identity(path) not in (None, identity):
+            continue
         found = _read(path, identity)
         if found is not None:
             return found
@@ -65,7 +115,7 @@ def load_newest(root: Path, identity: str) -> tuple[int, dict[str, Tensor]] | No
 
 def _read(path: Path, identity: str) -> tuple[int, dict[str, Tensor]] | None:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = _manifest(path)
         data = (path / STATE).read_bytes()
         whole = hashlib.sha256(data).hexdigest() == manifest["sha256"]
         if manifest["identity"] != identity or not whole:

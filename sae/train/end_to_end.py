@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from activations_cache.hooks import Edit, edit
 from activations_cache.probe import require_next_token
-from monosema.checks import require
+from monosema.checks import MonosemaError, require
 from sae.train.forward.common import Forward
 from sae.train.step import StepMetrics, TrainStep
 
@@ -55,7 +55,9 @@ class EndToEndStep:
         n = step.config.accumulate
         require(n == 1, "accumulate", "be 1 for end-to-end training", n)
         if any(weight.requires_grad for weight in model.parameters()):
-            raise ValueError("model must have weights without gradients, got some that need them")
+            raise MonosemaError(
+                "model must have weights without gradients, got some that need them"
+            )
         # A model that sees all tokens sees the padding too, and its logits are of no next token.
         require_next_token(model, "to train on what it predicts")
         self.step, self.model = step, model

@@ -14,9 +14,10 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 
+from activations_cache import io
 from activations_cache.config import TRAINING_SPLITS
 from activations_cache.outliers import looked_at
-from monosema.checks import Progress, silent
+from monosema.checks import MonosemaError, Progress, silent
 from sae.config import digest, to_dict
 from sae.pretrained.monosema_format import save
 from sae.train import checkpoint, curves
@@ -93,19 +94,27 @@ def train(
     """Train every entry of `config.saes` side by side; returns each dictionary's directory.
 
     A run that was stopped goes on from its newest checkpoint, bit-equal on the CPU to one that
-    was not. The curves lie in `path/logs`, as CSV and for TensorBoard; `curves.draw(path)` makes a
-    picture of them. Under torchrun or srun the processes train together (docs/cluster.md).
+    was not. A directory has one training at a time. The curves lie in `path/logs`, as CSV and for
+    TensorBoard; `curves.draw(path)` makes a picture of them. Under torchrun or srun the processes
+    train together (docs/cluster.md).
 
     Raises:
         ValueError: If the cache gives less than one batch, or has not the hook points, or W&B is
             asked for and not installed.
         FloatingPointError: If the loss is not finite in three steps in a row.
+        CacheBusyError: If another process trains in this directory.
         RankError: If another process of the run died or does not answer.
         Stopped: After SIGTERM or SIGUSR1, once a checkpoint is written.
     """
-    with joined(config.latent_shards, config.rank_timeout_seconds) as ranks:
+    path = Path(path)
+    with (
+        joined(config.latent_shards, config.rank_timeout_seconds) as ranks,
+        io.only_one(path / ".train.lock", f"the training in {path}")
+        if ranks.is_first
+        else contextlib.nullcontext(),
+    ):
         try:
-            return _train(cache, config, Path(path), ranks, progress)
+            return _train(cache, config, path, ranks, progress)
         except Stopped as stop:
             if stop.wants_requeue and ranks.is_first:
                 requeue()
@@ -178,10 +187,10 @@ def _require_batch(
     if total_steps < 1:
         n_rows = len(cache.rows(TRAINING_SPLITS))
         rule = f"be at most {n_rows}, the cache's rows of {' and '.join(TRAINING_SPLITS)}"
-        raise ValueError(f"train.batch must {rule}, got {config.batch}; lower it")
+        raise MonosemaError(f"train.batch must {rule}, got {config.batch}; lower it")
     if config.batch < ranks.rows.size:
         rule = f"be at least {ranks.rows.size}, a row for each process that shares it"
-        raise ValueError(f"train.batch must {rule}, got {config.batch}; raise it")
+        raise MonosemaError(f"train.batch must {rule}, got {config.batch}; raise it")
 
 
 def _save(

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from activations_cache.config import TRAINING_SPLITS
+from monosema.checks import MonosemaError
 from sae.architecture import SAEConfig, Slice
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import DictionaryConfig
@@ -54,7 +55,7 @@ def start_from(path: str, form: SAEConfig, *, unit_norm: bool) -> SparseAutoenco
     made.load_state_dict({n: _scaled(n, t, r_in, r_out) for n, t in old.state_dict().items()})
     norms = made.W_dec.norm(dim=1)
     if unit_norm and float((norms - 1).abs().max()) > UNIT:
-        raise ValueError(
+        raise MonosemaError(
             "init_from must be a dictionary whose decoder rows have norm 1 beside unit_norm, got "
             f"norms from {float(norms.min()):.3g} to {float(norms.max()):.3g} in {path}; set "
             "unit_norm: false"
@@ -102,7 +103,7 @@ def _require_same(path: str, old: SAEConfig, form: SAEConfig) -> None:
     }
     for name, (found, wanted) in values.items():
         if found != wanted:
-            raise ValueError(
+            raise MonosemaError(
                 f"init_from must be a dictionary with {name}={wanted!r}, got {found!r} in {path}; "
                 "choose another one or change the entry"
             )
@@ -278,5 +279,5 @@ def units(
     variance = mean_square_norm - float(mean.double().square().sum())
     if not variance > 0:
         rule = f"differ from each other, got a variance of {variance:.3g}"
-        raise ValueError(f"rows to train on must {rule}; check the hook point")
+        raise MonosemaError(f"rows to train on must {rule}; check the hook point")
     return (mean.shape[0] / variance) ** 0.5, mean.float()

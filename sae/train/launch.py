@@ -12,6 +12,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
+from monosema.checks import MonosemaError
 from sae.train.ranks import RankError, Ranks, connect
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def _join(environment: ClusterEnvironment, timeout: datetime.timedelta) -> None:
     if on_gpu:
         here, n_gpus = environment.local_rank(), torch.cuda.device_count()
         if here >= n_gpus:
-            raise ValueError(
+            raise MonosemaError(
                 f"processes per machine must be at most its {n_gpus} GPUs, got one with the local "
                 f"rank {here}; start fewer"
             )

@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch.utils.tensorboard.summary import scalar
 
+from monosema.checks import MonosemaError
 from sae.train.config import Wandb
 
 
@@ -17,7 +18,7 @@ def require_wandb(wanted: Wandb | None) -> None:
         ValueError: If Weights & Biases is asked for and not installed.
     """
     if wanted is not None and find_spec("wandb") is None:
-        raise ValueError(
+        raise MonosemaError(
             "train.wandb must be absent where the package wandb is not installed, got project "
             f"{wanted.project!r}; pip install 'monosema[wandb]', or remove it"
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from monosema.checks import require
+from monosema.checks import MonosemaError, require
 from sae.architecture import Facts
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
@@ -109,7 +109,7 @@ class OwnLoss(Term):
         try:
             made = self._class()(**self.settings)
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise MonosemaError(
                 f"losses.settings must be what {self.loss} takes, got {self.settings!r} ({error})"
             ) from error
         is_loss = callable(made) and getattr(made, "needs", None) in NEEDS
@@ -122,7 +122,7 @@ class OwnLoss(Term):
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
-            raise ValueError(
+            raise MonosemaError(
                 f"losses.loss must name a class that can be imported, got {self.loss!r} ({error}); "
                 "put its folder on PYTHONPATH"
             ) from error

@@ -13,6 +13,7 @@ Peaks measured on a CPU agree within 15 % (tests/sae/train/test_memory.py).
 from pathlib import Path
 from typing import NamedTuple
 
+from monosema.checks import MonosemaError
 from sae.train.config import DictionaryConfig
 from sae.train.loss_term import COMPOSED, Sizes
 from sae.train.optim_config import Adam
@@ -131,7 +132,7 @@ def require_memory(needed: int, free: int, what: str, where: str) -> None:
         ValueError: If more is needed than is free; it names both.
     """
     if needed > free:
-        raise ValueError(
+        raise MonosemaError(
             f"train.saes must fit into the memory of {where}, {free / 2**30:,.1f} GiB free, "
             f"got {what} that need {needed / 2**30:,.1f} GiB; lower d_sae or batch, or raise "
             "latent_shards"

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from monosema.checks import MonosemaError
 from sae.losses import batch_variance
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -222,7 +223,7 @@ def connect(latent_shards: int = 1) -> Ranks:
     """
     size = dist.get_world_size() if dist.is_initialized() else 1
     if size % latent_shards != 0:
-        raise ValueError(
+        raise MonosemaError(
             f"latent_shards must divide the number of processes, {size}, got {latent_shards}; "
             "start as many processes as shards, or a multiple of that"
         )

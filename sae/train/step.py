@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from monosema.checks import MonosemaError
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.losses import Loss
@@ -175,10 +176,10 @@ class TrainStep:
             losses: Losses of your own, added to those of the config.
         """
         if total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+            raise MonosemaError(f"total_steps must be at least 1, got {total_steps}")
         _require_fit(autoencoder.config, config)
         if not bool(autoencoder.dec_rows.any()):
-            raise ValueError(
+            raise MonosemaError(
                 "autoencoder must have decoder rows that are not all 0, which never learn; fill it "
                 "by initialise(autoencoder, generator), or take one from sae.load"
             )
@@ -239,7 +240,7 @@ class TrainStep:
         """
         if (target is None) == bool(self.config.outputs):
             has = "a target" if self.config.outputs else "no target"
-            raise ValueError(f"step must get {has} with outputs={self.config.outputs}")
+            raise MonosemaError(f"step must get {has} with outputs={self.config.outputs}")
         u = self.autoencoder.scaled(x)
         rows = Rows(u, u if target is None else self.autoencoder.scaled_out(target))
         batch = batch_of(rows.v, self.ranks)
@@ -348,7 +349,7 @@ class TrainStep:
         expected = {f"param.{n}": p.shape for n, p in parameters.items()}
         found = {n: t.shape for n, t in state.items() if n.startswith("param.")}
         if found != expected:
-            raise ValueError(f"a checkpoint must hold {expected}, got {found}")
+            raise MonosemaError(f"a checkpoint must hold {expected}, got {found}")
         for name, parameter in parameters.items():
             parameter.copy_(state[f"param.{name}"])
             moments = f"adam.{name}."
@@ -380,4 +381,4 @@ def _require_fit(form: SAEConfig, config: DictionaryConfig) -> None:
         outputs=form.outputs,
     )
     if form != wanted:
-        raise ValueError(f"autoencoder must be what the config describes, {wanted}, got {form}")
+        raise MonosemaError(f"autoencoder must be what the config describes, {wanted}, got {form}")

@@ -13,11 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import activations_cache
-from activations_cache.builder import require_positions
 from activations_cache.config import CacheConfig, ModelConfig, TextConfig, TextSource
 from activations_cache.documents import Document, documents
 from activations_cache.encoding import Encoder, token_ids
-from activations_cache.models import LoadedModel
+from activations_cache.models import LoadedModel, require_positions
 from activations_cache.text import pack
 from tests.activations_cache.test_pieces import MADE
 

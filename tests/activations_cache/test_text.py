@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from activations_cache import corpus, text
+from activations_cache.checks import DiskFullError
 from activations_cache.config import SPLITS, TextConfig, TextSource
 from activations_cache.corpus import hashed as text_hash
 from activations_cache.corpus import split_of
@@ -259,6 +261,32 @@ def test_only_as_many_documents_are_tokenised_as_are_needed(
     assert n_few < (sum(n_texts) - n_few) / 2
     assert len(few.document_ids) < len(many.document_ids) / 3
     assert few.label_names == many.label_names
+
+
+def test_a_source_larger_than_memory_is_read_once_and_packed_the_same(
+    tiny_text_config, tiny_tokenizer, monkeypatch
+):
+    n_read = []
+
+    def counted(source: TextSource, name: str) -> Iterator[Document]:
+        n_read.append(name)
+        return documents(source, name)
+
+    in_memory = pack(tiny_text_config, tiny_tokenizer, n_rows=9001)
+    monkeypatch.setattr(corpus, "documents", counted)
+    monkeypatch.setattr(text, "MEMORY_BYTES", 100)
+    assert same(pack(tiny_text_config, tiny_tokenizer, n_rows=9001), in_memory)
+    assert n_read == list(in_memory.source_names)
+
+
+def test_a_full_disk_under_the_text_names_the_directory(
+    tiny_text_config, tiny_tokenizer, monkeypatch
+):
+    message = r"must have room for the text of .*, got No space left on device; set TMPDIR to"
+    with Path("/dev/full").open("r+b", 0) as full:
+        monkeypatch.setattr(text, "SpooledTemporaryFile", lambda size: full)
+        with pytest.raises(DiskFullError, match=message):
+            pack(tiny_text_config, tiny_tokenizer, n_rows=61)
 
 
 def test_progress_counts_tokens_to_the_end(tiny_text_config, tiny_tokenizer):

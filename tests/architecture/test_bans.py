@@ -34,7 +34,8 @@ UNSAFE_BY_REVIEW = {"sae/pretrained/pickled_child.py": {"torch.load"}}
 READS_ENVIRONMENT = {
     "activations_cache/builder.py": "the rank and the device that a launcher gave this process",
     "activations_cache/gguf.py": "where converted models are kept",
-    "sae/cli/__init__.py": "how threads wait, unless it is set",
+    "sae/cli/__init__.py": "how threads wait, set before torch is imported",
+    "sae/cli/troubles.py": "values of keys, so that they stand in no report; SLURM's job",
 }
 
 
@@ -156,3 +157,47 @@ def facade_names(node: ast.AST, modules: set[str]) -> list[str]:
     names = [f"{package}/{alias.name}" for alias in node.names]
     taken = [name for name in names if not {name, f"{name}/__init__"} & modules]
     return taken if f"{package}/__init__" in modules else []
+
+
+UNTYPED_BY_REVIEW = {"sae/pretrained/pickled_child.py", "monosema/checks.py"}
+"""Runs alone in a confined process; defines the class."""
+
+
+def untyped(tree: ast.AST) -> Iterator[int]:
+    """Lines in which a ValueError without a class of ours is raised, returned or made a base."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+        elif isinstance(node, ast.Return) and isinstance(node.value, ast.Call):
+            raised = node.value.func
+        elif isinstance(node, ast.ClassDef):
+            raised = next((base for base in node.bases if dotted(base) == "ValueError"), None)
+        else:
+            continue
+        if raised is not None and dotted(raised) == "ValueError":
+            yield node.lineno
+
+
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [
+        ("raise ValueError('x')", [1]),
+        ("raise ValueError", [1]),
+        ("def f():\n    return ValueError('x')", [2]),
+        ("class E(ValueError):\n    pass", [1]),
+        ("raise MonosemaError('x')", []),
+        ("raise", []),
+    ],
+)
+def test_the_search_finds_a_bare_value_error(code, lines):
+    assert list(untyped(ast.parse(code))) == lines
+
+
+def test_what_a_caller_can_cause_has_a_class_of_ours(library):
+    found = [
+        f"{source.path}:{line} raises a bare ValueError; raise MonosemaError"
+        for source in library
+        if source.path not in UNTYPED_BY_REVIEW and not source.path.endswith("launch.py")
+        for line in untyped(source.tree)
+    ]
+    assert not found, "\n".join(found)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sae
+from activations_cache import seals
 from sae.activations import encode_batch, to_dense
 from sae.architecture import BatchTopK, Gated, GroupMax, JumpReLU, ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
@@ -54,7 +55,7 @@ def rewrite(path, drop=(), **changes) -> None:
     record = json.loads((path / "config.json").read_text())
     kept = {key: value for key, value in record.items() if key not in drop}
     assert len(record) == len(kept) + len(drop)
-    (path / "config.json").write_text(json.dumps({**kept, **changes}))
+    seals.write(path, {"config.json": json.dumps({**kept, **changes}).encode()})
 
 
 def definition(d: SparseAutoencoder, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from monosema.checks import MonosemaError
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.ground_truth.config import GroundTruthConfig
 from sae.evaluate.ground_truth.generator import DenseRows, Split, rows
@@ -155,7 +156,7 @@ def set_true_decoder(dictionary: SparseAutoencoder, world: World) -> None:
     """
     d_sae = dictionary.config.d_sae
     if d_sae > world.n_features:
-        raise ValueError(
+        raise MonosemaError(
             f"d_sae must be at most n_features={world.n_features} for a true decoder, got {d_sae}"
         )
     dictionary.dec_rows.copy_(world.directions[:d_sae])

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from monosema.checks import MonosemaError
 from sae.activations import Latents, to_latents
 from sae.evaluate.ground_truth.config import Normal, Uniform
 from sae.evaluate.ground_truth.world import World, generator_of
@@ -61,7 +62,9 @@ class DenseRows(NamedTuple):
 def rows(world: World, first: int, end: int, *, split: Split = "train") -> DenseRows:
     """Rows number first..end - 1 of a stream; the same numbers give the same bits."""
     if not 0 <= first < end:
-        raise ValueError(f"rows must begin at 0 or later and before their end, got {first}, {end}")
+        raise MonosemaError(
+            f"rows must begin at 0 or later and before their end, got {first}, {end}"
+        )
     numbers = range(first // BLOCK, (end - 1) // BLOCK + 1)
     blocks = [_block(world, split, number) for number in numbers]
     cut = slice(first - numbers[0] * BLOCK, end - numbers[0] * BLOCK)

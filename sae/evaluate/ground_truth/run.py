@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from scipy import stats
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.ground_truth.config import GroundTruthConfig
 from sae.evaluate.ground_truth.generator import rows
@@ -94,7 +94,7 @@ def evaluate(
     """
     widths = (dictionary.config.d_in, dictionary.config.width_out)
     if widths != (config.d_model, config.d_model):
-        raise ValueError(
+        raise MonosemaError(
             f"dictionary must have d_in = d_out = d_model={config.d_model}, got {widths}"
         )
     world = make_world(config, seed, device=dictionary.dec_rows.device)

@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.tree import DecisionTreeClassifier
 from torch import Tensor
 
+from monosema.checks import MonosemaError
 from sae.evaluate.probing.labels import Units, check_two_classes, columns, mean_difference
 
 
@@ -41,7 +42,7 @@ def concept_vector(
         ValueError: If a side has no row.
     """
     if len(concept) == 0 or len(other) == 0:
-        raise ValueError(f"both sides must have rows, got {len(concept)} and {len(other)}")
+        raise MonosemaError(f"both sides must have rows, got {len(concept)} and {len(other)}")
     x = torch.cat([concept, other]).detach().double()
     scale = (x - x.mean(dim=0)).square().mean().sqrt().clamp_min(torch.finfo(x.dtype).tiny)
     y = torch.arange(len(x)) < len(concept)
@@ -85,7 +86,7 @@ def tcav(
         ValueError: If there are fewer than 4 random sets.
     """
     if len(random_sets) < 4:
-        raise ValueError(f"random_sets must be at least 4, got {len(random_sets)}")
+        raise MonosemaError(f"random_sets must be at least 4, got {len(random_sets)}")
     own = [tcav_score(gradient, concept_vector(concept, other)) for other in random_sets]
     ring = zip(random_sets, [*random_sets[1:], random_sets[0]], strict=True)
     chance = [tcav_score(gradient, concept_vector(a, b)) for a, b in ring]
@@ -115,7 +116,7 @@ class ConceptBottleneck:
     def __init__(self, k: int = 5, head: Literal["linear", "tree"] = "linear") -> None:
         """Take the number of units per concept and the kind of head; "tree" learns XOR."""
         if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+            raise MonosemaError(f"k must be at least 1, got {k}")
         self.k = k
         self._probes: list[tuple[Int[np.ndarray, " k"], LogisticRegression]] = []
         self._head = (
@@ -160,7 +161,7 @@ class ConceptBottleneck:
         concepts = (self.concepts(units) > 0.5).astype(float)
         for number, values in (given or {}).items():
             if not 0 <= number < len(self._probes):
-                raise ValueError(
+                raise MonosemaError(
                     f"given must name concepts 0..{len(self._probes) - 1}, got {number}"
                 )
             concepts[:, number] = values

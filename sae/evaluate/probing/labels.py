@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from activations_cache.reader import ActivationCache
+from monosema.checks import MonosemaError
 from sae.autoencoder import SparseAutoencoder
 from sae.baselines import random_dictionary
 
@@ -44,7 +45,7 @@ def check_two_classes(y: Bool[np.ndarray, " row"], what: str) -> None:
     """
     n_true = int(y.sum())
     if n_true in {0, len(y)}:
-        raise ValueError(
+        raise MonosemaError(
             f"{what} must have both classes, got {n_true} positive of {len(y)}; "
             "take another label or more rows"
         )
@@ -136,7 +137,7 @@ def task_of(
     names = cache.label_names
     if label not in names:
         known = ", ".join(names) if names else "none; build a cache from labelled data"
-        raise ValueError(f"label must be one of those of {cache.path}, got {label!r} of {known}")
+        raise MonosemaError(f"label must be one of those of {cache.path}, got {label!r} of {known}")
     number = names.index(label)
     generator = torch.Generator().manual_seed(seed)
     sides = []
@@ -169,7 +170,7 @@ def common_labels(cache: ActivationCache, least: int = LEAST) -> tuple[str, ...]
     order = least_of.argsort(descending=True, stable=True).tolist()
     names = tuple(cache.label_names[i] for i in order if int(least_of[i]) >= least)
     if len(names) < 2:
-        raise ValueError(
+        raise MonosemaError(
             f"{cache.path} must have two labels with {least} rows in explain and in score and hold,"
             f" got {len(names)}; build a cache from labelled data"
         )
@@ -183,7 +184,7 @@ def check_hook_point(cache: ActivationCache, hook_point: str) -> None:
         ValueError: If it does not hold the hook point.
     """
     if hook_point not in cache.hook_points:
-        raise ValueError(
+        raise MonosemaError(
             f"{cache.path} must hold the hook point {hook_point}, got "
             f"{', '.join(cache.hook_points)}; build that cache or pass its path"
         )

@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from activations_cache.checks import at_least, positive, require
+from activations_cache.checks import MonosemaError, at_least, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def plan(config: ScalingConfig) -> list[PlannedRun]:
     steps = [int(longest * share / config.batch) for share in reversed(shares)]
     if steps[0] < 1:
         least = config.batch * config.spacing ** (config.passes - 1)
-        raise ValueError(
+        raise MonosemaError(
             f"the longest pass must have at least {least:.3g} rows, so that the shortest has one "
             f"step, got {longest:.3g}; raise budget_flops or lower widths, passes or batch"
         )

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float64
 from scipy.optimize import least_squares
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from sae.evaluate.scaling.runs import Fitted, RateLaw, Run, best_rates, fitted, rate_law
 
 HUBER = 1e-2
@@ -153,7 +153,7 @@ def fit_laws(
     by_compute = enough and len(rows) > 2 and len(ks) == 1
     by_width = enough and len(rows) == 1 and len(ks) > 2 and None not in ks
     if not by_compute and not by_width and rate is None:
-        raise ValueError(
+        raise MonosemaError(
             f"runs must be at least {FEWEST_RUNS} that vary 3 widths, and 3 numbers of rows at one "
             f"k or 3 k at one number of rows, got {len(best)} of {len(widths)} widths, {len(rows)} "
             f"numbers of rows and {len(ks)} k; `sae scaling plan` makes such a grid"

@@ -1,11 +1,13 @@
 """A scaling law as one picture: losses and the law over compute, and the best width."""
 
+import io as bytes_io
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from activations_cache import io
 from sae.evaluate.scaling.fit import FittedLaw, Laws, best_width
 
 
@@ -21,7 +23,9 @@ def draw(laws: Laws, path: str | Path) -> Path | None:
             _slices(axes, laws, laws.width, others)
     else:
         return None
-    figure.savefig(path, dpi=150)
+    data = bytes_io.BytesIO()
+    figure.savefig(data, format="png", dpi=150)
+    io.write_files({Path(path): data.getvalue()})
     return Path(path)
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Float64
 from scipy.stats import t
 
-from activations_cache.checks import positive
+from activations_cache import seals
+from activations_cache.checks import MonosemaError, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
             records = _of_directory(path) if path.is_dir() else _of_file(path)
             found += [_run(record) for record in records]
         except (KeyError, TypeError, ValueError) as problem:
-            raise ValueError(
+            raise MonosemaError(
                 f"{path} must hold runs (d_sae, rows, loss), got a problem: {problem}"
             ) from problem
     return found
@@ -77,12 +78,12 @@ def _of_file(path: Path) -> list[dict[str, Any]]:
 
 
 def _of_directory(path: Path) -> Iterable[dict[str, Any]]:
-    report = json.loads((path / "evaluate" / "report.json").read_text())
+    report = json.loads(seals.read(path / "evaluate" / "report.json"))
     for name, measured in report["reconstruction"].items():
         place = path / "train" / name
         if not place.is_dir():
             continue
-        provenance = json.loads((place / "provenance.json").read_text())
+        provenance = json.loads(seals.read(place / "provenance.json"))
         recipe = provenance["recipe"]
         if recipe["frozen"] == "none":
             yield {
@@ -104,12 +105,12 @@ def _run(record: dict[str, Any]) -> Run:
     known = {field.name: field for field in fields(Run)}
     missing = [n for n, field in known.items() if field.default is MISSING and n not in record]
     if missing:
-        raise ValueError(f"{missing[0]} must be given, got none")
+        raise MonosemaError(f"{missing[0]} must be given, got none")
     given = {name: record[name] for name in known if record.get(name) is not None}
     for name, value in given.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value):
-            raise ValueError(f"{name} must be a number, got {value!r}")
+            raise MonosemaError(f"{name} must be a number, got {value!r}")
     return Run(**given)
 
 

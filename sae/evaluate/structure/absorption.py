@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from monosema.checks import MonosemaError
 from sae.evaluate.structure.stability import cosines
 
 SILENT = 1e-8
@@ -68,7 +69,7 @@ def absorption(
     """
     n_present = int(present.sum())
     if n_present in {0, len(present)}:
-        raise ValueError(
+        raise MonosemaError(
             f"present must be true in some rows and false in others, got {n_present} of "
             f"{len(present)}; take more rows"
         )

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.metrics import FVU, fvu
@@ -40,7 +40,7 @@ def description_length(
         ValueError: If step is not above 0 or there is no row.
     """
     if step <= 0 or len(x) == 0:
-        raise ValueError(f"step must be above 0 and x have rows, got {step} and {len(x)} rows")
+        raise MonosemaError(f"step must be above 0 and x have rows, got {step} and {len(x)} rows")
     acts = dictionary.encode_dense(x)
     level = (acts / step).round()
     fvu = FVU()
@@ -100,7 +100,7 @@ def meta_score(
     """
     width = len(dec_rows) // 4 if d_meta is None else d_meta
     if not 1 <= k <= width:
-        raise ValueError(f"k must be in 1..{width}, the number of meta-latents, got {k}")
+        raise MonosemaError(f"k must be in 1..{width}, the number of meta-latents, got {k}")
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(dec_rows.shape, generator=generator)
     found = []

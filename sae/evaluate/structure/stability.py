@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from monosema.checks import MonosemaError
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.alignment import Correlations, match
 
@@ -64,7 +65,7 @@ def stability(a: SparseAutoencoder, b: SparseAutoencoder, generator: torch.Gener
     """
     widths = [(d.config.d_in, d.config.width_out) for d in (a, b)]
     if widths[0] != widths[1]:
-        raise ValueError(
+        raise MonosemaError(
             f"dictionaries must be of one stream, got widths {widths[0]} and {widths[1]}; "
             "compare what they fire on (universality) instead"
         )
@@ -173,7 +174,7 @@ def universality(
         paired.update(acts_a, acts_b)
         moved.update(acts_a, acts_b.roll(1, dims=0))
     if paired.n_rows < 2:
-        raise ValueError(f"batches must hold at least 2 rows, got {paired.n_rows}")
+        raise MonosemaError(f"batches must hold at least 2 rows, got {paired.n_rows}")
     return Universality(
         n_rows=paired.n_rows,
         paired=overlap(paired.compute()),

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Float64
 from scipy import special
 
+from monosema.checks import MonosemaError
+
 _STEPS = 60
 _PRIOR = 0.01
 """A slope of 10 standard deviations is as good as a step; without a prior it is infinite."""
@@ -54,13 +56,13 @@ def completeness(
             the data hold no 50 % point.
     """
     if len(frequency) < 10 or not (frequency > 0).all():
-        raise ValueError(
+        raise MonosemaError(
             f"frequency must be at least 10 numbers above 0, got {len(frequency)} of which "
             f"{int((frequency > 0).sum())} are"
         )
     if present.all() or not present.any():
         n_present = int(present.sum())
-        raise ValueError(
+        raise MonosemaError(
             f"present must hold both for a 50 % point, got {n_present} of {len(present)}; "
             "add rarer or more frequent concepts"
         )

@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from activations_cache.locations import require_extra
+from monosema.checks import MonosemaError
 from sae.neighbours import nearest
 
 Method = Literal["tsne", "pca", "umap"]
@@ -48,11 +49,11 @@ def plane(
             is not finite.
     """
     if len(dec_rows) < 3:
-        raise ValueError(f"dec_rows must be at least 3 latents for a map, got {len(dec_rows)}")
+        raise MonosemaError(f"dec_rows must be at least 3 latents for a map, got {len(dec_rows)}")
     rows = dec_rows.detach().float().cpu()
     bad = int((~rows.isfinite().all(dim=1)).sum())
     if bad:
-        raise ValueError(f"dec_rows must be finite, got {bad} rows with nan or infinity")
+        raise MonosemaError(f"dec_rows must be finite, got {bad} rows with nan or infinity")
     unit = torch.nn.functional.normalize(rows, dim=1)
     if method == "umap":
         return torch.from_numpy(_umap(seed).fit_transform(unit.numpy())).float()

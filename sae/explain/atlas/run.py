@@ -1,7 +1,5 @@
 """The map of a dictionary, written: atlas.parquet, a row per latent, and atlas.json."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
+from activations_cache import seals
 from activations_cache.checks import Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.atlas.completeness import completeness
@@ -21,6 +20,7 @@ from sae.explain.atlas.neighbours import CAUTION, MaxCorrelation
 from sae.explain.atlas.plane import plane
 from sae.explain.config import AtlasConfig, Kind
 from sae.explain.labels import Labels
+from sae.explain.tables import WRITING, as_json
 from sae.explain.text_at_rows import Cache
 from sae.explain.windows import shuffled
 from sae.neighbours import Nearest, Splitting, nearest, splitting
@@ -70,10 +70,8 @@ def draw_atlas(
     near = nearest(rows, rows, min(config.n_neighbours, len(rows) - 1), own=torch.arange(len(rows)))
     correlation = _correlation(dictionary, cache, hook_point, config.n_rows, progress or silent)
     split = None if narrow is None else splitting(narrow.dec_rows.detach().float().cpu(), rows)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    unfinished = out_dir / f"{ATLAS}.partial"
-    pq.write_table(_table(at, near, correlation, split), unfinished)
-    os.replace(unfinished, out_dir / ATLAS)
+    with seals.replacing(out_dir / ATLAS) as unfinished:
+        pq.write_table(_table(at, near, correlation, split), unfinished, **WRITING)
     summary: dict[str, Any] = {"caution": CAUTION, "config": asdict(config)}
     known = correlation[torch.isfinite(correlation)]
     if len(known):
@@ -88,15 +86,8 @@ def draw_atlas(
             "parents_with_several_children": int((split.n_children > 1).sum()),
             "most_children": int(split.n_children.max()),
         }
-    write_summary(out_dir, summary)
+    seals.write(out_dir, {SUMMARY: as_json(summary)})
     return summary
-
-
-def write_summary(out_dir: Path, summary: Mapping[str, Any]) -> None:
-    """Write atlas.json."""
-    unfinished = out_dir / f"{SUMMARY}.partial"
-    unfinished.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, out_dir / SUMMARY)
 
 
 def _correlation(

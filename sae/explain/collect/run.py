@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.collect.state import (
     N_BINS,
@@ -106,7 +106,7 @@ def _ordered_rows(cache: Cache, width: int) -> _Rows:
     for number, split in enumerate(SPLITS):
         ids = cache.rows((split,))
         if not len(ids):
-            raise ValueError(f"split {split!r} must have rows, got none; build a larger cache")
+            raise MonosemaError(f"split {split!r} must have rows, got none; build a larger cache")
         parts.append(ids)
         splits.append(np.full(len(ids), number, np.int8))
     ids, split = torch.cat(parts), np.concatenate(splits)
@@ -135,7 +135,7 @@ def _encode(
 ) -> _Fired:
     latents = dictionary.encode(activations[ids].to(dictionary.enc_rows.device))
     if not torch.isfinite(latents.values).all():
-        raise ValueError(
+        raise MonosemaError(
             f"activations must be finite, got others in rows {int(ids[0])} to {int(ids[-1])}; "
             "run `sae verify` on the cache and check the dictionary"
         )

@@ -4,15 +4,20 @@ Keep the few best of very many: per group, the entries with the smallest priorit
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float16, Float32, Float64, Int64, UInt64
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from activations_cache import seals
+from activations_cache.checks import DamagedFileError
 from sae.explain.config import WindowConfig
+
+_log = logging.getLogger(__name__)
 
 _MERGE_AT = 1 << 17
 
@@ -199,14 +204,21 @@ class State:
         arrays |= {f"pool.{n}": a for n, a in self.pool._asdict().items()}
         arrays |= {f"windows.{s}": a for s, a in enumerate(self.pool_windows)}
         arrays["n_done"] = np.array([self.n_done], np.int64)
-        unfinished = path.with_name(path.name + ".partial")
-        save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, unfinished,
-                  {"identity": json.dumps(identity, sort_keys=True)})  # fmt: skip
-        unfinished.replace(path)
+        with seals.replacing(path) as unfinished:
+            save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, unfinished,
+                      {"identity": json.dumps(identity, sort_keys=True)})  # fmt: skip
 
     def load(self, path: Path, identity: dict[str, object]) -> bool:
-        """Go on from a saved state of the same identity; False if there is none."""
-        if not path.is_file() or _identity(path) != json.dumps(identity, sort_keys=True):
+        """Go on from a saved state of the same identity; False if there is none that is whole."""
+        if not path.is_file():
+            return False
+        try:
+            seals.require_whole(path)
+            is_of_ours = _identity(path) == json.dumps(identity, sort_keys=True)
+        except (DamagedFileError, SafetensorError) as error:
+            _log.warning("%s; the pass begins anew", error)
+            return False
+        if not is_of_ours:
             return False
         arrays = load_file(path)
         for name in self.counts:

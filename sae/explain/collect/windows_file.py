@@ -1,6 +1,5 @@
 """The files of the pass: windows.parquet and activity.parquet, sorted by latent."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,9 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from activations_cache.checks import Progress, silent
+from activations_cache import seals
+from activations_cache.checks import MonosemaError, Progress, silent
 from sae.explain.collect.assemble import Assembler, Cuts, histogram
 from sae.explain.collect.state import SPLITS, State
+from sae.explain.tables import WRITING, whole_parquet
 from sae.explain.windows import LatentWindows, Window
 
 WINDOWS = "windows.parquet"
@@ -35,20 +36,20 @@ def write_windows(
     directory: Path, state: State, assembler: Assembler, progress: Progress | None = None
 ) -> None:
     """Write both files, a few latents at a time; each appears when it is whole."""
-    directory.mkdir(parents=True, exist_ok=True)
     report = progress or silent
     tables = (
         (WINDOWS, _WINDOW_SCHEMA, lambda latents: _windows(assembler, latents)),
         (ACTIVITY, _ACTIVITY_SCHEMA, lambda latents: _activities(state, assembler, latents)),
     )
     for name, schema, table_of in tables:
-        unfinished = directory / f"{name}.partial"
-        with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+        with (
+            seals.replacing(directory / name) as unfinished,
+            pq.ParquetWriter(unfinished, schema, **WRITING) as writer,
+        ):
             for first in range(0, state.d_sae, _PER_GROUP):
                 last = min(first + _PER_GROUP, state.d_sae)
                 writer.write_table(table_of(range(first, last)))
                 report(last, state.d_sae, f"latents in {name}")
-        os.replace(unfinished, directory / name)
 
 
 def _windows(assembler: Assembler, latents: range) -> pa.Table:
@@ -97,7 +98,7 @@ def read_windows(directory: Path, latents: Sequence[int]) -> Iterator[LatentWind
     for latent in latents:
         activity = _read(directory / ACTIVITY, _ACTIVITY_SCHEMA, latent)
         if not activity:
-            raise ValueError(f"latent must be in {directory / ACTIVITY}, got {latent}")
+            raise MonosemaError(f"latent must be in {directory / ACTIVITY}, got {latent}")
         windows: dict[str, list[Window]] = {split: [] for split in SPLITS}
         for row in _read(directory / WINDOWS, _WINDOW_SCHEMA, latent):
             row.pop("latent")
@@ -110,11 +111,11 @@ def read_windows(directory: Path, latents: Sequence[int]) -> Iterator[LatentWind
 
 
 def _read(path: Path, schema: pa.Schema, latent: int) -> list[dict]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a file; run `sae explain` to make it")
+    whole_parquet(path)
     found = pq.read_schema(path)
     if not found.equals(schema):
-        raise ValueError(
+        raise MonosemaError(
             f"columns of {path} must be {schema.names}, got {found.names}; run `sae explain` again"
         )
-    return pq.read_table(path, filters=[("latent", "==", latent)]).to_pylist()
+    only = [("latent", "==", latent)]
+    return pq.read_table(path, filters=only, page_checksum_verification=True).to_pylist()

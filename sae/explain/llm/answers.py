@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from activations_cache.journal import seal, unseal
 from sae.explain.llm.budget import Ledger, usable
 from sae.explain.llm.chat import CallFailedError, Response
 
@@ -28,6 +29,10 @@ CREATE TABLE IF NOT EXISTS refusals (
 ) STRICT;
 CREATE TABLE IF NOT EXISTS learned (client TEXT PRIMARY KEY, form TEXT NOT NULL) STRICT;
 """
+
+
+_PLAIN = '{"finish": '
+"""How an answer of an older version begins."""
 
 
 class AnswerCache:
@@ -68,11 +73,12 @@ class AnswerCache:
         """The stored answer, or None."""
         with usable(self.path):
             row = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-            return None if row is None else Response(**json.loads(row[0]))
+            name = f"the answer {key} in {self.path}"
+            return None if row is None else Response(**_record(row[0], name))
 
     def put(self, key: str, question: str, response: Response) -> None:
         """Store an answer durably, unless there is one."""
-        answer = json.dumps(asdict(response), sort_keys=True)
+        answer = seal(asdict(response)).decode()
         row = (key, question, answer, time.time())
         with usable(self.path):
             self._file.execute("PRAGMA synchronous=FULL")  # what was bought outlives a power cut
@@ -99,11 +105,12 @@ class AnswerCache:
         with usable(self.path):
             found = "SELECT form FROM learned WHERE client = ?"
             row = self._file.execute(found, (client,)).fetchone()
-            return {} if row is None else json.loads(row[0])
+            name = f"what {client} takes in {self.path}"
+            return {} if row is None else unseal(row[0].encode(), name)
 
     def learn(self, client: str, form: dict[str, Any]) -> None:
         """Keep that for the next process."""
-        row = (client, json.dumps(form, sort_keys=True))
+        row = (client, seal(form).decode())
         with usable(self.path):
             self._file.execute("INSERT OR REPLACE INTO learned VALUES (?, ?)", row)
 
@@ -119,3 +126,10 @@ class AnswerCache:
                 self._file.execute("PRAGMA busy_timeout=0")
                 self._file.execute("PRAGMA journal_mode=DELETE")
         self._file.close()
+
+
+def _record(answer: str, name: str) -> dict[str, Any]:
+    """The fields of a stored answer; those of older versions have no checksum."""
+    if answer.startswith(_PLAIN):
+        return json.loads(answer)
+    return unseal(answer.encode(), name)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from monosema.checks import MonosemaError
 from sae.explain.config import LLMConfig
 from sae.explain.llm.chat import (
     CallFailedError,
@@ -125,7 +126,9 @@ class BatchClient:
                     path.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
                 elif line.strip():
                     rule = f"must be JSON with custom_id and {field}"
-                    raise ValueError(f"{path}:{number} {rule}, got {line[:80]!r}; fetch it again")
+                    raise MonosemaError(
+                        f"{path}:{number} {rule}, got {line[:80]!r}; fetch it again"
+                    )
 
 
 def _record(line: bytes, field: str) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from monosema.checks import MonosemaError
 from sae.explain.config import LLMConfig
 from sae.explain.llm.chat import CallFailedError, Request, Response
 
@@ -85,7 +86,7 @@ def usable(name: object) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, json.JSONDecodeError, TypeError) as error:
-        raise ValueError(
+        raise MonosemaError(
             f"{name} must be a cache of answers that can be used, got {error}; "
             "name another llm.cache_path"
         ) from error

@@ -5,6 +5,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+from monosema.checks import MonosemaError
+
 Reason = Literal[
     "transport", "rate", "request", "context", "refusal", "parse", "length", "budget", "pending"
 ]
@@ -66,7 +68,7 @@ class UnfinishedError(EndpointError):
     """Something has no answer yet and would be asked again by the same command."""
 
 
-class ReplayMissError(ValueError):
+class ReplayMissError(MonosemaError):
     """A question whose answer is not in the cache, in replay mode."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Int
 from torch import Tensor
 
+from monosema.checks import MonosemaError
 from sae.explain.config import ScorerName
 from sae.explain.scorers.by_model import (
     Embed,
@@ -60,7 +61,7 @@ def scorers_of(names: Sequence[ScorerName], tools: Tools | None = None) -> tuple
         known |= {scorer.name: scorer for scorer in more}
     missing = [name for name in names if name not in known]
     if missing:
-        raise ValueError(
+        raise MonosemaError(
             f"scorers must be {', '.join(known)} without a model, got {missing[0]!r}; "
             "use `sae explain`, which has one"
         )

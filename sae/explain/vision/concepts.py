@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from monosema.checks import MonosemaError
 from sae.explain.windows import LatentWindows, Window
 
 
@@ -43,7 +44,7 @@ def concepts_of(classes: tuple[str, ...], separator: str | None) -> Concepts:
     """
     if len(classes) < 2:
         found = f"1 ({classes[0]})" if classes else "none"
-        raise ValueError(
+        raise MonosemaError(
             f"images must be of two classes or more to be labelled, got {found}; put the images of "
             "each class into a folder of its own"
         )

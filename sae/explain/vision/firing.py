@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import Lasso
 from torch import Tensor
 
-from activations_cache.checks import Progress
+from activations_cache.checks import MonosemaError, Progress
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.config import ImageLabelConfig
 from sae.explain.examples import Context
@@ -71,7 +71,7 @@ class ImagePart:
         label = cache.token_labels(rows)
         rows, label = rows[label >= 0], label[label >= 0]
         if len(rows) == 0:
-            raise ValueError(
+            raise MonosemaError(
                 f"split {split!r} must have images with a class, got none; build a larger cache"
             )
         refs = cache.refs(rows)
@@ -197,7 +197,7 @@ def text_cosine(
     """
     population = texts if other_texts is None else other_texts
     if len(population) < 2:
-        raise ValueError(f"concepts must be at least two to be centred, got {len(population)}")
+        raise MonosemaError(f"concepts must be at least two to be centred, got {len(population)}")
     centred = torch.nn.functional.normalize(texts - population.mean(dim=0), dim=1)
     return torch.nn.functional.normalize(directions, dim=1) @ centred.T
 
@@ -214,9 +214,9 @@ def splice(
         ValueError: If widths differ or the penalty is not positive.
     """
     if z.shape[1] != concepts.shape[1]:
-        raise ValueError(f"concepts must be as wide as z, {z.shape[1]}, got {concepts.shape[1]}")
+        raise MonosemaError(f"concepts must be as wide as z, {z.shape[1]}, got {concepts.shape[1]}")
     if penalty <= 0:
-        raise ValueError(f"penalty must be positive, got {penalty}")
+        raise MonosemaError(f"penalty must be positive, got {penalty}")
     # scikit-learn minimises |z - C w|^2 / (2 d) + alpha |w|_1.
     model = Lasso(
         alpha=penalty / (2 * z.shape[1]), positive=True, fit_intercept=False, max_iter=10_000,

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from scipy import stats
 from torch import Tensor
 
+from monosema.checks import MonosemaError
 from sae.explain.config import ImageLabelConfig, Method
 
 
@@ -58,9 +59,9 @@ def soft_wpmi(
     """
     n_images, n_concepts = similarity.shape
     if n_concepts < 2:
-        raise ValueError(f"concepts must be at least two to be told apart, got {n_concepts}")
+        raise MonosemaError(f"concepts must be at least two to be told apart, got {n_concepts}")
     if len(activations) != n_images:
-        raise ValueError(f"activations must be of {n_images} images, got {len(activations)}")
+        raise MonosemaError(f"activations must be of {n_images} images, got {len(activations)}")
     log_p = (temperature * similarity).softmax(dim=1)
     n_firing = (activations > 0).sum(dim=0)
     k = n_firing.clamp(max=min(top, n_images))
@@ -106,9 +107,9 @@ def class_enrichment(
         ValueError: If there is only one class, or the images differ in number.
     """
     if has.shape[1] < 2:
-        raise ValueError(f"classes must be at least two to be told apart, got {has.shape[1]}")
+        raise MonosemaError(f"classes must be at least two to be told apart, got {has.shape[1]}")
     if len(fires) != len(has):
-        raise ValueError(f"fires must be of {len(has)} images, got {len(fires)}")
+        raise MonosemaError(f"fires must be of {len(has)} images, got {len(fires)}")
     n, n_fired, n_has = len(has), fires.sum(axis=0), has.sum(axis=0)
     both = fires.T.astype(np.int64) @ has.astype(np.int64)
     p = stats.hypergeom.sf(both - 1, n, n_has[None, :], n_fired[:, None])

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from monosema.checks import MonosemaError
 from sae import losses
 from sae.activations import Latents
 from sae.autoencoder import SparseAutoencoder
@@ -148,7 +149,7 @@ def own_losses(
             value = loss(losses.StepTensors(autoencoder, *rows, y, acts, *at))
             if not isinstance(value, Tensor) or value.dim() != 0:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
+                raise MonosemaError(
                     f"{type(loss).__name__} must give a tensor without dimensions, got {shape}; "
                     "take the mean over the rows"
                 )

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from monosema.checks import MonosemaError
 from sae import activations, losses
 from sae.activations import EncoderWeights, Latents, pad_silent, ungated
 from sae.architecture import BatchTopK, TopK
@@ -35,24 +36,24 @@ def require_shardable(config: DictionaryConfig, n_shards: int, losses: Sequence[
     if n_shards == 1:
         return
     if config.d_sae % n_shards != 0:
-        raise ValueError(
+        raise MonosemaError(
             f"d_sae must be a multiple of latent_shards={n_shards}, got {config.d_sae}; round it up"
         )
     terms = {name: term for name, term in config.terms.items() if not term.facts.is_sharded}
     others = {"resample": config.resample, "losses": [*config.losses, *losses]}
     for name, value in (terms | others).items():
         if value:
-            raise ValueError(
+            raise MonosemaError(
                 f"{name} must be absent with latent_shards={n_shards}, got {value}; set "
                 "latent_shards=1"
             )
     if config.optimizer.kind == "muon":
-        raise ValueError(
+        raise MonosemaError(
             f"optimizer.kind must be one that goes row by row with latent_shards={n_shards}, "
             "got 'muon'; set latent_shards=1"
         )
     if config.activation.facts.choice == "group":
-        raise ValueError(
+        raise MonosemaError(
             f"activation.kind must be one that is chosen over all latents with "
             f"latent_shards={n_shards}, got {config.activation.kind!r}; set latent_shards=1"
         )

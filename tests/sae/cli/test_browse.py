@@ -124,7 +124,7 @@ def test_a_taken_port_and_an_open_host_are_refused(folder: Path) -> None:
 
 def test_the_command_hands_on_what_it_was_asked(monkeypatch, tmp_path: Path) -> None:
     written, served = [], []
-    monkeypatch.setattr(browsing, "write_browser", lambda *given: written.append(given[:-1]))
+    monkeypatch.setattr(browsing, "write_browser", lambda *given, **_: written.append(given[:-1]))
     monkeypatch.setattr(browse_command, "_serve", lambda *given: served.append(given))
     (tmp_path / "sae.safetensors").write_bytes(b"")
     options = ["--serve", "--host", "::1", "--port", "0", "--token", "t", "--cache", "c"]

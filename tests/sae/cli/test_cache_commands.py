@@ -117,3 +117,23 @@ def test_a_cache_without_a_model_has_nothing_to_be_compared_with(monkeypatch, ca
     sae(monkeypatch, "cache", "import", str(tmp_path / "rows.npy"), str(tmp_path / "cache"))
     assert sae(monkeypatch, "verify", str(tmp_path / "cache"), "--model") == 1
     assert "must record its model to be compared" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["model.layers.1:out/acts/c/0/0", "manifest.json"])
+def test_a_damaged_cache_is_mended_by_the_commands_that_are_named(
+    monkeypatch, capsys, config, tmp_path, file
+):
+    cache = tmp_path / "run" / "cache"
+    assert sae(monkeypatch, "cache", str(config)) == 0
+    data = bytearray((cache / file).read_bytes())
+    data[-9] ^= 4
+    (cache / file).write_bytes(data)
+    assert sae(monkeypatch, "verify", str(cache)) == 1
+    capsys.readouterr()
+    assert sae(monkeypatch, "verify", str(cache), "--mend") == 0
+    said = capsys.readouterr()
+    assert str(cache) in said.err
+    assert "run the command that built it again" in said.out
+    assert sae(monkeypatch, "cache", str(config)) == 0
+    assert sae(monkeypatch, "verify", str(cache), "--mend") == 0
+    assert "whole" in capsys.readouterr().out

@@ -1,15 +1,18 @@
 """What the command shows while a step runs."""
 
 import io
+import logging
 import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 
-from sae.cli import console
+from sae.cli import console, main
 from sae.cli.console import Eta
 
 
@@ -107,3 +110,36 @@ def test_each_dictionary_has_its_line_below_the_bar(monkeypatch, terminal):
     lines = [line.strip() for line in text.splitlines()]
     assert lines[-2:] == ["a: FVU 0.500", "b: FVU 0.250"]
     assert "2/4 rows" in lines[-3] if terminal else "2 of 4 rows" in lines[-3]
+
+
+def test_what_the_cache_says_of_its_rows_is_one_line_of_stderr(capsys):
+    log = logging.getLogger("activations_cache.outliers")
+    with console.showing_logs():
+        log.info("the largest 0.1 %% of the rows hold %.1f %% [/x]", 1.5)
+    log.info("not shown after the command")
+    assert capsys.readouterr() == ("", "the largest 0.1 % of the rows hold 1.5 % [/x]\n")
+
+
+def commands() -> list[tuple[str, ...]]:
+    """Every command by its words."""
+    found = []
+
+    def walk(command: Any, words: tuple[str, ...]) -> None:
+        found.append(words)
+        for name, part in getattr(command, "commands", {}).items():
+            walk(part, (*words, name))
+
+    walk(typer.main.get_command(main.app), ())
+    return found
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_shows_its_help(words, monkeypatch, capsys):
+    """A text of a help is no markup: a bracket in it once ended the command."""
+    monkeypatch.setattr(sys, "argv", ["sae", *words, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        main.main()
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert " ".join((*words, "[OPTIONS]")) in shown
+    assert "--help" in shown

@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 import activations_cache
+from activations_cache import seals
 from activations_cache.reader import ActivationCache
 from sae import pretrained
 from sae.baselines import covariance_of, principal_components, random_dictionary
@@ -124,7 +125,7 @@ def test_seeds_of_one_pass_are_told_apart_by_their_entries(monkeypatch, capsys, 
         targets.append(str(one_pass / f"wide-{seed}"))
         record = json.loads((Path(path) / "provenance.json").read_text())
         record |= {"seed": 0, "recipe": {**record["recipe"], "seed": seed}}
-        (one_pass / f"wide-{seed}" / "provenance.json").write_text(json.dumps(record))
+        seals.write(one_pass / f"wide-{seed}", {"provenance.json": json.dumps(record).encode()})
     code = sae(
         monkeypatch, "compare", *targets, *paths(trained)[2:], "--cache", str(trained / "cache"),
         "--no-model", "--out", str(tmp_path / "out"),
@@ -214,7 +215,7 @@ def test_dictionaries_of_other_models_and_places_are_refused(
     other = tmp_path / "other"
     shutil.copytree(paths(trained)[0], other)
     record = json.loads((other / "provenance.json").read_text())
-    (other / "provenance.json").write_text(json.dumps({**record, key: value}))
+    seals.write(other, {"provenance.json": json.dumps({**record, key: value}).encode()})
     arguments = ("compare", paths(trained)[0], str(other), "--cache", str(trained / "cache"))
     code, error = refused(monkeypatch, capsys, *arguments)
     assert code == 1

@@ -39,7 +39,8 @@ def sae(monkeypatch, *arguments: str) -> int:
 def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sae.run.explaining.client_of", lambda config: ConstantClient(1))
     arguments = [
-        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--hook-point", HOOK,
+        "--out", str(tmp_path / "out"),
         "min_firings=5", "min_examples=2", "autointerp.llm.model=m", "autointerp.n_latents=5",
         "autointerp.n_baseline=0", "autointerp.min_windows=2", "autointerp.logit_lens=true",
         "autointerp.windows.tokens=8", "n_baseline=7", "rules.windows.tokens=8",
@@ -55,6 +56,7 @@ def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, 
         "latents.parquet", "examples.parquet", "summary.json", "windows.parquet",
         "activity.parquet", "explanations.jsonl", "explanations.parquet", "explanations.json",
         "llm.sqlite", "rules.jsonl", "rules.parquet", "rules.json", "atlas.parquet", "atlas.json",
+        "files.json", "origin.json",
     }  # fmt: skip
     assert "says nothing about what the model does" in " ".join(shown.split())
     assert "raw neurons" in shown
@@ -67,7 +69,8 @@ def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, 
 def test_scorers_that_look_into_the_model(paths, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sae.run.explaining.client_of", lambda config: ConstantClient(1))
     arguments = [
-        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--hook-point", HOOK,
+        "--out", str(tmp_path / "out"),
         "autointerp.llm.model=m", "autointerp.n_latents=3", "autointerp.n_baseline=2",
         "autointerp.min_windows=2", "autointerp.windows.tokens=8", "rules.n_latents=5",
         "rules.min_windows=2", "rules.windows.tokens=8", "n_baseline=0", "min_firings=5",
@@ -90,7 +93,8 @@ def test_a_dry_run_estimates_and_asks_nobody(paths, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr("sae.run.explaining.client_of", refuse)
     arguments = [
-        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--hook-point", HOOK,
+        "--out", str(tmp_path / "out"),
         "--dry-run", "--max-usd", "0.5", "--max-tokens", "9999", "autointerp.llm.model=m",
         "autointerp.llm.usd_per_million_input=20", "autointerp.n_latents=5",
         "autointerp.n_baseline=0", "autointerp.min_windows=2", "autointerp.windows.tokens=8",
@@ -101,7 +105,7 @@ def test_a_dry_run_estimates_and_asks_nobody(paths, tmp_path, monkeypatch, capsy
     assert "nothing was called" in shown
     assert "cost $0." in shown
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"windows.parquet", "activity.parquet"}
+    assert names == {"windows.parquet", "activity.parquet", "files.json"}
 
 
 def test_what_can_be_asked_again_is_exit_code_1(paths, tmp_path, monkeypatch, capsys):
@@ -117,7 +121,7 @@ def test_what_can_be_asked_again_is_exit_code_1(paths, tmp_path, monkeypatch, ca
     client = Failing(1)
     monkeypatch.setattr("sae.run.explaining.client_of", lambda config: client)
     arguments = [
-        str(paths / "dictionary"), "--cache", str(paths / "cache"),
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--hook-point", HOOK,
         "autointerp.llm.model=m", "autointerp.n_latents=5", "n_baseline=0", "rules.n_latents=1",
         "rules.windows.tokens=8", "min_firings=5", "permutations=100", "autointerp.n_baseline=0",
         "autointerp.min_windows=2", "autointerp.windows.tokens=8", "autointerp.llm.retries=0",
@@ -137,7 +141,8 @@ def test_what_can_be_asked_again_is_exit_code_1(paths, tmp_path, monkeypatch, ca
 def test_limits_reach_the_client(paths, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sae.run.explaining.client_of", lambda config: ConstantClient(1))
     arguments = [
-        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--out", str(tmp_path / "out"),
+        str(paths / "dictionary"), "--cache", str(paths / "cache"), "--hook-point", HOOK,
+        "--out", str(tmp_path / "out"),
         "--max-tokens=0", "autointerp.llm.model=m", "autointerp.n_latents=5", "n_baseline=0",
         "rules.n_latents=1", "rules.windows.tokens=8", "min_firings=5", "permutations=100",
         "autointerp.n_baseline=0", "autointerp.min_windows=2", "autointerp.windows.tokens=8",
@@ -187,6 +192,7 @@ def test_a_wrong_request_is_one_line(change, code, message, paths, monkeypatch, 
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     parts = {0: "dictionary", 1: "cache", 2: "min_firings=5"} | change
     arguments = [str(paths / parts[0]), "--cache", str(paths / parts[1]), parts[2]]
+    arguments += ["--hook-point", HOOK] if parts[2] != "--hook-point=x:out" else []
     assert sae(monkeypatch, *arguments) == code
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")

@@ -10,7 +10,11 @@ import torch
 
 import sae
 from sae.evaluate.report import read_json
+from sae.explain.config import ExplainConfig
 from sae.explain.logit_lens import promoted_tokens
+from sae.explain.tables import read_latents
+from sae.run.explaining import ExplainRequest, estimate
+from sae.run.label_tables import explanation_parts
 
 OUT, IN, LAST = "model.layers.1.mlp:out", "model.layers.1.mlp:in", "model.layers.2:out"
 TOPK = {"d_sae": 67, "activation": {"kind": "topk", "k": 5}}
@@ -71,3 +75,66 @@ def test_the_logit_lens_reads_the_last_place(run):
 def test_what_was_trained_knows_its_places(run):
     config = sae.load(run / "train" / "trans").config
     assert config.sites("") == ((IN,), (OUT,))
+
+
+FEW = ExplainConfig(min_firings=5, min_examples=2)
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_a_dictionary_alone_is_explained_where_it_reads(run, name, tmp_path):
+    sae.run.explain(run / "train" / name, run / "cache", FEW, out=tmp_path)
+    of_run = read_latents(run / "explain" / name / "latents.parquet")
+    assert read_latents(tmp_path / "latents.parquet") == of_run
+    record = json.loads((tmp_path / "origin.json").read_text())
+    assert record["inputs"] == SAES[name]["inputs"]
+    assert record["differs"] == []
+
+
+def test_dictionaries_alone_are_measured_where_they_read(run):
+    report = read_json(run / "evaluate" / "report.json").reconstruction
+    for name in SAES:
+        measured = sae.run.evaluate({name: run / "train" / name}, run / "cache", model=False)
+        assert measured.report.reconstruction[name].fvu == pytest.approx(report[name].fvu, rel=1e-4)
+
+
+def test_dictionaries_of_two_places_are_measured_apart(run):
+    places = [run / "train" / name for name in ("plain", "trans")]
+    with pytest.raises(ValueError, match=r"must be of one hook point, got plain of .*1.mlp:out"):
+        sae.run.evaluate(places, run / "cache", model=False, baselines=False)
+
+
+def estimated(path: Path, cache: Path, hook_point: str) -> object:
+    return estimate(ExplainRequest(path, cache, hook_point), FEW)
+
+
+JOBS = {
+    "explain": sae.run.explain,
+    "evaluate": sae.run.evaluate,
+    "compare": lambda path, cache, hook_point: sae.run.compare(
+        [path], cache, hook_point=hook_point
+    ),
+    "estimate": estimated,
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_another_hook_point_is_refused_by_every_job(run, job):
+    with pytest.raises(ValueError, match=f"hook point {LAST}, got one of {OUT}; .*force=True"):
+        JOBS[job](run / "train" / "plain", run / "cache", hook_point=LAST)
+
+
+def test_a_forced_result_names_what_differs(run, tmp_path):
+    path, wrong = run / "train" / "plain", f"hook point: trained on {OUT}, used on {LAST}"
+    forced = sae.run.explain(path, run / "cache", FEW, hook_point=LAST, out=tmp_path, force=True)
+    assert json.loads((tmp_path / "origin.json").read_text())["differs"] == [wrong]
+    assert wrong in explanation_parts("plain", forced)[0].table.note
+    measured = sae.run.evaluate([path], run / "cache", hook_point=LAST, model=False, force=True)
+    assert measured.differs == {"plain": (wrong,)}
+    assert wrong in measured.sections[0].table.note
+    assert measured.record["differs"] == {"plain": (wrong,)}
+
+
+def test_several_hook_points_are_not_moved_by_force(run):
+    path = run / "train" / "cross"
+    with pytest.raises(ValueError, match=f"hook point {IN}, got one of {OUT}, {LAST}"):
+        sae.run.explain(path, run / "cache", FEW, hook_point=IN, force=True)

@@ -1,6 +1,7 @@
 """Recipes on the command line: listed, written out, run by name; what is missing is said first."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -36,6 +37,13 @@ def test_recipes_are_listed_with_one_line_each(sae):
     assert code == 0
     lines = dict(line.split(None, 1) for line in out.splitlines())
     assert lines == recipes()
+
+
+def test_recipes_are_listed_as_json(sae):
+    code, out, _ = sae("recipes", "--json")
+    assert code == 0
+    lines = json.loads(out)["lines"]
+    assert {line.split(None, 1)[0] for line in lines} == recipes().keys()
 
 
 def test_a_recipe_is_written_out_as_it_is(sae):

@@ -192,6 +192,8 @@ def test_what_a_command_shows_is_one_json_object(sae, dictionary, cache, tmp_pat
     assert table["rows"][0].keys() == {"latent", "cosine"}
     arguments = ("verify-release", dictionary, cache, "--published", "l0=1", "--json")
     assert sae(*arguments) == 1
+    assert "hook point clip:out, got one of model.layers.1:out" in capsys.readouterr().err
+    assert sae(*arguments, "--force") == 1
     shown = json.loads(capsys.readouterr().out)
     assert shown["lines"] == ["meets the published figures: no reading"]
     assert shown["tables"][0]["rows"]

@@ -53,7 +53,7 @@ def test_unknown_kind_is_refused():
     """In a process of its own, since here the type checker would be first."""
     code = "from sae.explain.config import ExplainConfig as C; C(kinds=('letter',))"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert "ValueError: kinds must be one or more of ('word'" in done.stderr
+    assert "MonosemaError: kinds must be one or more of ('word'" in done.stderr
 
 
 def test_package_refuses_unknown_names():

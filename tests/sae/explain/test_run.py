@@ -216,7 +216,7 @@ def test_summary_file_says_what_was_done(finished):
     assert summary["n_scored"] == 18
     assert summary["auc"]["mean"] == explained.summary.auc.mean
     assert sorted(path.name for path in out.iterdir()) == [
-        "examples.parquet", "latents.parquet", "summary.json",
+        "examples.parquet", "files.json", "latents.parquet", "summary.json",
     ]  # fmt: skip
 
 

@@ -49,7 +49,8 @@ def test_what_is_loaded_is_saved_and_read_back_as_our_own(tmp_path, make, peer, 
     again = load_with_source(tmp_path / "b")
     assert again.source.source_format == "monosema"
     assert again.dictionary.config == loaded.dictionary.config
-    assert again.source.source_sha256.keys() == {"config.json", "sae.safetensors"}
+    read = {"config.json", "sae.safetensors", "provenance.json"}
+    assert again.source.source_sha256.keys() == read
     loaded_state, state = loaded.dictionary.state_dict(), again.dictionary.state_dict()
     assert all(bool((state[name] == loaded_state[name]).all()) for name in state)
 

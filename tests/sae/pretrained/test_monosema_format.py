@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 import sae
+from activations_cache import seals
 from sae.architecture import Gated, JumpReLU, ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained import DictionaryFormatError
@@ -60,6 +61,7 @@ def break_config(path, **changes):
         else:
             record[key] = value
     file.write_text(json.dumps(record))
+    seals.add(path, [file.name])
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,10 @@ def test_damage_is_refused_in_one_line(tmp_path):
     weights = path / "sae.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-9])
+    with pytest.raises(DictionaryFormatError, match="must have 1,672 bytes, got 1,663; it is dam"):
+        sae.load(path)
+    (path / seals.LIST).unlink()
+    (path / "provenance.json").unlink()
     with pytest.raises(DictionaryFormatError, match="must be a whole safetensors file"):
         sae.load(path)
     weights.unlink()
@@ -123,7 +129,14 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
         made.b_enc[4] = float("nan")
     with pytest.raises(ValueError, match="must hold finite numbers to be saved"):
         sae.save(made, tmp_path / "other")
-    (tmp_path / "d" / "sae.safetensors").write_bytes(to_safetensors(made.state_dict()))
+    path = tmp_path / "d"
+    (path / "sae.safetensors").write_bytes(to_safetensors(made.state_dict()))
+    with pytest.raises(DictionaryFormatError, match="it is damaged: copy it again"):
+        sae.load(path)
+    seals.add(path, ["sae.safetensors"])
+    with pytest.raises(DictionaryFormatError, match=r"must have the sha256 of provenance\.json"):
+        sae.load(path)
+    (path / "provenance.json").unlink()
     with pytest.raises(DictionaryFormatError, match="b_enc must hold finite numbers"):
         sae.load(tmp_path / "d")
 

@@ -3,7 +3,7 @@ import pytest
 
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
 from sae.pretrained import DictionaryFormatError
-from sae.run.releases import equations_of, inspect
+from sae.run.inspection import equations_of, inspect
 
 D, F = 7, 23
 

@@ -113,7 +113,7 @@ def test_labels_are_those_of_explain(cache, dictionary, tmp_path):
 
 
 def test_a_steered_text_is_that_of_steer(cache, dictionary, capsys, monkeypatch):
-    _, loaded = placed_in_model(dictionary, None, None, None)
+    loaded = placed_in_model(dictionary, None, None, None).loaded
     with run.steer(loaded, dictionary, {5: 400.0}, first_position=1):
         text = generate(loaded.model, loaded.tokenizer, "The", max_new_tokens=4).text
     base = generate(loaded.model, loaded.tokenizer, "The", max_new_tokens=4).text

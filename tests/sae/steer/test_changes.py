@@ -7,7 +7,7 @@ import torch
 
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
-from sae.pretrained.loading import require_model
+from sae.pretrained.origin import require_model
 from sae.steer.directions import mean_difference, random_direction, stream_of
 from sae.steer.edits import Edit, Patch, Push, Splice
 from sae.steer.generation import generate
@@ -152,6 +152,8 @@ def test_wrong_requests_are_refused(model, placed):
 
 def test_another_model_is_refused(dictionary):
     dictionary.provenance = {"model": {"model_sha256": "aa", "dtype": "bfloat16"}}
-    require_model(dictionary, {"model_sha256": "aa", "dtype": "float32"})
-    with pytest.raises(ValueError, match="with model_sha256 aa, got bb"):
+    assert require_model(dictionary, {"model_sha256": "aa", "dtype": "float32"}) == ()
+    with pytest.raises(ValueError, match="with model aa, got bb"):
         require_model(dictionary, {"model_sha256": "bb"})
+    differs = require_model(dictionary, {"model_sha256": "bb"}, force=True)
+    assert differs == ("model: trained on aa, used on bb",)

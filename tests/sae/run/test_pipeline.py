@@ -1,0 +1,102 @@
+"""The steps of a run: one process at a time, and markers that hold what they mark."""
+
+import json
+
+import pytest
+
+import sae
+from activations_cache import io
+from activations_cache.checks import CacheBusyError
+from sae.config import dump, load_overrides
+from sae.run.config import RunConfig
+from sae.run.context import Run
+from sae.run.pipeline import MARKER, pending_steps
+
+HOOK = "model.layers.1:out"
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model_dir, tiny_text) -> RunConfig:
+    record = {
+        "output": str(tmp_path / "run"),
+        "cache": {
+            "model": {"path": str(tiny_model_dir), "dtype": "float32"},
+            "text": {
+                "sources": [{"path": str(tiny_text), "document_pattern": "CHAPTER"}],
+                "context": 31,
+            },
+            "hook_points": [HOOK],
+            "n_rows": 1009,
+        },
+        "train": {
+            "batch": 127,
+            "precision": "fp32",
+            "saes": {"topk": {"d_sae": 31, "activation": {"kind": "topk", "k": 5}}},
+        },
+    }
+    return load_overrides(RunConfig, [], record)
+
+
+def undone(config: RunConfig, last: str = "train") -> list[str]:
+    return [step.name for step in pending_steps(Run(config), last) if not step.is_done]
+
+
+def test_a_second_run_leaves_in_one_line_and_names_the_first(config, tmp_path):
+    lock = tmp_path / "run" / ".run.lock"
+    with io.only_one(lock, "another"):
+        with pytest.raises(CacheBusyError, match=r"the run in .*run must have one writer"):
+            sae.run.job(config, "train")
+        assert not (tmp_path / "run" / "run.yaml").exists()
+    sae.run.job(config, "train")
+    assert (tmp_path / "run" / "run.yaml").read_text() == dump(config)
+    with io.only_one(lock, "another"):
+        sae.run.job(config, "train")  # all is there: nothing is written
+    assert not lock.exists()
+
+
+def test_a_second_training_leaves_and_the_first_is_unharmed(config, tmp_path):
+    sae.run.job(config, "cache")
+    with io.only_one(tmp_path / "train" / ".train.lock", "another"):
+        with pytest.raises(CacheBusyError, match=r"the training in .*train must have one writer"):
+            sae.run.train(tmp_path / "run" / "cache", config.train, out=tmp_path / "train")
+        assert not (tmp_path / "train" / "checkpoints").exists()
+    sae.run.train(tmp_path / "run" / "cache", config.train, out=tmp_path / "train")
+    assert sae.load(tmp_path / "train" / "topk").config.d_sae == 31
+
+
+def test_a_marker_holds_sizes_and_checksums_of_what_it_marks(config, tmp_path):
+    sae.run.job(config, "train")
+    path = tmp_path / "run" / "train"
+    record = json.loads((path / MARKER).read_text())
+    assert {"topk/sae.safetensors", "topk/config.json"} <= record["files"].keys()
+    weights = (path / "topk" / "sae.safetensors").read_bytes()
+    assert record["files"]["topk/sae.safetensors"] == io.describe(weights)
+    assert undone(config) == []
+    for damage in (b"", weights[:-1], weights[:-1] + b"x"):
+        (path / "topk" / "sae.safetensors").write_bytes(damage)
+        assert undone(config) == ["train"]
+        sae.run.job(config, "train")
+        assert (path / "topk" / "sae.safetensors").read_bytes() == weights
+
+
+def test_a_marker_of_an_older_version_counts_while_its_results_are_there(config, tmp_path):
+    sae.run.job(config, "train")
+    marker = tmp_path / "run" / "train" / MARKER
+    identity = json.loads(marker.read_text())["identity"]
+    marker.write_text(json.dumps({"identity": identity}))
+    assert undone(config) == []
+    (tmp_path / "run" / "train" / "topk" / "config.json").unlink()
+    assert undone(config) == ["train"]
+    marker.write_text(json.dumps({"identity": identity, "filds": {}}))
+    assert undone(config) == ["train"]
+
+
+def test_damaged_curves_are_not_taken_for_right_ones(config, tmp_path, caplog):
+    sae.run.job(config, "train")
+    (logged,) = (tmp_path / "run" / "train" / "logs" / "csv").glob("*/metrics.csv")
+    data = logged.read_bytes()
+    logged.write_bytes(data.replace(b"1", b"7", 1))
+    sae.run.job(config, "train")
+    assert f"{logged} is not as it was written" in caplog.text
+    assert not logged.exists()
+    assert undone(config) == []
