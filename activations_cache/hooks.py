@@ -11,7 +11,6 @@ the model at hand and not spelled from its configuration.
 
 import contextlib
 import difflib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from activations_cache.config import parse_hook_point
-from activations_cache.reading import Reading, around, base_model
+from activations_cache.reading import Reading, around, base_model, modules_of, parameters_of
 from activations_cache.trial import (
     Addition,
     additions,
@@ -181,7 +180,7 @@ class Capture:
         Raises:
             ValueError: If the forward does not pass a hook point, or passes it twice.
         """
-        if "use_cache" in inspect.signature(self._entry.forward).parameters:
+        if "use_cache" in parameters_of(self._entry):
             kwargs.setdefault("use_cache", False)
         self._seen = {}
         try:
@@ -289,7 +288,7 @@ def _apply(
 
 def _module(model: nn.Module, hook_point: str) -> nn.Module:
     path, _ = parse_hook_point(hook_point)
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     if path not in modules:
         nearest = difflib.get_close_matches(path, modules, n=3, cutoff=0.0)
         raise MonosemaError(
@@ -320,7 +319,7 @@ def _attach(
         return new if new is None or not isinstance(output, tuple) else (new, *rest)
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        name = next(iter(inspect.signature(module.forward).parameters))
+        name = parameters_of(module)[0]
         new = touch(_stream(args[0] if args else kwargs.get(name), hook_point))
         if new is None:
             return None

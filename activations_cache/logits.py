@@ -4,7 +4,7 @@ A norm and the output embedding are the usual way; some models scale the result 
 some it is another way altogether.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from activations_cache.trial import (
     attempt,
     largest_error,
+    n_vocabulary,
     run_whole,
     same_stream,
     tolerance_of,
     watching,
 )
+
+Loss = Literal["next token", "masked token"]
+"""Which token the logits at one place are of: that behind it, or the masked one that is there."""
 
 
 class LogitsPath(NamedTuple):
@@ -40,10 +44,29 @@ def logits_of_tokens(model: nn.Module, ids: Int[Tensor, "example pos"]) -> Tenso
     return logits if is_of_tokens else None
 
 
+def loss_of(
+    model: nn.Module, ids: Int[Tensor, "example pos"], logits: Tensor | None, *, is_causal: bool
+) -> Loss | None:
+    """Return what a model's logits are of; where each token sees all others its own loss tells."""
+    if logits is None or logits.shape[-1] < n_vocabulary(model):
+        return None  # classes of tokens have logits too
+    if is_causal:
+        return "next token"
+    labels = torch.where(torch.arange(ids.shape[1], device=ids.device) % 3 == 1, ids, -100)
+    own = getattr(attempt(lambda: run_whole(model, ids, labels=labels)), "loss", None)
+    here = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+    is_here = own is not None and abs(float(own) / float(here) - 1) <= 10 * tolerance_of(model)
+    return "masked token" if is_here else None
+
+
 def find_logits_path(
     model: nn.Module, blocks: str, n_blocks: int, ids: Int[Tensor, "example pos"]
-) -> LogitsPath | None:
-    """Find the norm and the scale with which the model's own head gives the model's own logits."""
+) -> tuple[LogitsPath | None, Tensor | None]:
+    """Find the norm and the scale with which the model's own head gives the model's own logits.
+
+    Returns:
+        The path, None where there is none, and the model's logits of these tokens, if it has any.
+    """
     get = getattr(model, "get_output_embeddings", None)
     head = None if get is None else attempt(get)
     last = f"{blocks}.{n_blocks - 1}"
@@ -51,7 +74,7 @@ def find_logits_path(
     with watching({last: model.get_submodule(last), **outside}) as calls:
         logits = logits_of_tokens(model, ids)
     if head is None or logits is None or not calls.get(last):
-        return None
+        return None, logits
     stream = calls[last][-1].out
     named = [n for n, c in calls.items() if n != last and c and same_stream(c[0].first, stream)]
     for name in [*named, ""]:
@@ -62,8 +85,8 @@ def find_logits_path(
         fit = None if given is None else _fit(logits.double(), given.double(), tolerance_of(model))
         linear = _linear(model.get_submodule(name), stream) if name else False
         if fit is not None and linear is not None:
-            return LogitsPath(name, linear, *fit)
-    return None
+            return LogitsPath(name, linear, *fit), logits
+    return None, logits
 
 
 def _fit(
@@ -112,6 +135,26 @@ def gain_of(
         if exact.shape == seen.shape and torch.allclose(exact, seen, rtol=2e-2, atol=1e-3):
             return exact, bias  # what was seen is rounded
     return seen, bias
+
+
+@torch.no_grad()
+def rows_of(head: nn.Module, like: Float[Tensor, "row d"]) -> Float[Tensor, "vocab d"]:
+    """What a head multiplies a row by, without its bias; float32.
+
+    A weight is taken as it is where nothing else is done: in 8 bits it has a scale, an adapter
+    adds to it.
+    """
+    made = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    bias = head(torch.zeros_like(like[:1])).float()
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        rows = weight.detach().float()
+        exact = 1e-4 if like.dtype in {torch.float32, torch.float64} else 1e-2
+        fits = rows.shape == (bias.shape[1], made.shape[1])
+        if fits and largest_error(head(made).float() - bias, made.float() @ rows.T) <= exact:
+            return rows
+    parts = torch.eye(like.shape[1], device=like.device, dtype=like.dtype).split(512)
+    return torch.cat([head(part).float() - bias for part in parts]).T
 
 
 def divided(rows: Float[Tensor, "*pos d"], is_centred: bool) -> Float[Tensor, "*pos d"]:

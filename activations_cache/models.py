@@ -45,6 +45,13 @@ class LoadedModel:
     provenance: dict[str, str] = field(default_factory=dict)
     """The path that was asked for, and the commit where it is a hub id; never compared."""
 
+    @property
+    def mask_token(self) -> int | None:
+        """What hides a token that a masked model shall tell; None in a tokenizer without it."""
+        found = self.tokenizer.mask_token_id
+        assert found is None or isinstance(found, int), found
+        return found
+
 
 def load_model(config: ModelConfig, *, progress: Progress | None = None) -> LoadedModel:
     """Load the model and the tokenizer that a configuration names.

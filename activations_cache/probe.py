@@ -12,13 +12,20 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from activations_cache.hooks import blocks_of, capture
 from activations_cache.isolation import Piece, Way, read_in_rows
 from activations_cache.loading import one_line
-from activations_cache.logits import LogitsPath, find_logits_path, gain_of, logits_of_tokens
+from activations_cache.logits import (
+    LogitsPath,
+    Loss,
+    find_logits_path,
+    gain_of,
+    loss_of,
+    rows_of,
+)
 from activations_cache.reading import around, base_model, given_cache, reads_tokens, takes_tokens
 from activations_cache.trial import (
     FAILURES,
@@ -32,6 +39,7 @@ from activations_cache.trial import (
     run_whole,
     same_stream,
     tolerance_of,
+    trial_inputs,
     trial_tokens,
     watching,
 )
@@ -70,8 +78,8 @@ class ModelRecord:
     """Which entry of `hidden_states` each block's output is; None for one that is no entry."""
     first: int | None
     """Which entry of `hidden_states` is the first block's input."""
-    has_logits: bool
-    """Whether it gives logits for each token of a text."""
+    loss: Loss | None
+    """What its logits of a text are scored on; None where they are of no tokens."""
     logits: LogitsPath | None
     """How the last stream becomes logits; None where that is not known."""
 
@@ -83,7 +91,7 @@ class ModelRecord:
     @property
     def predicts_next(self) -> bool:
         """Whether its logits are of the next token."""
-        return self.is_causal and self.has_logits
+        return self.loss == "next token"
 
     @property
     def last(self) -> str:
@@ -109,6 +117,7 @@ class ModelRecord:
             ("documents", documents[self.documents]),
             ("cached text", cached if self.cache_argument else "none that equals the uncached one"),
             ("logits", f"norm and head{scale}{cap}" if path else "not norm and head alone"),
+            ("loss", f"of the {self.loss}" if self.loss else "none that is known"),
         ]
 
 
@@ -124,6 +133,20 @@ def record_of(model: nn.Module) -> ModelRecord:
     if model not in _RECORDS:
         _RECORDS[model] = _probe(model)
     return _RECORDS[model]
+
+
+def require_next_token(model: nn.Module, what: str) -> None:
+    """Refuse what is only true of a model whose logits are of the next token.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    record = record_of(model)
+    if not record.predicts_next:
+        raise MonosemaError(
+            f"model must predict the next token {what}, got {record.name}, whose attention is "
+            f"{'causal' if record.is_causal else 'in both directions'}"
+        )
 
 
 def way_of(model: nn.Module, *, apart: bool) -> tuple[Way | None, bool]:
@@ -163,6 +186,7 @@ def _probe(model: nn.Module) -> ModelRecord:
             "positions": trial.leak_by_positions(),
             "rows": trial.leak_in_rows(with_mask=not is_causal),
         }
+    path, logits = find_logits_path(model, blocks, len(listed), ids)
     return ModelRecord(
         name=type(model).__name__,
         blocks=blocks,
@@ -171,10 +195,10 @@ def _probe(model: nn.Module) -> ModelRecord:
         is_causal=is_causal,
         leaks=leaks,
         tolerance=tolerance,
-        cache_argument=_cache_argument(model, ids, 10 * tolerance),
+        cache_argument=_cache_argument(model, ids, logits, 10 * tolerance),
         **layout._asdict(),
-        has_logits=logits_of_tokens(model, ids) is not None,
-        logits=find_logits_path(model, blocks, len(listed), ids),
+        loss=loss_of(model, ids, logits, is_causal=is_causal),
+        logits=path,
     )
 
 
@@ -192,6 +216,7 @@ class _Trial:
         self._stream, self._ids = stream, ids
         # Other shapes round otherwise, and in 16 bits that grows from block to block.
         self._rounding = 10 * tolerance
+        self._alone: list[Float[Tensor, "pos _"]] = []
 
     def sees_later(self) -> float:
         """How much the first tokens change with those that follow them."""
@@ -225,14 +250,16 @@ class _Trial:
     def _change(self, found: Float[Tensor, "pos _"]) -> float:
         """Of documents in a context from the same alone, if rounding does not explain it."""
         sizes = [N_FIRST, N_TOKENS - N_FIRST]
-        pairs = zip(found.split(sizes), self._ids[:1].split(sizes, dim=1), strict=True)
+        if not self._alone:
+            self._alone = [self._stream(ids)[0] for ids in self._ids[:1].split(sizes, dim=1)]
+        pairs = zip(found.split(sizes), self._alone, strict=True)
         # The middle token of each: in 16 bits another expert may be chosen for a single one.
-        change = max(float(errors(part, self._stream(ids)[0]).median()) for part, ids in pairs)
+        change = max(float(errors(part, alone).median()) for part, alone in pairs)
         return 0.0 if change <= self._rounding else change
 
 
-class _Layout(NamedTuple):
-    """What runs to its end on the tokens, and where the blocks' streams are in what it gives."""
+class Layout(NamedTuple):
+    """What runs to its end on what is read, and where the blocks' streams are in what it gives."""
 
     reader: str
     hidden_states: tuple[int | None, ...]
@@ -240,9 +267,25 @@ class _Layout(NamedTuple):
     is_chained: bool
 
 
+def layout_of(model: nn.Module) -> Layout:
+    """Return the layout of a model that need not read tokens.
+
+    Of one that does not say what its images are nothing is known, and so no entry.
+
+    Raises:
+        ValueError: If it has no blocks, or does not run to its end.
+    """
+    blocks, listed = blocks_of(model)
+    inputs = trial_inputs(model)
+    if inputs is None:
+        return Layout("", (None,) * len(listed), None, True)
+    return _layout(model, blocks, listed, inputs)
+
+
+@torch.no_grad()
 def _layout(
-    model: nn.Module, path: str, blocks: list[nn.Module], ids: Int[Tensor, "example pos"]
-) -> _Layout:
+    model: nn.Module, path: str, blocks: list[nn.Module], ids: Shaped[Tensor, "example ..."]
+) -> Layout:
     """Try the backbone, then what is around the blocks, then the model; the most entries win.
 
     Raises:
@@ -251,7 +294,7 @@ def _layout(
     paths = {module: name for name, module in model.named_modules()}
     inner = [m for m in around(model, f"{path}.0:out") if reads_tokens(m)]
     named = {f"{i}": block for i, block in enumerate(blocks)}
-    found: list[_Layout] = []
+    found: list[Layout] = []
     for module in dict.fromkeys([base_model(model), *inner[::-1], model]):
         with watching(named) as calls:
             output = attempt(lambda m=module: run_whole(m, ids, output_hidden_states=True))
@@ -260,7 +303,10 @@ def _layout(
         of_blocks = [calls[name][-1] for name in named if calls.get(name)]
         if output is not None and len(of_blocks) == len(named):
             streams = getattr(output, "hidden_states", None) or ()
-            found.append(_Layout(paths[module], *_entries(of_blocks, streams)))
+            found.append(Layout(paths[module], *_entries(of_blocks, streams)))
+            # The last entry is often normed, so no other would have more.
+            if None not in found[-1].hidden_states[:-1]:
+                break
     if not found:
         raise MonosemaError(
             f"{type(model).__name__} must run on token ids alone, through {path or 'its blocks'}, "
@@ -269,7 +315,7 @@ def _layout(
     return min(found, key=lambda layout: sum(i is None for i in layout.hidden_states))
 
 
-def _failure(model: nn.Module, ids: Int[Tensor, "example pos"]) -> str:
+def _failure(model: nn.Module, ids: Shaped[Tensor, "example ..."]) -> str:
     """Why a model does not run on tokens alone."""
     try:
         run_whole(base_model(model), ids)
@@ -293,7 +339,7 @@ def _entries(
 
 
 def _cache_argument(
-    model: nn.Module, ids: Int[Tensor, "example pos"], tolerance: float
+    model: nn.Module, ids: Int[Tensor, "example pos"], whole: Tensor | None, tolerance: float
 ) -> str | None:
     """The argument by which two tokens, one by one, continue a cache as if all were read."""
     n = N_TOKENS - 2
@@ -309,11 +355,10 @@ def _cache_argument(
             found.append(output.logits[:, -1])
         return name, found
 
-    expected = attempt(lambda: model(input_ids=ids, use_cache=False).logits[:, n:])
-    name, found = attempt(steps) or (None, [])
-    if name is None or expected is None:
+    name, found = (attempt(steps) or (None, [])) if whole is not None else (None, [])
+    if name is None or whole is None:
         return None
-    return name if largest_error(torch.stack(found, dim=1), expected) <= tolerance else None
+    return name if largest_error(torch.stack(found, dim=1), whole[:, n:]) <= tolerance else None
 
 
 def readout(model: nn.Module) -> Float[Tensor, "vocab d_model"]:
@@ -326,13 +371,14 @@ def readout(model: nn.Module) -> Float[Tensor, "vocab d_model"]:
     Raises:
         ValueError: If the model's own logits do not come about in this way.
     """
-    path = logits_path(model)
+    path, record = logits_path(model), record_of(model)
     head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    weight = head.weight.detach().float() * path.scale
+    with capture(model, [record.last]) as run:
+        like = run(trial_tokens(model))[record.last][0]
+    weight = rows_of(head, like) * path.scale
     if path.norm:
         norm: Any = model.get_submodule(path.norm)
-        first = next(iter(norm.parameters()), weight)
-        gain, _ = gain_of(norm, weight.shape[1], path.is_centred, first)
+        gain, _ = gain_of(norm, weight.shape[1], path.is_centred, like)
         weight = weight * gain.to(weight)
     return weight - weight.mean(dim=1, keepdim=True) if path.is_centred else weight
 

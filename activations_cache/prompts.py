@@ -30,6 +30,8 @@ class Prompts:
         both = [m for m in modules if "decoder_input_ids" in parameters_of(m)]
         encoder = getattr(both[-1], "get_encoder", lambda: None)() if both else None
         self._is_seq2seq, self._is_encoder = bool(both), encoder in modules
+        self.continues = False
+        """Whether what is read at present continues a cache."""
         self._prompt: Prompt | None = None
         self._earlier: Prompt | None = None
         self._generating = 0
@@ -50,6 +52,7 @@ class Prompts:
         if len(calls) == 1:
             self._earlier = self._prompt
         before = {call.n_before for call in calls}
+        self.continues = bool(before - {0, None})
         if None in before:
             self._prompt = None
         elif before != {0}:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from activations_cache.config import parse_hook_point
 from monosema.checks import MonosemaError
 
+_Parameter = inspect.Parameter
+
 STATES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 """Names under which models take states that are plain tensors; a cache is known without them."""
 
@@ -49,9 +51,9 @@ class Read(NamedTuple):
         if self.n_new not in (None, n_new):
             return None
         if self.mask is not None:
-            # Only a cache with room for what is to come has a mask that is wider.
+            # Only with a cache that has room for what is to come may the mask be wider.
             spare = self.mask.shape[1] - n_new - (0 if before is None else before)
-            if before is None or spare < 0 or (spare and not any(map(is_cache, given))):
+            if before is None or spare < 0 or (spare and not any(map(_has_room, given))):
                 return None
             first = (self.mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
             found = before + torch.arange(n_new, device=self.mask.device) - first
@@ -198,6 +200,11 @@ def is_cache(value: object) -> bool:
     )
 
 
+def _has_room(value: object) -> bool:
+    """Whether a cache has its whole size from the start, as a static one."""
+    return is_cache(value) and bool(getattr(value, "is_compileable", False))
+
+
 def _length(cache: Any) -> int | None:
     """The tokens in a cache; None if it keeps states alone, which do not tell."""
     try:
@@ -231,16 +238,43 @@ def two_axes(value: object) -> Shaped[Tensor, "example pos"] | None:
 
 
 def parameters_of(module: nn.Module) -> list[str]:
-    """Return the names of what a module's forward takes."""
-    return list(inspect.signature(module.forward).parameters)
+    """Return the names of what a module's forward takes; a wrapper takes what its one part does."""
+    parameters = inspect.signature(module.forward).parameters
+    parts = list(module.children())
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if len(parts) == 1 and kinds <= {_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD}:
+        return parameters_of(parts[0])
+    return list(parameters)
 
 
 def around(model: nn.Module, hook_point: str) -> list[nn.Module]:
     """Return the modules around a hook point, the model first."""
-    parts = parse_hook_point(hook_point)[0].split(".")
-    modules = dict(model.named_modules())
+    path, modules = parse_hook_point(hook_point)[0], modules_of(model)
+    if (aside := kept_aside(model)) is not None:
+        module = modules.get(path)
+        inner = next((name for name, m in aside.named_modules() if m is module), None)
+        if inner is not None:
+            return [model, *around(aside, f"{inner}:out")]
+    parts = path.split(".")
     paths = [".".join(parts[:i]) for i in range(len(parts))]
     return [modules[path] for path in paths if path in modules]
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a model by path, and those of a model that it keeps aside."""
+    aside = kept_aside(model)
+    return {**({} if aside is None else dict(aside.named_modules())), **dict(model.named_modules())}
+
+
+def kept_aside(model: nn.Module) -> nn.Module | None:
+    """Return the model that another runs without having it among its modules.
+
+    TransformerLens' bridge does so: it shows the same blocks under names of its own, makes masks
+    itself, and takes text as well as tokens; what is read shows in the model inside.
+    """
+    found = getattr(model, "original_model", None)
+    is_aside = isinstance(found, nn.Module) and all(m is not found for m in model.modules())
+    return found if is_aside else None
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -13,9 +13,8 @@ from activations_cache.hooks import blocks_of, capture
 from activations_cache.image_rows import CachedImages
 from activations_cache.isolation import read_documents
 from activations_cache.models import LoadedModel
-from activations_cache.probe import record_of
+from activations_cache.probe import layout_of, record_of
 from activations_cache.reader import ActivationCache
-from activations_cache.reading import base_model
 from activations_cache.trial import run_whole
 from activations_cache.vision import LoadedVisionModel
 
@@ -135,20 +134,14 @@ class _Reader:
 
     def __init__(self, hook_points: Sequence[str], loaded: LoadedModel | LoadedVisionModel) -> None:
         model = loaded.model
-        self._entry, prefix = base_model(model), ""
-        blocks, listed = blocks_of(model)
-        last = len(listed)
-        entries = dict(enumerate([*range(1, last), None]))
-        first: int | None = 0
-        if isinstance(loaded, LoadedModel):
-            record = record_of(model)
-            prefix, entries = record.reader, dict(enumerate(record.hidden_states))
-            self._entry = model.get_submodule(prefix)
-            first = record.first
+        blocks, _ = blocks_of(model)
+        layout = record_of(model) if isinstance(loaded, LoadedModel) else layout_of(model)
+        prefix, entries = layout.reader, dict(enumerate(layout.hidden_states))
+        self._entry = model.get_submodule(prefix)
         self._entry_of: dict[str, int | None] = {}
         for name in hook_points:
             number = _block_number(name, blocks)
-            self._entry_of[name] = first if number == 0 else entries.get((number or 0) - 1)
+            self._entry_of[name] = layout.first if number == 0 else entries.get((number or 0) - 1)
         wanted = [name for name, entry in self._entry_of.items() if entry is None]
         self._captured = {name: name.removeprefix(f"{prefix}." * bool(prefix)) for name in wanted}
         outside = [name for name, own in self._captured.items() if prefix and own == name]

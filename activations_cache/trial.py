@@ -5,7 +5,6 @@ parts of a block are added to the stream as they are.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -64,17 +63,21 @@ def trial_tokens(
     config: Any = getattr(model, "config", None)
     given = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     special = set(_special_ids(given))
-    get = getattr(model, "get_input_embeddings", None)
-    embedding = None if get is None else attempt(get)
-    weight = getattr(embedding, "weight", None)
-    get_text: Any = getattr(config, "get_text_config", None)
-    text = config if get_text is None else get_text()
-    n_vocab = getattr(text, "vocab_size", None) or (len(weight) if weight is not None else 8)
-    usable = torch.tensor([i for i in range(min(n_vocab, 4096)) if i not in special])
+    usable = torch.tensor([i for i in range(min(n_vocabulary(model), 4096)) if i not in special])
     chosen = torch.randint(
         len(usable), (n_examples, n_tokens), generator=torch.Generator().manual_seed(0)
     )
     return usable[chosen].to(next(model.parameters()).device)
+
+
+def n_vocabulary(model: nn.Module) -> int:
+    """Return how many tokens a model knows; 8 where nothing tells."""
+    config: Any = getattr(model, "config", None)
+    get_text: Any = getattr(config, "get_text_config", None)
+    text = config if get_text is None else get_text()
+    get = getattr(model, "get_input_embeddings", None)
+    weight = getattr(None if get is None else attempt(get), "weight", None)
+    return getattr(text, "vocab_size", None) or (8 if weight is None else len(weight))
 
 
 def _special_ids(entries: Mapping[Any, Any]) -> Iterator[int]:
@@ -163,7 +166,7 @@ def _stream(value: object) -> Tensor | None:
 
 def run_whole(module: nn.Module, inputs: Tensor, **options: Any) -> Any:
     """Call a module on its first argument, without a KV cache where it knows of one."""
-    if "use_cache" in inspect.signature(module.forward).parameters:
+    if "use_cache" in parameters_of(module):
         options.setdefault("use_cache", False)
     return module(inputs, **options)
 

@@ -5,9 +5,10 @@ test_families.py` holds each family to its row.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -166,9 +167,9 @@ class Row(NamedTuple):
     parts: str
 
 
-def row_of(family: str) -> Row:
+def row_of(family: str, made: nn.Module | None = None) -> Row:
     """Try a family, and compare everything that its record says with the model itself."""
-    model = make(family)
+    model = make(family) if made is None else made
     record = record_of(model)
     ids = fresh_tokens(record)
     return Row(
@@ -179,8 +180,8 @@ def row_of(family: str) -> Row:
         _verify(model, record, ids),
         _steering(model, record, ids),
         _logits(model, record, ids),
-        "next token" if record.predicts_next else "none",
-        _parts(model, record, ids),
+        _loss(model, record, ids),
+        parts_of(model, record.blocks, ids, is_sum=record.name not in NORMED_AFTER),
     )
 
 
@@ -244,6 +245,10 @@ def _steering(model: nn.Module, record: ModelRecord, ids: Tensor) -> str:
     vector = torch.randn(WIDTH if record.name != "CodeGenForCausalLM" else 32,
                          generator=torch.Generator().manual_seed(0))  # fmt: skip
     push = Push(f"{record.blocks}.1:out", 3 * vector)
+    if model._compiled_call_impl is not None:
+        with pytest.raises(ValueError, match="must not lie in compiled code"):
+            Steering(model, [push]).__enter__()
+        return "refused"
     found = []
     for use_cache in (True, False):
         with Steering(model, [push], positions="all") as steering:
@@ -284,15 +289,33 @@ def _logits(model: nn.Module, record: ModelRecord, ids: Tensor) -> str:
     return said if path.cap is None else "capped: no `direct_logits`"
 
 
-def _parts(model: nn.Module, record: ModelRecord, ids: Tensor) -> str:
-    points = [p for p in sites(model) if p.startswith(f"{record.blocks}.1")]
-    adding = [p for p in points if p.endswith(":out") and p != f"{record.blocks}.1:out"]
+def _loss(model: nn.Module, record: ModelRecord, ids: Tensor) -> str:
+    """Against the loss that the model itself gives for labels."""
+    if record.loss is None:
+        return "none"
+    labels = ids.where(torch.arange(17) % 4 == 2, -100)
+    output = model(input_ids=ids, labels=labels)
+    logits = output.logits if record.loss == "masked token" else output.logits[:, :-1]
+    labels = labels[:, -logits.shape[1] :]
+    here = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert torch.allclose(output.loss, here, rtol=1e-4)
+    return record.loss
+
+
+NORMED_AFTER = {"BertForMaskedLM", "RobertaForMaskedLM", "ElectraForMaskedLM"}
+"""Their blocks norm the stream after each addition, so the parts do not make up the difference."""
+
+
+def parts_of(model: nn.Module, blocks: str, inputs: Tensor, *, is_sum: bool) -> str:
+    """The parts of a block that are listed as added, which must make up what the block does."""
+    points = [p for p in sites(model) if p.startswith(f"{blocks}.1")]
+    adding = [p for p in points if p.endswith(":out") and p != f"{blocks}.1:out"]
     if len(adding) != 2:
         return "the stream alone" if not adding else ", ".join(_short(p) for p in adding)
     with capture(model, points) as run:
-        seen = run(ids)
+        seen = run(inputs)
     change = seen[points[-1]] - seen[points[0]] - sum(seen[p] for p in adding)
-    if record.name not in {"BertForMaskedLM", "RobertaForMaskedLM", "ElectraForMaskedLM"}:
+    if is_sum:
         assert float(change.norm() / seen[points[-1]].norm()) < 1e-4
     return ", ".join(_short(p) for p in adding)
 
@@ -301,15 +324,19 @@ def _short(point: str) -> str:
     return f"`{point.rpartition(':')[0].split('.1.', 1)[1]}`"
 
 
-def table(families: tuple[str, ...] = tuple(FAMILIES)) -> str:
+def table(rows: Iterable[Row]) -> str:
     """The table as Markdown."""
     names = ("family", "blocks", "attention", "documents", "verify", "steering", "logits", "loss",
              "parts that are added")  # fmt: skip
-    lines = [names, ("---",) * len(names), *(row_of(family) for family in families)]
+    lines = [names, ("---",) * len(names), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
     import sys
 
-    sys.stdout.write(table(tuple(sys.argv[1:]) or tuple(FAMILIES)) + "\n")
+    from tests.variants import VARIANTS, tower_table
+
+    rows = [row_of(family) for family in FAMILIES]
+    rows += [row_of(name, made()) for name, made in VARIANTS.items()]
+    sys.stdout.write(f"{table(rows)}\n\n{tower_table()}\n")

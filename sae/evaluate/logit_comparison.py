@@ -30,16 +30,18 @@ def compare(
     logits: Float[Tensor, "example pos vocab"],
     tokens: Int[Tensor, "example pos"],
     skip_positions: int,
+    ahead: int = 1,
 ) -> Tally:
     """Sums over the predictions of each context that are made after the special positions.
 
     Args:
         base: Logits of the model as it is.
         logits: Logits with another stream.
-        tokens: What was read; the prediction at one place is scored on the next, unless it is -1.
+        tokens: What is predicted; -1 is not scored.
         skip_positions: Predictions at this many first places are left out.
+        ahead: How far behind its prediction a token stands; 0 for masked ones.
     """
-    targets = tokens[:, skip_positions + 1 :]
+    targets = tokens[:, skip_positions + ahead :]
     scored = targets >= 0
     example, place = scored.nonzero(as_tuple=True)
     figures = torch.zeros(len(example), 4, dtype=torch.float64, device=base.device)

@@ -32,6 +32,11 @@ def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
     return model(input_ids=input_ids, use_cache=False).logits
 
 
+def logits_of_padded(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """What is read of a masked model, which may not see the padding, -1."""
+    return model(input_ids=input_ids.clamp_min(0), attention_mask=(input_ids >= 0).long()).logits
+
+
 class Replay:
     """One model and one hook point: `base` runs all of it, `spliced` the rest with another stream.
 

@@ -38,6 +38,7 @@ def evaluate(
     model: nn.Module | None,
     config: EvaluateConfig,
     *,
+    mask_token: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure dictionaries of one hook point over a cache's held-out rows and contexts.
@@ -49,8 +50,10 @@ def evaluate(
         cache: Made from the model at the hook point.
         hook_point: Which stream.
         model: The language model that the cache was made from, in evaluation mode. Nothing is
-            spliced without one, or into one that does not predict the next token.
+            spliced without one, or into one that predicts neither the next token nor masked ones.
         config: Sizes.
+        mask_token: What hides the tokens that a masked model predicts, of its tokenizer; without
+            it nothing is spliced into such a model.
         progress: Called with the units "rows" and "spliced contexts", one after the other.
 
     Raises:
@@ -69,8 +72,11 @@ def evaluate(
     for name, of_one in measured.items():
         firing[name].merge(of_one.firing)
     substitution = {}
-    if model is not None and record_of(model).predicts_next:
+    loss = None if model is None else record_of(model).loss
+    if model is not None and (loss == "next token" or (loss and mask_token is not None)):
         context = held_out(cache, hook_point, config)
+        if loss == "masked token":
+            context = context._replace(mask_token=mask_token)
         substitution = measure_substitution(
             dictionaries, model, hook_point, context, config, progress=progress
         )

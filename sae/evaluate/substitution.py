@@ -17,12 +17,16 @@ from torch import Tensor, nn
 
 from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.hooks import capture
+from activations_cache.logits import Loss
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.logit_comparison import Tally, compare
-from sae.evaluate.resume_forward import Replacement, Replay
+from sae.evaluate.resume_forward import Replacement, Replay, logits_of, logits_of_padded
 from sae.metrics import ce_recovered
 from sae.statistics import Interval, Resamples, interval
+
+SHARE_HIDDEN = 0.15
+"""Share of the tokens that a masked model has to tell, as in its training (Devlin et al. 2019)."""
 
 
 class HeldOut(NamedTuple):
@@ -38,6 +42,9 @@ class HeldOut(NamedTuple):
     """Mean rows of other hook points, for the dictionaries that predict these."""
     exclude_tokens: tuple[int, ...] = ()
     """Tokens that give no row; at them the stream stays the model's own, and nothing is scored."""
+
+    mask_token: int | None = None
+    """What hides the tokens that a masked model predicts; None for one that predicts the next."""
 
     def excluded(self, tokens: Int[Tensor, "some pos"]) -> Bool[Tensor, "some pos"]:
         """Say which tokens of some contexts are excluded."""
@@ -80,6 +87,8 @@ class Substitution:
     """The stream replaced by its mean row."""
     dictionaries: dict[str, Effect]
     """The stream replaced by each dictionary's reconstruction."""
+    loss: Loss = "next token"
+    """Which token a prediction is scored on."""
 
 
 class _Task(NamedTuple):
@@ -109,8 +118,10 @@ class _Streams:
         """Run the model up to the last of the hook points."""
         self.excluded = excluded
         if self._points:
+            padding = input_ids < 0  # which a masked model may not see
+            mask = {"attention_mask": (~padding).long()} if bool(padding.any()) else {}
             with capture(self._model, self._points) as run:
-                self._streams = run(input_ids)
+                self._streams = run(input_ids.clamp_min(0), **mask)
 
     def reconstructed(self, dictionary: SparseAutoencoder, part: int) -> Replacement:
         """The dictionary's output for one of the hook points that it predicts."""
@@ -140,7 +151,7 @@ def measure_substitution(
 
     Args:
         dictionaries: By name; "zero" and "mean" are taken.
-        model: A causal language model in evaluation mode.
+        model: A causal or a masked language model in evaluation mode.
         hook_point: Where the stream is replaced by dictionaries that record no hook point.
         held_out: What the model reads.
         config: Sizes; the first `n_contexts_special` contexts are also run with the special
@@ -181,10 +192,11 @@ def _measured(
     """By treatment, of the dictionaries that predict the places in `held_out.means`."""
     streams = _Streams(model, dictionaries)
     tasks = list(_tasks(dictionaries, streams, held_out, config))
-    replay = Replay(model, *held_out.means)
+    read = logits_of if held_out.mask_token is None else logits_of_padded
+    replay = Replay(model, *held_out.means, read=read)
     tallies = _run(tasks, replay, streams, held_out, config, progress)
     return {
-        special: _summary(special, of_special, config)
+        special: _summary(special, of_special, config, held_out)
         for special in dict.fromkeys(task.special for task in tasks)
         if (of_special := {n: t for (s, n), t in tallies.items() if s == special})
     }
@@ -247,21 +259,28 @@ def _run(
     parts: dict[tuple[str, str], list[Tally]] = {}
     total = sum(task.n_contexts for task in tasks)
     done = 0
+    hidden = _hidden(held_out, config)
+    ahead = 1 if hidden is None else 0
     for start in range(0, len(held_out.tokens), config.contexts_per_forward):
-        tokens = held_out.tokens[start : start + config.contexts_per_forward]
-        input_ids = tokens.clamp_min(0)
-        base = replay.base(input_ids).logits
+        here = slice(start, start + config.contexts_per_forward)
+        tokens = held_out.tokens[here]
         excluded = held_out.excluded(tokens)
+        if hidden is None:
+            input_ids, scored = tokens.clamp_min(0), tokens.clone()
+            scored[:, 1:][excluded[:, :-1]] = -1  # what an excluded token predicts
+        else:
+            assert held_out.mask_token is not None  # else nothing is hidden
+            input_ids = tokens.masked_fill(hidden[here], held_out.mask_token)
+            scored = tokens.where(hidden[here], -1)
+        base = replay.base(input_ids).logits
         streams.read(input_ids, excluded)
-        scored = tokens.clone()
-        scored[:, 1:][excluded[:, :-1]] = -1  # what an excluded token predicts
         for task in tasks:
             n_here = min(len(tokens), task.n_contexts - start)
             if n_here <= 0:
                 continue
             first, *more = task.replacements.items()
             logits = replay.spliced(input_ids, first[1], dict(more))
-            tally = compare(base, logits, scored, held_out.skip_positions)
+            tally = compare(base, logits, scored, held_out.skip_positions, ahead)
             part = Tally(*(values[:n_here] for values in tally))
             parts.setdefault((task.special, task.name), []).append(part)
             done += n_here
@@ -269,7 +288,20 @@ def _run(
     return {key: Tally.joined(of_key) for key, of_key in parts.items()}
 
 
-def _summary(special: str, tallies: dict[str, Tally], config: EvaluateConfig) -> Substitution:
+def _hidden(held_out: HeldOut, config: EvaluateConfig) -> Bool[Tensor, "example pos"] | None:
+    """Which tokens a masked model predicts; None for a model that predicts the next one."""
+    if held_out.mask_token is None:
+        return None
+    tokens = held_out.tokens
+    chance = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(config.seed))
+    found = (chance < SHARE_HIDDEN) & (tokens >= 0) & ~held_out.excluded(tokens)
+    found[:, : held_out.skip_positions] = False
+    return found
+
+
+def _summary(
+    special: str, tallies: dict[str, Tally], config: EvaluateConfig, held_out: HeldOut
+) -> Substitution:
     zero, mean = tallies["zero"], tallies["mean"]
     resamples = Resamples(len(zero.ce), config.n_resamples, config.seed)
     ablated = _Ablated(
@@ -284,6 +316,7 @@ def _summary(special: str, tallies: dict[str, Tally], config: EvaluateConfig) ->
         zero=effects.pop("zero"),
         mean=effects.pop("mean"),
         dictionaries=effects,
+        loss="next token" if held_out.mask_token is None else "masked token",
     )
 
 

@@ -18,6 +18,7 @@ from activations_cache.image_rows import CachedImages
 from activations_cache.models import LoadedModel
 from activations_cache.pieces import Pieces
 from activations_cache.preprocessing import as_rgb
+from activations_cache.probe import record_of
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import Attribution, Example, Explanation, Image, Latent, Score
 from sae.browser.latent import Status
@@ -244,10 +245,13 @@ def attributions_of(
     """For the latents that matter most to some held-out predictions, the prompts and shares.
 
     Each prompt costs one backward pass, and one forward pass in which the first few latents are
-    really turned off, each at its strongest position.
+    really turned off, each at its strongest position. A model that does not predict the next token
+    has none.
     """
     reads, writes = dictionary.config.sites(hook_point)
     if context.cache is None or context.loaded is None or len(reads) != 1 or writes != reads:
+        return {}
+    if not record_of(context.loaded.model).predicts_next:
         return {}
     examples, placed = context.cache.examples, dictionary.at(*reads)
     first_position = context.cache.manifest.plan.skip_positions

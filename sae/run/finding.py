@@ -8,6 +8,7 @@ import torch
 
 from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.models import LoadedModel
+from activations_cache.probe import require_next_token
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.config import load_overrides
@@ -101,6 +102,7 @@ def _behind(
 ) -> LatentMatches:
     assert request.prompt is not None
     assert request.target is not None
+    require_next_token(loaded.model, "to say what a prediction depends on")
     ids = torch.tensor([loaded.tokenizer(request.prompt)["input_ids"]])
     target = _token(loaded, request.target)
     against = None if request.against is None else _token(loaded, request.against)

@@ -243,9 +243,14 @@ def _report(
             loaded = load_model_of(cache, progress)
         n, images = request.spliced
         config = EvaluateConfig(n_contexts=n, n_contexts_special=n // 3, n_images=images)
-    model = loaded.model if isinstance(loaded, LoadedModel) else None
+    model, mask_token = None, None
+    if isinstance(loaded, LoadedModel):
+        model, mask_token = loaded.model, loaded.mask_token
     with steps("evaluate") as progress:
-        result = evaluate_all(dictionaries, cache, hook_point, model, config, progress=progress)
+        result = evaluate_all(
+            dictionaries, cache, hook_point, model, config,
+            mask_token=mask_token, progress=progress,
+        )  # fmt: skip
         report = result.report
         if isinstance(loaded, LoadedVisionModel):
             report = with_downstream(report, dictionaries, cache, loaded, config, progress)

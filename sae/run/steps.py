@@ -1,6 +1,7 @@
 """What each step of a run does, in terms of the packages that do it."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from activations_cache.builder import rank_of_this_process
 from activations_cache.checks import Progress
 from activations_cache.config import SPLITS
 from activations_cache.manifest import MANIFEST
+from activations_cache.probe import record_of
 from sae.browser import write_site
 from sae.evaluate.report import write_json
 from sae.evaluate.run import evaluate as measure
@@ -35,6 +37,8 @@ PAGE = "index.html"
 DICTIONARY = (WEIGHTS, CONFIG, PROVENANCE)
 LABEL_FILES = (".parquet", ".json", ".jsonl")
 
+_log = logging.getLogger(__name__)
+
 
 def cache(run: Run, report: Progress) -> None:
     """Store the hook point's rows."""
@@ -57,8 +61,13 @@ def evaluate(run: Run, report: Progress) -> None:
     if run.of_images:
         untrained = baselines(dictionaries, run.cache, run.hook_point, report)
         dictionaries |= {n: d for n, d in untrained.items() if n.startswith(("PCA", "raw"))}
-    model = None if run.of_images else run.loaded.model
-    evaluation = measure(dictionaries, run.cache, run.hook_point, model, config, progress=report)
+    model, mask_token = None, None
+    if not run.of_images:
+        model, mask_token = run.loaded.model, run.loaded.mask_token
+    evaluation = measure(
+        dictionaries, run.cache, run.hook_point, model, config,
+        mask_token=mask_token, progress=report,
+    )  # fmt: skip
     for name in run.dictionaries:
         evaluation.firing[name].save(run.path("train") / name)
     measured = evaluation.report
@@ -117,8 +126,14 @@ def explain_by_llm(
 
 
 def steer(run: Run, report: Progress) -> None:
-    """Generate with and without one labelled latent turned up."""
-    example = steering_example(run, report)
+    """Generate with and without one labelled latent turned up; not where nothing is continued."""
+    record = record_of(run.loaded.model)
+    if record.predicts_next:
+        example = steering_example(run, report)
+    else:
+        reason = f"{record.name} does not predict the next token, so no text is continued"
+        _log.warning("%s", reason)
+        example = {"shown": None, "reason": reason}
     seals.write(run.path("steer"), {STEERING: json.dumps(example, indent=1).encode()})
 
 

@@ -50,11 +50,17 @@ def _note(report: EvaluationReport) -> str:
         f"{report.reconstruction[name].n_rows:,} held-out rows; dead: silent in {firing.n_rows:,} "
         f"rows, so with 95 % confidence rarer than {firing.dead_density_bound:.1e}"
     )
+    return f"{note}; {_of_model(report)}"
+
+
+def _of_model(report: EvaluationReport) -> str:
+    """What the figures of the model rest on."""
     intact = report.substitution.get("intact")
     if intact is None:
-        return note
+        return "no loss: no model was run, or it predicts neither the next token nor masked ones"
+    tokens = {"next token": "tokens", "masked token": "masked tokens"}[intact.loss]
     return (
-        f"{note}; CE {intact.ce_base.value:.3f} nats on {intact.n_tokens:,} held-out tokens, "
+        f"CE {intact.ce_base.value:.3f} nats on {intact.n_tokens:,} held-out {tokens}, "
         f"positions below {report.skip_positions} left intact"
     )
 
@@ -131,8 +137,9 @@ def _effects(measured: Substitution) -> ResultTable:
     streams = {"zero": measured.zero, "mean row": measured.mean, **measured.dictionaries}
     rows = tuple((name, *_cells(effect)) for name, effect in streams.items())
     note = (
-        f"CE {_cell(measured.ce_base)} nats as the model is, on {measured.n_tokens:,} tokens of "
-        f"{measured.n_contexts} held-out contexts; 95 % intervals over contexts"
+        f"CE of the {measured.loss} {_cell(measured.ce_base)} nats as the model is, on "
+        f"{measured.n_tokens:,} tokens of {measured.n_contexts} held-out contexts; 95 % intervals "
+        "over contexts"
     )
     return ResultTable(columns, rows, note)
 
@@ -203,13 +210,7 @@ def result_table(run: Run, measured: EvaluationReport, *, with_labels: bool) -> 
             row.append(mean_cell(_labels(run, name)["auc"]))
         rows.append(tuple(row))
     n_rows = next(iter(measured.reconstruction.values())).n_rows
-    note = f"{n_rows:,} held-out rows; "
-    note += (
-        f"CE {intact.ce_base.value:.3f} nats on {intact.n_tokens:,} "
-        f"held-out tokens, positions below {measured.skip_positions} left intact"
-        if intact
-        else "no loss of the model, which does not predict the next token"
-    )
+    note = f"{n_rows:,} held-out rows; {_of_model(measured)}"
     if with_labels:
         controls = ", ".join(mean_cell(_labels(run, n)["control_auc"]) for n in run.dictionaries)
         note += f"; AUC of exchanged labels: {controls}"

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from activations_cache.models import Tokenizer
-from activations_cache.probe import record_of
+from activations_cache.probe import record_of, require_next_token
 from activations_cache.reading import given_cache
 from monosema.checks import MonosemaError
 
@@ -83,19 +83,14 @@ def generate_copies(
     Raises:
         ValueError: For the same reasons.
     """
-    record = record_of(model)
-    if not record.predicts_next:
-        raise MonosemaError(
-            f"model must predict the next token to continue a text, got {record.name}, whose "
-            f"attention is {'causal' if record.is_causal else 'in both directions'}"
-        )
+    require_next_token(model, "to continue a text")
     prompt_tokens = tuple(_chat_ids(tokenizer, prompt) if chat else tokenizer(prompt)["input_ids"])
     if not prompt_tokens:
         raise MonosemaError(f"prompt must have at least one token, got {prompt!r}")
     copies = [list(prompt_tokens) for _ in range(n_copies)]
     end = tokenizer.eos_token_id
     assert end is None or isinstance(end, int), end
-    is_cached = use_cache and record.cache_argument is not None
+    is_cached = use_cache and record_of(model).cache_argument is not None
     rows = _greedy(model, copies, end, max_new_tokens, is_cached)
     return [
         Generation(

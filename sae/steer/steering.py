@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from activations_cache import hooks
 from activations_cache.probe import record_of
 from activations_cache.prompts import Prompts, prompts_of
-from activations_cache.reading import takes_tokens
+from activations_cache.reading import kept_aside, takes_tokens
 from activations_cache.trial import attempt
 from monosema.checks import MonosemaError
 from sae.steer.edits import Change, Edit, LatentEdits, Patch, Push, Rows, Splice
@@ -113,6 +113,10 @@ class Steering:
         )
         self._hooks: contextlib.ExitStack | None = None
         self._is_tried = False
+        self.refused: ValueError | None = None
+        """The first error of a change in this context."""
+        self.is_cache_wrong = False
+        """Whether what continues a cache is another text, so that it is refused."""
 
     def __enter__(self) -> "Steering":
         """Attach the hooks.
@@ -120,10 +124,15 @@ class Steering:
         Raises:
             ValueError: If the model is compiled, so that hooks inside it would be left out.
         """
-        if takes_tokens(self.model) and not self._is_tried:
+        inner = kept_aside(self.model)
+        reader = self.model if inner is None else inner
+        if takes_tokens(reader) and not self._is_tried:
             # While nothing is changed: what is tried inside the context would be steered too.
-            attempt(lambda: record_of(self.model))
+            record = attempt(lambda: record_of(reader))
             self._is_tried = True
+            # A bridge between two libraries may lose the cache of a model on its way.
+            if inner is not None and record is not None and record.predicts_next:
+                self.is_cache_wrong = record.cache_argument is None
         with contextlib.ExitStack() as stack:
             finite = self.model.register_forward_hook(self._require_finite)
             stack.callback(finite.remove)
@@ -143,12 +152,14 @@ class Steering:
         """
         assert self._hooks is not None, "left without having been entered"
         self._hooks.close()
+        refused, self.refused = self.refused, None
         if kind is not None:
             return
         unused = [count for count in self.counts if not count.n_chosen]
         for count, line in zip(unused, self.unused(), strict=True):
             if count.n_seen == 0:
-                raise MonosemaError(line)
+                # What runs the model may have kept an error to itself, as `generate_batch` does.
+                raise refused or MonosemaError(line)
             _log.warning(line)  # a policy may choose none: the first tokens are all that there is
         for count in self.counts:
             if count.n_meant and not count.n_changed:
@@ -160,7 +171,7 @@ class Steering:
 
     def _require_finite(self, _model: nn.Module, _args: tuple, output: object) -> None:
         """Refuse logits that no token can be chosen by; some models bar tokens by -inf."""
-        logits = getattr(output, "logits", None)
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if isinstance(logits, Tensor) and bool((logits.isnan() | logits.isposinf()).any()):
             raise MonosemaError(
                 f"logits must be finite, got others in {type(self.model).__name__} under "
@@ -247,6 +258,21 @@ class _Work:
     def _change(
         self, stream: Float[Tensor, "example pos d_out"], positions: Int[Tensor, "example pos"]
     ) -> Float[Tensor, "example pos d_out"]:
+        try:
+            return self._changed(stream, positions)
+        except ValueError as error:
+            self._steering.refused = self._steering.refused or error
+            raise
+
+    def _changed(
+        self, stream: Float[Tensor, "example pos d_out"], positions: Int[Tensor, "example pos"]
+    ) -> Float[Tensor, "example pos d_out"]:
+        if self._steering.is_cache_wrong and self._prompts.continues:
+            name = type(self._steering.model).__name__
+            raise MonosemaError(
+                f"{self._place[1]} must be read without a KV cache in {name}, which gives other "
+                "logits with one; generate with use_past_kv_cache=False"
+            )
         prompt = self._prompts.of(len(stream))
         where = chosen(self._steering.positions, positions, prompt, self._steering.first_position)
         x = stream if self._x is None else self._x

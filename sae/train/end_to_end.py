@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from activations_cache.hooks import Edit, edit
+from activations_cache.probe import require_next_token
 from monosema.checks import MonosemaError, require
 from sae.train.forward.common import Forward
 from sae.train.step import StepMetrics, TrainStep
@@ -48,7 +49,8 @@ class EndToEndStep:
             skip_positions: The stream at the first positions stays the model's own.
 
         Raises:
-            ValueError: If the model's weights would get gradients, or rows are to come in parts.
+            ValueError: If the model's weights would get gradients, it does not predict the next
+                token, or rows are to come in parts.
         """
         n = step.config.accumulate
         require(n == 1, "accumulate", "be 1 for end-to-end training", n)
@@ -56,6 +58,8 @@ class EndToEndStep:
             raise MonosemaError(
                 "model must have weights without gradients, got some that need them"
             )
+        # A model that sees all tokens sees the padding too, and its logits are of no next token.
+        require_next_token(model, "to train on what it predicts")
         self.step, self.model = step, model
         self.coefficient, self.skip_positions = coefficient, skip_positions
         self.read, self.predicted = step.autoencoder.config.sites(hook_point)

@@ -1,6 +1,7 @@
 """The record of a model says what the model does, and what does not hold is done otherwise."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from activations_cache.config import CacheConfig, ModelConfig, TextConfig, TextS
 from activations_cache.hooks import blocks_of, capture, edit, noted_sites, sites
 from activations_cache.isolation import Piece, pieces_of, read_in_rows
 from activations_cache.models import load_model
-from activations_cache.probe import readout, record_of, way_of
+from activations_cache.probe import readout, record_of, require_next_token, way_of
 from activations_cache.recompute import recompute
 from activations_cache.trial import trial_tokens
 from tests.families import make
+from tests.variants import EightBits
 
 IDS = torch.tensor([[3, 9, 27, 11, 5, 8, 13]])
 
@@ -41,11 +43,42 @@ def test_what_is_shown_of_a_model():
         "documents": "kept apart by position ids",
         "cached text": f"equals the uncached one ({record.cache_argument})",
         "logits": "norm and head times 0.125",
+        "loss": "of the next token",
     }
     lines = dict(record_of(make("T5")).lines())
     assert lines["no text passes"] == "decoder.block"
     assert lines["attention"] == "in both directions"
     assert lines["logits"] == "not norm and head alone"
+    assert lines["loss"] == "none that is known"
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert", "ModernBert"])
+def test_a_masked_models_own_loss_says_which_token_its_logits_are_of(family):
+    record = record_of(make(family))
+    assert record.loss == "masked token"
+    assert not record.predicts_next
+
+
+def test_classes_of_tokens_are_no_predictions():
+    for family, model_class in (("Llama", "LlamaForTokenClassification"),
+                                ("Bert", "BertForTokenClassification")):  # fmt: skip
+        config = make(family).config
+        assert record_of(getattr(transformers, model_class)(config).eval()).loss is None
+
+
+def test_what_is_true_of_the_next_token_alone_is_refused_by_name():
+    require_next_token(make("Llama"), "to go on")
+    for family in ("Bert", "ModernBert", "T5"):
+        with pytest.raises(ValueError, match=rf"to go on, got {family}For.* in both"):
+            require_next_token(make(family), "to go on")
+
+
+def test_an_encoder_whose_own_loss_is_of_the_next_token_has_none():
+    """BertLMHeadModel is no decoder unless it is told so: it sees what it is scored on."""
+    model = transformers.BertLMHeadModel(make("Bert").config).eval()
+    record = record_of(model)
+    assert not record.is_causal
+    assert record.loss is None
 
 
 def test_a_model_is_tried_once():
@@ -53,7 +86,7 @@ def test_a_model_is_tried_once():
     model.model.register_forward_hook(lambda *_: n_calls.append(1))
     record = record_of(model)
     n = len(n_calls)
-    assert 0 < n < 20
+    assert 0 < n <= 11
     assert record_of(model) is record
     assert len(n_calls) == n
 
@@ -135,7 +168,7 @@ def test_an_argument_of_the_right_name_is_not_believed():
     record = record_of(Leaky(pads=False).eval())
     assert record.leaks["positions"] > 0.1
     assert record.documents == "rows"
-    assert not record.has_logits
+    assert record.loss is None
 
 
 def test_what_cannot_be_kept_apart_is_refused_by_name():
@@ -201,14 +234,45 @@ def test_the_listing_says_what_is_added_to_the_stream(family, note):
     assert ("model.layers.1.self_attn:out" in sites(model)) is (note == "")
 
 
-def test_flat_tokens_are_refused_with_what_can_be_cached():
-    model = make("Qwen2Moe")
-    point = "model.layers.1.mlp.experts:out"
-    with (
-        pytest.raises(ValueError, match=r"the one around it, model.layers.1.mlp:out"),
-        capture(model, [point]) as run,
-    ):
-        run(IDS)
+MOE = {
+    "Mixtral": ("experts", "gate"),
+    "Qwen2Moe": ("experts", "gate", "shared_expert", "shared_expert_gate"),
+    "Olmoe": ("experts", "gate"),
+    "GptOss": ("experts", "router"),
+    "DeepseekV3": ("experts", "gate", "shared_experts"),
+    "Qwen3Next": ("experts", "gate", "shared_expert"),
+}
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_parts_of_experts_have_a_row_for_each_token_or_name_what_has(family):
+    """Their tokens lie flat, so that nothing says which row is which; what is around them has."""
+    model, n_refused = make(family), 0
+    ids = torch.cat([IDS, IDS.flip(1)])
+    for part in MOE[family]:
+        point = f"model.layers.1.mlp.{part}:out"
+        try:
+            rows = _captured(model, point, ids)
+        except ValueError as error:
+            (around,) = re.findall(r"such as the one around it, (\S+:out)", str(error))
+            with pytest.raises(ValueError, match="must carry a stream"):
+                _edited(model, point, ids)
+            point, n_refused = around, n_refused + 1
+            rows = _captured(model, point, ids)
+        assert rows.shape == (2, 7, 24)
+        alone = [_captured(model, point, one[None]) for one in ids]
+        assert torch.allclose(rows, torch.cat(alone), atol=1e-4)
+    assert n_refused >= 2
+
+
+def _captured(model, point, ids):
+    with capture(model, [point]) as run:
+        return run(ids)[point]
+
+
+def _edited(model, point, ids):
+    with edit(model, {point: lambda h, _: h}):
+        model(ids)
 
 
 def test_a_stream_in_another_order_is_refused():
@@ -258,6 +322,29 @@ def test_the_weight_of_a_norm_is_what_it_multiplies_by():
     norm.weight.data.normal_(std=0.3)
     expected = model.lm_head.weight * (1 + norm.weight)
     assert torch.allclose(readout(model), expected, atol=1e-5)
+
+
+class Adapted(nn.Module):
+    """A linear layer to which an adapter adds, with the weight of the layer alone."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.weight = linear, linear.weight
+        self.added = nn.Linear(linear.in_features, linear.out_features, bias=False)
+
+    def forward(self, x):
+        return self.linear(x) + self.added(x)
+
+
+@pytest.mark.parametrize("head", [EightBits, Adapted, torch.nn.utils.parametrizations.weight_norm])
+def test_the_readout_is_what_the_head_does_and_not_its_weight(head):
+    model = make("Llama")
+    model.lm_head = head(model.lm_head)
+    record = record_of(model)
+    with capture(model, [record.last]) as run:
+        last = run(IDS)[record.last][0]
+    found = last @ readout(model).T / last.square().mean(dim=1, keepdim=True).sqrt()
+    assert torch.allclose(found, model(input_ids=IDS).logits[0], atol=1e-3)
 
 
 def test_a_head_with_layers_of_its_own_has_no_readout():

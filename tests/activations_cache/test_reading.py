@@ -13,11 +13,12 @@ from transformers import (
     MambaForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
+    StaticCache,
 )
 
 from activations_cache.hooks import edit
 from activations_cache.prompts import prompts_of
-from activations_cache.reading import given_cache, is_cache
+from activations_cache.reading import given_cache, is_cache, parameters_of, takes_tokens
 
 IDS = torch.tensor([[3, 9, 27, 11, 5]])
 SMALL = {"vocab_size": 61, "hidden_size": 24, "pad_token_id": 0, "bos_token_id": None}
@@ -166,6 +167,45 @@ def test_a_mask_of_more_tokens_than_are_known_is_refused():
     mask = torch.ones(1, 9, dtype=torch.long)
     with pytest.raises(ValueError, match="5 new tokens, 0 cached and a mask of 9"):
         positions_in(model, "model.layers.1:out", lambda: model(IDS, attention_mask=mask))
+
+
+def test_a_growing_cache_that_has_lost_its_tokens_is_refused():
+    """As where a wrapper's attention does not write into the cache that it is given."""
+    model, mask = llama(), torch.ones(1, 6, dtype=torch.long)
+    (name,) = given_cache(model, model(IDS, use_cache=True))
+    run = lambda: model(IDS[:, :1], attention_mask=mask, **{name: DynamicCache()})  # noqa: E731
+    with pytest.raises(ValueError, match="1 new tokens, 0 cached and a mask of 6"):
+        positions_in(model, "model.layers.1:out", run)
+
+
+def test_a_cache_with_room_may_have_a_wider_mask():
+    model, mask = llama(), torch.ones(1, 9, dtype=torch.long)
+    mask[:, 5:] = 0
+    (name,) = given_cache(model, model(IDS, use_cache=True))
+    cache = StaticCache(config=model.config, max_cache_len=9)
+    run = lambda: model(IDS, attention_mask=mask, **{name: cache})  # noqa: E731
+    assert positions_in(model, "model.layers.1:out", run) == [[[0, 1, 2, 3, 4]]]
+
+
+class Wrapped(nn.Module):
+    """Takes whatever its one part takes."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.model(*args, **kwargs)
+
+
+def test_a_wrapper_without_names_takes_what_its_part_takes():
+    model = Wrapped(Wrapped(llama()))
+    assert parameters_of(model)[:2] == ["input_ids", "attention_mask"]
+    assert takes_tokens(model)
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    where = "model.model.model.layers.1:out"
+    assert positions_in(model, where, lambda: model(IDS, mask)) == [[[-2, -1, 0, 1, 2]]]
+    assert parameters_of(nn.Linear(2, 2)) == ["input"]
 
 
 def test_logits_of_the_last_token_alone_are_refused():

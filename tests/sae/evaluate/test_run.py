@@ -91,13 +91,23 @@ def test_gradients_are_not_kept(evaluation):
     assert not evaluation.firing["random"].max_activation.requires_grad
 
 
-def test_a_model_that_does_not_predict_the_next_token_has_no_loss(cache, hook_point, identity):
+def test_a_masked_model_without_a_mask_token_has_no_loss(cache, hook_point, identity):
     report = evaluate({"identity": identity}, cache, hook_point, make("Bert"), CONFIG).report
     assert report.substitution == {}
     table = text_table(report)
     assert table.columns == ("dictionary", "L0", "FVU", "dead")
     assert [len(row) for row in table.rows] == [4]
-    assert "CE" not in table.note
+    assert table.note.endswith("it predicts neither the next token nor masked ones")
+
+
+def test_a_masked_models_table_says_that_its_tokens_are_masked(evaluation, tmp_path):
+    report = evaluation.report
+    assert text_table(report).note.endswith("held-out tokens, positions below 1 left intact")
+    of_masked = {k: replace(s, loss="masked token") for k, s in report.substitution.items()}
+    report = replace(report, substitution=of_masked)
+    assert "held-out masked tokens, positions" in text_table(report).note
+    write_json(report, tmp_path / "report.json")
+    assert read_json(tmp_path / "report.json") == report
 
 
 def test_documents_that_share_a_context_are_spliced_one_by_one(cache, hook_point, monkeypatch):

@@ -1,7 +1,9 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
@@ -135,3 +137,72 @@ def test_an_ablation_that_changes_nothing_gives_nan(model, hook_point, held_out,
     found = measure_substitution({}, model, hook_point, one, CONFIG)["intact"]
     assert found.n_tokens == 0
     assert math.isnan(found.zero.ce_recovered_zero.value)
+
+
+MASK, MASKED_POINT = 36, "bert.encoder.layer.1:out"
+
+
+@pytest.fixture(scope="module")
+def masked_model():
+    config = BertConfig(
+        vocab_size=37, hidden_size=8, intermediate_size=19, num_hidden_layers=3,
+        num_attention_heads=2, max_position_embeddings=64, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    return BertForMaskedLM(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def masked(held_out):
+    return held_out._replace(tokens=held_out.tokens.clamp_max(MASK - 1), mask_token=MASK)
+
+
+def masked_loss(model, held_out, chosen):
+    """By hand, each context alone and without its padding."""
+    found = []
+    for tokens, hidden in zip(held_out.tokens, chosen, strict=True):
+        own, hidden = tokens[tokens >= 0], hidden[tokens >= 0]
+        log_p = model(own.where(~hidden, MASK)[None]).logits.log_softmax(-1)[0]
+        found += [-float(log_p[i, own[i]]) for i in hidden.nonzero()[:, 0]]
+    return sum(found) / len(found), len(found)
+
+
+def chosen_by_seed(held_out, config):
+    chance = torch.rand(held_out.tokens.shape, generator=torch.Generator().manual_seed(config.seed))
+    return (chance < 0.15) & (held_out.tokens >= 0)
+
+
+def test_a_masked_model_is_scored_on_the_tokens_that_are_hidden(masked_model, masked, identity):
+    config = replace(CONFIG, seed=3)
+    given = masked._replace(skip_positions=0)
+    found = measure_substitution(
+        {"identity": identity}, masked_model, MASKED_POINT, given, config
+    )["intact"]  # fmt: skip
+    expected, n = masked_loss(masked_model, given, chosen_by_seed(given, config))
+    assert (found.loss, found.n_tokens) == ("masked token", n)
+    assert 20 < n < 80  # of 299
+    assert found.ce_base.value == pytest.approx(expected, rel=1e-5)
+    assert found.dictionaries["identity"].ce_recovered_zero.value == pytest.approx(1, abs=1e-5)
+    assert found.zero.kl.value > 0
+
+
+def test_special_positions_and_excluded_tokens_are_not_hidden(masked_model, masked):
+    given = masked._replace(skip_positions=2, exclude_tokens=(7, 11))
+    found = measure_substitution({}, masked_model, MASKED_POINT, given, CONFIG)["intact"]
+    chosen = chosen_by_seed(given, CONFIG) & ~torch.isin(given.tokens, torch.tensor([7, 11]))
+    chosen[:, :2] = False
+    expected, n = masked_loss(masked_model, given, chosen)
+    assert found.n_tokens == n
+    assert found.ce_base.value == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_a_masked_model_does_not_see_padding(masked_model, masked, batch):
+    short = masked.tokens[:7].clone()
+    short[1, 6:], short[4, 9:] = -1, -1
+    given = masked._replace(tokens=short, skip_positions=0)
+    config = replace(CONFIG, contexts_per_forward=batch)
+    found = measure_substitution({}, masked_model, MASKED_POINT, given, config)["intact"]
+    expected, n = masked_loss(masked_model, given, chosen_by_seed(given, config))
+    assert found.n_tokens == n
+    assert found.ce_base.value == pytest.approx(expected, rel=1e-4)

@@ -9,7 +9,6 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
-    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -19,7 +18,7 @@ from transformers import (
 from activations_cache.reading import given_cache
 from sae.architecture import ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
-from sae.steer.edits import Edit, Push
+from sae.steer.edits import Edit
 from sae.steer.steering import Steering
 from tests.families import own_hooks
 
@@ -244,64 +243,6 @@ def test_an_edit_that_rounding_undoes_is_an_error(subject, prompts):
         Steering(model, [Edit(placed, latent=5, add=1e-12)]),
     ):
         model(**prompts)
-
-
-GUIDANCE = {"guidance_scale": 1.5}
-NEGATIVE = {**GUIDANCE, "negative_prompt_ids": torch.tensor([[5, 6, 7], [9, 9, 1], [2, 4, 8]])}
-
-
-@pytest.mark.parametrize("policy", ["all", "prompt", "generated", "last"])
-@pytest.mark.parametrize("options", [GUIDANCE, NEGATIVE], ids=["guidance", "negative-prompt"])
-def test_guidance_is_steered_alike_with_and_without_a_cache(prompts, policy, options):
-    torch.manual_seed(3)
-    model, hook_point = llama()
-    subject = model.eval().requires_grad_(False), dictionary_of(hook_point)
-    found, _ = steered(subject, prompts, policy, **options)
-    whole, _ = steered(subject, prompts, policy, use_cache=False, **options)
-    assert found == whole
-    assert found != generated(model, prompts, **options)
-
-
-def test_prompts_that_a_batch_packs_into_one_row_are_steered_each_by_itself():
-    torch.manual_seed(3)
-    model, hook_point = llama()
-    model.eval().requires_grad_(False)
-    push = [Push(hook_point, 3 * torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0)))]
-    ids = torch.randint(1, VOCAB, (2, 6), generator=torch.Generator().manual_seed(2))
-    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    with Steering(model, push) as steering:
-        out = model.generate_batch([row.tolist() for row in ids], generation_config=config)
-    assert steering.n_tokens == 2 * (5 + 3)
-    with Steering(model, push):
-        alone = model.generate(ids, attention_mask=ids != 0, generation_config=config)
-    assert [o.generated_tokens for o in out.values()] == alone[:, 6:].tolist()
-
-
-class Wrapper(torch.nn.Module):
-    """Does as PEFT: its forward and its `generate` call those of the model inside."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.base_model = model
-        self.config, self.dtype = model.config, model.dtype
-        self.generation_config = model.generation_config
-
-    def forward(self, *args, **kwargs):
-        return self.base_model(*args, **kwargs)
-
-    def generate(self, *args, **kwargs):
-        return self.base_model.generate(*args, **kwargs)
-
-
-@pytest.mark.parametrize("policy", ["all", "prompt", "generated", "last"])
-def test_a_wrapped_model_is_steered_as_it_is_bare(prompts, policy):
-    torch.manual_seed(3)
-    model, hook_point = llama()
-    model.eval().requires_grad_(False)
-    bare = steered((model, dictionary_of(hook_point)), prompts, policy)
-    found = steered((Wrapper(model), dictionary_of(f"base_model.{hook_point}")), prompts, policy)
-    assert found[0] == bare[0]
-    assert found[1].n_tokens == bare[1].n_tokens > 0
 
 
 def test_a_stream_beyond_its_number_format_is_an_error_with_its_strength(prompts):
