@@ -128,8 +128,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 """By name of the configuration: the end of the model's class, and a toy's settings."""
 
-SHORT = ("Llama", "Gemma2", "Granite", "Cohere", "GptOss", "OPT", "Qwen3Next", "Mamba", "Rwkv",
-         "Bert", "T5", "Llava")  # fmt: skip
+SHORT = ("Gemma2", "Granite", "GptOss", "OPT", "Mamba", "Bert", "T5", "Llava")
 """The families of the short form."""
 
 
