@@ -120,9 +120,10 @@ def _forbid_calls() -> None:
         OSError: If this kernel has no seccomp, or the machine is of another kind.
     """
     system, machine = platform.system(), platform.machine()
+    machines = " or ".join(MACHINES)
     failed = OSError(
-        f"a pickle must be read by a process that seccomp confines (Linux on {' or '.join(MACHINES)}"
-        f"), got {system} on {machine}, or a kernel without it; convert the file elsewhere"
+        f"a pickle must be read by a process that seccomp confines (Linux on {machines}), got "
+        f"{system} on {machine} or a kernel without it; convert the file elsewhere"
     )
     if system != "Linux" or machine not in MACHINES:
         raise failed
