@@ -90,7 +90,9 @@ class Tree:
         now = next(self.clock)
         os.utime(self.path / file, (now, now))
 
-    def tested(self, tests: Sequence[str], *options: str) -> tuple[int, str]:
+    def tested(
+        self, tests: Sequence[str], *options: str, seconds: float = SECONDS
+    ) -> tuple[int, str]:
         """Run tests; the exit code of pytest, and the last lines of what it said."""
         command = [
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header",
@@ -100,10 +102,10 @@ class Tree:
         try:
             done = subprocess.run(
                 command, cwd=self.path, env=environment, capture_output=True, text=True,
-                timeout=SECONDS, check=False,
+                timeout=seconds, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return FAILED, f"no end within {SECONDS} s"
+            return FAILED, f"no end within {seconds} s"
         return done.returncode, "\n".join((done.stdout + done.stderr).splitlines()[-15:])
 
     def outcome(self, mutant: Mutant) -> Outcome:
@@ -128,7 +130,7 @@ def run(some: Sequence[Mutant], n_workers: int, scratch: Path) -> list[Outcome]:
         trees.put(Tree(scratch / str(number)))
     tree = trees.get()
     tests = sorted({test for mutant in some for test in mutant.tests})
-    code, said = tree.tested(tests, "-n", str(n_workers), "--dist", "loadfile")
+    code, said = tree.tested(tests, "-n", str(n_workers), "--dist", "loadfile", seconds=3600)
     trees.put(tree)
     if code != PASSED:
         raise SystemExit(f"the tests must pass without a mutant, got:\n{said}")
