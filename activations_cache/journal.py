@@ -127,7 +127,8 @@ def _are_files(value: object) -> bool:
     return all(
         type(entry.get("bytes")) is int
         and type(entry.get("crc32c", "")) is str
-        and "\0" not in path
+        and path.isascii()
+        and path.isprintable()
         and not {"", ".."} & {*path.split("/")}  # neither absolute nor out of the directory
         for path, entry in value.items()
     )
