@@ -155,6 +155,18 @@ def test_the_bound_holds_for_a_bias_of_any_size(share, sign, normal):
     assert (limit >= screen.rescore(product, torch.arange(64).expand(31, -1))).all()
 
 
+def test_the_bound_holds_where_a_bias_of_many_digits_leaves_a_few_units():
+    """Products of 8-bit numbers are exact, so nothing but the bias is rounded."""
+    x = torch.tensor([[255.0, 129.0, 129.0, 183.0]])
+    left = torch.arange(-40.0, 41.0)
+    product = Product(x, x.expand(81, -1).clone(), left - x.square().sum())
+    upper, out = screen._upper16(product), torch.empty(1, 81, dtype=torch.bfloat16)
+    upper.into(slice(None), out)
+    limit = out.double() * (1 + upper.relative * out.double().sign()) + upper.slack[:, None]
+    assert torch.equal(screen.rescore(product, torch.arange(81)[None]), left[None])
+    assert (limit >= left).all()
+
+
 def test_the_definition_is_one_rounding():
     """Against exact sums: products of float32 are exact in float64, and `fsum` rounds once."""
     x, rows, bias = draw("normal", 3, batch=7, width=61)
