@@ -27,6 +27,7 @@ TABLE = Path(__file__).with_name("table.toml")
 SECONDS = 600
 PASSED, FAILED = 0, 1
 """Exit codes of pytest; any other one says that the tests did not run."""
+NOBODY = "**nobody**"
 
 
 class Mutant(NamedTuple):
@@ -158,20 +159,24 @@ def write(line: str) -> None:
     sys.stdout.flush()
 
 
-def table(found: Sequence[Outcome]) -> list[str]:
-    """The outcomes as a table of Markdown."""
-    n = sum(outcome.is_killed for outcome in found)
-    lines = [
-        f"{n} of {len(found)} are killed.",
-        "",
-        "| mutant | in | by | s |",
-        "|---|---|---|---|",
-    ]
-    for mutant, is_killed, _, seconds in found:
-        tests = ", ".join(f"`{test.removeprefix('tests/')}`" for test in mutant.tests)
-        by = tests.replace("::", "` `") if is_killed else "**nobody**"
-        lines.append(f"| {mutant.name} | `{mutant.file}` | {by} | {seconds:.0f} |")
-    return lines
+def row(outcome: Outcome) -> str:
+    """An outcome as a line of the table; the name of the mutant is its first cell."""
+    mutant, is_killed, _, seconds = outcome
+    tests = ", ".join(f"`{test.removeprefix('tests/')}`" for test in mutant.tests)
+    by = tests.replace("::", "` `") if is_killed else NOBODY
+    return f"| {mutant.name} | `{mutant.file}` | {by} | {seconds:.0f} |"
+
+
+def record(page: Path, found: Sequence[Outcome], all_names: Sequence[str]) -> None:
+    """Put outcomes into a page; those of mutants that were not run now stay as they are there."""
+    before = {
+        line.split("|")[1].strip(): line for line in page.read_text().splitlines() if "|" in line
+    }
+    now = before | {outcome.mutant.name: row(outcome) for outcome in found}
+    rows = [now[name] for name in all_names if name in now]
+    n = sum(NOBODY not in line for line in rows)
+    head = ["| mutant | in | by | s |", "|---|---|---|---|"]
+    put_table(page, "mutants", [f"{n} of {len(all_names)} are killed.", "", *head, *rows])
 
 
 def main() -> int:
@@ -188,9 +193,9 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory(prefix="monosema-mutants-") as scratch:
         found = run(some, asked.workers, Path(scratch))
-    write("\n".join(table(found)[:1]))
-    if asked.record and not asked.words:
-        put_table(asked.record, "mutants", table(found))
+    write(f"{sum(outcome.is_killed for outcome in found)} of {len(found)} are killed")
+    if asked.record:
+        record(asked.record, found, [mutant.name for mutant in mutants()])
     return 0 if all(outcome.is_killed for outcome in found) else 1
 
 

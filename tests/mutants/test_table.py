@@ -65,9 +65,15 @@ def test_a_survivor_is_an_exit_code_of_1(monkeypatch, capsys, tmp_path):
     assert "1 of 2 are killed" in capsys.readouterr().out
     assert "| b | `f.py` | **nobody** | 1 |" in page.read_text()
     assert "| a | `f.py` | `t.py` `test_x` | 1 |\n" in page.read_text()
+    assert "1 of 2 are killed." in page.read_text()
     assert "old" not in page.read_text()
-    monkeypatch.setattr(run.sys, "argv", ["run", "a"])
+    outcomes[0] = run.Outcome(named("b"), True, "", 2.4)
+    monkeypatch.setattr(run.sys, "argv", ["run", "b", "--record", str(page)])
     assert run.main() == PASSED
+    assert "2 of 2 are killed." in page.read_text()
+    assert "| a | `f.py` | `t.py` `test_x` | 1 |\n| b | `f.py` | `t.py` `test_x` | 2 |\n" in (
+        page.read_text()
+    )
 
 
 def named(name: str) -> Mutant:

@@ -135,7 +135,9 @@ def attacked(tmp_path, code, **values):
     return str(caught.value)
 
 
-def test_code_that_runs_in_the_confined_process_can_do_nothing(tmp_path, monkeypatch, holed):
+def test_code_that_runs_in_the_confined_process_can_do_nothing(
+    tmp_path, monkeypatch, holed, figure
+):
     monkeypatch.setenv("OPENAI_API_KEY", "canary")
     folder = tmp_path / "home"
     folder.mkdir()
@@ -155,6 +157,7 @@ def test_code_that_runs_in_the_confined_process_can_do_nothing(tmp_path, monkeyp
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
     assert victim.stat()[:9] == before[:9]
     assert victim.read_text() == "years of work"
+    figure("S3", "code inside the process that reads pickles: 0 of 33 attempts got through")
 
 
 def test_the_environment_of_the_confined_process_is_empty(tmp_path, monkeypatch, holed):

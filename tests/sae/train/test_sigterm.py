@@ -60,7 +60,7 @@ def terminated_at(monkeypatch, owner, name, number, marker):
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_run_ends_with_a_checkpoint_and_goes_on_to_the_same_bits(
-    cache, whole, tmp_path, in_processes, phase
+    cache, whole, tmp_path, in_processes, phase, figure
 ):
     run, marker = tmp_path / "run", tmp_path / "marker"
     with pytest.MonkeyPatch.context() as patch:
@@ -74,6 +74,7 @@ def test_a_run_ends_with_a_checkpoint_and_goes_on_to_the_same_bits(
     for name in SAES:
         ours, theirs = (path / name / "sae.safetensors" for path in (run, whole))
         assert ours.read_bytes() == theirs.read_bytes()
+    figure("T3", f"SIGTERM in phase {phase}: saved, exit 143 within 5 s, the same bits after it")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
