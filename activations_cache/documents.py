@@ -108,12 +108,12 @@ def _wait(source: Source, n_done: int, failures: int, error: Exception) -> None:
 def _open(source: Source, *, streaming: bool, start: int = 0) -> Any:
     """Return the records from number `start` on."""
     import datasets  # takes seconds
+    from datasets import config
     from datasets.exceptions import DatasetNotFoundError
 
     # The library's own 20 attempts, 5 s apart, would come on top of ours.
-    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
-    datasets.config.STREAMING_READ_RETRY_INTERVAL = PAUSE_S
-    datasets.config.STREAMING_OPEN_RETRY_INTERVAL = PAUSE_S
+    config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
+    config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = PAUSE_S
     name = source.path.removeprefix(DATASET)
     try:
         if _is_saved(Path(name)):

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import logging
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -102,7 +102,7 @@ def require_types(record: object, name: str) -> None:
             raise CacheFormatError(f"{name} must follow FORMAT.md, got {key}={repr(value)[:60]}")
 
 
-def _fits(value: object, hint: Any) -> bool:
+def _fits(value: Any, hint: Any) -> bool:
     """Whether plain data are what a hint says; whole numbers are counts, from 0 on."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any or is_dataclass(hint):  # a record inside was looked at when it was made
@@ -115,7 +115,7 @@ def _fits(value: object, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, list | tuple) and all(_fits(each, inner[0]) for each in value)
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is hint and (hint is not int or 0 <= value <= MOST)
 
 
