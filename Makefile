@@ -82,7 +82,7 @@ FAULTS := tests/faults tests/activations_cache/test_text_properties.py tests/arc
 	tests/sae/train/test_numbers.py tests/sae/train/test_sharded.py tests/sae/train/test_sigterm.py \
 	tests/slurm
 # What waits, forks or has threads: whether it passes must not be a matter of luck.
-REPEATED := $(filter-out tests/slurm,$(FAULTS)) tests/activations_cache/test_batches.py tests/activations_cache/test_build.py \
+REPEATED := $(FAULTS) tests/activations_cache/test_batches.py tests/activations_cache/test_build.py \
 	tests/activations_cache/test_io.py tests/activations_cache/test_writer_resume.py \
 	tests/sae/browser/test_server.py tests/sae/cli/test_torchrun.py tests/sae/cli/test_troubles.py \
 	tests/sae/run/test_pipeline.py tests/sae/train/test_ranks.py

@@ -206,7 +206,7 @@ def require_version(record: dict[str, Any], name: str) -> None:
         CacheFormatError: If its version is not one that this package reads.
     """
     version = record.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:  # True and 1.0 are equal to 1
         raise CacheFormatError(
             f"{name} must have format_version {FORMAT_VERSION}, got {version!r}; "
             "read it with the version of monosema that wrote it, or build the cache again"

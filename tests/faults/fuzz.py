@@ -1,8 +1,9 @@
 """Files of a cache and of a dictionary, changed at random: read, or refused by a class of ours.
 
-`python -m tests.faults.fuzz SCRATCH NAME N` does it N times, in a process without the type checks
-that the tests have. Half of the changes keep the checksum right, as a foreign writer would: then
-what the record says is wrong, not its bytes.
+`python -m tests.faults.fuzz SCRATCH N NAME...` does it N times to each file, in a process without
+the type checks that the tests have. Half of the changes keep the checksum right, as a foreign
+writer would: then what the record says is wrong, not its bytes. `corpus/` has what was mishandled
+once: a number, then the name of the file whose place it takes.
 """
 
 import copy
@@ -26,6 +27,7 @@ from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import BatchTopK, SAEConfig, Slice
 from sae.autoencoder import SparseAutoencoder, initialise
 
+CORPUS = Path(__file__).with_name("corpus")
 SEALED = ("manifest.json", "journal.rank0.jsonl")
 PLAIN = ("config.json", "provenance.json", "sae.safetensors")
 ODD = [
@@ -140,13 +142,18 @@ def look(path, name, data):
     return None
 
 
-def main(scratch: Path, name: str, n: int) -> int:
-    """Change one file n times; 1 and the first content that is mishandled, or 0."""
-    logging.disable()
-    make(scratch)
-    path = scratch / ("cache" if name in SEALED else "dictionary")
+def home_of(name: str, scratch: Path) -> Path:
+    """The directory that a file of that name lies in."""
+    return scratch / ("cache" if name in SEALED else "dictionary")
+
+
+def fuzzed(scratch: Path, name: str, n: int) -> dict[str, int]:
+    """Look at what the corpus has for a file, which must be refused, then change it n times."""
+    path = home_of(name, scratch)
     read(path)  # what is imported late is not counted
     data, seen = (path / name).read_bytes(), {"refused": 0, "read": 0}
+    for kept in sorted(CORPUS.glob(f"*-{name}")):
+        assert look(path, name, kept.read_bytes()) is not None, kept
 
     @settings(
         max_examples=n, suppress_health_check=list(HealthCheck), deadline=None, database=None,
@@ -154,17 +161,24 @@ def main(scratch: Path, name: str, n: int) -> int:
     )  # fmt: skip
     @given(content=changed(name, data))
     def fuzz(content):
-        (scratch / "last").write_bytes(content)
         seen["read" if look(path, name, content) is None else "refused"] += 1
 
+    fuzz()
+    return seen
+
+
+def main(scratch: Path, n: int, names: list[str]) -> int:
+    """Say what became of the changes; 1 and the first content that is mishandled, or 0."""
+    logging.disable()
+    make(scratch)
     try:
-        fuzz()
+        found = {name: fuzzed(scratch, name, n) for name in names}
     except Exception:  # noqa: BLE001
         sys.stderr.write(traceback.format_exc())
         return 1
-    sys.stdout.write(json.dumps(seen))
+    sys.stdout.write(json.dumps(found))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))
