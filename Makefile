@@ -35,8 +35,8 @@ UNLOCKED := -W default::DeprecationWarning -W default::PendingDeprecationWarning
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help catalogue demo demo-small demo-vision test lint long docs oldest newest lock gpu install install-dev \
-	environment compiler clean distclean
+.PHONY: help catalogue demo demo-small demo-vision test lint long faults mutants repeats docs oldest newest lock gpu \
+	install install-dev environment compiler clean distclean
 
 help: ## Show this text
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -72,6 +72,34 @@ lint: install-dev ## Check style, types and the layers of the project
 
 long: docs $(STAMPS)/chromium ## Run the long tests, and build the site
 	@$(PYTEST) -n $(WORKERS) --dist loadfile -m long --timeout 3600 $(ARGS)
+
+# What is killed, damaged, cut off, made unreadable or refused; its long forms are figures.
+FAULTS := tests/faults tests/activations_cache/test_text_properties.py tests/architecture/test_locks.py \
+	tests/sae/config/test_properties.py tests/sae/cli/test_hook_points_run.py \
+	tests/sae/explain/llm/test_caller.py tests/sae/explain/llm/test_endpoint.py \
+	tests/sae/pretrained/test_loading.py tests/sae/pretrained/test_malice.py \
+	tests/sae/pretrained/test_pickled.py tests/sae/train/test_identity.py tests/sae/train/test_launch.py \
+	tests/sae/train/test_numbers.py tests/sae/train/test_sharded.py tests/sae/train/test_sigterm.py \
+	tests/slurm
+# What waits, forks or has threads: whether it passes must not be a matter of luck.
+REPEATED := $(FAULTS) tests/activations_cache/test_batches.py tests/activations_cache/test_build.py \
+	tests/activations_cache/test_io.py tests/activations_cache/test_writer_resume.py \
+	tests/sae/browser/test_server.py tests/sae/cli/test_torchrun.py tests/sae/cli/test_troubles.py \
+	tests/sae/run/test_pipeline.py tests/sae/train/test_ranks.py
+
+faults: install-dev ## Run the fault tests in their long forms; their figures go into docs/reliability.md
+	@$(PYTEST) -n $(WORKERS) --dist loadfile -m 'long or not long' --timeout 3600 \
+		--record docs/reliability.md $(FAULTS) $(ARGS)
+
+mutants: install-dev ## Put seeded faults into the code; the tests that claim it must notice each
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.mutants.run --workers $(WORKERS) \
+		--record docs/reliability.md $(ARGS)
+
+repeats: install-dev ## Run the tests of faults, processes and threads 20 times, and all tests 3 times
+	@failed=0; \
+	for n in $$(seq 20); do echo "repeat $$n of 20"; $(PYTEST) -q -n $(WORKERS) $(REPEATED) || failed=1; done; \
+	for n in 1 2 3; do echo "all tests, $$n of 3"; $(PYTEST) -q -n $(WORKERS) --dist loadfile || failed=1; done; \
+	exit $$failed
 
 catalogue: install-dev ## Make the list of public dictionaries anew from SAELens' wheel (SAE_LENS=6.54.12)
 	@$(BIN)/python -m pip download -q --no-deps -d build 'sae-lens==$(SAE_LENS)'

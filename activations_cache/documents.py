@@ -55,7 +55,9 @@ def dataset_rows(source: Source) -> Iterator[Mapping[str, Any]]:
             for record in _open(source, streaming=True, start=n_done):
                 yield record
                 n_done, failures = n_done + 1, 0
-        except (OSError, EOFError) as error:  # the network's errors, and aiohttp's, are OSErrors
+        except (*_of_network(), _NotFoundError) as error:
+            if isinstance(error, _NotFoundError) and n_done == 0:
+                raise
             failures += 1
             _wait(source, n_done, failures, error)
         else:
@@ -75,9 +77,20 @@ def dataset_table(source: Source) -> Any:
             return _open(source, streaming=False)
         except FileNotFoundError:
             raise
-        except (OSError, EOFError) as error:
+        except _of_network() as error:
             failures += 1
             _wait(source, 0, failures, error)
+
+
+class _NotFoundError(MonosemaError):
+    """There is no such dataset, or its hub says so."""
+
+
+def _of_network() -> tuple[type[Exception], ...]:
+    """What a network may raise: the errors of the hub's HTTP library, and those of the system."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (*HfHubHTTPError.__bases__, EOFError)
 
 
 def _wait(source: Source, n_done: int, failures: int, error: Exception) -> None:
@@ -95,8 +108,12 @@ def _wait(source: Source, n_done: int, failures: int, error: Exception) -> None:
 def _open(source: Source, *, streaming: bool, start: int = 0) -> Any:
     """Return the records from number `start` on."""
     import datasets  # takes seconds
+    from datasets import config
     from datasets.exceptions import DatasetNotFoundError
 
+    # The library's own 20 attempts, 5 s apart, would come on top of ours.
+    config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
+    config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = PAUSE_S
     name = source.path.removeprefix(DATASET)
     try:
         if _is_saved(Path(name)):
@@ -110,7 +127,7 @@ def _open(source: Source, *, streaming: bool, start: int = 0) -> Any:
                 streaming=streaming and not Path(name).is_dir(),
             )
     except DatasetNotFoundError as error:
-        raise MonosemaError(f"{source.path} must be a dataset, got {one_line(error)}") from error
+        raise _NotFoundError(f"{source.path} must be a dataset, got {one_line(error)}") from error
     except KeyError as error:
         raise MonosemaError(
             f"{source.path} must have the part {source.part!r}, got none"

@@ -10,16 +10,20 @@ without agreeing on a canonical form. The manifest, the plan and each line of a 
 records.
 """
 
+import functools
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from activations_cache import io
 from activations_cache.checks import CacheFormatError
+from monosema.checks import MOST
 
 _PREFIX = b'{"crc32c": "%s", "record": '
 _PREFIX_LENGTH = len(_PREFIX % b"00000000")
@@ -80,6 +84,56 @@ def first_difference(
     return None
 
 
+Files = dict[str, dict[str, int | str]]
+"""`bytes` and `crc32c` of files, by path inside a directory."""
+
+_hints = functools.cache(get_type_hints)
+
+
+def require_types(record: object, name: str) -> None:
+    """Refuse a record of a file whose entries are of other kinds than its class says.
+
+    Raises:
+        CacheFormatError: Naming the entry.
+    """
+    for key, hint in _hints(type(record)).items():
+        value = getattr(record, key)
+        if not (_are_files(value) if hint == Files else _fits(value, hint)):
+            raise CacheFormatError(f"{name} must follow FORMAT.md, got {key}={repr(value)[:60]}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether plain data are what a hint says; whole numbers are counts, from 0 on."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any or is_dataclass(hint):  # a record inside was looked at when it was made
+        return True
+    if origin is UnionType:
+        return any(_fits(value, each) for each in inner)
+    if origin is dict:
+        pairs = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(_fits(key, inner[0]) and _fits(each, inner[1]) for key, each in pairs)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(each, inner[0]) for each in value)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is hint and (hint is not int or 0 <= value <= MOST)
+
+
+def _are_files(value: object) -> bool:
+    """Whether these are files inside a directory, with their sizes and checksums."""
+    if not _fits(value, Files):
+        return False
+    assert isinstance(value, dict)
+    return all(
+        type(entry.get("bytes")) is int
+        and type(entry.get("crc32c", "")) is str
+        and path.isascii()
+        and path.isprintable()
+        and not {"", ".."} & {*path.split("/")}  # neither absolute nor out of the directory
+        for path, entry in value.items()
+    )
+
+
 class _Absent:
     def __repr__(self) -> str:
         return "nothing"
@@ -121,7 +175,7 @@ class ShardRecord:
     """Rows that were kept out."""
     hooks: dict[str, HookSums]
     """By hook point."""
-    files: dict[str, dict[str, Any]]
+    files: Files
     """`bytes` and `crc32c` of each of its files, by path relative to the cache."""
 
 
@@ -172,6 +226,9 @@ def _records(path: Path) -> tuple[list[ShardRecord], int]:
 def _record(entries: dict[str, Any]) -> ShardRecord:
     try:
         hooks = {name: HookSums(**sums) for name, sums in entries["hooks"].items()}
-        return ShardRecord(**{**entries, "hooks": hooks})
+        record = ShardRecord(**{**entries, "hooks": hooks})
     except (KeyError, TypeError, AttributeError) as error:
         raise CacheFormatError(f"a journal must follow FORMAT.md, got {error!r}") from error
+    for part in (record, *hooks.values()):
+        require_types(part, "a journal")
+    return record

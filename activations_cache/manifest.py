@@ -12,7 +12,14 @@ from typing import Any
 from activations_cache import io
 from activations_cache.checks import CacheFormatError, MonosemaError, at_least, require
 from activations_cache.config import COMPRESSIONS, DTYPES, parse_hook_point
-from activations_cache.journal import fingerprint, first_difference, seal, unseal
+from activations_cache.journal import (
+    Files,
+    fingerprint,
+    first_difference,
+    require_types,
+    seal,
+    unseal,
+)
 
 FORMAT_VERSION = 1
 """The version of FORMAT.md that this package writes, and the newest that it reads."""
@@ -125,9 +132,11 @@ class Plan:
             layout = {key: identity.pop(key) for key in own}
             for key in ("source_names", "label_names", "exclude_tokens"):
                 layout[key] = tuple(layout[key])
-            return cls(made_from=identity, request=request, **layout)
-        except (KeyError, TypeError, ValueError) as error:
+            plan = cls(made_from=identity, request=request, **layout)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CacheFormatError(f"{name} must follow FORMAT.md, got {error!r}") from error
+        require_types(plan, name)
+        return plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +165,9 @@ class Manifest:
     """Rows kept out because they were not finite."""
     statistics: dict[str, HookStatistics]
     """By hook point."""
-    journals: dict[str, dict[str, Any]]
+    journals: Files
     """Size and checksum of each journal, by name."""
-    files: dict[str, dict[str, Any]]
+    files: Files
     """Size and checksum of the files that belong to no shard, by path."""
     provenance: dict[str, Any]
     """Versions, device, threads, date: recorded, never compared."""
@@ -184,7 +193,10 @@ class Manifest:
             }
         except (KeyError, TypeError) as error:
             raise CacheFormatError(f"{name} must follow FORMAT.md, got {error!r}") from error
-        return cls(**{**own, "plan": plan, "statistics": given})
+        manifest = cls(**{**own, "plan": plan, "statistics": given})
+        for part in (manifest, *given.values()):
+            require_types(part, name)
+        return manifest
 
 
 def require_version(record: dict[str, Any], name: str) -> None:
@@ -194,7 +206,7 @@ def require_version(record: dict[str, Any], name: str) -> None:
         CacheFormatError: If its version is not one that this package reads.
     """
     version = record.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:  # True and 1.0 are equal to 1
         raise CacheFormatError(
             f"{name} must have format_version {FORMAT_VERSION}, got {version!r}; "
             "read it with the version of monosema that wrote it, or build the cache again"

@@ -377,11 +377,27 @@ def _records(path: Path, manifest: Manifest) -> dict[int, ShardRecord]:
         if found := io.problem(path / name, expected):
             raise CacheFormatError(f"the journal is damaged: {found}")
     records = newest(path / name for name in manifest.journals)
-    if list(records) != list(range(manifest.plan.n_shards)):
+    if list(records) != list(range(len(records))) or len(records) != manifest.plan.n_shards:
         raise CacheFormatError(
             f"{path} must list {manifest.plan.n_shards} shards in its journals, got {len(records)}"
         )
+    _require_complete(path, manifest, records)
     return records
+
+
+def _require_complete(path: Path, manifest: Manifest, records: Mapping[int, ShardRecord]) -> None:
+    """Refuse records that leave out a file or a hook point, or have more rows than fit."""
+    layout = layout_of(manifest.plan)
+    lost = {arrays.mean.file(0) for arrays in layout.hooks.values()} - manifest.files.keys()
+    for shard, record in records.items():
+        lost |= {spec.file(shard) for spec in layout.per_shard()} - record.files.keys()
+        lost |= layout.hooks.keys() - record.hooks.keys()
+        if record.valid_rows > manifest.plan.rows_per_shard:
+            lost.add(f"room for {record.valid_rows:,} rows in shard {shard}")
+    if lost:
+        raise CacheFormatError(
+            f"{path} must have all that its records name, got no {min(lost)}; build it again"
+        )
 
 
 def _why_not_complete(path: Path) -> str:

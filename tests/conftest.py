@@ -25,7 +25,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-pytest_plugins = ["tests.tiny"]  # a tiny model, its tokenizer and texts, for any test
+pytest_plugins = ["tests.figures", "tests.tiny"]  # figures; a tiny model and texts for any test
 
 # Fresh memory is filled with NaN, so a kernel that skips a tail is seen.
 torch.use_deterministic_algorithms(True)

@@ -188,14 +188,14 @@ def _upper16(product: Product) -> _Upper:
         part = slice(start, start + 512)
         lost, norm = _rounded(rows[part], low_rows[part])
         low_rows[part, width], low_rows[part, width + 1] = norm * up, lost * up
-    for column, part in enumerate([bias.abs() * up, *_split(bias)], width + 2):
+    for column, part in enumerate(_split(bias), width + 2):
         low_rows[:, column] = part
     lost, norm = _rounded(x, low_x)
     low_x[:, width] = (lost + error * norm) * up
     low_x[:, width + 1] = norm * (1 + error) * up
-    low_x[:, width + 2] = 4 * error * up
-    low_x[:, width + 3 : width + 6] = 1.0
-    # the result is rounded to bfloat16, by 2^-8 at most: twice that, should it be cut off instead
+    low_x[:, width + 2 : width + 5] = 1.0
+    # The result is rounded to bfloat16, by 2^-8 at most: twice that, should it be cut off instead.
+    # Of a bias up to |x| |w| half of `error` pays for the rounding; of a larger one, this does.
     return _Upper(low_x, low_rows, None, 2.0**-7, _slack(product, 0.0))
 
 

@@ -1,5 +1,7 @@
 """Dictionaries on the Hugging Face hub: `org/name[/subfolder][@revision]`."""
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterable
@@ -13,10 +15,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from activations_cache import seals
 from activations_cache.gguf import cache_directory
 from sae.pretrained.canonical import Source
 from sae.pretrained.catalogue import Entry, suggestions
 from sae.pretrained.fields import DictionaryFormatError, one_line
+from sae.pretrained.files import Files, parse_json
 
 OURS = "monosema"
 _NAME = re.compile(r"[\w\-][\w.\-]*(/[\w\-][\w.\-]*)+(@[\w.\-/]+)?", re.ASCII)
@@ -192,3 +196,32 @@ def name_of(path: str | Path, where: Path) -> str:
         return str(path)
     commit = parts[parts.index("snapshots") + 1]
     return f"{str(path).partition('@')[0]}@{commit}"
+
+
+def require_as_before(files: Files) -> None:
+    """Refuse files of a commit that are not those that were read from there before.
+
+    A commit never changes, so the files that were fetched, or the place they come from, did. The
+    first time their SHA-256 are kept in the user's cache.
+
+    Raises:
+        DictionaryFormatError: Naming the file and both hashes.
+    """
+    parts = files.root.parts
+    at = parts.index("snapshots") if "snapshots" in parts[1:-1] else 0
+    if not at or not _COMMIT.fullmatch(parts[at + 1]) or files.latents is not None:
+        return
+    name, home, now = "/".join(parts[at - 1 :]), dictionaries() / "fetched", files.sha256
+    record = f"{hashlib.sha256(name.encode()).hexdigest()}.json"
+    before: dict[str, object] = {}
+    if (home / record).is_file():
+        data = seals.read(home / record, advice=f"remove {home}")
+        before = parse_json(data, str(home / record))
+    for file in now.keys() & before.keys():
+        if now[file] != before[file]:
+            raise DictionaryFormatError(
+                f"{files.root / file} must be what it was when it was fetched first, sha256 "
+                f"{before[file]}, got {now[file]}; remove {files.root} and load it again"
+            )
+    if now.keys() - before.keys():
+        seals.write(home, {record: (json.dumps({**before, **now}, indent=1) + "\n").encode()})

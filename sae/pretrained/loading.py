@@ -100,6 +100,7 @@ def load(
     """
     found = _found(path, format, allow_pt, latents, id)
     dictionary, reading = _assembled(found)
+    hub.require_as_before(found.files)
     _describe(dictionary, found, reading)
     return dictionary.to(device)
 
@@ -116,6 +117,7 @@ def load_with_source(
     """Load a dictionary as `load` does, and say what it was read from and what was folded."""
     found = _found(path, format, allow_pt, latents, id)
     dictionary, reading = _assembled(found)
+    hub.require_as_before(found.files)
     name = path if found.entry is None else f"{found.entry.name}"
     source = Source(
         source_format=found.format,

@@ -125,7 +125,8 @@ def _config(files: Files) -> SAEConfig:
         raise DictionaryFormatError(
             f"{file} must have the keys {sorted(CONFIG_KEYS)}, got {sorted(record)}"
         )
-    if record["format_version"] != FORMAT_VERSION or record["format"] != FORMAT:
+    version = record["format_version"]
+    if type(version) is not int or version != FORMAT_VERSION or record["format"] != FORMAT:
         raise DictionaryFormatError(
             f"{file} must be format {FORMAT!r} version {FORMAT_VERSION}, got "
             f"{record['format']!r} version {record['format_version']!r}; update monosema"

@@ -28,8 +28,8 @@ class Content(NamedTuple):
 def read(path: Path, start: int = 0) -> Content:
     """Read a .pt file, or what follows its first `start` bytes, in a confined process.
 
-    The process has no file or socket that it could open, a limit of memory, time and file size, and
-    hands back a safetensors file.
+    The kernel refuses the process all but reading the file and writing its answer, a safetensors
+    file; its environment is empty; memory, time and the answer's size are bounded.
 
     Raises:
         DictionaryFormatError: If the file holds more than tensors and plain values, or is damaged.
@@ -53,8 +53,9 @@ def convert(path: Path, target: Path, seconds: float, start: int = 0) -> str | N
     command = [sys.executable, "-P", pickled_child.__file__, str(path), str(target), str(start)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, check=False, cwd=target.parent
-        )
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds,
+            check=False, cwd=target.parent, env={},
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"no end within {seconds:.0f} s"
     if done.returncode == 0:

@@ -334,6 +334,11 @@ def term_classes() -> dict[str, tuple[type[Term], ...]]:
     return found
 
 
+TAKEN = ("checkpoints", "logs")
+"""Directories that lie beside those of the dictionaries."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Dictionaries that are trained side by side in one pass over the same rows."""
@@ -365,8 +370,9 @@ class TrainConfig:
         """Check names and ranges."""
         require(len(self.saes) > 0, "saes", "name at least one dictionary", self.saes)
         for name in self.saes:
-            is_name = re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None
-            require(is_name, "saes", "have names of letters, digits, - and _", name)
+            is_name = _NAME.fullmatch(name) is not None and name not in TAKEN
+            rule = "have names of letters, digits, - and _, 100 at most, the first one no - or _"
+            require(is_name, "saes", f"{rule}, and not {' or '.join(TAKEN)}", name)
         for name in ("batch", "epochs", "log_every", "latent_shards"):
             at_least(name, getattr(self, name), 1)
         for name, entry in self.saes.items():

@@ -183,6 +183,7 @@ class TrainStep:
                 "autoencoder must have decoder rows that are not all 0, which never learn; fill it "
                 "by initialise(autoencoder, generator), or take one from sae.load"
             )
+        _require_float32(autoencoder)
         require_shardable(config, ranks.latents.size, losses)
         self.form = autoencoder.config
         self.autoencoder = autoencoder = part_of(autoencoder, ranks.latents)
@@ -241,6 +242,7 @@ class TrainStep:
         if (target is None) == bool(self.config.outputs):
             has = "a target" if self.config.outputs else "no target"
             raise MonosemaError(f"step must get {has} with outputs={self.config.outputs}")
+        _require_float32(self.autoencoder)
         u = self.autoencoder.scaled(x)
         rows = Rows(u, u if target is None else self.autoencoder.scaled_out(target))
         batch = batch_of(rows.v, self.ranks)
@@ -343,11 +345,11 @@ class TrainStep:
         """Go on from `state_dict`'s tensors.
 
         Raises:
-            ValueError: If names or shapes are not those of this step.
+            ValueError: If names, shapes or dtypes are not those of this step.
         """
         parameters = dict(self.autoencoder.named_parameters())
-        expected = {f"param.{n}": p.shape for n, p in parameters.items()}
-        found = {n: t.shape for n, t in state.items() if n.startswith("param.")}
+        expected = {f"param.{n}": (p.shape, p.dtype) for n, p in parameters.items()}
+        found = {n: (t.shape, t.dtype) for n, t in state.items() if n.startswith("param.")}
         if found != expected:
             raise MonosemaError(f"a checkpoint must hold {expected}, got {found}")
         for name, parameter in parameters.items():
@@ -368,6 +370,16 @@ class TrainStep:
             self.anchor.copy_(state["anchor"])
         self.n_steps = int(state["n_steps"])
         self.power = Power(*state["power"].tolist())
+
+
+def _require_float32(autoencoder: SparseAutoencoder) -> None:
+    """Refuse weights of 16 bits, in which most of Adam's steps are lost; products may have them."""
+    for name, value in (*autoencoder.named_parameters(), *autoencoder.named_buffers()):
+        if value.dtype.itemsize < 4:
+            raise MonosemaError(
+                f"{name} must be float32 to be trained, got {value.dtype}; call .float() and pass "
+                "precision='bf16' for products of 16 bits"
+            )
 
 
 def _require_fit(form: SAEConfig, config: DictionaryConfig) -> None:

@@ -97,6 +97,16 @@ def test_rows_are_read_within_a_window_of_blocks():
     assert sorted(np.concatenate(windows).tolist()) == list(range(11))
 
 
+def test_blocks_and_rows_within_them_come_in_another_order_each_epoch():
+    n = 1000
+    by_blocks = RowOrder(np.arange(n), np.arange(n), window=1, seed=1)  # a row is a block
+    within = RowOrder(np.arange(n), np.array([0]), window=1, seed=1)  # all rows are one block
+    for order in (by_blocks, within):
+        first, second, third = (order.take(i * n, (i + 1) * n) for i in range(3))
+        for one, other in ((first, second), (first, third), (second, third)):
+            assert (one == other).sum() < 12  # of 1,000 by chance: one, give or take one
+
+
 def test_neighbours_in_the_order_have_nothing_to_do_with_each_other():
     n = 300_007
     order = row_order(np.arange(n), seed=2).take(0, n)

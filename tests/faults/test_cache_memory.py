@@ -102,12 +102,13 @@ def read(path: Path, how: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_five_gibibytes_are_read_within_half_a_gibibyte(large: Path):
+def test_five_gibibytes_are_read_within_half_a_gibibyte(large: Path, figure):
     done = read(large, "batches")
     assert done.returncode == 0, done.stderr
     n_bytes, most = map(int, done.stdout.split())
     assert n_bytes == 5 << 30
     assert most <= 150 << 20
+    figure("R10", f"5 GiB read with {most >> 20} MiB more memory")
 
 
 @pytest.mark.long

@@ -208,14 +208,16 @@ def test_the_log_replayed_in_full_is_the_cache(calls: list[Call]):
     assert not lies(found, 3)
 
 
-def test_no_loss_of_power_makes_the_journal_lie(calls: list[Call]):
+def test_no_loss_of_power_makes_the_journal_lie(calls: list[Call], figure):
     assert n_lies(calls, 2_000, seed=0) == 0
+    figure("R3", "at least 2,000 states after a loss of power: the journal lies in 0")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_no_loss_of_power_makes_the_journal_lie_in_many_states(calls: list[Call]):
+def test_no_loss_of_power_makes_the_journal_lie_in_many_states(calls: list[Call], figure):
     assert n_lies(calls, 100_000, seed=1) == 0
+    figure("R3", "at least 100,000 states after a loss of power: the journal lies in 0")
 
 
 def without(calls: list[Call], what: str, *, journal: bool = False) -> list[Call]:
@@ -257,5 +259,7 @@ def journal_first(calls: list[Call]) -> list[Call]:
         "journal before rename",
     ],
 )
-def test_a_writer_that_cuts_a_corner_is_caught(calls: list[Call], mutant):
-    assert n_lies(mutant(calls), 600, seed=2) > 0
+def test_a_writer_that_cuts_a_corner_is_caught(calls: list[Call], mutant, figure, request):
+    n = n_lies(mutant(calls), 600, seed=2)
+    assert n > 0
+    figure("R3", f"a writer with {request.node.callspec.id}: the journal lies in {n} states")

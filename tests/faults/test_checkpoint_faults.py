@@ -211,10 +211,11 @@ def staging(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("goal", GOALS)
-def test_a_checkpoint_can_be_loaded_or_the_failure_is_told(tmp_path, goal):
+def test_a_checkpoint_can_be_loaded_or_the_failure_is_told(tmp_path, goal, figure):
     root = tmp_path / "root"
     root.mkdir()
     assert GOALS[goal](ours, root)
+    figure("T2", f"a write disturbed at each call ({goal}): a checkpoint is whole, or it is told")
 
 
 @pytest.mark.parametrize(("mutant", "caught"), [(m, sorted(c)) for m, c in MUTANTS.items()])

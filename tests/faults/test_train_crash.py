@@ -95,7 +95,7 @@ def dictionary(path, name):
 
 
 def test_a_training_of_every_kind_that_is_killed_twice_ends_with_the_same_bits(
-    cache, whole, tmp_path, monkeypatch
+    cache, whole, tmp_path, monkeypatch, figure
 ):
     monkeypatch.setattr("activations_cache.io.fsync", lambda descriptor: None)
     draw = random.Random(SEED)
@@ -106,10 +106,11 @@ def test_a_training_of_every_kind_that_is_killed_twice_ends_with_the_same_bits(
     assert os.waitpid(process, 0)[1] == 0
     assert len(list(tmp_path.glob("killed/logs/csv/*"))) >= 2
     require_same_bits(tmp_path / "killed", whole)
+    figure("T1", f"2 kill -9 in a training of {len(KINDS)} kinds: the same bits")
 
 
 @pytest.mark.long
-def test_thirty_random_kills_end_with_the_same_bits(cache, tmp_path, monkeypatch):
+def test_thirty_random_kills_end_with_the_same_bits(cache, tmp_path, monkeypatch, figure):
     """At any moment: while dictionaries are made, in a step, while a checkpoint is written."""
     monkeypatch.setattr("activations_cache.io.fsync", lambda descriptor: None)
     config = dataclasses.replace(CONFIG, epochs=6)
@@ -127,6 +128,7 @@ def test_thirty_random_kills_end_with_the_same_bits(cache, tmp_path, monkeypatch
     assert os.waitpid(process, 0)[1] == 0
     train(cache, config, tmp_path / "whole")
     require_same_bits(tmp_path / "killed", tmp_path / "whole")
+    figure("T1", f"30 kill -9 in a training of {len(KINDS)} kinds: the same bits")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -128,6 +128,45 @@ def test_nothing_is_above_its_bound(name, kind):
             assert (limit - pre).max() < 0.05 * norms.max()
 
 
+@pytest.mark.parametrize("width", [20, 26, 30, 38])
+@pytest.mark.parametrize("rounds", ["x", "rows"])
+def test_the_bound_holds_where_its_norms_would_be_rounded_down(width, rounds):
+    """All roundings of one side lie along the other: the error is the product of the norms."""
+    ones = torch.where(torch.arange(width) % 2 == 0, 1.0, -1.0)
+    halves = 1 + 2.0**-8 - ones * 2.0**-12
+    x, row = (halves, ones) if rounds == "x" else (ones, halves)
+    product = Product(x[None], row.expand(16, -1).clone(), torch.zeros(16))
+    upper, out = screen._upper16(product), torch.empty(1, 16, dtype=torch.bfloat16)
+    upper.into(slice(None), out)
+    limit = out.double() * (1 + upper.relative * out.double().sign()) + upper.slack[:, None]
+    assert (limit >= screen.rescore(product, torch.arange(16)[None])).all()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("share", [0.99, 1 - 2.0**-7, 1.0, 1 + 2.0**-7, 1.01, 2.0, 1e6])
+def test_the_bound_holds_for_a_bias_of_any_size(share, sign, normal):
+    """Also where it takes away nearly all of the product, and only roundings are left."""
+    x = normal(31, 61)
+    rows = sign * x[0].expand(64, -1) * (1 + normal(64, 61, seed=1) * 1e-4)
+    product = Product(x, rows, -share * (rows @ x[0]))
+    upper, out = screen._upper16(product), torch.empty(31, 64, dtype=torch.bfloat16)
+    upper.into(slice(None), out)
+    limit = out.double() * (1 + upper.relative * out.double().sign()) + upper.slack[:, None]
+    assert (limit >= screen.rescore(product, torch.arange(64).expand(31, -1))).all()
+
+
+def test_the_bound_holds_where_a_bias_of_many_digits_leaves_a_few_units():
+    """Products of 8-bit numbers are exact, so nothing but the bias is rounded."""
+    x = torch.tensor([[255.0, 129.0, 129.0, 183.0]])
+    left = torch.arange(-40.0, 41.0)
+    product = Product(x, x.expand(81, -1).clone(), left - x.square().sum())
+    upper, out = screen._upper16(product), torch.empty(1, 81, dtype=torch.bfloat16)
+    upper.into(slice(None), out)
+    limit = out.double() * (1 + upper.relative * out.double().sign()) + upper.slack[:, None]
+    assert torch.equal(screen.rescore(product, torch.arange(81)[None]), left[None])
+    assert (limit >= left).all()
+
+
 def test_the_definition_is_one_rounding():
     """Against exact sums: products of float32 are exact in float64, and `fsum` rounds once."""
     x, rows, bias = draw("normal", 3, batch=7, width=61)

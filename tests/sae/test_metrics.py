@@ -192,6 +192,15 @@ def test_l0_mean_and_quantiles():
     assert [l0.quantile(q) for q in (0.0, 0.25, 0.26, 0.75, 0.76, 1.0)] == [0, 0, 1, 1, 2, 2]
 
 
+def test_activations_below_0_fire_as_well():
+    values = torch.tensor([[-1.0, 0.0, 2.0], [-0.0, -3.0, -1e-30]])
+    l0, firing = L0(), Firing(3)
+    l0.update(values)
+    firing.update(Latents(values, torch.tensor([[0, 1, 2], [0, 1, 2]])))
+    assert l0.rows_per_count.tolist() == [0, 0, 2]
+    assert firing.n_fired.tolist() == [1, 1, 2]
+
+
 def test_l0_refuses_what_has_no_answer():
     with pytest.raises(ValueError, match=r"share must lie in 0\.\.1, got 1\.5"):
         L0().quantile(1.5)

@@ -1,6 +1,7 @@
 """Transcoders and crosscoders are measured and labelled beside an autoencoder, in one run."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,37 @@ JOBS = {
 def test_another_hook_point_is_refused_by_every_job(run, job):
     with pytest.raises(ValueError, match=f"hook point {LAST}, got one of {OUT}; .*force=True"):
         JOBS[job](run / "train" / "plain", run / "cache", hook_point=LAST)
+
+
+MISTAKES = {
+    "another layer": (lambda record: record.update(hook_points=[LAST]), OUT),
+    "another side": (lambda record: record.update(hook_points=[IN]), OUT),
+    "a block that is not there": (lambda r: r.update(hook_points=["model.layers.9:out"]), None),
+    "weights": (lambda record: record["model"].update(model_sha256="0" * 64), None),
+    "config": (lambda record: record["model"].update(config_sha256="0" * 64), None),
+    "tokenizer": (lambda record: record["model"].update(tokenizer_sha256="0" * 64), None),
+    "class": (lambda record: record["model"].update(model="GPT2LMHeadModel"), None),
+}
+"""What may be wrong with the record of a dictionary, and the hook point that is asked for."""
+
+
+def test_labels_of_another_origin_are_refused(run, tmp_path, figure):
+    for name, (change, hook_point) in MISTAKES.items():
+        path = Path(shutil.copytree(run / "train" / "plain", tmp_path / name))
+        record = json.loads((path / "provenance.json").read_text())
+        change(record)
+        (path / "provenance.json").write_text(json.dumps(record))
+        config = json.loads((path / "config.json").read_text())
+        for point in config.get("inputs") or []:
+            point["hook_point"] = record["hook_points"][0]
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "files.json").unlink()
+        before = sorted(path.rglob("*"))
+        for given in (path, sae.load(path)):
+            with pytest.raises(ValueError, match=r"must be .*, got (one of )?\S+.*; pass"):
+                sae.run.explain(given, run / "cache", ExplainConfig(), hook_point=hook_point)
+        assert sorted(path.rglob("*")) == before  # no label was written
+    figure("R9", f"`explain`: {2 * len(MISTAKES)} of {2 * len(MISTAKES)} wrong origins refused")
 
 
 def test_a_forced_result_names_what_differs(run, tmp_path):

@@ -194,4 +194,5 @@ def fake_hub(tmp_path, monkeypatch):
         return str(root)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setenv("MONOSEMA_CACHE", str(tmp_path / "cache"))
     return SimpleNamespace(root=root, asked=asked)

@@ -88,6 +88,30 @@ def test_a_file_of_the_hub(fake_hub, make, peer):
     assert not any("*" in pattern for pattern in patterns)
 
 
+def test_a_commit_that_gives_other_files_than_before_is_refused(
+    fake_hub, make, peer, monkeypatch, figure
+):
+    """A commit never changes; each folder of it is a dictionary of its own."""
+    for folder in ("a", "b"):
+        sparsify(fake_hub.root / folder, make, peer)
+        sae.load(f"org/name/{folder}@{COMMIT}")
+        sae.load(f"org/name/{folder}@{COMMIT}")
+    weights = fake_hub.root / "a" / "sae.safetensors"
+    before = weights.read_bytes()
+    sparsify(fake_hub.root / "a", make, peer)  # other numbers
+    said = r"a/sae\.safetensors must be what it was when .*, sha256 [0-9a-f]{64}, got [0-9a-f]{64};"
+    for load in (sae.load, load_with_source):
+        with pytest.raises(DictionaryFormatError, match=said):
+            load(f"org/name/a@{COMMIT}")
+    after = weights.read_bytes()
+    weights.write_bytes(before)
+    assert sae.load(f"org/name/a@{COMMIT}").config.d_sae == F
+    weights.write_bytes(after)
+    monkeypatch.setenv("MONOSEMA_CACHE", str(fake_hub.root / "another user"))
+    assert sae.load(f"org/name/a@{COMMIT}").config.d_sae == F
+    figure("S9", "files of a commit that changed after the first load: refused with both SHA-256")
+
+
 def test_the_hub_s_refusals_are_one_line(fake_hub, monkeypatch):
     with pytest.raises(DictionaryFormatError, match="must hold the files of a dictionary"):
         sae.load("org/name/absent@main")

@@ -1,5 +1,8 @@
 """The confined process that reads .pt files; it takes seconds to start, so few tests start it."""
 
+import pickle
+import platform
+import re
 import subprocess
 import sys
 from collections import OrderedDict
@@ -44,34 +47,144 @@ def test_a_pickle_that_would_run_code_is_refused_in_one_line(tmp_path):
     assert not canary.exists()
 
 
-def test_a_confined_process_can_open_and_start_nothing(tmp_path):
-    code = """
-import resource, socket, subprocess, sys, threading
-sys.path.insert(0, {folder!r})
-import pickled_child
-pickled_child._confine(1000)
-attempts = [
-    lambda: open("canary", "w"),
-    lambda: socket.socket(),
-    lambda: subprocess.run(["true"]),
-    lambda: bytearray(9 << 30),
-]
-stopped = 0
-for attempt in attempts:
+# A reader with a hole: what lies in the file is run, inside the process that reads it.
+HOLE = """
+import os, pickle, runpy, sys
+import torch
+{before}
+torch.load = lambda source, **_: (
+    exec(pickle.load(source), {{}}) if hasattr(source, "name") else {{"a": torch.zeros(2)}}
+)
+sys.argv = sys.argv[2:]
+sys.path.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+ATTACK = """
+import ctypes, os, resource, signal, socket, subprocess, sys, threading
+libc = ctypes.CDLL(None, use_errno=True)
+def call(*request):
+    if libc.syscall(*request) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+victim, folder, parent = {victim!r}, {folder!r}, os.getppid()
+attempts = dict(
+    unlink=lambda: os.unlink(victim),
+    truncate=lambda: os.truncate(victim, 0),
+    rename=lambda: os.rename(victim, victim + ".moved"),
+    symlink=lambda: os.symlink(victim, folder + "/link"),
+    link=lambda: os.link(victim, folder + "/hard"),
+    mkdir=lambda: os.mkdir(folder + "/made"),
+    chmod=lambda: os.chmod(victim, 0),
+    utime=lambda: os.utime(victim, (1, 1)),
+    read=lambda: open(victim),
+    write=lambda: open(victim, "w"),
+    create=lambda: open(folder + "/new", "w"),
+    list=lambda: os.listdir(folder),
+    stat=lambda: os.stat(victim),
+    chdir=lambda: os.chdir("/"),
+    environ=lambda: open("/proc/self/environ"),
+    parent=lambda: open(f"/proc/{{parent}}/environ"),
+    key=lambda: os.environ["OPENAI_API_KEY"],
+    signal=lambda: os.kill({bystander}, signal.SIGTERM),
+    group=lambda: os.killpg(0, signal.SIGCONT),
+    limits=lambda: resource.prlimit(parent, resource.RLIMIT_CORE, (0, 0)),
+    socket=lambda: socket.socket(),
+    pair=lambda: socket.socketpair(),
+    exec=lambda: os.execv("/bin/true", ["true"]),
+    run=lambda: subprocess.run(["true"]),
+    fork=lambda: os.fork() or os._exit(0),
+    thread=lambda: threading.Thread(target=int).start(),
+    pipe=lambda: os.pipe(),
+    memory_file=lambda: os.memfd_create("x"),
+    root=lambda: os.setuid(0),
+    ptrace=lambda: call({ptrace}, 0x4206, parent, 0, 0),
+    io_uring=lambda: call(425, 8, bytes(120)),
+    other_numbers=lambda: call(1 << 30 | {getpid}),
+    memory=lambda: bytearray(9 << 30),
+)
+through = []
+for name, attempt in attempts.items():
     try:
         attempt()
-    except (OSError, MemoryError):
-        stopped += 1
-print(stopped)
+    except (OSError, MemoryError, KeyError, RuntimeError):
+        continue
+    through.append(name)
+raise ValueError(f"{{len(attempts)}} attempts, through: {{through}}")
 """
-    folder = pickled_child.__file__.rpartition("/")[0]
-    done = subprocess.run(
-        [sys.executable, "-c", code.format(folder=folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "4", done.stderr
+
+
+@pytest.fixture
+def holed(tmp_path, monkeypatch):
+    """Let the process that reads pickles have a hole; `before` is run in it first."""
+
+    def holed(before=""):
+        script = tmp_path / "hole.py"
+        script.write_text(HOLE.format(before=before))
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
+
+    return holed
+
+
+def attacked(tmp_path, code, **values):
+    (tmp_path / "a.pt").write_bytes(pickle.dumps(code.format(**values)))
+    with pytest.raises(DictionaryFormatError) as caught:
+        sae.load(tmp_path / "a.pt", format="goodfire", allow_pt=True)
+    return str(caught.value)
+
+
+def test_code_that_runs_in_the_confined_process_can_do_nothing(
+    tmp_path, monkeypatch, holed, figure
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "canary")
+    folder = tmp_path / "home"
+    folder.mkdir()
+    victim = folder / "thesis.txt"
+    victim.write_text("years of work")
+    before = victim.stat()
+    holed()
+    x86 = platform.machine() == "x86_64"
+    with subprocess.Popen(["sleep", "30"]) as bystander:
+        said = attacked(
+            tmp_path, ATTACK, victim=str(victim), folder=str(folder), bystander=bystander.pid,
+            ptrace=101 if x86 else 117, getpid=39 if x86 else 172,
+        )  # fmt: skip
+        assert bystander.poll() is None
+        bystander.kill()
+    assert said.endswith("ValueError: 33 attempts, through: []")
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    assert victim.stat()[:9] == before[:9]
+    assert victim.read_text() == "years of work"
+    figure("S3", "code inside the process that reads pickles: 0 of 33 attempts got through")
+
+
+def test_the_environment_of_the_confined_process_is_empty(tmp_path, monkeypatch, holed):
+    monkeypatch.setenv("OPENAI_API_KEY", "canary")
+    holed("os.given = open('/proc/self/environ').read()")
+    said = attacked(tmp_path, "import os\nraise ValueError(os.given.split(chr(0)))")
+    names = set(re.findall(r"(\w+)=", said))
+    assert names <= {"PWD", "OLDPWD", "SHLVL", "_"}  # what the shell of `holed` sets itself
+
+
+OLD_KERNEL = """
+import ctypes
+class Libc:
+    prctl = staticmethod(lambda *_: -1)
+ctypes.CDLL = lambda *_, **__: Libc()
+"""
+
+
+@pytest.mark.parametrize(
+    "before", ["import platform; platform.machine = lambda: 'riscv64'", OLD_KERNEL]
+)
+def test_without_seccomp_nothing_is_read(tmp_path, holed, before):
+    holed(before)
+    said = attacked(tmp_path, "raise ValueError('it was read')")
+    assert "must be read by a process that seccomp confines" in said
+    assert "it was read" not in said
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize(

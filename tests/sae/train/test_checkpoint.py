@@ -38,6 +38,21 @@ def test_a_damaged_newest_falls_back_to_the_older(tmp_path, damage):
     assert checkpoint.load_newest(tmp_path, "id")[0] == 5
 
 
+def test_what_does_not_read_back_is_no_checkpoint_and_removes_none(tmp_path, monkeypatch):
+    for n in (1, 2):
+        checkpoint.save(tmp_path, n, STATE, "id")
+    write = checkpoint.io.write_files
+
+    def rotten(files):
+        write({path: data[:-1] + b"?" for path, data in files.items()})
+
+    monkeypatch.setattr(checkpoint.io, "write_files", rotten)
+    with pytest.raises(OSError, match="step-00000003 must read back as it was written, got other"):
+        checkpoint.save(tmp_path, 3, STATE, "id")
+    assert checkpoint.load_newest(tmp_path, "id")[0] == 2
+    assert (tmp_path / "step-00000001").is_dir()
+
+
 def test_two_are_kept_and_other_runs_are_not_read(tmp_path):
     for n in (1, 2, 3, 4):
         checkpoint.save(tmp_path, n, STATE, "id")

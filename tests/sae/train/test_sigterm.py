@@ -1,5 +1,6 @@
 """SIGTERM in each phase of a run: a checkpoint and the exit within a step; the rest as ever."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -12,6 +13,8 @@ from sae.architecture import BatchTopK, TopK
 from sae.train import checkpoint, fit, step, throughput
 from sae.train.config import AuxK, DictionaryConfig, TrainConfig
 from sae.train.fit import train
+from sae.train.module import SAEModule
+from sae.train.signals import Stopped
 
 SAES = {
     "topk": DictionaryConfig(d_sae=30, activation=TopK(k=3), auxk=AuxK(), dead_after_tokens=303),
@@ -57,7 +60,7 @@ def terminated_at(monkeypatch, owner, name, number, marker):
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_run_ends_with_a_checkpoint_and_goes_on_to_the_same_bits(
-    cache, whole, tmp_path, in_processes, phase
+    cache, whole, tmp_path, in_processes, phase, figure
 ):
     run, marker = tmp_path / "run", tmp_path / "marker"
     with pytest.MonkeyPatch.context() as patch:
@@ -70,6 +73,44 @@ def test_a_run_ends_with_a_checkpoint_and_goes_on_to_the_same_bits(
     train(cache, CONFIG, run)
     for name in SAES:
         ours, theirs = (path / name / "sae.safetensors" for path in (run, whole))
+        assert ours.read_bytes() == theirs.read_bytes()
+    figure("T3", f"SIGTERM in phase {phase}: saved, exit 143 within 5 s, the same bits after it")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_step_that_is_announced_lies_on_the_disk(cache, whole, tmp_path, number):
+    """Nothing else is saved meanwhile: no checkpoint is due before the run's end."""
+    config = dataclasses.replace(CONFIG, checkpoint_seconds=3600.0)
+    n_steps = cache.n_batches(batch=config.batch, epochs=config.epochs)
+    steps = {"before": 0, "after": 0}
+
+    def counted(phase, stop_at=None):
+        original = SAEModule.step
+
+        def step(self, *args, **named):
+            steps[phase] += 1
+            if steps[phase] == stop_at:
+                os.kill(os.getpid(), number)
+            return original(self, *args, **named)
+
+        return step
+
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SAEModule, "step", counted("before", stop_at=4))
+        with pytest.raises(Stopped) as stop:
+            train(cache, config, tmp_path)
+    for each, handler in handlers.items():
+        signal.signal(each, handler)
+    assert stop.value.code == 128 + number
+    assert "after step 4, which is saved" in stop.value.message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SAEModule, "step", counted("after"))
+        train(cache, config, tmp_path)
+    assert steps == {"before": 4, "after": n_steps - 4}
+    for name in SAES:
+        ours, theirs = (path / name / "sae.safetensors" for path in (tmp_path, whole))
         assert ours.read_bytes() == theirs.read_bytes()
 
 

@@ -1,13 +1,15 @@
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from sae.architecture import BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
+from sae.train import step as step_module
 from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig
 from sae.train.loss_config import FixedPrefixes, KAnneal, MultiTopK, PAnneal, RandomPrefixes
-from sae.train.step import TrainStep
+from sae.train.step import TrainStep, follow_, threshold_rate
 
 D_IN, D_SAE, BATCH, STEPS = 13, 53, 101, 60
 
@@ -265,6 +267,48 @@ def test_batchtopk_learns_the_threshold_that_gives_its_k():
     n_firing = [(step.autoencoder.encode(x).values > 0).sum(dim=1).float() for x in batches(5)]
     assert float(torch.cat(n_firing).mean()) == pytest.approx(3, rel=0.1)
     assert float(step.autoencoder.threshold) > 0
+
+
+def test_the_threshold_follows_at_the_stated_rate(monkeypatch):
+    assert [threshold_rate(n) for n in (1, 20, 60, 1000, 2000, 10**6)] == [
+        1, 1, 1 / 3, 1 / 50, 1 / 100, 1 / 100,
+    ]  # fmt: skip
+    seen, running, original = [], [], step_module.follow_
+
+    def follow_(threshold, found, rate):
+        seen.append(float(found))
+        original(threshold, found, rate)
+        running.append(float(threshold))
+
+    monkeypatch.setattr(step_module, "follow_", follow_)
+    step = step_of(batchtopk(), total=60)
+    for x in batches(6):
+        step(x)
+    assert len(set(seen)) == 6
+    mean = seen[0]
+    for found, now in zip(seen, running, strict=True):
+        mean += (found - mean) / 3
+        assert now == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_batch_in_which_nothing_fires_leaves_the_threshold():
+    threshold = torch.tensor(2.0)
+    follow_(threshold, torch.tensor(math.inf), 0.5)
+    assert float(threshold) == 2.0
+    follow_(threshold, torch.tensor(4.0), 0.25)
+    assert float(threshold) == 2.5
+
+
+@pytest.mark.parametrize("clip", [0.02, 0.5, 1e6])
+def test_gradients_are_clipped_to_the_norm_that_is_stated(clip):
+    """Adam's first mean is a tenth of the gradient that it was given."""
+    step = step_of(relu(optimizer=Adam(lr=1e-2, clip=clip)))
+    before = float(step(batches(1)[0]).grad_norm)
+    means = [v for name, v in step.state_dict().items() if name.endswith(".exp_avg")]
+    assert len(means) == 4
+    norm = 10 * float(torch.cat([mean.flatten() for mean in means]).norm())
+    assert norm == pytest.approx(min(clip, before), rel=1e-4)
+    assert before > 0.5
 
 
 def test_a_step_that_is_not_taken_leaves_the_threshold():

@@ -132,7 +132,7 @@ def killed(endpoint, path, n, n_kills, repository, after, **limits) -> list[list
     ("n", "n_kills"),
     [(23, 1), pytest.param(400, 5, marks=[pytest.mark.long, pytest.mark.timeout(900)])],
 )
-def test_killed_runs_go_on_where_they_were(n, n_kills, serve, tmp_path, repository):
+def test_killed_runs_go_on_where_they_were(n, n_kills, serve, tmp_path, repository, figure):
     names = [f"the word topic{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(n)]
     path, cap = tmp_path / "llm.sqlite", 4 * n
     with serve(rate=0.47, answer=label_of, stall=2.0) as endpoint:
@@ -163,6 +163,10 @@ def test_killed_runs_go_on_where_they_were(n, n_kills, serve, tmp_path, reposito
     assert cut_off <= 8 * n_kills  # only what was under way when the run was killed
     assert twice <= 8 * n_kills
     assert endpoint.n_calls <= total <= cap  # every call was reserved before it was sent
+    figure(
+        "L1",
+        f"47 % faults, {n_kills} kill -9: {n} of {n} labels, 0 made up, {endpoint.n_calls} calls",
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,7 @@ def test_killed_runs_go_on_where_they_were(n, n_kills, serve, tmp_path, reposito
         ),
     ],
 )
-def test_limits_hold_over_kills_and_restarts(limit, largest, serve, tmp_path, repository):
+def test_limits_hold_over_kills_and_restarts(limit, largest, serve, tmp_path, repository, figure):
     path = tmp_path / "llm.sqlite"
     with serve(rate=0.3, answer=label_of, stall=2.0) as endpoint:
         found = killed(
@@ -196,6 +200,7 @@ def test_limits_hold_over_kills_and_restarts(limit, largest, serve, tmp_path, re
         "max_requests": endpoint.n_calls, "max_tokens": billed, "max_usd": billed * 0.9 * 1e-5
     }[name]  # fmt: skip
     assert spent <= largest
+    figure("L3", f"{name}={limit[name]} over a kill and a restart: {spent:.4g} was spent")
 
 
 @pytest.mark.parametrize("mode", ["401", "402", "403"])

@@ -1,0 +1,75 @@
+"""A dataset that is streamed from a hub which fails: the same records, or one line in time."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tests.faults.hub import N_FILES, PER_FILE, Hub, text
+
+READ = """
+import json, sys
+from activations_cache import documents
+from activations_cache.checks import MonosemaError
+from activations_cache.config import TextSource
+documents.PAUSE_S = 0.02
+source = TextSource(path="dataset://org/name", n_documents=int(sys.argv[1]))
+try:
+    print(json.dumps([record["text"] for record in documents.dataset_rows(source)]))
+except MonosemaError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+def read(hub: Hub, home, n: int) -> subprocess.CompletedProcess[str]:
+    """Read the records in a process of its own, which knows no other hub and has no cache."""
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1",
+        "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    command = [sys.executable, "-c", READ, str(n)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, timeout=170
+    )
+
+
+@pytest.fixture
+def hub_that_fails(request):
+    with Hub(request.param, seed=3) as hub:
+        thread = threading.Thread(target=hub.serve_forever)
+        thread.start()
+        yield hub
+        hub.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("hub_that_fails", [0.1], indirect=True)
+def test_faults_change_no_record(hub_that_fails, tmp_path, figure):
+    n = N_FILES * PER_FILE
+    done = read(hub_that_fails, tmp_path, n)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == [text(number) for number in range(n)]
+    faults = hub_that_fails.faults
+    assert all(faults.values()), faults
+    figure(
+        "R11",
+        f"{sum(faults.values())} faults in {hub_that_fails.n_requests} requests of a stream: the "
+        f"same {n} records",
+    )
+
+
+@pytest.mark.parametrize("hub_that_fails", [1.0], indirect=True)
+def test_a_hub_that_only_fails_is_one_line_within_a_minute(hub_that_fails, tmp_path, figure):
+    began = time.monotonic()
+    done = read(hub_that_fails, tmp_path, 9)
+    seconds = time.monotonic() - began
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("refused: dataset://org/name must be ")
+    assert "Traceback" not in done.stderr
+    assert seconds < 60
+    figure("R11", f"a hub that only fails: one line after {seconds:.0f} s")
