@@ -8,7 +8,9 @@ How rows are held on the disk: number formats, the 8-bit one with its scales, co
 import importlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +19,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from activations_cache.manifest import Plan
+from activations_cache.checks import CacheFormatError
+from activations_cache.journal import ShardRecord
+from activations_cache.manifest import Manifest, Plan
 from monosema.checks import MonosemaError
 
 STORAGE: dict[str, tuple[torch.dtype, str]] = {
@@ -289,3 +293,18 @@ def _example_arrays(plan: Plan) -> dict[str, ArraySpec]:
 
 def _json(record: dict[str, Any]) -> bytes:
     return json.dumps(record, indent=2).encode() + b"\n"
+
+
+def require_complete(path: Path, manifest: Manifest, records: Mapping[int, ShardRecord]) -> None:
+    """Refuse records that leave out a file or a hook point, or have more rows than fit."""
+    layout = layout_of(manifest.plan)
+    lost = {arrays.mean.file(0) for arrays in layout.hooks.values()} - manifest.files.keys()
+    for shard, record in records.items():
+        lost |= {spec.file(shard) for spec in layout.per_shard()} - record.files.keys()
+        lost |= layout.hooks.keys() - record.hooks.keys()
+        if record.valid_rows > manifest.plan.rows_per_shard:
+            lost.add(f"room for {record.valid_rows:,} rows in shard {shard}")
+    if lost:
+        raise CacheFormatError(
+            f"{path} must have all that its records name, got no {min(lost)}; build it again"
+        )

@@ -19,7 +19,7 @@ from activations_cache.batches import ALL, Batch, count_batches, read_batches, r
 from activations_cache.checks import CacheFormatError, HookPointError, MonosemaError, Progress
 from activations_cache.config import SPLITS, TRAINING_SPLITS
 from activations_cache.journal import ShardRecord, first_difference, journals_at, newest
-from activations_cache.layout import HookArrays, layout_of, read_into
+from activations_cache.layout import HookArrays, layout_of, read_into, require_complete
 from activations_cache.manifest import HookStatistics, Manifest, read_manifest, read_plan
 from activations_cache.shard import Examples, is_in
 from activations_cache.verify import verify
@@ -381,23 +381,8 @@ def _records(path: Path, manifest: Manifest) -> dict[int, ShardRecord]:
         raise CacheFormatError(
             f"{path} must list {manifest.plan.n_shards} shards in its journals, got {len(records)}"
         )
-    _require_complete(path, manifest, records)
+    require_complete(path, manifest, records)
     return records
-
-
-def _require_complete(path: Path, manifest: Manifest, records: Mapping[int, ShardRecord]) -> None:
-    """Refuse records that leave out a file or a hook point, or have more rows than fit."""
-    layout = layout_of(manifest.plan)
-    lost = {arrays.mean.file(0) for arrays in layout.hooks.values()} - manifest.files.keys()
-    for shard, record in records.items():
-        lost |= {spec.file(shard) for spec in layout.per_shard()} - record.files.keys()
-        lost |= layout.hooks.keys() - record.hooks.keys()
-        if record.valid_rows > manifest.plan.rows_per_shard:
-            lost.add(f"room for {record.valid_rows:,} rows in shard {shard}")
-    if lost:
-        raise CacheFormatError(
-            f"{path} must have all that its records name, got no {min(lost)}; build it again"
-        )
 
 
 def _why_not_complete(path: Path) -> str:
