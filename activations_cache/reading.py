@@ -210,6 +210,7 @@ def _length(cache: Any) -> int | None:
     try:
         return int(cache.get_seq_length())
     except (AttributeError, NotImplementedError, ValueError):
+        # Caches of transformers that hold no keys and values say so in these three ways.
         has_state = getattr(cache, "has_previous_state", True)
         return None if (has_state() if callable(has_state) else has_state) else 0
 

@@ -29,6 +29,21 @@ D_MODEL = 23
 VOCAB = 307
 
 
+def cache_record(
+    model: Path, text: Path, n_rows: int, hook_points: tuple[str, ...] = ("model.layers.1:out",)
+) -> dict:
+    """The part `cache` of a run's config, on the tiny model and the tiny text."""
+    return {
+        "model": {"path": str(model), "dtype": "float32"},
+        "text": {
+            "sources": [{"path": str(text), "document_pattern": "CHAPTER"}],
+            "context": 31,
+        },
+        "hook_points": list(hook_points),
+        "n_rows": n_rows,
+    }
+
+
 def sentences(n: int, seed: int) -> list[str]:
     """Sentences of made-up words; a few words are frequent, most are rare."""
     generator = np.random.default_rng(seed)

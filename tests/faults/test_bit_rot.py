@@ -31,8 +31,8 @@ from sae.explain.tables import iter_examples, read_examples, read_latents, read_
 from sae.metrics import Firing
 from sae.run.browsing import read_explained
 from sae.run.config import RunConfig
+from tests.tiny import cache_record
 
-HOOK = "model.layers.1:out"
 N_FLIPS = {"short": 200, "long": 1000}
 REPLY = Response("a label", "stop", 12, 3)
 
@@ -41,16 +41,7 @@ def config_of(output: Path, model: Path, text: Path) -> RunConfig:
     entry = {"d_sae": 41, "activation": {"kind": "topk", "k": 5}, "dead_after_tokens": 500}
     record = {
         "output": str(output),
-        "cache": {
-            "model": {"path": str(model), "dtype": "float32"},
-            "text": {
-                "sources": [{"path": str(text), "document_pattern": "CHAPTER"}],
-                "context": 31,
-            },
-            "hook_points": [HOOK],
-            "n_rows": 2003,
-            "rows_per_shard": 1009,
-        },
+        "cache": cache_record(model, text, 2003) | {"rows_per_shard": 1009},
         "train": {"batch": 127, "epochs": 2, "precision": "fp32", "saes": {"topk": entry}},
         "evaluate": {"n_contexts": 6, "n_contexts_special": 2},
         "explain": {"min_firings": 5, "min_examples": 2},

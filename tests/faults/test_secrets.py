@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-HOOK = "model.layers.1:out"
+from tests.tiny import cache_record
+
 NAMES = (
     "OPENAI_API_KEY", "OPENROUTER_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY",
     "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "SLURM_JWT", "MY_PASSWORD", "DATABASE_URL",
@@ -52,15 +53,7 @@ def config_of(path: Path, model: Path, text: Path, address: str) -> Path:
     entry = {"d_sae": 41, "activation": {"kind": "topk", "k": 5}, "dead_after_tokens": 500}
     record = {
         "output": str(path / "run"),
-        "cache": {
-            "model": {"path": str(model), "dtype": "float32"},
-            "text": {
-                "sources": [{"path": str(text), "document_pattern": "CHAPTER"}],
-                "context": 31,
-            },
-            "hook_points": [HOOK],
-            "n_rows": 2003,
-        },
+        "cache": cache_record(model, text, 2003),
         "train": {"batch": 127, "epochs": 2, "precision": "fp32", "saes": {"topk": entry}},
         "evaluate": {"n_contexts": 6, "n_contexts_special": 2},
         "explain": {

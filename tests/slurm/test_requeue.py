@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import sae
+from tests.tiny import cache_record
 
 PROGRAMS = {
     "munged": "munge", "mungekey": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd",
@@ -125,15 +126,7 @@ def config_of(path: Path, name: str, model: Path, text: Path) -> Path:
     entry = {"d_sae": 41, "activation": {"kind": "topk", "k": 5}, "dead_after_tokens": 500}
     record = {
         "output": str(path / name),
-        "cache": {
-            "model": {"path": str(model), "dtype": "float32"},
-            "text": {
-                "sources": [{"path": str(text), "document_pattern": "CHAPTER"}],
-                "context": 31,
-            },
-            "hook_points": ["model.layers.1:out"],
-            "n_rows": 2003,
-        },
+        "cache": cache_record(model, text, 2003),
         "train": {
             "batch": 127, "epochs": 800, "precision": "fp32", "saes": {"topk": entry},
             "checkpoint_seconds": 3600,

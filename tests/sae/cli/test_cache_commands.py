@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sae.cli import console, main
+from tests.tiny import cache_record
 
 
 def sae(monkeypatch, *arguments: str) -> int:
@@ -27,15 +28,15 @@ def config(tmp_path, tiny_model_dir, tiny_text) -> Path:
     path = tmp_path / "tiny.yaml"
     record = {
         "output": str(tmp_path / "run"),
-        "cache": {
-            "model": {"path": str(tiny_model_dir), "dtype": "float32"},
-            "text": {
-                "sources": [{"path": str(tiny_text), "document_pattern": "CHAPTER"}],
-                "context": 31,
-            },
-            "hook_points": ["model.layers.1:out", "model.layers.1.mlp:out"],
-            "n_rows": 1009,
-        },
+        "cache": cache_record(
+            tiny_model_dir,
+            tiny_text,
+            1009,
+            (
+                "model.layers.1:out",
+                "model.layers.1.mlp:out",
+            ),
+        ),
         "train": {"saes": {"topk": {"d_sae": 67, "activation": {"kind": "topk", "k": 5}}}},
     }
     path.write_text(json.dumps(record))

@@ -16,6 +16,7 @@ from sae.explain.logit_lens import promoted_tokens
 from sae.explain.tables import read_latents
 from sae.run.explaining import ExplainRequest, estimate
 from sae.run.label_tables import explanation_parts
+from tests.tiny import cache_record
 
 OUT, IN, LAST = "model.layers.1.mlp:out", "model.layers.1.mlp:in", "model.layers.2:out"
 TOPK = {"d_sae": 67, "activation": {"kind": "topk", "k": 5}}
@@ -31,15 +32,16 @@ def run(tmp_path_factory, tiny_model_dir, tiny_text) -> Path:
     path = tmp_path_factory.mktemp("places")
     record = {
         "output": str(path / "run"),
-        "cache": {
-            "model": {"path": str(tiny_model_dir), "dtype": "float32"},
-            "text": {
-                "sources": [{"path": str(tiny_text), "document_pattern": "CHAPTER"}],
-                "context": 31,
-            },
-            "hook_points": [OUT, IN, LAST],
-            "n_rows": 3001,
-        },
+        "cache": cache_record(
+            tiny_model_dir,
+            tiny_text,
+            3001,
+            (
+                OUT,
+                IN,
+                LAST,
+            ),
+        ),
         "train": {"batch": 127, "epochs": 2, "precision": "fp32", "saes": SAES},
         "evaluate": {"n_contexts": 8, "n_contexts_special": 2},
         "explain": {"min_firings": 5, "min_examples": 2},

@@ -11,23 +11,14 @@ from sae.config import dump, load_overrides
 from sae.run.config import RunConfig
 from sae.run.context import Run
 from sae.run.pipeline import MARKER, pending_steps
-
-HOOK = "model.layers.1:out"
+from tests.tiny import cache_record
 
 
 @pytest.fixture
 def config(tmp_path, tiny_model_dir, tiny_text) -> RunConfig:
     record = {
         "output": str(tmp_path / "run"),
-        "cache": {
-            "model": {"path": str(tiny_model_dir), "dtype": "float32"},
-            "text": {
-                "sources": [{"path": str(tiny_text), "document_pattern": "CHAPTER"}],
-                "context": 31,
-            },
-            "hook_points": [HOOK],
-            "n_rows": 1009,
-        },
+        "cache": cache_record(tiny_model_dir, tiny_text, 1009),
         "train": {
             "batch": 127,
             "precision": "fp32",

@@ -52,31 +52,28 @@ def test_a_checkpoint_of_16_bits_is_refused(entry, step_of):
         step.load_state_dict(state)
 
 
-def test_twenty_trainings_give_the_same_bits(entry, planted, step_of, figure):
-    data, states = planted(6), {}
+def assert_trainings_repeat(n, entry, planted, step_of, device):
+    """Train each kind `n` times on the same rows, and compare all bits of what is left."""
+    data = [x.to(device) for x in planted(6)]
     for kind in KINDS:
-        for _ in range(20):
-            step = step_of(entry(kind))
+        config, first = entry(kind), None
+        for _ in range(n):
+            step = TrainStep(step_of(config).autoencoder.to(device), config, 60)
             for x in data:
                 step(x)
             state = {name: value.clone() for name, value in step.state_dict().items()}
-            first = states.setdefault(kind, state)
+            first = first or state
             assert all(torch.equal(first[name], value) for name, value in state.items())
+
+
+def test_twenty_trainings_give_the_same_bits(entry, planted, step_of, figure):
+    assert_trainings_repeat(20, entry, planted, step_of, "cpu")
     figure("N8", f"CPU: 20 of 20 trainings of {len(KINDS)} kinds have the same bits")
 
 
 @pytest.mark.gpu
 def test_ten_trainings_on_a_gpu_give_the_same_bits(entry, planted, step_of, figure):
-    data, states = [x.cuda() for x in planted(6)], {}
-    for kind in KINDS:
-        for _ in range(10):
-            autoencoder = step_of(entry(kind)).autoencoder.cuda()
-            step = TrainStep(autoencoder, entry(kind), 60)
-            for x in data:
-                step(x)
-            state = {name: value.clone() for name, value in step.state_dict().items()}
-            first = states.setdefault(kind, state)
-            assert all(torch.equal(first[name], value) for name, value in state.items())
+    assert_trainings_repeat(10, entry, planted, step_of, "cuda")
     figure("N8", f"CUDA: 10 of 10 trainings of {len(KINDS)} kinds have the same bits")
 
 
