@@ -1,5 +1,7 @@
 """What runs in a test checks its annotations: without this, no test would see a wrong shape."""
 
+from typing import Any
+
 import pytest
 import torch
 from beartype.roar import BeartypeCallHintViolation
@@ -30,5 +32,6 @@ def test_what_is_returned_is_checked_with_what_was_given():
 
 
 def test_plain_annotations_are_checked():
+    wrong: Any = 3
     with pytest.raises(BeartypeCallHintViolation, match="path"):
-        io.problem(3, {})
+        io.problem(wrong, {})
