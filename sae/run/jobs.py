@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from activations_cache.checks import Progress, silent
+from sae import train as training  # imports Lightning when it trains
 from sae.architecture import TopK
 from sae.browser import ResultTable
 from sae.config import load
@@ -17,7 +18,6 @@ from sae.run.steps import REPORT
 from sae.run.tables import result_table, training_table
 from sae.train.config import DictionaryConfig, TrainConfig
 from sae.train.curves import PICTURE
-from sae.train.fit import train as train_all
 
 
 class JobResult(NamedTuple):
@@ -123,4 +123,4 @@ def train(  # noqa: PLR0913
         config = TrainConfig(saes=dict(config), epochs=epochs, seed=seed, batch=size)
     if not isinstance(config, TrainConfig):
         raise wrong_class("config", "be a TrainConfig or dictionaries by name", config, "see docs")
-    return train_all(cache, config, out or cache.path.parent / "train", progress=progress)
+    return training.train(cache, config, out or cache.path.parent / "train", progress=progress)

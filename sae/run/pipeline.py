@@ -18,7 +18,6 @@ from sae.config import ConfigError, digest, dump
 from sae.run import steps
 from sae.run.config import RUN_CONFIG, RunConfig
 from sae.run.context import Run
-from sae.train.fit import resolve_precision
 
 
 class _Step(NamedTuple):
@@ -180,6 +179,8 @@ class TimeEstimate(NamedTuple):
 
 def estimate_time(config: RunConfig) -> TimeEstimate:
     """Estimate the time of a run's training from one timed product on this machine."""
+    from sae.train.fit import resolve_precision  # Lightning: seconds, where nothing is trained
+
     rate = _flops_per_second(resolve_precision(config.train.precision))
     rows = config.cache.n_rows * config.train.epochs
     # Without the model its width is unknown; the reference shape's width serves.
