@@ -24,9 +24,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import pyarrow as pa
 from pyarrow import ArrowInvalid, parquet
 
+from activations_cache.checks import DATASET, locate
 from activations_cache.config import ImageSource, TextSource, text_format
 from activations_cache.loading import one_line
-from activations_cache.locations import DATASET, locate
 from monosema.checks import MonosemaError
 
 ATTEMPTS = 5

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from activations_cache.checks import DATASET, locate
 from activations_cache.config import ImageSource
+from activations_cache.conversion import cache_directory
 from activations_cache.documents import dataset_table
-from activations_cache.gguf import cache_directory
 from activations_cache.loading import one_line
-from activations_cache.locations import DATASET, locate
 from monosema.checks import MonosemaError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")

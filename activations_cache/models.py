@@ -17,13 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from activations_cache import gguf, onnx_dinov2
-from activations_cache.checks import MonosemaError, Progress, silent
+from activations_cache import conversion
+from activations_cache.checks import PACKAGE, MonosemaError, Progress, locate, silent
 from activations_cache.config import ModelConfig
 from activations_cache.hooks import blocks_of
-from activations_cache.loading import ModelError, Refusing, one_line, quiet
-from activations_cache.locations import PACKAGE, locate
-from activations_cache.products import widen_products
+from activations_cache.loading import ModelError, Refusing, one_line, quiet, widen_products
 
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*model*.safetensors"]
 _SINGLE = ("model.safetensors", "open_clip_model.safetensors")
@@ -56,7 +54,7 @@ class LoadedModel:
 def load_model(config: ModelConfig, *, progress: Progress | None = None) -> LoadedModel:
     """Load the model and the tokenizer that a configuration names.
 
-    A GGUF file is converted at its first use (`activations_cache.gguf`).
+    A GGUF file is converted at its first use (`activations_cache.conversion`).
 
     Args:
         config: Which model, what its weights must hash to, and the dtype.
@@ -111,8 +109,8 @@ def files_of(config: ModelConfig, progress: Progress) -> tuple[Path, dict[str, s
     if config.path.endswith((".gguf", ".onnx")):
         path = locate(config.path)
         digest = _weights_sha256(config, [path], progress)
-        read = None if config.path.endswith(".gguf") else onnx_dinov2.read
-        directory = gguf.converted(path, digest, read=read, progress=progress)
+        read = None if config.path.endswith(".gguf") else conversion.read_dinov2
+        directory = conversion.converted(path, digest, read=read, progress=progress)
         return directory, {"model_sha256": digest}
     is_local = config.path.startswith(PACKAGE) or Path(config.path).is_dir()
     directory = locate(config.path) if is_local else _download(config)

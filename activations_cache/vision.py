@@ -17,10 +17,9 @@ import torch
 import transformers
 from torch import nn
 
-from activations_cache.checks import MonosemaError, Progress, silent
+from activations_cache.checks import MonosemaError, Progress, require_extra, silent
 from activations_cache.config import ImagePreprocessing, ModelConfig
 from activations_cache.loading import ModelError, Refusing, quiet
-from activations_cache.locations import require_extra
 from activations_cache.models import (
     LoadedModel,
     compile_blocks,
@@ -126,7 +125,7 @@ def load_vision_model(
     """Load the vision tower that a configuration names.
 
     Of a model with two towers only that for images is read. An ONNX file of DINOv2 is converted at
-    its first use (`activations_cache.onnx_dinov2`).
+    its first use (`activations_cache.conversion`).
 
     Args:
         config: Which model, what its weights must hash to, and the dtype.

@@ -18,13 +18,13 @@ import torch
 
 import activations_cache
 from activations_cache.models import load_model
-from activations_cache.pieces import Pieces
+from activations_cache.tokens import Pieces
 from benchmarks.rows import append, surroundings
 from sae import pretrained
 from sae.explain.config import ExplainConfig
+from sae.explain.results import Summary, flat
 from sae.explain.run import Explained, explain
 from sae.explain.scores import Mean
-from sae.explain.summary import Summary, flat
 from sae.run.caches import model_of
 from sae.statistics import Interval, weighted_sum
 

@@ -76,7 +76,7 @@ from sae.explain.llm.chat import Message, Request, Response
 from sae.explain.llm.corpus_text import NOTE, escape, read_items
 from sae.explain.llm.stand_ins import reply
 from sae.explain.pipeline import Plan, explain_all
-from sae.explain.scorers.by_questions import Detection
+from sae.explain.question_scorers import Detection
 from sae.explain.windows import LatentWindows, Window
 
 

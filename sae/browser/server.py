@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, quote, unquote
 
 from activations_cache import seals
 from activations_cache.checks import DamagedFileError, MonosemaError, require
-from sae.browser.script import script
+from sae.browser.detail import script
 from sae.browser.write import INDEX, POLICY
 
 LOCAL = ("127.0.0.1", "localhost", "::1")

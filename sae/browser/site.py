@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from activations_cache.checks import require
-from sae.browser.checks import require_finite, require_length, require_numbers, require_unique
-from sae.browser.latent import Latent
+from sae.browser.latent import (
+    Latent,
+    require_finite,
+    require_length,
+    require_numbers,
+    require_unique,
+)
 
 DENSE_ABOVE = 0.1
 """A latent that fires on more than this share of the rows is called dense."""

@@ -18,9 +18,19 @@ from string import Template
 from activations_cache import io, seals
 from activations_cache.checks import MonosemaError, Progress, require, silent
 from sae.browser.detail import LATENTS_PER_FILE as SIZE
-from sae.browser.detail import LATENTS_PER_TABLE, Row, group, row, search, table
+from sae.browser.detail import (
+    LATENTS_PER_TABLE,
+    Row,
+    f32,
+    group,
+    i32,
+    row,
+    script,
+    search,
+    short,
+    table,
+)
 from sae.browser.latent import Latent
-from sae.browser.script import f32, i32, script, short
 from sae.browser.site import DENSE_ABOVE, Comparison, Curve, Dictionary, Map, Site
 
 FORMAT = 3

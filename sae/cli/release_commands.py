@@ -23,7 +23,7 @@ def inspect(
     allow_pt: AllowPt = False,
 ) -> None:
     """Print what a dictionary is and how it will be applied."""
-    from sae.run.inspection import inspect as inspect_dictionary
+    from sae.run.releases import inspect as inspect_dictionary
 
     console.facts(inspect_dictionary(path, format=format, allow_pt=allow_pt))
 

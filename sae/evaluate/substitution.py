@@ -20,8 +20,14 @@ from activations_cache.hooks import capture
 from activations_cache.logits import Loss
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
-from sae.evaluate.logit_comparison import Tally, compare
-from sae.evaluate.resume_forward import Replacement, Replay, logits_of, logits_of_padded
+from sae.evaluate.resume_forward import (
+    Replacement,
+    Replay,
+    Tally,
+    compare,
+    logits_of,
+    logits_of_padded,
+)
 from sae.metrics import ce_recovered
 from sae.statistics import Interval, Resamples, interval
 

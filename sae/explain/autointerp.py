@@ -14,16 +14,14 @@ from activations_cache.checks import Progress, silent
 from sae.baselines import baseline_dictionary
 from sae.explain.config import AutointerpConfig, ScorerName
 from sae.explain.explainers import LLMExplainer
-from sae.explain.llm.answers import AnswerCache
-from sae.explain.llm.budget import Cost
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import OPEN, Client, UnfinishedError
 from sae.explain.llm.stand_ins import ConstantClient
+from sae.explain.llm.store import AnswerCache, Cost
+from sae.explain.model_scorers import Sensitivity
 from sae.explain.pipeline import Explained, Plan, estimate_all, explain_all
 from sae.explain.results import export_neuronpedia, summarise, write_results
-from sae.explain.scorers.by_model import Sensitivity
-from sae.explain.scorers.choice import WITH_TOOLS, Tools, scorers_of
-from sae.explain.subject import Subject, chosen
+from sae.explain.subject import WITH_TOOLS, Subject, Tools, chosen, scorers_of
 from sae.explain.windows import LatentWindows
 
 ANSWERS = "llm.sqlite"

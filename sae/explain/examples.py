@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from activations_cache.pieces import PieceTable
+from activations_cache.tokens import PieceTable
 from sae.explain.config import ExplainConfig
 from sae.explain.firings import Codes
 from sae.explain.text_at_rows import Examples, RowText

@@ -18,9 +18,8 @@ from sae.explain.judges import Judge, RuleJudge, WordRule
 from sae.explain.labels import Labels
 from sae.explain.pipeline import Explained, shuffled_windows
 from sae.explain.results import summarise, write_results
-from sae.explain.scorers.choice import scorers_of
-from sae.explain.scorers.score import Score, Scorer
-from sae.explain.subject import Subject, chosen
+from sae.explain.score import Score, Scorer
+from sae.explain.subject import Subject, chosen, scorers_of
 from sae.explain.windows import LatentWindows
 
 

@@ -10,14 +10,14 @@ import numpy as np
 from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.baselines import baseline_dictionary
-from sae.explain.atlas.run import words_with_a_latent
+from sae.explain.atlas import words_with_a_latent
 from sae.explain.config import AtlasConfig, ExplainConfig, Kind
 from sae.explain.examples import Activity, Context, ContextFinder, Part, activity
 from sae.explain.firings import encode_rows
 from sae.explain.held_out import HeldOut, held_out
 from sae.explain.labels import Labels, fires_enough, make_labels
+from sae.explain.results import Found, Summary, flat, known_or_none, summary_of
 from sae.explain.scores import Scores, derangement, score_rules
-from sae.explain.summary import Found, Summary, flat, known_or_none, summary_of
 from sae.explain.tables import EXAMPLES, LATENTS, LatentRecord, write_tables
 from sae.explain.text_at_rows import Cache, SplitRows, TextReader
 

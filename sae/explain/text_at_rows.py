@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int, Int32
 from torch import Tensor
 
-from activations_cache.pieces import PieceTable, table_of
+from activations_cache.tokens import PieceTable, table_of
 from monosema.checks import MonosemaError
 from sae.explain.config import Kind
 from sae.explain.firings import ActivationRows

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae.architecture import SAEConfig, with_k
 from sae.autoencoder import SparseAutoencoder
-from sae.pretrained.fields import DictionaryFormatError
+from sae.pretrained.foreign import DictionaryFormatError
 
 SETTINGS = (".json", ".yaml")
 """Ends of the names of files without weights."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sae.architecture import Activation, JumpReLU, ReLU, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, needs_name
 from sae.pretrained.files import Files, expect_keys, expect_shape
+from sae.pretrained.foreign import DictionaryFormatError, needs_name
 
 FORMAT = "circuit_tracer"
 CHECKED_AGAINST = "circuit-tracer's code, read"

@@ -15,7 +15,7 @@ from activations_cache import io
 from sae.architecture import Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained import catalogue, circuit_tracer, dictionary_learning, saelens, sparsify
-from sae.pretrained.fields import DictionaryFormatError
+from sae.pretrained.foreign import DictionaryFormatError
 from sae.pretrained.hook_names import lens_name
 from sae.pretrained.rewrite import Plain, centred_by, plain, with_thresholds, with_unit_rows
 

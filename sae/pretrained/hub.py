@@ -16,11 +16,11 @@ from huggingface_hub.errors import (
 )
 
 from activations_cache import seals
-from activations_cache.gguf import cache_directory
+from activations_cache.conversion import cache_directory
 from sae.pretrained.canonical import Source
 from sae.pretrained.catalogue import Entry, suggestions
-from sae.pretrained.fields import DictionaryFormatError, one_line
 from sae.pretrained.files import Files, parse_json
+from sae.pretrained.foreign import DictionaryFormatError, one_line
 
 OURS = "monosema"
 _NAME = re.compile(r"[\w\-][\w.\-]*(/[\w\-][\w.\-]*)+(@[\w.\-/]+)?", re.ASCII)

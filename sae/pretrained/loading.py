@@ -42,8 +42,8 @@ from sae.pretrained import (
 )
 from sae.pretrained.canonical import Reading, Source, assemble, weights_sha256
 from sae.pretrained.catalogue import Entry
-from sae.pretrained.fields import DictionaryFormatError
 from sae.pretrained.files import PICKLED, Files, Stated, parse_json
+from sae.pretrained.foreign import DictionaryFormatError
 from sae.pretrained.monosema_format import save
 from sae.pretrained.origin import Origin, origin_of
 

@@ -22,8 +22,8 @@ from sae.architecture import (
 )
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained.canonical import Reading, Weights, empty, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 
 FORMAT = "monosema"
 CHECKED_AGAINST = "itself"

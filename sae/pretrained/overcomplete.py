@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sae.architecture import Activation, JumpReLU, ReLU, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 
 FORMAT = "overcomplete"
 CHECKED_AGAINST = "overcomplete 0.3 itself"

@@ -4,8 +4,8 @@ import re
 
 from sae.architecture import SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 
 FORMAT = "qwen_scope"
 CHECKED_AGAINST = "sae-lens 6.54's reader of this release, read"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder
 from sae.metrics import FVU, L0
-from sae.pretrained.fields import DictionaryFormatError
+from sae.pretrained.foreign import DictionaryFormatError
 
 L0_WITHIN = 0.3
 """Published L0 differ by the text they were measured on; wrong readings are off by far more."""

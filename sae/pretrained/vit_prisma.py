@@ -4,8 +4,8 @@ from torch import Tensor
 
 from sae.architecture import Activation, Gated, ReLU, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 
 FORMAT = "vit_prisma"
 CHECKED_AGAINST = "ViT-Prisma's code, read"

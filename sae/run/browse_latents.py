@@ -16,14 +16,14 @@ from activations_cache.config import SPLITS
 from activations_cache.hooks import capture
 from activations_cache.image_rows import CachedImages
 from activations_cache.models import LoadedModel
-from activations_cache.pieces import Pieces
 from activations_cache.preprocessing import as_rgb
 from activations_cache.probe import record_of
+from activations_cache.tokens import Pieces
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import Attribution, Example, Explanation, Image, Latent, Score
 from sae.browser.latent import Status
 from sae.browser.server import Reading
-from sae.explain.atlas.neighbours import Together
+from sae.explain.cofiring import Together
 from sae.explain.examples import Context
 from sae.explain.logit_lens import PromotedTokens
 from sae.explain.tables import LatentRecord, iter_examples
@@ -191,10 +191,7 @@ def _explanations(said: Mapping[str, Any] | None) -> tuple[Explanation, ...]:
     explanation = (said or {}).get("explanation")
     if not explanation:
         return ()
-    by = explanation["client"] or explanation["method"]
-    if explanation.get("borrowed_from") is not None:
-        by = f"{by}, borrowed from latent {explanation['borrowed_from']}"
-    return (Explanation(explanation["text"], by),)
+    return (Explanation(explanation["text"], explanation["client"] or explanation["method"]),)
 
 
 def _scores(said: Mapping[str, Any] | None) -> Iterator[Score]:

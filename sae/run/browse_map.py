@@ -7,7 +7,7 @@ import torch
 
 from activations_cache.checks import Progress
 from sae.browser import Comparison, Layout, Map
-from sae.explain.atlas.plane import Method, cluster_names, clusters, plane, share_kept
+from sae.explain.atlas import Method, cluster_names, clusters, plane, share_kept
 from sae.explain.tables import LatentRecord
 from sae.neighbours import chance_cosine, nearest
 from sae.run.browse_latents import BrowsedDictionary

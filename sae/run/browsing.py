@@ -24,7 +24,7 @@ from sae.browser import (
 )
 from sae.browser.site import DENSE_ABOVE
 from sae.evaluate.report import read_json
-from sae.explain.atlas.neighbours import Together, cofiring
+from sae.explain.cofiring import Together, cofiring
 from sae.explain.firings import encode_rows
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.results import STEM

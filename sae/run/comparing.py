@@ -21,7 +21,7 @@ from sae.run.measuring import (
     write_record,
 )
 from sae.run.page import Panel, Series, plot, write_page
-from sae.run.seeds import Figure, figures
+from sae.run.studies import Figure, figures
 from sae.run.tables import details
 from sae.statistics import Comparison, compare_all
 

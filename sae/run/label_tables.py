@@ -8,12 +8,12 @@ from typing import Any
 
 from sae.browser import ResultTable
 from sae.explain.config import AutointerpConfig
-from sae.explain.llm.budget import Cost
-from sae.explain.summary import Summary
+from sae.explain.llm.store import Cost
+from sae.explain.results import Summary
 from sae.explain.vision.run import ExplainedImages
 from sae.run.context import Facts, Section, with_differences
 from sae.run.explaining import DictionaryExplanation
-from sae.run.image_tables import image_label_table, with_ends
+from sae.run.images import image_label_table, with_ends
 
 
 def label_table(summary: Summary, baselines: Mapping[str, Summary]) -> ResultTable:

@@ -23,12 +23,12 @@ from sae.baselines import (
 )
 from sae.browser import ResultTable
 from sae.evaluate.config import EvaluateConfig
-from sae.evaluate.probing.labels import check_hook_point, common_labels
-from sae.evaluate.probing.sparse_probe import Survey, survey
+from sae.evaluate.probe_tasks import check_hook_point, common_labels
 from sae.evaluate.reconstruction import measure_reconstruction
 from sae.evaluate.report import EvaluationReport, plain
 from sae.evaluate.run import evaluate as evaluate_all
 from sae.evaluate.run import held_out_rows
+from sae.evaluate.sparse_probe import Survey, survey
 from sae.pretrained import Source
 from sae.pretrained.loading import keep_measured
 from sae.run.context import (
@@ -46,9 +46,8 @@ from sae.run.context import (
     with_differences,
     wrong_class,
 )
-from sae.run.image_tables import image_table
-from sae.run.images import with_downstream
-from sae.run.seeds import noise_table, stability_table, structure_table
+from sae.run.images import image_table, with_downstream
+from sae.run.studies import noise_table, stability_table, structure_table
 from sae.run.tables import probe_table, text_table
 
 ROWS_FOR_L0, ROWS_FOR_PCA = 4096, 65_536

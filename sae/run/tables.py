@@ -8,12 +8,12 @@ from typing import Any
 
 from sae.browser import ResultTable
 from sae.evaluate.downstream import Accuracy, Downstream
-from sae.evaluate.probing.sparse_probe import Survey
 from sae.evaluate.report import EvaluationReport
+from sae.evaluate.sparse_probe import Survey
 from sae.evaluate.substitution import Effect, Substitution
 from sae.explain.tables import SUMMARY, read_summary
 from sae.run.context import Run, Section
-from sae.run.image_tables import image_table, mean_cell
+from sae.run.images import image_table, mean_cell
 from sae.statistics import Interval
 from sae.train.curves import read_curves
 

@@ -17,8 +17,15 @@ from activations_cache.models import Tokenizer
 from sae.autoencoder import SparseAutoencoder
 from sae.steer.config import SteerConfig
 from sae.steer.edits import Edit
-from sae.steer.effects import MAX_REPEATED, Effect, measure_effect, repeated_share
-from sae.steer.generation import Generation, generate, generate_copies
+from sae.steer.generation import (
+    MAX_REPEATED,
+    Effect,
+    Generation,
+    generate,
+    generate_copies,
+    measure_effect,
+    repeated_share,
+)
 from sae.steer.steering import Steering, per_example
 
 MIN_AUC = 0.7

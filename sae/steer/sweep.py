@@ -23,11 +23,10 @@ from activations_cache.checks import Progress, silent
 from activations_cache.hooks import capture
 from activations_cache.models import Tokenizer
 from sae.autoencoder import SparseAutoencoder
+from sae.steer.attribution import random_direction
 from sae.steer.config import SweepConfig
-from sae.steer.directions import random_direction
 from sae.steer.edits import Edit
-from sae.steer.effects import MAX_REPEATED, Effect, Steered, measure_effect
-from sae.steer.generation import Generation, generate
+from sae.steer.generation import MAX_REPEATED, Effect, Generation, Steered, generate, measure_effect
 from sae.steer.steering import Steering
 
 TAU = 0.1

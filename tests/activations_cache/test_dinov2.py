@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
-from activations_cache import locations
+from activations_cache import checks
 from activations_cache.builder import build
 from activations_cache.checks import MissingPackageError
 from activations_cache.config import (
@@ -100,7 +100,7 @@ def test_another_file_is_refused_in_one_line(tmp_path: Path, data: bytes):
 
 def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "some.onnx").write_bytes(b"abc")
-    monkeypatch.setattr(locations.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         MissingPackageError, match=r"package onnx, got none; run `pip install 'monosema\[demo"
     ):

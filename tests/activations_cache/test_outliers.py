@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from activations_cache.importing import import_array
-from activations_cache.outliers import bounded, looked_at, share_of_largest
 from activations_cache.reader import ActivationCache
+from activations_cache.summary import bounded, looked_at, share_of_largest
 
 
 def _cache(path: Path, *, large: bool) -> tuple[ActivationCache, np.ndarray]:

@@ -20,8 +20,8 @@ from activations_cache.config import SPLITS, TextConfig, TextSource
 from activations_cache.corpus import hashed as text_hash
 from activations_cache.corpus import split_of
 from activations_cache.documents import Document, documents
-from activations_cache.encoding import Encoder
 from activations_cache.text import SEPARATOR, PackedText, apportion, pack
+from activations_cache.tokens import Encoder
 
 texts = st.lists(
     st.text(alphabet="abc \n.", min_size=1, max_size=60).filter(str.strip), min_size=1, max_size=29

@@ -23,10 +23,10 @@ from activations_cache.checks import MonosemaError
 from sae.browser.server import BrowserServer
 from sae.config import load_overrides
 from sae.evaluate.report import plain, read_json
-from sae.explain.collect.windows_file import read_windows
+from sae.explain.collect.run import read_windows
 from sae.explain.config import ExplainConfig
-from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.chat import Response
+from sae.explain.llm.store import AnswerCache
 from sae.explain.tables import iter_examples, read_examples, read_latents, read_summary
 from sae.metrics import Firing
 from sae.run.browsing import read_explained

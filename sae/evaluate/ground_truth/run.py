@@ -14,7 +14,6 @@ from scipy import stats
 from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.ground_truth.config import GroundTruthConfig
-from sae.evaluate.ground_truth.generator import rows
 from sae.evaluate.ground_truth.scores import (
     DirectionScores,
     FiringCounts,
@@ -25,7 +24,7 @@ from sae.evaluate.ground_truth.scores import (
     matched,
     nearest,
 )
-from sae.evaluate.ground_truth.world import World, generator_of, make_world
+from sae.evaluate.ground_truth.world import World, generator_of, make_world, rows
 from sae.metrics import FVU, L0, Agreement
 
 ROWS_AT_ONCE = 1024

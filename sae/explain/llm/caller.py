@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar, runtime_checkable
 
 from sae.explain.config import LLMConfig
-from sae.explain.llm.answers import AnswerCache
-from sae.explain.llm.budget import Budget, Reservation
 from sae.explain.llm.chat import (
     OPEN,
     AdaptedError,
@@ -32,6 +30,7 @@ from sae.explain.llm.chat import (
     key_of,
 )
 from sae.explain.llm.form import Form
+from sae.explain.llm.store import AnswerCache, Budget, Reservation
 
 _log = logging.getLogger(__name__)
 _LONGEST_PAUSE = 8.0

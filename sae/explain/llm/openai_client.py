@@ -17,9 +17,9 @@ from sae.explain.llm.chat import (
     Request,
     Response,
     UnavailableError,
+    wanted_wait,
 )
 from sae.explain.llm.form import PRESETS, SYSTEM, Form, Refused, form_of, is_overflow, words_of
-from sae.explain.llm.waits import wanted_wait
 
 _NO_SERVICE = (401, 402, 403, 404)
 _REFUSED = (400, 413, 422)

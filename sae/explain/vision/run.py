@@ -17,9 +17,8 @@ from sae.explain.examples import Context
 from sae.explain.scores import Mean
 from sae.explain.tables import LatentRecord, write_tables
 from sae.explain.text_at_rows import Cache
-from sae.explain.vision.concepts import Concepts, concepts_of
 from sae.explain.vision.firing import ImagePart, top_pictures
-from sae.explain.vision.labelling import mutual_information
+from sae.explain.vision.labelling import Concepts, concepts_of, mutual_information
 from sae.explain.vision.summary import ImageSummary, Judge, Scored
 from sae.statistics import Interval
 

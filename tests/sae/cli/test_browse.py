@@ -11,13 +11,13 @@ import torch
 
 from activations_cache.config import ModelConfig
 from activations_cache.models import load_model
-from activations_cache.pieces import Pieces
+from activations_cache.tokens import Pieces
 from benchmarks.browser_example import example_site
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import write_site
 from sae.browser.server import BrowserServer
-from sae.cli import browse_command, main
+from sae.cli import latent_commands, main
 from sae.run import browsing
 from sae.run.browse_latents import MAX_TOKENS, PromptReader
 from sae.run.browsing import read_explained
@@ -79,7 +79,7 @@ def said(latent: int, **more: object) -> str:
 
 
 def test_scores_of_rules_stand_beside_those_of_a_language_model(tmp_path: Path) -> None:
-    text = {"text": "rivers", "client": "lm", "method": "m", "borrowed_from": None}
+    text = {"text": "rivers", "client": "lm", "method": "m"}
     (tmp_path / "explanations.jsonl").write_text(said(3, explanation=text))
     (tmp_path / "rules.jsonl").write_text(said(3, explanation=text) + said(5, explanation=text))
     found = read_explained(tmp_path)
@@ -97,7 +97,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def served(folder: Path, port: int = 0, host: str = "127.0.0.1", token: str | None = None) -> None:
-    browse_command._serve(folder, (host, port, token), None)
+    latent_commands._serve(folder, (host, port, token), None)
 
 
 def test_what_is_there_is_served_until_ctrl_c(monkeypatch, capsys, folder: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_taken_port_and_an_open_host_are_refused(folder: Path) -> None:
 def test_the_command_hands_on_what_it_was_asked(monkeypatch, tmp_path: Path) -> None:
     written, served = [], []
     monkeypatch.setattr(browsing, "write_browser", lambda *given, **_: written.append(given[:-1]))
-    monkeypatch.setattr(browse_command, "_serve", lambda *given: served.append(given))
+    monkeypatch.setattr(latent_commands, "_serve", lambda *given: served.append(given))
     (tmp_path / "sae.safetensors").write_bytes(b"")
     options = ["--serve", "--host", "::1", "--port", "0", "--token", "t", "--cache", "c"]
     monkeypatch.setattr(sys, "argv", ["sae", "browse", str(tmp_path), *options, "--out", "o"])

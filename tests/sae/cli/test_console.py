@@ -113,7 +113,7 @@ def test_each_dictionary_has_its_line_below_the_bar(monkeypatch, terminal):
 
 
 def test_what_the_cache_says_of_its_rows_is_one_line_of_stderr(capsys):
-    log = logging.getLogger("activations_cache.outliers")
+    log = logging.getLogger("activations_cache.summary")
     with console.showing_logs():
         log.info("the largest 0.1 %% of the rows hold %.1f %% [/x]", 1.5)
     log.info("not shown after the command")

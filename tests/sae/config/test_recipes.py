@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from activations_cache.locations import RELEASES
+from activations_cache.checks import RELEASES
 from sae.config import ConfigError, config_file, is_config, load, recipes
 from sae.config.recipes import RECIPES, for_another_model
 from sae.run.config import RunConfig

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from sae.evaluate import logit_comparison
-from sae.evaluate.logit_comparison import Tally, compare
+from sae.evaluate import resume_forward
+from sae.evaluate.resume_forward import Tally, compare
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_sums_are_those_of_the_definitions(case):
 def test_chunks_change_nothing(case, monkeypatch):
     base, other, tokens = case
     whole = compare(base, other, tokens, 1)
-    monkeypatch.setattr(logit_comparison, "LOGITS_AT_ONCE", 11 * 3)
+    monkeypatch.setattr(resume_forward, "LOGITS_AT_ONCE", 11 * 3)
     for a, b in zip(whole, compare(base, other, tokens, 1), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 

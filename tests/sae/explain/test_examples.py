@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from activations_cache.pieces import table_of
+from activations_cache.tokens import table_of
 from sae.explain.config import ExplainConfig
 from sae.explain.examples import ContextFinder, Part, activity
 from sae.explain.text_at_rows import TextReader

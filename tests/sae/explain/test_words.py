@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from activations_cache.pieces import PieceTable, table_of
+from activations_cache.tokens import PieceTable, table_of
 from sae.explain.text_at_rows import TextReader, join_words, word_begins, words_with_blanks
 
 STRINGS = (

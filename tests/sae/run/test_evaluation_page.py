@@ -10,7 +10,7 @@ from sae.browser import ResultTable
 from sae.evaluate.reconstruction import Reconstruction
 from sae.evaluate.report import EvaluationReport
 from sae.run.page import write_page
-from sae.run.seeds import noise_table, shortest, stability_table
+from sae.run.studies import noise_table, shortest, stability_table
 from sae.run.tables import Section
 
 

@@ -11,10 +11,10 @@ from sae.steer.attribution import (
     ablation_effects,
     agreement,
     attribute,
+    direct_logits,
     integrated_gradients,
     logit_difference,
 )
-from sae.steer.directions import direct_logits
 from tests.families import make
 
 IDS = torch.randint(1, 37, (1, 7), generator=torch.Generator().manual_seed(2))

@@ -8,7 +8,7 @@ import torch
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.pretrained.origin import require_model
-from sae.steer.directions import mean_difference, random_direction, stream_of
+from sae.steer.attribution import mean_difference, random_direction, stream_of
 from sae.steer.edits import Edit, Patch, Push, Splice
 from sae.steer.generation import generate
 from sae.steer.positions import Patches

@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from sae.steer.attribution import agreement, integrated_gradients, logit_difference
+from sae.steer.attribution import (
+    agreement,
+    integrated_gradients,
+    logit_difference,
+    mean_difference,
+    random_direction,
+    stream_of,
+)
 from sae.steer.config import SweepConfig
-from sae.steer.directions import mean_difference, random_direction, stream_of
 from sae.steer.edits import Edit, Patch, Push
 from sae.steer.search import Counting, find_latents, nearest_latents
 from sae.steer.steering import Steering

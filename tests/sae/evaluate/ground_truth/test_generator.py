@@ -14,8 +14,7 @@ from sae.evaluate.ground_truth.config import (
     Uniform,
     Zipf,
 )
-from sae.evaluate.ground_truth.generator import BLOCK, batches, rows
-from sae.evaluate.ground_truth.world import make_world
+from sae.evaluate.ground_truth.world import BLOCK, batches, make_world, rows
 
 N = 100_003
 

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.explain.collect.assemble import Assembler
-from sae.explain.collect.run import collect
+from sae.explain.collect.run import collect, read_windows, write_windows
 from sae.explain.collect.state import Kept, WindowRows, half_octave
-from sae.explain.collect.windows_file import read_windows, write_windows
 from sae.explain.config import WindowConfig
 
 HOOK = "model.layers.3:out"

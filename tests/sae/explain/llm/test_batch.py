@@ -9,13 +9,13 @@ import pytest
 from sae.explain.config import LLMConfig
 from sae.explain.explainers import LLMExplainer
 from sae.explain.llm import batch
-from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.batch import BatchClient
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import EndpointError
 from sae.explain.llm.openai_client import OpenAIClient
+from sae.explain.llm.store import AnswerCache
 from sae.explain.pipeline import Plan, explain_all
-from sae.explain.scorers.by_questions import Detection
+from sae.explain.question_scorers import Detection
 from tests.sae.explain.llm.services import completion, error, text_of
 
 PLAN = Plan(LLMExplainer(n_windows=8), (Detection(8),), min_windows=2, n_controls=0)

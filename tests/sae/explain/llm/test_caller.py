@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.explain.config import LLMConfig
-from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import (
     CallFailedError,
@@ -26,6 +25,7 @@ from sae.explain.llm.chat import (
 )
 from sae.explain.llm.corpus_text import read_label, read_numbers, read_texts
 from sae.explain.llm.stand_ins import ConstantClient, ScriptedClient
+from sae.explain.llm.store import AnswerCache
 
 QUESTION = Request(prompt="t/1", messages=(Message("user", "Häh?"),), max_tokens=7)
 CONFIG = LLMConfig(model="m", retries=3, attempts=2)

@@ -15,10 +15,10 @@ import pytest
 
 from sae.explain.config import LLMConfig
 from sae.explain.explainers import LLMExplainer
-from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import EndpointError
 from sae.explain.llm.openai_client import OpenAIClient
+from sae.explain.llm.store import AnswerCache
 from sae.explain.pipeline import Plan, explain_all
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def test_under_faults_every_latent_gets_its_own_label(serve, latent_of, topic_of
 WORKER = """
 import asyncio, json, sys
 from sae.explain.explainers import LLMExplainer
-from sae.explain.llm.answers import AnswerCache
+from sae.explain.llm.store import AnswerCache
 from sae.explain.llm.caller import Caller
 from sae.explain.config import LLMConfig
 from sae.explain.llm.openai_client import OpenAIClient

@@ -8,14 +8,13 @@ import pytest
 
 from sae.explain.config import LLMConfig
 from sae.explain.explainers import LLMExplainer
-from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.chat import EndpointError
+from sae.explain.llm.chat import EndpointError, wanted_wait
 from sae.explain.llm.openai_client import OpenAIClient
-from sae.explain.llm.waits import wanted_wait
+from sae.explain.llm.store import AnswerCache
 from sae.explain.pipeline import Plan, explain_all
+from sae.explain.question_scorers import Detection
 from sae.explain.results import summarise
-from sae.explain.scorers.by_questions import Detection
 from tests.sae.explain.llm.services import (
     ALL_RIGHT,
     BILLS,
