@@ -258,7 +258,7 @@ class _Trial:
         return 0.0 if change <= self._rounding else change
 
 
-class Layout(NamedTuple):
+class StreamLayout(NamedTuple):
     """What runs to its end on what is read, and where the blocks' streams are in what it gives."""
 
     reader: str
@@ -267,7 +267,7 @@ class Layout(NamedTuple):
     is_chained: bool
 
 
-def layout_of(model: nn.Module) -> Layout:
+def layout_of(model: nn.Module) -> StreamLayout:
     """Return the layout of a model that need not read tokens.
 
     Of one that does not say what its images are nothing is known, and so no entry.
@@ -278,14 +278,14 @@ def layout_of(model: nn.Module) -> Layout:
     blocks, listed = blocks_of(model)
     inputs = trial_inputs(model)
     if inputs is None:
-        return Layout("", (None,) * len(listed), None, True)
+        return StreamLayout("", (None,) * len(listed), None, True)
     return _layout(model, blocks, listed, inputs)
 
 
 @torch.no_grad()
 def _layout(
     model: nn.Module, path: str, blocks: list[nn.Module], ids: Shaped[Tensor, "example ..."]
-) -> Layout:
+) -> StreamLayout:
     """Try the backbone, then what is around the blocks, then the model; the most entries win.
 
     Raises:
@@ -294,7 +294,7 @@ def _layout(
     paths = {module: name for name, module in model.named_modules()}
     inner = [m for m in around(model, f"{path}.0:out") if reads_tokens(m)]
     named = {f"{i}": block for i, block in enumerate(blocks)}
-    found: list[Layout] = []
+    found: list[StreamLayout] = []
     for module in dict.fromkeys([base_model(model), *inner[::-1], model]):
         with watching(named) as calls:
             output = attempt(lambda m=module: run_whole(m, ids, output_hidden_states=True))
@@ -303,7 +303,7 @@ def _layout(
         of_blocks = [calls[name][-1] for name in named if calls.get(name)]
         if output is not None and len(of_blocks) == len(named):
             streams = getattr(output, "hidden_states", None) or ()
-            found.append(Layout(paths[module], *_entries(of_blocks, streams)))
+            found.append(StreamLayout(paths[module], *_entries(of_blocks, streams)))
             # The last entry is often normed, so no other would have more.
             if None not in found[-1].hidden_states[:-1]:
                 break

@@ -73,7 +73,7 @@ class Read(NamedTuple):
         return f"{type(self.module).__name__} with {self.n_new} new tokens, {before} and {mask}"
 
 
-class Reading:
+class CallFollower:
     """Follows the calls of the modules around a hook point that read tokens."""
 
     def __init__(

@@ -121,7 +121,7 @@ def _streams(
     return {name: torch.cat(streams)[at] for name, streams in parts.items()}
 
 
-class _Chunk(NamedTuple):
+class _ForwardRows(NamedTuple):
     """Rows that one forward gives: which they are, and where they stand in it."""
 
     row: Int[Tensor, " row"]
@@ -172,7 +172,7 @@ def _given(
     loaded: LoadedModel | LoadedVisionModel,
     example: Int[Tensor, " row"],
     position: Int[Tensor, " row"],
-) -> Iterator[tuple[_Chunk, Mapping[str, Float[Tensor, "example pos _"]]]]:
+) -> Iterator[tuple[_ForwardRows, Mapping[str, Float[Tensor, "example pos _"]]]]:
     """Yield what each forward gives, and which of the rows are in it."""
     read, way, is_causal = _Reader(cache.hook_points, loaded), None, True
     if isinstance(loaded, LoadedModel) and cache.examples.segment is not None:
@@ -185,7 +185,7 @@ def _given(
 
     for some in example.unique().split(_LONGEST):
         row = torch.isin(example, some).nonzero().flatten()
-        chunk = _Chunk(row, torch.searchsorted(some, example[row]), position[row])
+        chunk = _ForwardRows(row, torch.searchsorted(some, example[row]), position[row])
         if isinstance(loaded, LoadedVisionModel):
             images = CachedImages(cache)
             options = loaded.reading.options(images.preprocessing.size)

@@ -30,7 +30,7 @@ ROWS_PER_CHUNK = WindowConfig().rows_per_chunk
 T = TypeVar("T")
 
 
-class Part:
+class FirstRows:
     """The first rows of each split of a cache."""
 
     def __init__(self, cache: ActivationCache, n_rows: int) -> None:
@@ -105,7 +105,7 @@ def main() -> None:
     dictionary = pretrained.load(arguments.dictionary)
     sizes, passes, encoders, ids = [], [], [], torch.empty(0)
     for n_rows in (arguments.rows // 4, arguments.rows):
-        part: Any = Part(cache, n_rows)
+        part: Any = FirstRows(cache, n_rows)
         ids = part.rows(("explain", "score"))
         took, state = seconds(partial(collect, dictionary, part, hook_point, WindowConfig()))
         passes.append(took)

@@ -75,7 +75,7 @@ from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import Message, Request, Response
 from sae.explain.llm.corpus_text import NOTE, escape, read_items
 from sae.explain.llm.stand_ins import reply
-from sae.explain.pipeline import Plan, explain_all
+from sae.explain.pipeline import ExplainPlan, explain_all
 from sae.explain.question_scorers import Detection
 from sae.explain.windows import LatentWindows, Window
 
@@ -125,7 +125,7 @@ class WordClient:
 
 latent = LatentWindows(7, 4.0, 0.01, explain=windows(0), score=windows(1))
 caller = Caller(WordClient(), LLMConfig(model="words", cache_mode="off"), None)
-plan = Plan(explainer=OneWord(), scorers=(Detection(),), min_windows=2, n_controls=0)
+plan = ExplainPlan(explainer=OneWord(), scorers=(Detection(),), min_windows=2, n_controls=0)
 [found] = asyncio.run(explain_all([latent], plan, caller))
 [score] = found.scores
 interval = f"[{score.low:.2f}, {score.high:.2f}]"

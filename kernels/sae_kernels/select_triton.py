@@ -130,7 +130,7 @@ def _pick_kernel(
         tl.store(values + row * k + position, _bits_of(shown, BITS), mask=picked)
 
 
-class Source(NamedTuple):
+class TopKRows(NamedTuple):
     """Rows of which the largest are wanted, in the form that the kernels read."""
 
     rows: Shaped[Tensor, "batch d_sae"]
@@ -147,17 +147,17 @@ class Source(NamedTuple):
 
 def source_of(
     pre: Float[Tensor, "batch d_sae"], bias: Float[Tensor, " d_sae"] | None = None
-) -> Source:
+) -> TopKRows:
     """Describe contiguous pre-activations, to which a float32 bias may still have to be added."""
     bits, infinity = FLOATS[pre.dtype]
-    return Source(pre if bias is not None else _as_integers(pre), bits, infinity, bias)
+    return TopKRows(pre if bias is not None else _as_integers(pre), bits, infinity, bias)
 
 
 def _as_integers(floats: Float[Tensor, "batch d_sae"]) -> Int[Tensor, "batch d_sae"]:
     return floats.view(torch.int32 if floats.itemsize == 4 else torch.int16)
 
 
-def group_maxima(source: Source, size: int) -> Int[Tensor, "batch group"]:
+def group_maxima(source: TopKRows, size: int) -> Int[Tensor, "batch group"]:
     """Return the largest key of each group of `size` neighbours (a power of two), as int32."""
     batch, n = source.rows.shape
     n_groups = -(-n // size)
@@ -172,7 +172,7 @@ def group_maxima(source: Source, size: int) -> Int[Tensor, "batch group"]:
 
 
 def pick(
-    source: Source,
+    source: TopKRows,
     k: int,
     indices: Int[Tensor, "batch k"],
     values: Float[Tensor, "batch k"] | None = None,
@@ -200,7 +200,7 @@ def pick(
     if size:
         maxima = group_maxima(source, size) if maxima is None else maxima
         groups = torch.empty(batch, k, dtype=torch.int32, device=indices.device)
-        pick(Source(maxima, source.bits, 0), k, groups)
+        pick(TopKRows(maxima, source.bits, 0), k, groups)
     block = blocks.picker(k * size or n)
     _pick_kernel[batch,](
         source.rows, n, indices if source.bias is None else source.bias, groups,
@@ -211,7 +211,7 @@ def pick(
 
 
 def _sort(
-    source: Source,
+    source: TopKRows,
     k: int,
     indices: Int[Tensor, "batch k"],
     values: Float[Tensor, "batch k"],

@@ -103,7 +103,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Score:
+class ShownScore:
     """How good a label is by one measure."""
 
     name: str
@@ -131,7 +131,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class ShownExplanation:
     """A further explanation of a latent."""
 
     text: str
@@ -141,7 +141,7 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Attribution:
+class ShownAttribution:
     """How much each token's firing of the latent did for an output of the model."""
 
     tokens: tuple[str, ...]
@@ -180,9 +180,9 @@ class Latent:
     """Which explainer made the label, such as "word" or "supersense"."""
     figures: Mapping[str, float | None] = field(default_factory=dict)
     """Figures for the table by the id of their column."""
-    explanations: tuple[Explanation, ...] = ()
+    explanations: tuple[ShownExplanation, ...] = ()
     """Further explanations."""
-    scores: tuple[Score, ...] = ()
+    scores: tuple[ShownScore, ...] = ()
     """Scores of the label, and their controls."""
     histogram: tuple[int, ...] = ()
     """Counts of its activations (zeros left out) in equal steps from 0 to max_activation."""
@@ -198,7 +198,7 @@ class Latent:
     """Latents with the most similar directions, each with its cosine."""
     cofiring: tuple[tuple[int, float, int], ...] = ()
     """Latents that fire on the same rows: number, Jaccard index, rows on which both fire."""
-    attributions: tuple[Attribution, ...] = ()
+    attributions: tuple[ShownAttribution, ...] = ()
     """Attribution examples."""
     command: str = ""
     """The command that steers the model by it."""

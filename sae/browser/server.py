@@ -43,7 +43,7 @@ _SECONDS = 30
 
 
 @dataclass(frozen=True)
-class Reading:
+class TextReading:
     """A text as a dictionary sees it."""
 
     tokens: tuple[str, ...]
@@ -54,12 +54,12 @@ class Reading:
     """First tokens on which the dictionary was not trained; nothing is said of them."""
 
 
-Reader = Callable[[str, str], Reading]
+Reader = Callable[[str, str], TextReading]
 """From the name of a dictionary and a text; ValueError says what is wrong with the text."""
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptView:
     """The view in which a text is read."""
 
     read: Reader
@@ -91,7 +91,7 @@ class BrowserServer(ThreadingHTTPServer):
         port: int = 0,
         *,
         token: str | None = None,
-        prompts: Prompts | None = None,
+        prompts: PromptView | None = None,
     ) -> None:
         """Listen; `serve_forever` answers."""
         if not (folder / INDEX).is_file():

@@ -94,7 +94,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlaneMap:
     """The latents of a dictionary as points of a plane."""
 
     name: str
@@ -114,7 +114,7 @@ class Layout:
 class Map:
     """Layouts of the latents, the one that is shown first at the front, and their clusters."""
 
-    layouts: tuple[Layout, ...]
+    layouts: tuple[PlaneMap, ...]
     """At least one."""
     clusters: tuple[str, ...] = ()
     """Names of clusters."""
@@ -206,7 +206,7 @@ class Dictionary:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ShownComparison:
     """Two dictionaries of the same stream side by side, by the cosine of their directions."""
 
     a: str
@@ -268,7 +268,7 @@ class Site:
     """Training curves."""
     steering: tuple[SteeringExample, ...] = ()
     """Examples of steering."""
-    comparisons: tuple[Comparison, ...] = ()
+    comparisons: tuple[ShownComparison, ...] = ()
     """Dictionaries side by side."""
     cautions: tuple[str, ...] = ()
     """What a reader must keep in mind, one sentence or two each."""

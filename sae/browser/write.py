@@ -31,7 +31,7 @@ from sae.browser.detail import (
     table,
 )
 from sae.browser.latent import Latent
-from sae.browser.site import DENSE_ABOVE, Comparison, Curve, Dictionary, Map, Site
+from sae.browser.site import DENSE_ABOVE, Curve, Dictionary, Map, ShownComparison, Site
 
 FORMAT = 3
 POLICY = (
@@ -237,7 +237,9 @@ def _ascending(found: Dictionary) -> Iterator[Latent]:
         yield latent
 
 
-def _comparison(found: Comparison, key: str, ids: dict[str, str], path: Path) -> dict[str, object]:
+def _comparison(
+    found: ShownComparison, key: str, ids: dict[str, str], path: Path
+) -> dict[str, object]:
     sides: dict[str, object] = {"least": found.least, "chance": short(found.chance)}
     for side, nearest in (("in_b", found.in_b), ("in_a", found.in_a)):
         sides[side] = i32(latent for latent, _ in nearest)

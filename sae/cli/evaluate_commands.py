@@ -119,12 +119,12 @@ def _request(
     probe: int,
     structure: bool,
 ) -> "MeasureRequest":
-    from sae.run.measuring import MeasureRequest, SplicedInto, Target
+    from sae.run.measuring import MeasureRequest, MeasureTarget, SplicedInto
 
     named = (target.rpartition("=") for target in targets)
     with_model, contexts, images = spliced
     return MeasureRequest(
-        tuple(Target(path, group=group) for group, _, path in named),
+        tuple(MeasureTarget(path, group=group) for group, _, path in named),
         cache,
         hook_point,
         SplicedInto(contexts, images) if with_model else None,

@@ -11,7 +11,7 @@ from sae.config import is_config
 from sae.run.config import RunConfig, browsed_config
 
 if TYPE_CHECKING:
-    from sae.browser.server import Prompts
+    from sae.browser.server import PromptView
 
 
 from sae.cli.request import Overrides, refuse_without_cache
@@ -59,19 +59,21 @@ def browse(  # noqa: PLR0913
         _serve(folder, (host, port, token), _prompts(config))
 
 
-def _prompts(config: RunConfig | None) -> "Prompts | None":
+def _prompts(config: RunConfig | None) -> "PromptView | None":
     if config is None or config.cache.images is not None:
         return None
-    from sae.browser.server import Prompts
+    from sae.browser.server import PromptView
     from sae.run.browse_latents import PromptReader
     from sae.run.context import Run
 
     run = Run(config)
     shown = [name for name in config.train.saes if not run.is_frozen(name)]
-    return Prompts(PromptReader(run), {f"d{i}": name for i, name in enumerate(shown)})
+    return PromptView(PromptReader(run), {f"d{i}": name for i, name in enumerate(shown)})
 
 
-def _serve(folder: Path, address: tuple[str, int, str | None], prompts: "Prompts | None") -> None:
+def _serve(
+    folder: Path, address: tuple[str, int, str | None], prompts: "PromptView | None"
+) -> None:
     """Answer until Ctrl-C."""
     from sae.browser.server import BrowserServer
 
@@ -160,7 +162,7 @@ def steer(  # noqa: PLR0913  (options are parameters)
     prompt: Annotated[list[str] | None, typer.Option(help="What is continued; repeatable.")] = None,
     model: Annotated[str | None, typer.Option(help="If the dictionary does not name it.")] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are what a user says: use the chat template.")
+        bool, typer.Option("--chat", help="PromptView are what a user says: use the chat template.")
     ] = False,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Try many strengths and plot them.")

@@ -39,7 +39,7 @@ LARGEST = 256
 """Entries that one grid may give."""
 
 
-class Place(NamedTuple):
+class GridEntry(NamedTuple):
     """Where an entry that a grid gave was written."""
 
     keys: Keys
@@ -65,7 +65,7 @@ class BadGrid(MonosemaError):
         self.problem = problem
 
 
-def expand(schema: Any, data: object) -> dict[Keys, Place]:
+def expand(schema: Any, data: object) -> dict[Keys, GridEntry]:
     """Replace each entry that has a grid by one for each choice, in place; where these came from.
 
     Only the values of mappings whose schema has a key `grid` are entries.
@@ -73,7 +73,7 @@ def expand(schema: Any, data: object) -> dict[Keys, Place]:
     Raises:
         BadGrid: For the first grid that cannot be expanded.
     """
-    found: dict[Keys, Place] = {}
+    found: dict[Keys, GridEntry] = {}
     for keys, node in list(walk(schema, data)):
         if isinstance(node.value, dict) and _has_entries(node.member):
             entries = _expanded(keys, node.value, found)
@@ -82,7 +82,7 @@ def expand(schema: Any, data: object) -> dict[Keys, Place]:
     return found
 
 
-def _expanded(keys: Keys, written: dict[str, Any], found: dict[Keys, Place]) -> dict[str, Any]:
+def _expanded(keys: Keys, written: dict[str, Any], found: dict[Keys, GridEntry]) -> dict[str, Any]:
     """The entries of one mapping; what grids gave is added to `found`."""
     entries: dict[str, Any] = {}
     for name, entry in written.items():
@@ -92,11 +92,11 @@ def _expanded(keys: Keys, written: dict[str, Any], found: dict[Keys, Place]) -> 
                 _refuse((*keys, name, "grid"), "make names of its own", each)
             entries[each] = made
             if grid is not None:
-                found[*keys, each] = Place((*keys, name), tuple(grid))
+                found[*keys, each] = GridEntry((*keys, name), tuple(grid))
     return entries
 
 
-def moved(problem: Problem, places: Mapping[Keys, Place]) -> Problem:
+def moved(problem: Problem, places: Mapping[Keys, GridEntry]) -> Problem:
     """The problem where the file has it."""
     for keys, place in places.items():
         if problem.keys[: len(keys)] == keys:

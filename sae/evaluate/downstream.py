@@ -38,7 +38,7 @@ class Images(NamedTuple):
     test_labels: Int[Tensor, " other"]
 
 
-class Place(NamedTuple):
+class ReplacedStream(NamedTuple):
     """Where a vision model's stream is replaced."""
 
     model: nn.Module
@@ -87,7 +87,7 @@ class Downstream:
 
 def downstream(
     dictionaries: Mapping[str, SparseAutoencoder],
-    place: Place,
+    place: ReplacedStream,
     images: Images,
     config: EvaluateConfig,
     *,
@@ -146,7 +146,7 @@ def downstream(
 
 @torch.no_grad()
 def features(
-    place: Place,
+    place: ReplacedStream,
     pixels: Callable[[Int[Tensor, " example"]], Float[Tensor, "example 3 height width"]],
     numbers: Int[Tensor, " example"],
     streams: Mapping[str, Replacement],

@@ -170,7 +170,7 @@ LOGITS_AT_ONCE = 1 << 20
 """float32 log-probabilities made at once: larger blocks fall out of a CPU's cache."""
 
 
-class Tally(NamedTuple):
+class LogitTally(NamedTuple):
     """Sums over the scored tokens of each context."""
 
     n_tokens: Float64[Tensor, " example"]
@@ -180,7 +180,7 @@ class Tally(NamedTuple):
     same: Float64[Tensor, " example"]
 
     @classmethod
-    def joined(cls, parts: list["Tally"]) -> "Tally":
+    def joined(cls, parts: list["LogitTally"]) -> "LogitTally":
         """One tally of the contexts of several."""
         return cls(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
@@ -191,7 +191,7 @@ def compare(
     tokens: Int[Tensor, "example pos"],
     skip_positions: int,
     ahead: int = 1,
-) -> Tally:
+) -> LogitTally:
     """Sums over the predictions of each context that are made after the special positions.
 
     Args:
@@ -213,7 +213,7 @@ def compare(
     n_tokens = scored.sum(dim=1).double()
     sums = torch.zeros(len(tokens), 4, dtype=torch.float64, device=base.device)
     sums.index_add_(0, example, figures)
-    return Tally(n_tokens.cpu(), *sums.cpu().unbind(dim=1))
+    return LogitTally(n_tokens.cpu(), *sums.cpu().unbind(dim=1))
 
 
 def _figures(

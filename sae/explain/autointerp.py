@@ -19,7 +19,7 @@ from sae.explain.llm.chat import OPEN, Client, UnfinishedError
 from sae.explain.llm.stand_ins import ConstantClient
 from sae.explain.llm.store import AnswerCache, Cost
 from sae.explain.model_scorers import Sensitivity
-from sae.explain.pipeline import Explained, Plan, estimate_all, explain_all
+from sae.explain.pipeline import ExplainPlan, LatentOutcome, estimate_all, explain_all
 from sae.explain.results import export_neuronpedia, summarise, write_results
 from sae.explain.subject import WITH_TOOLS, Subject, Tools, chosen, scorers_of
 from sae.explain.windows import LatentWindows
@@ -90,7 +90,7 @@ def _answers(config: AutointerpConfig, out_dir: Path) -> Iterator[AnswerCache | 
         yield answers
 
 
-def _raise_if_open(caller: Caller, found: dict[str, list[Explained]], out_dir: Path) -> None:
+def _raise_if_open(caller: Caller, found: dict[str, list[LatentOutcome]], out_dir: Path) -> None:
     """Raise if a later run could ask something again: the work is not done."""
     lost, words = caller.tally.lost, caller.tally.words
     reasons = [reason for reason in OPEN if lost[reason]]
@@ -157,7 +157,7 @@ async def _run(
     client: Client,
     tools: Tools | None,
     report: Progress,
-) -> tuple[dict[str, list[Explained]], Caller]:
+) -> tuple[dict[str, list[LatentOutcome]], Caller]:
     caller = Caller(client, config.llm, answers)
     wanted = await _estimate(groups, config, caller)
     _log.warning(
@@ -173,7 +173,7 @@ async def _run(
 
 def plan_of(
     config: AutointerpConfig, tools: Tools | None = None, *, is_baseline: bool = False
-) -> Plan:
+) -> ExplainPlan:
     """The explainer and the scorers that a config names.
 
     Baselines have no controls of their own, and no scorers that look into the model: those know the
@@ -182,7 +182,7 @@ def plan_of(
     names: list[ScorerName] = [
         name for name in config.scorers if not (is_baseline and name in WITH_TOOLS)
     ]
-    return Plan(
+    return ExplainPlan(
         LLMExplainer(config.style, config.contrastive, config.logit_lens),
         scorers_of(names, tools),
         config.min_windows,
@@ -190,7 +190,7 @@ def plan_of(
     )
 
 
-def _questions_of(config: AutointerpConfig, *, is_baseline: bool) -> Plan:
+def _questions_of(config: AutointerpConfig, *, is_baseline: bool) -> ExplainPlan:
     """The same without what asks nobody, for the estimate."""
     asking = [n for n in config.scorers if n not in WITH_TOOLS]
     some = replace(config, scorers=tuple(asking) or ("detection",))

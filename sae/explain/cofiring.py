@@ -17,7 +17,7 @@ from sae.explain.firings import Codes
 _LATENTS_AT_ONCE = 512
 
 
-class Together(NamedTuple):
+class CofiringPairs(NamedTuple):
     """A latent that fires where another one fires."""
 
     latent: int
@@ -30,7 +30,7 @@ class Together(NamedTuple):
 
 def cofiring(
     codes: Codes, k: int, *, least: int = 5, progress: Progress | None = None
-) -> list[tuple[Together, ...]]:
+) -> list[tuple[CofiringPairs, ...]]:
     """For every latent the k others whose firing correlates most with its own, best first.
 
     Args:
@@ -44,7 +44,7 @@ def cofiring(
     ones = np.ones(len(codes.row), np.float32)  # counts below 2^24 stay exact
     fires = sparse.csr_array((ones, codes.row, start), shape=(codes.d_sae, codes.n_rows))
     by_row = sparse.csr_array(fires.T)
-    found: list[tuple[Together, ...]] = []
+    found: list[tuple[CofiringPairs, ...]] = []
     for first in range(0, codes.d_sae, _LATENTS_AT_ONCE):
         both = sparse.csr_array(fires[first : first + _LATENTS_AT_ONCE] @ by_row)
         for place in range(len(both.indptr) - 1):
@@ -57,7 +57,7 @@ def cofiring(
 
 def _best(
     codes: Codes, latent: int, others: np.ndarray, both: np.ndarray, k: int, least: int
-) -> tuple[Together, ...]:
+) -> tuple[CofiringPairs, ...]:
     keep = (both >= least) & (others != latent)
     others, both = others[keep], both[keep].astype(np.float64)
     n, own, theirs = codes.n_rows, float(codes.n_fired[latent]), codes.n_fired[others]
@@ -66,7 +66,7 @@ def _best(
         phi = np.where(spread > 0, (n * both - own * theirs) / np.sqrt(spread), 0.0)
     order = np.lexsort((others, -phi))[:k]
     order = order[phi[order] > 0]
-    return tuple(Together(int(others[i]), float(phi[i]), int(both[i])) for i in order)
+    return tuple(CofiringPairs(int(others[i]), float(phi[i]), int(both[i])) for i in order)
 
 
 CAUTION = (

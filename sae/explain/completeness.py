@@ -15,7 +15,7 @@ _PRIOR = 0.01
 """A slope of 10 standard deviations is as good as a step; without a prior it is infinite."""
 
 
-class Completeness(NamedTuple):
+class CompletenessFit(NamedTuple):
     """A logistic curve over log frequency: P(present) = 1 / (1 + exp(-slope (log f - log f50)))."""
 
     f50: float
@@ -41,7 +41,7 @@ def completeness(
     *,
     seed: int = 0,
     resamples: int = 200,
-) -> Completeness:
+) -> CompletenessFit:
     """Fit the curve by maximum likelihood with a weak prior on the slope.
 
     Args:
@@ -75,7 +75,7 @@ def completeness(
     low, high = np.quantile(points, [0.025, 0.975])
     middle, slope = float(middle[0]), float(slope[0])
     f50 = math.exp(middle)
-    return Completeness(
+    return CompletenessFit(
         f50, math.exp(low), math.exp(high), slope, f50 * n_alive, len(x), float(present.mean())
     )
 

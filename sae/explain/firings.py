@@ -25,7 +25,7 @@ class Firings(NamedTuple):
     """Activations, none of them 0."""
 
 
-class Entries(NamedTuple):
+class FiringEntries(NamedTuple):
     """The firings of several latents in one array."""
 
     group: Int64[np.ndarray, " entry"]
@@ -78,18 +78,18 @@ class Codes:
         entries = slice(start, start + int(n_fired.sum()))
         return Codes(n_fired, self.row[entries], self.value[entries], self.n_rows)
 
-    def block(self, first: int, last: int) -> Entries:
+    def block(self, first: int, last: int) -> FiringEntries:
         """Entries of the latents first, ..., last - 1, without a copy of the rows."""
         counts = self.n_fired[first:last]
         start = int(self.start[first])
         row = self.row[start : start + int(counts.sum())]
-        return Entries(np.repeat(np.arange(last - first), counts), row)
+        return FiringEntries(np.repeat(np.arange(last - first), counts), row)
 
-    def take(self, latents: Int64[np.ndarray, " k"]) -> Entries:
+    def take(self, latents: Int64[np.ndarray, " k"]) -> FiringEntries:
         """Entries of any latents, in the order of `latents`."""
         counts = self.n_fired[latents]
         index = concatenated_ranges(self.start[latents], counts)
-        return Entries(np.repeat(np.arange(len(latents)), counts), self.row[index])
+        return FiringEntries(np.repeat(np.arange(len(latents)), counts), self.row[index])
 
 
 def concatenated_ranges(
@@ -155,20 +155,20 @@ def _chunks(
         progress(start + len(ids), len(rows), "rows encoded")
 
 
-class _Chunk(NamedTuple):
+class _FiringChunk(NamedTuple):
     n_fired: np.ndarray
     row: np.ndarray
     value: np.ndarray
 
 
-def _by_latent(row: np.ndarray, latent: np.ndarray, value: np.ndarray, d_sae: int) -> _Chunk:
+def _by_latent(row: np.ndarray, latent: np.ndarray, value: np.ndarray, d_sae: int) -> _FiringChunk:
     # NumPy sorts 16-bit integers by radix, which is several times faster.
     narrow = latent.astype(np.uint16 if d_sae <= 1 << 16 else np.uint32)
     order = np.argsort(narrow, kind="stable")
-    return _Chunk(np.bincount(latent, minlength=d_sae), row[order], value[order])
+    return _FiringChunk(np.bincount(latent, minlength=d_sae), row[order], value[order])
 
 
-def _merged(chunks: list[_Chunk], d_sae: int, n_rows: int) -> Codes:
+def _merged(chunks: list[_FiringChunk], d_sae: int, n_rows: int) -> Codes:
     """Put every chunk's run of a latent behind the runs of the chunks before it."""
     n_fired = np.zeros(d_sae, np.int64)
     for chunk in chunks:

@@ -18,7 +18,7 @@ from activations_cache import seals
 from sae.explain.held_out import N_STEPS, HeldOut
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import OPEN
-from sae.explain.pipeline import Explained
+from sae.explain.pipeline import LatentOutcome
 from sae.explain.score import Score
 from sae.explain.scores import FLOOR, Mean, Scores, bootstrap_mean
 from sae.explain.tables import WRITING, as_json
@@ -41,7 +41,7 @@ _SCHEMA = pa.schema({
 })  # fmt: skip
 
 
-def summarise(found: Sequence[Explained], caller: Caller | None) -> dict[str, object]:
+def summarise(found: Sequence[LatentOutcome], caller: Caller | None) -> dict[str, object]:
     """The run in a few figures, failures first.
 
     Means are over the latents with a value; `mean_worst` and `mean_best` are over all latents that
@@ -115,7 +115,7 @@ def _share(holds: list[bool], n: int) -> float | None:
 
 
 def write_results(
-    directory: Path, found: Sequence[Explained], summary: Mapping[str, object], stem: str = STEM
+    directory: Path, found: Sequence[LatentOutcome], summary: Mapping[str, object], stem: str = STEM
 ) -> None:
     """Write STEM.jsonl, STEM.parquet and STEM.json durably and listed, in this order."""
     lines, table, last = (f"{stem}.{end}" for end in ("jsonl", "parquet", "json"))
@@ -131,7 +131,7 @@ def _line(record: Mapping[str, object]) -> str:
     return json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _row(f: Explained) -> dict[str, object]:
+def _row(f: LatentOutcome) -> dict[str, object]:
     scores = [{"control": "", **asdict(score)} for score in f.scores]
     for name, controls in f.controls.items():
         scores += [{"control": name, **asdict(score)} for score in controls]
@@ -146,7 +146,7 @@ def _row(f: Explained) -> dict[str, object]:
 
 def export_neuronpedia(
     directory: Path,
-    found: Iterable[Explained],
+    found: Iterable[LatentOutcome],
     latents: Iterable[LatentWindows],
     model_id: str,
     layer_id: str,
@@ -249,7 +249,7 @@ class Summary:
     """Rows on which they were scored."""
 
 
-class Found(NamedTuple):
+class SummaryInputs(NamedTuple):
     """What a summary is made of."""
 
     scores: Scores
@@ -259,7 +259,7 @@ class Found(NamedTuple):
 
 
 def summary_of(
-    found: Found,
+    found: SummaryInputs,
     wanted: np.ndarray,
     live: np.ndarray,
     n_rows: tuple[int, int],

@@ -16,7 +16,7 @@ from sae.explain.config import Kind, RuleConfig
 from sae.explain.explainers import Explanation
 from sae.explain.judges import Judge, RuleJudge, WordRule
 from sae.explain.labels import Labels
-from sae.explain.pipeline import Explained, shuffled_windows
+from sae.explain.pipeline import LatentOutcome, shuffled_windows
 from sae.explain.results import summarise, write_results
 from sae.explain.score import Score, Scorer
 from sae.explain.subject import Subject, chosen, scorers_of
@@ -108,13 +108,15 @@ def _explained(
     other: WordRule | None,
     scorers: Sequence[Scorer],
     min_windows: int,
-) -> Explained:
+) -> LatentOutcome:
     least = min(len(windows.of("explain", "active")), len(windows.of("score", "active")))
     if least < min_windows:
         reason = f"{least} active windows of {min_windows} wanted"
-        return Explained(windows.latent, "insufficient", reason)
+        return LatentOutcome(windows.latent, "insufficient", reason)
     if rule is None:
-        return Explained(windows.latent, "insufficient", "no label that a text can be tested by")
+        return LatentOutcome(
+            windows.latent, "insufficient", "no label that a text can be tested by"
+        )
     scores = asyncio.run(score_rule(windows, rule, scorers, text))
     controls = {}
     if other is not None and other != rule:
@@ -123,4 +125,4 @@ def _explained(
     shuffled = asyncio.run(score_rule(shuffled_windows(windows), rule, scorers, text))
     controls["shuffled windows"] = shuffled
     label = Explanation(windows.latent, text, METHOD)
-    return Explained(windows.latent, "done", "", label, scores, controls)
+    return LatentOutcome(windows.latent, "done", "", label, scores, controls)

@@ -13,7 +13,7 @@ from scipy import stats
 
 from monosema.checks import MonosemaError
 from sae.explain.config import Kind
-from sae.explain.firings import Codes, Entries, concatenated_ranges
+from sae.explain.firings import Codes, FiringEntries, concatenated_ranges
 from sae.explain.labels import Rules
 from sae.explain.text_at_rows import RowText
 
@@ -103,7 +103,7 @@ def _present(
 
 
 def _score_chunk(
-    rules: Rules, entries: Entries, values: np.ndarray, example: np.ndarray, present: _Present
+    rules: Rules, entries: FiringEntries, values: np.ndarray, example: np.ndarray, present: _Present
 ) -> Scores:
     n_latents, n_levels = len(rules.kind), rules.value.shape[1] + 1
     level_of = levels(rules)

@@ -24,7 +24,7 @@ from sae.browser import (
 )
 from sae.browser.site import DENSE_ABOVE
 from sae.evaluate.report import read_json
-from sae.explain.cofiring import Together, cofiring
+from sae.explain.cofiring import CofiringPairs, cofiring
 from sae.explain.firings import encode_rows
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.results import STEM
@@ -133,7 +133,7 @@ def _has_lens(subject: BrowsedDictionary, loaded: LoadedModel) -> bool:
 
 def _cofiring(
     subject: BrowsedDictionary, context: BrowseContext, report: Progress
-) -> list[tuple[Together, ...]] | None:
+) -> list[tuple[CofiringPairs, ...]] | None:
     """Co-firing over rows that are spread evenly over the splits that labels come from."""
     if context.cache is None:
         return None

@@ -57,7 +57,7 @@ class Section(NamedTuple):
     table: ResultTable
 
 
-class Facts(NamedTuple):
+class FactTable(NamedTuple):
     """A titled list of names and what they stand for."""
 
     title: str

@@ -20,7 +20,7 @@ from activations_cache.vision import LoadedVisionModel
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.evaluate.config import EvaluateConfig
-from sae.evaluate.downstream import AS_IT_IS, Downstream, Images, Place, downstream
+from sae.evaluate.downstream import AS_IT_IS, Downstream, Images, ReplacedStream, downstream
 from sae.evaluate.report import EvaluationReport
 from sae.explain.config import ExplainConfig
 from sae.explain.scores import Mean
@@ -106,7 +106,7 @@ def _downstream(
     classes = label[:, 0]
     train = _some(cache, TRAINING_SPLITS, config)
     test = _some(cache, ("hold",), config)
-    place = Place(
+    place = ReplacedStream(
         model=loaded.model,
         hook_point=hook_point,
         mean=cache[hook_point].mean,

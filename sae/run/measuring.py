@@ -62,7 +62,7 @@ class SplicedInto(NamedTuple):
     """Images to tell classes by, and as many held out, of a vision model."""
 
 
-class Target(NamedTuple):
+class MeasureTarget(NamedTuple):
     """A dictionary to measure."""
 
     dictionary: DictionaryOrPath
@@ -75,7 +75,7 @@ class Target(NamedTuple):
 class MeasureRequest(NamedTuple):
     """What is measured, and on what."""
 
-    targets: tuple[Target, ...]
+    targets: tuple[MeasureTarget, ...]
     cache: CacheOrPath
     hook_point: str | None = None
     """The cache's only one when absent."""
@@ -185,17 +185,17 @@ def evaluate(  # noqa: PLR0913
 
 def targets_of(
     dictionaries: DictionaryOrPath | Sequence[DictionaryOrPath] | Mapping[str, DictionaryOrPath],
-) -> tuple[Target, ...]:
+) -> tuple[MeasureTarget, ...]:
     """Return what is to be measured, each with its name if it has one."""
     if isinstance(dictionaries, Mapping):
-        return tuple(Target(one, name) for name, one in dictionaries.items())
+        return tuple(MeasureTarget(one, name) for name, one in dictionaries.items())
     if isinstance(dictionaries, SparseAutoencoder | str | Path):
         dictionaries = [dictionaries]
     if not isinstance(dictionaries, Sequence):
         raise wrong_class(
             "dictionaries", "be dictionaries or paths", dictionaries, "pass a list of them"
         )
-    return tuple(Target(one) for one in dictionaries)
+    return tuple(MeasureTarget(one) for one in dictionaries)
 
 
 def measure(request: MeasureRequest, steps: Steps = silent_steps) -> Measurement:
@@ -297,7 +297,7 @@ def _hook_point(entries: Mapping[str, MeasuredDictionary], given: str | None) ->
 
 
 def load_entries(
-    targets: Sequence[Target],
+    targets: Sequence[MeasureTarget],
     cache: ActivationCache,
     hook_point: str | None = None,
     *,
@@ -320,7 +320,7 @@ def load_entries(
     return entries
 
 
-def _names(targets: Sequence[Target]) -> list[str]:
+def _names(targets: Sequence[MeasureTarget]) -> list[str]:
     """The names that are given, of paths else their shortest ends, of others their numbers."""
     paths = [
         str(target.dictionary)

@@ -26,14 +26,14 @@ from sae.pretrained.verify import (
     BATCH,
     FVU_WITHIN,
     L0_WITHIN,
-    Measured,
+    ReadingFigures,
     measure,
     meets,
     published,
 )
 from sae.run.context import (
     CacheOrPath,
-    Facts,
+    FactTable,
     Section,
     opened,
     require_origin,
@@ -50,7 +50,7 @@ class VerifiedRelease(NamedTuple):
 
     meeting: tuple[str, ...]
     """Readings that meet the published figures."""
-    measured: dict[str, list[Measured]]
+    measured: dict[str, list[ReadingFigures]]
     """By the positions of the rows."""
     section: Section
     """The same as a table."""
@@ -64,7 +64,7 @@ def convert(
     format: str | None = None,
     allow_pt: bool = False,
     model: str | None = None,
-) -> Facts:
+) -> FactTable:
     """Read one format and write another, exactly, or say why that format cannot hold it.
 
     Args:
@@ -105,7 +105,7 @@ def convert(
     rows = [("from", f"{source}, {origin.source_format}"), ("to", f"{target}, {to}")]
     folded = done or ("nothing: every number is as it was",)
     rows += [("folded", fold) for fold in folded]
-    return Facts("converted", rows)
+    return FactTable("converted", rows)
 
 
 def hook_points_of(dictionary: SparseAutoencoder) -> dict[str, str]:
@@ -265,7 +265,7 @@ def verify_release(  # noqa: PLR0913
     return VerifiedRelease(tuple(met), measured, section)
 
 
-def _line(name: str, measured: Measured, is_met: bool) -> tuple[str, ...]:
+def _line(name: str, measured: ReadingFigures, is_met: bool) -> tuple[str, ...]:
     figures = (f"{measured.l0:.1f}", f"{measured.fvu:.4f}", f"{measured.fvu_permuted:.4f}")
     return (name, measured.reading, *figures, f"{measured.n_rows:,}", "yes" if is_met else "no")
 
@@ -295,7 +295,7 @@ def _chosen(cache: ActivationCache, hook_points: str | None, origin: Origin) -> 
     return names[0], names[-1]
 
 
-def inspect(path: str | Path, *, format: str | None = None, allow_pt: bool = False) -> Facts:
+def inspect(path: str | Path, *, format: str | None = None, allow_pt: bool = False) -> FactTable:
     """Say what a dictionary is, where it comes from, and how it will be applied.
 
     Args:
@@ -317,7 +317,7 @@ def inspect(path: str | Path, *, format: str | None = None, allow_pt: bool = Fal
         *(("folded", fold) for fold in source.folds_applied),
         *equations_of(config),
     ]
-    return Facts(str(path), rows, "u, h, a, y, x_hat: how it is applied")
+    return FactTable(str(path), rows, "u, h, a, y, x_hat: how it is applied")
 
 
 def _hook_points(config: SAEConfig) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         random_direction,
         stream_of,
     )
-    from sae.steer.choice import Candidate, Choice, Subject, choose_latent, target_tokens
+    from sae.steer.choice import Candidate, Choice, SteerSubject, choose_latent, target_tokens
     from sae.steer.config import SteerConfig, SweepConfig
     from sae.steer.edits import Edit, Patch, Push, Splice
     from sae.steer.generation import Effect, generate, measure_effect
@@ -35,8 +35,8 @@ __all__ = [
     "Push",
     "Splice",
     "SteerConfig",
+    "SteerSubject",
     "Steering",
-    "Subject",
     "SweepConfig",
     "Target",
     "ablation_effects",
@@ -68,7 +68,7 @@ _HOME = {
     "Splice": "sae.steer.edits",
     "SteerConfig": "sae.steer.config",
     "Steering": "sae.steer.steering",
-    "Subject": "sae.steer.choice",
+    "SteerSubject": "sae.steer.choice",
     "SweepConfig": "sae.steer.config",
     "Target": "sae.steer.sweep",
     "ablation_effects": "sae.steer.attribution",

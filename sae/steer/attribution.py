@@ -52,7 +52,7 @@ class Attribution(NamedTuple):
         return [(p, int(self.latents.indices[p, j]), float(self.scores[p, j])) for p, j in places]
 
 
-class Seen(NamedTuple):
+class PromptRows(NamedTuple):
     """One prompt at the dictionary's place."""
 
     ids: Int[Tensor, "example pos"]
@@ -120,7 +120,7 @@ def ablation_effects(
     return torch.cat(effects)
 
 
-class Agreement(NamedTuple):
+class AttributionAgreement(NamedTuple):
     """How well cheap scores tell what ablation does; Templeton et al. have .81 and .12."""
 
     attribution: float
@@ -140,7 +140,7 @@ def agreement(
     n: int = 256,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Agreement:
+) -> AttributionAgreement:
     """Ablate the latents that fire, or a random n of them, and correlate with the estimates.
 
     Args:
@@ -160,7 +160,7 @@ def agreement(
     entries = list(zip(position.tolist(), numbers.tolist(), strict=True))
     effects = ablation_effects(model, placed, input_ids, metric, entries, progress=progress)
     scores, values = (t[position, place] for t in (found.scores, found.latents.values))
-    return Agreement(_pearson(scores, effects), _pearson(values, effects), len(entries))
+    return AttributionAgreement(_pearson(scores, effects), _pearson(values, effects), len(entries))
 
 
 class PathAttribution(NamedTuple):
@@ -224,7 +224,7 @@ def see(
     placed: SparseAutoencoder,
     input_ids: Int[Tensor, "example pos"],
     first_position: int,
-) -> Seen:
+) -> PromptRows:
     """Read a prompt at the dictionary's place.
 
     Raises:
@@ -240,11 +240,11 @@ def see(
     values[:first_position] = 0
     size = placed.output_norm(x).size
     whole = torch.as_tensor(size).to(values).expand(len(x), 1)
-    return Seen(ids, x, Latents(values, latents.indices), whole)
+    return PromptRows(ids, x, Latents(values, latents.indices), whole)
 
 
 def _along(
-    placed: SparseAutoencoder, seen: Seen, gradient: Float[Tensor, "pos d_out"]
+    placed: SparseAutoencoder, seen: PromptRows, gradient: Float[Tensor, "pos d_out"]
 ) -> Float[Tensor, "pos k"]:
     """a_i (d_i . gradient) for each latent that fires."""
     indices, values = seen.latents.indices, seen.latents.values
@@ -253,7 +253,7 @@ def _along(
 
 
 def _contribution(
-    placed: SparseAutoencoder, seen: Seen, position: int, latent: int
+    placed: SparseAutoencoder, seen: PromptRows, position: int, latent: int
 ) -> Float[Tensor, " d_out"]:
     at = seen.latents.indices[position] == latent
     f = (seen.latents.values[position] * at).sum()

@@ -121,7 +121,7 @@ RULE = (
 """How a latent is chosen, in one sentence for the reader of a report."""
 
 
-class Subject(NamedTuple):
+class SteerSubject(NamedTuple):
     """What is steered, and with what."""
 
     model: nn.Module
@@ -167,7 +167,7 @@ class Choice:
 
 
 def choose_latent(
-    subject: Subject,
+    subject: SteerSubject,
     candidates: Sequence[Candidate],
     config: SteerConfig,
     *,
@@ -221,7 +221,7 @@ def choose_latent(
 
 @torch.no_grad()
 def _most_promising(
-    subject: Subject, candidates: list[Candidate], config: SteerConfig, progress: Progress
+    subject: SteerSubject, candidates: list[Candidate], config: SteerConfig, progress: Progress
 ) -> list[Candidate]:
     """Those after whose steering the prompt makes the target tokens most probable."""
     if len(candidates) <= config.n_candidates:
@@ -250,7 +250,7 @@ def _next_probabilities(
 
 
 def _try(
-    subject: Subject, candidates: list[Candidate], base: Generation, config: SteerConfig
+    subject: SteerSubject, candidates: list[Candidate], base: Generation, config: SteerConfig
 ) -> list[Trial]:
     with _steered_each(subject, candidates, config):
         texts = generate_copies(
@@ -274,21 +274,21 @@ def _trial(candidate: Candidate, found: Generation, base: Generation) -> Trial:
     )
 
 
-def _steered_each(subject: Subject, candidates: list[Candidate], config: SteerConfig):
+def _steered_each(subject: SteerSubject, candidates: list[Candidate], config: SteerConfig):
     """A context in which example i of a batch is steered by candidate i."""
     edits = [_edit(subject, candidate, config) for candidate in candidates]
     fn = per_example(edits, first_position=subject.first_position)
     return hooks.edit(subject.model, {subject.dictionary.hook_point: fn})
 
 
-def _edit(subject: Subject, candidate: Candidate, config: SteerConfig) -> Edit:
+def _edit(subject: SteerSubject, candidate: Candidate, config: SteerConfig) -> Edit:
     strength = f"{float(config.strength)!r}x max"
     if config.mode == "clamp":
         return Edit(subject.dictionary, latent=candidate.latent, clamp=strength)
     return Edit(subject.dictionary, latent=candidate.latent, add=strength)
 
 
-def _generate(subject: Subject, config: SteerConfig) -> Generation:
+def _generate(subject: SteerSubject, config: SteerConfig) -> Generation:
     options = {"max_new_tokens": config.max_new_tokens, "chat": config.chat}
     return generate(subject.model, subject.tokenizer, config.prompt, **options)
 

@@ -16,7 +16,7 @@ from activations_cache.prompts import Prompts, prompts_of
 from activations_cache.reading import kept_aside, takes_tokens
 from activations_cache.trial import attempt
 from monosema.checks import MonosemaError
-from sae.steer.edits import Change, Edit, LatentEdits, Patch, Push, Rows, Splice
+from sae.steer.edits import Change, Edit, EditedRows, LatentEdits, Patch, Push, Splice
 from sae.steer.positions import Positions, check_positions, chosen
 
 _log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Steering:
             stack.callback(finite.remove)
             for (place, applied), count in zip(self._applied, self.counts, strict=True):
                 prompts = stack.enter_context(prompts_of(self.model, place[1]))
-                work = _Work(applied, place, count, self, prompts)
+                work = _ActiveChange(applied, place, count, self, prompts)
                 for point, fn in work.edits():
                     stack.enter_context(hooks.edit(self.model, {point: fn}))
             self._hooks = stack.pop_all()
@@ -232,7 +232,7 @@ def _joined(place: Place, group: list[Change]) -> Applied:
     return other
 
 
-class _Work:
+class _ActiveChange:
     """One change at work in a model's forwards."""
 
     def __init__(
@@ -312,7 +312,7 @@ def apply_at(
     at = where.flatten().nonzero().flatten()
     flat = stream.flatten(0, 1)
     h = flat[at]
-    changed = change(Rows(x.flatten(0, 1)[at], h, positions.reshape(-1)[at]))
+    changed = change(EditedRows(x.flatten(0, 1)[at], h, positions.reshape(-1)[at]))
     new = torch.where(changed.is_changed[:, None], changed.h.to(stream.dtype), h)
     if count is not None:
         is_meant = changed.is_changed & isinstance(change, LatentEdits | Push)

@@ -16,7 +16,12 @@ from activations_cache.checks import MissingPackageError
 from activations_cache.config import ImagePreprocessing, ModelConfig
 from activations_cache.hooks import capture, sites
 from activations_cache.loading import ModelError
-from activations_cache.vision import LoadedVisionModel, Reading, load_any_model, load_vision_model
+from activations_cache.vision import (
+    ImageReading,
+    LoadedVisionModel,
+    load_any_model,
+    load_vision_model,
+)
 
 SIZE, PATCH, D_MODEL = 21, 7, 44  # DINOv3 wants a head width that 4 divides
 WIDE = {
@@ -184,10 +189,12 @@ def test_other_libraries_are_not_spread_over_devices(tmp_path: Path):
 
 
 def test_sizes_that_cannot_be_read_are_refused():
-    reading = Reading(patch=7, n_prefix=1, has_class_token=True, image_size=21, resizes="by itself")
+    reading = ImageReading(
+        patch=7, n_prefix=1, has_class_token=True, image_size=21, resizes="by itself"
+    )
     with pytest.raises(ValueError, match="size must be a multiple of the patch's 7 pixels, got 24"):
         reading.n_positions(24)
-    fixed = Reading(patch=7, n_prefix=1, has_class_token=True, image_size=21, resizes="never")
+    fixed = ImageReading(patch=7, n_prefix=1, has_class_token=True, image_size=21, resizes="never")
     assert fixed.n_positions(21) == 10
     with pytest.raises(ValueError, match="size must be 21, as this model's positions are fixed"):
         fixed.n_positions(28)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sae_kernels import TopK, encode_topk, product, topk_select
+from sae_kernels import TopKResult, encode_topk, product, topk_select
 
 BACKENDS = ["reference", "torch"]
 BATCH, D_IN, D_SAE, K = 13, 7, 104, 5
@@ -30,7 +30,7 @@ def dense(tensors, k, relu):
     pre = (x - b_in) @ enc_rows.T + b_enc
     indices = pre.detach().argsort(dim=1, descending=True)[:, :k].sort(dim=1).values
     values = pre.gather(1, indices)
-    return TopK(values.relu() if relu else values, indices)
+    return TopKResult(values.relu() if relu else values, indices)
 
 
 def gradients(function, tensors, weights, **options):

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sae.evaluate.config import PlannedRun, ScalingConfig, plan
     from sae.evaluate.scaling.fit import FittedLaw, Laws, Optimum, draw, fit_laws
-    from sae.evaluate.scaling.runs import Fitted, RateLaw, Run, read_runs
+    from sae.evaluate.scaling.runs import FinishedRun, Fitted, RateLaw, read_runs
 
 __all__ = [
+    "FinishedRun",
     "Fitted",
     "FittedLaw",
     "Laws",
     "Optimum",
     "PlannedRun",
     "RateLaw",
-    "Run",
     "ScalingConfig",
     "draw",
     "fit_laws",
@@ -30,7 +30,7 @@ _HOME = {
     "Optimum": "scaling.fit",
     "PlannedRun": "config",
     "RateLaw": "scaling.runs",
-    "Run": "scaling.runs",
+    "FinishedRun": "scaling.runs",
     "ScalingConfig": "config",
     "draw": "scaling.fit",
     "fit_laws": "scaling.fit",

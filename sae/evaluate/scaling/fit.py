@@ -24,7 +24,7 @@ from scipy.optimize import least_squares
 
 from activations_cache import io
 from activations_cache.checks import MonosemaError, Progress, silent
-from sae.evaluate.scaling.runs import Fitted, RateLaw, Run, best_rates, fitted, rate_law
+from sae.evaluate.scaling.runs import FinishedRun, Fitted, RateLaw, best_rates, fitted, rate_law
 
 HUBER = 1e-2
 """Residual of a log loss from which it counts linearly, so that one bad run does not decide."""
@@ -92,7 +92,7 @@ class Laws:
     """Where widths and k vary, and the rows do not."""
     rate: RateLaw | None
     """Where the learning rate was varied."""
-    best: tuple[Run, ...]
+    best: tuple[FinishedRun, ...]
     """The runs that were fitted: of each size the one of the best learning rate."""
 
 
@@ -139,7 +139,11 @@ WIDTH = Law(
 
 
 def fit_laws(
-    runs: Sequence[Run], *, n_resamples: int = 200, seed: int = 0, progress: Progress = silent
+    runs: Sequence[FinishedRun],
+    *,
+    n_resamples: int = 200,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> Laws:
     """Fit what the runs vary.
 
@@ -191,7 +195,7 @@ class _Bootstrap(NamedTuple):
 
 
 def _fit(
-    law: Law, points: Float64[np.ndarray, "run 2"], runs: Sequence[Run], again: _Bootstrap
+    law: Law, points: Float64[np.ndarray, "run 2"], runs: Sequence[FinishedRun], again: _Bootstrap
 ) -> tuple[FittedLaw, Float64[np.ndarray, "resample k"]]:
     """The law, and its parameters on all runs and then on each resample."""
     losses = np.log([run.loss for run in runs])
@@ -246,7 +250,7 @@ def _optimum(law: FittedLaw, thetas: Float64[np.ndarray, "resample k"], compute:
     )
 
 
-def _with_warnings(law: FittedLaw, optimum: Optimum, runs: Sequence[Run]) -> FittedLaw:
+def _with_warnings(law: FittedLaw, optimum: Optimum, runs: Sequence[FinishedRun]) -> FittedLaw:
     """Say where the law is no more than a guess."""
     found = []
     for name, at, tried in (

@@ -36,7 +36,7 @@ from sae.explain.text_at_rows import Cache
 from sae.explain.windows import LatentWindows, Window
 
 
-class _Rows(NamedTuple):
+class _ChunkRows(NamedTuple):
     """The rows of a chunk, ordered by example and position."""
 
     ids: Int[Tensor, " row"]
@@ -46,7 +46,7 @@ class _Rows(NamedTuple):
     split: np.ndarray
 
 
-class _Fired(NamedTuple):
+class _ChunkFirings(NamedTuple):
     """The firings of a chunk, ordered by latent, then row."""
 
     row: np.ndarray
@@ -54,7 +54,7 @@ class _Fired(NamedTuple):
     value: np.ndarray
 
 
-class _Peaks(NamedTuple):
+class _WindowPeaks(NamedTuple):
     """The windows of a chunk in which a latent fires, ordered by latent, then window."""
 
     start: np.ndarray  # first firing
@@ -110,7 +110,7 @@ def collect(
     return state
 
 
-def _ordered_rows(cache: Cache, width: int) -> _Rows:
+def _ordered_rows(cache: Cache, width: int) -> _ChunkRows:
     parts, splits = [], []
     for number, split in enumerate(SPLITS):
         ids = cache.rows((split,))
@@ -125,23 +125,23 @@ def _ordered_rows(cache: Cache, width: int) -> _Rows:
     example, position = example[order], position[order]
     per_example = -(-cache.examples.tokens.shape[1] // width)
     window = example * per_example + position // width
-    return _Rows(ids[torch.from_numpy(order)], example, window, position % width, split[order])
+    return _ChunkRows(ids[torch.from_numpy(order)], example, window, position % width, split[order])
 
 
-def _chunks(rows: _Rows, start: int, size: int) -> Iterator[_Rows]:
+def _chunks(rows: _ChunkRows, start: int, size: int) -> Iterator[_ChunkRows]:
     """Whole examples, so that no window is cut."""
     while start < len(rows.ids):
         end = min(start + size, len(rows.ids))
         end = int(np.searchsorted(rows.example, rows.example[end - 1], "right"))
         part = slice(start, end)
-        yield _Rows(rows.ids[part], *(array[part] for array in rows[1:]))  # pyright: ignore[reportArgumentType]
+        yield _ChunkRows(rows.ids[part], *(array[part] for array in rows[1:]))  # pyright: ignore[reportArgumentType]
         start = end
 
 
 @torch.no_grad()
 def _encode(
     dictionary: SparseAutoencoder, activations: ActivationRows, ids: Int[Tensor, " row"]
-) -> _Fired:
+) -> _ChunkFirings:
     latents = dictionary.encode(activations[ids].to(dictionary.enc_rows.device))
     if not torch.isfinite(latents.values).all():
         raise MonosemaError(
@@ -154,10 +154,10 @@ def _encode(
     value = latents.values[fires].float().cpu().numpy()
     narrow = latent.astype(np.uint16 if dictionary.config.d_sae <= 1 << 16 else np.uint32)
     order = np.argsort(narrow, kind="stable")  # 16-bit integers are sorted by radix
-    return _Fired(row[order], latent[order], value[order])
+    return _ChunkFirings(row[order], latent[order], value[order])
 
 
-def _add(state: State, rows: _Rows, fired: _Fired) -> None:
+def _add(state: State, rows: _ChunkRows, fired: _ChunkFirings) -> None:
     _count(state, rows, fired)
     peaks = _peaks(rows, fired)
     bins = half_octave(peaks.peak)
@@ -180,7 +180,7 @@ def _add(state: State, rows: _Rows, fired: _Fired) -> None:
         _pool(state, split, rows, fired)
 
 
-def _count(state: State, rows: _Rows, fired: _Fired) -> None:
+def _count(state: State, rows: _ChunkRows, fired: _ChunkFirings) -> None:
     counts, d_sae = state.counts, state.d_sae
     counts["n_fired"] += np.bincount(fired.latent, minlength=d_sae)
     np.maximum.at(counts["max_activation"], fired.latent, fired.value)
@@ -198,17 +198,19 @@ def _count(state: State, rows: _Rows, fired: _Fired) -> None:
     counts["square_length"] += float((length.astype(float) ** 2).sum())
 
 
-def _peaks(rows: _Rows, fired: _Fired) -> _Peaks:
+def _peaks(rows: _ChunkRows, fired: _ChunkFirings) -> _WindowPeaks:
     window = rows.window[fired.row]
     begins = np.ones(len(window), bool)
     begins[1:] = (window[1:] != window[:-1]) | (fired.latent[1:] != fired.latent[:-1])
     start = np.flatnonzero(begins)
     peak = np.maximum.reduceat(fired.value, start) if len(start) else fired.value[:0]
     split = rows.split[fired.row[start]].astype(np.int64)
-    return _Peaks(start, fired.latent[start].astype(np.int64), window[start], split, peak)
+    return _WindowPeaks(start, fired.latent[start].astype(np.int64), window[start], split, peak)
 
 
-def _acts(chosen: np.ndarray, peaks: _Peaks, rows: _Rows, fired: _Fired, width: int) -> np.ndarray:
+def _acts(
+    chosen: np.ndarray, peaks: _WindowPeaks, rows: _ChunkRows, fired: _ChunkFirings, width: int
+) -> np.ndarray:
     """Activations of the chosen windows at each position, in shares of the peak."""
     ends = np.append(peaks.start[1:], len(fired.row))
     length = ends[chosen] - peaks.start[chosen]
@@ -222,7 +224,7 @@ def _acts(chosen: np.ndarray, peaks: _Peaks, rows: _Rows, fired: _Fired, width: 
     return acts
 
 
-def _pool(state: State, split: int, rows: _Rows, fired: _Fired) -> None:
+def _pool(state: State, split: int, rows: _ChunkRows, fired: _ChunkFirings) -> None:
     windows = np.unique(rows.window[rows.split == split])
     full = state.pool_windows[split]
     if len(full) == state.config.pool:  # whatever hashes beyond the last one cannot enter

@@ -41,7 +41,7 @@ class WindowRows(NamedTuple):
         return WindowRows(*(array[index] for array in self))
 
 
-class Kept:
+class Reservoir:
     """The k rows of smallest priority of every group; memory does not grow with what was offered.
 
     What is kept does not depend on the order of the offers, nor on how they were cut, as long as
@@ -160,7 +160,7 @@ class State:
         }
         per_group = np.full(N_BINS + 1, config.per_bucket + 2)
         per_group[N_BINS] = config.n_top  # the last stratum takes the largest peaks
-        self.kept = Kept(np.tile(per_group, d_sae * len(SPLITS)), width)
+        self.kept = Reservoir(np.tile(per_group, d_sae * len(SPLITS)), width)
         self.pool_windows = [np.empty(0, np.int64) for _ in SPLITS]
         """Windows of the pool of each split, by their hash."""
         self._pool: list[PoolEntries] = [PoolEntries.none()]

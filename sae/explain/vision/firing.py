@@ -24,7 +24,7 @@ from sae.explain.firings import Codes, encode_rows
 from sae.explain.text_at_rows import Cache
 
 
-class Firing(NamedTuple):
+class PatchFiring(NamedTuple):
     """Where a latent fires."""
 
     image: Int64[np.ndarray, " entry"]
@@ -35,7 +35,7 @@ class Firing(NamedTuple):
     """Activation."""
 
 
-class Seen(NamedTuple):
+class ImageEvidence(NamedTuple):
     """What labels and scores are made of: images, their peaks and classes."""
 
     peaks: Float32[np.ndarray, "example d_sae"]
@@ -92,14 +92,14 @@ class ImagePart:
         """How many there are."""
         return len(self.numbers)
 
-    def of(self, latent: int) -> Firing:
+    def of(self, latent: int) -> PatchFiring:
         """Where one latent fires."""
         rows, values = self.codes.of(latent)
-        return Firing(self._image[rows], self._patch[rows], values)
+        return PatchFiring(self._image[rows], self._patch[rows], values)
 
-    def seen(self, first: int, last: int) -> Seen:
+    def seen(self, first: int, last: int) -> ImageEvidence:
         """Peaks of the latents first, ..., last - 1, and the classes."""
-        return Seen(self.peaks[:, first:last], self.classes)
+        return ImageEvidence(self.peaks[:, first:last], self.classes)
 
     @cached_property
     def peaks(self) -> Float32[np.ndarray, "example d_sae"]:

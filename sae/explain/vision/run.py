@@ -19,7 +19,7 @@ from sae.explain.tables import LatentRecord, write_tables
 from sae.explain.text_at_rows import Cache
 from sae.explain.vision.firing import ImagePart, top_pictures
 from sae.explain.vision.labelling import Concepts, concepts_of, mutual_information
-from sae.explain.vision.summary import ImageSummary, Judge, Scored
+from sae.explain.vision.summary import ImageLabelScorer, ImageSummary, Scored
 from sae.statistics import Interval
 
 N_STEPS = 5
@@ -83,7 +83,7 @@ def explain_images(
     parts = [ImagePart(dictionary, cache, hook_point, s, report) for s in ("explain", "score")]
     d_sae = parts[0].codes.d_sae
     seen = [part.seen(0, d_sae) for part in parts]
-    found = Judge(seen[0], seen[1], concepts, own, config.seed).scored()
+    found = ImageLabelScorer(seen[0], seen[1], concepts, own, config.seed).scored()
     arms = _untrained(parts, pictures.cache, hook_point, concepts, config, report)
     explained = ExplainedImages(found.summary, arms)
     if out_dir is None:
@@ -125,7 +125,7 @@ def _untrained(
     found = {}
     for first, name in ((0, "random directions"), (n, "raw neurons")):
         seen = [part.seen(first, first + n) for part in on]
-        judge = Judge(seen[0], seen[1], concepts, config.images, config.seed)
+        judge = ImageLabelScorer(seen[0], seen[1], concepts, config.images, config.seed)
         found[name] = judge.scored().summary
     return found
 

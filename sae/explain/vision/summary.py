@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 
 from sae.explain.config import ImageLabelConfig, Method
 from sae.explain.scores import FLOOR, Mean
-from sae.explain.vision.firing import Seen
+from sae.explain.vision.firing import ImageEvidence
 from sae.explain.vision.labelling import Concepts, ImageLabels, make_labels
 from sae.statistics import Interval, wilson
 from sae.statistics import auc as auc_with_interval
@@ -29,7 +29,7 @@ _RESAMPLES = 200
 _Z = 1.959964
 
 
-class HeldOut(NamedTuple):
+class ImageScores(NamedTuple):
     """Scores on the score split; nan for latents without one."""
 
     auc: Float64[np.ndarray, " d_sae"]
@@ -72,7 +72,7 @@ def held_out(
     concept: Int64[np.ndarray, " d_sae"],
     permutations: int,
     generator: np.random.Generator,
-) -> HeldOut:
+) -> ImageScores:
     """Score latent i on the concept that its label names.
 
     Args:
@@ -85,7 +85,7 @@ def held_out(
     n = len(peaks)
     orders = generator.permuted(np.tile(np.arange(n), (permutations, 1)), axis=1)
     auc, low, high, p_value = np.full((4, peaks.shape[1]), np.nan)
-    found = HeldOut(auc, low, high, p_value, np.zeros(n))
+    found = ImageScores(auc, low, high, p_value, np.zeros(n))
     n_scored = 0
     for which in np.unique(concept[concept >= 0]):
         member = has[:, which]
@@ -169,7 +169,7 @@ def _lift(
 
 
 def _score(
-    peaks: np.ndarray, member: np.ndarray, null: np.ndarray, latents: np.ndarray, found: HeldOut
+    peaks: np.ndarray, member: np.ndarray, null: np.ndarray, latents: np.ndarray, found: ImageScores
 ) -> None:
     """Score latents of one concept, into their places."""
     n, n_has = len(member), int(member.sum())
@@ -249,9 +249,9 @@ class Scored:
 
     labels: ImageLabels
     """Of the explain split."""
-    scores: HeldOut
+    scores: ImageScores
     """Of the labels."""
-    control: HeldOut
+    control: ImageScores
     """Of other latents' labels."""
     status: tuple[str, ...]
     """"scored", "unlabelled", "insufficient" or "dead" for each latent."""
@@ -259,7 +259,7 @@ class Scored:
     """All of it in a few figures."""
 
 
-class Judge:
+class ImageLabelScorer:
     """Labels made from one split and scored on another.
 
     Args:
@@ -272,8 +272,8 @@ class Judge:
 
     def __init__(
         self,
-        made_from: Seen,
-        scored_on: Seen,
+        made_from: ImageEvidence,
+        scored_on: ImageEvidence,
         concepts: Concepts,
         config: ImageLabelConfig,
         seed: int,
@@ -289,7 +289,7 @@ class Judge:
         method = self._config.method
         has = [self._concepts.has(part.classes) for part in self._parts]
         labels = self._labels(has[0])
-        judged: dict[Method, HeldOut] = {
+        judged: dict[Method, ImageScores] = {
             m: self._held_out(has[1], of_one) for m, of_one in labels.concept.items()
         }
         own, concept = judged[method], labels.concept[method]
@@ -310,7 +310,7 @@ class Judge:
 
     def _held_out(
         self, has: Bool[np.ndarray, "example word"], concept: Int64[np.ndarray, " d_sae"]
-    ) -> HeldOut:
+    ) -> ImageScores:
         wanted = np.where(self._enough, concept, -1)
         n = self._config.permutations
         return held_out(self._parts[1].peaks, has, wanted, n, self._generator)
@@ -318,9 +318,9 @@ class Judge:
     def _summary(
         self,
         status: np.ndarray,
-        judged: Mapping[Method, HeldOut],
-        control: HeldOut,
-        of_void: HeldOut,
+        judged: Mapping[Method, ImageScores],
+        control: ImageScores,
+        of_void: ImageScores,
         top: Strongest,
     ) -> ImageSummary:
         own, n_live = judged[self._config.method], int(np.count_nonzero(self._live))
@@ -361,12 +361,12 @@ def _share(holds: Bool[np.ndarray, " d_sae"], n_live: int) -> Interval:
     return wilson(int(holds.sum()), n_live) if n_live else Interval(*[float("nan")] * 3)
 
 
-def _all_live(found: HeldOut, n_live: int) -> float:
+def _all_live(found: ImageScores, n_live: int) -> float:
     scored = found.auc[np.isfinite(found.auc)]
     return float(scored.sum() + FLOOR * (n_live - len(scored))) / n_live if n_live else float("nan")
 
 
-def _figures(found: HeldOut, n_live: int) -> dict[str, float]:
+def _figures(found: ImageScores, n_live: int) -> dict[str, float]:
     n = int(np.isfinite(found.auc).sum())
     share = _share(found.beats(LEVEL), n_live).value
     return {"auc": found.mean.mean, "beats_null": share, "n_scored": float(n)}

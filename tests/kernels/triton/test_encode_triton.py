@@ -9,7 +9,7 @@ from sae_kernels import blocks, encode_triton
 from sae_kernels.encode_triton import Operands, encode_topk, fused_product
 from sae_kernels.select_triton import group_maxima, source_of
 
-TILE = blocks.Product(16, 64, 16, 4, 2)
+TILE = blocks.ProductTile(16, 64, 16, 4, 2)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -15,17 +15,17 @@ import pytest
 from PIL import Image as Pictures
 
 from sae.browser import (
-    Attribution,
     Curve,
     Dictionary,
     Example,
-    Explanation,
     Image,
     Latent,
-    Layout,
     Map,
+    PlaneMap,
     ResultTable,
-    Score,
+    ShownAttribution,
+    ShownExplanation,
+    ShownScore,
     Site,
     SteeringExample,
     write_site,
@@ -120,12 +120,12 @@ def latent(number: int, text: str, is_picture: bool) -> Latent:
     return Latent(
         number, "scored", 0.5, 2.0, 7, text, text,
         figures={"auc": 0.75},
-        explanations=(Explanation(text, text),),
-        scores=(Score(text, 0.75, note=text), Score(text, 0.5, control=text)),
+        explanations=(ShownExplanation(text, text),),
+        scores=(ShownScore(text, 0.75, note=text), ShownScore(text, 0.5, control=text)),
         words=((text, 1.0),), promoted=((text, 1.0),), suppressed=((text, None),),
         examples=(Example(words, (2.0, 0.0) if is_picture else (2.0, 0.0, 0.5), 0, text, image),),
         nearest=((number, 0.5),), cofiring=((number, 0.5, 7),),
-        attributions=(Attribution((text,), (1.0,), text, 1.0, text),), command=text,
+        attributions=(ShownAttribution((text,), (1.0,), text, 1.0, text),), command=text,
     )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def site_of(payloads: Sequence[str], name: str) -> Site:
             called, name, n, 7, n, 0,
             tuple(latent(i, text, kind == "image") for i, text in enumerate(payloads)),
             kind=kind, facts=((name, name),),
-            map=Map((Layout(name, (0.5,) * n, (0.5,) * n, name),), (name,), (0,) * n),
+            map=Map((PlaneMap(name, (0.5,) * n, (0.5,) * n, name),), (name,), (0,) * n),
         )  # fmt: skip
 
     return Site(

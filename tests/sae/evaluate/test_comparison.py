@@ -2,11 +2,11 @@ import math
 
 import pytest
 
-from sae.evaluate.report import Point, at_equal_l0, pareto
+from sae.evaluate.report import ParetoPoint, at_equal_l0, pareto
 
 
 def points(*pairs, seed=0):
-    return [Point(l0=float(l0), value=value, seed=seed) for l0, value in pairs]
+    return [ParetoPoint(l0=float(l0), value=value, seed=seed) for l0, value in pairs]
 
 
 def test_near_l0_is_taken_as_it_is_and_far_l0_is_read_between_neighbours():

@@ -6,7 +6,7 @@ import torch
 from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
-from sae.evaluate.downstream import AS_IT_IS, Images, Place, downstream, features
+from sae.evaluate.downstream import AS_IT_IS, Images, ReplacedStream, downstream, features
 from sae.evaluate.report import EvaluationReport, read_json, write_json
 
 HOOK = "layers.1:out"
@@ -26,7 +26,7 @@ def images():
 
 
 def place(model, n_intact=1):
-    return Place(model, HOOK, torch.zeros(22), n_intact)
+    return ReplacedStream(model, HOOK, torch.zeros(22), n_intact)
 
 
 def dictionary(directions):

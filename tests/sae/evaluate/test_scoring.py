@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae.evaluate import resume_forward
-from sae.evaluate.resume_forward import Tally, compare
+from sae.evaluate.resume_forward import LogitTally, compare
 
 
 @pytest.fixture
@@ -66,5 +66,5 @@ def test_tallies_are_joined_along_the_contexts(case):
     base, other, tokens = case
     parts = [compare(base[s], other[s], tokens[s], 1) for s in (slice(0, 2), slice(2, 5))]
     whole = compare(base, other, tokens, 1)
-    for a, b in zip(Tally.joined(parts), whole, strict=True):
+    for a, b in zip(LogitTally.joined(parts), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForMaskedLM
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
-from sae.evaluate.substitution import HeldOut, measure_substitution
+from sae.evaluate.substitution import EvaluationContexts, measure_substitution
 
 CONFIG = EvaluateConfig(
     n_contexts=23, n_contexts_special=23, contexts_per_forward=7, n_resamples=53
@@ -17,7 +17,7 @@ CONFIG = EvaluateConfig(
 
 @pytest.fixture(scope="module")
 def held_out(tokens, stream):
-    return HeldOut(tokens, 1, stream[:, 1:].flatten(0, 1).mean(0))
+    return EvaluationContexts(tokens, 1, stream[:, 1:].flatten(0, 1).mean(0))
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_reserved_names_are_refused(model, hook_point, held_out, identity):
 
 
 def test_an_ablation_that_changes_nothing_gives_nan(model, hook_point, held_out, stream):
-    one = HeldOut(held_out.tokens[:1, :3].clone(), 2, stream[0, 2])
+    one = EvaluationContexts(held_out.tokens[:1, :3].clone(), 2, stream[0, 2])
     found = measure_substitution({}, model, hook_point, one, CONFIG)["intact"]
     assert found.n_tokens == 0
     assert math.isnan(found.zero.ce_recovered_zero.value)

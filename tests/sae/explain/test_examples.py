@@ -6,7 +6,7 @@ import torch
 
 from activations_cache.tokens import table_of
 from sae.explain.config import ExplainConfig
-from sae.explain.examples import ContextFinder, Part, activity
+from sae.explain.examples import ContextFinder, SplitFirings, activity
 from sae.explain.text_at_rows import TextReader
 
 N_POS = 11
@@ -35,7 +35,7 @@ def parts(fake_cache, codes_of):
     found = []
     for name in ("explain", "score"):
         text = reader.read(name).text
-        found.append(Part(name, codes_of(acts.numpy()[text.example, text.position]), text))
+        found.append(SplitFirings(name, codes_of(acts.numpy()[text.example, text.position]), text))
     return cache, found
 
 

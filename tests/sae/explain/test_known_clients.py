@@ -10,15 +10,15 @@ from sae.explain.explainers import LLMExplainer
 from sae.explain.judges import OracleClient, RuleJudge, WordRule
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.stand_ins import ConstantClient, FlakyClient, RandomClient
-from sae.explain.pipeline import Plan, estimate_all, explain_all, shuffled_windows
+from sae.explain.pipeline import ExplainPlan, estimate_all, explain_all, shuffled_windows
 from sae.explain.question_scorers import Detection, Fuzzing, Intruder, Rubric, Simulation
 
 SCORERS = (Detection(), Fuzzing(), Simulation(), Rubric(), Intruder())
 CONFIG = LLMConfig(model="m", retries=30, attempts=1, backoff_s=0.0, give_up_after=10**6)
 
 
-def plan(n_controls: int = 0) -> Plan:
-    return Plan(LLMExplainer(), SCORERS, min_windows=4, n_controls=n_controls)
+def plan(n_controls: int = 0) -> ExplainPlan:
+    return ExplainPlan(LLMExplainer(), SCORERS, min_windows=4, n_controls=n_controls)
 
 
 async def no_pause(seconds: float) -> None:

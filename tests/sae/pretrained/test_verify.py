@@ -7,7 +7,7 @@ from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained import DictionaryFormatError, verify
 from sae.pretrained.loading import load_readings
-from sae.pretrained.verify import Measured, Published
+from sae.pretrained.verify import Published, ReadingFigures
 
 D, ACTIVE, THETA = 24, 6, 0.5
 
@@ -86,7 +86,7 @@ def test_other_formats_have_one_reading(tmp_path):
     ],
 )
 def test_the_bounds(l0, fvu, permuted, answer):
-    found = Measured("x", l0, fvu, permuted, 7)
+    found = ReadingFigures("x", l0, fvu, permuted, 7)
     assert verify.meets(found, Published(l0=50.0, fvu=0.2)) is answer
 
 

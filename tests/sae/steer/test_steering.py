@@ -8,7 +8,7 @@ import torch
 from activations_cache.hooks import capture
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
-from sae.steer.edits import Edit, LatentEdits, Patch, Push, Rows, Splice, read_latents
+from sae.steer.edits import Edit, EditedRows, LatentEdits, Patch, Push, Splice, read_latents
 from sae.steer.steering import Steering, apply_at
 
 KINDS = [TopK(k=5), ReLU(), JumpReLU(threshold=0.3), BatchTopK(k=5), Gated()]
@@ -27,7 +27,9 @@ def randomised(config, seed=5):
 
 
 def rows_of(stream):
-    return Rows(*[stream.flatten(0, 1)] * 2, torch.arange(stream.shape[1]).repeat(len(stream)))
+    return EditedRows(
+        *[stream.flatten(0, 1)] * 2, torch.arange(stream.shape[1]).repeat(len(stream))
+    )
 
 
 def everywhere(change, stream):
@@ -77,7 +79,7 @@ def test_operations_equal_encode_change_decode_and_error(activation, form):
     changed[:, g] = changed[:, g].clamp_min(0.3)
     changed[:, silent] = -4.0 * (changed[:, silent] != 0)
     expected = dictionary.decode(changed, x) + x - dictionary.decode(f, x)
-    found = LatentEdits(edits)(Rows(x, x, torch.arange(13)))
+    found = LatentEdits(edits)(EditedRows(x, x, torch.arange(13)))
     torch.testing.assert_close(found.h, expected, rtol=1e-12, atol=1e-10)
     assert torch.equal(found.is_changed, (changed != f).any(1))
     assert not torch.allclose(found.h, x)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sae.explain.collect.assemble import Assembler
 from sae.explain.collect.run import collect, read_windows, write_windows
-from sae.explain.collect.state import Kept, WindowRows, half_octave
+from sae.explain.collect.state import Reservoir, WindowRows, half_octave
 from sae.explain.config import WindowConfig
 
 HOOK = "model.layers.3:out"
@@ -239,7 +239,7 @@ def test_kept_is_the_smallest_of_each_group_however_offered():
     made = np.random.default_rng(0)
     group, priority = made.integers(0, 5, 1009), made.random(1009)
     k = np.array([3, 1, 0, 7, 2])
-    kept = Kept(k, 2)
+    kept = Reservoir(k, 2)
     for part in np.array_split(np.arange(1009), 13):
         part = part[kept.wanted(group[part], priority[part])]
         kept.offer(

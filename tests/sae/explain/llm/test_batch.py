@@ -14,11 +14,11 @@ from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import EndpointError
 from sae.explain.llm.openai_client import OpenAIClient
 from sae.explain.llm.store import AnswerCache
-from sae.explain.pipeline import Plan, explain_all
+from sae.explain.pipeline import ExplainPlan, explain_all
 from sae.explain.question_scorers import Detection
 from tests.sae.explain.llm.services import completion, error, text_of
 
-PLAN = Plan(LLMExplainer(n_windows=8), (Detection(8),), min_windows=2, n_controls=0)
+PLAN = ExplainPlan(LLMExplainer(n_windows=8), (Detection(8),), min_windows=2, n_controls=0)
 
 
 def run(latents, path, **settings):

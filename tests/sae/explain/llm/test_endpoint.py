@@ -19,11 +19,11 @@ from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import EndpointError
 from sae.explain.llm.openai_client import OpenAIClient
 from sae.explain.llm.store import AnswerCache
-from sae.explain.pipeline import Plan, explain_all
+from sae.explain.pipeline import ExplainPlan, explain_all
 
 _log = logging.getLogger(__name__)
 KEY = "sk-canary-123456789"
-PLAN = Plan(LLMExplainer(n_windows=3), (), min_windows=2, n_controls=0)
+PLAN = ExplainPlan(LLMExplainer(n_windows=3), (), min_windows=2, n_controls=0)
 
 
 @pytest.fixture(autouse=True)

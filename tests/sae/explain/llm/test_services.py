@@ -12,7 +12,7 @@ from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import EndpointError, wanted_wait
 from sae.explain.llm.openai_client import OpenAIClient
 from sae.explain.llm.store import AnswerCache
-from sae.explain.pipeline import Plan, explain_all
+from sae.explain.pipeline import ExplainPlan, explain_all
 from sae.explain.question_scorers import Detection
 from sae.explain.results import summarise
 from tests.sae.explain.llm.services import (
@@ -26,7 +26,7 @@ from tests.sae.explain.llm.services import (
     writes,
 )
 
-PLAN = Plan(LLMExplainer(n_windows=8), (Detection(8),), min_windows=2, n_controls=0)
+PLAN = ExplainPlan(LLMExplainer(n_windows=8), (Detection(8),), min_windows=2, n_controls=0)
 
 
 def label(latents, url, path=None, plan=PLAN, **settings):
