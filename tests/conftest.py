@@ -25,6 +25,10 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.typecheck import check_annotations  # noqa: E402
+
+check_annotations("sae", "activations_cache", "sae_kernels", "monosema")
+
 pytest_plugins = ["tests.figures", "tests.tiny"]  # figures; a tiny model and texts for any test
 
 # Fresh memory is filled with NaN, so a kernel that skips a tail is seen.

@@ -34,7 +34,8 @@ app = typer.Typer(
 )
 
 Bench = Literal[
-    "auto", "gpu", "cpu", "cache", "storage", "loop", "labels", "image-labels", "windows", "browser"
+    "auto", "gpu", "cpu", "cache", "storage", "loop", "labels", "image-labels", "windows",
+    "browser", "run",
 ]  # fmt: skip
 MODULES: dict[Bench, str] = {
     "gpu": "benchmarks.gpu_suite",
@@ -46,6 +47,7 @@ MODULES: dict[Bench, str] = {
     "image-labels": "benchmarks.bench_image_labels",
     "windows": "benchmarks.bench_windows",
     "browser": "benchmarks.browser",
+    "run": "benchmarks.bench_run",
 }
 ROOT = Path(__file__).resolve().parents[2]
 PASSED_ON = {"ignore_unknown_options": True}

@@ -17,6 +17,7 @@ import torch
 from activations_cache import io, seals
 from activations_cache.builder import rank_of_this_process
 from activations_cache.checks import Progress, silent
+from sae import train as training  # imports Lightning when it trains
 from sae.architecture import TopK
 from sae.browser import ResultTable
 from sae.config import ConfigError, digest, dump, load
@@ -29,8 +30,6 @@ from sae.run.steps import REPORT
 from sae.run.tables import result_table, training_table
 from sae.train.config import DictionaryConfig, TrainConfig
 from sae.train.curves import PICTURE
-from sae.train.fit import resolve_precision
-from sae.train.fit import train as train_all
 
 
 class _Step(NamedTuple):
@@ -192,6 +191,8 @@ class TimeEstimate(NamedTuple):
 
 def estimate_time(config: RunConfig) -> TimeEstimate:
     """Estimate the time of a run's training from one timed product on this machine."""
+    from sae.train.fit import resolve_precision  # Lightning: seconds, where nothing is trained
+
     rate = _flops_per_second(resolve_precision(config.train.precision))
     rows = config.cache.n_rows * config.train.epochs
     # Without the model its width is unknown; the reference shape's width serves.
@@ -318,4 +319,4 @@ def train(  # noqa: PLR0913
         config = TrainConfig(saes=dict(config), epochs=epochs, seed=seed, batch=size)
     if not isinstance(config, TrainConfig):
         raise wrong_class("config", "be a TrainConfig or dictionaries by name", config, "see docs")
-    return train_all(cache, config, out or cache.path.parent / "train", progress=progress)
+    return training.train(cache, config, out or cache.path.parent / "train", progress=progress)

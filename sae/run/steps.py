@@ -12,6 +12,7 @@ from activations_cache.checks import Progress
 from activations_cache.config import SPLITS
 from activations_cache.manifest import MANIFEST
 from activations_cache.probe import record_of
+from sae import train as training  # imports Lightning when it trains
 from sae.browser import write_site
 from sae.evaluate.report import write_json
 from sae.evaluate.run import evaluate as measure
@@ -29,7 +30,6 @@ from sae.run.images import check_splits, explain_pictures, with_downstream
 from sae.run.measuring import baselines
 from sae.run.steering import steering_example
 from sae.train.curves import LOGS, draw
-from sae.train.fit import train as train_dictionaries
 
 REPORT = "report.json"
 STEERING = "steering.json"
@@ -49,7 +49,7 @@ def train(run: Run, report: Progress) -> None:
     """Train all entries of `saes:`."""
     path = run.path("train")
     try:
-        train_dictionaries(run.cache, run.config.train, path, progress=report)
+        training.train(run.cache, run.config.train, path, progress=report)
     finally:  # after a signal as well: by then the checkpoint is written
         if rank_of_this_process()[0] == 0:
             draw(path)

@@ -65,6 +65,10 @@ print("all there")
     assert in_root(code) == "all there"
 
 
+def test_the_jobs_load_lightning_when_they_train(in_root):
+    assert "lightning" not in loaded(in_root, "sae.run.jobs, sae.run.steps, sae.run.pipeline")
+
+
 def test_importing_the_kernels_loads_no_triton(in_root):
     assert loaded(in_root, "sae_kernels") & (HEAVY - {"torch", "numpy"}) == set()
 
