@@ -19,9 +19,9 @@ from activations_cache.models import load_model
 from benchmarks.rows import append, surroundings
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
-from sae.explain.collect.run import collect
-from sae.explain.collect.state import State
+from sae.explain.collect import collect
 from sae.explain.config import WindowConfig
+from sae.explain.reservoir import State
 from sae.run.caches import model_of
 
 N_CONTEXTS = 32

@@ -14,9 +14,8 @@ from activations_cache import seals
 from activations_cache.checks import Progress, silent
 from monosema.checks import MonosemaError
 from sae.autoencoder import SparseAutoencoder
-from sae.explain.collect.assemble import Assembler
-from sae.explain.collect.run import collect, write_windows
-from sae.explain.collect.state import State
+from sae.explain.assemble import Assembler
+from sae.explain.collect import collect, write_windows
 from sae.explain.config import ScorerName, WindowConfig
 from sae.explain.model_scorers import (
     Embed,
@@ -28,6 +27,7 @@ from sae.explain.model_scorers import (
     Surprisal,
 )
 from sae.explain.question_scorers import Detection, Fuzzing, Intruder, Rubric, Simulation
+from sae.explain.reservoir import State
 from sae.explain.score import Scorer
 from sae.explain.text_at_rows import Cache
 from sae.explain.windows import shuffled

@@ -23,8 +23,8 @@ from sae.autoencoder import SparseAutoencoder
 from sae.browser import Example, Image, Latent, ShownAttribution, ShownExplanation, ShownScore
 from sae.browser.latent import Status
 from sae.browser.server import TextReading
-from sae.explain.cofiring import CofiringPairs
 from sae.explain.examples import Context
+from sae.explain.firings import CofiringPairs
 from sae.explain.logit_lens import PromotedTokens
 from sae.explain.tables import LatentRecord, iter_examples
 from sae.neighbours import Nearest

@@ -24,8 +24,7 @@ from sae.browser import (
 )
 from sae.browser.site import DENSE_ABOVE
 from sae.evaluate.report import read_json
-from sae.explain.cofiring import CofiringPairs, cofiring
-from sae.explain.firings import encode_rows
+from sae.explain.firings import CofiringPairs, cofiring, encode_rows
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.results import STEM
 from sae.explain.rule_scores import STEM as RULES

@@ -20,6 +20,7 @@ from sae.config import ConfigError
 from sae.explain.atlas import draw_atlas
 from sae.explain.autointerp import client_of, estimate_cost, label_with_llm
 from sae.explain.config import AtlasConfig, AutointerpConfig, ExplainConfig, RuleConfig
+from sae.explain.image_run import ExplainedImages
 from sae.explain.llm.chat import Client
 from sae.explain.llm.local_client import LocalClient
 from sae.explain.llm.store import Cost
@@ -29,7 +30,6 @@ from sae.explain.rule_scores import score_rules_of
 from sae.explain.run import Explained
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import WITH_TOOLS, Subject, Tools
-from sae.explain.vision.run import ExplainedImages
 from sae.run.config import refuse_unread
 from sae.run.context import (
     CacheOrPath,

@@ -23,10 +23,10 @@ from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.downstream import AS_IT_IS, Downstream, Images, ReplacedStream, downstream
 from sae.evaluate.report import EvaluationReport
 from sae.explain.config import ExplainConfig
+from sae.explain.image_labels import concepts_of
+from sae.explain.image_run import ExplainedImages, Pictures, explain_images
+from sae.explain.image_summary import with_interval
 from sae.explain.scores import Mean
-from sae.explain.vision.labelling import concepts_of
-from sae.explain.vision.run import ExplainedImages, Pictures, explain_images
-from sae.explain.vision.summary import with_interval
 from sae.run.context import holds_images
 from sae.statistics import Interval, difference
 from sae.statistics import Interval as Share

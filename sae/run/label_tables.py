@@ -8,9 +8,9 @@ from typing import Any
 
 from sae.browser import ResultTable
 from sae.explain.config import AutointerpConfig
+from sae.explain.image_run import ExplainedImages
 from sae.explain.llm.store import Cost
 from sae.explain.results import Summary
-from sae.explain.vision.run import ExplainedImages
 from sae.run.context import FactTable, Section, with_differences
 from sae.run.explaining import DictionaryExplanation
 from sae.run.images import image_label_table, with_ends

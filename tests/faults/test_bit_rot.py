@@ -23,7 +23,7 @@ from activations_cache.checks import MonosemaError
 from sae.browser.server import BrowserServer
 from sae.config import load_overrides
 from sae.evaluate.report import plain, read_json
-from sae.explain.collect.run import read_windows
+from sae.explain.collect import read_windows
 from sae.explain.config import ExplainConfig
 from sae.explain.llm.chat import Response
 from sae.explain.llm.store import AnswerCache

@@ -4,8 +4,7 @@ import numpy as np
 import torch
 
 from sae.explain.atlas import cluster_names, clusters
-from sae.explain.cofiring import cofiring
-from sae.explain.firings import Codes
+from sae.explain.firings import Codes, cofiring
 
 N_ROWS, D_SAE = 397, 23
 
@@ -26,7 +25,7 @@ def firings() -> np.ndarray:
 
 
 def test_correlations_are_pearsons_of_the_firings(monkeypatch) -> None:
-    monkeypatch.setattr("sae.explain.cofiring._LATENTS_AT_ONCE", 5)
+    monkeypatch.setattr("sae.explain.firings._LATENTS_AT_ONCE", 5)
     fires = firings()
     found = cofiring(codes_of(fires), D_SAE, least=1)
     live = [i for i in range(D_SAE) if i not in (11, 13)]

@@ -18,8 +18,10 @@ from torch import Tensor
 from activations_cache import seals
 from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
-from sae.explain.collect.assemble import Assembler, Cuts, histogram
-from sae.explain.collect.state import (
+from sae.explain.assemble import Assembler, Cuts, histogram
+from sae.explain.config import WindowConfig
+from sae.explain.firings import ActivationRows
+from sae.explain.reservoir import (
     N_BINS,
     SPLITS,
     PoolEntries,
@@ -29,8 +31,6 @@ from sae.explain.collect.state import (
     mixed,
     uniform,
 )
-from sae.explain.config import WindowConfig
-from sae.explain.firings import ActivationRows
 from sae.explain.tables import WRITING, whole_parquet
 from sae.explain.text_at_rows import Cache
 from sae.explain.windows import LatentWindows, Window

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sae.explain.config import ExplainConfig, ImageLabelConfig
+from sae.explain.image_labels import concepts_of
+from sae.explain.image_run import Pictures, explain_images
+from sae.explain.image_summary import aucs, held_out, with_interval
 from sae.explain.tables import EXAMPLES, LATENTS, SUMMARY, read_examples, read_latents
-from sae.explain.vision.labelling import concepts_of
-from sae.explain.vision.run import Pictures, explain_images
-from sae.explain.vision.summary import aucs, held_out, with_interval
 from sae.statistics import auc
 
 HOOK = "encoder.layer.1:out"

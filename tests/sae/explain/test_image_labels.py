@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from sae.explain.vision.firing import splice, text_cosine
-from sae.explain.vision.labelling import caption_windows, class_enrichment, soft_wpmi
+from sae.explain.image_firings import splice, text_cosine
+from sae.explain.image_labels import caption_windows, class_enrichment, soft_wpmi
 
 
 def planted_images(n: int = 997, rate: float = 0.05, noise: float = 0.05):

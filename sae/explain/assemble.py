@@ -14,7 +14,7 @@ from jaxtyping import Float16, Float32, Float64, Int64
 from scipy import sparse
 
 from activations_cache.tokens import table_of
-from sae.explain.collect.state import N_BINS, SPLITS, State, WindowRows, half_octave, mixed, uniform
+from sae.explain.reservoir import N_BINS, SPLITS, State, WindowRows, half_octave, mixed, uniform
 from sae.explain.windows import LatentWindows, Source, Window
 from sae.statistics import Interval, wilson
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.explain.collect.assemble import Assembler
-from sae.explain.collect.run import collect, read_windows, write_windows
-from sae.explain.collect.state import Reservoir, WindowRows, half_octave
+from sae.explain.assemble import Assembler
+from sae.explain.collect import collect, read_windows, write_windows
 from sae.explain.config import WindowConfig
+from sae.explain.reservoir import Reservoir, WindowRows, half_octave
 
 HOOK = "model.layers.3:out"
 WIDTH = 7

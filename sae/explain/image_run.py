@@ -14,12 +14,12 @@ from sae.autoencoder import SparseAutoencoder
 from sae.baselines import baseline_dictionary
 from sae.explain.config import ExplainConfig
 from sae.explain.examples import Context
+from sae.explain.image_firings import ImagePart, top_pictures
+from sae.explain.image_labels import Concepts, concepts_of, mutual_information
+from sae.explain.image_summary import ImageLabelScorer, ImageSummary, Scored
 from sae.explain.scores import Mean
 from sae.explain.tables import LatentRecord, write_tables
 from sae.explain.text_at_rows import Cache
-from sae.explain.vision.firing import ImagePart, top_pictures
-from sae.explain.vision.labelling import Concepts, concepts_of, mutual_information
-from sae.explain.vision.summary import ImageLabelScorer, ImageSummary, Scored
 from sae.statistics import Interval
 
 N_STEPS = 5

@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from scipy.stats import rankdata
 
 from sae.explain.config import ImageLabelConfig, Method
+from sae.explain.image_firings import ImageEvidence
+from sae.explain.image_labels import Concepts, ImageLabels, make_labels
 from sae.explain.scores import FLOOR, Mean
-from sae.explain.vision.firing import ImageEvidence
-from sae.explain.vision.labelling import Concepts, ImageLabels, make_labels
 from sae.statistics import Interval, wilson
 from sae.statistics import auc as auc_with_interval
 
