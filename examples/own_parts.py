@@ -72,9 +72,8 @@ print(f"FVU {fvu:.3f}, recovered {(best > 0.9).float().mean():.0%} of 32 directi
 from sae.explain.config import LLMConfig
 from sae.explain.explainers import LLMExplainer
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.chat import Message, Request, Response
+from sae.explain.llm.chat import Message, Request, Response, reply
 from sae.explain.llm.corpus_text import NOTE, escape, read_items
-from sae.explain.llm.stand_ins import reply
 from sae.explain.pipeline import ExplainPlan, explain_all
 from sae.explain.question_scorers import Detection
 from sae.explain.windows import LatentWindows, Window

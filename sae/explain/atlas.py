@@ -26,10 +26,9 @@ from activations_cache import seals
 from activations_cache.checks import Progress, require_extra, silent
 from monosema.checks import MonosemaError
 from sae.autoencoder import SparseAutoencoder
-from sae.explain.completeness import completeness
 from sae.explain.config import AtlasConfig, Kind
 from sae.explain.firings import CAUTION, MaxCorrelation
-from sae.explain.labels import Labels
+from sae.explain.labels import Labels, completeness
 from sae.explain.tables import WRITING, as_json
 from sae.explain.text_at_rows import Cache
 from sae.explain.windows import shuffled

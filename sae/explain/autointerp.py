@@ -15,8 +15,7 @@ from sae.baselines import baseline_dictionary
 from sae.explain.config import AutointerpConfig, ScorerName
 from sae.explain.explainers import LLMExplainer
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.chat import OPEN, Client, UnfinishedError
-from sae.explain.llm.stand_ins import ConstantClient
+from sae.explain.llm.chat import OPEN, Client, ConstantClient, UnfinishedError
 from sae.explain.llm.store import AnswerCache, Cost
 from sae.explain.model_scorers import Sensitivity
 from sae.explain.pipeline import ExplainPlan, LatentOutcome, estimate_all, explain_all

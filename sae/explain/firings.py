@@ -1,8 +1,7 @@
-"""What every latent does on every row: one streaming pass, kept sparse and sorted by latent.
+"""What every latent does on every row: one streaming pass, sparse and sorted by latent.
 
-Latents that fire together: the correlation of firing over rows.
-
-Latents beside units of the model, and what a search for safety-relevant latents must say.
+From it come latents that fire on the same rows (the correlation of firing), and latents that fire
+as units of the model do, with what a search for safety-relevant latents must say.
 """
 
 from collections.abc import Iterator

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.chat import CallFailedError, Message, Request, Response
+from sae.explain.llm.chat import CallFailedError, Message, Request, Response, reply
 from sae.explain.llm.corpus_text import (
     NOTE,
     Item,
@@ -19,7 +19,6 @@ from sae.explain.llm.corpus_text import (
     read_texts,
     unescape,
 )
-from sae.explain.llm.stand_ins import reply
 from sae.explain.text_at_rows import word_begins, words_with_blanks
 
 N_TEXTS = 10

@@ -9,8 +9,7 @@ from activations_cache.checks import Progress, silent
 from sae.explain.explainers import Explanation, LLMExplainer
 from sae.explain.judges import Judge, LLMJudge
 from sae.explain.llm.caller import Caller, Tally, cancelled_together, tallied
-from sae.explain.llm.chat import CallFailedError, Request, Response
-from sae.explain.llm.stand_ins import ConstantClient
+from sae.explain.llm.chat import CallFailedError, ConstantClient, Request, Response
 from sae.explain.llm.store import Cost, estimate
 from sae.explain.score import Score, Scorer
 from sae.explain.windows import LatentWindows, Window, shuffled

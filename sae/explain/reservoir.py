@@ -1,6 +1,6 @@
-"""What the pass remembers between chunks: counts, kept windows, the pool; it can be saved.
+"""What the pass remembers between chunks: counts, windows, the pool; it can be saved.
 
-Keep the few best of very many: per group, the entries with the smallest priority.
+A reservoir holds the few best of very many: per group, the entries with the smallest priority.
 """
 
 import json

@@ -9,8 +9,8 @@ from threadpoolctl import threadpool_limits
 
 from sae.explain import atlas as plane_module
 from sae.explain.atlas import plane, share_kept
-from sae.explain.completeness import completeness, name_frequency
 from sae.explain.firings import CAUTION, MaxCorrelation
+from sae.explain.labels import completeness, name_frequency
 from sae.neighbours import chance_cosine
 
 

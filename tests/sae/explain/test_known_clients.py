@@ -9,7 +9,7 @@ from sae.explain.config import LLMConfig
 from sae.explain.explainers import LLMExplainer
 from sae.explain.judges import OracleClient, RuleJudge, WordRule
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.stand_ins import ConstantClient, FlakyClient, RandomClient
+from sae.explain.llm.chat import ConstantClient, FlakyClient, RandomClient
 from sae.explain.pipeline import ExplainPlan, estimate_all, explain_all, shuffled_windows
 from sae.explain.question_scorers import Detection, Fuzzing, Intruder, Rubric, Simulation
 

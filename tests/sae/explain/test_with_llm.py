@@ -12,8 +12,14 @@ from sae.baselines import baseline_dictionary
 from sae.explain.autointerp import label_with_llm
 from sae.explain.config import AutointerpConfig, LLMConfig, WindowConfig
 from sae.explain.judges import OracleClient, WordRule
-from sae.explain.llm.chat import ReplayMissError, UnavailableError, UnfinishedError
-from sae.explain.llm.stand_ins import ConstantClient, RandomClient, ScriptedClient
+from sae.explain.llm.chat import (
+    ConstantClient,
+    RandomClient,
+    ReplayMissError,
+    ScriptedClient,
+    UnavailableError,
+    UnfinishedError,
+)
 from sae.explain.subject import Subject
 
 HOOK = "model.layers.3:out"

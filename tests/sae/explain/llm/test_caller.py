@@ -14,17 +14,18 @@ from sae.explain.config import LLMConfig
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import (
     CallFailedError,
+    ConstantClient,
     EndpointError,
     Message,
     ReplayMissError,
     Request,
     Response,
+    ScriptedClient,
     UnavailableError,
     canonical,
     key_of,
 )
 from sae.explain.llm.corpus_text import read_label, read_numbers, read_texts
-from sae.explain.llm.stand_ins import ConstantClient, ScriptedClient
 from sae.explain.llm.store import AnswerCache
 
 QUESTION = Request(prompt="t/1", messages=(Message("user", "Häh?"),), max_tokens=7)
