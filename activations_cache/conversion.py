@@ -222,28 +222,28 @@ def read_dinov2(path: Path) -> Save:
 
 def _weights(graph: Any, numpy_helper: ModuleType) -> Weights:
     """Return the backbone's weights by the names that transformers gives them in files."""
-    found = {
+    results = {
         entry.name: torch.from_numpy(numpy_helper.to_array(entry).copy())
         for entry in graph.initializer
     }
-    prefix = next((n.removesuffix(_FIRST) for n in found if n.endswith(_FIRST)), None)
+    prefix = next((n.removesuffix(_FIRST) for n in results if n.endswith(_FIRST)), None)
     if prefix is None:
         raise MonosemaError(f"no weight {_FIRST}")
-    weights = {n.removeprefix(prefix): w for n, w in found.items() if n.startswith(prefix)}
-    matrices = dict(_matrices(graph, f"/{prefix.replace('.', '/')}", found))
-    weights |= {name: found[own].T.contiguous() for name, own in matrices.items()}
+    weights = {n.removeprefix(prefix): w for n, w in results.items() if n.startswith(prefix)}
+    matrices = dict(_matrices(graph, f"/{prefix.replace('.', '/')}", results))
+    weights |= {name: results[own].T.contiguous() for name, own in matrices.items()}
     d_model = weights[_FIRST].shape[2]
-    loose = [w for n, w in found.items() if n.startswith(_UNNAMED) and n not in matrices.values()]
+    loose = [w for n, w in results.items() if n.startswith(_UNNAMED) and n not in matrices.values()]
     of_class, of_patches = sorted(_grids(loose, d_model), key=lambda w: w.shape[1])
     weights["embeddings.position_embeddings"] = torch.cat([of_class, of_patches], dim=1)
     weights["embeddings.mask_token"] = torch.zeros(1, d_model)  # only training reads it
     return weights
 
 
-def _matrices(graph: Any, prefix: str, found: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+def _matrices(graph: Any, prefix: str, results: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
     """Yield the name of each linear layer's matrix, and its name in the file."""
     for node in graph.node:
-        if node.op_type == "MatMul" and node.name.startswith(prefix) and node.input[1] in found:
+        if node.op_type == "MatMul" and node.name.startswith(prefix) and node.input[1] in results:
             layer = node.name.removeprefix(prefix).removesuffix("/MatMul").replace("/", ".")
             yield f"{layer}.weight", node.input[1]
 

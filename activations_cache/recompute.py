@@ -52,9 +52,9 @@ def recompute(
     """
     problems = _identity_problems(cache.identity.get("model"), loaded.identity)
     rows = _sample(cache.rows(), seed)
-    found = _streams(cache, loaded, rows, progress or silent)
+    result = _streams(cache, loaded, rows, progress or silent)
     tolerance = _tolerance(cache.manifest.plan.dtype, loaded.identity["dtype"])
-    for hook_point, stream in found.items():
+    for hook_point, stream in result.items():
         if stream.shape[-1] != cache.d_model(hook_point):
             problems.append(
                 f"{hook_point} must be {cache.d_model(hook_point)} wide as in the cache, got "

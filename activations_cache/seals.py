@@ -220,7 +220,7 @@ def verify(
     problems = [*_records_problems(path, manifest)]
     for done, record in enumerate(records.values()):
         progress(done, len(records), "shards verified")
-        problems += [f"shard {record.shard}: {found}" for found in _shard(path, manifest, record)]
+        problems += [f"shard {record.shard}: {result}" for result in _shard(path, manifest, record)]
     progress(len(records), len(records), "shards verified")
     return problems
 
@@ -232,11 +232,11 @@ def _records_problems(path: Path, manifest: Manifest) -> Iterator[str]:
                 yield f"{path / name} must exist, got no such file"
         except CacheFormatError as error:
             yield str(error)
-    if found := _table_problem(path, manifest):
-        yield found
+    if result := _table_problem(path, manifest):
+        yield result
     for name, expected in {**manifest.journals, **manifest.files}.items():
-        if found := io.problem(path / name, expected):
-            yield found
+        if result := io.problem(path / name, expected):
+            yield result
 
 
 def _table_problem(path: Path, manifest: Manifest) -> str | None:
@@ -247,16 +247,16 @@ def _table_problem(path: Path, manifest: Manifest) -> str | None:
         return None
     if not file.is_file():
         return f"{file} must exist, got no such file"
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    return None if found == expected else f"{file} must have sha256 {expected}, got {found}"
+    result = hashlib.sha256(file.read_bytes()).hexdigest()
+    return None if result == expected else f"{file} must have sha256 {expected}, got {result}"
 
 
 def _shard(path: Path, manifest: Manifest, record: ShardRecord) -> list[str]:
     layout = layout_of(manifest.plan)
     listed, wanted = set(record.files), {a.file(record.shard) for a in layout.per_shard()}
     problems = [f"{name} must be in the journal, got no entry" for name in sorted(wanted - listed)]
-    found = (io.problem(path / name, expected) for name, expected in record.files.items())
-    problems += [text for text in found if text is not None]
+    result = (io.problem(path / name, expected) for name, expected in record.files.items())
+    problems += [text for text in result if text is not None]
     return problems or [*_inconsistencies(path, layout, manifest, record)]
 
 

@@ -89,23 +89,23 @@ def _check_splits(source: BatchSource) -> None:
 def _check_coverage(source: BatchSource, batch: int, seed: int) -> None:
     wanted = source.rows(TRAINING_SPLITS)
     epochs, n = 2, len(source.rows(TRAINING_SPLITS))
-    found = list(source.batches(batch=batch, seed=seed, epochs=epochs))
+    results = list(source.batches(batch=batch, seed=seed, epochs=epochs))
     n_batches = source.n_batches(batch=batch, epochs=epochs)
-    _require(len(found) == n_batches == epochs * n // batch, "give as many batches as it says")
-    for part in found:
+    _require(len(results) == n_batches == epochs * n // batch, "give as many batches as it says")
+    for part in results:
         _require(part.x.shape[0] == len(part.rows) == batch, "give whole batches alone")
         _require(part.x.dtype == torch.float32, "give float32")
         _require(bool(part.x.isfinite().all()), "give finite numbers")
-    rows = torch.cat([part.rows for part in found])
+    rows = torch.cat([part.rows for part in results])
     _require(torch.equal(rows[:n].sort().values, wanted), "give each row exactly once per epoch")
     again = rows[n:].unique()
     _require(len(again) == len(rows) - n, "give no row twice in the second epoch")
     _require(not torch.equal(rows[:batch], rows[n : n + batch]), "shuffle each epoch anew")
-    _check_values(found)
+    _check_values(results)
 
 
-def _check_values(found: list[Batch]) -> None:
-    rows, x = torch.cat([part.rows for part in found]), torch.cat([part.x for part in found])
+def _check_values(results: list[Batch]) -> None:
+    rows, x = torch.cat([part.rows for part in results]), torch.cat([part.x for part in results])
     order = rows.sort(stable=True).indices
     same = rows[order][1:] == rows[order][:-1]
     pairs = x[order][1:][same], x[order][:-1][same]

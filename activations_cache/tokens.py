@@ -370,11 +370,11 @@ def token_ids(tokens: Sequence[int | str], tokenizer: Tokenizer, n_ids: int) -> 
     Raises:
         ValueError: If one is no token.
     """
-    found: set[int] = set()
+    results: set[int] = set()
     known = tokenizer.get_vocab() if any(isinstance(t, str) for t in tokens) else {}
     for token in tokens:
         if token == SPECIAL:
-            found |= special_ids(tokenizer)
+            results |= special_ids(tokenizer)
         elif isinstance(token, str):
             ids = [known[token]] if token in known else Encoder(tokenizer).text(token)
             if len(ids) != 1:
@@ -382,9 +382,9 @@ def token_ids(tokens: Sequence[int | str], tokenizer: Tokenizer, n_ids: int) -> 
                 raise MonosemaError(
                     f"exclude_tokens must {rule}, got {token!r}, which is {len(ids)}"
                 )
-            found.add(ids[0])
+            results.add(ids[0])
         elif not 0 <= token < n_ids:
             raise MonosemaError(f"exclude_tokens must lie from 0 to {n_ids - 1}, got {token}")
         else:
-            found.add(token)
-    return tuple(sorted(found))
+            results.add(token)
+    return tuple(sorted(results))

@@ -109,17 +109,17 @@ def trial_inputs(model: nn.Module) -> Tensor | None:
 
 
 def errors(
-    found: Float[Tensor, "*pos _"], expected: Float[Tensor, "*pos _"]
+    result: Float[Tensor, "*pos _"], expected: Float[Tensor, "*pos _"]
 ) -> Float[Tensor, "*pos"]:
     """The relative error of each row."""
-    difference = (found.float() - expected.float()).norm(dim=-1)
+    difference = (result.float() - expected.float()).norm(dim=-1)
     relative = difference / expected.float().norm(dim=-1).clamp_min(1e-30)
     return relative.nan_to_num(torch.inf)
 
 
-def largest_error(found: Float[Tensor, "*pos _"], expected: Float[Tensor, "*pos _"]) -> float:
+def largest_error(result: Float[Tensor, "*pos _"], expected: Float[Tensor, "*pos _"]) -> float:
     """The largest relative error of a row."""
-    return float(errors(found, expected).max())
+    return float(errors(result, expected).max())
 
 
 def same_stream(a: Tensor | None, b: Tensor | None) -> bool:
@@ -257,7 +257,7 @@ def additions(
     }
     with watching(named) as calls:
         attempt(lambda: run_whole(base_model(model), inputs))
-    found = []
+    results = []
     for i, of_block in enumerate(parts):
         root = f"{prefix}{i}"
         own = {
@@ -266,8 +266,8 @@ def additions(
             if (name == root or name.startswith(f"{root}.")) and len(once) == 1
         }
         known = "" in own and all(path in own for path in of_block)
-        found.append({p: _addition(p, own) for p in of_block} if known else plain[i])
-    return found
+        results.append({p: _addition(p, own) for p in of_block} if known else plain[i])
+    return results
 
 
 def _addition(part: str, calls: Mapping[str, Passed]) -> Addition:

@@ -271,11 +271,11 @@ def main() -> None:
     check(shape)
     steps = candidates(shape)
     seconds = measure(steps, options.rounds)
-    found = [row(n, steps[n][0], seconds, shape) | {"peak_mb": memory.get(n)} for n in seconds]
+    results = [row(n, steps[n][0], seconds, shape) | {"peak_mb": memory.get(n)} for n in seconds]
     facts = surroundings(PEERS) | {"bf16_speedup": round(bf16_speedup(), 2)}
     facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    path = append("cpu_step", [facts | one for one in found])
-    print(f"{path} has {len(found)} rows more")
+    path = append("cpu_step", [facts | one for one in results])
+    print(f"{path} has {len(results)} rows more")
 
 
 def row(

@@ -38,21 +38,21 @@ def main() -> None:
     for name, summary in labels.items():
         if not name.endswith(FROZEN):
             own = summary["baselines"].items()
-            arms |= {f"{kind}, as dense as {name}": found for kind, found in own}
+            arms |= {f"{kind}, as dense as {name}": result for kind, result in own}
     print(table(arms))
     rows: list[dict[str, Any]] = [row_of(name, summary) for name, summary in arms.items()]
     for name in labels:
         rivals = {n: s for n, s in arms.items() if n.startswith(name + FROZEN) or n.endswith(name)}
         for rival in rivals if not name.endswith(FROZEN) else ():
             if rival != name:
-                found = compared(labels[name], arms[rival])
+                result = compared(labels[name], arms[rival])
                 rows.append({
                     "case": "image labels: difference",
                     "arm": name,
                     "rival": rival,
-                    **found,
+                    **result,
                 })
-                for what, d in found.items():
+                for what, d in result.items():
                     ends = f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
                     print(f"{name} less {rival}: {what}: {ends}: {d['verdict']}")
     append("image_labels", [{**surroundings(), **row} for row in rows])

@@ -55,8 +55,8 @@ class FirstRows:
 def seconds(work: Callable[[], T]) -> tuple[float, T]:
     """Processor seconds of some work, and what it gave."""
     began = time.process_time()
-    found = work()
-    return time.process_time() - began, found
+    result = work()
+    return time.process_time() - began, result
 
 
 @torch.no_grad()

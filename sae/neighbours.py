@@ -109,8 +109,8 @@ def splitting(
     """
     if not 0 <= related <= 1:
         raise MonosemaError(f"related must be in 0..1, got {related}")
-    found = nearest(wide, narrow, 1)
-    cosine = found.cosine[:, 0]
-    parent = torch.where(cosine >= related, found.latent[:, 0], -1)
+    result = nearest(wide, narrow, 1)
+    cosine = result.cosine[:, 0]
+    parent = torch.where(cosine >= related, result.latent[:, 0], -1)
     n_children = torch.bincount(parent[parent >= 0], minlength=len(narrow))
     return Splitting(parent, cosine, n_children)

@@ -45,8 +45,8 @@ def unpack(state: Packed, *, signed: bool) -> Float[Tensor, "d_sae d_out"]:
         return state.numbers.float()
     width = state.numbers.shape[1]
     scales = state.scales.repeat_interleave(BLOCK, dim=1)[:, :width]
-    found = _levels(signed, state.numbers.device)[state.numbers.int()] * scales
-    return found if signed else found.square()
+    result = _levels(signed, state.numbers.device)[state.numbers.int()] * scales
+    return result if signed else result.square()
 
 
 def pack_(
@@ -99,12 +99,12 @@ def _levels(signed: bool, device: torch.device) -> Float[Tensor, " level"]:
 
     Each power of ten from 1e-6 to 1 has twice as many levels as the one below, evenly.
     """
-    found = [0.0, 1.0]
+    results = [0.0, 1.0]
     for exponent in range(7):
         n = 2**exponent if signed else 2 ** (exponent + 1)
         middles = [(0.1 + 0.9 * (i + 0.5) / n) * 10.0 ** (exponent - 6) for i in range(n)]
-        found += [*middles, *(-m for m in middles)] if signed else middles
-    return torch.tensor(sorted(found), device=device)
+        results += [*middles, *(-m for m in middles)] if signed else middles
+    return torch.tensor(sorted(results), device=device)
 
 
 Norm = Literal["none", "unit", "max"]

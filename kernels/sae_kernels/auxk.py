@@ -77,9 +77,9 @@ class _DenseAuxK(torch.autograd.Function):
             x, enc_rows, dec_rows = x.to(low), enc_rows.to(low), dec_rows.to(low)
             kept = torch.empty(len(x), len(enc_rows), dtype=low, device=x.device)
             n_rows = max(1, CHUNK // len(enc_rows))
-            for some, found in zip(x.split(n_rows), kept.split(n_rows), strict=True):
+            for some, result in zip(x.split(n_rows), kept.split(n_rows), strict=True):
                 pre = (some @ enc_rows.T).to(dtype).add_(b_enc)
-                found.copy_(_largest(pre, k))
+                result.copy_(_largest(pre, k))
             ctx.save_for_backward(x, enc_rows, dec_rows, kept)
             return (kept @ dec_rows).to(ctx.dtypes[1])
 

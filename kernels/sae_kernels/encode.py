@@ -62,8 +62,8 @@ def _keep_topk(product: Product, k: int, relu: bool, backend: Backend) -> Select
         x, rows, bias = (t.contiguous() for t in product)
         return SelectedPre(*encode_triton.encode_topk(x, rows, bias, k, relu))
     if is_rescored(product, k):
-        found = certified_topk(product, k, best_screen(product, k))
-        return SelectedPre(found.values.relu_() if relu else found.values, found.indices)
+        result = certified_topk(product, k, best_screen(product, k))
+        return SelectedPre(result.values.relu_() if relu else result.values, result.indices)
     batch, bias = len(product.x), product.bias
     values = torch.empty(batch, k, dtype=bias.dtype, device=bias.device)
     indices = torch.empty(batch, k, dtype=torch.int64, device=bias.device)
@@ -245,8 +245,8 @@ def encode_group_max(
     if name == "reference":
         return encode_group_max_reference(x, enc_rows, b_enc, k, b_in=b_in, relu=relu)
     rule = SelectionRule(partial(_keep_maxima, k=k, relu=relu), relu, name)
-    found = Encode.apply(x, enc_rows, b_enc, b_in, rule)
-    return TopKResult(found[0], found[1])
+    result = Encode.apply(x, enc_rows, b_enc, b_in, rule)
+    return TopKResult(result[0], result[1])
 
 
 @torch.library.custom_op("sae_kernels::encode", mutates_args=())
@@ -261,8 +261,8 @@ def _encode_op(  # noqa: PLR0913  (an operator takes each tensor and number as i
     low: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(x.device.type, low, enabled=low != x.dtype):
-        found = encode_topk(x, enc_rows, b_enc, k, b_in=b_in, relu=relu, backend=backend)
-    return found.values, found.indices
+        result = encode_topk(x, enc_rows, b_enc, k, b_in=b_in, relu=relu, backend=backend)
+    return result.values, result.indices
 
 
 @_encode_op.register_fake

@@ -58,13 +58,13 @@ def _load_keys(
 
     With BIAS the floats are float32 themselves, and are added to the bias of their columns.
     """
-    found = tl.load(source + column, mask=mask, other=0)
+    result = tl.load(source + column, mask=mask, other=0)
     if BIAS:
-        found += tl.load(bias + column, mask=mask, other=0.0)
-        found = found.to(tl.int32, bitcast=True)
+        result += tl.load(bias + column, mask=mask, other=0.0)
+        result = result.to(tl.int32, bitcast=True)
     if INFINITY > 0:
-        found = order_key(found, BITS, INFINITY)
-    return tl.where(mask, found, -(1 << (BITS - 1)))
+        result = order_key(result, BITS, INFINITY)
+    return tl.where(mask, result, -(1 << (BITS - 1)))
 
 
 @triton.jit
@@ -221,8 +221,8 @@ def _sort(
     floats = source.rows.view(values.dtype) if source.bias is None else source.rows + source.bias
     order = torch.sort(floats + 0.0, dim=1, descending=True, stable=True).indices
     indices.copy_(order[:, :k].sort(dim=1).values)
-    found = floats.gather(1, indices.long())
-    values.copy_(found.relu() if relu else found)
+    result = floats.gather(1, indices.long())
+    values.copy_(result.relu() if relu else result)
 
 
 def topk_select(

@@ -176,8 +176,8 @@ def _keep_batch_topk(product: Product, k: int, relu: bool, backend: Backend) -> 
         if flat is None:
             flat = _best(pre, min(n_kept, pre.numel()), backend)
         new = pre.flatten().index_select(0, flat)
-        found = _BestEntries(new, flat // len(bias) + rows.start, flat % len(bias))
-        best = _BestEntries(*(torch.cat(pair) for pair in zip(best, found, strict=True)))
+        result = _BestEntries(new, flat // len(bias) + rows.start, flat % len(bias))
+        best = _BestEntries(*(torch.cat(pair) for pair in zip(best, result, strict=True)))
         if len(best.values) > n_kept:
             picked = _best(best.values[None], n_kept, backend)
             best = _BestEntries(*(part[picked] for part in best))

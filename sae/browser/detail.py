@@ -85,7 +85,7 @@ def row(latent: Latent, columns: Sequence[Column]) -> Row:
 
 
 def _line(latent: Latent) -> str:
-    said = [latent.label, *(found.text for found in latent.explanations)]
+    said = [latent.label, *(result.text for result in latent.explanations)]
     said += [text for text, _ in (*latent.words, *latent.promoted)]
     said += {e.tokens[e.peak]: None for e in latent.examples if e.tokens}
     said += {e.image.name: None for e in latent.examples if e.image}
@@ -135,15 +135,15 @@ def _strings(latents: Iterable[Latent]) -> dict[str, int]:
 
 
 def _latent(latent: Latent, strings: dict[str, int]) -> dict[str, object]:
-    def tokens(found: Iterable[tuple[str, float | None]]) -> list:
-        return [(strings[text], short(logit)) for text, logit in found]
+    def tokens(result: Iterable[tuple[str, float | None]]) -> list:
+        return [(strings[text], short(logit)) for text, logit in result]
 
     return {
         "latent": latent.number,
         "status": latent.status,
         "label": latent.label,
         "label_kind": latent.label_kind,
-        "explanations": [asdict(found) for found in latent.explanations],
+        "explanations": [asdict(result) for result in latent.explanations],
         "scores": [asdict(score) for score in latent.scores],
         "density": short(latent.density),
         "max_activation": short(latent.max_activation),
@@ -157,13 +157,13 @@ def _latent(latent: Latent, strings: dict[str, int]) -> dict[str, object]:
         "cofiring": [(number, short(share), n) for number, share, n in latent.cofiring],
         "attributions": [
             {
-                "tokens": [strings[token] for token in found.tokens],
-                "values": [short(value) for value in found.values],
-                "target": strings[found.target],
-                "effect": short(found.effect),
-                "note": found.note,
+                "tokens": [strings[token] for token in result.tokens],
+                "values": [short(value) for value in result.values],
+                "target": strings[result.target],
+                "effect": short(result.effect),
+                "note": result.note,
             }
-            for found in latent.attributions
+            for result in latent.attributions
         ],
         "command": latent.command,
     }

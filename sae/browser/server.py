@@ -215,8 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _abilities(self) -> str:
         prompts = self.server.prompts
         ids = list(prompts.names) if prompts else []
-        found = {"prompt": bool(ids), "dictionaries": ids, "max_chars": MAX_CHARS}
-        return script("server", found)
+        results = {"prompt": bool(ids), "dictionaries": ids, "max_chars": MAX_CHARS}
+        return script("server", results)
 
     def _file(self, path: str) -> Path:
         """The file of an address; whatever is no file of the folder does not exist."""
@@ -250,13 +250,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.server.reading.acquire(timeout=_SECONDS):
             raise _Refused(HTTPStatus.TOO_MANY_REQUESTS, "another text is being read; try again")
         try:
-            found = prompts.read(name, text)
+            result = prompts.read(name, text)
         except (ValueError, OSError) as error:
             line = " ".join(str(error).split())
             raise _Refused(HTTPStatus.BAD_REQUEST, line) from error
         finally:
             self.server.reading.release()
-        body = json.dumps(asdict(found)).encode()
+        body = json.dumps(asdict(result)).encode()
         self._send(HTTPStatus.OK, body, "application/json")
 
     def _send(self, status: HTTPStatus, body: bytes, kind: str, **headers: str) -> None:

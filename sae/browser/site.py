@@ -278,7 +278,7 @@ class Site:
     def __post_init__(self) -> None:
         by_name = {dictionary.name: dictionary for dictionary in self.dictionaries}
         require_unique("dictionaries' names", (d.name for d in self.dictionaries))
-        for found in self.comparisons:
-            for name, nearest in ((found.a, found.in_b), (found.b, found.in_a)):
+        for result in self.comparisons:
+            for name, nearest in ((result.a, result.in_b), (result.b, result.in_a)):
                 require(name in by_name, "a comparison's dictionary", "be one of them", name)
                 require_length("a comparison", nearest, by_name[name].d_sae, "latent")

@@ -73,16 +73,18 @@ def expand(schema: Any, data: object) -> dict[Keys, GridEntry]:
     Raises:
         BadGrid: For the first grid that cannot be expanded.
     """
-    found: dict[Keys, GridEntry] = {}
+    results: dict[Keys, GridEntry] = {}
     for keys, node in list(walk(schema, data)):
         if isinstance(node.value, dict) and _has_entries(node.member):
-            entries = _expanded(keys, node.value, found)
+            entries = _expanded(keys, node.value, results)
             node.value.clear()
             node.value.update(entries)
-    return found
+    return results
 
 
-def _expanded(keys: Keys, written: dict[str, Any], found: dict[Keys, GridEntry]) -> dict[str, Any]:
+def _expanded(
+    keys: Keys, written: dict[str, Any], results: dict[Keys, GridEntry]
+) -> dict[str, Any]:
     """The entries of one mapping; what grids gave is added to `found`."""
     entries: dict[str, Any] = {}
     for name, entry in written.items():
@@ -92,7 +94,7 @@ def _expanded(keys: Keys, written: dict[str, Any], found: dict[Keys, GridEntry])
                 _refuse((*keys, name, "grid"), "make names of its own", each)
             entries[each] = made
             if grid is not None:
-                found[*keys, each] = GridEntry((*keys, name), tuple(grid))
+                results[*keys, each] = GridEntry((*keys, name), tuple(grid))
     return entries
 
 

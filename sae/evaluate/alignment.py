@@ -90,16 +90,16 @@ def permutation_null(
         raise MonosemaError(f"n_permutations must be at least 1, got {n_permutations}")
     pair = paired(x, y)
     value = measure(*pair)
-    found = torch.tensor(
+    result = torch.tensor(
         [
             measure(pair.x, pair.y[torch.randperm(len(x), generator=generator)])
             for _ in range(n_permutations)
         ],
         dtype=torch.float64,
     )
-    reached = 1 + int((found >= value).sum())
-    high = float(torch.quantile(found, 0.95))
-    return Null(value, float(found.mean()), high, reached / (1 + n_permutations))
+    reached = 1 + int((result >= value).sum())
+    high = float(torch.quantile(result, 0.95))
+    return Null(value, float(result.mean()), high, reached / (1 + n_permutations))
 
 
 def relative(

@@ -147,8 +147,8 @@ class ConceptBottleneck:
 
     def concepts(self, units: Units) -> Float[np.ndarray, "row concept"]:
         """Probability of each concept."""
-        found = [probe.predict_proba(columns(units, ids))[:, 1] for ids, probe in self._probes]
-        return np.stack(found, axis=1)
+        results = [probe.predict_proba(columns(units, ids))[:, 1] for ids, probe in self._probes]
+        return np.stack(results, axis=1)
 
     def predict(
         self, units: Units, given: Mapping[int, Bool[np.ndarray, " row"]] | None = None

@@ -53,11 +53,11 @@ def entropies(level: Int64[Tensor, "row d_sae"]) -> Float64[Tensor, " d_sae"]:
     """Entropy of each column in bits."""
     ordered = level.sort(dim=0).values.T  # (d_sae, row)
     n = ordered.shape[1]
-    found = torch.zeros(len(ordered), dtype=torch.float64)
+    result = torch.zeros(len(ordered), dtype=torch.float64)
     for i, column in enumerate(ordered):
         share = torch.unique_consecutive(column, return_counts=True)[1].double() / n
-        found[i] = -(share * share.log2()).sum()
-    return found
+        result[i] = -(share * share.log2()).sum()
+    return result
 
 
 BATCH = 256
@@ -103,15 +103,15 @@ def meta_score(
         raise MonosemaError(f"k must be in 1..{width}, the number of meta-latents, got {k}")
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(dec_rows.shape, generator=generator)
-    found = []
+    results = []
     for part, rows in enumerate((dec_rows.detach(), drawn)):
         unit = torch.nn.functional.normalize(rows.float().cpu())
         tell = _shifted(progress or silent, part * steps, 2 * steps)
         meta = train_meta(unit, SAEConfig(d_in=unit.shape[1], d_sae=width, activation=TopK(k=k)),
                           steps, generator, tell)  # fmt: skip
         with torch.no_grad():
-            found.append(1 - fvu(unit, meta(unit)))
-    return MetaScore(explained=found[0], chance=found[1])
+            results.append(1 - fvu(unit, meta(unit)))
+    return MetaScore(explained=results[0], chance=results[1])
 
 
 def train_meta(

@@ -118,14 +118,14 @@ def downstream(
     for name, of_one in dictionaries.items():
         streams[name] = _reconstructed(of_one)
     n_intact = sorted({0, place.n_intact})
-    found = features(
+    result = features(
         place, images.pixels, torch.cat([images.train, images.test]), streams, progress
     )
     right: dict[tuple[int, str], _Right] = {}
-    for done, (key, rows) in enumerate(found.items(), start=1):
+    for done, (key, rows) in enumerate(result.items(), start=1):
         n_train = len(images.train)
         right[key] = _told(rows[:n_train], rows[n_train:], images, config)
-        (progress or silent)(done, len(found), "features fitted")
+        (progress or silent)(done, len(result), "features fitted")
     resamples = Resamples(len(images.test), config.n_resamples, config.seed)
     sides = [
         {
@@ -180,7 +180,7 @@ def features(
                 parts.setdefault((n, name), []).append(pooled.float().cpu())
         done = min(start + IMAGES_AT_ONCE, len(numbers))
         (progress or silent)(done, len(numbers), "spliced images")
-    return {key: torch.cat(found) for key, found in parts.items()}
+    return {key: torch.cat(result) for key, result in parts.items()}
 
 
 def _pooled(

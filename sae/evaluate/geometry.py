@@ -146,13 +146,13 @@ def nearest_distances(x: Float64[Tensor, "row d_in"]) -> Float64[Tensor, "row 2"
     if n < 3:
         raise MonosemaError(f"x must have at least 3 rows, got {n}")
     step = max(1, CELLS_AT_ONCE // (n * d_in))
-    found = []
+    results = []
     for start in range(0, n, step):
         squares = (x[start : start + step, None] - x).square().sum(dim=2)
         own = torch.arange(start, min(start + step, n))
         squares[own - start, own] = torch.inf
-        found.append(squares.topk(2, dim=1, largest=False).values.sqrt())
-    return torch.cat(found)
+        results.append(squares.topk(2, dim=1, largest=False).values.sqrt())
+    return torch.cat(results)
 
 
 class Rarity(NamedTuple):

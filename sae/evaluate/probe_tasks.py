@@ -146,9 +146,9 @@ def task_of(
         (("score", "hold"), n_test, f"{label!r} in the splits score and hold"),
     ):
         rows = cache.rows(splits)
-        found = cache.token_labels(rows)
-        check_two_classes((found[found >= 0] == number).numpy(), what)
-        sides.append(_balanced(rows, found, number, n // 2, generator))
+        result = cache.token_labels(rows)
+        check_two_classes((result[result >= 0] == number).numpy(), what)
+        sides.append(_balanced(rows, result, number, n // 2, generator))
     (train, train_y), (test, test_y) = sides
     source = cache[hook_point]
     group = cache.refs(test).example.numpy()
@@ -164,8 +164,8 @@ def common_labels(cache: ActivationCache, least: int = LEAST) -> tuple[str, ...]
     n_labels = len(cache.label_names)
     counts = []
     for splits in (("explain",), ("score", "hold")):
-        found = cache.token_labels(cache.rows(splits))
-        counts.append(torch.bincount(found[found >= 0], minlength=n_labels))
+        result = cache.token_labels(cache.rows(splits))
+        counts.append(torch.bincount(result[result >= 0], minlength=n_labels))
     least_of = torch.minimum(*counts) if n_labels else torch.zeros(0, dtype=torch.int64)
     order = least_of.argsort(descending=True, stable=True).tolist()
     names = tuple(cache.label_names[i] for i in order if int(least_of[i]) >= least)
@@ -192,13 +192,13 @@ def check_hook_point(cache: ActivationCache, hook_point: str) -> None:
 
 def _balanced(
     rows: Int[Tensor, " row"],
-    found: Int[Tensor, " row"],
+    result: Int[Tensor, " row"],
     number: int,
     n: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, np.ndarray]:
     """At most n rows of the label and as many of others, in random order."""
-    own, others = rows[found == number], rows[(found >= 0) & (found != number)]
+    own, others = rows[result == number], rows[(result >= 0) & (result != number)]
     n = min(n, len(own), len(others))
     picked = [part[torch.randperm(len(part), generator=generator)[:n]] for part in (own, others)]
     order = torch.randperm(2 * n, generator=generator)

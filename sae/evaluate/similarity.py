@@ -265,5 +265,5 @@ def _centred(distance: Float64[Tensor, "row row"], debiased: bool) -> Float64[Te
         return distance - means - means[:, None] + distance.mean()
     n = len(distance)
     sums = distance.sum(dim=0)
-    found = distance - (sums + sums[:, None]) / (n - 2) + distance.sum() / ((n - 1) * (n - 2))
-    return found.fill_diagonal_(0.0)
+    result = distance - (sums + sums[:, None]) / (n - 2) + distance.sum() / ((n - 1) * (n - 2))
+    return result.fill_diagonal_(0.0)

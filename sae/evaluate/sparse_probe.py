@@ -164,14 +164,14 @@ def fit_and_score(
 
 def _fit(x: Float[np.ndarray, "row k"], y: Bool[np.ndarray, " row"]) -> LogisticRegression:
     held = np.arange(len(y)) % VALIDATION == 0
-    found = []
+    results = []
     for c in CS:
         if len(set(y[held])) < 2 or len(set(y[~held])) < 2:
-            found = [(0.0, 1.0)]  # too few rows to choose on
+            results = [(0.0, 1.0)]  # too few rows to choose on
             break
         model = LogisticRegression(C=c, max_iter=1000).fit(x[~held], y[~held])
-        found.append((auc(model.decision_function(x[held]), y[held]), c))
-    return LogisticRegression(C=max(found)[1], max_iter=1000).fit(x, y)
+        results.append((auc(model.decision_function(x[held]), y[held]), c))
+    return LogisticRegression(C=max(results)[1], max_iter=1000).fit(x, y)
 
 
 def auc(score: Float[np.ndarray, " row"], y: Bool[np.ndarray, " row"]) -> float:
@@ -189,8 +189,8 @@ def auc_interval(
     names, member = np.unique(group, return_inverse=True)
     generator = np.random.default_rng(seed)
     counts = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), N_RESAMPLES)
-    found = _weighted_auc(score, y, counts[:, member].astype(float))
-    defined = found[~np.isnan(found)]
+    result = _weighted_auc(score, y, counts[:, member].astype(float))
+    defined = result[~np.isnan(result)]
     low, high = np.quantile(defined, [0.025, 0.975]) if len(defined) else (np.nan, np.nan)
     return Interval(value=auc(score, y), low=float(low), high=float(high))
 
@@ -260,8 +260,8 @@ def survey(
         arms = default_arms(dictionaries, l0, torch.Generator().manual_seed(0))
         reports[label] = probe(task_of(cache, hook_point, label), arms)
         (progress or silent)(done, len(labels), "labels")
-    found = list(reports.values())
-    names = list(found[0].arms)
+    results = list(reports.values())
+    names = list(results[0].arms)
 
     def mean(figures: list[float]) -> float:
         return sum(figures) / len(figures)
@@ -269,9 +269,9 @@ def survey(
     return Survey(
         labels=labels,
         ks=KS,
-        auc={n: tuple(mean([r.arms[n][k].auc.value for r in found]) for k in KS) for n in names},
-        f1={n: tuple(mean([r.arms[n][k].f1 for r in found]) for k in KS) for n in names},
-        control={n: mean([r.control[n][KS[-1]] for r in found]) for n in names},
-        dense=mean([r.dense.auc.value for r in found]),
+        auc={n: tuple(mean([r.arms[n][k].auc.value for r in results]) for k in KS) for n in names},
+        f1={n: tuple(mean([r.arms[n][k].f1 for r in results]) for k in KS) for n in names},
+        control={n: mean([r.control[n][KS[-1]] for r in results]) for n in names},
+        dense=mean([r.dense.auc.value for r in results]),
         reports=reports,
     )

@@ -122,8 +122,8 @@ class _Pairs:
 
 def _pairs(values: Float[Tensor, "d_sae other"]) -> _Pairs:
     if min(values.shape) <= EXACT:
-        found = match(values)
-        return _Pairs(found.x, found.y, True)
+        result = match(values)
+        return _Pairs(result.x, result.y, True)
     # Mutual nearest neighbours are one to one, so their sum bounds the best one from below.
     rows = torch.arange(values.shape[0])
     columns = values.argmax(dim=1)

@@ -178,14 +178,14 @@ def measure_substitution(
         groups.setdefault(dictionary.config.sites(hook_point)[1], {})[name] = dictionary
     first = next(iter(groups), (hook_point,))
     main = (hook_point,) if (hook_point,) in groups else first
-    found: dict[str, Substitution] = {}
+    results: dict[str, Substitution] = {}
     for points in sorted(groups or {main: {}}, key=lambda points: points != main):
         means = {point: held_out.means.get(point, held_out.mean) for point in points}
         here = held_out._replace(means=means)
         suffix = "" if points == main else f" at {' + '.join(points)}"
         measured = _measured(groups.get(points, {}), model, here, config, progress or silent)
-        found |= {f"{special}{suffix}": of_one for special, of_one in measured.items()}
-    return found
+        results |= {f"{special}{suffix}": of_one for special, of_one in measured.items()}
+    return results
 
 
 def _measured(
@@ -304,9 +304,9 @@ def _hidden(
         return None
     tokens = held_out.tokens
     chance = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(config.seed))
-    found = (chance < SHARE_HIDDEN) & (tokens >= 0) & ~held_out.excluded(tokens)
-    found[:, : held_out.skip_positions] = False
-    return found
+    result = (chance < SHARE_HIDDEN) & (tokens >= 0) & ~held_out.excluded(tokens)
+    result[:, : held_out.skip_positions] = False
+    return result
 
 
 def _summary(

@@ -191,9 +191,9 @@ def clusters(
     unit = torch.nn.functional.normalize(dec_rows.detach().float().cpu(), dim=1)
     n = min(n, len(unit))
     means = MiniBatchKMeans(n, random_state=seed, n_init="auto", batch_size=_BATCH)
-    found = torch.from_numpy(means.fit_predict(unit.numpy())).long()
-    order = torch.bincount(found, minlength=n).argsort(descending=True, stable=True)
-    return order.argsort()[found]
+    result = torch.from_numpy(means.fit_predict(unit.numpy())).long()
+    order = torch.bincount(result, minlength=n).argsort(descending=True, stable=True)
+    return order.argsort()[result]
 
 
 def cluster_names(
@@ -293,14 +293,14 @@ def _correlation(
         return torch.full((d_sae,), torch.nan)
     ids = cache.rows(("explain", "score"))
     ids = ids[:: max(1, -(-len(ids) // n_rows))]
-    found = MaxCorrelation(d_sae, d_in)
+    result = MaxCorrelation(d_sae, d_in)
     step = max(1, _CELLS // d_sae)
     for first in range(0, len(ids), step):
         x = cache[hook_point][ids[first : first + step]]
         with torch.no_grad():
-            found.update(dictionary.encode_dense(x.to(dictionary.enc_rows.device)).cpu(), x.cpu())
+            result.update(dictionary.encode_dense(x.to(dictionary.enc_rows.device)).cpu(), x.cpu())
         report(min(first + step, len(ids)), len(ids), "rows correlated")
-    return found.compute()
+    return result.compute()
 
 
 def _table(
@@ -349,8 +349,8 @@ def words_with_a_latent(
     of_words = labels.rules.kind == kind
     share = labels.rules.weight >= SINGLES_OUT
     is_most = labels.joint >= SINGLES_OUT * np.maximum(n_fired, 1)[:, None]
-    found = of_words[:, None] & share & is_most
-    present = set(labels.rules.value[found].tolist()) - {-1}
+    result = of_words[:, None] & share & is_most
+    present = set(labels.rules.value[result].tolist()) - {-1}
     count = np.bincount(values[values >= 0], minlength=1)
     able = [word for word in np.flatnonzero(count >= 5).tolist() if names["word"][word].isalpha()]
     words = np.array(shuffled(able, "concepts")[: config.n_concepts], np.int64)

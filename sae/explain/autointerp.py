@@ -63,18 +63,18 @@ def label_with_llm(
     latents = groups[""]
     with _answers(config, out_dir) as answers:
         run = _run(groups, config, answers, client, subject.tools, report)
-        found, caller = asyncio.run(run)
-        summary = summarise(found[""], caller)
+        result, caller = asyncio.run(run)
+        summary = summarise(result[""], caller)
     summary["baselines"] = {
-        name: summarise(results, None) for name, results in found.items() if name
+        name: summarise(results, None) for name, results in result.items() if name
     }
     summary["config"] = asdict(config)
-    write_results(out_dir, found[""], summary)
+    write_results(out_dir, result[""], summary)
     if config.neuronpedia_model:
         export_neuronpedia(
-            out_dir, found[""], latents, config.neuronpedia_model, config.neuronpedia_layer
+            out_dir, result[""], latents, config.neuronpedia_model, config.neuronpedia_layer
         )
-    _raise_if_open(caller, found, out_dir)
+    _raise_if_open(caller, result, out_dir)
     return summary
 
 
@@ -89,13 +89,13 @@ def _answers(config: AutointerpConfig, out_dir: Path) -> Iterator[AnswerCache | 
         yield answers
 
 
-def _raise_if_open(caller: Caller, found: dict[str, list[LatentOutcome]], out_dir: Path) -> None:
+def _raise_if_open(caller: Caller, results: dict[str, list[LatentOutcome]], out_dir: Path) -> None:
     """Raise if a later run could ask something again: the work is not done."""
     lost, words = caller.tally.lost, caller.tally.words
     reasons = [reason for reason in OPEN if lost[reason]]
     if not reasons:
         return
-    n_latents = sum(any(f.lost.get(r) for r in OPEN) for fs in found.values() for f in fs)
+    n_latents = sum(any(f.lost.get(r) for r in OPEN) for fs in results.values() for f in fs)
     said = "; ".join(f"{reason}: {words[reason]}" for reason in reasons)
     raise UnfinishedError(
         f"{out_dir}: all questions must have an answer, got {caller.tally.n_open:,} without one "
@@ -163,11 +163,11 @@ async def _run(
         "at most about %s calls, %s tokens, $%.4f before answers that are cached",
         f"{wanted.requests:,}", f"{wanted.tokens:,}", wanted.usd(config.llm),
     )  # fmt: skip
-    found = {}
+    results = {}
     for name, latents in groups.items():
         plan = plan_of(config, tools, is_baseline=bool(name))
-        found[name] = await explain_all(latents, plan, caller, report)
-    return found, caller
+        results[name] = await explain_all(latents, plan, caller, report)
+    return results, caller
 
 
 def plan_of(

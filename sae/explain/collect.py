@@ -163,8 +163,8 @@ def _add(state: State, rows: _ChunkRows, fired: _ChunkFirings) -> None:
     bins = half_octave(peaks.peak)
     group = (peaks.latent * len(SPLITS) + peaks.split) * (N_BINS + 1)
     n_groups = state.d_sae * len(SPLITS) * (N_BINS + 1)
-    found = np.bincount(group + bins, minlength=n_groups)
-    state.counts["n_windows"] += found.reshape(state.d_sae, len(SPLITS), N_BINS + 1)[..., :N_BINS]
+    result = np.bincount(group + bins, minlength=n_groups)
+    state.counts["n_windows"] += result.reshape(state.d_sae, len(SPLITS), N_BINS + 1)[..., :N_BINS]
     salt = mixed(peaks.latent, state.config.seed + 1).astype(np.int64)
     by_hash = uniform(mixed(peaks.window ^ salt, state.config.seed + 2))
     for key, priority in ((group + bins, by_hash), (group + N_BINS, -peaks.peak - by_hash * 1e-9)):
@@ -338,10 +338,10 @@ def read_windows(directory: Path, latents: Sequence[int]) -> Iterator[LatentWind
 
 def _read(path: Path, schema: pa.Schema, latent: int) -> list[dict]:
     whole_parquet(path)
-    found = pq.read_schema(path)
-    if not found.equals(schema):
+    result = pq.read_schema(path)
+    if not result.equals(schema):
         raise MonosemaError(
-            f"columns of {path} must be {schema.names}, got {found.names}; run `sae explain` again"
+            f"columns of {path} must be {schema.names}, got {result.names}; run `sae explain` again"
         )
     only = [("latent", "==", latent)]
     return pq.read_table(path, filters=only, page_checksum_verification=True).to_pylist()

@@ -221,15 +221,15 @@ def cofiring(
     ones = np.ones(len(codes.row), np.float32)  # counts below 2^24 stay exact
     fires = sparse.csr_array((ones, codes.row, start), shape=(codes.d_sae, codes.n_rows))
     by_row = sparse.csr_array(fires.T)
-    found: list[tuple[CofiringPairs, ...]] = []
+    results: list[tuple[CofiringPairs, ...]] = []
     for first in range(0, codes.d_sae, _LATENTS_AT_ONCE):
         both = sparse.csr_array(fires[first : first + _LATENTS_AT_ONCE] @ by_row)
         for place in range(len(both.indptr) - 1):
             entries = slice(both.indptr[place], both.indptr[place + 1])
             counts = both.data[entries].astype(np.int64)
-            found.append(_best(codes, first + place, both.indices[entries], counts, k, least))
-        report(len(found), codes.d_sae, "latents' co-firing")
-    return found
+            results.append(_best(codes, first + place, both.indices[entries], counts, k, least))
+        report(len(results), codes.d_sae, "latents' co-firing")
+    return results
 
 
 def _best(
@@ -278,5 +278,5 @@ class MaxCorrelation:
         spread_a, spread_u = self._n * aa - a.square(), self._n * uu - u.square()
         spread = (spread_a.clamp_min(0)[:, None] * spread_u.clamp_min(0)[None, :]).sqrt()
         correlation = (self._n * self._cross - a[:, None] * u[None, :]) / spread
-        found = correlation.abs().nan_to_num(nan=-1.0, posinf=-1.0).amax(dim=1)
-        return torch.where(found >= 0, found, torch.nan).float()
+        result = correlation.abs().nan_to_num(nan=-1.0, posinf=-1.0).amax(dim=1)
+        return torch.where(result >= 0, result, torch.nan).float()

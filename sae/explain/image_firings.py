@@ -104,10 +104,10 @@ class ImagePart:
     @cached_property
     def peaks(self) -> Float32[np.ndarray, "example d_sae"]:
         """Largest activation of each latent on each image; 0 where it is silent."""
-        found = np.zeros((self.n_images, self.codes.d_sae), np.float32)
+        result = np.zeros((self.n_images, self.codes.d_sae), np.float32)
         latent = np.repeat(np.arange(self.codes.d_sae), self.codes.n_fired)
-        np.maximum.at(found, (self._image[self.codes.row], latent), self.codes.value)
-        return found
+        np.maximum.at(result, (self._image[self.codes.row], latent), self.codes.value)
+        return result
 
 
 def _patch(refs: object) -> Int64[np.ndarray, " row"]:

@@ -156,20 +156,20 @@ def make_labels(
         config: How.
     """
     fires = peaks > 0
-    found = class_enrichment(fires, has, least=config.min_images)
-    order = np.lexsort((-found.lift, found.p_value), axis=1)
-    certain = np.take_along_axis(found.p_value, order[:, :1], axis=1)[:, 0] <= config.max_p
+    result = class_enrichment(fires, has, least=config.min_images)
+    order = np.lexsort((-result.lift, result.p_value), axis=1)
+    certain = np.take_along_axis(result.p_value, order[:, :1], axis=1)[:, 0] <= config.max_p
     by_images = soft_wpmi(
         torch.from_numpy(peaks),
         torch.from_numpy(has[:, :n_classes].astype(np.float32)),
         least=config.min_images,
     )
     concept: dict[Method, np.ndarray] = {
-        "enrichment": np.where(certain, found.best, -1),
+        "enrichment": np.where(certain, result.best, -1),
         "soft_wpmi": by_images.best.numpy().astype(np.int64),
     }
     joint = fires.T.astype(np.int64) @ has.astype(np.int64)
-    return ImageLabels(concept, order, found.p_value, joint, has.sum(axis=0))
+    return ImageLabels(concept, order, result.p_value, joint, has.sum(axis=0))
 
 
 def mutual_information(joint: int, n_fired: int, n_has: int, n_images: int) -> tuple[float, float]:
@@ -218,9 +218,9 @@ def concepts_of(classes: tuple[str, ...], separator: str | None) -> Concepts:
         ValueError: If there are not two classes.
     """
     if len(classes) < 2:
-        found = f"1 ({classes[0]})" if classes else "none"
+        listed = f"1 ({classes[0]})" if classes else "none"
         raise MonosemaError(
-            f"images must be of two classes or more to be labelled, got {found}; put the images of "
+            f"images must be of two classes or more to be labelled, got {listed}; put the images of "
             "each class into a folder of its own"
         )
     groups = [name.partition(separator)[0] if separator else "" for name in classes]

@@ -83,16 +83,16 @@ def explain_images(
     parts = [ImagePart(dictionary, cache, hook_point, s, report) for s in ("explain", "score")]
     d_sae = parts[0].codes.d_sae
     seen = [part.seen(0, d_sae) for part in parts]
-    found = ImageLabelScorer(seen[0], seen[1], concepts, own, config.seed).scored()
+    result = ImageLabelScorer(seen[0], seen[1], concepts, own, config.seed).scored()
     arms = _untrained(parts, pictures.cache, hook_point, concepts, config, report)
-    explained = ExplainedImages(found.summary, arms)
+    explained = ExplainedImages(result.summary, arms)
     if out_dir is None:
         return explained
-    records = (_record(found, parts, concepts, config, latent) for latent in range(d_sae))
+    records = (_record(result, parts, concepts, config, latent) for latent in range(d_sae))
     examples = _examples(parts, pictures, config, report)
     n_rows = {f"n_rows_{part.split}": part.codes.n_rows for part in parts}
     summary = {
-        **_flat(found.summary),
+        **_flat(result.summary),
         **n_rows,
         "baselines": {name: _flat(arm) for name, arm in arms.items()},
         "config": dataclasses.asdict(config),
@@ -122,12 +122,12 @@ def _untrained(
     wanted = np.clip(density[places], 1 / len(rows), 0.5).tolist()
     untrained = baseline_dictionary(rows, n, wanted, config.seed)
     on = [ImagePart(untrained, cache, hook_point, part.split, report) for part in parts]
-    found = {}
+    results = {}
     for first, name in ((0, "random directions"), (n, "raw neurons")):
         seen = [part.seen(first, first + n) for part in on]
         judge = ImageLabelScorer(seen[0], seen[1], concepts, config.images, config.seed)
-        found[name] = judge.scored().summary
-    return found
+        results[name] = judge.scored().summary
+    return results
 
 
 def _examples(
@@ -141,15 +141,15 @@ def _examples(
 
 
 def _record(
-    found: Scored,
+    result: Scored,
     parts: Sequence[ImagePart],
     concepts: Concepts,
     config: ExplainConfig,
     latent: int,
 ) -> LatentRecord:
-    labels, status = found.labels, found.status[latent]
+    labels, status = result.labels, result.status[latent]
     best = int(labels.concept[config.images.method][latent]) if status == "scored" else -1
-    listed = _listed(found, latent, best, config)
+    listed = _listed(result, latent, best, config)
     n_images, n_fired = parts[0].n_images, int((parts[0].peaks[:, latent] > 0).sum())
     joint = [int(labels.joint[latent, i]) for i in listed]
     n_has = [int(labels.n_has[i]) for i in listed]
@@ -172,17 +172,17 @@ def _record(
         npmi=tuple(npmi for _, npmi in known),
         gain=None,
         p_value=float(labels.p_value[latent, best]) if best >= 0 else None,
-        auc=_known(float(found.scores.auc[latent])),
-        low=_known(float(found.scores.low[latent])),
-        high=_known(float(found.scores.high[latent])),
-        control_auc=_known(float(found.control.auc[latent])),
+        auc=_known(float(result.scores.auc[latent])),
+        low=_known(float(result.scores.low[latent])),
+        high=_known(float(result.scores.high[latent])),
+        control_auc=_known(float(result.control.auc[latent])),
         auc_wide=None,
         n_fired_explain=int(parts[0].codes.n_fired[latent]),
         n_fired_score=int(parts[1].codes.n_fired[latent]),
         density=len(values) / sum(part.codes.n_rows for part in parts),
         max_activation=largest,
         histogram=tuple(bins.tolist()) if len(values) else (),
-        p_held_out=_known(float(found.scores.p_value[latent])),
+        p_held_out=_known(float(result.scores.p_value[latent])),
         auc_strong=None,
         p_strong=None,
         **_curve(parts[1], concepts, best, latent),
@@ -204,11 +204,11 @@ def _curve(part: ImagePart, concepts: Concepts, best: int, latent: int) -> dict[
     }
 
 
-def _listed(found: Scored, latent: int, best: int, config: ExplainConfig) -> list[int]:
+def _listed(result: Scored, latent: int, best: int, config: ExplainConfig) -> list[int]:
     """The label's concept, then others that are certain too."""
     if best < 0:
         return []
-    labels = found.labels
+    labels = result.labels
     certain = [
         int(i) for i in labels.order[latent] if labels.p_value[latent, i] <= config.images.max_p
     ]

@@ -85,7 +85,7 @@ def held_out(
     n = len(peaks)
     orders = generator.permuted(np.tile(np.arange(n), (permutations, 1)), axis=1)
     auc, low, high, p_value = np.full((4, peaks.shape[1]), np.nan)
-    found = ImageScores(auc, low, high, p_value, np.zeros(n))
+    result = ImageScores(auc, low, high, p_value, np.zeros(n))
     n_scored = 0
     for which in np.unique(concept[concept >= 0]):
         member = has[:, which]
@@ -96,9 +96,9 @@ def held_out(
         n_scored += len(latents)
         for start in range(0, len(latents), _LATENTS_AT_ONCE):
             chunk = latents[start : start + _LATENTS_AT_ONCE]
-            _score(peaks[:, chunk], member, null, chunk, found)
-    found.influence[:] /= max(n_scored, 1)
-    return found
+            _score(peaks[:, chunk], member, null, chunk, result)
+    result.influence[:] /= max(n_scored, 1)
+    return result
 
 
 def aucs(
@@ -107,12 +107,12 @@ def aucs(
     """AUC of every latent for every concept; nan where all images have it, or none."""
     n_has = has.sum(axis=0).astype(np.float64)
     n_other = len(has) - n_has
-    found = np.empty((peaks.shape[1], has.shape[1]))
-    for start in range(0, len(found), _LATENTS_AT_ONCE):
+    result = np.empty((peaks.shape[1], has.shape[1]))
+    for start in range(0, len(result), _LATENTS_AT_ONCE):
         part = slice(start, start + _LATENTS_AT_ONCE)
-        found[part] = rankdata(peaks[:, part], axis=0).T @ has - n_has * (n_has + 1) / 2
+        result[part] = rankdata(peaks[:, part], axis=0).T @ has - n_has * (n_has + 1) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        return found / (n_has * n_other)
+        return result / (n_has * n_other)
 
 
 class Strongest(NamedTuple):
@@ -169,7 +169,11 @@ def _lift(
 
 
 def _score(
-    peaks: np.ndarray, member: np.ndarray, null: np.ndarray, latents: np.ndarray, found: ImageScores
+    peaks: np.ndarray,
+    member: np.ndarray,
+    null: np.ndarray,
+    latents: np.ndarray,
+    result: ImageScores,
 ) -> None:
     """Score latents of one concept, into their places."""
     n, n_has = len(member), int(member.sum())
@@ -178,18 +182,18 @@ def _score(
     above = (ranks[member] - rankdata(peaks[member], axis=0)) / n_other
     below = 1 - (ranks[~member] - rankdata(peaks[~member], axis=0)) / n_has
     auc = above.mean(axis=0)
-    found.auc[latents] = auc
-    found.influence[member] += ((above - auc) * (n / n_has)).sum(axis=1)
-    found.influence[~member] += ((below - auc) * (n / n_other)).sum(axis=1)
+    result.auc[latents] = auc
+    result.influence[member] += ((above - auc) * (n / n_has)).sum(axis=1)
+    result.influence[~member] += ((below - auc) * (n / n_other)).sum(axis=1)
     # In float32 from ranks around their middle, so that equal AUCs stay within the tolerance.
     sums = (ranks - (n + 1) / 2).astype(np.float32).T @ null
     own = (ranks[member] - (n + 1) / 2).sum(axis=0)
     as_large = (sums >= (own - 1e-3 * n)[:, None]).sum(axis=1)
-    found.p_value[latents] = (1 + as_large) / (1 + null.shape[1])
+    result.p_value[latents] = (1 + as_large) / (1 + null.shape[1])
     for column, latent in enumerate(latents):
         values = peaks[:, column].astype(np.float64)
         ends = auc_with_interval(values[member], values[~member])
-        found.low[latent], found.high[latent] = ends.low, ends.high
+        result.low[latent], result.high[latent] = ends.low, ends.high
 
 
 LEVEL = 0.01
@@ -339,7 +343,7 @@ class ImageLabelScorer:
             strongest=top.mean,
             beats_null=_share(own.beats(LEVEL), n_live),
             beats_null_shuffled=_share(of_void.beats(LEVEL), n_live),
-            by_method={method: _figures(found, n_live) for method, found in judged.items()},
+            by_method={method: _figures(result, n_live) for method, result in judged.items()},
             best_of_class=self._best_of_class(),
             floor=FLOOR,
             n_images_explain=len(self._parts[0].classes),
@@ -361,12 +365,12 @@ def _share(holds: Bool[np.ndarray, " d_sae"], n_live: int) -> Interval:
     return wilson(int(holds.sum()), n_live) if n_live else Interval(*[float("nan")] * 3)
 
 
-def _all_live(found: ImageScores, n_live: int) -> float:
-    scored = found.auc[np.isfinite(found.auc)]
+def _all_live(result: ImageScores, n_live: int) -> float:
+    scored = result.auc[np.isfinite(result.auc)]
     return float(scored.sum() + FLOOR * (n_live - len(scored))) / n_live if n_live else float("nan")
 
 
-def _figures(found: ImageScores, n_live: int) -> dict[str, float]:
-    n = int(np.isfinite(found.auc).sum())
-    share = _share(found.beats(LEVEL), n_live).value
-    return {"auc": found.mean.mean, "beats_null": share, "n_scored": float(n)}
+def _figures(result: ImageScores, n_live: int) -> dict[str, float]:
+    n = int(np.isfinite(result.auc).sum())
+    share = _share(result.beats(LEVEL), n_live).value
+    return {"auc": result.mean.mean, "beats_null": share, "n_scored": float(n)}

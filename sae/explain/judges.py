@@ -222,16 +222,16 @@ class RuleJudge:
         """
         if task == "simulation":
             return [10.0 * strength for strength in self._rule([item.text for item in items])]
-        found = [self._found(item) for item in items]
+        results = [self._found(item) for item in items]
         match task:
             case "detection":
-                return [float(any(strength > 0.0 for strength, _ in words)) for words in found]
+                return [float(any(strength > 0.0 for strength, _ in words)) for words in results]
             case "fuzzing":
-                return [float(_marked(words)) for words in found]
+                return [float(_marked(words)) for words in results]
             case "rubric":
-                return [_grade(words) for words in found]
+                return [_grade(words) for words in results]
             case "intruder":
-                wrong = [number for number, words in enumerate(found, 1) if not _marked(words)]
+                wrong = [number for number, words in enumerate(results, 1) if not _marked(words)]
                 return [float(wrong[0] if wrong else 1)]
             case _:
                 raise CallFailedError("request", f"a rule cannot do {task}")

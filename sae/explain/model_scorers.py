@@ -208,15 +208,15 @@ def by_source(name: str, sources: Sequence[str], figures: Sequence[float]) -> Sc
     known = np.isfinite(values)
     base = Score(name, 0.5, len(values), int((~known).sum()))
     positive = values[known & (source == "active")]
-    found = {
+    results = {
         one: auc(positive, values[known & (source == one)]).value
         for one in dict.fromkeys(source.tolist())
         if one != "active" and len(positive) and (known & (source == one)).any()
     }
-    if not found:
+    if not results:
         return Score(name, 0.5, base.n, base.n_failed, reason="no active windows or no negatives")
     interval = auc(positive, values[known & (source != "active")])
     extreme = [np.where(known, values, np.where((source == "active") == up, np.inf, -np.inf))
                for up in (False, True)]  # fmt: skip
     worst, best = (auc(v[source == "active"], v[source != "active"]).value for v in extreme)
-    return scored(base, interval, (worst, best), per_source=found)
+    return scored(base, interval, (worst, best), per_source=results)

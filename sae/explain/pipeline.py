@@ -79,10 +79,10 @@ async def explain_all(
         ReplayMissError: If an answer is missing in replay mode.
     """
     work = _LatentWork(plan, caller, progress or silent)
-    found = await work.over(latents, work.one, "latents explained")
-    chosen = shuffled([f.latent for f in found if f.status == "done"], "controls")
+    result = await work.over(latents, work.one, "latents explained")
+    chosen = shuffled([f.latent for f in result if f.status == "done"], "controls")
     chosen = sorted(chosen[: plan.n_controls])
-    labels = {f.latent: f.explanation.text for f in found if f.explanation}
+    labels = {f.latent: f.explanation.text for f in result if f.explanation}
     partner = dict(zip(chosen, chosen[1:] + chosen[:1], strict=True)) if len(chosen) > 1 else {}
     subjects = [latent for latent in latents if latent.latent in partner]
     other = {number: labels[partner[number]] for number in partner}
@@ -92,7 +92,7 @@ async def explain_all(
 
     controls = await work.over(subjects, control, "controls scored")
     by_latent = {s.latent: c for s, c in zip(subjects, controls, strict=True)}
-    return [replace(f, controls=by_latent.get(f.latent, {})) for f in found]
+    return [replace(f, controls=by_latent.get(f.latent, {})) for f in result]
 
 
 class _LatentWork:

@@ -172,10 +172,10 @@ class Intruder:
         sets = self.sets(latent)
         if not sets:
             return Score(self.name, 1 / self.size, 0, 0, reason="too few windows for a set")
-        found = await asyncio.gather(*(ask(judge, "intruder", "", items) for items, _ in sets))
+        result = await asyncio.gather(*(ask(judge, "intruder", "", items) for items, _ in sets))
         right = [
             None if answer is None else answer == [place]
-            for answer, (_, place) in zip(found, sets, strict=True)
+            for answer, (_, place) in zip(result, sets, strict=True)
         ]
         known = [r for r in right if r is not None]
         count = len(sets), len(sets) - len(known)
@@ -243,15 +243,17 @@ class Rubric:
 
 def curve(levels: np.ndarray, grades: np.ndarray) -> dict[str, float]:
     """Mean and shares of the grades at each level, and how they go together."""
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     for level in np.unique(levels):
         here = grades[levels == level]
-        found[f"level {level:.0f}"] = float(here.mean())
+        results[f"level {level:.0f}"] = float(here.mean())
         for grade in range(_HIGHEST + 1):
-            found[f"level {level:.0f} grade {grade}"] = float((here == grade).mean())
+            results[f"level {level:.0f} grade {grade}"] = float((here == grade).mean())
     if len(np.unique(levels)) > 1 and len(np.unique(grades)) > 1:
-        found["spearman"] = float(np.corrcoef(stats.rankdata(levels), stats.rankdata(grades))[0, 1])
-    return found
+        results["spearman"] = float(
+            np.corrcoef(stats.rankdata(levels), stats.rankdata(grades))[0, 1]
+        )
+    return results
 
 
 def _mean(values: np.ndarray) -> Interval:
@@ -283,10 +285,10 @@ class Simulation:
             ask(judge, "simulation", explanation, [item([token or " "]) for token in w.tokens])
             for w in windows
         ]
-        found = await asyncio.gather(*asked)
-        predicted = [levels for levels in found if levels is not None]
+        result = await asyncio.gather(*asked)
+        predicted = [levels for levels in result if levels is not None]
         real = [
-            w.activations for w, levels in zip(windows, found, strict=True) if levels is not None
+            w.activations for w, levels in zip(windows, result, strict=True) if levels is not None
         ]
         count = len(windows), len(windows) - len(predicted)
         seed = seed_of("simulation", latent.latent)

@@ -41,7 +41,7 @@ _SCHEMA = pa.schema({
 })  # fmt: skip
 
 
-def summarise(found: Sequence[LatentOutcome], caller: Caller | None) -> dict[str, object]:
+def summarise(results: Sequence[LatentOutcome], caller: Caller | None) -> dict[str, object]:
     """The run in a few figures, failures first.
 
     Means are over the latents with a value; `mean_worst` and `mean_best` are over all latents that
@@ -49,10 +49,10 @@ def summarise(found: Sequence[LatentOutcome], caller: Caller | None) -> dict[str
     one label to many latents, which `n_different_labels` tells. `first_words` has what was first
     said of each way to fail; `all_runs` is what all calls through the same store took.
     """
-    statuses = Counter(f.status for f in found)
-    is_open = [any(f.lost.get(reason) for reason in OPEN) for f in found]
-    reasons = Counter(f.reason.split(":")[0] for f in found if f.status == "failed")
-    labels = {f.explanation.text for f in found if f.status == "done" and f.explanation}
+    statuses = Counter(f.status for f in results)
+    is_open = [any(f.lost.get(reason) for reason in OPEN) for f in results]
+    reasons = Counter(f.reason.split(":")[0] for f in results if f.status == "failed")
+    labels = {f.explanation.text for f in results if f.status == "done" and f.explanation}
     summary: dict[str, object] = {
         "n_failed": statuses["failed"],
         "failed_by_reason": dict(sorted(reasons.items())),
@@ -60,10 +60,10 @@ def summarise(found: Sequence[LatentOutcome], caller: Caller | None) -> dict[str
         "n_insufficient": statuses["insufficient"],
         "n_done": statuses["done"],
         "n_different_labels": len(labels),
-        "scores": _means([f.scores for f in found if f.status == "done"], statuses["failed"]),
+        "scores": _means([f.scores for f in results if f.status == "done"], statuses["failed"]),
         "controls": {
-            name: _means([f.controls[name] for f in found if name in f.controls], 0)
-            for name in sorted({name for f in found for name in f.controls})
+            name: _means([f.controls[name] for f in results if name in f.controls], 0)
+            for name in sorted({name for f in results for name in f.controls})
         },
     }
     if caller is not None:
@@ -115,13 +115,16 @@ def _share(holds: list[bool], n: int) -> float | None:
 
 
 def write_results(
-    directory: Path, found: Sequence[LatentOutcome], summary: Mapping[str, object], stem: str = STEM
+    directory: Path,
+    results: Sequence[LatentOutcome],
+    summary: Mapping[str, object],
+    stem: str = STEM,
 ) -> None:
     """Write STEM.jsonl, STEM.parquet and STEM.json durably and listed, in this order."""
     lines, table, last = (f"{stem}.{end}" for end in ("jsonl", "parquet", "json"))
     seals.remove(directory, (last,))
-    seals.write(directory, {lines: "".join(_line(asdict(f)) for f in found).encode()})
-    rows = pa.Table.from_pylist([_row(f) for f in found], schema=_SCHEMA)
+    seals.write(directory, {lines: "".join(_line(asdict(f)) for f in results).encode()})
+    rows = pa.Table.from_pylist([_row(f) for f in results], schema=_SCHEMA)
     with seals.replacing(directory / table) as unfinished:
         pq.write_table(rows, unfinished, **WRITING)
     seals.write(directory, {last: as_json(summary)})
@@ -146,7 +149,7 @@ def _row(f: LatentOutcome) -> dict[str, object]:
 
 def export_neuronpedia(
     directory: Path,
-    found: Iterable[LatentOutcome],
+    result: Iterable[LatentOutcome],
     latents: Iterable[LatentWindows],
     model_id: str,
     layer_id: str,
@@ -158,7 +161,7 @@ def export_neuronpedia(
 
     Args:
         directory: Where the folder "neuronpedia" is made.
-        found: Results; those without a label are left out of the explanations.
+        result: Results; those without a label are left out of the explanations.
         latents: The windows of the same latents.
         model_id: Neuronpedia's name of the model, such as "gpt2-small".
         layer_id: Its name of the dictionary, such as "6-res-jb".
@@ -170,7 +173,7 @@ def export_neuronpedia(
             "description": f.explanation.text, "typeName": f.explanation.method,
             "explanationModelName": f.explanation.client.split(" ")[-1],
         }
-        for f in found if f.explanation
+        for f in result if f.explanation
     ]  # fmt: skip
     features, activations = [], []
     for latent in latents:
@@ -259,7 +262,7 @@ class SummaryInputs(NamedTuple):
 
 
 def summary_of(
-    found: SummaryInputs,
+    result: SummaryInputs,
     wanted: np.ndarray,
     live: np.ndarray,
     n_rows: tuple[int, int],
@@ -268,13 +271,13 @@ def summary_of(
     """Average over latents.
 
     Args:
-        found: Scores of all latents.
+        result: Scores of all latents.
         wanted: Which were scored.
         live: Which fire at all.
         n_rows: Of the explain and of the score split.
         generator: Of the bootstrap.
     """
-    scores, wide, control, unseen = found
+    scores, wide, control, unseen = result
     auc = scores.auc[wanted]
     n_scored, n_live = int(wanted.sum()), int(live.sum())
     at_floor = FLOOR * (n_live - n_scored)
@@ -317,16 +320,16 @@ def _curve(unseen: HeldOut, wanted: np.ndarray) -> tuple[float, ...]:
 
 def flat(summary: Summary) -> dict[str, object]:
     """The summary as JSON takes it: means as objects, nan, which JSON does not know, as null."""
-    found: dict[str, object] = {}
+    results: dict[str, object] = {}
     for field in dataclasses.fields(summary):
         value = getattr(summary, field.name)
         if isinstance(value, Mean):
-            found[field.name] = {end: known_or_none(n) for end, n in value._asdict().items()}
+            results[field.name] = {end: known_or_none(n) for end, n in value._asdict().items()}
         elif isinstance(value, tuple):
-            found[field.name] = [known_or_none(float(number)) for number in value]
+            results[field.name] = [known_or_none(float(number)) for number in value]
         else:
-            found[field.name] = known_or_none(value) if isinstance(value, float) else value
-    return found
+            results[field.name] = known_or_none(value) if isinstance(value, float) else value
+    return results
 
 
 def known_or_none(value: float) -> float | None:

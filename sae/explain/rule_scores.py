@@ -86,18 +86,18 @@ def score_rules_of(
     rules = {latent: rule_of(labels, latent, names) for latent in latents}
     scored = [latent for latent in latents if rules[latent] is not None]
     partner = dict(zip(scored, scored[1:] + scored[:1], strict=True))
-    found, scorers = [], scorers_of(config.scorers, subject.tools)
+    result, scorers = [], scorers_of(config.scorers, subject.tools)
     for done, latent in enumerate(latents, 1):
         other = rules[partner[latent]] if latent in partner else None
         text = labels.text(latent, names)
-        found.append(
+        result.append(
             _explained(
                 assembler.of(latent), text, rules[latent], other, scorers, config.min_windows
             )
         )
         report(done, len(latents), "rules executed")
-    summary = {**summarise(found, None), "config": asdict(config)}
-    write_results(out_dir, found, summary, STEM)
+    summary = {**summarise(result, None), "config": asdict(config)}
+    write_results(out_dir, result, summary, STEM)
     return summary
 
 

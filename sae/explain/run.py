@@ -155,8 +155,8 @@ def explain_codes(
     active = activity((made_from, scored_on), config.histogram_bins)
     live = active.n_fired > 0
     status = np.where(wanted, "scored", np.where(live, "insufficient", "dead"))
-    found = SummaryInputs(scores, wide, control, unseen)
-    summary = summary_of(found, wanted, live, (made_from.codes.n_rows, codes.n_rows), generator)
+    result = SummaryInputs(scores, wide, control, unseen)
+    summary = summary_of(result, wanted, live, (made_from.codes.n_rows, codes.n_rows), generator)
     paths = (None, None)
     return Explained(
         labels,
@@ -192,14 +192,14 @@ def _baselines(
         rows, n, np.clip(density[places], 1 / len(rows), 0.5).tolist(), config.seed
     )
     codes = [encode_rows(untrained, cache[hook_point], s.ids, report) for s in splits.values()]
-    found = {}
+    results = {}
     for first, name in ((0, "random directions"), (n, "raw neurons")):
         made_from, scored_on = (
             SplitFirings(split, of_split.part(first, first + n), splits[split].text)
             for split, of_split in zip(splits, codes, strict=True)
         )
-        found[name] = explain_codes(made_from, scored_on, explained.names, config, report).summary
-    return found
+        results[name] = explain_codes(made_from, scored_on, explained.names, config, report).summary
+    return results
 
 
 def _contexts(finder: ContextFinder, d_sae: int, progress: Progress) -> Iterator[Context]:

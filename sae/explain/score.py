@@ -101,8 +101,8 @@ async def ask_in_batches(
     batches = [items[first : first + size] for first in range(0, len(items), size)]
     asked = [ask(judge, task, explanation, batch) for batch in batches]
     answers: list[float | None] = []
-    for batch, found in zip(batches, await asyncio.gather(*asked), strict=True):
-        answers += [None] * len(batch) if found is None else found
+    for batch, result in zip(batches, await asyncio.gather(*asked), strict=True):
+        answers += [None] * len(batch) if result is None else result
     return answers
 
 

@@ -115,7 +115,7 @@ def top_words(
     narrow[kept] = np.arange(len(kept))
     columns = narrow[values]
     shape = (codes.d_sae, n_words)
-    found = TopWords(
+    result = TopWords(
         np.full(shape, -1, np.int32), np.zeros(shape, np.int64), np.zeros(shape, np.int64),
         np.zeros(shape),
     )  # fmt: skip
@@ -123,10 +123,10 @@ def top_words(
     for first in range(0, codes.d_sae if len(kept) else 0, step):
         last = min(first + step, codes.d_sae)
         joint = _joint_counts(codes, columns, len(kept), first, last)
-        part = TopWords(*(array[first:last] for array in found))
+        part = TopWords(*(array[first:last] for array in result))
         _fill_best(part, joint, codes.n_fired[first:last], present[kept], codes.n_rows)
-    found.value[:] = np.where(found.value >= 0, kept[found.value] if len(kept) else -1, -1)
-    return found
+    result.value[:] = np.where(result.value >= 0, kept[result.value] if len(kept) else -1, -1)
+    return result
 
 
 def _joint_counts(

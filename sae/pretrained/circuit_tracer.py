@@ -127,8 +127,8 @@ def _activation(files: Files, k: Tensor | None, threshold: Tensor | None) -> Act
 def _k_beside(files: Files) -> int:
     """The k of a config that says top-k, as circuit-tracer's own reader takes it; 0 without."""
     texts = [files.text(name) for name in CONFIGS if files.has_beside(name)]
-    found = {int(k) for text in texts if SAYS_TOPK.search(text) for k in K.findall(text)}
-    return found.pop() if len(found) == 1 else 0
+    results = {int(k) for text in texts if SAYS_TOPK.search(text) for k in K.findall(text)}
+    return results.pop() if len(results) == 1 else 0
 
 
 def _check_orientation(files: Files, d: int, d_sae: int) -> None:

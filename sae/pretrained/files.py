@@ -79,10 +79,10 @@ class Files:
         """The name of the file that was given, or of the one .pt file in the directory."""
         if not self.path.is_dir():
             return self.path.name
-        found = sorted(p.name for p in self.path.iterdir() if p.suffix in PICKLED)
-        if len(found) != 1:
-            raise DictionaryFormatError(f"{self.path} must hold one .pt file, got {found}")
-        return found[0]
+        results = sorted(p.name for p in self.path.iterdir() if p.suffix in PICKLED)
+        if len(results) != 1:
+            raise DictionaryFormatError(f"{self.path} must hold one .pt file, got {results}")
+        return results[0]
 
     def json(self, name: str) -> dict[str, object]:
         """Read a JSON object of at most 1 MiB, in which no key stands twice."""

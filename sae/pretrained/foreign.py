@@ -204,19 +204,19 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Ten
     what = f"{path}, array {member.filename}"
     with archive.open(member) as stream:
         start = stream.read(len(MAGIC) + 2)
-        found = HEADER.fullmatch(stream.read(int.from_bytes(start[-2:], "little")))
-        if not start.startswith(MAGIC) or found is None:
+        result = HEADER.fullmatch(stream.read(int.from_bytes(start[-2:], "little")))
+        if not start.startswith(MAGIC) or result is None:
             raise DictionaryFormatError(f"{what} must have a plain npy header, got another")
-        if (descr := found[1].decode()) not in DTYPES:
+        if (descr := result[1].decode()) not in DTYPES:
             raise DictionaryFormatError(
                 f"{what} must hold numbers, got {descr!r}; pickled objects are never read"
             )
-        shape = tuple(int(length) for length in NUMBER.findall(found[3]))
+        shape = tuple(int(length) for length in NUMBER.findall(result[3]))
         size = math.prod(shape) * np.dtype(descr).itemsize
         data = stream.read(size) if size <= member.file_size else b""
         if len(data) != size or stream.read(1):
             raise DictionaryFormatError(f"{what} must hold {shape} numbers, got another size")
-    array = np.frombuffer(data, descr).reshape(shape, order="F" if found[2] == b"True" else "C")
+    array = np.frombuffer(data, descr).reshape(shape, order="F" if result[2] == b"True" else "C")
     return torch.from_numpy(array.copy())
 
 

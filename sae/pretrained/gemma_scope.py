@@ -108,13 +108,13 @@ def site_of(path: Path, d_sae: int) -> dict[str, str]:
         DictionaryFormatError: If the width in the path is not that of the weights.
     """
     parts = path.absolute().as_posix()
-    found = {key: match[1] for key, p in IN_PATH.items() if (match := p.search(parts))}
-    width = WIDTH.fullmatch(found.get("width", ""))
+    results = {key: match[1] for key, p in IN_PATH.items() if (match := p.search(parts))}
+    width = WIDTH.fullmatch(results.get("width", ""))
     if width and round(d_sae / (1 << {"k": 10, "m": 20}[width[2]])) not in _near(int(width[1])):
         raise DictionaryFormatError(
-            f"the path must have the width of the weights, {d_sae:,}, got {found['width']}"
+            f"the path must have the width of the weights, {d_sae:,}, got {results['width']}"
         )
-    return found
+    return results
 
 
 def slices(

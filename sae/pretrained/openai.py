@@ -68,7 +68,7 @@ def _activation(values: Fields) -> ReLU | TopK:
         return ReLU()
     for key in RELU_KEYS:
         values.word(key, ("ReLU",), "ReLU")
-    found = [key for key in K_KEYS if key in values]
-    if not found:
+    results = [key for key in K_KEYS if key in values]
+    if not results:
         raise DictionaryFormatError(f"a TopK dictionary must have {K_KEYS[0]}, got none")
-    return TopK(k=values.whole(found[0]))
+    return TopK(k=values.whole(results[0]))

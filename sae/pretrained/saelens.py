@@ -214,8 +214,8 @@ def _norm(cfg: Fields) -> str:
 def _input_scale(cfg: Fields, files: Files) -> float:
     """The one number that a file still needs if its norm was not folded into it."""
     norm = cfg.word("normalize_activations")
-    found = Fields(files.json(SCALER), SCALER) if files.has(SCALER) else Fields({}, SCALER)
-    factor = found.number("scaling_factor") if "scaling_factor" in found else None
+    result = Fields(files.json(SCALER), SCALER) if files.has(SCALER) else Fields({}, SCALER)
+    factor = result.number("scaling_factor") if "scaling_factor" in result else None
     if norm == EXPECTED and factor is None and files.stated.input_scale:
         return files.stated.input_scale
     if norm == EXPECTED and factor is None:

@@ -61,13 +61,13 @@ def published(site: dict[str, str], given: str | None) -> Published:
     known = {"l0": stated, "fvu": site.get("fvu")}
     text = given or ",".join(f"{name}={value}" for name, value in known.items() if value)
     parts = [part.partition("=") for part in text.split(",") if part]
-    found = {name: _number(value) for name, _, value in parts}
-    if not found or not found.keys() <= set(Published._fields) or min(found.values()) <= 0:
+    results = {name: _number(value) for name, _, value in parts}
+    if not results or not results.keys() <= set(Published._fields) or min(results.values()) <= 0:
         raise DictionaryFormatError(
             "the published figures must be positive numbers such as l0=50,fvu=0.2, from its files "
             f"or by --published, got {text!r}"
         )
-    return Published(**found)
+    return Published(**results)
 
 
 def _number(text: str) -> float:
@@ -103,11 +103,11 @@ def measure(reading: str, dictionary: SparseAutoencoder, pairs: Iterable[Pair]) 
     return ReadingFigures(reading, l0.mean, fvu.compute(), control.compute(), n_rows)
 
 
-def meets(found: ReadingFigures, stated: Published) -> bool:
+def meets(result: ReadingFigures, stated: Published) -> bool:
     """Whether a reading gives the published figures and a permuted decoder does not."""
-    l0 = stated.l0 is None or abs(found.l0 - stated.l0) <= L0_WITHIN * stated.l0
-    fvu = stated.fvu is None or found.fvu <= (1 + FVU_WITHIN) * stated.fvu
-    return l0 and fvu and found.fvu_permuted >= CONTROL * found.fvu
+    l0 = stated.l0 is None or abs(result.l0 - stated.l0) <= L0_WITHIN * stated.l0
+    fvu = stated.fvu is None or result.fvu <= (1 + FVU_WITHIN) * stated.fvu
+    return l0 and fvu and result.fvu_permuted >= CONTROL * result.fvu
 
 
 def _check_widths(dictionary: SparseAutoencoder, pairs: list[Pair]) -> None:

@@ -114,8 +114,8 @@ def ablation_effects(
         taken = torch.stack([_contribution(placed, seen, *entry) for entry in part])
         moved = torch.zeros(len(part), *seen.x.shape[:1], taken.shape[1]).to(taken)
         moved[range(len(part)), [position for position, _ in part]] = -taken
-        found, _ = _metric(model, placed, seen.ids.expand(len(part), -1), metric, moved)
-        effects.append(base[0] - found)
+        result, _ = _metric(model, placed, seen.ids.expand(len(part), -1), metric, moved)
+        effects.append(base[0] - result)
         progress(start + len(part), len(entries), "ablations")
     return torch.cat(effects)
 
@@ -152,14 +152,14 @@ def agreement(
         seed: Decides which, where more fire.
         progress: Called after each forward.
     """
-    found = attribute(model, placed, input_ids, metric)
-    fires = (found.latents.values != 0).nonzero()
+    result = attribute(model, placed, input_ids, metric)
+    fires = (result.latents.values != 0).nonzero()
     fires = fires[torch.randperm(len(fires), generator=torch.Generator().manual_seed(seed))[:n]]
     position, place = fires.unbind(dim=1)
-    numbers = found.latents.indices[position, place]
+    numbers = result.latents.indices[position, place]
     entries = list(zip(position.tolist(), numbers.tolist(), strict=True))
     effects = ablation_effects(model, placed, input_ids, metric, entries, progress=progress)
-    scores, values = (t[position, place] for t in (found.scores, found.latents.values))
+    scores, values = (t[position, place] for t in (result.scores, result.latents.values))
     return AttributionAgreement(_pearson(scores, effects), _pearson(values, effects), len(entries))
 
 
@@ -212,9 +212,9 @@ def integrated_gradients(
     scores = _along(placed, seen, mean)
     ends = torch.stack([torch.zeros_like(whole), -whole])
     with torch.no_grad():
-        found, _ = _metric(model, placed, seen.ids.expand(2, -1), metric, ends)
-    difference = float(found[0] - found[1])
-    attribution = Attribution(seen.latents, scores, float(found[0]))
+        result, _ = _metric(model, placed, seen.ids.expand(2, -1), metric, ends)
+    difference = float(result[0] - result[1])
+    attribution = Attribution(seen.latents, scores, float(result[0]))
     return PathAttribution(attribution, float(scores.sum()), difference)
 
 
@@ -289,9 +289,9 @@ def _gradient(
     moved: Float[Tensor, "*example"],
 ) -> tuple[Float[Tensor, "example pos d_out"], list[float]]:
     with torch.enable_grad():
-        found, leaf = _metric(model, placed, ids, metric, moved)
-        (gradient,) = torch.autograd.grad(found.sum(), leaf)
-    return gradient, found.detach().tolist()
+        result, leaf = _metric(model, placed, ids, metric, moved)
+        (gradient,) = torch.autograd.grad(result.sum(), leaf)
+    return gradient, result.detach().tolist()
 
 
 def _pearson(a: Float[Tensor, " k"], b: Float[Tensor, " k"]) -> float:
@@ -387,5 +387,5 @@ def random_direction(
     like: Float[Tensor, " d_model"], generator: torch.Generator
 ) -> Float[Tensor, " d_model"]:
     """A random vector with the norm of another one, uniform over directions."""
-    found = torch.randn(like.shape, generator=generator).to(like)
-    return found / found.norm() * like.norm()
+    result = torch.randn(like.shape, generator=generator).to(like)
+    return result / result.norm() * like.norm()

@@ -60,10 +60,10 @@ def named(candidates: Sequence[Candidate], latent: int) -> list[Candidate]:
     Raises:
         ValueError: If there is none.
     """
-    found = [candidate for candidate in candidates if candidate.latent == latent]
-    if not found:
+    results = [candidate for candidate in candidates if candidate.latent == latent]
+    if not results:
         raise MonosemaError(f"latent must be one of the labelled ones, got {latent}")
-    return found
+    return results
 
 
 def fit_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -96,8 +96,8 @@ def target_tokens(
     any text holds these.
     """
     whole = [word for word in words if len(word) >= 4 and word.isalpha()]
-    found = [_forms(tokenizer, word) for word in whole]
-    rare = (ids for ids in found if not set(ids) & set(common))
+    results = [_forms(tokenizer, word) for word in whole]
+    rare = (ids for ids in results if not set(ids) & set(common))
     return tuple(dict.fromkeys(token for ids in rare for token in ids))
 
 
@@ -261,16 +261,16 @@ def _try(
             max_new_tokens=config.max_new_tokens,
             chat=config.chat,
         )
-    return [_trial(c, found, base) for c, found in zip(candidates, texts, strict=True)]
+    return [_trial(c, result, base) for c, result in zip(candidates, texts, strict=True)]
 
 
-def _trial(candidate: Candidate, found: Generation, base: Generation) -> Trial:
-    brought = set(candidate.targets) & set(found.tokens) - set(base.tokens)
+def _trial(candidate: Candidate, result: Generation, base: Generation) -> Trial:
+    brought = set(candidate.targets) & set(result.tokens) - set(base.tokens)
     return Trial(
         candidate=candidate,
-        text=found.text,
+        text=result.text,
         brought=tuple(sorted(brought)),
-        repeated=repeated_share(found.tokens),
+        repeated=repeated_share(result.tokens),
     )
 
 

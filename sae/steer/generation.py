@@ -68,8 +68,8 @@ def generate(
             not predict the next token.
     """
     options = {"max_new_tokens": max_new_tokens, "use_cache": use_cache, "chat": chat}
-    (found,) = generate_copies(model, tokenizer, prompt, 1, **options)
-    return found
+    (result,) = generate_copies(model, tokenizer, prompt, 1, **options)
+    return result
 
 
 def generate_copies(

@@ -332,10 +332,10 @@ def _require_widths(applied: Applied, place: Place, x: Tensor, stream: Tensor) -
         widths = [
             (place[0], config.d_in, x.shape[-1]), (place[1], config.width_out, stream.shape[-1])
         ]  # fmt: skip
-    for point, made_for, found in widths:
-        if made_for != found:
+    for point, made_for, result in widths:
+        if made_for != result:
             raise MonosemaError(
-                f"a change at {point} must be made for its width, {found} in this model, got one "
+                f"a change at {point} must be made for its width, {result} in this model, got one "
                 f"for {made_for}; it belongs to another model or place"
             )
 

@@ -120,9 +120,9 @@ def test_a_converted_model_has_the_weights_and_tokens_of_the_file(
 ):
     loaded = load_model(ModelConfig(path=str(gguf_path), sha256=sha256(gguf_path)))
     expected = {name: w.bfloat16() for name, w in llama.state_dict().items()}
-    found = loaded.model.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    result = loaded.model.state_dict()
+    assert result.keys() == expected.keys()
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
     assert loaded.model.config.rms_norm_eps == pytest.approx(1e-5)
     text = "Aeio bund, lo tis \n\n Emug?"
     assert loaded.tokenizer(text).input_ids == tiny_tokenizer(text).input_ids
@@ -182,9 +182,9 @@ def test_a_damaged_conversion_is_made_again(cache, gguf_path, damage):
 def test_two_processes_do_not_collide(cache, gguf_path):
     context = multiprocessing.get_context("spawn")
     with context.Pool(2) as pool:
-        found = pool.starmap(conversion.converted, [(gguf_path, sha256(gguf_path))] * 2)
-    assert found == [cache / "models" / sha256(gguf_path)] * 2
-    assert conversion.is_complete(found[0])
+        result = pool.starmap(conversion.converted, [(gguf_path, sha256(gguf_path))] * 2)
+    assert result == [cache / "models" / sha256(gguf_path)] * 2
+    assert conversion.is_complete(result[0])
     assert [path.name for path in (cache / "models").iterdir()] == [sha256(gguf_path)]
 
 

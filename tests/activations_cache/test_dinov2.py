@@ -82,9 +82,9 @@ def test_an_exported_model_is_the_model(tmp_path: Path):
         model.embeddings.mask_token.zero_()
     loaded = load_vision_model(ModelConfig(path=str(exported(model, tmp_path)), dtype="float32"))
     expected = model.state_dict()
-    found = loaded.model.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    result = loaded.model.state_dict()
+    assert result.keys() == expected.keys()
+    assert all(torch.equal(result[name], weight) for name, weight in expected.items())
     assert (loaded.reading.patch, loaded.reading.image_size, loaded.reading.n_prefix) == (7, 21, 1)
     assert (loaded.settings.size, loaded.settings.shortest_edge) == (224, 256)
 
@@ -194,9 +194,9 @@ def test_its_rows_are_the_hidden_states_of_the_drawings(
     for name, layer in (("encoder.layer.8:out", 9), ("encoder.layer.9:out", 10)):
         for index, example in enumerate(needed.tolist()):
             expected = hidden[layer][index, refs.position[at == example]]
-            found = cache[name][rows[at == example]]
+            result = cache[name][rows[at == example]]
             # The cache is in bfloat16, of which the last bit is 2^-8.
-            assert torch.allclose(found, expected, rtol=2**-8, atol=1e-3)
+            assert torch.allclose(result, expected, rtol=2**-8, atol=1e-3)
 
 
 @real

@@ -216,8 +216,8 @@ def test_other_ways_to_fill_the_cache_keep_the_positions_of_text(causal_model, w
     mask = torch.ones_like(x)
     mask[0, :3] = 0
     expected, _ = generate(causal_model, x, attention_mask=mask, do_sample=False, use_cache=False)
-    found, recorder = generate(causal_model, x, attention_mask=mask, do_sample=False, **way)
-    assert found.tolist() == expected.tolist()
+    result, recorder = generate(causal_model, x, attention_mask=mask, do_sample=False, **way)
+    assert result.tolist() == expected.tolist()
     positions = torch.cat(recorder.positions, dim=1)
     assert positions[0, 3:].tolist() == list(range(20))
     assert positions[0, :3].max() <= 0

@@ -112,8 +112,8 @@ def test_ids_are_read_as_they_are(tmp_path: Path, form: str):
         with new(str(file), table.schema) as writer:
             writer.write_table(table)
     source = TextSource(path=str(file), field="input_ids")
-    found = list(documents(source))
-    assert [(d.text, d.kind) for d in found[:2]] == [("1 5 6 7", "ids"), ("1 6 6 7", "ids")]
+    results = list(documents(source))
+    assert [(d.text, d.kind) for d in results[:2]] == [("1 5 6 7", "ids"), ("1 6 6 7", "ids")]
     config = TextConfig(sources=(source,), context=4, attention="document")
     packed = pack(config, tokenizer, n_rows=20, n_ids=len(tokenizer))
     assert (packed.tokens[:, 0] == 1).all()
@@ -129,8 +129,8 @@ def test_records_without_text_are_skipped_and_counted(
     lines = [{"text": "one"}, {"text": None}, {"other": 1}, {"text": float("nan")}, {"text": "two"}]
     file.write_text("\n".join(map(json.dumps, lines)))
     with caplog.at_level(logging.WARNING):
-        found = list(documents(TextSource(path=str(file))))
-    assert [(d.id, d.text) for d in found] == [("a:0", "one"), ("a:4", "two")]
+        results = list(documents(TextSource(path=str(file))))
+    assert [(d.id, d.text) for d in results] == [("a:0", "one"), ("a:4", "two")]
     assert "3 records have nothing in field 'text'" in caplog.text
     assert "the first is record 2" in caplog.text
 

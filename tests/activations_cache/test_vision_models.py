@@ -99,9 +99,9 @@ def test_the_tower_is_loaded_alone_with_its_own_weights(kind: str, tmp_path: Pat
     with capture(theirs, [sites(theirs)[9]]) as run:
         [expected] = run(pixels(SIZE)).values()
     with capture(loaded.model, [sites(loaded.model)[9]]) as run:
-        [found] = run(pixels(SIZE)).values()
-    assert torch.equal(found, expected)
-    assert found.std() > 0.1
+        [result] = run(pixels(SIZE)).values()
+    assert torch.equal(result, expected)
+    assert result.std() > 0.1
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -111,9 +111,9 @@ def test_the_stream_has_the_positions_that_are_told(kind: str, tmp_path: Path):
     for size in (SIZE, SIZE + PATCH):
         n_positions = loaded.reading.n_positions(size)
         assert n_positions == FAMILIES[kind][3] + (size // PATCH) ** 2
-        found = streams(loaded, size)
-        assert len(found) > 9
-        assert {tuple(s.shape) for s in found} == {(2, n_positions, D_MODEL)}
+        result = streams(loaded, size)
+        assert len(result) > 9
+        assert {tuple(s.shape) for s in result} == {(2, n_positions, D_MODEL)}
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "Dinov2WithRegistersModel", "SiglipVisionModel"])

@@ -59,14 +59,14 @@ def test_a_row_and_tables_hold_every_seed(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("file", ["smollm2", "dinov2"])
 def test_entries_are_the_recipes_of_the_files_of_their_names(repository, file):
-    found = load(RunConfig, repository / "configs" / "compare" / f"{file}.yaml").train.saes
-    names = {name.rpartition("-")[0] for name in found}
-    assert len(found) == 18
+    result = load(RunConfig, repository / "configs" / "compare" / f"{file}.yaml").train.saes
+    names = {name.rpartition("-")[0] for name in result}
+    assert len(result) == 18
     assert len(names) == 6
     for name in names - {"frozen_decoder"}:
         recipe, *_ = load(RunConfig, repository / "configs" / f"{name}.yaml").train.saes.values()
         for seed in range(3):
-            entry = found[f"{name}-seed{seed}"]
+            entry = result[f"{name}-seed{seed}"]
             assert entry.seed == seed
             assert stripped(entry) == stripped(recipe)
 

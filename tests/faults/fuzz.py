@@ -73,10 +73,10 @@ def changed_record(draw, record):
     """Up to three entries have another value, are gone, or are new."""
     record = copy.deepcopy(record)
     for _ in range(draw(st.integers(1, 3))):
-        found = list(places(record))
-        if not found:
+        results = list(places(record))
+        if not results:
             break
-        *path, last = draw(st.sampled_from(found))
+        *path, last = draw(st.sampled_from(results))
         owner = record
         for key in path:
             owner = owner[key]
@@ -172,11 +172,11 @@ def main(scratch: Path, n: int, names: list[str]) -> int:
     logging.disable()
     make(scratch)
     try:
-        found = {name: fuzzed(scratch, name, n) for name in names}
+        results = {name: fuzzed(scratch, name, n) for name in names}
     except Exception:  # noqa: BLE001
         sys.stderr.write(traceback.format_exc())
         return 1
-    sys.stdout.write(json.dumps(found))
+    sys.stdout.write(json.dumps(results))
     return 0
 
 

@@ -142,11 +142,11 @@ def flip(kept: Kept, run: Path, n: int, made: random.Random) -> dict[str, int]:
         changed[bit // 8] ^= 1 << bit % 8
         file.write_bytes(changed)
         try:
-            found = kept.read(run)
+            result = kept.read(run)
         except MonosemaError as error:
             outcome["refused" if file.name in str(error) else "wrong"] += 1
         else:
-            outcome["mended" if kept.mended and found in (good, None) else "wrong"] += 1
+            outcome["mended" if kept.mended and result in (good, None) else "wrong"] += 1
         finally:
             file.write_bytes(data)
     assert kept.read(run) == good
@@ -158,10 +158,10 @@ def flip(kept: Kept, run: Path, n: int, made: random.Random) -> dict[str, int]:
 )
 def test_a_flipped_bit_is_refused_by_name_or_mended(done, form, figure):
     made, n = random.Random(form), -(-N_FLIPS[form] // len(FILES))
-    found = {f"{i} {kept.file}": flip(kept, done, n, made) for i, kept in enumerate(FILES)}
-    wrong = {name: outcome for name, outcome in found.items() if outcome["wrong"]}
+    results = {f"{i} {kept.file}": flip(kept, done, n, made) for i, kept in enumerate(FILES)}
+    wrong = {name: outcome for name, outcome in results.items() if outcome["wrong"]}
     assert not wrong
-    total = sum(o["refused"] + o["mended"] for o in found.values())
+    total = sum(o["refused"] + o["mended"] for o in results.values())
     assert total >= N_FLIPS[form]
     figure("R5", f"{total:,} flipped bits in results: {total:,} refused by name, or mended")
 

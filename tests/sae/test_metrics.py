@@ -115,10 +115,10 @@ def test_fvu_of_each_dimension_is_that_of_its_column():
     metric = FVU()
     for part in range(0, 101, 17):
         metric.update(x[part : part + 17], x_hat[part : part + 17])
-    found = metric.per_dimension()
+    result = metric.per_dimension()
     for i in (0, 1, 2, 4):
-        assert found[i] == pytest.approx(fvu(x[:, i : i + 1], x_hat[:, i : i + 1]), rel=1e-9)
-    assert not found[3].isfinite()
+        assert result[i] == pytest.approx(fvu(x[:, i : i + 1], x_hat[:, i : i + 1]), rel=1e-9)
+    assert not result[3].isfinite()
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_what_other_projects_call_variance_explained(far_from_zero, predict, of_
     nmse = 1 - (error / square.sum(1)).mean()
     overcomplete = 1 - error.sum() / (x - x.mean()).square().sum()
     dictionary_learning = 1 - (x - x_hat).var(0).sum() / x.var(0).sum()
-    found = [float(v) for v in (saelens, msae, nmse, overcomplete, dictionary_learning)]
-    assert found == pytest.approx(of_peers, abs=0.012)
+    results = [float(v) for v in (saelens, msae, nmse, overcomplete, dictionary_learning)]
+    assert results == pytest.approx(of_peers, abs=0.012)
 
 
 def test_merging_with_nothing_changes_nothing():
@@ -277,8 +277,8 @@ def test_ce_recovered(spliced, recovered):
 
 def test_ce_recovered_of_tensors_is_that_of_their_entries():
     spliced, ablated = torch.tensor([4.0, 9.0, 4.5, 4.0]), torch.tensor([9.0, 9.0, 9.0, 4.0])
-    found = ce_recovered(torch.full((4,), 4.0), spliced, ablated)
-    assert found.tolist() == pytest.approx([1.0, 0.0, 0.9, math.nan], nan_ok=True)
+    result = ce_recovered(torch.full((4,), 4.0), spliced, ablated)
+    assert result.tolist() == pytest.approx([1.0, 0.0, 0.9, math.nan], nan_ok=True)
 
 
 def test_ce_recovered_is_nan_where_the_ablation_changes_nothing():

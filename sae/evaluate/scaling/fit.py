@@ -201,7 +201,7 @@ def _fit(
     losses = np.log([run.loss for run in runs])
     theta = min(
         (_minimum(law, start, points, losses) for start in law.starts(float(losses.min()))),
-        key=lambda found: found[1],
+        key=lambda result: result[1],
     )[0]
     thetas = [theta]
     while len(thetas) <= again.n:
@@ -211,13 +211,13 @@ def _fit(
             again.progress(len(thetas) - 1, again.n, "resamples")
     columns = np.array([law.figures(t) for t in thetas]).T
     error = law.log_loss(theta, points) - losses
-    found = FittedLaw(
+    result = FittedLaw(
         law=law,
         figures={name: fitted(of_one) for name, of_one in zip(law.names, columns, strict=True)},
         theta=theta,
         residual=float(np.sqrt(np.mean(error**2))),
     )
-    return found, np.array(thetas)
+    return result, np.array(thetas)
 
 
 def _minimum(
@@ -226,7 +226,7 @@ def _minimum(
     points: Float64[np.ndarray, "run 2"],
     losses: Float64[np.ndarray, " run"],
 ) -> tuple[np.ndarray, float]:
-    found = least_squares(
+    result = least_squares(
         lambda theta: law.log_loss(theta, points) - losses,
         start,
         loss="huber",
@@ -236,7 +236,7 @@ def _minimum(
         ftol=1e-12,
         gtol=1e-12,
     )
-    return found.x, float(found.cost)
+    return result.x, float(result.cost)
 
 
 def _optimum(law: FittedLaw, thetas: Float64[np.ndarray, "resample k"], compute: float) -> Optimum:
@@ -252,22 +252,22 @@ def _optimum(law: FittedLaw, thetas: Float64[np.ndarray, "resample k"], compute:
 
 def _with_warnings(law: FittedLaw, optimum: Optimum, runs: Sequence[FinishedRun]) -> FittedLaw:
     """Say where the law is no more than a guess."""
-    found = []
+    results = []
     for name, at, tried in (
         ("width", optimum.d_sae.value, [run.d_sae for run in runs]),
         ("rows", optimum.rows.value, [run.rows for run in runs]),
     ):
         if not min(tried) < at < max(tried):
-            found.append(
+            results.append(
                 f"the best {name} at the median compute, {at:.4g}, is not inside the grid "
                 f"({min(tried):.4g} to {max(tried):.4g}): the optimum is extrapolated; extend it"
             )
-    found += [
+    results += [
         f"the interval of {name} reaches 0: the runs do not show that it matters"
         for name in ("a", "b")
         if not law.figures[name].low > 0
     ]
-    return FittedLaw(**{**vars(law), "warnings": tuple(found)})
+    return FittedLaw(**{**vars(law), "warnings": tuple(results)})
 
 
 def draw(laws: Laws, path: str | Path) -> Path | None:

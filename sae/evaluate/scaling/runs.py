@@ -58,16 +58,16 @@ def read_runs(paths: Sequence[str | Path]) -> list[FinishedRun]:
         FileNotFoundError: If a path is missing.
         ValueError: If it holds something else.
     """
-    found: list[FinishedRun] = []
+    results: list[FinishedRun] = []
     for path in map(Path, paths):
         try:
             records = _of_directory(path) if path.is_dir() else _of_file(path)
-            found += [_run(record) for record in records]
+            results += [_run(record) for record in records]
         except (KeyError, TypeError, ValueError) as problem:
             raise MonosemaError(
                 f"{path} must hold runs (d_sae, rows, loss), got a problem: {problem}"
             ) from problem
-    return found
+    return results
 
 
 def _of_file(path: Path) -> list[dict[str, Any]]:

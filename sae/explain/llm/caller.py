@@ -154,7 +154,7 @@ class Caller:
             again = replace(request, seed=request.seed + attempt, temperature=warm, max_tokens=room)
             try:
                 response = await self._answer(again)
-                found = read(_usable(response))
+                result = read(_usable(response))
             except CallFailedError as error:
                 self._count(error)
                 failure = error
@@ -164,7 +164,7 @@ class Caller:
                     room = max(room, min(max(8 * room, _MORE_ROOM), self.config.longest_answer))
             else:
                 self._succeeded(request, room)
-                return found
+                return result
         assert failure is not None
         if is_last or failure.reason != "context":
             self._lose(request, failure)
@@ -219,10 +219,10 @@ class Caller:
     async def _answer(self, request: Request) -> Response:
         question = canonical(self.client.name, request)
         key = key_of(question)
-        found = None if self.cache is None else self.cache.get(key)
-        if found is not None:
+        result = None if self.cache is None else self.cache.get(key)
+        if result is not None:
             self.n_cached += 1
-            return found
+            return result
         if self.config.cache_mode == "replay":
             refusal = None if self.cache is None else self.cache.refused(key)
             if refusal is not None:

@@ -180,17 +180,17 @@ def wanted_wait(headers: Mapping[str, str], words: str, now: float | None = None
         now: Seconds since 1970; the clock's when absent.
     """
     now = time.time() if now is None else now
-    found = _milliseconds(headers.get("retry-after-ms"))
-    if found is None:
-        found = _until(headers.get("retry-after"), now)
-    if found is None:
-        found = _reset(headers, now)
-    if found is None:
+    result = _milliseconds(headers.get("retry-after-ms"))
+    if result is None:
+        result = _until(headers.get("retry-after"), now)
+    if result is None:
+        result = _reset(headers, now)
+    if result is None:
         for long, short in _LONG_UNITS:
             words = long.sub(short, words)
         said = _SAID.search(words)
-        found = None if said is None else _duration(said[1])
-    return None if found is None or math.isnan(found) else max(found, 0.0)
+        result = None if said is None else _duration(said[1])
+    return None if result is None or math.isnan(result) else max(result, 0.0)
 
 
 def _reset(headers: Mapping[str, str], now: float) -> float | None:
@@ -219,9 +219,9 @@ def _until(text: str | None, now: float) -> float | None:
         if value > 1e11:
             return value / 1000 - now
         return value - now if value > 1e9 else value
-    found = _duration(text)
-    if found is not None:
-        return found
+    result = _duration(text)
+    if result is not None:
+        return result
     try:
         return parsedate_to_datetime(text).timestamp() - now
     except (TypeError, ValueError, OverflowError):

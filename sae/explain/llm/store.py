@@ -340,8 +340,8 @@ class AnswerCache:
         if not self._has_refusals:  # a file of an older version
             return None
         with usable(self.path):
-            found = "SELECT reason, words FROM refusals WHERE key = ?"
-            row = self._file.execute(found, (key,)).fetchone()
+            result = "SELECT reason, words FROM refusals WHERE key = ?"
+            row = self._file.execute(result, (key,)).fetchone()
             return None if row is None else CallFailedError(*row)
 
     def put_refusal(self, key: str, error: CallFailedError) -> None:
@@ -353,8 +353,8 @@ class AnswerCache:
     def learned(self, client: str) -> dict[str, Any]:
         """What an earlier process learned of a service."""
         with usable(self.path):
-            found = "SELECT form FROM learned WHERE client = ?"
-            row = self._file.execute(found, (client,)).fetchone()
+            result = "SELECT form FROM learned WHERE client = ?"
+            row = self._file.execute(result, (client,)).fetchone()
             name = f"what {client} takes in {self.path}"
             return {} if row is None else unseal(row[0].encode(), name)
 

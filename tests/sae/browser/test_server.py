@@ -59,9 +59,9 @@ def ask(
         connection.putheader(name, value)
     connection.endheaders()
     answer = connection.getresponse()
-    found = (answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+    results = (answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
     connection.close()
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ def test_search_finds_labels_words_tokens_and_numbers(reader: Any, example: Path
     reader.write("RIVER")
     reader.run("router.dictionaries.get('d0').searchable()")
     reader.frames()
-    found = reader.run(LABELS)
-    assert found
-    assert len(found) < len(everything)
+    result = reader.run(LABELS)
+    assert result
+    assert len(result) < len(everything)
     texts = reader.run("router.dictionaries.get('d0').lines.text").split("\n")
     expected = {i for i, line in enumerate(texts) if "river" in line}
     assert set(reader.run(NUMBERS)) <= expected

@@ -34,12 +34,12 @@ STATEMENT = re.compile(r"MONOSEMA\.put\((\"[^\"]*\"),'([^']*)'\)\n")
 def read(folder: Path, key: str) -> Any:
     """A data file as a browser reads it: a string of JavaScript, then JSON."""
     text = (folder / "data" / f"{key}.js").read_text(encoding="utf-8")
-    found = STATEMENT.fullmatch(text)
-    assert found is not None, key
-    assert json.loads(found[1]) == key
+    result = STATEMENT.fullmatch(text)
+    assert result is not None, key
+    assert json.loads(result[1]) == key
     # Within single quotes only backslashes are escaped, each by another one.
-    assert "\\" not in re.sub(r"\\\\", "", found[2])
-    return json.loads(found[2].replace("\\\\", "\\"))
+    assert "\\" not in re.sub(r"\\\\", "", result[2])
+    return json.loads(result[2].replace("\\\\", "\\"))
 
 
 def numbers(kind: str, text: str) -> list[Any]:
@@ -114,8 +114,8 @@ def test_values_come_back_exactly(tmp_path: Path) -> None:
     folder = write_site(one((latent,)), tmp_path / "out").parent
     assert read(folder, "index")["dictionaries"][0]["parts"] == [1]
     assert not (folder / "data" / "d0" / "latents" / "0.js").exists()
-    found = read(folder, "d0/latents/1")
-    strings, known = found["strings"], found["latents"]
+    result = read(folder, "d0/latents/1")
+    strings, known = result["strings"], result["latents"]
     assert [entry is None for entry in known] == [True, True, False] + [True] * 61
     shown = known[2]
     assert shown["label"] == NASTY

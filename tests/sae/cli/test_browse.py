@@ -48,19 +48,19 @@ def run(tiny_model_dir: Path) -> Run:
 @torch.no_grad()
 def test_a_text_gives_the_latents_of_each_token(run: Run) -> None:
     text = "She came home and read the letter."
-    found = PromptReader(run)("topk", text)
+    result = PromptReader(run)("topk", text)
     ids = run.loaded.tokenizer(text)["input_ids"]
-    assert len(found.tokens) == len(found.fires) == len(ids) > 4
-    assert "".join(found.tokens).endswith("letter.")
+    assert len(result.tokens) == len(result.fires) == len(ids) > 4
+    assert "".join(result.tokens).endswith("letter.")
     states = run.loaded.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
     dense = run.dictionaries["topk"].encode_dense(states[2][0])
-    assert found.skipped == 2
-    assert found.fires[:2] == ((), ())
+    assert result.skipped == 2
+    assert result.fires[:2] == ((), ())
     for position in range(2, len(ids)):
         values, latents = dense[position].sort(descending=True)
         n = int((values > 0).sum())
-        assert [latent for latent, _ in found.fires[position]] == latents[:n].tolist()
-        shown = [value for _, value in found.fires[position]]
+        assert [latent for latent, _ in result.fires[position]] == latents[:n].tolist()
+        shown = [value for _, value in result.fires[position]]
         torch.testing.assert_close(torch.tensor(shown), values[:n])
 
 
@@ -82,12 +82,12 @@ def test_scores_of_rules_stand_beside_those_of_a_language_model(tmp_path: Path) 
     text = {"text": "rivers", "client": "lm", "method": "m"}
     (tmp_path / "explanations.jsonl").write_text(said(3, explanation=text))
     (tmp_path / "rules.jsonl").write_text(said(3, explanation=text) + said(5, explanation=text))
-    found = read_explained(tmp_path)
-    assert [score["scorer"] for score in found[3]["scores"]] == ["detection", "rule: detection"]
-    names = [score["scorer"] for score in found[3]["controls"]["another's label"]]
+    result = read_explained(tmp_path)
+    assert [score["scorer"] for score in result[3]["scores"]] == ["detection", "rule: detection"]
+    names = [score["scorer"] for score in result[3]["controls"]["another's label"]]
     assert names == ["detection", "rule: detection"]
-    assert found[3]["explanation"] == text
-    assert not found[5]["explanation"]  # the rule is the label itself
+    assert result[3]["explanation"] == text
+    assert not result[5]["explanation"]  # the rule is the label itself
     assert read_explained(tmp_path / "nothing") == {}
 
 

@@ -23,9 +23,9 @@ def directions():
 
 def test_a_dictionary_of_the_truth_absorbs_nothing(hierarchy):
     truth, parent = hierarchy
-    found = absorption(truth, directions(), directions()[0], parent, truth[:, 0])
-    assert found.main == (0,)
-    assert (found.f1, found.full, found.fraction, found.n_split) == (1.0, 0.0, 0.0, 1)
+    result = absorption(truth, directions(), directions()[0], parent, truth[:, 0])
+    assert result.main == (0,)
+    assert (result.f1, result.full, result.fraction, result.n_split) == (1.0, 0.0, 0.0, 1)
 
 
 def test_one_child_that_speaks_for_its_parent_is_counted_exactly(hierarchy):
@@ -33,20 +33,20 @@ def test_one_child_that_speaks_for_its_parent_is_counted_exactly(hierarchy):
     acts, dec_rows = truth.clone(), directions()
     acts[truth[:, 1] > 0, 0] = 0  # silent where the first child is
     dec_rows[1, 0] = 1.0  # whose direction brings the parent along
-    found = absorption(acts, dec_rows, directions()[0], parent, truth[:, 0])
+    result = absorption(acts, dec_rows, directions()[0], parent, truth[:, 0])
     share = float(truth[parent, 1].mean())
     assert 0.15 < share < 0.25
-    assert found.main == (0, 1)  # as F1 sees it, the feature is split
+    assert result.main == (0, 1)  # as F1 sees it, the feature is split
     few = acts.clone()
     rare = (truth[:, 1] > 0) & (torch.arange(2003) % 8 == 0)
     few[truth[:, 1] > 0, 0] = 1.0
     few[rare, 0] = 0
-    found = absorption(few, dec_rows, directions()[0], parent, truth[:, 0])
-    assert found.main == (0,)
-    assert found.full == pytest.approx(float(rare[parent].double().mean()))
+    result = absorption(few, dec_rows, directions()[0], parent, truth[:, 0])
+    assert result.main == (0,)
+    assert result.full == pytest.approx(float(rare[parent].double().mean()))
     # Where both speak, half of the projection is the child's.
-    together = float((truth[parent, 1] > 0).double().mean()) - found.full
-    assert found.fraction == pytest.approx(found.full + together / 2)
+    together = float((truth[parent, 1] > 0).double().mean()) - result.full
+    assert result.fraction == pytest.approx(result.full + together / 2)
 
 
 def test_a_split_feature_has_several_main_latents(hierarchy):
@@ -54,18 +54,18 @@ def test_a_split_feature_has_several_main_latents(hierarchy):
     halves = torch.arange(2003) % 2 == 0
     acts = torch.cat([truth * halves[:, None], truth * ~halves[:, None]], 1)
     dec_rows = directions().repeat(2, 1)
-    found = absorption(acts, dec_rows, directions()[0], parent, truth[:, 0])
-    assert sorted(found.main) == [0, 4]
-    assert (found.f1, found.full, found.n_split) == (1.0, 0.0, 2)
+    result = absorption(acts, dec_rows, directions()[0], parent, truth[:, 0])
+    assert sorted(result.main) == [0, 4]
+    assert (result.f1, result.full, result.n_split) == (1.0, 0.0, 2)
 
 
 def test_a_silent_latent_without_a_stand_in_is_a_miss_and_no_absorption(hierarchy):
     truth, parent = hierarchy
     acts = truth.clone()
     acts[torch.arange(2003) % 5 == 0, 0] = 0
-    found = absorption(acts, directions(), directions()[0], parent, truth[:, 0])
-    assert (found.full, found.fraction) == (0.0, 0.0)
-    assert found.f1 < 0.95
+    result = absorption(acts, directions(), directions()[0], parent, truth[:, 0])
+    assert (result.full, result.fraction) == (0.0, 0.0)
+    assert result.f1 < 0.95
 
 
 def test_a_feature_in_all_rows_or_none_is_refused(hierarchy):

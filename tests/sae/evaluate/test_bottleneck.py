@@ -33,21 +33,21 @@ def curve(make, head):
 
 @pytest.mark.parametrize("make", [xor, trigonometry])
 def test_true_concepts_give_the_true_answer(make):
-    _, found = curve(make, "tree")
-    assert found[-1] == 1.0
-    assert found == sorted(found)
-    assert found[0] > 0.85
+    _, result = curve(make, "tree")
+    assert result[-1] == 1.0
+    assert result == sorted(result)
+    assert result[0] > 0.85
 
 
 def test_a_linear_head_cannot_take_xor():
-    _, found = curve(xor, "linear")
-    assert found[-1] < 0.8
+    _, result = curve(xor, "linear")
+    assert result[-1] < 0.8
 
 
 def test_concepts_that_do_not_decide_the_answer_leave_it_open():
     """Dot's answer is no function of its two concepts: no correction of them makes it 1."""
-    _, found = curve(dot, "tree")
-    assert 0.6 < found[-1] < 0.9
+    _, result = curve(dot, "tree")
+    assert 0.6 < result[-1] < 0.9
 
 
 def test_single_concepts_can_be_given():

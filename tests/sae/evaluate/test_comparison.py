@@ -23,11 +23,11 @@ def test_every_seed_gives_one_figure():
 
 
 def test_the_front_holds_what_nothing_beats():
-    found = pareto(points((8, 0.5), (32, 0.2), (16, 0.6), (64, 0.2), (4, math.nan)),
+    result = pareto(points((8, 0.5), (32, 0.2), (16, 0.6), (64, 0.2), (4, math.nan)),
                    smaller_is_better=True)  # fmt: skip
-    assert [(p.l0, p.value) for p in found] == [(8, 0.5), (32, 0.2)]
-    found = pareto(points((8, 0.5), (32, 0.2), (16, 0.6)), smaller_is_better=False)
-    assert [(p.l0, p.value) for p in found] == [(8, 0.5), (16, 0.6)]
+    assert [(p.l0, p.value) for p in result] == [(8, 0.5), (32, 0.2)]
+    result = pareto(points((8, 0.5), (32, 0.2), (16, 0.6)), smaller_is_better=False)
+    assert [(p.l0, p.value) for p in result] == [(8, 0.5), (16, 0.6)]
 
 
 def test_a_target_of_nothing_is_refused():

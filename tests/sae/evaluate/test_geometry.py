@@ -32,9 +32,9 @@ def test_two_nn_of_a_uniform_cube(d, published):
     """Published to two digits from one draw each; the spread over draws is about 3 %."""
     generator = torch.Generator().manual_seed(d)
     cube = torch.rand(2003, d, generator=generator, dtype=torch.float64)
-    found = two_nn(cube @ torch.eye(d, 17).double() + 30)
-    assert found.dimension == pytest.approx(published, rel=0.09)
-    assert found.n_rows == 2003
+    result = two_nn(cube @ torch.eye(d, 17).double() + 30)
+    assert result.dimension == pytest.approx(published, rel=0.09)
+    assert result.n_rows == 2003
 
 
 def test_distances_are_exact_where_products_lose_them():
@@ -44,8 +44,8 @@ def test_distances_are_exact_where_products_lose_them():
 
 def test_duplicates_are_left_out_and_counted(draw):
     x = draw(101, 3)
-    found = two_nn(torch.cat([x, x[:7]]))
-    assert (found.n_rows, found.n_duplicates) == (94, 14)
+    result = two_nn(torch.cat([x, x[:7]]))
+    assert (result.n_rows, result.n_duplicates) == (94, 14)
     with pytest.raises(ValueError, match="at least 10 rows that differ, got 0"):
         two_nn(torch.ones(23, 3))
     with pytest.raises(ValueError, match="discard must be at least 0 and below 1, got 1"):
@@ -57,19 +57,19 @@ def test_kurtosis_of_known_distributions(draw):
     x = draw(n, 3)
     x[:, 1] = torch.arange(n) % 2  # two values: 1
     x[:, 2] = 4.0
-    found = kurtosis(x)
-    assert found[0] == pytest.approx(3, abs=4 * math.sqrt(24 / n))
-    assert found[1] == pytest.approx(1, abs=1e-4)
-    assert math.isnan(found[2])
+    result = kurtosis(x)
+    assert result[0] == pytest.approx(3, abs=4 * math.sqrt(24 / n))
+    assert result[1] == pytest.approx(1, abs=1e-4)
+    assert math.isnan(result[2])
 
 
 def test_a_planted_outlier_is_found_and_a_rotation_removes_it(draw, rotation):
     x = draw(503, 97)
     x[:, 41] *= 40
     x[:, 7] *= 9
-    found = outlier_dimensions(x)
-    assert found.dimensions.tolist() == [41, 7]
-    assert found.ratio[0] == pytest.approx(40, rel=0.15)
+    result = outlier_dimensions(x)
+    assert result.dimensions.tolist() == [41, 7]
+    assert result.ratio[0] == pytest.approx(40, rel=0.15)
     turned = x @ rotation(97)
     assert float(kurtosis(turned).mean()) < 3.5
     assert outlier_dimensions(turned).dimensions.tolist() == []
@@ -93,17 +93,17 @@ def test_the_planted_rare_feature_comes_first(draw):
     reference = draw(1009, 13).clamp_min(0)
     sample = reference[:5].clone()
     sample[2, 7] = 30.0
-    found = rarity(reference, sample, generator)
-    assert found.explanation(2, 3)[0] == 7
-    assert int(found.score.argmax()) == 2
+    result = rarity(reference, sample, generator)
+    assert result.explanation(2, 3)[0] == 7
+    assert int(result.score.argmax()) == 2
 
 
 def test_tail_probabilities_of_ordinary_samples_are_uniform(draw):
     """Zeros of sparse features included."""
     reference, samples = draw(499, 5).clamp_min(0), draw(1009, 5, seed=1).clamp_min(0)
-    found = rarity(reference, samples, torch.Generator().manual_seed(4))
-    assert min(stats.kstest(column.numpy(), "uniform").pvalue for column in found.p.T) > 0.01
-    assert float(found.score.mean()) == pytest.approx(1, abs=0.06)
+    result = rarity(reference, samples, torch.Generator().manual_seed(4))
+    assert min(stats.kstest(column.numpy(), "uniform").pvalue for column in result.p.T) > 0.01
+    assert float(result.score.mean()) == pytest.approx(1, abs=0.06)
 
 
 def test_weights_decide_which_features_count(draw):

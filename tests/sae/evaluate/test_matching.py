@@ -11,9 +11,9 @@ def test_a_planted_permutation_is_recovered_exactly(draw):
     x = draw(307, 19)
     order = torch.randperm(19, generator=torch.Generator().manual_seed(2))
     y = torch.cat([x[:, order] * 5 + 0.5 * draw(307, 19, seed=1), draw(307, 4, seed=3)], 1)
-    found = Correlations(19, 23)
-    found.update(x, y)
-    pairs = match(found.compute())
+    result = Correlations(19, 23)
+    result.update(x, y)
+    pairs = match(result.compute())
     assert torch.equal(order[pairs.y], pairs.x)
     assert float(pairs.values.min()) > 0.9
 
@@ -23,13 +23,13 @@ def test_streamed_correlations_are_numpys(draw, batch):
     x, y = draw(101, 3) + 1000, draw(101, 5, seed=1)
     y[:, 0] += x[:, 2]
     y[:, 4] = 2.0
-    found = Correlations(3, 5)
+    result = Correlations(3, 5)
     for a, b in zip(x.split(batch), y.split(batch), strict=True):
-        found.update(a, b)
+        result.update(a, b)
     expected = np.corrcoef(x.T, y[:, :4].T)[:3, 3:]
-    assert torch.allclose(found.compute()[:, :4], torch.from_numpy(expected), atol=1e-9)
-    assert found.compute()[:, 4].tolist() == [0, 0, 0]
-    assert found.n_rows == 101
+    assert torch.allclose(result.compute()[:, :4], torch.from_numpy(expected), atol=1e-9)
+    assert result.compute()[:, 4].tolist() == [0, 0, 0]
+    assert result.n_rows == 101
 
 
 def test_shards_merge_to_one_pass(draw):

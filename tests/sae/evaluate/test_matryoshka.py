@@ -48,10 +48,10 @@ def trained() -> SparseAutoencoder:
 def test_longer_prefixes_reconstruct_better(trained):
     x = rows(1009, STEPS)
     acts = trained.encode_dense(x)
-    found = [fvu(x, trained.decode(acts * (torch.arange(17) < end))) for end in (PARENTS, 9, 17)]
-    assert found == sorted(found, reverse=True)
-    assert found[0] < 0.35
-    assert found[2] < 0.1
+    results = [fvu(x, trained.decode(acts * (torch.arange(17) < end))) for end in (PARENTS, 9, 17)]
+    assert results == sorted(results, reverse=True)
+    assert results[0] < 0.35
+    assert results[2] < 0.1
 
 
 def test_parents_stand_in_the_first_prefix(trained):
@@ -59,6 +59,6 @@ def test_parents_stand_in_the_first_prefix(trained):
     assert bool((cosine.argmax(dim=1) < PARENTS).all())
     assert bool((cosine[:, :PARENTS].amax(dim=1) > 0.9).all())
     children = cosines(directions()[PARENTS:], trained.W_dec).max(dim=1)
-    found = children.indices[children.values > 0.7]
-    assert len(found) > len(children.values) // 2
-    assert bool((found >= PARENTS).all())
+    result = children.indices[children.values > 0.7]
+    assert len(result) > len(children.values) // 2
+    assert bool((result >= PARENTS).all())

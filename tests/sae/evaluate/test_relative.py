@@ -6,24 +6,24 @@ from sae.evaluate.alignment import asif, relative, sparse_relative
 
 def test_rotated_spaces_have_the_same_relative_rows(draw, rotation):
     x, anchors, turn = draw(23, 7), draw(11, 7, seed=1), rotation(7)
-    found = relative(x, anchors)
-    assert torch.allclose(found, relative(3 * x @ turn, anchors @ turn))
-    assert found[0, 0] == pytest.approx(float(torch.cosine_similarity(x[0], anchors[0], dim=0)))
+    result = relative(x, anchors)
+    assert torch.allclose(result, relative(3 * x @ turn, anchors @ turn))
+    assert result[0, 0] == pytest.approx(float(torch.cosine_similarity(x[0], anchors[0], dim=0)))
 
 
 def test_sparse_relative_rows_keep_the_largest():
     rows = torch.tensor([[0.5, -0.9, 0.1, 0.4]], dtype=torch.float64)
-    found = sparse_relative(rows, k=2, power=2.0)
+    result = sparse_relative(rows, k=2, power=2.0)
     expected = torch.tensor([[0.25, 0.0, 0.0, 0.16]]).double()
-    assert torch.allclose(found, expected / expected.norm())
+    assert torch.allclose(result, expected / expected.norm())
 
 
 def test_asif_finds_the_planted_pairs_without_training(draw):
     """Two modalities are random views of the same hidden factors."""
     hidden, view_x, view_y = draw(400, 6), draw(6, 31, seed=1), draw(6, 29, seed=2)
     x, y = hidden @ view_x + 0.05 * draw(400, 31, seed=3), hidden @ view_y
-    found = asif(x[:41], y[:41], x[41:], y[41:], k=40, power=4.0)
-    exact = float((found == torch.arange(41)).double().mean())
+    result = asif(x[:41], y[:41], x[41:], y[41:], k=40, power=4.0)
+    exact = float((result == torch.arange(41)).double().mean())
     shuffled = y[41:][torch.randperm(359, generator=torch.Generator().manual_seed(1))]
     chance = asif(x[:41], y[:41], x[41:], shuffled, k=40, power=4.0)
     assert exact > 0.9

@@ -53,8 +53,8 @@ def test_the_bias_of_cka_is_what_is_published(draw):
 
 
 def test_debiased_cka_of_independent_rows_is_0_on_average(draw):
-    found = [cka(draw(23, 47, seed=2 * i), draw(23, 47, seed=2 * i + 1)) for i in range(200)]
-    assert sum(found) / 200 == pytest.approx(0, abs=0.02)
+    results = [cka(draw(23, 47, seed=2 * i), draw(23, 47, seed=2 * i + 1)) for i in range(200)]
+    assert sum(results) / 200 == pytest.approx(0, abs=0.02)
 
 
 def test_biased_hsic_is_its_definition(draw):
@@ -123,8 +123,10 @@ def test_distance_correlation_sees_what_no_correlation_does(draw):
     y = x.square()
     assert abs(float((x * (y - y.mean())).mean())) < 0.3  # no line
     assert distance_correlation(x, y) > 0.2
-    found = [distance_correlation(draw(53, 3, seed=i), draw(53, 5, seed=99 + i)) for i in range(99)]
-    assert sum(found) / 99 == pytest.approx(0, abs=0.02)
+    results = [
+        distance_correlation(draw(53, 3, seed=i), draw(53, 5, seed=99 + i)) for i in range(99)
+    ]
+    assert sum(results) / 99 == pytest.approx(0, abs=0.02)
     assert distance_correlation(draw(53, 211), draw(53, 307, seed=1), debiased=False) > 0.9
     assert distance_correlation(draw(53, 211), draw(53, 307, seed=1)) < 0.2
     assert math.isnan(distance_correlation(torch.ones(5, 3), draw(5, 3)))
@@ -147,10 +149,10 @@ def test_a_permutation_null_tells_signal_from_chance(draw):
     y = x + draw(61, 40, seed=1)
     generator = torch.Generator().manual_seed(0)
     biased = lambda a, b: cka(a, b, debiased=False)  # noqa: E731
-    found = permutation_null(biased, x, y, n_permutations=99, generator=generator)
-    assert found.p == 0.01
-    assert found.floor > 0.3
-    assert found.value > found.high > found.floor
+    result = permutation_null(biased, x, y, n_permutations=99, generator=generator)
+    assert result.p == 0.01
+    assert result.floor > 0.3
+    assert result.value > result.high > result.floor
     chance = permutation_null(
         biased, x, draw(61, 40, seed=7), n_permutations=99, generator=generator
     )

@@ -37,12 +37,12 @@ def report(planted):
 
 
 def test_the_planted_latent_is_found_by_one_unit(report):
-    found = report.arms["true"][1]
-    assert found.units == (0,)
-    assert found.auc.value > 0.99
-    assert found.accuracy > 0.95
-    assert found.f1 > 0.9
-    assert found.auc.low <= found.auc.value <= found.auc.high
+    result = report.arms["true"][1]
+    assert result.units == (0,)
+    assert result.auc.value > 0.99
+    assert result.accuracy > 0.95
+    assert result.f1 > 0.9
+    assert result.auc.low <= result.auc.value <= result.auc.high
 
 
 def test_every_arm_stands_beside_the_dictionary(report):
@@ -56,8 +56,8 @@ def test_every_arm_stands_beside_the_dictionary(report):
 
 
 def test_more_units_tell_more_of_what_is_spread(report):
-    found = [report.arms["raw neurons"][k].auc.value for k in (1, 5)]
-    assert found[1] > found[0]
+    results = [report.arms["raw neurons"][k].auc.value for k in (1, 5)]
+    assert results[1] > results[0]
 
 
 def test_a_label_of_one_latent_stays_interpretable_at_any_sparsity(planted, report):

@@ -14,47 +14,47 @@ def test_a_permuted_rescaled_copy_is_the_same_dictionary(draw_float32, relu_dict
     rows = draw_float32(43, 11)
     order = torch.randperm(43, generator=generator)
     scale = torch.linspace(0.5, 3, 43)[:, None]
-    found = stability(relu_dictionary(rows), relu_dictionary((rows * scale)[order]), generator)
-    for side in (found.decoder, found.encoder):
+    result = stability(relu_dictionary(rows), relu_dictionary((rows * scale)[order]), generator)
+    for side in (result.decoder, result.encoder):
         assert side.mcc == pytest.approx(1, abs=1e-6)
         assert side.mmcs_forward == pytest.approx(1, abs=1e-6)
         assert (side.matched, side.exact) == (1.0, True)
-    assert found.matched_both == 1.0
-    assert 0.3 < found.chance.mcc < 0.75
+    assert result.matched_both == 1.0
+    assert 0.3 < result.chance.mcc < 0.75
 
 
 def test_random_dictionaries_are_at_the_floor(draw_float32, relu_dictionary, generator):
     a, b = relu_dictionary(draw_float32(307, 29)), relu_dictionary(draw_float32(307, 29, seed=1))
-    found = stability(a, b, generator)
-    assert found.decoder.mcc == pytest.approx(found.chance.mcc, abs=0.02)
-    assert found.decoder.mmcs_backward == pytest.approx(found.chance.mmcs_backward, abs=0.02)
-    assert found.matched_both < 0.05
+    result = stability(a, b, generator)
+    assert result.decoder.mcc == pytest.approx(result.chance.mcc, abs=0.02)
+    assert result.decoder.mmcs_backward == pytest.approx(result.chance.mmcs_backward, abs=0.02)
+    assert result.matched_both < 0.05
 
 
 def test_a_matched_decoder_alone_is_not_matched_in_both(draw_float32, relu_dictionary, generator):
     dec = draw_float32(31, 23)
     a = relu_dictionary(draw_float32(31, 23, seed=1), dec)
     b = relu_dictionary(draw_float32(31, 23, seed=2), dec)
-    found = stability(a, b, generator)
-    assert found.decoder.matched == 1.0
-    assert found.matched_both == 0.0
+    result = stability(a, b, generator)
+    assert result.decoder.matched == 1.0
+    assert result.matched_both == 0.0
 
 
 @pytest.mark.parametrize(("d", "n", "published"), [(64, 512, 0.372), (256, 2048, 0.213)])
 def test_the_chance_floors_are_those_published(d, n, published, generator, monkeypatch):
     monkeypatch.setattr(module, "EXACT", 1000)
-    found = chance((n, n), d, generator)
-    assert found.mmcs_forward == pytest.approx(published, abs=0.005)
-    assert found.mmcs_backward == pytest.approx(published, abs=0.005)
+    result = chance((n, n), d, generator)
+    assert result.mmcs_forward == pytest.approx(published, abs=0.005)
+    assert result.mmcs_backward == pytest.approx(published, abs=0.005)
 
 
 def test_duplicates_show_in_one_direction_alone(draw_float32):
     """100 of 1,100 features, 11 times each: published 1.000 one way, 0.239 the other."""
     truth = draw_float32(1100, 256)
-    found = likeness(cosines(truth[:100].repeat(11, 1), truth))
-    assert found.mmcs_forward == pytest.approx(1.0, abs=1e-6)
-    assert found.mmcs_backward < 0.35
-    assert found.mcc < 0.35
+    result = likeness(cosines(truth[:100].repeat(11, 1), truth))
+    assert result.mmcs_forward == pytest.approx(1.0, abs=1e-6)
+    assert result.mmcs_backward < 0.35
+    assert result.mcc < 0.35
 
 
 def test_the_bound_for_wide_dictionaries_is_below_the_exact_figure(draw_float32, monkeypatch):

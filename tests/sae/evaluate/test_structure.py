@@ -13,11 +13,11 @@ def test_planted_children_are_found_under_their_parent(draw_float32):
     children = narrow[[4, 4, 7]] + 0.2 * torch.linalg.qr(draw_float32(31, 20, seed=1)).Q.T[:3]
     new = draw_float32(5, 31, seed=2)
     new = new - new @ narrow.T @ narrow
-    found = splitting(narrow, torch.cat([children, new]))
-    assert found.parent.tolist() == [4, 4, 7, -1, -1, -1, -1, -1]
-    assert found.n_children[[4, 7, 0]].tolist() == [2, 1, 0]
-    assert found.split == pytest.approx(1 / 13)
-    assert found.novel == pytest.approx(5 / 8)
+    result = splitting(narrow, torch.cat([children, new]))
+    assert result.parent.tolist() == [4, 4, 7, -1, -1, -1, -1, -1]
+    assert result.n_children[[4, 7, 0]].tolist() == [2, 1, 0]
+    assert result.split == pytest.approx(1 / 13)
+    assert result.novel == pytest.approx(5 / 8)
 
 
 def test_decoders_of_other_streams_are_refused(draw_float32):
@@ -81,12 +81,12 @@ def test_composed_directions_are_explained_and_random_ones_are_not(draw_float32)
     generator = torch.Generator().manual_seed(3)
     chosen = torch.stack([torch.randperm(19, generator=generator)[:2] for _ in range(211)])
     seen = []
-    found = meta_score(
+    result = meta_score(
         parts[chosen].sum(1), d_meta=23, k=2, steps=300,
         progress=lambda *told: seen.append(told),
     )  # fmt: skip
-    assert found.explained > 0.75
-    assert found.chance < 0.4
+    assert result.explained > 0.75
+    assert result.chance < 0.4
     assert seen[-1] == (600, 600, "steps")
     with pytest.raises(ValueError, match=r"k must be in 1\.\.2, the number of meta-latents, got 4"):
         meta_score(draw_float32(11, 7))

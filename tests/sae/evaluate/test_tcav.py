@@ -26,21 +26,21 @@ def test_the_vector_is_the_planted_direction(rows):
 
 def test_a_logit_along_the_concept_scores_1_and_is_significant(rows):
     answer = lambda x: (2 * x[:, 4] + x[:, 7] * 0.1).exp()  # noqa: E731
-    found = tcav(
+    result = tcav(
         rows(101, 3.0), [rows(101) for _ in range(23)], gradients(answer, rows(53)), n_concepts=5
     )
-    assert found.score == 1.0
-    assert found.random == pytest.approx(0.5, abs=0.35)
-    assert found.p < 0.01
-    assert found.significant
+    assert result.score == 1.0
+    assert result.random == pytest.approx(0.5, abs=0.35)
+    assert result.p < 0.01
+    assert result.significant
     assert tcav_score(gradients(answer, rows(53)), -torch.eye(D)[4]) == 0.0
 
 
 def test_a_logit_that_does_not_use_the_concept_is_not_significant(rows):
     answer = lambda x: (x[:, 7] * x[:, 8]) + x[:, 9].square()  # noqa: E731
-    found = tcav(rows(101, 3.0), [rows(101) for _ in range(9)], gradients(answer, rows(211)))
-    assert found.score == pytest.approx(0.5, abs=0.1)
-    assert not found.significant
+    result = tcav(rows(101, 3.0), [rows(101) for _ in range(9)], gradients(answer, rows(211)))
+    assert result.score == pytest.approx(0.5, abs=0.1)
+    assert not result.significant
 
 
 def test_gradients_are_those_of_each_row(rows):
@@ -58,6 +58,6 @@ def test_few_random_sets_and_empty_concepts_are_refused(rows):
 
 def test_scores_that_never_vary_have_no_p_value(rows):
     gradient = torch.zeros(5, D)
-    found = tcav(rows(23), [rows(23) for _ in range(4)], gradient)
-    assert math.isnan(found.p)
-    assert not found.significant
+    result = tcav(rows(23), [rows(23) for _ in range(4)], gradient)
+    assert math.isnan(result.p)
+    assert not result.significant

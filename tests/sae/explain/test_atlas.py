@@ -23,11 +23,11 @@ def clusters(n: int = 13, size: int = 5, d: int = 31, noise: float = 0.1) -> tor
 
 def test_pca_is_the_two_principal_axes():
     rows = clusters()
-    found = plane(rows, "pca")
+    result = plane(rows, "pca")
     unit = torch.nn.functional.normalize(rows, dim=1)
     values = torch.linalg.svdvals(unit - unit.mean(0))
-    assert found.norm(dim=0) == pytest.approx(values[:2].tolist(), rel=1e-4)
-    assert torch.allclose(plane(rows * 3, "pca"), found, atol=1e-4)
+    assert result.norm(dim=0) == pytest.approx(values[:2].tolist(), rel=1e-4)
+    assert torch.allclose(plane(rows * 3, "pca"), result, atol=1e-4)
 
 
 def same_cluster(at: torch.Tensor, size: int) -> float:
@@ -38,34 +38,34 @@ def same_cluster(at: torch.Tensor, size: int) -> float:
 
 def test_tsne_keeps_planted_neighbourhoods_that_pca_mixes():
     rows = clusters(29, 20, noise=0.4)
-    found = plane(rows)
-    assert same_cluster(found, 20) > 0.98
+    result = plane(rows)
+    assert same_cluster(result, 20) > 0.98
     assert same_cluster(plane(rows, "pca"), 20) < 0.8
-    assert share_kept(rows, found) > 2 * share_kept(rows, plane(rows, "pca"))
+    assert share_kept(rows, result) > 2 * share_kept(rows, plane(rows, "pca"))
 
 
 def test_tsne_is_the_same_with_one_and_two_threads():
-    rows, before, found = clusters(31, 29), torch.get_num_threads(), []
+    rows, before, result = clusters(31, 29), torch.get_num_threads(), []
     try:
         for n_threads in (1, 2):
             torch.set_num_threads(n_threads)
             with threadpool_limits(n_threads):
-                found.append(plane(rows))
+                result.append(plane(rows))
             assert torch.get_num_threads() == n_threads
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*found)
+    assert torch.equal(*result)
 
 
 def test_a_large_dictionary_is_laid_out_by_a_sample(monkeypatch):
     rows = clusters(29, 20)
     monkeypatch.setattr(plane_module, "LARGE", 580)
     monkeypatch.setattr(plane_module, "_SAMPLE", 290)
-    found = plane(rows)
-    assert found.isfinite().all()
-    assert same_cluster(found, 20) > 0.95
+    result = plane(rows)
+    assert result.isfinite().all()
+    assert same_cluster(result, 20) > 0.95
     sample = torch.linspace(0, 579, 290).round().long()
-    assert torch.equal(found[sample], plane(rows[sample]))
+    assert torch.equal(result[sample], plane(rows[sample]))
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
@@ -81,10 +81,10 @@ def test_a_large_dictionary_is_laid_out_by_a_sample(monkeypatch):
     ids=["3", "5", "zeros", "equal", "duplicates"],
 )
 def test_hard_directions_have_finite_points(rows, method):
-    found = plane(rows, method)
-    assert found.shape == (len(rows), 2)
-    assert found.isfinite().all()
-    assert 0 <= share_kept(rows, found) <= 1
+    result = plane(rows, method)
+    assert result.shape == (len(rows), 2)
+    assert result.isfinite().all()
+    assert 0 <= share_kept(rows, result) <= 1
 
 
 def test_a_plane_refuses_too_few_latents_and_numbers_that_are_none():
@@ -128,11 +128,11 @@ def test_completeness_finds_the_planted_half_way_point_at_three_widths():
         frequency = 10 ** made.uniform(-6, -2, 400)
         middle = np.log(0.7 / n_alive)  # "slightly below 1 / alive", as was found
         present = made.random(400) < 1 / (1 + np.exp(-1.5 * (np.log(frequency) - middle)))
-        found = completeness(frequency, present, n_alive)
-        assert found.low < 0.7 / n_alive < found.high
-        assert found.slope == pytest.approx(1.5, rel=0.3)
-        assert found.n == 400
-        products.append(found.times_alive)
+        result = completeness(frequency, present, n_alive)
+        assert result.low < 0.7 / n_alive < result.high
+        assert result.slope == pytest.approx(1.5, rel=0.3)
+        assert result.n == 400
+        products.append(result.times_alive)
     assert products == pytest.approx([0.7] * 3, rel=0.35)  # the curves fall together
 
 
@@ -168,8 +168,8 @@ def test_correlation_is_numpys_and_a_copy_has_one():
     meter = MaxCorrelation(7, 13)
     for part in np.array_split(np.arange(211), 5):
         meter.update(torch.tensor(acts[part]).float(), torch.tensor(units[part]).float())
-    found = meter.compute()
+    result = meter.compute()
     expected = np.abs(np.corrcoef(acts[:, :6].T, units.T)[:6, 6:]).max(1)
-    assert found[:6].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
-    assert found[4] == pytest.approx(1.0, abs=1e-5)
-    assert found[6].isnan()
+    assert result[:6].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    assert result[4] == pytest.approx(1.0, abs=1e-5)
+    assert result[6].isnan()

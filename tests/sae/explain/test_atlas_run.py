@@ -67,15 +67,15 @@ def test_words_are_complete_where_they_are_frequent(codes_of, text_of):
     codes, text = codes_of(fires), text_of(499, 41, word=words)
     labels = make_labels(codes, text, ExplainConfig(kinds=("word",)))
     names = {"word": ["w" + chr(97 + i // 26) + chr(97 + i % 26) for i in range(n_words)]}
-    found = words_with_a_latent(
+    result = words_with_a_latent(
         labels, names, text.values["word"], codes.n_fired, int(has.sum()), AtlasConfig()
     )
-    assert found["n"] == n_words
-    assert sum(n for _, _, n in found["points"]) == n_words
-    assert found["points"][0][1] < 0.2 < 0.8 < found["points"][-1][1]
-    assert found["share_present"] == pytest.approx(has.mean())
+    assert result["n"] == n_words
+    assert sum(n for _, _, n in result["points"]) == n_words
+    assert result["points"][0][1] < 0.2 < 0.8 < result["points"][-1][1]
+    assert result["share_present"] == pytest.approx(has.mean())
     boundary = zipf[n_with] / zipf.sum()
-    assert boundary / 2 < found["f50"] < boundary * 2
+    assert boundary / 2 < result["f50"] < boundary * 2
     none = words_with_a_latent(
         labels, names, text.values["word"], codes.n_fired * 9, 20, AtlasConfig()
     )

@@ -27,21 +27,21 @@ def firings() -> np.ndarray:
 def test_correlations_are_pearsons_of_the_firings(monkeypatch) -> None:
     monkeypatch.setattr("sae.explain.firings._LATENTS_AT_ONCE", 5)
     fires = firings()
-    found = cofiring(codes_of(fires), D_SAE, least=1)
+    result = cofiring(codes_of(fires), D_SAE, least=1)
     live = [i for i in range(D_SAE) if i not in (11, 13)]
     expected = np.corrcoef(fires[:, live].T.astype(float))
     for place, latent in enumerate(live):
-        known = {other.latent: other for other in found[latent]}
+        known = {other.latent: other for other in result[latent]}
         for at, other in enumerate(live):
             if other == latent or expected[place, at] <= 0:
                 assert other not in known
                 continue
             np.testing.assert_allclose(known[other].correlation, expected[place, at], atol=1e-6)
             assert known[other].n_rows == (fires[:, latent] & fires[:, other]).sum()
-        values = [other.correlation for other in found[latent]]
+        values = [other.correlation for other in result[latent]]
         assert values == sorted(values, reverse=True)
-    assert found[11] == found[13] == ()  # never and always: nothing goes together with them
-    assert found[3][0].latent == 7
+    assert result[11] == result[13] == ()  # never and always: nothing goes together with them
+    assert result[3][0].latent == 7
 
 
 def test_few_rows_in_common_say_nothing() -> None:
@@ -52,7 +52,7 @@ def test_few_rows_in_common_say_nothing() -> None:
 
 
 def test_only_the_best_are_kept() -> None:
-    assert max(len(found) for found in cofiring(codes_of(firings()), 2, least=1)) == 2
+    assert max(len(result) for result in cofiring(codes_of(firings()), 2, least=1)) == 2
 
 
 def test_clusters_are_the_directions_that_lie_together() -> None:
@@ -61,9 +61,9 @@ def test_clusters_are_the_directions_that_lie_together() -> None:
     sizes = (29, 7, 13)
     which = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     rows = centres[which] * 5 + 0.1 * torch.randn(49, 17, generator=generator)
-    found = clusters(rows, 3)
-    assert found.bincount().tolist() == [29, 13, 7]  # the largest first
-    assert found.tolist() == [0] * 29 + [2] * 7 + [1] * 13
+    result = clusters(rows, 3)
+    assert result.bincount().tolist() == [29, 13, 7]  # the largest first
+    assert result.tolist() == [0] * 29 + [2] * 7 + [1] * 13
 
 
 def test_clusters_are_named_by_words_that_are_theirs() -> None:

@@ -38,8 +38,8 @@ def peaks_of(cache, latent: int) -> np.ndarray:
     return acts.unflatten(1, (-1, WIDTH)).amax(2).numpy()
 
 
-def test_counts_are_those_of_brute_force(planted, found):
-    state, assembler = found
+def test_counts_are_those_of_brute_force(planted, result):
+    state, assembler = result
     seen = planted.cache.split < 2
     acts = planted.cache.acts[seen][:, 1:].clamp_min(0)
     assert (state.counts["n_fired"] == (acts > 0).sum((0, 1)).numpy()).all()
@@ -56,8 +56,8 @@ def test_counts_are_those_of_brute_force(planted, found):
     assert density.high - density.low == pytest.approx(2 * 1.96 * error, rel=0.05)
 
 
-def test_top_windows_are_the_largest(planted, found):
-    _, assembler = found
+def test_top_windows_are_the_largest(planted, result):
+    _, assembler = result
     for latent in (0, 5, planted.rare):
         peaks = peaks_of(planted.cache, latent)
         for split, windows in enumerate((assembler.of(latent).explain, assembler.of(latent).score)):
@@ -66,8 +66,8 @@ def test_top_windows_are_the_largest(planted, found):
             assert top == pytest.approx([p for p in best.tolist() if p > 0], rel=1e-3)
 
 
-def test_every_window_shows_what_the_latent_does_there(planted, found):
-    _, assembler = found
+def test_every_window_shows_what_the_latent_does_there(planted, result):
+    _, assembler = result
     for latent in range(planted.n_topics + 3):
         known = assembler.of(latent)
         for window in known.explain + known.score:
@@ -79,8 +79,8 @@ def test_every_window_shows_what_the_latent_does_there(planted, found):
             assert window.tokens == tuple(planted.strings[int(i)] for i in ids)
 
 
-def test_negatives_are_verified_and_come_from_their_source(planted, found):
-    _, assembler = found
+def test_negatives_are_verified_and_come_from_their_source(planted, result):
+    _, assembler = result
     for latent in range(planted.n_topics):
         known = assembler.of(latent)
         by_source = {s: known.of("score", s) for s in ("random", "lexical", "similar", "weak")}
@@ -95,9 +95,9 @@ def test_negatives_are_verified_and_come_from_their_source(planted, found):
         assert all(w.peak > 0.1 * known.max_activation * 0.999 for w in active)
 
 
-def test_windows_called_negative_without_looking_would_be_wrong(planted, found):
+def test_windows_called_negative_without_looking_would_be_wrong(planted, result):
     """The known fault of others: a dense latent fires in most windows that are drawn blindly."""
-    state, _ = found
+    state, _ = result
     peaks = peaks_of(planted.cache, 0)[planted.cache.split == 1]
     blind = np.random.default_rng(0).choice((peaks > 0).ravel(), 200)
     assert blind.mean() > 0.03
@@ -125,7 +125,7 @@ def test_inclusion_probabilities_count_the_windows_right(planted, identity_dicti
 
 
 def test_the_result_does_not_depend_on_chunks_or_interruptions(
-    planted, found, identity_dictionary, tmp_path
+    planted, result, identity_dictionary, tmp_path
 ):
     dictionary = identity_dictionary(planted.cache.acts.shape[2])
     path = tmp_path / "state.safetensors"
@@ -146,7 +146,7 @@ def test_the_result_does_not_depend_on_chunks_or_interruptions(
     coarse = dataclasses.replace(CONFIG, rows_per_chunk=100_000)
     other = collect(dictionary, planted.cache, HOOK, coarse)
     tokens = planted.cache.tokens.numpy()
-    base = found[1]
+    base = result[1]
     for state in (resumed, other):
         again = Assembler(state, tokens, planted.strings)
         for latent in range(planted.n_topics + 3):
@@ -158,8 +158,8 @@ def test_the_result_does_not_depend_on_chunks_or_interruptions(
     assert len(planted.cache.read_ids) == resumed.n_done  # another request begins anew
 
 
-def test_hold_is_never_read_and_splits_share_no_example(planted, found):
-    _, assembler = found
+def test_hold_is_never_read_and_splits_share_no_example(planted, result):
+    _, assembler = result
     split = planted.cache.split
     for latent in range(planted.n_topics + 3):
         known = assembler.of(latent)
@@ -183,8 +183,8 @@ def test_splits_are_disjoint_for_any_corpus_and_naive_sampling_leaks(n_windows, 
     assert set(tested) <= set(shown)  # every tested window was shown
 
 
-def test_together_is_jaccards_index(planted, found):
-    _, assembler = found
+def test_together_is_jaccards_index(planted, result):
+    _, assembler = result
     pool = set(assembler._state.pool_windows[0].tolist())
     per_example = assembler.texts.per_example
     acts = planted.cache.acts
@@ -202,8 +202,8 @@ def test_together_is_jaccards_index(planted, found):
     assert a not in assembler.neighbours.latent[0]
 
 
-def test_files_are_read_by_latent(planted, found, tmp_path):
-    state, assembler = found
+def test_files_are_read_by_latent(planted, result, tmp_path):
+    state, assembler = result
     write_windows(tmp_path, state, assembler)
     for latent, read in zip((5, 0), read_windows(tmp_path, [5, 0]), strict=True):
         known = assembler.of(latent)

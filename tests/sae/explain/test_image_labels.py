@@ -20,8 +20,8 @@ def planted_images(n: int = 997, rate: float = 0.05, noise: float = 0.05):
 
 def test_soft_wpmi_recovers_planted_concepts_and_shuffling_loses_them():
     acts, similarity, _ = planted_images()
-    found = soft_wpmi(acts, similarity)
-    assert (found.best == torch.arange(29)).float().mean() >= 0.97
+    result = soft_wpmi(acts, similarity)
+    assert (result.best == torch.arange(29)).float().mean() >= 0.97
     order = torch.randperm(997, generator=torch.Generator().manual_seed(1))
     shuffled = soft_wpmi(acts, similarity[order])
     assert (shuffled.best == torch.arange(29)).float().mean() <= 0.15
@@ -31,18 +31,18 @@ def test_latents_that_fire_on_few_images_are_right_or_silent():
     """The trap: with the top 100 of a latent that fires on 10, silent images make the name."""
     acts, similarity, _ = planted_images(rate=0.006, noise=0.15)
     assert (acts > 0).sum(0).float().mean() < 10
-    found = soft_wpmi(acts, similarity)
-    named = ~found.abstains
-    assert (found.best[named] == torch.arange(29)[named]).float().mean() >= 0.9
+    result = soft_wpmi(acts, similarity)
+    named = ~result.abstains
+    assert (result.best[named] == torch.arange(29)[named]).float().mean() >= 0.9
     any_order = 1e-9 * torch.rand(acts.shape, generator=torch.Generator().manual_seed(0))
     with_silent = soft_wpmi(acts + any_order, similarity)
     assert (with_silent.best == torch.arange(29)).float().mean() < 0.4
     rare = acts.clone()
     rare[:, 3] = 0
     rare[:4, 3] = 1
-    found = soft_wpmi(rare, similarity, least=5)
-    assert found.best[3] == -1
-    assert found.abstains[3]
+    result = soft_wpmi(rare, similarity, least=5)
+    assert result.best[3] == -1
+    assert result.abstains[3]
     alone = soft_wpmi(torch.zeros(997, 2), similarity)
     assert alone.best.tolist() == [-1, -1]
 
@@ -67,15 +67,15 @@ def test_enrichment_is_fishers_and_a_random_latent_is_not_significant():
     has = label[:, None] == np.arange(7)
     fires = has[:, :5] & (made.random((503, 5)) < 0.6)
     fires = np.concatenate([fires, made.random((503, 40)) < 0.1, np.zeros((503, 1), bool)], axis=1)
-    found = class_enrichment(fires, has)
-    assert found.best[:5].tolist() == list(range(5))
-    assert found.best[-1] == -1
-    assert (found.p_value[range(5), range(5)] < 1e-20).all()
-    assert (found.p_value[5:45].min(1) < 0.01).mean() <= 0.05
+    result = class_enrichment(fires, has)
+    assert result.best[:5].tolist() == list(range(5))
+    assert result.best[-1] == -1
+    assert (result.p_value[range(5), range(5)] < 1e-20).all()
+    assert (result.p_value[5:45].min(1) < 0.01).mean() <= 0.05
     n = [[(fires[:, 6] == f)[has[:, 2] == h].sum() for h in (True, False)] for f in (True, False)]
     exact = stats.fisher_exact(n, alternative="greater").pvalue
-    assert found.p_value[6, 2] == pytest.approx(min(7 * exact, 1.0))
-    assert found.lift[0, 0] == pytest.approx(503 / has[:, 0].sum())
+    assert result.p_value[6, 2] == pytest.approx(min(7 * exact, 1.0))
+    assert result.lift[0, 0] == pytest.approx(503 / has[:, 0].sum())
 
 
 def test_a_shift_of_all_texts_changes_no_name():
@@ -95,12 +95,12 @@ def test_splice_recovers_a_planted_sparse_mix():
     for row in weights:
         row[torch.randperm(41, generator=made)[:3]] = torch.tensor([1.0, 0.7, 0.5])
     z = weights @ concepts
-    found = splice(z, concepts, penalty=0.02)
-    assert ((found > 0.05) == (weights > 0)).all()
-    assert found == pytest.approx(weights, abs=0.05)
-    gradient = 2 * (found @ concepts - z) @ concepts.T + 0.02  # of the objective; KKT
-    assert gradient[found > 0].abs().max() < 1e-3
-    assert gradient[found == 0].min() > -1e-3
+    result = splice(z, concepts, penalty=0.02)
+    assert ((result > 0.05) == (weights > 0)).all()
+    assert result == pytest.approx(weights, abs=0.05)
+    gradient = 2 * (result @ concepts - z) @ concepts.T + 0.02  # of the objective; KKT
+    assert gradient[result > 0].abs().max() < 1e-3
+    assert gradient[result == 0].min() > -1e-3
     counts = [(splice(z, concepts, p) > 1e-6).sum().item() for p in (0.02, 0.4, 3.0)]
     assert counts == sorted(counts, reverse=True)
     with pytest.raises(ValueError, match=r"penalty must be positive, got 0.0"):
@@ -112,7 +112,7 @@ def test_splice_recovers_a_planted_sparse_mix():
 def test_captions_stand_for_their_images(latent_of):
     latent = latent_of(3)
     captions = [f"report {i}" for i in range(100)]
-    found = caption_windows(latent, captions)
-    assert found.score[0].tokens == (f"report {latent.score[0].example}",)
-    assert [w.peak for w in found.explain] == [w.peak for w in latent.explain]
-    assert found.score[0].marks() == (True,)
+    result = caption_windows(latent, captions)
+    assert result.score[0].tokens == (f"report {latent.score[0].example}",)
+    assert [w.peak for w in result.explain] == [w.peak for w in latent.explain]
+    assert result.score[0].marks() == (True,)

@@ -26,14 +26,14 @@ def explained(image_cache, identity_dictionary, tmp_path):
         cache = image_cache(**options)
         names = [f"{n}.jpg" for n in range(len(cache.split))]
         dictionary = identity_dictionary(cache.acts.shape[2])
-        found = explain_images(dictionary, Pictures(cache, names, 6), HOOK, config, tmp_path)
-        return cache, found, read_latents(tmp_path / LATENTS)
+        result = explain_images(dictionary, Pictures(cache, names, 6), HOOK, config, tmp_path)
+        return cache, result, read_latents(tmp_path / LATENTS)
 
     return run
 
 
 def test_planted_classes_and_groups_are_the_labels(explained):
-    cache, found, records = explained()
+    cache, result, records = explained()
     assert [r.label for r in records[:6]] == [*cache.label_names, "animals"]
     assert [r.kind for r in records[:6]] == ["class"] * 5 + ["group"]
     assert [r.status for r in records[:8]] == ["scored"] * 6 + ["insufficient", "dead"]
@@ -43,7 +43,7 @@ def test_planted_classes_and_groups_are_the_labels(explained):
         assert record.p_held_out == pytest.approx(1 / 200)
         assert record.curve[-1] == 1.0
         assert record.npmi[0] > 0.4
-    summary = found.summary
+    summary = result.summary
     counts = (summary.n_scored, summary.n_unlabelled, summary.n_insufficient, summary.n_dead)
     assert sum(counts) == summary.n_latents == 39
     assert summary.best_of_class.mean > 0.75
@@ -53,17 +53,17 @@ def test_planted_classes_and_groups_are_the_labels(explained):
 def test_latents_that_know_nothing_are_not_labelled_and_get_chance(explained):
     open_minded = dataclasses.replace(CONFIG.images, max_p=1.0)
     config = dataclasses.replace(CONFIG, images=open_minded)
-    _, found, records = explained(config, n_random=211)
+    _, result, records = explained(config, n_random=211)
     unlabelled = [r for r in explained(CONFIG, n_random=211)[2][8:] if r.status == "unlabelled"]
     assert len(unlabelled) >= 190
     assert all(r.label == "" and r.auc is None for r in unlabelled)
     noise = [r.auc for r in records[8:]]
     assert np.mean(noise) == pytest.approx(0.5, abs=0.015)
     assert np.mean([r.p_held_out <= 0.01 for r in records[8:]]) <= 0.03
-    assert found.summary.control_auc.mean == pytest.approx(0.5, abs=0.03)
-    assert found.summary.beats_null_shuffled.value <= 0.03
-    assert set(found.untrained) == {"random directions", "raw neurons"}
-    assert all(arm.n_latents == 7 for arm in found.untrained.values())
+    assert result.summary.control_auc.mean == pytest.approx(0.5, abs=0.03)
+    assert result.summary.beats_null_shuffled.value <= 0.03
+    assert set(result.untrained) == {"random directions", "raw neurons"}
+    assert all(arm.n_latents == 7 for arm in result.untrained.values())
 
 
 def test_soft_wpmi_labels_by_classes_alone(explained):
@@ -100,24 +100,24 @@ def test_scores_are_those_of_the_definition_and_the_interval_is_over_images():
     peaks = made.integers(0, 4, (101, 5)).astype(np.float32)
     has = np.stack([made.random(101) < 0.3, made.random(101) < 0.5], axis=1)
     concept = np.array([0, 1, 1, -1, 0])
-    found = held_out(peaks, has, concept, 99, made)
+    result = held_out(peaks, has, concept, 99, made)
     for latent, which in enumerate(concept):
         if which < 0:
-            assert np.isnan(found.auc[latent])
+            assert np.isnan(result.auc[latent])
             continue
         own = auc(
             peaks[has[:, which], latent].astype(float), peaks[~has[:, which], latent].astype(float)
         )
-        assert found.auc[latent] == pytest.approx(own.value)
+        assert result.auc[latent] == pytest.approx(own.value)
         assert aucs(peaks, has)[latent, which] == pytest.approx(own.value)
-    assert found.influence.sum() == pytest.approx(0, abs=1e-9)
+    assert result.influence.sum() == pytest.approx(0, abs=1e-9)
     bootstrapped = []
     for _ in range(300):
         pick = made.integers(0, 101, 101)
         bootstrapped.append(np.nanmean(held_out(peaks[pick], has[pick], concept, 1, made).auc))
-    half = (found.mean.high - found.mean.low) / 2
+    half = (result.mean.high - result.mean.low) / 2
     assert half == pytest.approx(1.96 * np.std(bootstrapped), rel=0.2)
-    assert with_interval(0.0, found.influence - found.influence).high == 0.0
+    assert with_interval(0.0, result.influence - result.influence).high == 0.0
 
 
 def test_the_null_has_its_level():
@@ -125,8 +125,8 @@ def test_the_null_has_its_level():
     made = np.random.default_rng(1)
     peaks = np.maximum(made.standard_normal((83, 2000)), 0).astype(np.float32)
     has = (made.random((83, 1)) < 0.2).repeat(2, axis=1)
-    found = held_out(peaks, has, np.zeros(2000, np.int64), 199, made)
-    assert 0.03 < found.beats(0.05).mean() < 0.07
+    result = held_out(peaks, has, np.zeros(2000, np.int64), 199, made)
+    assert 0.03 < result.beats(0.05).mean() < 0.07
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_one_class_is_refused(image_cache, identity_dictionary, names, message):
 
 
 def test_groups_are_shared_beginnings():
-    found = concepts_of(("a-x", "a-y", "b-x", "c"), "-")
-    assert found.names == ("a-x", "a-y", "b-x", "c", "a")
-    assert found.has(np.array([1, 3])).tolist() == [
+    result = concepts_of(("a-x", "a-y", "b-x", "c"), "-")
+    assert result.names == ("a-x", "a-y", "b-x", "c", "a")
+    assert result.has(np.array([1, 3])).tolist() == [
         [False, True, False, False, True],
         [False, False, False, True, False],
     ]
@@ -157,11 +157,11 @@ def test_groups_are_shared_beginnings():
 def test_images_without_a_class_are_left_out(image_cache, identity_dictionary):
     cache = image_cache(301)
     cache.label[::3] = -1
-    found = explain_images(
+    result = explain_images(
         identity_dictionary(39), Pictures(cache, [""] * 301, 6), HOOK, CONFIG, None
     )
     labelled = cache.label >= 0
-    assert found.summary.n_images_explain == int((labelled & (cache.split == 0)).sum())
+    assert result.summary.n_images_explain == int((labelled & (cache.split == 0)).sum())
     cache.label[torch.isin(cache.split, torch.tensor([1]))] = -1
     with pytest.raises(ValueError, match="split 'score' must have images with a class, got none"):
         explain_images(identity_dictionary(39), Pictures(cache, [""] * 301, 6), HOOK, CONFIG, None)

@@ -30,8 +30,8 @@ def run(client, latents, config=CONFIG, n_controls=0):
     return asyncio.run(explain_all(latents, plan(n_controls), caller))
 
 
-def scores_of(found) -> dict[str, list]:
-    return {s.name: [f.scores[i] for f in found] for i, s in enumerate(SCORERS)}
+def scores_of(result) -> dict[str, list]:
+    return {s.name: [f.scores[i] for f in result] for i, s in enumerate(SCORERS)}
 
 
 @pytest.fixture(scope="module")
@@ -42,59 +42,59 @@ def latents(latent_of):
 def test_the_oracle_is_perfect(latents, topic_of):
     for latent in latents[:3]:
         word = topic_of(latent.latent)
-        (found,) = run(OracleClient(WordRule({word: 1.0}), f"the word {word}"), [latent])
-        assert found.status == "done"
-        assert found.explanation.text == f"the word {word}"
-        for score in found.scores:
+        (result,) = run(OracleClient(WordRule({word: 1.0}), f"the word {word}"), [latent])
+        assert result.status == "done"
+        assert result.explanation.text == f"the word {word}"
+        for score in result.scores:
             assert score.n_failed == 0
             assert score.worst == score.value == score.best
             assert score.low < score.value <= score.high
             assert set(score.per_source.values()) <= {1.0}
             if score.scorer != "simulation":  # the rule knows where, not how strongly
                 assert score.value == 1.0, score
-        assert set(found.scores[0].per_source) == {"random", "lexical", "similar", "weak"}
-        assert "moved" in found.scores[1].per_source
-        assert found.scores[2].value > 0.8
-        assert found.scores[2].details["spearman"] > 0.9
-        assert found.scores[3].details["level 4 grade 3"] == 1.0
+        assert set(result.scores[0].per_source) == {"random", "lexical", "similar", "weak"}
+        assert "moved" in result.scores[1].per_source
+        assert result.scores[2].value > 0.8
+        assert result.scores[2].details["spearman"] > 0.9
+        assert result.scores[3].details["level 4 grade 3"] == 1.0
 
 
 def test_constant_answers_give_exactly_the_floor(latents):
     for number in (0, 1, 3):
-        found = scores_of(run(ConstantClient(number), latents[:3]))
+        result = scores_of(run(ConstantClient(number), latents[:3]))
         if number < 3:  # 3 is no answer to a yes-or-no question
             for name in ("detection", "fuzzing"):
-                assert [score.value for score in found[name]] == [0.5] * 3
-                assert all(score.low < 0.5 < score.high for score in found[name])
-        for score in found["simulation"]:
+                assert [score.value for score in result[name]] == [0.5] * 3
+                assert all(score.low < 0.5 < score.high for score in result[name])
+        for score in result["simulation"]:
             assert (score.value, score.low, score.worst) == (None, None, None)
             assert score.reason.startswith(
                 "undefined: the predictions or the activations are const"
             )
-        assert {score.value for score in found["rubric"]} == {number / 3}
-        assert all(score.floor == 0.2 for score in found["intruder"])
+        assert {score.value for score in result["rubric"]} == {number / 3}
+        assert all(score.floor == 0.2 for score in result["intruder"])
 
 
 def test_random_answers_are_at_the_floor(latents):
-    found = scores_of(run(RandomClient(7), latents))
+    result = scores_of(run(RandomClient(7), latents))
     for name, floor in (
         ("detection", 0.5),
         ("fuzzing", 0.5),
         ("simulation", 0.0),
         ("intruder", 0.2),
     ):
-        values = [score.value for score in found[name]]
-        assert {score.floor for score in found[name]} == {floor}
+        values = [score.value for score in result[name]]
+        assert {score.floor for score in result[name]} == {floor}
         assert np.mean(values) == pytest.approx(floor, abs=0.11), name
-        inside = [score.low <= floor <= score.high for score in found[name]]
+        inside = [score.low <= floor <= score.high for score in result[name]]
         assert np.mean(inside) >= 0.75, name
-    assert np.mean([score.value for score in found["rubric"]]) == pytest.approx(0.5, abs=0.08)
+    assert np.mean([score.value for score in result["rubric"]]) == pytest.approx(0.5, abs=0.08)
 
 
 def test_failures_stay_in_the_count_and_widen_the_bounds(latents):
-    found = run(FlakyClient(ConstantClient(1), 0.3, seed=3), latents)
-    done = [f for f in found if f.status == "done"]
-    failed = [f for f in found if f.status == "failed"]
+    result = run(FlakyClient(ConstantClient(1), 0.3, seed=3), latents)
+    done = [f for f in result if f.status == "done"]
+    failed = [f for f in result if f.status == "failed"]
     assert done
     assert failed
     assert {f.reason.split(":")[0] for f in failed} <= {"refusal", "length", "parse"}
@@ -140,8 +140,8 @@ def test_controls_are_at_chance_where_the_label_is_not(latents, topic_of):
                 return await OracleClient(WordRule({}), marked).complete(request)
             return await OracleClient(WordRule({label: 1.0}), label).complete(request)
 
-    found = run(Reader(WordRule(words), "reader"), latents, n_controls=3)
-    with_controls = [f for f in found if f.controls]
+    result = run(Reader(WordRule(words), "reader"), latents, n_controls=3)
+    with_controls = [f for f in result if f.controls]
     assert len(with_controls) == 3
     for f in with_controls:
         assert set(f.controls) == {"another's label", "shuffled windows"}
@@ -172,8 +172,8 @@ def test_a_rule_scores_itself_without_any_client(latents, topic_of):
 
 
 def test_few_windows_are_insufficient_and_nothing_is_asked(latent_of):
-    found = run(OracleClient(WordRule({}), "x"), [latent_of(1, n=4)])
-    assert [(f.status, f.reason, f.scores) for f in found] == [
+    result = run(OracleClient(WordRule({}), "x"), [latent_of(1, n=4)])
+    assert [(f.status, f.reason, f.scores) for f in result] == [
         ("insufficient", "0 active windows of 4 wanted", ())
     ]
 

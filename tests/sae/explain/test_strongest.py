@@ -15,15 +15,15 @@ def has() -> np.ndarray:
 
 
 def brute(peaks: np.ndarray, has: np.ndarray, concept: np.ndarray) -> float:
-    found = []
+    results = []
     for latent, which in enumerate(concept):
         if which < 0:
             continue
         order = sorted(range(len(peaks)), key=lambda i: -peaks[i, latent])[:N_STRONGEST]
         firing = [i for i in order if peaks[i, latent] > 0]
         right = np.mean([has[i, which] for i in firing]) if firing else 0.0
-        found.append(right - has[:, which].mean())
-    return float(np.mean(found))
+        results.append(right - has[:, which].mean())
+    return float(np.mean(results))
 
 
 def test_it_is_the_share_of_the_strongest_less_that_of_all(has):
@@ -31,9 +31,9 @@ def test_it_is_the_share_of_the_strongest_less_that_of_all(has):
     peaks = np.maximum(made.normal(size=(N_IMAGES, 17)), 0).astype(np.float32)
     peaks[:, 5:] *= made.random((N_IMAGES, 12)) < 0.02  # fires on fewer images than are looked at
     concept = made.integers(-1, N_CONCEPTS, 17)
-    found = strongest(peaks, has, concept, seed=0)
-    assert found.mean.mean == pytest.approx(brute(peaks, has, concept), abs=1e-9)
-    assert found.mean.low < found.mean.mean < found.mean.high
+    result = strongest(peaks, has, concept, seed=0)
+    assert result.mean.mean == pytest.approx(brute(peaks, has, concept), abs=1e-9)
+    assert result.mean.low < result.mean.mean < result.mean.high
 
 
 def test_a_perfect_latent_has_all_there_is_to_have_and_a_random_one_nothing(has):
@@ -45,8 +45,8 @@ def test_a_perfect_latent_has_all_there_is_to_have_and_a_random_one_nothing(has)
         np.where(np.arange(6) < 3, concept, -1),
         np.where(np.arange(6) < 3, -1, concept),
     )
-    found = strongest(noise, has, perfect, seed=0)
-    assert found.mean.mean == pytest.approx(1 - 1 / N_CONCEPTS, abs=1e-2)
+    result = strongest(noise, has, perfect, seed=0)
+    assert result.mean.mean == pytest.approx(1 - 1 / N_CONCEPTS, abs=1e-2)
     assert abs(strongest(noise, has, random, seed=0).mean.mean) < 0.35
 
 
@@ -57,9 +57,9 @@ def test_an_interval_over_images_is_as_wide_as_the_figure_varies():
         return (made.random((101, 31)) + 0.3 * has).astype(np.float32), has
 
     concept = np.zeros(31, np.int64)
-    found = [strongest(*drawn(seed), concept, seed=0).mean for seed in range(40)]
-    spread = np.std([one.mean for one in found], ddof=1)
-    told = np.mean([(one.high - one.low) / 2 / 1.96 for one in found])
+    results = [strongest(*drawn(seed), concept, seed=0).mean for seed in range(40)]
+    spread = np.std([one.mean for one in results], ddof=1)
+    told = np.mean([(one.high - one.low) / 2 / 1.96 for one in results])
     assert 0.6 < told / spread < 1.7
 
 

@@ -98,8 +98,8 @@ def test_baselines_are_explained_beside_the_latents(subject, tmp_path):
     config = dataclasses.replace(CONFIG, n_baseline=3, n_controls=0)
     summary = label_with_llm(subject, config, tmp_path, ConstantClient(1))
     assert set(summary["baselines"]) == {"random directions", "raw neurons"}
-    for found in summary["baselines"].values():
-        assert found["n_done"] + found["n_insufficient"] == 3
+    for result in summary["baselines"].values():
+        assert result["n_done"] + result["n_insufficient"] == 3
     assert summary["scores"]["detection"]["mean"] == 0.5
 
 
@@ -152,18 +152,18 @@ def test_neuronpedias_files(subject, tmp_path):
     config = dataclasses.replace(CONFIG, neuronpedia_model="smollm2", neuronpedia_layer="15-res")
     promoted = [([f"up{i}"], [f"down{i}"]) for i in range(20)]
     label_with_llm(subject, config, tmp_path, ConstantClient(1), promoted=promoted)
-    found = {}
+    results = {}
     for name in ("explanations", "features", "activations"):
         path = tmp_path / "neuronpedia" / "smollm2" / "15-res" / name / "batch-0.jsonl.gz"
         rows = gzip.decompress(path.read_bytes()).decode().splitlines()
-        found[name] = [json.loads(row) for row in rows]
-    assert found["explanations"][0] == {
+        results[name] = [json.loads(row) for row in rows]
+    assert results["explanations"][0] == {
         "modelId": "smollm2", "layer": "15-res", "index": "0", "description": "something",
         "typeName": "explain-levels/1", "explanationModelName": "something",
     }  # fmt: skip
-    assert [f["index"] for f in found["features"]] == ["0", "3", "17", "18", "19"]
-    assert found["features"][1]["pos_str"] == ["up3"]
-    for window in found["activations"]:
+    assert [f["index"] for f in results["features"]] == ["0", "3", "17", "18", "19"]
+    assert results["features"][1]["pos_str"] == ["up3"]
+    for window in results["activations"]:
         assert len(window["tokens"]) == len(window["values"])
         assert window["values"][window["maxValueTokenIndex"]] == window["maxValue"]
 

@@ -54,12 +54,12 @@ def test_surprisal_is_the_gain_of_the_label(latent_of, topic_of):
 def test_figures_that_are_not_finite_have_failed_and_widen_the_bounds():
     sources = ["active"] * 4 + ["random"] * 4 + ["similar"] * 2
     figures = [3.0, 3.0, 3.0, float("nan"), 1.0, 1.0, 1.0, 4.0, 1.0, 1.0]
-    found = by_source("x", sources, figures)
-    assert (found.n, found.n_failed) == (10, 1)
-    assert found.value == pytest.approx(5 / 6)
-    assert found.per_source == pytest.approx({"random": 0.75, "similar": 1.0})
-    assert found.worst == pytest.approx(5 / 6 * 0.75)
-    assert found.best == pytest.approx(5 / 6 * 0.75 + 0.25)
+    result = by_source("x", sources, figures)
+    assert (result.n, result.n_failed) == (10, 1)
+    assert result.value == pytest.approx(5 / 6)
+    assert result.per_source == pytest.approx({"random": 0.75, "similar": 1.0})
+    assert result.worst == pytest.approx(5 / 6 * 0.75)
+    assert result.best == pytest.approx(5 / 6 * 0.75 + 0.25)
     assert by_source("x", ["active"], [1.0]).reason == "no active windows or no negatives"
 
 
@@ -116,10 +116,10 @@ def test_sensitivity_is_the_planted_rate():
         return [2.0 if int(text.split()[1]) < 7 else 0.0 for text in texts]
 
     latent = LatentWindows(0, 4.0, 0.01, (), ())
-    found = run(Sensitivity(texts_for, peaks_on, n_tokens=10), latent, "cats")
-    assert found.value == 0.7
-    assert found.floor == pytest.approx(1 - 0.99**10)
-    assert found.details["mean share of the maximum"] == pytest.approx(0.35)
+    result = run(Sensitivity(texts_for, peaks_on, n_tokens=10), latent, "cats")
+    assert result.value == 0.7
+    assert result.floor == pytest.approx(1 - 0.99**10)
+    assert result.details["mean share of the maximum"] == pytest.approx(0.35)
     failed = run(Sensitivity(texts_for, peaks_on), latent, "refused")
     assert (failed.value, failed.worst, failed.best, failed.n_failed) == (None, 0.0, 1.0, 1)
 
@@ -180,8 +180,8 @@ def test_rules_are_scored_like_labels(latent_of, topic_of):
     from sae.explain.judges import WordRule
 
     scorers = (Detection(), Simulation())
-    found = asyncio.run(score_rule(latent_of(3), WordRule({topic_of(3): 0.9}), scorers))
-    assert found[0].value == 1.0
-    assert found[1].value > 0.8
+    result = asyncio.run(score_rule(latent_of(3), WordRule({topic_of(3): 0.9}), scorers))
+    assert result[0].value == 1.0
+    assert result[1].value > 0.8
     after = WordRule({topic_of(3): 1.0}, previous=True)
     assert after(["x", " " + topic_of(3), " y"]) == [0.0, 0.0, 1.0]

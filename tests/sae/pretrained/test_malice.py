@@ -256,17 +256,19 @@ def test_there_are_many_and_a_good_file_still_loads(results):
 
 
 def test_all_are_refused(results, figure):
-    kinds = {name: found["kind"] for name, found in results.items() if name != "good"}
+    kinds = {name: result["kind"] for name, result in results.items() if name != "good"}
     wrong = {name: k for name, k in kinds.items() if k != "DictionaryFormatError"}
     assert not wrong
     figure("S2", f"{len(kinds)} hostile files: {len(kinds)} refused in one line, 0 ran code")
 
 
 def test_each_in_one_short_line_without_control_characters(results):
-    said = {name: found["said"] for name, found in results.items() if name != "good"}
+    said = {name: result["said"] for name, result in results.items() if name != "good"}
     assert all(text.isprintable() and 20 < len(text) <= 1010 for text in said.values()), said
 
 
 def test_each_within_a_second(results):
-    slow = {name: found["seconds"] for name, found in results.items() if found["seconds"] > SECONDS}
+    slow = {
+        name: result["seconds"] for name, result in results.items() if result["seconds"] > SECONDS
+    }
     assert not slow

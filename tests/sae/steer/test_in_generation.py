@@ -93,12 +93,12 @@ def generated(model, prompts, **options):
 
 def with_logits(model, prompts, **options):
     """The texts, and the logits of each of their new tokens."""
-    found = model.generate(
+    result = model.generate(
         **prompts, max_new_tokens=N_NEW, min_new_tokens=N_NEW, pad_token_id=0,
         output_logits=True, return_dict_in_generate=True,
         **{"do_sample": False, **options},
     )  # fmt: skip
-    return found.sequences.tolist(), torch.stack(found.logits, dim=1).to(model.dtype)
+    return result.sequences.tolist(), torch.stack(result.logits, dim=1).to(model.dtype)
 
 
 def steered(subject, prompts, positions, edit_words=None, first=1, **options):
@@ -113,10 +113,10 @@ def steered_logits(subject, prompts, positions, edit_words=None, first=1, **opti
         return *with_logits(model, prompts, **options), steering
 
 
-def assert_same_text(found, expected, logits):
+def assert_same_text(result, expected, logits):
     """Equal tokens, or a tie of the expected run: its two logits are the same to two roundings."""
     eps = torch.finfo(logits.dtype).eps
-    for row, (one, other) in enumerate(zip(found, expected, strict=True)):
+    for row, (one, other) in enumerate(zip(result, expected, strict=True)):
         step = next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
         if step is not None:
             n_prompt = len(other) - logits.shape[1]
@@ -167,10 +167,10 @@ def test_other_ways_to_generate_agree(prompts, policy, options):
     model, hook_point = llama()
     subject = model.eval().requires_grad_(False), dictionary_of(hook_point)
     beams = {k: v for k, v in options.items() if k == "num_beams"}
-    found, steering = steered(subject, prompts, POLICIES[policy], **options)
+    result, steering = steered(subject, prompts, POLICIES[policy], **options)
     whole, _ = steered(subject, prompts, POLICIES[policy], use_cache=False, **beams)
-    assert found == whole
-    assert found != generated(model, prompts, **beams)
+    assert result == whole
+    assert result != generated(model, prompts, **beams)
     assert steering.n_tokens == n_chosen(policy, 1, N_NEW) * options.get("num_beams", 1)
 
 
@@ -275,9 +275,9 @@ def test_hidden_states_show_a_changed_block_as_it_was_and_later_ones_changed(sub
     model, placed = subject
     base = model(**prompts, output_hidden_states=True).hidden_states
     with Steering(model, [Edit(placed, latent=5, clamp="2x norm")]):
-        found = model(**prompts, output_hidden_states=True).hidden_states
-    assert torch.equal(found[2], base[2])  # behind block 1, which is changed
-    assert not torch.equal(found[3], base[3])
+        result = model(**prompts, output_hidden_states=True).hidden_states
+    assert torch.equal(result[2], base[2])  # behind block 1, which is changed
+    assert not torch.equal(result[3], base[3])
 
 
 def test_hooks_and_generate_are_put_back_after_an_error(subject, prompts):

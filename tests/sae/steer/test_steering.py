@@ -79,10 +79,10 @@ def test_operations_equal_encode_change_decode_and_error(activation, form):
     changed[:, g] = changed[:, g].clamp_min(0.3)
     changed[:, silent] = -4.0 * (changed[:, silent] != 0)
     expected = dictionary.decode(changed, x) + x - dictionary.decode(f, x)
-    found = LatentEdits(edits)(EditedRows(x, x, torch.arange(13)))
-    torch.testing.assert_close(found.h, expected, rtol=1e-12, atol=1e-10)
-    assert torch.equal(found.is_changed, (changed != f).any(1))
-    assert not torch.allclose(found.h, x)
+    result = LatentEdits(edits)(EditedRows(x, x, torch.arange(13)))
+    torch.testing.assert_close(result.h, expected, rtol=1e-12, atol=1e-10)
+    assert torch.equal(result.is_changed, (changed != f).any(1))
+    assert not torch.allclose(result.h, x)
 
 
 @pytest.mark.parametrize("activation", KINDS, ids=lambda a: a.kind)
@@ -131,8 +131,8 @@ def test_clamping_to_its_own_value_is_the_identity(placed, stream):
     one = stream.flatten(0, 1)[row].view(1, 1, -1)
     own = float(read_latents(placed, one[0], torch.tensor([latent])))
     assert own > 0
-    found = everywhere(LatentEdits([Edit(placed, latent=latent, clamp=own)]), one)
-    assert torch.equal(as_bits(found), as_bits(one))
+    result = everywhere(LatentEdits([Edit(placed, latent=latent, clamp=own)]), one)
+    assert torch.equal(as_bits(result), as_bits(one))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -140,17 +140,17 @@ def test_clamping_to_its_own_value_is_the_identity(placed, stream):
 def test_no_change_keeps_every_bit(placed, stream, words, dtype):
     stream = stream.to(dtype)
     stream[0, 2, 1] = -0.0
-    found = everywhere(LatentEdits([Edit(placed, latent=3, **words)]), stream)
-    assert found.dtype == dtype
-    assert torch.equal(as_bits(found), as_bits(stream))
+    result = everywhere(LatentEdits([Edit(placed, latent=3, **words)]), stream)
+    assert result.dtype == dtype
+    assert torch.equal(as_bits(result), as_bits(stream))
 
 
 def test_ablating_changes_only_where_the_latent_fires(placed, stream):
     share = (placed.encode_dense(stream.flatten(0, 1)) != 0).double().mean(0)
     latent = int((share - 0.4).abs().argmin())
-    found = everywhere(LatentEdits([Edit(placed, latent=latent, ablate=True)]), stream)
+    result = everywhere(LatentEdits([Edit(placed, latent=latent, ablate=True)]), stream)
     fires = placed.encode_dense(stream.flatten(0, 1))[:, latent] != 0
-    assert torch.equal((as_bits(found) != as_bits(stream)).any(-1).flatten(), fires)
+    assert torch.equal((as_bits(result) != as_bits(stream)).any(-1).flatten(), fires)
     assert 0 < int(fires.sum()) < len(fires)
 
 
@@ -180,17 +180,17 @@ def test_splicing_with_and_without_the_error(placed, stream):
 
 def test_patching_puts_rows_to_their_positions(stream):
     other = -stream[0, :4]
-    found = everywhere(Patch("here:out", other), stream)
-    assert torch.equal(found[:, :4], other.expand(3, 4, 8))
-    assert torch.equal(found[:, 4:], stream[:, 4:])
+    result = everywhere(Patch("here:out", other), stream)
+    assert torch.equal(result[:, :4], other.expand(3, 4, 8))
+    assert torch.equal(result[:, 4:], stream[:, 4:])
     mean = stream.mean(dim=(0, 1))
     assert torch.equal(everywhere(Patch("here:out", mean), stream), mean.expand(3, 7, 8))
 
 
 def test_pushing_adds_a_vector_in_float32(stream):
     vector = torch.linspace(-1, 1, 8) * 1e-3
-    found = everywhere(Push("here:out", vector), stream.bfloat16())
-    assert torch.equal(found, (stream.bfloat16().float() + vector).bfloat16())
+    result = everywhere(Push("here:out", vector), stream.bfloat16())
+    assert torch.equal(result, (stream.bfloat16().float() + vector).bfloat16())
     assert torch.equal(
         as_bits(everywhere(Push("here:out", 0 * vector), -0 * stream)), as_bits(-0 * stream)
     )
@@ -211,8 +211,8 @@ def test_a_transcoder_is_read_in_one_place_and_written_in_another(model):
     f = exact.encode_dense(x)
     more = f + 2.0 * (torch.arange(23) == 4)
     moved = (exact.decode(more, x) - exact.decode(f, x)).view(3, 7, 8)
-    found = after["model.layers.2:in"] - before["model.layers.2:in"]
-    torch.testing.assert_close(found.double(), moved, rtol=1e-3, atol=1e-4)
+    result = after["model.layers.2:in"] - before["model.layers.2:in"]
+    torch.testing.assert_close(result.double(), moved, rtol=1e-3, atol=1e-4)
     assert steering.n_tokens == 21
 
 

@@ -88,11 +88,11 @@ def test_tokens_that_are_tried_and_dropped_change_no_steered_text(policy, way):
 
     edits = [Edit(dictionary_of(hook_point), latent=5, clamp="1.5x norm")]
     with Steering(model, edits, positions=policy):
-        found = text(**options)
+        result = text(**options)
     with Steering(model, edits, positions=policy):
         whole = text(use_cache=False, **plain)
-    assert found == whole
-    assert found != text(**options)
+    assert result == whole
+    assert result != text(**options)
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,10 @@ def test_guidance_is_steered_alike_with_and_without_a_cache(prompts, policy, opt
     torch.manual_seed(3)
     model, hook_point = llama()
     subject = model.eval().requires_grad_(False), dictionary_of(hook_point)
-    found, _ = steered(subject, prompts, policy, **options)
+    result, _ = steered(subject, prompts, policy, **options)
     whole, _ = steered(subject, prompts, policy, use_cache=False, **options)
-    assert found == whole
-    assert found != generated(model, prompts, **options)
+    assert result == whole
+    assert result != generated(model, prompts, **options)
 
 
 def packed(model, ids, config):

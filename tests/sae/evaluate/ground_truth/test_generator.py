@@ -30,9 +30,9 @@ def test_the_stream_does_not_depend_on_the_batches_it_is_cut_into():
     world = make_world(TIERS["ci"], 0)
     whole = rows(world, 0, 3 * BLOCK)
     for batch in (7, BLOCK, BLOCK + 1):
-        found = list(batches(world, batch, 3 * BLOCK // batch))
-        x = torch.cat([made.x for made in found])
-        acts = torch.cat([to_dense(made.truth, 211) for made in found])
+        results = list(batches(world, batch, 3 * BLOCK // batch))
+        x = torch.cat([made.x for made in results])
+        acts = torch.cat([to_dense(made.truth, 211) for made in results])
         assert torch.equal(x, whole.x[: len(x)])
         assert torch.equal(acts, whole.acts[: len(x)])
 

@@ -12,9 +12,9 @@ RECORD = {"d_sae": 53, "rows": 997, "loss": 0.25, "note": "passed over"}
 def test_files_of_both_kinds(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([RECORD, {**RECORD, "k": 3, "lr": 0.01}]))
     (tmp_path / "b.jsonl").write_text(json.dumps(RECORD) + "\n\n" + json.dumps(RECORD) + "\n")
-    found = read_runs([tmp_path / "a.json", tmp_path / "b.jsonl"])
+    result = read_runs([tmp_path / "a.json", tmp_path / "b.jsonl"])
     plain = FinishedRun(d_sae=53, rows=997, loss=0.25)
-    assert found == [plain, FinishedRun(d_sae=53, rows=997, loss=0.25, k=3, lr=0.01), plain, plain]
+    assert result == [plain, FinishedRun(d_sae=53, rows=997, loss=0.25, k=3, lr=0.01), plain, plain]
     assert plain.compute == 53 * 997
 
 

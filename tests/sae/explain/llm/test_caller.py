@@ -366,15 +366,15 @@ GOOD = ["LABEL: cats", "[1, 0, 1]", '["a", "b"]', "[EXPLANATION]: x", "I'm sorry
 def fuzz(text: str) -> None:
     for read in (read_label, read_numbers(3, 0, 10), read_texts(2)):
         try:
-            found = read(text)
+            result = read(text)
         except CallFailedError as error:
-            found = error.reason
-        assert found
-        if found not in ("parse", "refusal"):
-            assert isinstance(found, str | list)
-            if isinstance(found, str):
-                assert len(found) <= 300
-                assert found.isprintable()
+            result = error.reason
+        assert result
+        if result not in ("parse", "refusal"):
+            assert isinstance(result, str | list)
+            if isinstance(result, str):
+                assert len(result) <= 300
+                assert result.isprintable()
 
 
 @settings(max_examples=60)
