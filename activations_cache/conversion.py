@@ -49,8 +49,8 @@ _log = logging.getLogger(__name__)
 
 def cache_directory() -> Path:
     """Return the user's cache: $MONOSEMA_CACHE, $XDG_CACHE_HOME/monosema, or ~/.cache/monosema."""
-    if own := os.environ.get("MONOSEMA_CACHE"):
-        return Path(own)
+    if folder := os.environ.get("MONOSEMA_CACHE"):
+        return Path(folder)
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "monosema"
 
@@ -231,7 +231,7 @@ def _weights(graph: Any, numpy_helper: ModuleType) -> Weights:
         raise MonosemaError(f"no weight {_FIRST}")
     weights = {n.removeprefix(prefix): w for n, w in results.items() if n.startswith(prefix)}
     matrices = dict(_matrices(graph, f"/{prefix.replace('.', '/')}", results))
-    weights |= {name: results[own].T.contiguous() for name, own in matrices.items()}
+    weights |= {name: results[stored].T.contiguous() for name, stored in matrices.items()}
     d_model = weights[_FIRST].shape[2]
     loose = [w for n, w in results.items() if n.startswith(_UNNAMED) and n not in matrices.values()]
     of_class, of_patches = sorted(_grids(loose, d_model), key=lambda w: w.shape[1])

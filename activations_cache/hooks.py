@@ -346,8 +346,8 @@ def _stream(value: object, hook_point: str) -> Stream:
 
 def _require_tokens(hook_point: str, stream: Stream, inputs: Tensor) -> None:
     """Refuse a stream whose rows are not the tokens that were read, in their order."""
-    reads = inputs.ndim == 2 and not inputs.is_floating_point()
-    if reads and stream.shape[:2] != inputs.shape:
+    is_ids = inputs.ndim == 2 and not inputs.is_floating_point()
+    if is_ids and stream.shape[:2] != inputs.shape:
         raise MonosemaError(
             f"{hook_point} must carry a row for each of {tuple(inputs.shape)} tokens, got a stream "
             f"of {tuple(stream.shape)}; choose a hook point in the part that reads the text"

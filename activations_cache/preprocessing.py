@@ -191,33 +191,33 @@ def _of_transformers(entries: Mapping[str, Any]) -> ImagePreprocessing:
 def _of_timm(entries: Mapping[str, Any]) -> ImagePreprocessing:
     if "pretrained_cfg" not in entries:  # a model of transformers without settings for images
         return ImagePreprocessing()
-    own = entries["pretrained_cfg"]
-    size, mode = _square(own["input_size"][1:]), own.get("crop_mode") or "center"
-    if mode != "center" and not (mode == "squash" and own["crop_pct"] == 1):
+    settings = entries["pretrained_cfg"]
+    size, mode = _square(settings["input_size"][1:]), settings.get("crop_mode") or "center"
+    if mode != "center" and not (mode == "squash" and settings["crop_pct"] == 1):
         raise MonosemaError(f"crop_mode must be center, got {mode}")
     return ImagePreprocessing(
         size=size,
         crop=mode == "center",
-        shortest_edge=math.floor(size / own["crop_pct"]) if mode == "center" else None,
-        interpolation=own["interpolation"],
-        mean=_rgb(own["mean"]),
-        std=_rgb(own["std"]),
+        shortest_edge=math.floor(size / settings["crop_pct"]) if mode == "center" else None,
+        interpolation=settings["interpolation"],
+        mean=_rgb(settings["mean"]),
+        std=_rgb(settings["std"]),
     )
 
 
 def _of_open_clip(entries: Mapping[str, Any]) -> ImagePreprocessing:
-    own = entries["preprocess_cfg"]
-    size = _square(own.get("size") or entries["model_cfg"]["vision_cfg"]["image_size"])
-    mode = own.get("resize_mode", "shortest")
+    settings = entries["preprocess_cfg"]
+    size = _square(settings.get("size") or entries["model_cfg"]["vision_cfg"]["image_size"])
+    mode = settings.get("resize_mode", "shortest")
     if mode not in {"shortest", "squash"}:
         raise MonosemaError(f"resize_mode must be shortest or squash, got {mode}")
     return ImagePreprocessing(
         size=size,
         crop=mode == "shortest",
         shortest_edge=size if mode == "shortest" else None,
-        interpolation=own.get("interpolation", "bicubic"),
-        mean=_rgb(own["mean"]),
-        std=_rgb(own["std"]),
+        interpolation=settings.get("interpolation", "bicubic"),
+        mean=_rgb(settings["mean"]),
+        std=_rgb(settings["std"]),
     )
 
 

@@ -251,7 +251,7 @@ def parameters_of(module: nn.Module) -> list[str]:
 def around(model: nn.Module, hook_point: str) -> list[nn.Module]:
     """Return the modules around a hook point, the model first."""
     path, modules = parse_hook_point(hook_point)[0], modules_of(model)
-    if (aside := kept_aside(model)) is not None:
+    if (aside := inner_model(model)) is not None:
         module = modules.get(path)
         inner = next((name for name, m in aside.named_modules() if m is module), None)
         if inner is not None:
@@ -263,11 +263,11 @@ def around(model: nn.Module, hook_point: str) -> list[nn.Module]:
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a model by path, and those of a model that it keeps aside."""
-    aside = kept_aside(model)
+    aside = inner_model(model)
     return {**({} if aside is None else dict(aside.named_modules())), **dict(model.named_modules())}
 
 
-def kept_aside(model: nn.Module) -> nn.Module | None:
+def inner_model(model: nn.Module) -> nn.Module | None:
     """Return the model that another runs without having it among its modules.
 
     TransformerLens' bridge does so: it shows the same blocks under names of its own, makes masks

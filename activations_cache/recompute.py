@@ -144,7 +144,7 @@ class _Reader:
             self._entry_of[name] = layout.first if number == 0 else entries.get((number or 0) - 1)
         wanted = [name for name, entry in self._entry_of.items() if entry is None]
         self._captured = {name: name.removeprefix(f"{prefix}." * bool(prefix)) for name in wanted}
-        outside = [name for name, own in self._captured.items() if prefix and own == name]
+        outside = [name for name, captured in self._captured.items() if prefix and captured == name]
         if outside:
             raise MonosemaError(
                 f"{outside[0]} must lie in {prefix}, which reads the text, to be computed again"

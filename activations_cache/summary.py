@@ -132,26 +132,26 @@ class KeptRows(HookRows):
     """The rows of a hook point, whose mean and norm are those of the rows that are kept."""
 
     def __init__(
-        self, rows: HookRows, kept: Int64[Tensor, " kept"], left_out: Int64[Tensor, " row"]
+        self, rows: HookRows, rows_left: Int64[Tensor, " left"], left_out: Int64[Tensor, " row"]
     ):
         vars(self).update({name: v for name, v in vars(rows).items() if name != "mean"})
-        self._all, self._kept, self._left_out = rows, kept, left_out
+        self._all, self._rows_left, self._left_out = rows, rows_left, left_out
 
     @cached_property
     def mean(self) -> Float[Tensor, " d_model"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The mean of the kept training rows, float32."""
         n_left_out = len(self._left_out)
-        total = self._all.mean.double() * (len(self._kept) + n_left_out)
+        total = self._all.mean.double() * (len(self._rows_left) + n_left_out)
         for part in self._left_out.split(_ROWS_AT_ONCE // max(self.d_model, 1) + 1):
             total -= self._all[part].double().sum(dim=0)
-        return (total / max(len(self._kept), 1)).float()
+        return (total / max(len(self._rows_left), 1)).float()
 
     @cached_property
     def mean_square_norm(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
         """The mean of the squared norms of the kept training rows."""
-        parts = self._kept.split(_ROWS_AT_ONCE)
+        parts = self._rows_left.split(_ROWS_AT_ONCE)
         total = sum(float(self._all.norms(part).double().square().sum()) for part in parts)
-        return total / max(len(self._kept), 1)
+        return total / max(len(self._rows_left), 1)
 
 
 class BoundedCache(ActivationCache):
@@ -161,25 +161,27 @@ class BoundedCache(ActivationCache):
         vars(self).update(vars(cache))
         self._rows_of, self._whole, self._limits = {}, cache, limits
         every = cache.rows(TRAINING_SPLITS)
-        kept = self.rows(TRAINING_SPLITS)
-        left_out = every[~torch.isin(every, kept)]
+        rows_left = self.rows(TRAINING_SPLITS)
+        left_out = every[~torch.isin(every, rows_left)]
         self.n_left_out = len(left_out)
         """Rows of explain and score that are left out."""
-        self._hooks = {name: KeptRows(rows, kept, left_out) for name, rows in cache._hooks.items()}
+        self._hooks = {
+            name: KeptRows(rows, rows_left, left_out) for name, rows in cache._hooks.items()
+        }
 
     def rows(self, splits: Sequence[str] = SPLITS) -> Int64[Tensor, " row"]:
         """Return the numbers of the kept rows of the named splits, ascending."""
         key = tuple(splits)
         if key not in self._rows_of:
             parts = self._whole.rows(splits).split(_ROWS_AT_ONCE)
-            self._rows_of[key] = torch.cat([part[self._is_kept(part)] for part in parts])
+            self._rows_of[key] = torch.cat([part[self._is_usual(part)] for part in parts])
         return self._rows_of[key]
 
-    def _is_kept(self, rows: Int64[Tensor, " row"]) -> Bool[Tensor, " row"]:
-        kept = torch.ones(len(rows), dtype=torch.bool)
+    def _is_usual(self, rows: Int64[Tensor, " row"]) -> Bool[Tensor, " row"]:
+        is_usual = torch.ones(len(rows), dtype=torch.bool)
         for name, limit in self._limits.items():
-            kept &= self._whole[name].norms(rows) <= limit
-        return kept
+            is_usual &= self._whole[name].norms(rows) <= limit
+        return is_usual
 
 
 def bounded(
@@ -212,11 +214,11 @@ def looked_at(
     """
     if not isinstance(cache, ActivationCache):
         return cache
-    kept = cache if times_median is None else bounded(cache, hook_points, times_median)
+    cache_left = cache if times_median is None else bounded(cache, hook_points, times_median)
     for name in hook_points:
         share = share_of_largest(cache, name)
-        if isinstance(kept, BoundedCache):
-            n, limit = kept.n_left_out, f"{times_median:g} times the median norm"
+        if isinstance(cache_left, BoundedCache):
+            n, limit = cache_left.n_left_out, f"{times_median:g} times the median norm"
             advice = f"{n:,} rows above {limit} are left out; train.max_norm: null keeps them"
         elif share > WEIGHTY and times_median is not None:
             advice = "none is above train.max_norm; a lower limit leaves them out"
@@ -227,7 +229,7 @@ def looked_at(
         level = logging.WARNING if share > WEIGHTY else logging.INFO
         what = "the largest 0.1 %% of the rows hold %.1f %% of the sum of squares; %s"
         _log.log(level, f"%s: {what}", name, 100 * share, advice)
-    return kept
+    return cache_left
 
 
 def share_of_largest(cache: ActivationCache, hook_point: str) -> float:

@@ -82,8 +82,8 @@ def _require(condition: bool, rule: str) -> None:
 def _check_splits(source: BatchSource) -> None:
     every, parts = source.rows(), [source.rows((name,)) for name in SPLITS]
     _require(bool((every.diff() > 0).all()), "give row numbers in ascending order, each once")
-    together = torch.cat(parts).sort().values
-    _require(torch.equal(together, every), "put each row into exactly one split")
+    joined = torch.cat(parts).sort().values
+    _require(torch.equal(joined, every), "put each row into exactly one split")
 
 
 def _check_coverage(source: BatchSource, batch: int, seed: int) -> None:
@@ -132,11 +132,11 @@ def _check_resuming(source: BatchSource, batch: int, seed: int) -> None:
 
 
 def _check_hook_points(source: BatchSource, batch: int, seed: int) -> None:
-    together = next(source.batches(batch=batch, seed=seed)).x
+    joined = next(source.batches(batch=batch, seed=seed)).x
     alone = [next(source.batches([name], batch=batch, seed=seed)).x for name in source.hook_points]
     side_by_side = torch.cat(alone, dim=1)
-    same = together.shape == side_by_side.shape
-    same = same and torch.allclose(together, side_by_side, rtol=1e-3, atol=1e-3)
+    same = joined.shape == side_by_side.shape
+    same = same and torch.allclose(joined, side_by_side, rtol=1e-3, atol=1e-3)
     _require(same, "put hook points side by side in the order in which they are named")
 
 

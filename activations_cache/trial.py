@@ -95,8 +95,10 @@ def trial_pixels(model: nn.Module) -> Float[Tensor, "2 channel height width"] | 
     if not isinstance(side, int):
         return None
     shape = (N_EXAMPLES, getattr(config, "num_channels", 3), side, side)
-    own = next(model.parameters())
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(own.device, own.dtype)
+    parameter = next(model.parameters())
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
+        parameter.device, parameter.dtype
+    )
 
 
 def trial_inputs(model: nn.Module) -> Tensor | None:
@@ -260,13 +262,13 @@ def additions(
     results = []
     for i, of_block in enumerate(parts):
         root = f"{prefix}{i}"
-        own = {
+        caches = {
             name.removeprefix(root).removeprefix("."): once[0]
             for name, once in calls.items()
             if (name == root or name.startswith(f"{root}.")) and len(once) == 1
         }
-        known = "" in own and all(path in own for path in of_block)
-        results.append({p: _addition(p, own) for p in of_block} if known else plain[i])
+        known = "" in caches and all(path in caches for path in of_block)
+        results.append({p: _addition(p, caches) for p in of_block} if known else plain[i])
     return results
 
 

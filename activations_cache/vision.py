@@ -208,13 +208,14 @@ def _transformers(
     tower = getattr(transformers, family.tower)
     spread = {"device_map": "auto"} if config.devices == "all" else {}
     model = read_model(directory, config, tower, **family.options, **spread)
-    own = getattr(model.config, "vision_config", model.config)
+    tower_config = getattr(model.config, "vision_config", model.config)
     asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     reading = ImageReading(
-        patch=_side(own.patch_size),
-        n_prefix=int(family.has_class_token) + (getattr(own, "num_register_tokens", None) or 0),
+        patch=_side(tower_config.patch_size),
+        n_prefix=int(family.has_class_token)
+        + (getattr(tower_config, "num_register_tokens", None) or 0),
         has_class_token=family.has_class_token,
-        image_size=_side(own.image_size),
+        image_size=_side(tower_config.image_size),
         resizes="if asked" if asks else "by itself",
     )
     return family.tower, model, reading

@@ -244,10 +244,10 @@ class CacheWriter(contextlib.AbstractContextManager["CacheWriter"]):
         return claims
 
     def _claims(self, n_ranks: int) -> Generator[int, None, None]:
-        own = sorted(range(self.plan.n_shards), key=lambda s: (s % n_ranks != self._rank, s))
+        order = sorted(range(self.plan.n_shards), key=lambda s: (s % n_ranks != self._rank, s))
         while missing := set(self.missing()):
             waits = True
-            for shard in filter(missing.__contains__, own):
+            for shard in filter(missing.__contains__, order):
                 with contextlib.suppress(CacheBusyError), self.claim(shard):
                     waits = False
                     if shard in self.missing():  # unless its owner finished it just now

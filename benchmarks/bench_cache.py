@@ -124,7 +124,7 @@ def reading(gigabytes: float, rounds: int, folder: Path) -> list[dict[str, objec
     return outcome
 
 
-def beside_peers(gigabytes: float, rounds: int, folder: Path) -> list[dict[str, object]]:
+def with_peers(gigabytes: float, rounds: int, folder: Path) -> list[dict[str, object]]:
     """Compare rows per second with what the installed peers hand out."""
     n_examples = int(gigabytes * 1e9 / (2 * 768 * 256))
     plan = synthetic_plan(
@@ -204,7 +204,7 @@ def main() -> None:
         if "reading" in given.cases:
             rows += reading(given.gigabytes, given.rounds, folder)
         if "peers" in given.cases:
-            rows += beside_peers(given.gigabytes / 2, given.rounds, folder)
+            rows += with_peers(given.gigabytes / 2, given.rounds, folder)
         if "caching" in given.cases:
             rows.append(caching(given.contexts, given.rounds, folder))
     facts = surroundings(("transformers", *PEERS))

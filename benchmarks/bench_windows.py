@@ -86,8 +86,8 @@ def forward_per_row(cache: ActivationCache, hook_point: str) -> float:
 
 def nbytes(state: State) -> int:
     """What the pass holds."""
-    kept = [*state.counts.values(), *state.kept.rows, *state.pool]
-    return sum(array.nbytes for array in kept)
+    arrays = [*state.counts.values(), *state.reservoir.rows, *state.pool]
+    return sum(array.nbytes for array in arrays)
 
 
 def main() -> None:

@@ -70,10 +70,10 @@ def figures(report: dict[str, Any], name: str) -> dict[str, float]:
             "Δ CE": effect["ce_increase"]["value"],
             "KL": effect["kl"]["value"],
         }
-    if told := (report.get("downstream") or {}).get("spliced", {}).get(name):
+    if spliced := (report.get("downstream") or {}).get("spliced", {}).get(name):
         results |= {
-            "kNN accuracy": told["knn"]["value"],
-            "linear accuracy": told["linear"]["value"],
+            "kNN accuracy": spliced["knn"]["value"],
+            "linear accuracy": spliced["linear"]["value"],
         }
     return results
 
@@ -89,12 +89,12 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
 
 def _as_it_is(report: dict[str, Any]) -> dict[str, Any]:
     """What the model tells without and with an ablation, where classes were told."""
-    told = report.get("downstream")
-    if not told:
+    downstream = report.get("downstream")
+    if not downstream:
         return {}
-    kept = ("n_train", "n_test", "n_classes")
-    streams = {name: told["spliced"][name] for name in ("as it is", "zero", "mean")}
-    return {"told": {**{key: told[key] for key in kept}, **streams}}
+    keys_shown = ("n_train", "n_test", "n_classes")
+    streams = {name: downstream["spliced"][name] for name in ("as it is", "zero", "mean")}
+    return {"told": {**{key: downstream[key] for key in keys_shown}, **streams}}
 
 
 def spread(values: list[float], figure: str) -> str:

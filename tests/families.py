@@ -145,7 +145,7 @@ def make(family: str) -> nn.Module:
     return model
 
 
-def own_hooks(model: nn.Module) -> list[Callable]:
+def custom_hooks(model: nn.Module) -> list[Callable]:
     """The hooks in a model that transformers has not left there for its `hidden_states`."""
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(),
                                                   *m._forward_pre_hooks.values())]  # fmt: skip
@@ -276,12 +276,12 @@ def _logits(model: nn.Module, record: ModelRecord, ids: Tensor) -> str:
     result = normed @ rows.T
     if path.cap is not None:
         result = path.cap * torch.tanh(result / path.cap)
-    own = model(input_ids=ids, use_cache=False).logits
+    logits = model(input_ids=ids, use_cache=False).logits
     zero = torch.zeros(1, 1, WIDTH if rows.shape[1] == WIDTH else rows.shape[1])
     bias = model.get_output_embeddings()(
         model.get_submodule(path.norm)(zero) if path.norm else zero
     )[0, 0]
-    expected = own - path.scale * bias if path.cap is None else own
+    expected = logits - path.scale * bias if path.cap is None else logits
     error = (result - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert float(error.median()) < 0.02
     said = "exact" if path.scale == 1 else f"exact, x {path.scale:.3g}"

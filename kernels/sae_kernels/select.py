@@ -88,11 +88,13 @@ def _pick(v: Float[Tensor, "batch d_sae"], k: int) -> _Pick:
         return _pick_directly(v, k)
     n_groups = n // size
     groups = v.unflatten(1, (size, n_groups))  # (batch, size, n_groups); members are n_groups apart
-    kept = _pick(groups.amax(1), k)
-    members = groups.gather(2, kept.indices[:, None, :].expand(-1, size, -1))  # (batch, size, k)
+    best_groups = _pick(groups.amax(1), k)
+    members = groups.gather(
+        2, best_groups.indices[:, None, :].expand(-1, size, -1)
+    )  # (batch, size, k)
     best = _pick_directly(members.flatten(1), k)
-    indices = kept.indices.gather(1, best.indices % k) + best.indices // k * n_groups
-    return _Pick(indices, best.smallest, torch.maximum(best.left_out, kept.left_out))
+    indices = best_groups.indices.gather(1, best.indices % k) + best.indices // k * n_groups
+    return _Pick(indices, best.smallest, torch.maximum(best.left_out, best_groups.left_out))
 
 
 def _settle(

@@ -114,10 +114,12 @@ def encode_threshold(
     return Csr(*Encode.apply(x, enc_rows, b_enc, b_in, rule))
 
 
-def _best(pre: Float[Tensor, "batch d_sae"], n_kept: int, backend: Backend) -> Int[Tensor, " k"]:
-    """Name the n_kept largest by their places in the flattened `pre`, which settle ties."""
+def _best(
+    pre: Float[Tensor, "batch d_sae"], n_selected: int, backend: Backend
+) -> Int[Tensor, " k"]:
+    """Name the n_selected largest by their places in the flattened `pre`, which settle ties."""
     backend = "reference" if backend == "reference" else "torch"
-    return topk_select(pre.detach().reshape(1, -1), n_kept, backend=backend).indices[0]
+    return topk_select(pre.detach().reshape(1, -1), n_selected, backend=backend).indices[0]
 
 
 def batch_topk(
@@ -167,19 +169,19 @@ def _keep_batch_topk(product: Product, k: int, relu: bool, backend: Backend) -> 
 
     An equal value of a later row loses, so that nothing else can belong to the answer.
     """
-    n_kept, bias = k * len(product.x), product.bias
+    n_selected, bias = k * len(product.x), product.bias
     none = torch.zeros(0, dtype=torch.int64, device=bias.device)
     best, worst = _BestEntries(bias[:0], none, none), -math.inf
     for rows, pre in product.chunks():
-        full = len(best.values) == n_kept
+        full = len(best.values) == n_selected
         flat = (~(pre <= worst)).flatten().nonzero().squeeze(1) if full else None
         if flat is None:
-            flat = _best(pre, min(n_kept, pre.numel()), backend)
+            flat = _best(pre, min(n_selected, pre.numel()), backend)
         new = pre.flatten().index_select(0, flat)
         result = _BestEntries(new, flat // len(bias) + rows.start, flat % len(bias))
         best = _BestEntries(*(torch.cat(pair) for pair in zip(best, result, strict=True)))
-        if len(best.values) > n_kept:
-            picked = _best(best.values[None], n_kept, backend)
+        if len(best.values) > n_selected:
+            picked = _best(best.values[None], n_selected, backend)
             best = _BestEntries(*(part[picked] for part in best))
         # NaN is above every number, so it is no bound
         worst = float(best.values.nan_to_num(math.inf, math.inf, -math.inf).min())

@@ -124,7 +124,7 @@ class BrowserServer(ThreadingHTTPServer):
         asked = "" if self.token is None else f"?token={quote(self.token, safe='')}"
         return f"http://{name}:{self.server_address[1]}/{asked}"
 
-    def is_own(self, host: str) -> bool:
+    def is_ours(self, host: str) -> bool:
         """Whether a request's Host is an address of this server, not a name that was bent to it."""
         name, _, port = host.rpartition(":") if not host.endswith("]") else (host, "", "80")
         if not name:
@@ -174,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check(self) -> None:
         hosts = self.headers.get_all("Host", [])
-        if len(hosts) != 1 or not self.server.is_own(hosts[0]):
+        if len(hosts) != 1 or not self.server.is_ours(hosts[0]):
             raise _Refused(HTTPStatus.FORBIDDEN, "host must be this server's address")
         if self.server.token is not None and not self._knows(self.server.token):
             raise _Refused(HTTPStatus.UNAUTHORIZED, "open the address that `sae browse` printed")

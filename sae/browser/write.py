@@ -204,18 +204,18 @@ class _Tables:
     """The rows of the part of the table that is being filled; full parts are on the disk."""
 
     def __init__(self, result: Dictionary, key: str, path: Path) -> None:
-        self.found, self.key, self.path = result, key, path
+        self.dictionary, self.key, self.path = result, key, path
         self.absent = Row("", 0, (math.nan,) * (2 + len(result.columns)), "")
         self.first = 0
         self.rows = self._empty()
 
     def _empty(self) -> list[Row]:
-        return [self.absent] * min(self.found.d_sae - self.first, LATENTS_PER_TABLE)
+        return [self.absent] * min(self.dictionary.d_sae - self.first, LATENTS_PER_TABLE)
 
     def add(self, latent: Latent) -> None:
         """Take the next latent."""
         self.finish(latent.number // LATENTS_PER_TABLE * LATENTS_PER_TABLE)
-        self.rows[latent.number - self.first] = row(latent, self.found.columns)
+        self.rows[latent.number - self.first] = row(latent, self.dictionary.columns)
 
     def finish(self, upto: int) -> None:
         """Write the parts that lie before a latent."""

@@ -237,8 +237,8 @@ def find_problems(nodes: Mapping[Keys, Node], error: ValidationError | None) -> 
             problem = _translate(keys, detail, nodes)
             results.setdefault(problem.keys, problem)
     meant = {problem.meant for problem in results.values()}
-    kept = [problem for problem in results.values() if problem.keys not in meant]
-    return sorted(kept, key=lambda problem: _position(nodes[()].value, problem.keys))
+    problems_left = [problem for problem in results.values() if problem.keys not in meant]
+    return sorted(problems_left, key=lambda problem: _position(nodes[()].value, problem.keys))
 
 
 def dotted(keys: Keys) -> str:

@@ -87,11 +87,11 @@ def tcav(
     """
     if len(random_sets) < 4:
         raise MonosemaError(f"random_sets must be at least 4, got {len(random_sets)}")
-    own = [tcav_score(gradient, concept_vector(concept, other)) for other in random_sets]
+    concept_scores = [tcav_score(gradient, concept_vector(concept, other)) for other in random_sets]
     ring = zip(random_sets, [*random_sets[1:], random_sets[0]], strict=True)
     chance = [tcav_score(gradient, concept_vector(a, b)) for a, b in ring]
-    score, random = sum(own) / len(own), sum(chance) / len(chance)
-    p = _p_value(own, chance)
+    score, random = sum(concept_scores) / len(concept_scores), sum(chance) / len(chance)
+    p = _p_value(concept_scores, chance)
     return TCAV(score=score, random=random, p=p, significant=p * n_concepts < 0.05)
 
 

@@ -124,7 +124,7 @@ def downstream(
     right: dict[tuple[int, str], _Right] = {}
     for done, (key, rows) in enumerate(result.items(), start=1):
         n_train = len(images.train)
-        right[key] = _told(rows[:n_train], rows[n_train:], images, config)
+        right[key] = _accuracies(rows[:n_train], rows[n_train:], images, config)
         (progress or silent)(done, len(result), "features fitted")
     resamples = Resamples(len(images.test), config.n_resamples, config.seed)
     sides = [
@@ -165,12 +165,12 @@ def features(
         By the number of positions that were left intact, and the name: 0, and for the streams that
         are ablations `place.n_intact` too.
     """
-    own = next(place.model.parameters())
+    parameter = next(place.model.parameters())
     read = partial(_pooled, options=dict(place.options))
     replay = Replay(place.model, place.hook_point, read=read)
     parts: dict[tuple[int, str], list[Tensor]] = {}
     for start in range(0, len(numbers), IMAGES_AT_ONCE):
-        x = pixels(numbers[start : start + IMAGES_AT_ONCE]).to(own.device, own.dtype)
+        x = pixels(numbers[start : start + IMAGES_AT_ONCE]).to(parameter.device, parameter.dtype)
         stream = replay.base(x).stream
         for name, replacement in streams.items():
             new = replacement(stream)
@@ -205,7 +205,7 @@ class _Right(NamedTuple):
     linear: Bool[np.ndarray, " other"]
 
 
-def _told(
+def _accuracies(
     train: Float[Tensor, "example d_model"],
     test: Float[Tensor, "other d_model"],
     images: Images,

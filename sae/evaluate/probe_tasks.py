@@ -198,8 +198,10 @@ def _balanced(
     generator: torch.Generator,
 ) -> tuple[Tensor, np.ndarray]:
     """At most n rows of the label and as many of others, in random order."""
-    own, others = rows[result == number], rows[(result >= 0) & (result != number)]
-    n = min(n, len(own), len(others))
-    picked = [part[torch.randperm(len(part), generator=generator)[:n]] for part in (own, others)]
+    of_class, others = rows[result == number], rows[(result >= 0) & (result != number)]
+    n = min(n, len(of_class), len(others))
+    picked = [
+        part[torch.randperm(len(part), generator=generator)[:n]] for part in (of_class, others)
+    ]
     order = torch.randperm(2 * n, generator=generator)
     return torch.cat(picked)[order], (order < n).numpy()

@@ -112,7 +112,7 @@ def measure_reconstruction(
     points = [point for of in where.values() for side in of for point in side]
     for x in _chunks(cache, points, rows, rows_per_chunk, progress or silent):
         for name, of_one in sums.items():
-            of_one.update(*(_beside(x, side) for side in where[name]))
+            of_one.update(*(_concatenated(x, side) for side in where[name]))
     return {name: of_one.result() for name, of_one in sums.items()}
 
 
@@ -140,8 +140,8 @@ def firing_statistics(
     points = [point for read in where.values() for point in read]
     for x in _chunks(cache, points, rows, rows_per_chunk, progress or silent):
         for name, dictionary in dictionaries.items():
-            own = _beside(x, where[name]).to(dictionary.dec_rows.device)
-            firing[name].update(dictionary.encode(own))
+            rows_read = _concatenated(x, where[name]).to(dictionary.dec_rows.device)
+            firing[name].update(dictionary.encode(rows_read))
     return firing
 
 
@@ -178,7 +178,7 @@ def _chunks(
         progress(min(start + rows_per_chunk, len(rows)), len(rows), "rows")
 
 
-def _beside(x: Mapping[str, Tensor], hook_points: Sequence[str]) -> Float[Tensor, "row _"]:
+def _concatenated(x: Mapping[str, Tensor], hook_points: Sequence[str]) -> Float[Tensor, "row _"]:
     parts = [x[point] for point in hook_points]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -255,5 +255,5 @@ class _ReconstructionSums:
 def _worst(fvu: Float[Tensor, " d_out"]) -> dict[str, float]:
     """The largest that are finite: a dimension that does not vary has no figure."""
     order = fvu.masked_fill(~fvu.isfinite(), -math.inf).argsort(descending=True, stable=True)
-    kept = order[:N_WORST].tolist()
-    return {str(i): float(fvu[i]) for i in kept if math.isfinite(float(fvu[i]))}
+    worst = order[:N_WORST].tolist()
+    return {str(i): float(fvu[i]) for i in worst if math.isfinite(float(fvu[i]))}

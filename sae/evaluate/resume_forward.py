@@ -145,8 +145,8 @@ def _blocks_before(model: nn.Module, hook_point: str) -> list[nn.Module]:
     for depth in range(1, len(parts)):
         blocks = model.get_submodule(".".join(parts[:depth]))
         if isinstance(blocks, nn.ModuleList):
-            is_own_end = depth == len(parts) - 1 and side == "out"
-            return list(blocks)[: int(parts[depth]) + is_own_end]
+            is_same_end = depth == len(parts) - 1 and side == "out"
+            return list(blocks)[: int(parts[depth]) + is_same_end]
     return []
 
 

@@ -146,8 +146,10 @@ def _basis(rows: Float64[Tensor, "row d_in"], variance: float) -> Basis:
     rows = centred(rows)
     u, sizes, _ = torch.linalg.svd(rows, full_matrices=False)
     share = sizes.square().cumsum(0) / sizes.square().sum()
-    kept = min(int((share < variance - 1e-12).sum()) + 1, int((sizes > SMALL * sizes[0]).sum()))
-    return Basis(u[:, :kept], rows)
+    n_components = min(
+        int((share < variance - 1e-12).sum()) + 1, int((sizes > SMALL * sizes[0]).sum())
+    )
+    return Basis(u[:, :n_components], rows)
 
 
 def _canonical(x: Basis, y: Basis) -> tuple[Tensor, Tensor, Tensor]:

@@ -309,13 +309,15 @@ def hedging(
         directions: All true directions.
         dec_rows: The dictionary's decoder rows.
     """
-    own = cosines(dec_rows, directions).abs().argmax(dim=1)
+    nearest_latent = cosines(dec_rows, directions).abs().argmax(dim=1)
     untracked = torch.ones(len(directions), dtype=torch.bool)
-    untracked[own] = False
+    untracked[nearest_latent] = False
     unit = torch.nn.functional.normalize(dec_rows.double())
     features = torch.nn.functional.normalize(directions.double())
     if not bool(untracked.any()):
         return torch.zeros(len(dec_rows), dtype=torch.float64)
-    rest = unit - (unit * features[own]).sum(dim=1, keepdim=True) * features[own]
+    rest = (
+        unit - (unit * features[nearest_latent]).sum(dim=1, keepdim=True) * features[nearest_latent]
+    )
     basis = torch.linalg.qr(features[untracked].T).Q
     return (rest @ basis).square().sum(dim=1)

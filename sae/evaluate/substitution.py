@@ -136,8 +136,8 @@ class _Streams:
         def replace(stream: Float[Tensor, "example pos _"]) -> Float[Tensor, "example pos _"]:
             streams = [self._streams[p.hook_point].flatten(0, 1).float() for p in config.inputs]
             x_hat = dictionary(torch.cat(streams, dim=1))
-            own = x_hat.split([p.width for p in config.slices_out], dim=1)[part]
-            return own.view(stream.shape).to(stream)
+            x_hat_here = x_hat.split([p.width for p in config.slices_out], dim=1)[part]
+            return x_hat_here.view(stream.shape).to(stream)
 
         return replace
 
@@ -227,8 +227,8 @@ def _tasks(
         }
     n_contexts = len(held_out.tokens)
     for name, each in rows.items():
-        kept = {point: _keeping(fn, held_out, streams) for point, fn in each.items()}
-        yield _Task("intact", name, kept, n_contexts)
+        replacements = {point: _keeping(fn, held_out, streams) for point, fn in each.items()}
+        yield _Task("intact", name, replacements, n_contexts)
     if config.n_contexts_special:
         for name, each in rows.items():
             yield _Task("spliced", name, each, min(n_contexts, config.n_contexts_special))

@@ -155,13 +155,13 @@ class Assembler:
         self._state, self._tokens, self._has_strings = state, tokens, strings is not None
         self.texts = Texts(tokens, strings, state.width)
         self._n_strings = len(strings) if strings is not None else int(tokens.max()) + 1
-        self._rows: WindowRows = state.kept.rows
+        self._rows: WindowRows = state.reservoir.rows
         self._start = np.searchsorted(
             self._rows.group, np.arange(state.d_sae * len(SPLITS) + 1) * (N_BINS + 1)
         )
         self._fires = [self._firing_windows(split) for split in range(len(SPLITS))]
         self._holds = [self._token_windows(split) for split in range(len(SPLITS))]
-        self.neighbours = self._together()
+        self.neighbours = self._neighbours()
 
     def of(self, latent: int) -> LatentWindows:
         """Everything about one latent."""
@@ -215,14 +215,14 @@ class Assembler:
         bins = half_octave(active.peak)
         n_all = self._state.counts["n_windows"][latent, split]
         n_top = np.bincount(bins[active.is_top], minlength=N_BINS)
-        n_kept = np.bincount(bins[~active.is_top], minlength=N_BINS)
-        share_kept = n_kept / np.maximum(n_all - n_top, 1)
+        n_left = np.bincount(bins[~active.is_top], minlength=N_BINS)
+        share_left = n_left / np.maximum(n_all - n_top, 1)
         top = np.flatnonzero(active.is_top & ~is_weak)
         yield active.cuts(top, "active", step[top], np.ones(len(top)))
         for bucket in range(config.n_buckets):
             candidates = np.flatnonzero((step == bucket) & ~active.is_top & ~is_weak)
             taken = candidates[: config.per_bucket]
-            p = share_kept[bins[taken]] * len(taken) / max(len(candidates), 1)
+            p = share_left[bins[taken]] * len(taken) / max(len(candidates), 1)
             yield active.cuts(taken, "active", step[taken], np.minimum(p, 1.0))
         weak = np.flatnonzero(is_weak & ~active.is_top)[: config.n_negatives]
         yield active.cuts(weak, "weak", np.full(len(weak), -1), np.ones(len(weak)))
@@ -291,7 +291,7 @@ class Assembler:
         cells = (np.ones(known.sum(), np.int32), (ids[known], which[known]))
         return sparse.csr_array(cells, shape=(max(self._n_strings, 1), len(windows)))
 
-    def _together(self) -> Neighbours:
+    def _neighbours(self) -> Neighbours:
         state, k = self._state, self._state.config.n_neighbours
         pool = state.pool
         explain = np.isin(pool.window, state.pool_windows[0])

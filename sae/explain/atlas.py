@@ -40,7 +40,7 @@ LARGE = 20_000
 """From this many latents on t-SNE lays out a sample and puts the others beside it."""
 
 _SAMPLE = 10_000
-_BESIDE = 3
+_N_ANCHORS = 3
 _PERPLEXITY = 15.0
 _SMALL_INITIAL = 1e-4  # standard deviation of the first axis; larger values tear neighbours apart
 
@@ -76,7 +76,7 @@ def plane(
         return _tsne(unit) if len(unit) < LARGE else _sampled_tsne(unit)
 
 
-def share_kept(
+def share_preserved(
     dec_rows: Float[Tensor, "d_sae d_out"],
     at: Float[Tensor, "d_sae 2"],
     k: int = 10,
@@ -151,7 +151,9 @@ def _tsne(unit: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae 2"]:
 def _distances(unit: Float[Tensor, "d_sae d_out"], perplexity: float) -> csr_matrix:
     """Distance of each latent to itself and to as many neighbours as t-SNE asks for."""
     n = len(unit)
-    near = nearest(unit, unit, min(n - 1, int(3 * perplexity + 1)), own=torch.arange(len(unit)))
+    near = nearest(
+        unit, unit, min(n - 1, int(3 * perplexity + 1)), excluded=torch.arange(len(unit))
+    )
     far = (2 - 2 * near.cosine).clamp_min(0).sqrt().numpy()
     column = np.column_stack([np.arange(n), near.latent.numpy()])
     value = np.column_stack([np.zeros(n, far.dtype), far])
@@ -162,7 +164,7 @@ def _distances(unit: Float[Tensor, "d_sae d_out"], perplexity: float) -> csr_mat
 def _sampled_tsne(unit: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae 2"]:
     sample = _spread(len(unit), _SAMPLE)
     at = _tsne(unit[sample])
-    near = nearest(unit, unit[sample], _BESIDE)
+    near = nearest(unit, unit[sample], _N_ANCHORS)
     weight = near.cosine.clamp_min(1e-3) ** 8  # the nearest counts most
     weight = weight / weight.sum(dim=1, keepdim=True)
     points = (at[near.latent] * weight[:, :, None]).sum(dim=1)
@@ -261,7 +263,9 @@ def draw_atlas(
     """
     rows = dictionary.dec_rows.detach().float().cpu()
     at = plane(rows, config.plane)
-    near = nearest(rows, rows, min(config.n_neighbours, len(rows) - 1), own=torch.arange(len(rows)))
+    near = nearest(
+        rows, rows, min(config.n_neighbours, len(rows) - 1), excluded=torch.arange(len(rows))
+    )
     correlation = _correlation(dictionary, cache, hook_point, config.n_rows, progress or silent)
     split = None if narrow is None else splitting(narrow.dec_rows.detach().float().cpu(), rows)
     with seals.replacing(out_dir / ATLAS) as unfinished:

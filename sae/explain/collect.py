@@ -106,7 +106,7 @@ def collect(
         if state_path is not None and number % config.save_every == 0:
             state.save(state_path, known)
         report(state.n_done, len(rows.ids), "rows encoded for windows")
-    state.kept.merge()
+    state.reservoir.merge()
     return state
 
 
@@ -168,9 +168,9 @@ def _add(state: State, rows: _ChunkRows, fired: _ChunkFirings) -> None:
     salt = mixed(peaks.latent, state.config.seed + 1).astype(np.int64)
     by_hash = uniform(mixed(peaks.window ^ salt, state.config.seed + 2))
     for key, priority in ((group + bins, by_hash), (group + N_BINS, -peaks.peak - by_hash * 1e-9)):
-        chosen = np.flatnonzero(state.kept.wanted(key, priority))
+        chosen = np.flatnonzero(state.reservoir.wanted(key, priority))
         acts = _acts(chosen, peaks, rows, fired, state.width)
-        state.kept.offer(
+        state.reservoir.offer(
             WindowRows(
                 key[chosen], priority[chosen].astype(np.float64), peaks.window[chosen],
                 peaks.peak[chosen], acts,

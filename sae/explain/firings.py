@@ -237,10 +237,10 @@ def _best(
 ) -> tuple[CofiringPairs, ...]:
     keep = (both >= least) & (others != latent)
     others, both = others[keep], both[keep].astype(np.float64)
-    n, own, theirs = codes.n_rows, float(codes.n_fired[latent]), codes.n_fired[others]
-    spread = own * (n - own) * theirs * (n - theirs)
+    n, n_fired, theirs = codes.n_rows, float(codes.n_fired[latent]), codes.n_fired[others]
+    spread = n_fired * (n - n_fired) * theirs * (n - theirs)
     with np.errstate(invalid="ignore", divide="ignore"):
-        phi = np.where(spread > 0, (n * both - own * theirs) / np.sqrt(spread), 0.0)
+        phi = np.where(spread > 0, (n * both - n_fired * theirs) / np.sqrt(spread), 0.0)
     order = np.lexsort((others, -phi))[:k]
     order = order[phi[order] > 0]
     return tuple(CofiringPairs(int(others[i]), float(phi[i]), int(both[i])) for i in order)

@@ -140,10 +140,10 @@ def top_pictures(
     """
     peaks = np.concatenate([part.peaks[:, latent] for part in parts])
     whose = np.repeat(np.arange(len(parts)), [part.n_images for part in parts])
-    own = np.concatenate([np.arange(part.n_images) for part in parts])
+    numbers = np.concatenate([np.arange(part.n_images) for part in parts])
     firing = [part.of(latent) for part in parts]
     for rank, at in enumerate(_chosen(peaks, config).tolist()):
-        which, image = int(whose[at]), int(own[at])
+        which, image = int(whose[at]), int(numbers[at])
         part, inside = parts[which], firing[which].image == image
         patch, value = firing[which].patch[inside], firing[which].value[inside]
         heat = np.zeros(n_patches, np.float32)

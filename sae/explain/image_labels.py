@@ -220,14 +220,14 @@ def concepts_of(classes: tuple[str, ...], separator: str | None) -> Concepts:
     if len(classes) < 2:
         listed = f"1 ({classes[0]})" if classes else "none"
         raise MonosemaError(
-            f"images must be of two classes or more to be labelled, got {listed}; put the images of "
-            "each class into a folder of its own"
+            f"images must be of two classes or more to be labelled, got {listed}; put the images "
+            "of each class into a folder of its own"
         )
     groups = [name.partition(separator)[0] if separator else "" for name in classes]
     shared = sorted({g for g in groups if g and 2 <= groups.count(g) < len(classes)} - set(classes))
-    own = np.eye(len(classes), dtype=bool)
+    identity = np.eye(len(classes), dtype=bool)
     of_group = np.array([[group == name for name in shared] for group in groups], bool)
-    of_class = np.concatenate([own, of_group.reshape(len(classes), len(shared))], axis=1)
+    of_class = np.concatenate([identity, of_group.reshape(len(classes), len(shared))], axis=1)
     return Concepts((*classes, *shared), len(classes), of_class)
 
 

@@ -78,12 +78,12 @@ def explain_images(
         ValueError: If there are not two classes, or a split is empty.
     """
     report = progress or silent
-    cache, own = pictures.cache, config.images
-    concepts = concepts_of(cache.label_names, own.group_separator)
+    cache, images = pictures.cache, config.images
+    concepts = concepts_of(cache.label_names, images.group_separator)
     parts = [ImagePart(dictionary, cache, hook_point, s, report) for s in ("explain", "score")]
     d_sae = parts[0].codes.d_sae
     seen = [part.seen(0, d_sae) for part in parts]
-    result = ImageLabelScorer(seen[0], seen[1], concepts, own, config.seed).scored()
+    result = ImageLabelScorer(seen[0], seen[1], concepts, images, config.seed).scored()
     arms = _untrained(parts, pictures.cache, hook_point, concepts, config, report)
     explained = ExplainedImages(result.summary, arms)
     if out_dir is None:
@@ -97,7 +97,7 @@ def explain_images(
         "baselines": {name: _flat(arm) for name, arm in arms.items()},
         "config": dataclasses.asdict(config),
     }
-    n_examples = own.top_images + 5 * own.bucket_images
+    n_examples = images.top_images + 5 * images.bucket_images
     write_tables(out_dir, records, examples, n_examples, summary)
     return explained
 

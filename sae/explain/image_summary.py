@@ -162,8 +162,8 @@ def _lift(
     concept: np.ndarray,
 ) -> float:
     """The mean over latents, where image i stands `weight[i]` times."""
-    own = weight[order] * fires
-    taken = np.clip(N_STRONGEST - (np.cumsum(own, axis=0) - own), 0, own)
+    fired_weight = weight[order] * fires
+    taken = np.clip(N_STRONGEST - (np.cumsum(fired_weight, axis=0) - fired_weight), 0, fired_weight)
     share = (taken * right).sum(axis=0) / np.maximum(taken.sum(axis=0), 1)
     return float((share - (weight @ has / weight.sum())[concept]).mean())
 
@@ -187,8 +187,8 @@ def _score(
     result.influence[~member] += ((below - auc) * (n / n_other)).sum(axis=1)
     # In float32 from ranks around their middle, so that equal AUCs stay within the tolerance.
     sums = (ranks - (n + 1) / 2).astype(np.float32).T @ null
-    own = (ranks[member] - (n + 1) / 2).sum(axis=0)
-    as_large = (sums >= (own - 1e-3 * n)[:, None]).sum(axis=1)
+    rank_sum = (ranks[member] - (n + 1) / 2).sum(axis=0)
+    as_large = (sums >= (rank_sum - 1e-3 * n)[:, None]).sum(axis=1)
     result.p_value[latents] = (1 + as_large) / (1 + null.shape[1])
     for column, latent in enumerate(latents):
         values = peaks[:, column].astype(np.float64)
@@ -296,8 +296,8 @@ class ImageLabelScorer:
         judged: dict[Method, ImageScores] = {
             m: self._held_out(has[1], of_one) for m, of_one in labels.concept.items()
         }
-        own, concept = judged[method], labels.concept[method]
-        is_scored = np.isfinite(own.auc)
+        verdicts, concept = judged[method], labels.concept[method]
+        is_scored = np.isfinite(verdicts.auc)
         exchanged = np.full_like(concept, -1)
         exchanged[is_scored] = np.roll(concept[is_scored], 1)
         void = [self._generator.permutation(of_one) for of_one in has]
@@ -307,7 +307,7 @@ class ImageLabelScorer:
         status = np.where(self._live, np.where(is_scored, "scored", status), "dead")
         top = strongest(self._parts[1].peaks, has[1], np.where(is_scored, concept, -1), self._seed)
         summary = self._summary(status, judged, control, of_void, top)
-        return Scored(labels, own, control, tuple(status.tolist()), summary)
+        return Scored(labels, verdicts, control, tuple(status.tolist()), summary)
 
     def _labels(self, has: Bool[np.ndarray, "example word"]) -> ImageLabels:
         return make_labels(self._parts[0].peaks, has, self._concepts.n_classes, self._config)
@@ -327,7 +327,7 @@ class ImageLabelScorer:
         of_void: ImageScores,
         top: Strongest,
     ) -> ImageSummary:
-        own, n_live = judged[self._config.method], int(np.count_nonzero(self._live))
+        verdicts, n_live = judged[self._config.method], int(np.count_nonzero(self._live))
         counts = {name: int(np.count_nonzero(status == name)) for name in STATUSES}
         n_scored = counts["scored"]
         return ImageSummary(
@@ -336,12 +336,12 @@ class ImageLabelScorer:
             n_unlabelled=counts["unlabelled"],
             n_insufficient=counts["insufficient"],
             n_dead=counts["dead"],
-            auc=own.mean,
-            auc_median=float(np.nanmedian(own.auc)) if n_scored else float("nan"),
-            auc_all_live=_all_live(own, n_live),
+            auc=verdicts.mean,
+            auc_median=float(np.nanmedian(verdicts.auc)) if n_scored else float("nan"),
+            auc_all_live=_all_live(verdicts, n_live),
             control_auc=control.mean,
             strongest=top.mean,
-            beats_null=_share(own.beats(LEVEL), n_live),
+            beats_null=_share(verdicts.beats(LEVEL), n_live),
             beats_null_shuffled=_share(of_void.beats(LEVEL), n_live),
             by_method={method: _figures(result, n_live) for method, result in judged.items()},
             best_of_class=self._best_of_class(),
@@ -349,16 +349,16 @@ class ImageLabelScorer:
             n_images_explain=len(self._parts[0].classes),
             n_images_score=len(self._parts[1].classes),
             strongest_resampled=tuple(top.resampled.tolist()),
-            influence=tuple(own.influence.tolist()),
+            influence=tuple(verdicts.influence.tolist()),
         )
 
     def _best_of_class(self) -> Mean:
         """How well one latent per class, chosen on the explain split, tells that class."""
-        own = np.arange(self._concepts.n_classes)
-        has = [self._concepts.has(part.classes)[:, own] for part in self._parts]
+        classes = np.arange(self._concepts.n_classes)
+        has = [self._concepts.has(part.classes)[:, classes] for part in self._parts]
         first = aucs(self._parts[0].peaks, has[0])
         best = np.nan_to_num(first, nan=-1.0).argmax(axis=0)
-        return held_out(self._parts[1].peaks[:, best], has[1], own, 1, self._generator).mean
+        return held_out(self._parts[1].peaks[:, best], has[1], classes, 1, self._generator).mean
 
 
 def _share(holds: Bool[np.ndarray, " d_sae"], n_live: int) -> Interval:

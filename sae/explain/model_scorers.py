@@ -52,26 +52,31 @@ class OutputSide:
         """Two forward passes; the label is not looked at."""
         base = self.next_log_probs(latent.latent, 0.0)
         after = self.next_log_probs(latent.latent, self.strength * latent.max_activation)
-        own = torch.zeros(base.shape[1], dtype=torch.bool)
-        own[self.promoted[latent.latent]] = True
+        window_tokens = torch.zeros(base.shape[1], dtype=torch.bool)
+        window_tokens[self.promoted[latent.latent]] = True
         change = (after - base).double().numpy()
-        per_prompt = [auc(row[own.numpy()], row[~own.numpy()]).value for row in change]
+        per_prompt = [
+            auc(row[window_tokens.numpy()], row[~window_tokens.numpy()]).value for row in change
+        ]
         known = [value for value in per_prompt if np.isfinite(value)]
         count = Score(self.name, 0.5, len(per_prompt), len(per_prompt) - len(known))
         if not known:
             return Score(self.name, 0.5, count.n, count.n_failed, reason="no finite change")
         interval = wilson(float(np.mean(known) * len(known)), len(known))
         missing = count.n_failed / count.n
-        kept = interval.value * (1 - missing)
-        scores = {"arad before": _arad(base, own), "arad after": _arad(after, own)}
-        return scored(count, interval, (kept, kept + missing), details=scores)
+        value_counted = interval.value * (1 - missing)
+        scores = {
+            "arad before": _arad(base, window_tokens),
+            "arad after": _arad(after, window_tokens),
+        }
+        return scored(count, interval, (value_counted, value_counted + missing), details=scores)
 
 
-def _arad(log_probs: Float[Tensor, "batch vocab"], own: Tensor) -> float:
+def _arad(log_probs: Float[Tensor, "batch vocab"], window_tokens: Tensor) -> float:
     probs = log_probs.exp()
     rank = probs.argsort(dim=1, descending=True).argsort(dim=1)
     each = probs * (1 - rank / probs.shape[1])
-    return float(each[:, own].amax(dim=1).mean())
+    return float(each[:, window_tokens].amax(dim=1).mean())
 
 
 def amplified(

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 from activations_cache.checks import Progress, silent
 from sae.explain.explainers import Explanation, LLMExplainer
 from sae.explain.judges import Judge, LLMJudge
-from sae.explain.llm.caller import Caller, Tally, cancelled_together, tallied
+from sae.explain.llm.caller import Caller, Tally, cancelled_on_exit, tallied
 from sae.explain.llm.chat import CallFailedError, ConstantClient, Request, Response
 from sae.explain.llm.store import Cost, estimate
 from sae.explain.score import Score, Scorer
@@ -122,7 +122,7 @@ class _LatentWork:
         self._caller.on_wait = report
         n_workers = min(self._caller.config.concurrency, len(latents))
         tasks = [asyncio.create_task(worker()) for _ in range(n_workers)]
-        async with cancelled_together(tasks):
+        async with cancelled_on_exit(tasks):
             await asyncio.gather(*tasks)
         return [results[index] for index in range(len(latents))]
 

@@ -192,12 +192,12 @@ class Intruder:
         n_sets = min(len(active) // (self.size - 1), len(others))
         made = []
         for index in range(n_sets):
-            own = active[index * (self.size - 1) : (index + 1) * (self.size - 1)]
+            active_here = active[index * (self.size - 1) : (index + 1) * (self.size - 1)]
             other = others[index]
-            n_marks = sum(own[0].marks())
+            n_marks = sum(active_here[0].marks())
             marks = random_marks(other, range(len(other.tokens)), n_marks, latent.latent)
             place = seed_of("place", latent.latent, index) % self.size
-            items = [item(window.tokens, window.marks()) for window in own]
+            items = [item(window.tokens, window.marks()) for window in active_here]
             items.insert(place, item(other.tokens, marks))
             made.append((items, place + 1))
         return made
@@ -299,8 +299,8 @@ class Simulation:
                 self.name, 0.0, *count, reason=flat if predicted else "no answered windows"
             )
         missing = count[1] / count[0]
-        kept = interval.value * (1 - missing)
+        value_counted = interval.value * (1 - missing)
         ranked = correlation(predicted, real, ranks=True, seed=seed)
         details = {} if ranked is None else {"spearman": ranked.value}
-        bounds = kept - missing, kept + missing
+        bounds = value_counted - missing, value_counted + missing
         return scored(Score(self.name, 0.0, *count), interval, bounds, details=details)

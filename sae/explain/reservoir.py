@@ -77,9 +77,9 @@ class Reservoir:
 
     def merge(self) -> None:
         """Decide about all that was offered."""
-        together = [self.rows, *self._offered]
+        joined = [self.rows, *self._offered]
         self._offered, self._n_offered = [], 0
-        rows = WindowRows(*(np.concatenate(parts) for parts in zip(*together, strict=True)))
+        rows = WindowRows(*(np.concatenate(parts) for parts in zip(*joined, strict=True)))
         order = np.lexsort((rows.priority, rows.group))
         group = rows.group[order]
         first = np.searchsorted(group, group)
@@ -160,7 +160,7 @@ class State:
         }
         per_group = np.full(N_BINS + 1, config.per_bucket + 2)
         per_group[N_BINS] = config.n_top  # the last stratum takes the largest peaks
-        self.kept = Reservoir(np.tile(per_group, d_sae * len(SPLITS)), width)
+        self.reservoir = Reservoir(np.tile(per_group, d_sae * len(SPLITS)), width)
         self.pool_windows = [np.empty(0, np.int64) for _ in SPLITS]
         """Windows of the pool of each split, by their hash."""
         self._pool: list[PoolEntries] = [PoolEntries.none()]
@@ -169,9 +169,9 @@ class State:
     def add_to_pool(self, split: int, windows: np.ndarray, entries: PoolEntries) -> None:
         """Let windows compete for the pool of their split by their hash alone."""
         before = self.pool_windows[split]
-        together = np.unique(np.concatenate([before, windows]))
-        order = np.argsort(uniform(mixed(together, self.config.seed)), kind="stable")
-        after = together[order[: self.config.pool]]
+        joined = np.unique(np.concatenate([before, windows]))
+        order = np.argsort(uniform(mixed(joined, self.config.seed)), kind="stable")
+        after = joined[order[: self.config.pool]]
         if len(before) == len(after) and np.array_equal(before, after):
             return
         fresh = np.setdiff1d(after, before)
@@ -198,9 +198,9 @@ class State:
 
     def save(self, path: Path, identity: dict[str, object]) -> None:
         """Write the state; `load` goes on from it."""
-        self.kept.merge()
+        self.reservoir.merge()
         arrays = {f"count.{name}": array for name, array in self.counts.items()}
-        arrays |= {f"kept.{n}": a for n, a in self.kept.rows._asdict().items()}
+        arrays |= {f"kept.{n}": a for n, a in self.reservoir.rows._asdict().items()}
         arrays |= {f"pool.{n}": a for n, a in self.pool._asdict().items()}
         arrays |= {f"windows.{s}": a for s, a in enumerate(self.pool_windows)}
         arrays["n_done"] = np.array([self.n_done], np.int64)
@@ -223,7 +223,7 @@ class State:
         arrays = load_file(path)
         for name in self.counts:
             self.counts[name] = arrays[f"count.{name}"]
-        self.kept.restore(WindowRows(*(arrays[f"kept.{n}"] for n in WindowRows._fields)))
+        self.reservoir.restore(WindowRows(*(arrays[f"kept.{n}"] for n in WindowRows._fields)))
         self._pool = [PoolEntries(*(arrays[f"pool.{n}"] for n in PoolEntries._fields))]
         self.pool_windows = [arrays[f"windows.{s}"] for s in range(len(SPLITS))]
         self.n_done = int(arrays["n_done"][0])

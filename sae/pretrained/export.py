@@ -101,10 +101,10 @@ def _saelens_metadata(site: Mapping[str, str]) -> dict[str, object]:
     """
     results: dict[str, object] = {key: site[key] for key in saelens.SITE if key in site}
     family = catalogue.family_of_model(site.get("model_name", ""))
-    for key, own in (("hook_name", "hook_point"), ("hook_name_out", "hook_point_out")):
+    for key, our_key in (("hook_name", "hook_point"), ("hook_name_out", "hook_point_out")):
         if ":" in (point := site.get(key, "")):
             module, _, side = point.rpartition(":")
-            results[own] = point
+            results[our_key] = point
             results[key] = lens_name(point, family) or (module if side == "out" else point)
     for key in ("context_size", "training_tokens"):
         if str(results.get(key, "")).isdecimal():

@@ -71,7 +71,7 @@ class Files:
         """Say whether a file belongs to the dictionary."""
         return (self.path.is_dir() or self.path.name == name) and (self.root / name).is_file()
 
-    def has_beside(self, name: str) -> bool:
+    def has_sibling(self, name: str) -> bool:
         """Say whether a file lies in the directory, also where one of its files was given."""
         return (self.root / name).is_file()
 

@@ -53,7 +53,7 @@ def read(files: Files) -> Reading:
     raw = files.arrays(ARRAYS) if is_first else files.tensors(WEIGHTS)
     raw = {_lower(name): tensor for name, tensor in raw.items()}
     done = _drop_unit_factor(raw) if is_first else []
-    cfg = Fields({} if is_first or not files.has_beside(CONFIG) else files.json(CONFIG), CONFIG)
+    cfg = Fields({} if is_first or not files.has_sibling(CONFIG) else files.json(CONFIG), CONFIG)
     _check(cfg, raw)
     d_in, d_sae = raw["w_enc"].shape[0], len(raw["b_enc"])
     if not cfg.record and d_in == d_sae and not files.is_named:

@@ -56,7 +56,7 @@ def read(files: Files) -> Reading:
     raw = files.tensors(files.path.name)
     expect_keys(raw, TENSORS, files.path.name, frozenset({SKIP}))
     d_in, d_sae, n_layers = _sizes(raw, layer)
-    cfg = Fields(files.json(CONFIG) if files.has_beside(CONFIG) else {}, CONFIG)
+    cfg = Fields(files.json(CONFIG) if files.has_sibling(CONFIG) else {}, CONFIG)
     kind = _kind(cfg, files, d_sae * n_layers)
     if d_in == d_sae and not (cfg.record or files.is_named):
         raise DictionaryFormatError(

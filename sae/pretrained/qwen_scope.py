@@ -50,7 +50,7 @@ def _k(files: Files) -> int:
     """The k of the release's config and of the repository's name; where both tell it, one k."""
     names = [match for part in files.path.parts if (match := K_IN_NAME.search(part))]
     result = {int(names[-1][1])} if names else set()
-    if files.has_beside(CONFIG):
+    if files.has_sibling(CONFIG):
         cfg = Fields(files.json(CONFIG), CONFIG)
         cfg.word("model_type", ("topk_sae",))
         result.add(cfg.whole("k"))

@@ -22,7 +22,7 @@ SITE = (
 
 def fits(files: Files) -> bool:
     """Whether there is a config with this library's words."""
-    return files.has_beside(CONFIG) and files.json(CONFIG).keys() >= MARKS
+    return files.has_sibling(CONFIG) and files.json(CONFIG).keys() >= MARKS
 
 
 def read(files: Files) -> Reading:

@@ -7,7 +7,7 @@ import torch
 
 from activations_cache.checks import Progress
 from sae.browser import Map, PlaneMap, ShownComparison
-from sae.explain.atlas import Method, cluster_names, clusters, plane, share_kept
+from sae.explain.atlas import Method, cluster_names, clusters, plane, share_preserved
 from sae.explain.tables import LatentRecord
 from sae.neighbours import chance_cosine, nearest
 from sae.run.browse_latents import BrowsedDictionary
@@ -36,7 +36,7 @@ def map_of(rows: torch.Tensor, records: list[LatentRecord], report: Progress) ->
     """
     live = torch.tensor([record.status != "dead" for record in records])
     directions = rows[live].float().cpu()
-    cosine = nearest(directions, directions, 1, own=torch.arange(len(directions))).cosine[:, 0]
+    cosine = nearest(directions, directions, 1, excluded=torch.arange(len(directions))).cosine[:, 0]
     chance = chance_cosine(directions)
     share = float((cosine > chance).float().mean())
     nearer = (
@@ -48,11 +48,13 @@ def map_of(rows: torch.Tensor, records: list[LatentRecord], report: Progress) ->
     layouts = []
     for done, (method, name, note) in enumerate(LAYOUTS, 1):
         points = plane(directions, method)
-        kept = f"{share_kept(directions, points):.0%} of the 10 nearest directions are among the"
+        shown_share = (
+            f"{share_preserved(directions, points):.0%} of the 10 nearest directions are among the"
+        )
         at = torch.full((len(records), 2), math.nan)
         at[live] = points
         x, y = (tuple(axis) for axis in at.T.tolist())
-        layouts.append(PlaneMap(name, x, y, f"{note} {kept} 10 nearest points. {nearer}"))
+        layouts.append(PlaneMap(name, x, y, f"{note} {shown_share} 10 nearest points. {nearer}"))
         report(done, len(LAYOUTS), "layouts of the map")
     if share <= NO_NEIGHBOURHOODS:
         return Map(tuple(layouts))

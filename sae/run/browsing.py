@@ -102,7 +102,7 @@ def _n_rows(explained: Path) -> int:
 def _about(subject: BrowsedDictionary, context: BrowseContext, report: Progress) -> LatentContext:
     rows = subject.dictionary.dec_rows.detach()
     k = min(N_NEIGHBOURS, len(rows) - 1)
-    neighbours = nearest(rows, rows, k, own=torch.arange(len(rows))) if k else None
+    neighbours = nearest(rows, rows, k, excluded=torch.arange(len(rows))) if k else None
     report(0, 1, "latents' neighbours")
     lens = None
     if context.loaded is not None and _has_lens(subject, context.loaded):

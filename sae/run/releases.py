@@ -242,12 +242,12 @@ def verify_release(  # noqa: PLR0913
     readings = load_readings(source, format, allow_pt)
     cache, stated = opened(cache), published(readings.site, figures)
     origin = origin_of(next(iter(readings.dictionaries.values())).config, words=readings.site)
-    reads, predicts = _chosen(cache, hook_points, origin)
-    outputs = None if reads == predicts else (predicts,)
-    differs = require_origin(str(source), origin, cache, (reads,), outputs, force)
+    hook_read, predicts = _chosen(cache, hook_points, origin)
+    outputs = None if hook_read == predicts else (predicts,)
+    differs = require_origin(str(source), origin, cache, (hook_read,), outputs, force)
     lines, met, measured = [], [], {}
     for which, numbers in _rows(cache, rows).items():
-        pairs = [(cache[reads][part], cache[predicts][part]) for part in numbers.split(BATCH)]
+        pairs = [(cache[hook_read][part], cache[predicts][part]) for part in numbers.split(BATCH)]
         measured[which] = [measure(r, d, pairs) for r, d in readings.dictionaries.items()]
         for one in measured[which]:
             is_met = meets(one, stated)

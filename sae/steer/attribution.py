@@ -333,7 +333,7 @@ def direct_logits(
     seen, last = see(model, placed, input_ids, 0), record_of(model).last
     streams: list[Tensor] = []
     with edit(model, {last: lambda stream, _: streams.append(stream) or stream}):
-        own = model(input_ids=seen.ids, use_cache=False).logits[0, -1].float()
+        logits = model(input_ids=seen.ids, use_cache=False).logits[0, -1].float()
     final = streams[0][0].float()
     rows = readout(model)
     toward = rows[target] - (0.0 if against is None else rows[against])
@@ -343,7 +343,7 @@ def direct_logits(
         h = final - final.mean(dim=1, keepdim=True) if path.is_centred else final
         added = added / h.square().mean(dim=1, keepdim=True).sqrt()
     scores = seen.latents.values * seen.size * added
-    metric = own[target] - (0.0 if against is None else own[against])
+    metric = logits[target] - (0.0 if against is None else logits[against])
     return Attribution(seen.latents, scores, float(metric))
 
 

@@ -147,5 +147,5 @@ def nearest_latents(
             f"{other.config.width_out}"
         )
     n = min(k, other.config.d_sae - (among is None))
-    own = latents if among is None else None
-    return nearest(dictionary.directions[latents], other.directions, n, own=own)
+    excluded = latents if among is None else None
+    return nearest(dictionary.directions[latents], other.directions, n, excluded=excluded)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from activations_cache import hooks
 from activations_cache.probe import record_of
 from activations_cache.prompts import Prompts, prompts_of
-from activations_cache.reading import kept_aside, takes_tokens
+from activations_cache.reading import inner_model, takes_tokens
 from activations_cache.trial import attempt
 from monosema.checks import MonosemaError
 from sae.steer.edits import Change, Edit, EditedRows, LatentEdits, Patch, Push, Splice
@@ -124,7 +124,7 @@ class Steering:
         Raises:
             ValueError: If the model is compiled, so that hooks inside it would be left out.
         """
-        inner = kept_aside(self.model)
+        inner = inner_model(self.model)
         reader = self.model if inner is None else inner
         if takes_tokens(reader) and not self._is_tried:
             # While nothing is changed: what is tried inside the context would be steered too.

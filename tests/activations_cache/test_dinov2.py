@@ -56,10 +56,13 @@ def exported(model: Dinov2Model, directory: Path) -> Path:
     nodes = []
     for number, (name, weight) in enumerate(weights.items()):
         if weight.ndim == 2:
-            own, layer = f"onnx::MatMul_{number}", name.removesuffix(".weight").replace(".", "/")
-            arrays[own] = weight.T.numpy()
+            onnx_name, layer = (
+                f"onnx::MatMul_{number}",
+                name.removesuffix(".weight").replace(".", "/"),
+            )
+            arrays[onnx_name] = weight.T.numpy()
             node = f"/backbone/{layer}/MatMul".replace("/layer/", "/layer.")
-            nodes.append(onnx.helper.make_node("MatMul", ["x", own], ["y"], name=node))
+            nodes.append(onnx.helper.make_node("MatMul", ["x", onnx_name], ["y"], name=node))
         else:
             arrays[f"backbone.{name}"] = weight.numpy()
     tensors = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]

@@ -230,8 +230,8 @@ def test_left_padding_does_not_change_what_is_generated(causal_model):
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), x], dim=1)
     mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(x)], dim=1)
     alone, _ = generate(causal_model, x, do_sample=False)
-    beside, _ = generate(causal_model, padded, attention_mask=mask, do_sample=False)
-    assert beside[:, 3:].tolist() == alone.tolist()
+    other_prompt, _ = generate(causal_model, padded, attention_mask=mask, do_sample=False)
+    assert other_prompt[:, 3:].tolist() == alone.tolist()
 
 
 def test_nested_edits_and_captures_each_know_the_positions(causal_model):

@@ -105,9 +105,14 @@ def test_a_model_in_several_files_is_hashed_as_one(directory):
     names = sorted(weights)
     parts = {"model-00001-of-00002.safetensors": names[:7]}
     parts["model-00002-of-00002.safetensors"] = names[7:]
-    for file, own in parts.items():
-        save_file({name: weights[name] for name in own}, directory / file, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": {n: f for f, own in parts.items() for n in own}}
+    for file, weights_of_file in parts.items():
+        save_file(
+            {name: weights[name] for name in weights_of_file}, directory / file, {"format": "pt"}
+        )
+    index = {
+        "metadata": {},
+        "weight_map": {n: f for f, weights_of_file in parts.items() for n in weights_of_file},
+    }
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / "model.safetensors").unlink()
     loaded = load(directory, dtype="float32")

@@ -122,9 +122,9 @@ def test_what_is_asked_for_goes_before_what_the_model_says():
     assert resolve(ImagePreprocessing(size=40), result).shortest_edge == 50
     assert resolve(ImagePreprocessing(crop=False), result).shortest_edge is None
     assert resolve(ImagePreprocessing(shortest_edge=31), result).shortest_edge == 31
-    own = ImagePreprocessing(mean=(0.2, 0.3, 0.4), interpolation="box")
-    assert resolve(own, result).mean == (0.2, 0.3, 0.4)
-    assert resolve(own, result).interpolation == "box"
+    custom = ImagePreprocessing(mean=(0.2, 0.3, 0.4), interpolation="box")
+    assert resolve(custom, result).mean == (0.2, 0.3, 0.4)
+    assert resolve(custom, result).interpolation == "box"
     with pytest.raises(ValueError, match="shortest_edge must be at least the size 20, got 19"):
         resolve(ImagePreprocessing(shortest_edge=19), result)
 

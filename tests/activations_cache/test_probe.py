@@ -125,8 +125,8 @@ def test_documents_of_a_cache_do_not_see_each_other(
         here = (segment[example] == segment[example, position]) & (tokens[example] >= 0)
         with capture(loaded.model, [point]) as run:
             alone = run(tokens[example, here][None].long())[point][0]
-        own = alone[position - int(here.nonzero()[0, 0])]
-        assert torch.allclose(x[i], own, atol=1e-4, rtol=1e-4)
+        expected_row = alone[position - int(here.nonzero()[0, 0])]
+        assert torch.allclose(x[i], expected_row, atol=1e-4, rtol=1e-4)
 
 
 def test_verify_sees_rows_of_documents_that_saw_each_other(tiny_tokenizer, tiny_records, tmp_path):
@@ -311,8 +311,8 @@ def test_the_readout_gives_differences_of_the_models_own_logits(family, scale):
         last = run(IDS)[record.last][0]
     centred = last - last.mean(dim=1, keepdim=True) if record.logits.is_centred else last
     result = last @ readout(model).T / centred.square().mean(dim=1, keepdim=True).sqrt()
-    own = model(input_ids=IDS).logits[0]
-    assert torch.allclose(result[:, 5] - result[:, 11], own[:, 5] - own[:, 11], atol=1e-3)
+    logits = model(input_ids=IDS).logits[0]
+    assert torch.allclose(result[:, 5] - result[:, 11], logits[:, 5] - logits[:, 11], atol=1e-3)
 
 
 def test_the_weight_of_a_norm_is_what_it_multiplies_by():

@@ -176,8 +176,8 @@ def test_a_tower_over_all_devices_gives_the_same_stream(
     one, spread = load(tmp_path), load(tmp_path, devices="all")
     assert asked[1] == {**asked[0], "device_map": "auto"}  # accelerate's word for it
     assert spread.identity == one.identity
-    for own, expected in zip(streams(spread, SIZE), streams(one, SIZE), strict=True):
-        assert torch.equal(own.cpu(), expected)
+    for spread_stream, expected in zip(streams(spread, SIZE), streams(one, SIZE), strict=True):
+        assert torch.equal(spread_stream.cpu(), expected)
 
 
 def test_other_libraries_are_not_spread_over_devices(tmp_path: Path):

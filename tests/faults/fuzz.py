@@ -152,8 +152,8 @@ def fuzzed(scratch: Path, name: str, n: int) -> dict[str, int]:
     path = home_of(name, scratch)
     read(path)  # what is imported late is not counted
     data, seen = (path / name).read_bytes(), {"refused": 0, "read": 0}
-    for kept in sorted(CORPUS.glob(f"*-{name}")):
-        assert look(path, name, kept.read_bytes()) is not None, kept
+    for stored in sorted(CORPUS.glob(f"*-{name}")):
+        assert look(path, name, stored.read_bytes()) is not None, stored
 
     @settings(
         max_examples=n, suppress_health_check=list(HealthCheck), deadline=None, database=None,

@@ -65,11 +65,11 @@ class Disk:
                 here = [d for d in self.directories if os.path.dirname(d) == call.path]
                 self.directories |= dict.fromkeys(here, True)
                 self.pending = [c for c in self.pending if c[0] != call.path]
-                kept = {n: f for n, f in self.names.items() if os.path.dirname(n) == call.path}
+                surviving = {n: f for n, f in self.names.items() if os.path.dirname(n) == call.path}
                 others = {
                     n: f for n, f in self.safe_names.items() if os.path.dirname(n) != call.path
                 }
-                self.safe_names = others | kept
+                self.safe_names = others | surviving
 
     def _change(self, old: str, new: str) -> None:
         self.pending.append((os.path.dirname(new), old, new))

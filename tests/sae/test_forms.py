@@ -53,9 +53,9 @@ def rows(dtype=torch.float64) -> torch.Tensor:
 
 def rewrite(path, drop=(), **changes) -> None:
     record = json.loads((path / "config.json").read_text())
-    kept = {key: value for key, value in record.items() if key not in drop}
-    assert len(record) == len(kept) + len(drop)
-    seals.write(path, {"config.json": json.dumps({**kept, **changes}).encode()})
+    fields_left = {key: value for key, value in record.items() if key not in drop}
+    assert len(record) == len(fields_left) + len(drop)
+    seals.write(path, {"config.json": json.dumps({**fields_left, **changes}).encode()})
 
 
 def definition(d: SparseAutoencoder, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

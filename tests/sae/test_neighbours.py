@@ -15,7 +15,7 @@ def clusters(n: int = 13, size: int = 5, d: int = 31, noise: float = 0.1) -> tor
 
 def test_neighbours_of_planted_clusters_are_their_cluster(monkeypatch):
     rows = clusters() * torch.rand(65, 1) * 7 + 0
-    result = nearest(rows, rows, 4, own=torch.arange(65))
+    result = nearest(rows, rows, 4, excluded=torch.arange(65))
     assert (result.latent // 5 == torch.arange(65)[:, None] // 5).all()
     assert (result.latent != torch.arange(65)[:, None]).all()
     unit = torch.nn.functional.normalize(rows, dim=1)
@@ -23,10 +23,10 @@ def test_neighbours_of_planted_clusters_are_their_cluster(monkeypatch):
         ((unit @ unit.T) - 2 * torch.eye(65)).amax(1).tolist(), abs=1e-5
     )
     monkeypatch.setattr("sae.neighbours._CELLS", 65 * 7)  # chunks of 7
-    chunked = nearest(rows, rows, 4, own=torch.arange(65))
+    chunked = nearest(rows, rows, 4, excluded=torch.arange(65))
     assert (chunked.latent == result.latent).all()
     with pytest.raises(ValueError, match="k must lie between 1 and 64, got 65"):
-        nearest(rows, rows, 65, own=torch.arange(65))
+        nearest(rows, rows, 65, excluded=torch.arange(65))
     with pytest.raises(ValueError, match="rows must be as wide as among, 31, got 30"):
         nearest(rows[:, 1:], rows, 1)
 

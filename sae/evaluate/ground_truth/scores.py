@@ -288,6 +288,6 @@ def oracle_fvu(world: World, k: int, n_features: int) -> float:
     for first in range(0, world.config.n_rows, ROWS_AT_ONCE):
         x, acts = rows(world, first, min(first + ROWS_AT_ONCE, world.config.n_rows), split="score")
         top = acts[:, :n_features].topk(min(k, n_features), dim=1)
-        kept = torch.zeros_like(acts).scatter_(1, top.indices, top.values)
-        metric.update(x, kept @ world.directions + world.bias)
+        largest = torch.zeros_like(acts).scatter_(1, top.indices, top.values)
+        metric.update(x, largest @ world.directions + world.bias)
     return metric.compute()

@@ -261,10 +261,12 @@ def _rates(
     """How often features fire when the candidates are independent."""
     rates = chance.clone()
     for level in levels:
-        own = chance[level.children].double()
+        child_chance = chance[level.children].double()
         if hierarchy.exclusive:
-            own = own * _chosen(own.view(-1, hierarchy.branching)).flatten()
-        rates[level.children] = (rates[level.parents] * own).float()
+            child_chance = (
+                child_chance * _chosen(child_chance.view(-1, hierarchy.branching)).flatten()
+            )
+        rates[level.children] = (rates[level.parents] * child_chance).float()
     return rates
 
 
@@ -351,11 +353,11 @@ def _block(world: World, split: Split, number: int) -> DenseRows:
 def _candidates(world: World, generator: torch.Generator) -> Bool[Tensor, "batch feature"]:
     """Threshold a Gaussian of unit variance and low-rank correlation (a copula)."""
     loadings, device = world.loadings, generator.device
-    own = (1 - loadings.square().sum(dim=1)).sqrt()
+    rest = (1 - loadings.square().sum(dim=1)).sqrt()
     causes = torch.randn(BLOCK, loadings.shape[1], generator=generator, device=device)
     drawn = torch.randn(BLOCK, len(loadings), generator=generator, device=device)
     level = -torch.special.ndtri(world.chance.double()).float()  # -inf for a chance of 1
-    return torch.addmm(drawn * own, causes, loadings.T) > level
+    return torch.addmm(drawn * rest, causes, loadings.T) > level
 
 
 def _keep_within_trees(

@@ -156,11 +156,11 @@ def by_size(runs: Sequence[FinishedRun]) -> dict[tuple, list[FinishedRun]]:
 
 def best_rates(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     """All runs, but of sizes whose rate was varied those of the best rate alone."""
-    kept = []
+    best_runs = []
     for of_size in by_size(runs).values():
         rate = min(of_size, key=lambda run: run.loss).lr
-        kept += [run for run in of_size if run.lr == rate]
-    return kept
+        best_runs += [run for run in of_size if run.lr == rate]
+    return best_runs
 
 
 def rate_law(runs: Sequence[FinishedRun]) -> RateLaw | None:

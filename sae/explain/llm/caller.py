@@ -387,7 +387,7 @@ def _usable(response: Response) -> str:
 
 
 @contextlib.asynccontextmanager
-async def cancelled_together(tasks: list[asyncio.Task]) -> AsyncIterator[None]:
+async def cancelled_on_exit(tasks: list[asyncio.Task]) -> AsyncIterator[None]:
     """Cancel what still runs when the block is left by an error, and wait for it."""
     try:
         yield

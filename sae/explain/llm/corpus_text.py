@@ -100,8 +100,8 @@ def item(pieces: Sequence[str], marked: Sequence[bool] = (), note: str = "") -> 
     flags = marked or [False] * len(pieces)
     spans: list[Span] = []
     carried = False
-    for text, own in zip(pieces, flags, strict=True):
-        flag = carried = own or carried
+    for text, marks in zip(pieces, flags, strict=True):
+        flag = carried = marks or carried
         if not text:
             continue
         carried = False
@@ -191,7 +191,7 @@ def read_label(text: str) -> str:
         CallFailedError: With reason "refusal" or "parse", if there is none.
     """
     text = final_part(text)
-    if result := _kept(_of_json(text)):
+    if result := _cleaned(_of_json(text)):
         return result
     lines = [line for line in text.splitlines() if line.strip()]
     for place, line in reversed([*enumerate(lines)]):
@@ -199,7 +199,7 @@ def read_label(text: str) -> str:
         if match is None:
             continue
         following = "".join(lines[place + 1 : place + 2])
-        if result := _kept(match[1]) or (
+        if result := _cleaned(match[1]) or (
             "" if _LABEL.match(following) else _next(match, following)
         ):
             return result
@@ -208,10 +208,10 @@ def read_label(text: str) -> str:
 
 def _next(match: re.Match[str], following: str) -> str:
     """The label on the line behind a mark that stands alone."""
-    return "" if match[1].strip("* _\"'`") else _kept(following.lstrip("-*\u2022 "))
+    return "" if match[1].strip("* _\"'`") else _cleaned(following.lstrip("-*\u2022 "))
 
 
-def _kept(text: str) -> str:
+def _cleaned(text: str) -> str:
     label = as_label(text).strip("* _\"'`")
     return "" if label.lower() in _NO_LABEL else label
 

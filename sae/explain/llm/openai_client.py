@@ -205,8 +205,8 @@ def body(form: Form, request: Request, config: LLMConfig) -> dict[str, Any]:
     if schema is not None:
         named = {"name": "answer", "strict": True, "schema": schema}
         fields["response_format"] = {"type": "json_schema", "json_schema": named}
-    kept = {name: value for name, value in fields.items() if name not in form.left_out}
-    return kept | config.extra_body
+    accepted = {name: value for name, value in fields.items() if name not in form.left_out}
+    return accepted | config.extra_body
 
 
 def schema_of(request: Request) -> dict[str, Any] | None:

@@ -73,10 +73,10 @@ def test_the_product_and_its_maxima_agree(shape, dtype, size, drawn, normal, err
     operands = drawn(*shape, dtype)
     x = normal(*operands.x.shape, seed=3, dtype=dtype)
     operands = operands._replace(x=x)
-    for kept in (torch.float32, torch.float16):
-        pre = torch.empty(shape[0], shape[1], dtype=kept)
+    for stored in (torch.float32, torch.float16):
+        pre = torch.empty(shape[0], shape[1], dtype=stored)
         maxima = fused_product(operands, pre, size)
-        assert error(pre, right_product(operands)) < (1e-6 if kept == torch.float32 else 1e-3)
+        assert error(pre, right_product(operands)) < (1e-6 if stored == torch.float32 else 1e-3)
         assert torch.equal(maxima, group_maxima(source_of(pre), size))
 
 

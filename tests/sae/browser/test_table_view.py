@@ -83,7 +83,7 @@ def test_filters_stand_in_the_address_and_hold(reader: Any, example: Path) -> No
     reader.run("new Promise(done => setTimeout(done, 300))")
     address = reader.run("location.hash")
     assert address == "#d0/table?status=scored&in.density=0.05.."
-    kept = reader.run(NUMBERS)
+    numbers = reader.run(NUMBERS)
     passing = (
         "Array.from(router.dictionaries.get('d0').status.keys()).filter(n => "
         "router.dictionaries.get('d0').status[n] === 3 && "
@@ -93,7 +93,7 @@ def test_filters_stand_in_the_address_and_hold(reader: Any, example: Path) -> No
         f"{reader.run(passing)} of 251"
     )
     reader.load(example, address)
-    assert reader.run(NUMBERS) == kept
+    assert reader.run(NUMBERS) == numbers
     assert reader.run("document.querySelector('.bounds input').value") == "5"
 
 

@@ -45,8 +45,8 @@ def test_one_child_that_speaks_for_its_parent_is_counted_exactly(hierarchy):
     assert result.main == (0,)
     assert result.full == pytest.approx(float(rare[parent].double().mean()))
     # Where both speak, half of the projection is the child's.
-    together = float((truth[parent, 1] > 0).double().mean()) - result.full
-    assert result.fraction == pytest.approx(result.full + together / 2)
+    expected = float((truth[parent, 1] > 0).double().mean()) - result.full
+    assert result.fraction == pytest.approx(result.full + expected / 2)
 
 
 def test_a_split_feature_has_several_main_latents(hierarchy):

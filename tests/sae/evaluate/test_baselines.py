@@ -14,7 +14,7 @@ from sae.metrics import fvu
 
 def test_the_covariance_is_that_of_the_rows(cache, hook_point):
     rows, seen = cache.rows(("hold",)), []
-    result = covariance_of(cache, hook_point, rows, progress=lambda *told: seen.append(told))
+    result = covariance_of(cache, hook_point, rows, progress=lambda *counts: seen.append(counts))
     expected = torch.cov(cache[hook_point][rows].double().T, correction=0)
     assert torch.allclose(result, expected, atol=1e-9)
     assert seen == [(96, 96, "rows of the covariance")]

@@ -42,7 +42,7 @@ def test_a_perfect_dictionary_costs_nothing_and_ablations_all(vit_model, images)
     seen = []
     result = downstream(
         {"perfect": dictionary(both), "nothing": dictionary(0 * both)}, place(vit_model), images,
-        CONFIG, progress=lambda *told: seen.append(told),
+        CONFIG, progress=lambda *counts: seen.append(counts),
     )  # fmt: skip
     side = result.spliced
     assert list(side) == [AS_IT_IS, "zero", "mean", "perfect", "nothing"]

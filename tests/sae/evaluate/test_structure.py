@@ -83,7 +83,7 @@ def test_composed_directions_are_explained_and_random_ones_are_not(draw_float32)
     seen = []
     result = meta_score(
         parts[chosen].sum(1), d_meta=23, k=2, steps=300,
-        progress=lambda *told: seen.append(told),
+        progress=lambda *counts: seen.append(counts),
     )  # fmt: skip
     assert result.explained > 0.75
     assert result.chance < 0.4

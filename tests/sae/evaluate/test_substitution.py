@@ -161,9 +161,9 @@ def masked_loss(model, held_out, chosen):
     """By hand, each context alone and without its padding."""
     results = []
     for tokens, hidden in zip(held_out.tokens, chosen, strict=True):
-        own, hidden = tokens[tokens >= 0], hidden[tokens >= 0]
-        log_p = model(own.where(~hidden, MASK)[None]).logits.log_softmax(-1)[0]
-        results += [-float(log_p[i, own[i]]) for i in hidden.nonzero()[:, 0]]
+        scored, hidden = tokens[tokens >= 0], hidden[tokens >= 0]
+        log_p = model(scored.where(~hidden, MASK)[None]).logits.log_softmax(-1)[0]
+        results += [-float(log_p[i, scored[i]]) for i in hidden.nonzero()[:, 0]]
     return sum(results) / len(results), len(results)
 
 

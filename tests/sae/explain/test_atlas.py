@@ -8,7 +8,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from sae.explain import atlas as plane_module
-from sae.explain.atlas import plane, share_kept
+from sae.explain.atlas import plane, share_preserved
 from sae.explain.firings import CAUTION, MaxCorrelation
 from sae.explain.labels import completeness, name_frequency
 from sae.neighbours import chance_cosine
@@ -41,7 +41,7 @@ def test_tsne_keeps_planted_neighbourhoods_that_pca_mixes():
     result = plane(rows)
     assert same_cluster(result, 20) > 0.98
     assert same_cluster(plane(rows, "pca"), 20) < 0.8
-    assert share_kept(rows, result) > 2 * share_kept(rows, plane(rows, "pca"))
+    assert share_preserved(rows, result) > 2 * share_preserved(rows, plane(rows, "pca"))
 
 
 def test_tsne_is_the_same_with_one_and_two_threads():
@@ -84,7 +84,7 @@ def test_hard_directions_have_finite_points(rows, method):
     result = plane(rows, method)
     assert result.shape == (len(rows), 2)
     assert result.isfinite().all()
-    assert 0 <= share_kept(rows, result) <= 1
+    assert 0 <= share_preserved(rows, result) <= 1
 
 
 def test_a_plane_refuses_too_few_latents_and_numbers_that_are_none():
@@ -101,9 +101,9 @@ def test_the_share_kept_is_counted():
     angle = torch.tensor([0.0, 0.1, 0.3, 0.6, 1.0])
     rows = torch.stack([angle.cos(), angle.sin()], dim=1)
     line = torch.stack([angle, torch.zeros(5)], dim=1)
-    assert share_kept(rows, line, k=1) == 1.0
+    assert share_preserved(rows, line, k=1) == 1.0
     swapped = line[[4, 1, 2, 3, 0]]  # nearest points: 3, 4, 1, 2, 1; directions: 1, 0, 1, 2, 3
-    assert share_kept(rows, swapped, k=1) == pytest.approx(2 / 5)
+    assert share_preserved(rows, swapped, k=1) == pytest.approx(2 / 5)
 
 
 def test_chance_is_drawn_apart_from_the_seeds_of_dictionaries():

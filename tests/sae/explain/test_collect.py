@@ -239,19 +239,19 @@ def test_kept_is_the_smallest_of_each_group_however_offered():
     made = np.random.default_rng(0)
     group, priority = made.integers(0, 5, 1009), made.random(1009)
     k = np.array([3, 1, 0, 7, 2])
-    kept = Reservoir(k, 2)
+    reservoir = Reservoir(k, 2)
     for part in np.array_split(np.arange(1009), 13):
-        part = part[kept.wanted(group[part], priority[part])]
-        kept.offer(
+        part = part[reservoir.wanted(group[part], priority[part])]
+        reservoir.offer(
             WindowRows(
                 group[part], priority[part], part, np.ones(len(part), np.float32),
                 np.zeros((len(part), 2), np.float16),
             )
         )  # fmt: skip
-        kept.merge()
+        reservoir.merge()
     for number in range(5):
         best = np.sort(priority[group == number])[: k[number]]
-        assert kept.rows.priority[kept.rows.group == number].tolist() == best.tolist()
+        assert reservoir.rows.priority[reservoir.rows.group == number].tolist() == best.tolist()
 
 
 def test_half_octaves():

@@ -34,8 +34,8 @@ def graded(words: np.ndarray, made: np.random.Generator) -> np.ndarray:
     weak = made.random(acts.shape) < 0.2
     acts[weak] = made.uniform(0.1, 0.5, weak.sum())
     for latent in range(5):
-        own = words == latent
-        acts[own, latent] = made.uniform(0.6, 1.0, own.sum())
+        has_word = words == latent
+        acts[has_word, latent] = made.uniform(0.6, 1.0, has_word.sum())
     return acts
 
 

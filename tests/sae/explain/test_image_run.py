@@ -105,11 +105,11 @@ def test_scores_are_those_of_the_definition_and_the_interval_is_over_images():
         if which < 0:
             assert np.isnan(result.auc[latent])
             continue
-        own = auc(
+        expected = auc(
             peaks[has[:, which], latent].astype(float), peaks[~has[:, which], latent].astype(float)
         )
-        assert result.auc[latent] == pytest.approx(own.value)
-        assert aucs(peaks, has)[latent, which] == pytest.approx(own.value)
+        assert result.auc[latent] == pytest.approx(expected.value)
+        assert aucs(peaks, has)[latent, which] == pytest.approx(expected.value)
     assert result.influence.sum() == pytest.approx(0, abs=1e-9)
     bootstrapped = []
     for _ in range(300):

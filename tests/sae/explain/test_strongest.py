@@ -59,8 +59,8 @@ def test_an_interval_over_images_is_as_wide_as_the_figure_varies():
     concept = np.zeros(31, np.int64)
     results = [strongest(*drawn(seed), concept, seed=0).mean for seed in range(40)]
     spread = np.std([one.mean for one in results], ddof=1)
-    told = np.mean([(one.high - one.low) / 2 / 1.96 for one in results])
-    assert 0.6 < told / spread < 1.7
+    half_width = np.mean([(one.high - one.low) / 2 / 1.96 for one in results])
+    assert 0.6 < half_width / spread < 1.7
 
 
 def test_resamples_are_of_the_same_images_for_every_dictionary(has):

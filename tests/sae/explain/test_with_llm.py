@@ -88,10 +88,12 @@ def test_the_oracle_of_one_topic_scores_high_on_that_latent_alone(subject, plant
     rule = WordRule(dict.fromkeys(planted.words[0], 1.0))
     config = dataclasses.replace(CONFIG, latents=(0, 1, 2), n_controls=0)
     label_with_llm(subject, config, tmp_path, OracleClient(rule, "words of topic 0"))
-    own, *others = [record["scores"][0] for record in lines(tmp_path)]
-    assert own["value"] > 0.65  # the latent misses its words now and then, and fires beside them
-    assert max(other["value"] for other in others) < own["value"] - 0.1
-    assert own["floor"] == 0.5
+    label_score, *others = [record["scores"][0] for record in lines(tmp_path)]
+    assert (
+        label_score["value"] > 0.65
+    )  # the latent misses its words now and then, and fires beside them
+    assert max(other["value"] for other in others) < label_score["value"] - 0.1
+    assert label_score["floor"] == 0.5
 
 
 def test_baselines_are_explained_beside_the_latents(subject, tmp_path):

@@ -105,11 +105,11 @@ def test_direct_logits_of_another_family_are_parts_of_its_own_logits(family):
         dictionary.enc_rows.copy_(rows)
         dictionary.dec_rows.copy_(rows)  # relu(x) - relu(-x) = x
     result = direct_logits(model, dictionary.requires_grad_(False).at(record.last), ids, 5, 11)
-    own = model(input_ids=ids).logits[0]
-    assert result.metric == pytest.approx(float(own[-1, 5] - own[-1, 11]), rel=1e-4)
+    logits = model(input_ids=ids).logits[0]
+    assert result.metric == pytest.approx(float(logits[-1, 5] - logits[-1, 11]), rel=1e-4)
     zero = model.get_submodule(record.logits.norm)(torch.zeros_like(h[:1]))
     bias = model.get_output_embeddings()(zero)[0] * record.logits.scale
-    expected = own[:, 5] - own[:, 11] - (bias[5] - bias[11])
+    expected = logits[:, 5] - logits[:, 11] - (bias[5] - bias[11])
     assert torch.allclose(result.scores.sum(dim=1), expected, atol=1e-3)
 
 

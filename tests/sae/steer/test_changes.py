@@ -13,7 +13,7 @@ from sae.steer.edits import Edit, Patch, Push, Splice
 from sae.steer.generation import generate
 from sae.steer.positions import Patches
 from sae.steer.steering import Steering
-from tests.families import own_hooks
+from tests.families import custom_hooks
 
 IDS = torch.randint(1, 37, (3, 7), generator=torch.Generator().manual_seed(2))
 
@@ -129,7 +129,7 @@ def test_wrong_places_are_refused(model, placed, stats, dictionary, hook_point):
         Steering(model, [edit]),
     ):
         model(IDS)
-    assert not own_hooks(model)
+    assert not custom_hooks(model)
 
 
 def test_wrong_requests_are_refused(model, placed):

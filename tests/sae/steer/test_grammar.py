@@ -120,14 +120,14 @@ def test_a_sweep_chooses_the_largest_strength_within_the_bound(grammar, topic_la
     neutral[0, -2:] = -1
     reports = []
     result = sweep(target, neutral, config, progress=lambda *r: reports.append(r))
-    own, control = result.of_arm("latent"), result.of_arm("random direction")
-    assert [p.strength for p in own] == [p.strength for p in control] == [0, 1, 2, 4]
-    assert own[2].target_gain > 0.5 > control[2].target_gain
-    assert own[2].kl_neutral > own[1].kl_neutral > 0
-    assert own[2].read_back > own[1].read_back
-    assert own[0].n_moved < own[3].n_moved
-    assert all(p.n_tokens == own[0].n_tokens > 10 for p in result.points)
-    within = [p.strength for p in own if p.kl_neutral <= 1.0]
+    latent_arm, control = result.of_arm("latent"), result.of_arm("random direction")
+    assert [p.strength for p in latent_arm] == [p.strength for p in control] == [0, 1, 2, 4]
+    assert latent_arm[2].target_gain > 0.5 > control[2].target_gain
+    assert latent_arm[2].kl_neutral > latent_arm[1].kl_neutral > 0
+    assert latent_arm[2].read_back > latent_arm[1].read_back
+    assert latent_arm[0].n_moved < latent_arm[3].n_moved
+    assert all(p.n_tokens == latent_arm[0].n_tokens > 10 for p in result.points)
+    within = [p.strength for p in latent_arm if p.kl_neutral <= 1.0]
     assert result.best.strength == max(within)
     assert reports[-1] == (8, 8, "strengths")
     result.write_csv(tmp_path / "sweep.csv")
@@ -138,6 +138,6 @@ def test_latents_are_their_own_nearest_in_a_copy(grammar):
     dictionary, latents = grammar.placed, torch.arange(11)
     result = nearest_latents(dictionary, latents, dictionary, k=3)
     assert torch.equal(result.latent[:, 0], latents)
-    own = nearest_latents(dictionary, latents, k=3)
-    assert not (own.latent == latents[:, None]).any()
-    torch.testing.assert_close(own.cosine[:, :2], result.cosine[:, 1:])
+    within = nearest_latents(dictionary, latents, k=3)
+    assert not (within.latent == latents[:, None]).any()
+    torch.testing.assert_close(within.cosine[:, :2], result.cosine[:, 1:])

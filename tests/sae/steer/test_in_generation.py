@@ -20,7 +20,7 @@ from sae.architecture import ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.steer.edits import Edit
 from sae.steer.steering import Steering
-from tests.families import own_hooks
+from tests.families import custom_hooks
 
 VOCAB, D_MODEL, N_NEW = 43, 24, 9
 LENGTHS = (7, 3, 5)
@@ -133,8 +133,8 @@ def n_chosen(policy, first, n_fed):
     if policy == "last":
         return sum(n > first for n in LENGTHS)
     if policy == "mask":
-        own = torch.tensor([[c >= 7 - n + first for c in range(7)] for n in LENGTHS])
-        return int((MASK & own).sum())
+        mask_of_prompts = torch.tensor([[c >= 7 - n + first for c in range(7)] for n in LENGTHS])
+        return int((MASK & mask_of_prompts).sum())
     prompt = sum(max(n - first, 0) for n in LENGTHS)
     return prompt + (len(LENGTHS) * n_after if policy == "all" else 0)
 
@@ -233,7 +233,7 @@ def test_an_edit_whose_place_was_never_passed_is_an_error(subject, policy):
     with pytest.raises(ValueError, match=said), Steering(model, [Edit(placed, latent=5, clamp=9.0)],
                                                          positions=policy):  # fmt: skip
         pass
-    assert not own_hooks(model)
+    assert not custom_hooks(model)
 
 
 def test_an_edit_that_rounding_undoes_is_an_error(subject, prompts):
@@ -291,7 +291,7 @@ def test_hooks_and_generate_are_put_back_after_an_error(subject, prompts):
 
     with pytest.raises(KeyError, match="stop"):
         fail()
-    assert not own_hooks(model)
+    assert not custom_hooks(model)
     assert "generate" not in vars(model)
 
 

@@ -106,7 +106,7 @@ def test_only_topk_encodes_every_latent(monkeypatch, activation):
 
 def test_strengths_in_units_of_the_maximum_and_of_the_norm(placed, stream):
     flat = stream.flatten(0, 1)
-    own = read_latents(placed, flat, torch.tensor([3]))
+    clean = read_latents(placed, flat, torch.tensor([3]))
     direction, norms = placed.direction(3), flat.norm(dim=1, keepdim=True)
     for edit, value in (
         (Edit(placed, latent=3, clamp="2x max"), 2 * placed.stats.max_activation[3]),
@@ -114,7 +114,7 @@ def test_strengths_in_units_of_the_maximum_and_of_the_norm(placed, stream):
         (Edit(placed, latent=3, clamp="0.5x norm"), norms / direction.norm() / 2),
     ):  # fmt: skip
         moved = (everywhere(LatentEdits([edit]), stream) - stream).flatten(0, 1)
-        torch.testing.assert_close(moved, (value - own) * direction, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(moved, (value - clean) * direction, rtol=1e-4, atol=1e-4)
 
 
 def test_half_a_norm_is_half_a_norm_whatever_the_input_norm(stream):
@@ -129,9 +129,9 @@ def test_clamping_to_its_own_value_is_the_identity(placed, stream):
     f = placed.encode_dense(stream.flatten(0, 1))
     row, latent = divmod(int(f.argmax()), 23)
     one = stream.flatten(0, 1)[row].view(1, 1, -1)
-    own = float(read_latents(placed, one[0], torch.tensor([latent])))
-    assert own > 0
-    result = everywhere(LatentEdits([Edit(placed, latent=latent, clamp=own)]), one)
+    clean = float(read_latents(placed, one[0], torch.tensor([latent])))
+    assert clean > 0
+    result = everywhere(LatentEdits([Edit(placed, latent=latent, clamp=clean)]), one)
     assert torch.equal(as_bits(result), as_bits(one))
 
 
@@ -164,9 +164,11 @@ def test_a_bfloat16_stream_is_edited_in_float32(placed, stream):
 
 def test_a_control_arm_moves_as_far_in_another_direction(placed, stream):
     along = torch.randn(8, generator=torch.Generator().manual_seed(9)) * 7
-    own = everywhere(LatentEdits([Edit(placed, latent=3, clamp=9.0)]), stream) - stream
+    everywhere_change = (
+        everywhere(LatentEdits([Edit(placed, latent=3, clamp=9.0)]), stream) - stream
+    )
     arm = everywhere(LatentEdits([Edit(placed, latent=3, clamp=9.0, along=along)]), stream) - stream
-    torch.testing.assert_close(own.norm(dim=-1), arm.norm(dim=-1))
+    torch.testing.assert_close(everywhere_change.norm(dim=-1), arm.norm(dim=-1))
     cosine = torch.nn.functional.cosine_similarity(arm, along.expand_as(arm), dim=-1)
     torch.testing.assert_close(cosine.abs(), torch.ones(3, 7))
 
@@ -199,14 +201,14 @@ def test_pushing_adds_a_vector_in_float32(stream):
 def test_a_transcoder_is_read_in_one_place_and_written_in_another(model):
     config = SAEConfig(d_in=8, d_sae=23, d_out=8, activation=ReLU(), b_in="none", input_norm="rms")
     dictionary = randomised(config)
-    reads, writes = "model.layers.1.mlp:in", "model.layers.1.mlp:out"
-    placed = dictionary.at(reads, writes)
+    hook_read, writes = "model.layers.1.mlp:in", "model.layers.1.mlp:out"
+    placed = dictionary.at(hook_read, writes)
     tokens = torch.randint(37, (3, 7), generator=torch.Generator().manual_seed(0))
-    with capture(model, [reads, writes, "model.layers.2:in"], stop=False) as run:
+    with capture(model, [hook_read, writes, "model.layers.2:in"], stop=False) as run:
         before = run(tokens)
         with Steering(model, [Edit(placed, latent=4, add=2.0)], first_position=0) as steering:
             after = run(tokens)
-    x = before[reads].flatten(0, 1).double()
+    x = before[hook_read].flatten(0, 1).double()
     exact = copy.deepcopy(dictionary).double()
     f = exact.encode_dense(x)
     more = f + 2.0 * (torch.arange(23) == 4)

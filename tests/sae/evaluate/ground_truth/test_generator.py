@@ -97,11 +97,11 @@ def test_exclusive_siblings_never_fire_together_and_others_do(trees):
     free = make_world(
         replace(world.config, hierarchy=replace(world.config.hierarchy, exclusive=False)), 1
     )
-    together = rows(free, 0, 10_007).acts > 0
+    fires = rows(free, 0, 10_007).acts > 0
     for level in world.levels:
         siblings = (made.acts[:, level.children] > 0).unflatten(1, (-1, 2))
         assert int(siblings.sum(dim=2).max()) == 1
-        assert bool(together[:, level.children].unflatten(1, (-1, 2)).all(dim=2).any())
+        assert bool(fires[:, level.children].unflatten(1, (-1, 2)).all(dim=2).any())
 
 
 def test_children_are_scaled_by_their_parents():

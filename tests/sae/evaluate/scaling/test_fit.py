@@ -119,9 +119,9 @@ def test_the_best_learning_rate_falls_with_compute_as_it_was_made_to():
     assert law.exponent.low <= law.exponent.value <= law.exponent.high
     assert law.rate(1e9) == pytest.approx(30 * 1e9**-0.3)
     assert all(rate == pytest.approx(30 * c**-0.3) for c, rate in law.points)
-    kept = {run.d_sae: run.lr for run in best_rates(rate_runs())}
-    assert kept == {f: pytest.approx(1.2 * 30 * (f * 997) ** -0.3) for f in kept}
-    assert len(kept) == 4
+    best_lr = {run.d_sae: run.lr for run in best_rates(rate_runs())}
+    assert best_lr == {f: pytest.approx(1.2 * 30 * (f * 997) ** -0.3) for f in best_lr}
+    assert len(best_lr) == 4
 
 
 def test_a_best_rate_at_the_end_of_those_tried_gives_no_point():
