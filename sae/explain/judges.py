@@ -222,7 +222,7 @@ class RuleJudge:
         """
         if task == "simulation":
             return [10.0 * strength for strength in self._rule([item.text for item in items])]
-        results = [self._found(item) for item in items]
+        results = [self._strengths(item) for item in items]
         match task:
             case "detection":
                 return [float(any(strength > 0.0 for strength, _ in words)) for words in results]
@@ -236,7 +236,7 @@ class RuleJudge:
             case _:
                 raise CallFailedError("request", f"a rule cannot do {task}")
 
-    def _found(self, item: Item) -> list[tuple[float, bool]]:
+    def _strengths(self, item: Item) -> list[tuple[float, bool]]:
         """Strength and mark of each piece."""
         pieces = [
             (piece, span.marked) for span in item.spans for piece in words_with_blanks(span.text)

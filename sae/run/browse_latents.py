@@ -245,12 +245,12 @@ def attributions_of(
     really turned off, each at its strongest position. A model that does not predict the next token
     has none.
     """
-    reads, writes = dictionary.config.sites(hook_point)
-    if context.cache is None or context.loaded is None or len(reads) != 1 or writes != reads:
+    hooks_read, writes = dictionary.config.sites(hook_point)
+    if context.cache is None or context.loaded is None or len(hooks_read) != 1 or writes != hooks_read:
         return {}
     if not record_of(context.loaded.model).predicts_next:
         return {}
-    examples, placed = context.cache.examples, dictionary.at(*reads)
+    examples, placed = context.cache.examples, dictionary.at(*hooks_read)
     first_position = context.cache.manifest.plan.skip_positions
     held_out = (examples.split == SPLITS.index("hold")).nonzero().flatten()
     chosen = held_out[:: max(1, len(held_out) // N_PROMPTS)][:N_PROMPTS].tolist()

@@ -66,7 +66,7 @@ print("all there")
 
 
 def test_the_jobs_load_lightning_when_they_train(in_root):
-    assert "lightning" not in loaded(in_root, "sae.run.jobs, sae.run.steps, sae.run.pipeline")
+    assert "lightning" not in loaded(in_root, "sae.run.steps, sae.run.pipeline")
 
 
 def test_importing_the_kernels_loads_no_triton(in_root):
