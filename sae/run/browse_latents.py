@@ -246,7 +246,12 @@ def attributions_of(
     has none.
     """
     hooks_read, writes = dictionary.config.sites(hook_point)
-    if context.cache is None or context.loaded is None or len(hooks_read) != 1 or writes != hooks_read:
+    if (
+        context.cache is None
+        or context.loaded is None
+        or len(hooks_read) != 1
+        or writes != hooks_read
+    ):
         return {}
     if not record_of(context.loaded.model).predicts_next:
         return {}
