@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from activations_cache.images import read_images as read_images
     from activations_cache.images import read_skipped as read_skipped
     from activations_cache.models import load_model as load_model
-    from activations_cache.pieces import Pieces as Pieces
     from activations_cache.reader import ActivationCache as ActivationCache
     from activations_cache.reader import open_cache
+    from activations_cache.tokens import Pieces as Pieces
 
     open = open_cache
     from activations_cache.live import ActivationStream as ActivationStream

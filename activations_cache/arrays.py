@@ -64,8 +64,8 @@ class AddressSpace:
         address = self._start + slot * self._slot_bytes
         n_bytes = os.fstat(file.fileno()).st_size
         flags = mmap.MAP_SHARED | _MAP_FIXED
-        found = _mmap()(address, n_bytes, mmap.PROT_READ, flags, file.fileno(), 0)
-        if found != address:
+        result = _mmap()(address, n_bytes, mmap.PROT_READ, flags, file.fileno(), 0)
+        if result != address:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), file.name)
 
@@ -133,14 +133,14 @@ class ShardedArray:
     def _map(self, shard: int) -> None:
         name = self._spec.file(shard)
         expected = self._records[shard].files.get(name, {"bytes": self._spec.chunk_bytes})
-        found = io.problem(self._path / name, expected)
+        result = io.problem(self._path / name, expected)
         is_plain = not self._spec.is_compressed
-        if found is None and is_plain and expected["bytes"] != self._spec.chunk_bytes:
-            found = f"{name} must have {self._spec.chunk_bytes:,} bytes, got {expected['bytes']:,}"
-        if found is not None:
+        if result is None and is_plain and expected["bytes"] != self._spec.chunk_bytes:
+            result = f"{name} must have {self._spec.chunk_bytes:,} bytes, got {expected['bytes']:,}"
+        if result is not None:
             raise CacheFormatError(
-                f"shard {shard} is damaged: {found}; run `sae verify {self._path} --mend` and then "
-                "the same command again: it writes only the damaged shards anew"
+                f"shard {shard} is damaged: {result}; run `sae verify {self._path} --mend` and "
+                "then the same command again: it writes only the damaged shards anew"
             )
         if self._space is None:
             self._space = AddressSpace(len(self._is_open), self._spec.chunk, self._spec.numpy)

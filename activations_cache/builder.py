@@ -19,23 +19,28 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from activations_cache import io
-from activations_cache.checks import CacheFormatError, MonosemaError, Progress, silent
+from activations_cache.checks import (
+    PACKAGE,
+    CacheFormatError,
+    MonosemaError,
+    Progress,
+    locate,
+    silent,
+)
 from activations_cache.config import CacheConfig, parse_hook_point
-from activations_cache.encoding import token_ids
 from activations_cache.hooks import capture
 from activations_cache.image_rows import ImageRows, image_widths
 from activations_cache.isolation import Way, read_documents
 from activations_cache.journal import first_difference, journals_at, newest
 from activations_cache.layout import STORAGE
-from activations_cache.locations import PACKAGE, locate
 from activations_cache.manifest import Plan, read_manifest, read_plan
 from activations_cache.models import LoadedModel, load_model, n_embeddings, require_positions
-from activations_cache.pieces import special_ids
 from activations_cache.probe import way_of
 from activations_cache.reader import ActivationCache, open_cache
 from activations_cache.shard import Examples, ShardBuffer
 from activations_cache.shared_text import forget, packed_once
 from activations_cache.text import PackedText, pack
+from activations_cache.tokens import special_ids, token_ids
 from activations_cache.vision import LoadedVisionModel, load_vision_model
 from activations_cache.writer import CacheWriter
 

@@ -17,6 +17,7 @@ from pathlib import PurePosixPath
 from typing import Literal, get_args
 
 from activations_cache.checks import (
+    DATASET,
     LATER,
     MonosemaError,
     at_least,
@@ -25,7 +26,6 @@ from activations_cache.checks import (
     require,
     split_fractions,
 )
-from activations_cache.locations import DATASET
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)

@@ -24,9 +24,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import pyarrow as pa
 from pyarrow import ArrowInvalid, parquet
 
+from activations_cache.checks import DATASET, locate
 from activations_cache.config import ImageSource, TextSource, text_format
 from activations_cache.loading import one_line
-from activations_cache.locations import DATASET, locate
 from monosema.checks import MonosemaError
 
 ATTEMPTS = 5
@@ -117,8 +117,8 @@ def _open(source: Source, *, streaming: bool, start: int = 0) -> Any:
     name = source.path.removeprefix(DATASET)
     try:
         if _is_saved(Path(name)):
-            found = datasets.load_from_disk(name)
-            records = found[source.part] if isinstance(found, dict) else found
+            result = datasets.load_from_disk(name)
+            records = result[source.part] if isinstance(result, dict) else result
         else:
             records = datasets.load_dataset(
                 name,
@@ -174,12 +174,12 @@ def documents(source: TextSource, name: str | None = None) -> Iterator[Document]
         FileNotFoundError: If there is no such file or package.
         ValueError: If the file cannot be read, a record lacks a field, or no document is found.
     """
-    name, found, skipped = name or source_name(source.path), False, _Skipped(source)
+    name, result, skipped = name or source_name(source.path), False, _Skipped(source)
     try:
         records = islice(_records(source, skipped), source.n_documents)
         for number, record in enumerate(records):
             if record is not None and (text := record.text.strip()):
-                found = True
+                result = True
                 yield Document(f"{name}:{number}", text, record.label, record.kind)
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError, ArrowInvalid) as error:
         reason = str(error).splitlines()[0]
@@ -187,7 +187,7 @@ def documents(source: TextSource, name: str | None = None) -> Iterator[Document]
             f"{source.path} must be a whole {_kind(source)} file in UTF-8, got {reason}"
         ) from error
     skipped.log()
-    if not found:
+    if not result:
         raise MonosemaError(f"{source.path} must hold text, got no document that is not empty")
 
 

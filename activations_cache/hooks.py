@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from activations_cache.config import parse_hook_point
-from activations_cache.reading import Reading, around, base_model, modules_of, parameters_of
+from activations_cache.reading import CallFollower, around, base_model, modules_of, parameters_of
 from activations_cache.trial import (
     Addition,
     additions,
@@ -249,13 +249,13 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
             positions of a stream do not follow from the model's call.
     """
 
-    def replace(hook_point: str, fn: Edit, reading: Reading) -> Callable[[Stream], Stream]:
+    def replace(hook_point: str, fn: Edit, reading: CallFollower) -> Callable[[Stream], Stream]:
         return lambda stream: _apply(fn, stream, reading.positions(stream), hook_point)
 
     with contextlib.ExitStack() as hooks:
         for hook_point, fn in edits.items():
             _require_not_compiled(model, hook_point)
-            reading = Reading(model, hook_point)
+            reading = CallFollower(model, hook_point)
             hooks.callback(_attach(model, hook_point, replace(hook_point, fn, reading)).remove)
             hooks.enter_context(reading.attach())
         yield
@@ -346,8 +346,8 @@ def _stream(value: object, hook_point: str) -> Stream:
 
 def _require_tokens(hook_point: str, stream: Stream, inputs: Tensor) -> None:
     """Refuse a stream whose rows are not the tokens that were read, in their order."""
-    reads = inputs.ndim == 2 and not inputs.is_floating_point()
-    if reads and stream.shape[:2] != inputs.shape:
+    is_ids = inputs.ndim == 2 and not inputs.is_floating_point()
+    if is_ids and stream.shape[:2] != inputs.shape:
         raise MonosemaError(
             f"{hook_point} must carry a row for each of {tuple(inputs.shape)} tokens, got a stream "
             f"of {tuple(stream.shape)}; choose a hook point in the part that reads the text"

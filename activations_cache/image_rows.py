@@ -36,7 +36,7 @@ from activations_cache.manifest import Plan
 from activations_cache.preprocessing import Preprocessing, resolve
 from activations_cache.reader import ActivationCache
 from activations_cache.shard import Examples
-from activations_cache.vision import LoadedVisionModel, Reading
+from activations_cache.vision import ImageReading, LoadedVisionModel
 
 _MAX_LABELS = 2**15
 
@@ -143,7 +143,7 @@ def preprocessing_of(config: CacheConfig, loaded: LoadedVisionModel) -> Preproce
     return resolve(_images(config).preprocessing, loaded.settings)
 
 
-def positions(images: ImagesConfig, reading: Reading, size: int) -> tuple[int, int]:
+def positions(images: ImagesConfig, reading: ImageReading, size: int) -> tuple[int, int]:
     """Return how many positions of the stream a cache covers, and how many of them it skips.
 
     Raises:

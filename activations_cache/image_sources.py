@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from activations_cache.checks import DATASET, locate
 from activations_cache.config import ImageSource
+from activations_cache.conversion import cache_directory
 from activations_cache.documents import dataset_table
-from activations_cache.gguf import cache_directory
 from activations_cache.loading import one_line
-from activations_cache.locations import DATASET, locate
 from monosema.checks import MonosemaError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -200,8 +200,8 @@ def _not_empty(store: ImageStore, source: ImageSource) -> ImageStore:
 
 def _folder(path: Path, source: ImageSource) -> Folder:
     _no_label(source)
-    found = (file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    names = (name.as_posix() for name in found if not name.name.startswith("."))
+    result = (file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    names = (name.as_posix() for name in result if not name.name.startswith("."))
     names = sorted(name for name in names if (path / name).is_file())
     return Folder(path, names, _first_folders(names))
 
@@ -215,13 +215,13 @@ def _archive(path: Path, source: ImageSource) -> Archive:
         raise MonosemaError(
             f"path must be an uncompressed .tar, got {source.path}: {one_line(error)}"
         ) from error
-    found = [m for m in files if Path(m.name).suffix.lower() in SUFFIXES]
-    found = sorted((m for m in found if Path(m.name).name[0] != "."), key=lambda m: m.name)
-    names = [m.name.removeprefix("./") for m in found]
+    results = [m for m in files if Path(m.name).suffix.lower() in SUFFIXES]
+    results = sorted((m for m in results if Path(m.name).name[0] != "."), key=lambda m: m.name)
+    names = [m.name.removeprefix("./") for m in results]
     tops = set(_first_folders(names))
     if len(tops) == 1 and None not in tops and all(name.count("/") > 1 for name in names):
         names = [name.partition("/")[2] for name in names]  # one folder holds everything
-    places = [(m.offset_data, m.size) for m in found]
+    places = [(m.offset_data, m.size) for m in results]
     return Archive(path, names, _first_folders(names), places)
 
 

@@ -94,10 +94,10 @@ def read_images(cache: ActivationCache) -> list[ImageRecord]:
         raise CacheFormatError(f"{cache.path} must be a cache of images, got one of text")
     file = cache.path / IMAGE_TABLE
     data = file.read_bytes() if file.is_file() else b""
-    found = hashlib.sha256(data).hexdigest()
-    if found != expected:
+    result = hashlib.sha256(data).hexdigest()
+    if result != expected:
         raise CacheFormatError(
-            f"{file} must have sha256 {expected}, got {found if data else 'no such file'}; "
+            f"{file} must have sha256 {expected}, got {result if data else 'no such file'}; "
             f"run `sae verify {cache.path} --mend` and then `sae cache` again"
         )
     return [ImageRecord(**json.loads(line)) for line in data.splitlines()]
@@ -168,12 +168,12 @@ def pick(
             *(len(chooser.skipped), first.name, first.source, first.reason),
         )
     return PickedImages(
-        records=[chooser.record(found) for found in chosen],
+        records=[chooser.record(result) for result in chosen],
         skipped=chooser.skipped,
         source_names=chooser.source_names,
         label_names=tuple(sorted({n for s in stores for n in s.labels if n is not None})),
         stores=stores,
-        places=[(found.store, found.number) for found in chosen],
+        places=[(result.store, result.number) for result in chosen],
     )
 
 
@@ -191,7 +191,7 @@ def read_pixels(
         return np.stack(list(pool.map(lambda example: preprocessing(image(example)), examples)))
 
 
-class _Found(NamedTuple):
+class _SeenImage(NamedTuple):
     """An image whose bytes have been seen."""
 
     store: int
@@ -214,13 +214,13 @@ class _Chooser:
         self.source_names = _names([source.path for source in config.sources])
         self.skipped: list[SkippedImage] = []
 
-    def choose(self, n_rows: int, rows_per_image: int) -> list[_Found]:
+    def choose(self, n_rows: int, rows_per_image: int) -> list[_SeenImage]:
         """Return images in their order, up to the one that makes those to train on enough."""
         order = sorted(
             self._hashed(), key=lambda f: (_draw(self._config.seed, "order", f.sha256), f)
         )
         n_wanted, n_training, start = math.ceil(n_rows / rows_per_image), 0, 0
-        taken: list[_Found] = []
+        taken: list[_SeenImage] = []
         while n_training < n_wanted and start < len(order):
             # Never more than are missing, so that none is taken in vain.
             batch = order[start : start + min(n_wanted - n_training, _AT_ONCE)]
@@ -238,29 +238,29 @@ class _Chooser:
             )
         return taken
 
-    def record(self, found: _Found) -> ImageRecord:
+    def record(self, result: _SeenImage) -> ImageRecord:
         """Return what is written down of an image."""
-        store = self._stores[found.store]
+        store = self._stores[result.store]
         return ImageRecord(
-            source=self.source_names[found.store],
-            name=store.names[found.number],
-            label=store.labels[found.number],
-            split=self._split(found.sha256),
-            sha256=found.sha256,
+            source=self.source_names[result.store],
+            name=store.names[result.number],
+            label=store.labels[result.number],
+            split=self._split(result.sha256),
+            sha256=result.sha256,
         )
 
-    def _hashed(self) -> list[_Found]:
+    def _hashed(self) -> list[_SeenImage]:
         places = [(s, i) for s, store in enumerate(self._stores) for i in range(len(store.names))]
-        found: list[_Found] = []
+        result: list[_SeenImage] = []
         results = _mapped(self._pool, self._digest, places)
         for done, (place, (digest, reason)) in enumerate(zip(places, results, strict=True), 1):
             if reason is None:
-                found.append(_Found(*place, digest))
+                result.append(_SeenImage(*place, digest))
             else:
                 self._skip(*place, reason)
             if done % _AT_ONCE == 0 or done == len(places):
                 self._progress(done, len(places), "images hashed")
-        return found
+        return result
 
     def _digest(self, place: tuple[int, int]) -> tuple[str, str | None]:
         """Return the hash of an image's bytes, and why there is none."""
@@ -270,7 +270,7 @@ class _Chooser:
         except UNREADABLE as error:
             return "", one_line(error)
 
-    def _readable(self, images: Sequence[_Found]) -> list[_Found]:
+    def _readable(self, images: Sequence[_SeenImage]) -> list[_SeenImage]:
         """Return the images that can be read, and list the others."""
         reasons = list(self._pool.map(self._problem, images))
         for image, reason in zip(images, reasons, strict=True):
@@ -278,9 +278,9 @@ class _Chooser:
                 self._skip(image.store, image.number, reason)
         return [image for image, reason in zip(images, reasons, strict=True) if reason is None]
 
-    def _problem(self, found: _Found) -> str | None:
+    def _problem(self, result: _SeenImage) -> str | None:
         try:
-            as_rgb(self._stores[found.store].image(found.number), (0, 0, 0))
+            as_rgb(self._stores[result.store].image(result.number), (0, 0, 0))
         except UNREADABLE as error:
             return one_line(error)
         return None

@@ -97,8 +97,8 @@ def problem(path: Path, expected: Mapping[str, int | str]) -> str | None:
         return f"{path} must exist, got no such file"
     if (size := path.stat().st_size) != expected["bytes"]:
         return f"{path} must have {expected['bytes']:,} bytes, got {size:,}"
-    if "crc32c" in expected and (found := crc32c(map_file(path))) != expected["crc32c"]:
-        return f"{path} must have crc32c {expected['crc32c']}, got {found}"
+    if "crc32c" in expected and (result := crc32c(map_file(path))) != expected["crc32c"]:
+        return f"{path} must have crc32c {expected['crc32c']}, got {result}"
     return None
 
 

@@ -34,12 +34,12 @@ def pieces_of(
     tokens: Int[Tensor, "example pos"], segment: Int[Tensor, "example pos"]
 ) -> list[Piece]:
     """Return the pieces of some contexts, without the padding at their ends."""
-    found = []
+    results = []
     for example, (ids, numbers) in enumerate(zip(tokens, segment, strict=True)):
         real = numbers[ids >= 0]
         bounds = [0, *(real.diff().nonzero().flatten() + 1).tolist(), len(real)]
-        found += [Piece(example, *pair) for pair in pairwise(bounds)]
-    return [piece for piece in found if piece.start < piece.stop]
+        results += [Piece(example, *pair) for pair in pairwise(bounds)]
+    return [piece for piece in results if piece.start < piece.stop]
 
 
 def read_in_rows(
@@ -58,7 +58,7 @@ def read_in_rows(
         with_mask: Whether an attention mask tells the padding, which a model needs whose tokens
             see what follows them.
     """
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     for group in _groups(pieces, tokens.numel()):
         longest = max(piece.stop - piece.start for piece in group)
         # The last token once more is padding that every vocabulary has.
@@ -69,10 +69,10 @@ def read_in_rows(
         given = run(ids, attention_mask=mask) if with_mask else run(ids)
         for name, stream in given.items():
             shape = (*tokens.shape, stream.shape[-1])
-            whole = found.setdefault(name, stream.new_zeros(shape))
+            whole = results.setdefault(name, stream.new_zeros(shape))
             for row, (example, start, stop) in zip(stream, group, strict=True):
                 whole[example, start:stop] = row[: stop - start]
-    return found
+    return results
 
 
 def _groups(pieces: list[Piece], n_tokens: int) -> Iterator[list[Piece]]:

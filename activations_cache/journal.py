@@ -191,12 +191,12 @@ def journals_at(path: Path) -> list[Path]:
 
 def newest(journals: Iterable[Path]) -> dict[int, ShardRecord]:
     """Return the newest record of each shard in the given journals, in order of the shards."""
-    found: dict[int, ShardRecord] = {}
+    results: dict[int, ShardRecord] = {}
     for journal in journals:
         for record in _records(journal)[0]:
-            if record.shard not in found or found[record.shard].attempt < record.attempt:
-                found[record.shard] = record
-    return dict(sorted(found.items()))
+            if record.shard not in results or results[record.shard].attempt < record.attempt:
+                results[record.shard] = record
+    return dict(sorted(results.items()))
 
 
 def open_journal(path: Path) -> None:

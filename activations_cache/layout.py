@@ -81,7 +81,7 @@ def as_stored(rows: Float[Tensor, "row d_model"], dtype: str) -> dict[str, np.nd
 
 
 def read_into(
-    found: Float[Tensor, "row d_model"],
+    result: Float[Tensor, "row d_model"],
     acts: Shaped[np.ndarray, "row d_model"],
     scale: Shaped[np.ndarray, " row"] | None,
     dtype: str,
@@ -90,7 +90,7 @@ def read_into(
 
     With NumPy, which stays in its thread: torch's ones would get in the way of the training step.
     """
-    rows = found.numpy()
+    rows = result.numpy()
     if dtype == "bfloat16":  # the upper half of a float32
         bits = rows.view(np.uint32)
         np.copyto(bits, acts)

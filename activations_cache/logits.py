@@ -53,9 +53,9 @@ def loss_of(
     if is_causal:
         return "next token"
     labels = torch.where(torch.arange(ids.shape[1], device=ids.device) % 3 == 1, ids, -100)
-    own = getattr(attempt(lambda: run_whole(model, ids, labels=labels)), "loss", None)
+    loss = getattr(attempt(lambda: run_whole(model, ids, labels=labels)), "loss", None)
     here = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-    is_here = own is not None and abs(float(own) / float(here) - 1) <= 10 * tolerance_of(model)
+    is_here = loss is not None and abs(float(loss) / float(here) - 1) <= 10 * tolerance_of(model)
     return "masked token" if is_here else None
 
 
@@ -130,8 +130,8 @@ def gain_of(
         bias = norm(torch.zeros_like(rows[:1]))[0].float()
         u, out = divided(rows.float(), is_centred), norm(rows).float() - bias
     seen = (out * u).sum(dim=0) / u.square().sum(dim=0)
-    own = getattr(norm, "weight", None)
-    for exact in [] if own is None else [own.detach().float(), 1 + own.detach().float()]:
+    scale = getattr(norm, "weight", None)
+    for exact in [] if scale is None else [scale.detach().float(), 1 + scale.detach().float()]:
         if exact.shape == seen.shape and torch.allclose(exact, seen, rtol=2e-2, atol=1e-3):
             return exact, bias  # what was seen is rounded
     return seen, bias

@@ -17,13 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from activations_cache import gguf, onnx_dinov2
-from activations_cache.checks import MonosemaError, Progress, silent
+from activations_cache import conversion
+from activations_cache.checks import PACKAGE, MonosemaError, Progress, locate, silent
 from activations_cache.config import ModelConfig
 from activations_cache.hooks import blocks_of
-from activations_cache.loading import ModelError, Refusing, one_line, quiet
-from activations_cache.locations import PACKAGE, locate
-from activations_cache.products import widen_products
+from activations_cache.loading import ModelError, Refusing, one_line, quiet, widen_products
 
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*model*.safetensors"]
 _SINGLE = ("model.safetensors", "open_clip_model.safetensors")
@@ -48,15 +46,15 @@ class LoadedModel:
     @property
     def mask_token(self) -> int | None:
         """What hides a token that a masked model shall tell; None in a tokenizer without it."""
-        found = self.tokenizer.mask_token_id
-        assert found is None or isinstance(found, int), found
-        return found
+        result = self.tokenizer.mask_token_id
+        assert result is None or isinstance(result, int), result
+        return result
 
 
 def load_model(config: ModelConfig, *, progress: Progress | None = None) -> LoadedModel:
     """Load the model and the tokenizer that a configuration names.
 
-    A GGUF file is converted at its first use (`activations_cache.gguf`).
+    A GGUF file is converted at its first use (`activations_cache.conversion`).
 
     Args:
         config: Which model, what its weights must hash to, and the dtype.
@@ -111,8 +109,8 @@ def files_of(config: ModelConfig, progress: Progress) -> tuple[Path, dict[str, s
     if config.path.endswith((".gguf", ".onnx")):
         path = locate(config.path)
         digest = _weights_sha256(config, [path], progress)
-        read = None if config.path.endswith(".gguf") else onnx_dinov2.read
-        directory = gguf.converted(path, digest, read=read, progress=progress)
+        read = None if config.path.endswith(".gguf") else conversion.read_dinov2
+        directory = conversion.converted(path, digest, read=read, progress=progress)
         return directory, {"model_sha256": digest}
     is_local = config.path.startswith(PACKAGE) or Path(config.path).is_dir()
     directory = locate(config.path) if is_local else _download(config)
@@ -126,7 +124,7 @@ def files_of(config: ModelConfig, progress: Progress) -> tuple[Path, dict[str, s
 def _download(config: ModelConfig) -> Path:
     """Return the hub's files in its local cache; the hub's client shows its own bar."""
     try:
-        found = snapshot_download(
+        result = snapshot_download(
             config.path,
             revision=config.revision,
             allow_patterns=_HUB_FILES,
@@ -137,7 +135,7 @@ def _download(config: ModelConfig) -> Path:
             f"model path {config.path} must be a directory, a *.gguf file, {PACKAGE}PACKAGE/FILE "
             f"or a hub id that can be fetched, got {one_line(error)}"
         ) from error
-    return Path(found)
+    return Path(result)
 
 
 def _weight_files(path: str, directory: Path) -> list[Path]:
@@ -206,13 +204,13 @@ def read_model(
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     names = config.architectures or ["none"]
-    found = getattr(transformers, names[0], None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    result = getattr(transformers, names[0], None)
+    if not (isinstance(result, type) and issubclass(result, PreTrainedModel)):
         raise ModelError(
             f"architectures in config.json must name a model class of transformers "
             f"{transformers.__version__}, got {names[0]}"
         )
-    return found
+    return result
 
 
 def provenance_of(config: ModelConfig, directory: Path) -> dict[str, str]:
@@ -238,13 +236,13 @@ def _weights_sha256(config: ModelConfig, paths: list[Path], progress: Progress) 
                 digest.update(chunk)
                 done += len(chunk)
                 progress(done >> 20, total >> 20, "MB hashed")
-    found = digest.hexdigest()
-    if config.sha256 not in {None, found}:
+    result = digest.hexdigest()
+    if config.sha256 not in {None, result}:
         raise ModelError(
-            f"model {config.path} must have sha256 {config.sha256}, got {found}; "
+            f"model {config.path} must have sha256 {config.sha256}, got {result}; "
             "fetch the right file or change model.sha256"
         )
-    return found
+    return result
 
 
 def n_embeddings(loaded: LoadedModel) -> int:

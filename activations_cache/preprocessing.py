@@ -96,19 +96,19 @@ def as_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     )
 
 
-def resolve(asked: ImagePreprocessing, found: ImagePreprocessing) -> Preprocessing:
+def resolve(asked: ImagePreprocessing, result: ImagePreprocessing) -> Preprocessing:
     """Complete what is asked for by what the model's own settings say.
 
     Raises:
         ValueError: If neither says what there is no safe guess for.
     """
-    size = _first("size", asked.size, found.size)
+    size = _first("size", asked.size, result.size)
     return Preprocessing(
         size=size,
-        shortest_edge=_shortest_edge(asked, found, size),
-        interpolation=asked.interpolation or found.interpolation or "bicubic",
-        mean=_first("mean", asked.mean, found.mean),
-        std=_first("std", asked.std, found.std),
+        shortest_edge=_shortest_edge(asked, result, size),
+        interpolation=asked.interpolation or result.interpolation or "bicubic",
+        mean=_first("mean", asked.mean, result.mean),
+        std=_first("std", asked.std, result.std),
         background=asked.background,
     )
 
@@ -151,9 +151,9 @@ def _first(name: str, *values: _T | None) -> _T:
     )
 
 
-def _shortest_edge(asked: ImagePreprocessing, found: ImagePreprocessing, size: int) -> int | None:
+def _shortest_edge(asked: ImagePreprocessing, result: ImagePreprocessing, size: int) -> int | None:
     """Return the asked one, or the model's in proportion to the size."""
-    crop = asked.crop if asked.crop is not None else found.crop
+    crop = asked.crop if asked.crop is not None else result.crop
     if asked.shortest_edge is not None:
         if asked.shortest_edge < size:
             rule = f"be at least the size {size}"
@@ -163,9 +163,9 @@ def _shortest_edge(asked: ImagePreprocessing, found: ImagePreprocessing, size: i
         return asked.shortest_edge
     if crop is False:
         return None
-    if found.shortest_edge is None or found.size is None:
+    if result.shortest_edge is None or result.size is None:
         return size
-    return round(found.shortest_edge * size / found.size)
+    return round(result.shortest_edge * size / result.size)
 
 
 def _of_transformers(entries: Mapping[str, Any]) -> ImagePreprocessing:
@@ -191,33 +191,33 @@ def _of_transformers(entries: Mapping[str, Any]) -> ImagePreprocessing:
 def _of_timm(entries: Mapping[str, Any]) -> ImagePreprocessing:
     if "pretrained_cfg" not in entries:  # a model of transformers without settings for images
         return ImagePreprocessing()
-    own = entries["pretrained_cfg"]
-    size, mode = _square(own["input_size"][1:]), own.get("crop_mode") or "center"
-    if mode != "center" and not (mode == "squash" and own["crop_pct"] == 1):
+    settings = entries["pretrained_cfg"]
+    size, mode = _square(settings["input_size"][1:]), settings.get("crop_mode") or "center"
+    if mode != "center" and not (mode == "squash" and settings["crop_pct"] == 1):
         raise MonosemaError(f"crop_mode must be center, got {mode}")
     return ImagePreprocessing(
         size=size,
         crop=mode == "center",
-        shortest_edge=math.floor(size / own["crop_pct"]) if mode == "center" else None,
-        interpolation=own["interpolation"],
-        mean=_rgb(own["mean"]),
-        std=_rgb(own["std"]),
+        shortest_edge=math.floor(size / settings["crop_pct"]) if mode == "center" else None,
+        interpolation=settings["interpolation"],
+        mean=_rgb(settings["mean"]),
+        std=_rgb(settings["std"]),
     )
 
 
 def _of_open_clip(entries: Mapping[str, Any]) -> ImagePreprocessing:
-    own = entries["preprocess_cfg"]
-    size = _square(own.get("size") or entries["model_cfg"]["vision_cfg"]["image_size"])
-    mode = own.get("resize_mode", "shortest")
+    settings = entries["preprocess_cfg"]
+    size = _square(settings.get("size") or entries["model_cfg"]["vision_cfg"]["image_size"])
+    mode = settings.get("resize_mode", "shortest")
     if mode not in {"shortest", "squash"}:
         raise MonosemaError(f"resize_mode must be shortest or squash, got {mode}")
     return ImagePreprocessing(
         size=size,
         crop=mode == "shortest",
         shortest_edge=size if mode == "shortest" else None,
-        interpolation=own.get("interpolation", "bicubic"),
-        mean=_rgb(own["mean"]),
-        std=_rgb(own["std"]),
+        interpolation=settings.get("interpolation", "bicubic"),
+        mean=_rgb(settings["mean"]),
+        std=_rgb(settings["std"]),
     )
 
 

@@ -222,8 +222,8 @@ class _Trial:
         """How much the first tokens change with those that follow them."""
         first, other = self._ids[:1], self._ids[:1].clone()
         other[:, N_FIRST:] = self._ids[1:, N_FIRST:]
-        found = self._stream(torch.cat([first, other]))
-        return largest_error(found[1, :N_FIRST], found[0, :N_FIRST])
+        result = self._stream(torch.cat([first, other]))
+        return largest_error(result[1, :N_FIRST], result[0, :N_FIRST])
 
     def leak_by_positions(self) -> float:
         """How much position ids that begin anew leave of the document before."""
@@ -232,10 +232,10 @@ class _Trial:
         positions = torch.cat([torch.arange(N_FIRST), torch.arange(N_TOKENS - N_FIRST)])
         positions = positions.expand(2, -1).to(context.device)
         both = torch.cat([context, other])
-        found = attempt(lambda: self._stream(both, position_ids=positions))
-        if found is None:
+        result = attempt(lambda: self._stream(both, position_ids=positions))
+        if result is None:
             return torch.inf
-        return max(largest_error(found[1, N_FIRST:], found[0, N_FIRST:]), self._change(found[0]))
+        return max(largest_error(result[1, N_FIRST:], result[0, N_FIRST:]), self._change(result[0]))
 
     def leak_in_rows(self, *, with_mask: bool) -> float:
         """How much padding behind a document changes it."""
@@ -244,21 +244,21 @@ class _Trial:
         def run(ids: Tensor, **options: Any) -> dict[str, Tensor]:
             return {"": self._stream(ids, **options)}
 
-        found = attempt(lambda: read_in_rows(run, self._ids, pieces, with_mask=with_mask)[""])
-        return torch.inf if found is None else self._change(found[0])
+        result = attempt(lambda: read_in_rows(run, self._ids, pieces, with_mask=with_mask)[""])
+        return torch.inf if result is None else self._change(result[0])
 
-    def _change(self, found: Float[Tensor, "pos _"]) -> float:
+    def _change(self, result: Float[Tensor, "pos _"]) -> float:
         """Of documents in a context from the same alone, if rounding does not explain it."""
         sizes = [N_FIRST, N_TOKENS - N_FIRST]
         if not self._alone:
             self._alone = [self._stream(ids)[0] for ids in self._ids[:1].split(sizes, dim=1)]
-        pairs = zip(found.split(sizes), self._alone, strict=True)
+        pairs = zip(result.split(sizes), self._alone, strict=True)
         # The middle token of each: in 16 bits another expert may be chosen for a single one.
         change = max(float(errors(part, alone).median()) for part, alone in pairs)
         return 0.0 if change <= self._rounding else change
 
 
-class Layout(NamedTuple):
+class StreamLayout(NamedTuple):
     """What runs to its end on what is read, and where the blocks' streams are in what it gives."""
 
     reader: str
@@ -267,7 +267,7 @@ class Layout(NamedTuple):
     is_chained: bool
 
 
-def layout_of(model: nn.Module) -> Layout:
+def layout_of(model: nn.Module) -> StreamLayout:
     """Return the layout of a model that need not read tokens.
 
     Of one that does not say what its images are nothing is known, and so no entry.
@@ -278,14 +278,14 @@ def layout_of(model: nn.Module) -> Layout:
     blocks, listed = blocks_of(model)
     inputs = trial_inputs(model)
     if inputs is None:
-        return Layout("", (None,) * len(listed), None, True)
+        return StreamLayout("", (None,) * len(listed), None, True)
     return _layout(model, blocks, listed, inputs)
 
 
 @torch.no_grad()
 def _layout(
     model: nn.Module, path: str, blocks: list[nn.Module], ids: Shaped[Tensor, "example ..."]
-) -> Layout:
+) -> StreamLayout:
     """Try the backbone, then what is around the blocks, then the model; the most entries win.
 
     Raises:
@@ -294,7 +294,7 @@ def _layout(
     paths = {module: name for name, module in model.named_modules()}
     inner = [m for m in around(model, f"{path}.0:out") if reads_tokens(m)]
     named = {f"{i}": block for i, block in enumerate(blocks)}
-    found: list[Layout] = []
+    results: list[StreamLayout] = []
     for module in dict.fromkeys([base_model(model), *inner[::-1], model]):
         with watching(named) as calls:
             output = attempt(lambda m=module: run_whole(m, ids, output_hidden_states=True))
@@ -303,16 +303,16 @@ def _layout(
         of_blocks = [calls[name][-1] for name in named if calls.get(name)]
         if output is not None and len(of_blocks) == len(named):
             streams = getattr(output, "hidden_states", None) or ()
-            found.append(Layout(paths[module], *_entries(of_blocks, streams)))
+            results.append(StreamLayout(paths[module], *_entries(of_blocks, streams)))
             # The last entry is often normed, so no other would have more.
-            if None not in found[-1].hidden_states[:-1]:
+            if None not in results[-1].hidden_states[:-1]:
                 break
-    if not found:
+    if not results:
         raise MonosemaError(
             f"{type(model).__name__} must run on token ids alone, through {path or 'its blocks'}, "
             f"got {_failure(model, ids)}; load a model of the text alone"
         )
-    return min(found, key=lambda layout: sum(i is None for i in layout.hidden_states))
+    return min(results, key=lambda layout: sum(i is None for i in layout.hidden_states))
 
 
 def _failure(model: nn.Module, ids: Shaped[Tensor, "example ..."]) -> str:
@@ -328,14 +328,14 @@ def _entries(
     calls: list[Passed], streams: tuple[Tensor, ...]
 ) -> tuple[tuple[int | None, ...], int | None, bool]:
     """Which entries the blocks' outputs and the first input are, and whether blocks chain."""
-    found: list[int | None] = []
+    results: list[int | None] = []
     for call in calls:
-        last = max((i for i in found if i is not None), default=-1)
+        last = max((i for i in results if i is not None), default=-1)
         same = (i for i, s in enumerate(streams) if i > last and same_stream(s, call.out))
-        found.append(next(same, None))
+        results.append(next(same, None))
     first = next((i for i, s in enumerate(streams) if same_stream(s, calls[0].first)), None)
     is_chained = all(same_stream(a.out, b.first) for a, b in pairwise(calls))
-    return tuple(found), first, is_chained
+    return tuple(results), first, is_chained
 
 
 def _cache_argument(
@@ -345,20 +345,20 @@ def _cache_argument(
     n = N_TOKENS - 2
 
     def steps() -> tuple[str | None, list[Tensor]]:
-        output, name, found = model(input_ids=ids[:, :n], use_cache=True), None, []
+        output, name, result = model(input_ids=ids[:, :n], use_cache=True), None, []
         for at in range(n, N_TOKENS):
             cache = given_cache(model, output)
             name = next(iter(cache), None)
             if name is None:
                 break
             output = model(input_ids=ids[:, at : at + 1], use_cache=True, **cache)
-            found.append(output.logits[:, -1])
-        return name, found
+            result.append(output.logits[:, -1])
+        return name, result
 
-    name, found = (attempt(steps) or (None, [])) if whole is not None else (None, [])
+    name, result = (attempt(steps) or (None, [])) if whole is not None else (None, [])
     if name is None or whole is None:
         return None
-    return name if largest_error(torch.stack(found, dim=1), whole[:, n:]) <= tolerance else None
+    return name if largest_error(torch.stack(result, dim=1), whole[:, n:]) <= tolerance else None
 
 
 def readout(model: nn.Module) -> Float[Tensor, "vocab d_model"]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from activations_cache.reading import Read, Reading, around, parameters_of, two_axes
+from activations_cache.reading import CallFollower, Read, around, parameters_of, two_axes
 
 
 class Prompt(NamedTuple):
@@ -108,7 +108,7 @@ def prompts_of(model: nn.Module, hook_point: str) -> Iterator[Prompts]:
     modules = around(model, hook_point)
     prompts = Prompts(modules)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(Reading(model, hook_point, prompts.read).attach())
+        stack.enter_context(CallFollower(model, hook_point, prompts.read).attach())
         for module in modules:
             if callable(generate := getattr(module, "generate", None)):
                 stack.enter_context(_replaced(module, prompts.during(generate)))

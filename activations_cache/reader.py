@@ -21,8 +21,8 @@ from activations_cache.config import SPLITS, TRAINING_SPLITS
 from activations_cache.journal import ShardRecord, first_difference, journals_at, newest
 from activations_cache.layout import HookArrays, layout_of, read_into, require_complete
 from activations_cache.manifest import HookStatistics, Manifest, read_manifest, read_plan
+from activations_cache.seals import verify
 from activations_cache.shard import Examples, is_in
-from activations_cache.verify import verify
 
 RowIds = Int[Tensor, " row"] | slice
 """Global row numbers; a slice means the valid rows among the numbers that it covers."""

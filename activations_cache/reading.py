@@ -56,15 +56,15 @@ class Read(NamedTuple):
             if before is None or spare < 0 or (spare and not any(map(_has_room, given))):
                 return None
             first = (self.mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
-            found = before + torch.arange(n_new, device=self.mask.device) - first
+            result = before + torch.arange(n_new, device=self.mask.device) - first
         elif self.position_ids is not None:
-            found = self.position_ids
+            result = self.position_ids
         elif before is not None:
-            found = before + torch.arange(n_new)[None]
+            result = before + torch.arange(n_new)[None]
         else:
             return None
-        fits = found.shape[1] == n_new and len(found) in (1, n_examples)
-        return found.expand(n_examples, n_new) if fits else None
+        fits = result.shape[1] == n_new and len(result) in (1, n_examples)
+        return result.expand(n_examples, n_new) if fits else None
 
     def __str__(self) -> str:
         """What is known, for an error."""
@@ -73,7 +73,7 @@ class Read(NamedTuple):
         return f"{type(self.module).__name__} with {self.n_new} new tokens, {before} and {mask}"
 
 
-class Reading:
+class CallFollower:
     """Follows the calls of the modules around a hook point that read tokens."""
 
     def __init__(
@@ -119,9 +119,9 @@ class Reading:
         for call in calls if len(cached) == 1 else ():
             # A wrapper may keep from its caller the cache that it hands on.
             if call.n_cached is None or call.n_cached in cached:
-                found = call.positions(*stream.shape[:2])
-                if found is not None:
-                    return found.to(stream.device)
+                result = call.positions(*stream.shape[:2])
+                if result is not None:
+                    return result.to(stream.device)
         names = " or ".join(type(module).__name__ for module in self._readers)
         raise MonosemaError(
             f"the positions at {self._hook_point} must follow from the call of the model, got "
@@ -178,17 +178,17 @@ def given_cache(model: nn.Module, output: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If the model gives a cache and takes none.
     """
-    found = {name: value for name, value in output.items() if is_cache(value)}
-    if not found:
+    results = {name: value for name, value in output.items() if is_cache(value)}
+    if not results:
         return {}
     taken = parameters_of(model)
-    names = [name for name in (*found, *STATES) if name in taken]
+    names = [name for name in (*results, *STATES) if name in taken]
     if not names:
         raise MonosemaError(
-            f"the cache of {type(model).__name__} must come back as {next(iter(found))}, got a "
+            f"the cache of {type(model).__name__} must come back as {next(iter(results))}, got a "
             f"forward that takes {', '.join(taken)}; run it without a cache (use_cache=False)"
         )
-    return {names[0]: next(iter(found.values()))}
+    return {names[0]: next(iter(results.values()))}
 
 
 def is_cache(value: object) -> bool:
@@ -251,7 +251,7 @@ def parameters_of(module: nn.Module) -> list[str]:
 def around(model: nn.Module, hook_point: str) -> list[nn.Module]:
     """Return the modules around a hook point, the model first."""
     path, modules = parse_hook_point(hook_point)[0], modules_of(model)
-    if (aside := kept_aside(model)) is not None:
+    if (aside := inner_model(model)) is not None:
         module = modules.get(path)
         inner = next((name for name, m in aside.named_modules() if m is module), None)
         if inner is not None:
@@ -263,19 +263,19 @@ def around(model: nn.Module, hook_point: str) -> list[nn.Module]:
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a model by path, and those of a model that it keeps aside."""
-    aside = kept_aside(model)
+    aside = inner_model(model)
     return {**({} if aside is None else dict(aside.named_modules())), **dict(model.named_modules())}
 
 
-def kept_aside(model: nn.Module) -> nn.Module | None:
+def inner_model(model: nn.Module) -> nn.Module | None:
     """Return the model that another runs without having it among its modules.
 
     TransformerLens' bridge does so: it shows the same blocks under names of its own, makes masks
     itself, and takes text as well as tokens; what is read shows in the model inside.
     """
-    found = getattr(model, "original_model", None)
-    is_aside = isinstance(found, nn.Module) and all(m is not found for m in model.modules())
-    return found if is_aside else None
+    result = getattr(model, "original_model", None)
+    is_aside = isinstance(result, nn.Module) and all(m is not result for m in model.modules())
+    return result if is_aside else None
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -288,12 +288,12 @@ def base_model(model: nn.Module) -> nn.Module:
 
 def _readers(model: nn.Module, hook_point: str) -> list[nn.Module]:
     """The modules around a hook point that read its tokens, the outermost first."""
-    found = around(model, hook_point)
-    models = [m for m in found if hasattr(m, "main_input_name")]
+    result = around(model, hook_point)
+    models = [m for m in result if hasattr(m, "main_input_name")]
     # A tower for images reads no tokens, although the model around it does.
     if models and not reads_tokens(models[-1]):
         return [models[-1]]
-    return [m for m in found if reads_tokens(m)] or [base_model(model)]
+    return [m for m in result if reads_tokens(m)] or [base_model(model)]
 
 
 def reads_tokens(module: nn.Module) -> bool:

@@ -52,9 +52,9 @@ def recompute(
     """
     problems = _identity_problems(cache.identity.get("model"), loaded.identity)
     rows = _sample(cache.rows(), seed)
-    found = _streams(cache, loaded, rows, progress or silent)
+    result = _streams(cache, loaded, rows, progress or silent)
     tolerance = _tolerance(cache.manifest.plan.dtype, loaded.identity["dtype"])
-    for hook_point, stream in found.items():
+    for hook_point, stream in result.items():
         if stream.shape[-1] != cache.d_model(hook_point):
             problems.append(
                 f"{hook_point} must be {cache.d_model(hook_point)} wide as in the cache, got "
@@ -121,7 +121,7 @@ def _streams(
     return {name: torch.cat(streams)[at] for name, streams in parts.items()}
 
 
-class _Chunk(NamedTuple):
+class _ForwardRows(NamedTuple):
     """Rows that one forward gives: which they are, and where they stand in it."""
 
     row: Int[Tensor, " row"]
@@ -144,7 +144,7 @@ class _Reader:
             self._entry_of[name] = layout.first if number == 0 else entries.get((number or 0) - 1)
         wanted = [name for name, entry in self._entry_of.items() if entry is None]
         self._captured = {name: name.removeprefix(f"{prefix}." * bool(prefix)) for name in wanted}
-        outside = [name for name, own in self._captured.items() if prefix and own == name]
+        outside = [name for name, captured in self._captured.items() if prefix and captured == name]
         if outside:
             raise MonosemaError(
                 f"{outside[0]} must lie in {prefix}, which reads the text, to be computed again"
@@ -172,7 +172,7 @@ def _given(
     loaded: LoadedModel | LoadedVisionModel,
     example: Int[Tensor, " row"],
     position: Int[Tensor, " row"],
-) -> Iterator[tuple[_Chunk, Mapping[str, Float[Tensor, "example pos _"]]]]:
+) -> Iterator[tuple[_ForwardRows, Mapping[str, Float[Tensor, "example pos _"]]]]:
     """Yield what each forward gives, and which of the rows are in it."""
     read, way, is_causal = _Reader(cache.hook_points, loaded), None, True
     if isinstance(loaded, LoadedModel) and cache.examples.segment is not None:
@@ -185,7 +185,7 @@ def _given(
 
     for some in example.unique().split(_LONGEST):
         row = torch.isin(example, some).nonzero().flatten()
-        chunk = _Chunk(row, torch.searchsorted(some, example[row]), position[row])
+        chunk = _ForwardRows(row, torch.searchsorted(some, example[row]), position[row])
         if isinstance(loaded, LoadedVisionModel):
             images = CachedImages(cache)
             options = loaded.reading.options(images.preprocessing.size)

@@ -57,7 +57,7 @@ class Examples:
         return given
 
 
-class Rows(NamedTuple):
+class HookPointRows(NamedTuple):
     """Rows of several hook points as they will be read from the cache, and where they come from."""
 
     acts: dict[str, Float[Tensor, "row _"]]
@@ -85,7 +85,7 @@ def rows_of(
     examples: Examples,
     numbers: range,
     acts: Mapping[str, Float[Tensor, "example pos _"]],
-) -> tuple[Rows, list[Quarantined]]:
+) -> tuple[HookPointRows, list[Quarantined]]:
     """Turn what a model gave for some examples into rows, and name those that must be kept out.
 
     Positions that the plan skips, in each segment, padding and excluded tokens give no row.
@@ -116,7 +116,7 @@ def rows_of(
         _quarantined((int(example[row]), int(position[row]), int(token[row])), row, given, finite)
         for row in (real & ~all_finite).nonzero().flatten().tolist()
     ]
-    rows = Rows(stored, norm, example, position, token)
+    rows = HookPointRows(stored, norm, example, position, token)
     return _select(rows, real & all_finite), kept_out
 
 
@@ -184,7 +184,7 @@ class ShardBuffer:
             for spec, array in ((self._specs[path], a) for path, a in self._arrays.items())
         }
 
-    def _count(self, rows: Rows) -> None:
+    def _count(self, rows: HookPointRows) -> None:
         wanted = is_in(self.examples.split[rows.example], TRAINING_SPLITS)
         self._n_statistics += int(wanted.sum())
         for name, acts in rows.acts.items():
@@ -198,12 +198,12 @@ def is_in(split: Int[Tensor, " row"], splits: tuple[str, ...]) -> Bool[Tensor, "
     return torch.isin(split, torch.tensor([SPLITS.index(name) for name in splits]))
 
 
-def _select(rows: Rows, good: Bool[Tensor, " row"]) -> Rows:
+def _select(rows: HookPointRows, good: Bool[Tensor, " row"]) -> HookPointRows:
     if bool(good.all()):
         return rows
     acts = {name: values[good.to(values.device)] for name, values in rows.acts.items()}
     norm = {name: values[good.to(values.device)] for name, values in rows.norm.items()}
-    return Rows(acts, norm, rows.example[good], rows.position[good], rows.token[good])
+    return HookPointRows(acts, norm, rows.example[good], rows.position[good], rows.token[good])
 
 
 def _quarantined(

@@ -39,12 +39,12 @@ def packed_once(
     io.make_directory(directory)
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     with io.lock(directory / "text.lock", f"the text of {cache}", wait_s=math.inf):
-        found = _read(directory, digest)
-        if found is None:
+        result = _read(directory, digest)
+        if result is None:
             _write(directory, digest, pack())
-            found = _read(directory, digest)
-            assert found is not None, "what was just written is read"
-    return found
+            result = _read(directory, digest)
+            assert result is not None, "what was just written is read"
+    return result
 
 
 def forget(cache: Path) -> None:

@@ -82,30 +82,30 @@ def _require(condition: bool, rule: str) -> None:
 def _check_splits(source: BatchSource) -> None:
     every, parts = source.rows(), [source.rows((name,)) for name in SPLITS]
     _require(bool((every.diff() > 0).all()), "give row numbers in ascending order, each once")
-    together = torch.cat(parts).sort().values
-    _require(torch.equal(together, every), "put each row into exactly one split")
+    joined = torch.cat(parts).sort().values
+    _require(torch.equal(joined, every), "put each row into exactly one split")
 
 
 def _check_coverage(source: BatchSource, batch: int, seed: int) -> None:
     wanted = source.rows(TRAINING_SPLITS)
     epochs, n = 2, len(source.rows(TRAINING_SPLITS))
-    found = list(source.batches(batch=batch, seed=seed, epochs=epochs))
+    results = list(source.batches(batch=batch, seed=seed, epochs=epochs))
     n_batches = source.n_batches(batch=batch, epochs=epochs)
-    _require(len(found) == n_batches == epochs * n // batch, "give as many batches as it says")
-    for part in found:
+    _require(len(results) == n_batches == epochs * n // batch, "give as many batches as it says")
+    for part in results:
         _require(part.x.shape[0] == len(part.rows) == batch, "give whole batches alone")
         _require(part.x.dtype == torch.float32, "give float32")
         _require(bool(part.x.isfinite().all()), "give finite numbers")
-    rows = torch.cat([part.rows for part in found])
+    rows = torch.cat([part.rows for part in results])
     _require(torch.equal(rows[:n].sort().values, wanted), "give each row exactly once per epoch")
     again = rows[n:].unique()
     _require(len(again) == len(rows) - n, "give no row twice in the second epoch")
     _require(not torch.equal(rows[:batch], rows[n : n + batch]), "shuffle each epoch anew")
-    _check_values(found)
+    _check_values(results)
 
 
-def _check_values(found: list[Batch]) -> None:
-    rows, x = torch.cat([part.rows for part in found]), torch.cat([part.x for part in found])
+def _check_values(results: list[Batch]) -> None:
+    rows, x = torch.cat([part.rows for part in results]), torch.cat([part.x for part in results])
     order = rows.sort(stable=True).indices
     same = rows[order][1:] == rows[order][:-1]
     pairs = x[order][1:][same], x[order][:-1][same]
@@ -132,11 +132,11 @@ def _check_resuming(source: BatchSource, batch: int, seed: int) -> None:
 
 
 def _check_hook_points(source: BatchSource, batch: int, seed: int) -> None:
-    together = next(source.batches(batch=batch, seed=seed)).x
+    joined = next(source.batches(batch=batch, seed=seed)).x
     alone = [next(source.batches([name], batch=batch, seed=seed)).x for name in source.hook_points]
     side_by_side = torch.cat(alone, dim=1)
-    same = together.shape == side_by_side.shape
-    same = same and torch.allclose(together, side_by_side, rtol=1e-3, atol=1e-3)
+    same = joined.shape == side_by_side.shape
+    same = same and torch.allclose(joined, side_by_side, rtol=1e-3, atol=1e-3)
     _require(same, "put hook points side by side in the order in which they are named")
 
 

@@ -39,7 +39,7 @@ from activations_cache.corpus import (
     names_and_labels,
     source_names,
 )
-from activations_cache.encoding import Encoder
+from activations_cache.tokens import Encoder
 
 SEPARATOR = "\n\n"
 NO_TOKEN = -1

@@ -95,8 +95,10 @@ def trial_pixels(model: nn.Module) -> Float[Tensor, "2 channel height width"] | 
     if not isinstance(side, int):
         return None
     shape = (N_EXAMPLES, getattr(config, "num_channels", 3), side, side)
-    own = next(model.parameters())
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(own.device, own.dtype)
+    parameter = next(model.parameters())
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
+        parameter.device, parameter.dtype
+    )
 
 
 def trial_inputs(model: nn.Module) -> Tensor | None:
@@ -109,17 +111,17 @@ def trial_inputs(model: nn.Module) -> Tensor | None:
 
 
 def errors(
-    found: Float[Tensor, "*pos _"], expected: Float[Tensor, "*pos _"]
+    result: Float[Tensor, "*pos _"], expected: Float[Tensor, "*pos _"]
 ) -> Float[Tensor, "*pos"]:
     """The relative error of each row."""
-    difference = (found.float() - expected.float()).norm(dim=-1)
+    difference = (result.float() - expected.float()).norm(dim=-1)
     relative = difference / expected.float().norm(dim=-1).clamp_min(1e-30)
     return relative.nan_to_num(torch.inf)
 
 
-def largest_error(found: Float[Tensor, "*pos _"], expected: Float[Tensor, "*pos _"]) -> float:
+def largest_error(result: Float[Tensor, "*pos _"], expected: Float[Tensor, "*pos _"]) -> float:
     """The largest relative error of a row."""
-    return float(errors(found, expected).max())
+    return float(errors(result, expected).max())
 
 
 def same_stream(a: Tensor | None, b: Tensor | None) -> bool:
@@ -257,17 +259,17 @@ def additions(
     }
     with watching(named) as calls:
         attempt(lambda: run_whole(base_model(model), inputs))
-    found = []
+    results = []
     for i, of_block in enumerate(parts):
         root = f"{prefix}{i}"
-        own = {
+        caches = {
             name.removeprefix(root).removeprefix("."): once[0]
             for name, once in calls.items()
             if (name == root or name.startswith(f"{root}.")) and len(once) == 1
         }
-        known = "" in own and all(path in own for path in of_block)
-        found.append({p: _addition(p, own) for p in of_block} if known else plain[i])
-    return found
+        known = "" in caches and all(path in caches for path in of_block)
+        results.append({p: _addition(p, caches) for p in of_block} if known else plain[i])
+    return results
 
 
 def _addition(part: str, calls: Mapping[str, Passed]) -> Addition:

@@ -17,10 +17,9 @@ import torch
 import transformers
 from torch import nn
 
-from activations_cache.checks import MonosemaError, Progress, silent
+from activations_cache.checks import MonosemaError, Progress, require_extra, silent
 from activations_cache.config import ImagePreprocessing, ModelConfig
 from activations_cache.loading import ModelError, Refusing, quiet
-from activations_cache.locations import require_extra
 from activations_cache.models import (
     LoadedModel,
     compile_blocks,
@@ -33,7 +32,7 @@ from activations_cache.preprocessing import read_settings
 
 
 @dataclass(frozen=True)
-class Family:
+class TowerFamily:
     """Vision towers of one kind in transformers."""
 
     tower: str
@@ -44,23 +43,26 @@ class Family:
     """What the class needs to be told when it is loaded."""
 
 
-_CLIP, _SIGLIP = Family("CLIPVisionModel"), Family("SiglipVisionModel", has_class_token=False)
+_CLIP, _SIGLIP = (
+    TowerFamily("CLIPVisionModel"),
+    TowerFamily("SiglipVisionModel", has_class_token=False),
+)
 
 FAMILIES = {
     "clip": _CLIP,
     "clip_vision_model": _CLIP,
-    "dinov2": Family("Dinov2Model"),
-    "dinov2_with_registers": Family("Dinov2WithRegistersModel"),
-    "dinov3_vit": Family("DINOv3ViTModel"),
+    "dinov2": TowerFamily("Dinov2Model"),
+    "dinov2_with_registers": TowerFamily("Dinov2WithRegistersModel"),
+    "dinov3_vit": TowerFamily("DINOv3ViTModel"),
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,
-    "vit": Family("ViTModel", options={"add_pooling_layer": False}),
+    "vit": TowerFamily("ViTModel", options={"add_pooling_layer": False}),
 }
 """By `model_type` in config.json; one entry adds a family."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class ImageReading:
     """How a model reads images: what its stream has at which position."""
 
     patch: int
@@ -100,7 +102,7 @@ class LoadedVisionModel:
 
     model: nn.Module
     """The tower; called with pixels of shape (image, 3, size, size)."""
-    reading: Reading
+    reading: ImageReading
     """What its stream holds."""
     settings: ImagePreprocessing
     """What its files say about images."""
@@ -126,7 +128,7 @@ def load_vision_model(
     """Load the vision tower that a configuration names.
 
     Of a model with two towers only that for images is read. An ONNX file of DINOv2 is converted at
-    its first use (`activations_cache.onnx_dinov2`).
+    its first use (`activations_cache.conversion`).
 
     Args:
         config: Which model, what its weights must hash to, and the dtype.
@@ -195,7 +197,7 @@ def _library_of(entries: Mapping[str, Any]) -> Literal["transformers", "timm", "
 
 def _transformers(
     directory: Path, config: ModelConfig, entries: Mapping[str, Any]
-) -> tuple[str, nn.Module, Reading]:
+) -> tuple[str, nn.Module, ImageReading]:
     family = FAMILIES.get(entries.get("model_type", "none"))
     if family is None:
         known = ", ".join(FAMILIES)
@@ -206,19 +208,20 @@ def _transformers(
     tower = getattr(transformers, family.tower)
     spread = {"device_map": "auto"} if config.devices == "all" else {}
     model = read_model(directory, config, tower, **family.options, **spread)
-    own = getattr(model.config, "vision_config", model.config)
+    tower_config = getattr(model.config, "vision_config", model.config)
     asks = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    reading = Reading(
-        patch=_side(own.patch_size),
-        n_prefix=int(family.has_class_token) + (getattr(own, "num_register_tokens", None) or 0),
+    reading = ImageReading(
+        patch=_side(tower_config.patch_size),
+        n_prefix=int(family.has_class_token)
+        + (getattr(tower_config, "num_register_tokens", None) or 0),
         has_class_token=family.has_class_token,
-        image_size=_side(own.image_size),
+        image_size=_side(tower_config.image_size),
         resizes="if asked" if asks else "by itself",
     )
     return family.tower, model, reading
 
 
-def _timm(directory: Path, architecture: str) -> tuple[str, nn.Module, Reading]:
+def _timm(directory: Path, architecture: str) -> tuple[str, nn.Module, ImageReading]:
     timm = _package("timm")
     model = timm.create_model(
         f"local-dir:{directory}", pretrained=True, num_classes=0, dynamic_img_size=True
@@ -226,11 +229,11 @@ def _timm(directory: Path, architecture: str) -> tuple[str, nn.Module, Reading]:
     return f"timm/{architecture}", model, _timm_reading(model, resizes="by itself")
 
 
-def _open_clip(directory: Path) -> tuple[str, nn.Module, Reading]:
+def _open_clip(directory: Path) -> tuple[str, nn.Module, ImageReading]:
     tower = _package("open_clip").create_model(f"local-dir:{directory}").visual
     if hasattr(tower, "trunk"):  # a tower that open_clip takes from timm
         return "open_clip/timm", tower.trunk, _timm_reading(tower.trunk, resizes="never")
-    reading = Reading(
+    reading = ImageReading(
         patch=_side(tower.patch_size),
         n_prefix=1,
         has_class_token=True,
@@ -240,8 +243,8 @@ def _open_clip(directory: Path) -> tuple[str, nn.Module, Reading]:
     return f"open_clip/{type(tower).__name__}", tower, reading
 
 
-def _timm_reading(model: Any, resizes: Literal["by itself", "never"]) -> Reading:
-    return Reading(
+def _timm_reading(model: Any, resizes: Literal["by itself", "never"]) -> ImageReading:
+    return ImageReading(
         patch=_side(model.patch_embed.patch_size),
         n_prefix=model.num_prefix_tokens,
         has_class_token=getattr(model, "cls_token", None) is not None,

@@ -244,10 +244,10 @@ class CacheWriter(contextlib.AbstractContextManager["CacheWriter"]):
         return claims
 
     def _claims(self, n_ranks: int) -> Generator[int, None, None]:
-        own = sorted(range(self.plan.n_shards), key=lambda s: (s % n_ranks != self._rank, s))
+        order = sorted(range(self.plan.n_shards), key=lambda s: (s % n_ranks != self._rank, s))
         while missing := set(self.missing()):
             waits = True
-            for shard in filter(missing.__contains__, own):
+            for shard in filter(missing.__contains__, order):
                 with contextlib.suppress(CacheBusyError), self.claim(shard):
                     waits = False
                     if shard in self.missing():  # unless its owner finished it just now
@@ -318,20 +318,20 @@ class CacheWriter(contextlib.AbstractContextManager["CacheWriter"]):
         for done, record in enumerate(records):
             self._progress(done, len(records), "shards checked")
             for name, expected in record.files.items():
-                if found := io.problem(self.path / name, expected):
-                    _log.warning("shard %d is written again: %s", record.shard, found)
+                if result := io.problem(self.path / name, expected):
+                    _log.warning("shard %d is written again: %s", record.shard, result)
                     self._damaged[record.shard] = record.attempt
 
     def _require_finite(self, buffer: ShardBuffer) -> None:
         others = (r.n_quarantined for s, r in self.committed().items() if s != buffer.shard)
         n_planned = self.plan.n_examples * self.plan.rows_per_example
-        found = len(buffer.quarantined) + sum(others)
-        if found > MAX_QUARANTINED * n_planned:
+        n_bad = len(buffer.quarantined) + sum(others)
+        if n_bad > MAX_QUARANTINED * n_planned:
             listed = self.path / quarantine_name(buffer.shard)
             io.write_files({listed: _quarantine(buffer)})
             raise NonFiniteError(
                 f"rows must be finite in {self.plan.dtype}, up to {MAX_QUARANTINED:.2%} of the "
-                f"{n_planned:,} rows, got {found:,} that are not by shard {buffer.shard}; they are "
+                f"{n_planned:,} rows, got {n_bad:,} that are not by shard {buffer.shard}; they are "
                 f"listed in {listed}; try another dtype for the model or the cache"
             )
 

@@ -94,7 +94,7 @@ def reading(gigabytes: float, rounds: int, folder: Path) -> list[dict[str, objec
     """Compare shuffled batches with the same gather from one memory map, page cache warm."""
     d_model, context = 768, 257
     n_examples = int(gigabytes * 1e9 / (2 * d_model * (context - 1)))
-    found, single = [], np.empty((0, d_model), np.uint16)
+    outcome, single = [], np.empty((0, d_model), np.uint16)
     for dtype in ("bfloat16", "int8"):
         plan = synthetic_plan(
             {HOOK: d_model}, n_examples=n_examples, context=context, rows_per_shard=65536,
@@ -111,7 +111,7 @@ def reading(gigabytes: float, rounds: int, folder: Path) -> list[dict[str, objec
         }
         seconds = interleaved(candidates, rounds)
         n_bytes = len(orders) * BATCH * d_model * (2 if dtype == "bfloat16" else 1)
-        found.append(
+        outcome.append(
             result(f"shuffled reading, {dtype}", "memory map", seconds)
             | {
                 "rows": len(rows),
@@ -121,10 +121,10 @@ def reading(gigabytes: float, rounds: int, folder: Path) -> list[dict[str, objec
                 "rows_per_s": len(orders) * BATCH / statistics.median(seconds["cache"]),
             }
         )
-    return found
+    return outcome
 
 
-def beside_peers(gigabytes: float, rounds: int, folder: Path) -> list[dict[str, object]]:
+def with_peers(gigabytes: float, rounds: int, folder: Path) -> list[dict[str, object]]:
     """Compare rows per second with what the installed peers hand out."""
     n_examples = int(gigabytes * 1e9 / (2 * 768 * 256))
     plan = synthetic_plan(
@@ -204,7 +204,7 @@ def main() -> None:
         if "reading" in given.cases:
             rows += reading(given.gigabytes, given.rounds, folder)
         if "peers" in given.cases:
-            rows += beside_peers(given.gigabytes / 2, given.rounds, folder)
+            rows += with_peers(given.gigabytes / 2, given.rounds, folder)
         if "caching" in given.cases:
             rows.append(caching(given.contexts, given.rounds, folder))
     facts = surroundings(("transformers", *PEERS))

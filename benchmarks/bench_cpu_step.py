@@ -37,7 +37,7 @@ L1_LATENTS = 8192
 Step = Callable[[], object]
 
 
-class Shape(NamedTuple):
+class StepShape(NamedTuple):
     """The size of a TopK step; the L1 step has L1_LATENTS latents."""
 
     n: int
@@ -46,7 +46,7 @@ class Shape(NamedTuple):
     k: int
 
 
-def dictionary(shape: Shape, topk: bool = True) -> SparseAutoencoder:
+def dictionary(shape: StepShape, topk: bool = True) -> SparseAutoencoder:
     activation = TopK(k=shape.k) if topk else ReLU()
     d_sae = shape.m if topk else L1_LATENTS
     model = SparseAutoencoder(SAEConfig(d_in=shape.d, d_sae=d_sae, activation=activation))
@@ -54,12 +54,12 @@ def dictionary(shape: Shape, topk: bool = True) -> SparseAutoencoder:
     return model
 
 
-def rows(shape: Shape, n: int | None = None) -> Tensor:
+def rows(shape: StepShape, n: int | None = None) -> Tensor:
     return torch.randn(n or shape.n, shape.d, generator=torch.Generator().manual_seed(1))
 
 
 def topk_step(
-    shape: Shape, aux: AuxK | None = None, screen: str | None = None, precision: str = "fp32"
+    shape: StepShape, aux: AuxK | None = None, screen: str | None = None, precision: str = "fp32"
 ) -> Step:
     """The product's own training step; `screen` forces the encoder's screen."""
     model, x = dictionary(shape), rows(shape)
@@ -87,7 +87,7 @@ def dense_topk(x: Tensor, model: SparseAutoencoder, k: int) -> tuple[Tensor, Ten
     return torch.addmm(model.b_dec, acts, model.dec_rows), acts
 
 
-def dense_step(shape: Shape) -> Step:
+def dense_step(shape: StepShape) -> Step:
     """A dense TopK step by autograd, with the same recipe and torch's fused Adam."""
     model, x = dictionary(shape), rows(shape)
     parameters = list(model.parameters())
@@ -111,7 +111,7 @@ def dense_step(shape: Shape) -> Step:
     return run
 
 
-def product_floor(shape: Shape) -> Step:
+def product_floor(shape: StepShape) -> Step:
     """The encoder's product in float32, in chunks that suit it."""
     x, weights = rows(shape), dictionary(shape).enc_rows.detach()
     out = torch.empty(512, shape.m)
@@ -123,7 +123,7 @@ def product_floor(shape: Shape) -> Step:
     return run
 
 
-def l1_floor(shape: Shape) -> Step:
+def l1_floor(shape: StepShape) -> Step:
     """The five products of a dense step, and nothing else."""
     x, weights = rows(shape), dictionary(shape, topk=False).enc_rows.detach()
     h, y = torch.empty(shape.n, L1_LATENTS), torch.empty(shape.n, shape.d)
@@ -139,7 +139,7 @@ def l1_floor(shape: Shape) -> Step:
     return run
 
 
-def l1_step(shape: Shape, fused: bool) -> Step:
+def l1_step(shape: StepShape, fused: bool) -> Step:
     """A step with the L1 penalty: by hand (`dense_autoencode`), or by autograd."""
     model, x = dictionary(shape, topk=False), rows(shape)
     parameters = list(model.parameters())
@@ -169,7 +169,7 @@ def l1_loss(model: SparseAutoencoder, x: Tensor, fused: bool) -> tuple[Tensor, T
     return (x_hat - x).square().sum(1).mean() + 5 * penalty, (acts > 0).any(0)
 
 
-def train_step_l1(shape: Shape) -> Step:
+def train_step_l1(shape: StepShape) -> Step:
     """The product's own L1 step."""
     model, x = dictionary(shape, topk=False), rows(shape)
     config = DictionaryConfig(d_sae=L1_LATENTS, activation=ReLU(), l1=L1(), unit_norm=False)
@@ -177,7 +177,7 @@ def train_step_l1(shape: Shape) -> Step:
     return lambda: step(x)
 
 
-def check(shape: Shape) -> None:
+def check(shape: StepShape) -> None:
     """Compare losses and gradients with float64 on some rows; nothing is timed that fails."""
     x = rows(shape, 97)
     for topk in (True, False):
@@ -201,7 +201,7 @@ def check(shape: Shape) -> None:
                 raise SystemExit(f"wrong by {error:.1e}: nothing was timed")
 
 
-def candidates(shape: Shape) -> dict[str, tuple[str, Step]]:
+def candidates(shape: StepShape) -> dict[str, tuple[str, Step]]:
     """Name each candidate's floor and make it."""
     topk = {
         "encoder product, float32": product_floor(shape),
@@ -236,14 +236,14 @@ def measure(steps: dict[str, tuple[str, Step]], rounds: int) -> dict[str, list[f
     return {name: values[1:] for name, values in seconds.items()}
 
 
-def peak_memory(shape: Shape, name: str) -> float:
+def peak_memory(shape: StepShape, name: str) -> float:
     """Take two steps in a process of its own; MB resident at most, libraries included."""
     code = ["-m", "benchmarks.bench_cpu_step", "--memory-of", name, *(str(v) for v in shape)]
     return float(subprocess.check_output([sys.executable, *code], cwd=ROOT, text=True))
 
 
 def memory_of(arguments: list[str]) -> None:
-    name, shape = arguments[0], Shape(*map(int, arguments[1:]))
+    name, shape = arguments[0], StepShape(*map(int, arguments[1:]))
     run = topk_step(shape) if name == "topk" else dense_step(shape)
     for _ in range(2):
         run()
@@ -265,20 +265,22 @@ def main() -> None:
         return
     options = parsed()
     torch.set_num_threads(options.threads)
-    shape = Shape(options.n, options.d, options.m, options.k)
+    shape = StepShape(options.n, options.d, options.m, options.k)
     # first, because a process starts with the peak of the one that started it
     memory = {name: peak_memory(shape, name) for name in ("topk", "topk, dense autograd")}
     check(shape)
     steps = candidates(shape)
     seconds = measure(steps, options.rounds)
-    found = [row(n, steps[n][0], seconds, shape) | {"peak_mb": memory.get(n)} for n in seconds]
+    results = [row(n, steps[n][0], seconds, shape) | {"peak_mb": memory.get(n)} for n in seconds]
     facts = surroundings(PEERS) | {"bf16_speedup": round(bf16_speedup(), 2)}
     facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    path = append("cpu_step", [facts | one for one in found])
-    print(f"{path} has {len(found)} rows more")
+    path = append("cpu_step", [facts | one for one in results])
+    print(f"{path} has {len(results)} rows more")
 
 
-def row(name: str, floor: str, seconds: dict[str, list[float]], shape: Shape) -> dict[str, object]:
+def row(
+    name: str, floor: str, seconds: dict[str, list[float]], shape: StepShape
+) -> dict[str, object]:
     values = seconds[name]
     d_sae, k = (L1_LATENTS, None) if floor.startswith("five") else (shape.m, shape.k)
     ratios = [mine / base for mine, base in zip(values, seconds[floor], strict=True)]

@@ -16,7 +16,7 @@ from benchmarks.bench_labels import FROZEN, verdict
 from benchmarks.rows import append, surroundings
 from sae.run.images import rival_of
 
-KEPT = ("n_latents", "n_scored", "n_unlabelled", "n_insufficient", "n_dead", "beats_null",
+FIGURES = ("n_latents", "n_scored", "n_unlabelled", "n_insufficient", "n_dead", "beats_null",
         "beats_null_shuffled", "auc", "auc_all_live", "strongest", "control_auc", "best_of_class",
         "by_method", "n_images_explain", "n_images_score")  # fmt: skip
 
@@ -37,22 +37,22 @@ def main() -> None:
     arms = dict(labels)
     for name, summary in labels.items():
         if not name.endswith(FROZEN):
-            own = summary["baselines"].items()
-            arms |= {f"{kind}, as dense as {name}": found for kind, found in own}
+            ours = summary["baselines"].items()
+            arms |= {f"{kind}, as dense as {name}": result for kind, result in ours}
     print(table(arms))
     rows: list[dict[str, Any]] = [row_of(name, summary) for name, summary in arms.items()]
     for name in labels:
         rivals = {n: s for n, s in arms.items() if n.startswith(name + FROZEN) or n.endswith(name)}
         for rival in rivals if not name.endswith(FROZEN) else ():
             if rival != name:
-                found = compared(labels[name], arms[rival])
+                result = compared(labels[name], arms[rival])
                 rows.append({
                     "case": "image labels: difference",
                     "arm": name,
                     "rival": rival,
-                    **found,
+                    **result,
                 })
-                for what, d in found.items():
+                for what, d in result.items():
                     ends = f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
                     print(f"{name} less {rival}: {what}: {ends}: {d['verdict']}")
     append("image_labels", [{**surroundings(), **row} for row in rows])
@@ -60,13 +60,13 @@ def main() -> None:
 
 def row_of(name: str, summary: dict[str, Any]) -> dict[str, Any]:
     """A row of the results."""
-    kept = {key: summary[key] for key in KEPT}
-    return {"case": "image labels by folders", "arm": name, **kept}
+    figures = {key: summary[key] for key in FIGURES}
+    return {"case": "image labels by folders", "arm": name, **figures}
 
 
-def compared(own: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def compared(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Differences of a dictionary and a rival, with a verdict in words."""
-    rival = rival_of(own, other)
+    rival = rival_of(ours, other)
     differences = {
         "share that beats its null": rival.share,
         "AUC": rival.auc,

@@ -18,13 +18,13 @@ import torch
 
 import activations_cache
 from activations_cache.models import load_model
-from activations_cache.pieces import Pieces
+from activations_cache.tokens import Pieces
 from benchmarks.rows import append, surroundings
 from sae import pretrained
 from sae.explain.config import ExplainConfig
+from sae.explain.results import Summary, flat
 from sae.explain.run import Explained, explain
 from sae.explain.scores import Mean
-from sae.explain.summary import Summary, flat
 from sae.run.caches import model_of
 from sae.statistics import Interval, weighted_sum
 
@@ -40,7 +40,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Explained]:
     embeddings = loaded.model.get_input_embeddings().weight
     assert isinstance(embeddings, torch.Tensor)
     strings = Pieces(loaded.tokenizer, embeddings.shape[0])
-    found = {}
+    results = {}
     for number, path in enumerate(arguments.dictionaries):
         config = ExplainConfig(
             seed=arguments.seed,
@@ -49,11 +49,11 @@ def measured(arguments: argparse.Namespace) -> dict[str, Explained]:
         )
         dictionary = pretrained.load(path)
         rows = cache.concatenated(dictionary.config.sites(hook_point)[0])
-        found[Path(path).name] = explain(
+        results[Path(path).name] = explain(
             dictionary, rows, hook_point, strings, config, Path(arguments.out) / Path(path).name
         )
         print(f"{path} done", flush=True)
-    return found
+    return results
 
 
 def share_difference(a: Mean, b: Mean) -> Interval:
@@ -88,7 +88,7 @@ def matched_difference(
 
 def compared(trained: Explained, frozen: Explained) -> dict[str, dict[str, float | str]]:
     """All differences of a dictionary and its baseline, with a verdict in words."""
-    found = {
+    results = {
         "share that beats its null": share_difference(
             trained.summary.beats_null, frozen.summary.beats_null
         ),
@@ -104,8 +104,8 @@ def compared(trained: Explained, frozen: Explained) -> dict[str, dict[str, float
         for explained in (trained, frozen):
             known = np.isfinite(of(explained))
             sides += [of(explained)[known], explained.activity.density[known]]
-        found[name] = matched_difference(*sides)
-    return {name: {**i._asdict(), "verdict": verdict(i)} for name, i in found.items()}
+        results[name] = matched_difference(*sides)
+    return {name: {**i._asdict(), "verdict": verdict(i)} for name, i in results.items()}
 
 
 def verdict(difference: Interval) -> str:
@@ -133,8 +133,12 @@ def table(arms: dict[str, Summary]) -> str:
     return "\n".join(lines)
 
 
-def _half(found: Mean) -> str:
-    return "-" if math.isnan(found.low) else f"{found.mean:.3f} ±{(found.high - found.low) / 2:.3f}"
+def _half(result: Mean) -> str:
+    return (
+        "-"
+        if math.isnan(result.low)
+        else f"{result.mean:.3f} ±{(result.high - result.low) / 2:.3f}"
+    )
 
 
 def main() -> None:
@@ -151,14 +155,14 @@ def main() -> None:
     parser.add_argument("--out", default="runs/labels", help="where the labels themselves go")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = measured(arguments)
-    first = next(iter(found.values()))
-    arms = {name: explained.summary for name, explained in found.items()} | dict(first.baselines)
+    result = measured(arguments)
+    first = next(iter(result.values()))
+    arms = {name: explained.summary for name, explained in result.items()} | dict(first.baselines)
     rows = [row_of(name, summary) for name, summary in arms.items()]
     print(table(arms))
-    for name in found:
-        if name + FROZEN in found:
-            differences = compared(found[name], found[name + FROZEN])
+    for name in result:
+        if name + FROZEN in result:
+            differences = compared(result[name], result[name + FROZEN])
             rows.append({"case": "labels: trained against its frozen baseline", "arm": name,
                          "differences": differences})  # fmt: skip
             for what, d in differences.items():

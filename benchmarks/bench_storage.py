@@ -45,12 +45,12 @@ class Copy:
         """Return the rows of some examples where they stood; the rest is not finite."""
         here = (self._grid.example >= numbers.start) & (self._grid.example < numbers.stop)
         rows, at = self._cache.rows()[here], self._grid.example[here] - numbers.start
-        found = {}
+        results = {}
         for name in self._cache.hook_points:
             shape = (len(numbers), self.plan.context, self._cache.d_model(name))
-            found[name] = torch.full(shape, torch.nan)
-            found[name][at, self._grid.position[here]] = self._cache[name][rows]
-        return found
+            results[name] = torch.full(shape, torch.nan)
+            results[name][at, self._grid.position[here]] = self._cache[name][rows]
+        return results
 
 
 def copied(cache: ActivationCache, path: Path, **changes: Any) -> ActivationCache:
@@ -79,19 +79,19 @@ def trained(cache: ActivationCache, seed: int, path: Path) -> SparseAutoencoder:
 @torch.no_grad()
 def held_out_fvu(model: SparseAutoencoder, cache: ActivationCache) -> float:
     """Return the centred FVU on the held-out rows."""
-    found = FVU()
+    result = FVU()
     for rows in cache.rows(("hold",)).split(4096):
         x = cache[cache.hook_points[0]][rows]
-        found.update(x, model(x))
-    return found.compute()
+        result.update(x, model(x))
+    return result.compute()
 
 
 def error_of(cache: ActivationCache, other: ActivationCache) -> float:
     """Return the share of the rows' variance that the other storage loses."""
-    name, found = cache.hook_points[0], FVU()
+    name, result = cache.hook_points[0], FVU()
     for rows, same in zip(cache.rows().split(8192), other.rows().split(8192), strict=True):
-        found.update(cache[name][rows], other[name][same])
-    return found.compute()
+        result.update(cache[name][rows], other[name][same])
+    return result.compute()
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from activations_cache.models import load_model
 from benchmarks.rows import append, surroundings
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
-from sae.explain.collect.run import collect
-from sae.explain.collect.state import State
+from sae.explain.collect import collect
 from sae.explain.config import WindowConfig
+from sae.explain.reservoir import State
 from sae.run.caches import model_of
 
 N_CONTEXTS = 32
@@ -30,7 +30,7 @@ ROWS_PER_CHUNK = WindowConfig().rows_per_chunk
 T = TypeVar("T")
 
 
-class Part:
+class FirstRows:
     """The first rows of each split of a cache."""
 
     def __init__(self, cache: ActivationCache, n_rows: int) -> None:
@@ -55,8 +55,8 @@ class Part:
 def seconds(work: Callable[[], T]) -> tuple[float, T]:
     """Processor seconds of some work, and what it gave."""
     began = time.process_time()
-    found = work()
-    return time.process_time() - began, found
+    result = work()
+    return time.process_time() - began, result
 
 
 @torch.no_grad()
@@ -86,8 +86,8 @@ def forward_per_row(cache: ActivationCache, hook_point: str) -> float:
 
 def nbytes(state: State) -> int:
     """What the pass holds."""
-    kept = [*state.counts.values(), *state.kept.rows, *state.pool]
-    return sum(array.nbytes for array in kept)
+    arrays = [*state.counts.values(), *state.reservoir.rows, *state.pool]
+    return sum(array.nbytes for array in arrays)
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def main() -> None:
     dictionary = pretrained.load(arguments.dictionary)
     sizes, passes, encoders, ids = [], [], [], torch.empty(0)
     for n_rows in (arguments.rows // 4, arguments.rows):
-        part: Any = Part(cache, n_rows)
+        part: Any = FirstRows(cache, n_rows)
         ids = part.rows(("explain", "score"))
         took, state = seconds(partial(collect, dictionary, part, hook_point, WindowConfig()))
         passes.append(took)

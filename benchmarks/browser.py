@@ -54,10 +54,10 @@ def measure(page: Path, rounds: int, latent: int = 40_000) -> dict[str, Any]:
 
     The latent must be one of those that have examples.
     """
-    found: dict[str, list[float]] = {}
+    results: dict[str, list[float]] = {}
 
     def add(name: str, value: float) -> None:
-        found.setdefault(name, []).append(value)
+        results.setdefault(name, []).append(value)
 
     with tempfile.TemporaryDirectory() as profile:
         reader = Chromium(Path(profile))
@@ -80,8 +80,8 @@ def measure(page: Path, rounds: int, latent: int = 40_000) -> dict[str, Any]:
             reader.run("router.dictionaries.get('d0').searchable().then(() => null)")
             add("search text read", 1000 * (time.perf_counter() - began))
             for query in QUERIES:
-                found_after, drawn_after = reader.run(TYPED % query)
-                add("search", found_after)
+                seconds_until, drawn_after = reader.run(TYPED % query)
+                add("search", seconds_until)
                 add("search, drawn", drawn_after)
             reader.run(TYPED % "")
             _, sorted_after = reader.run(SORTED)
@@ -89,7 +89,7 @@ def measure(page: Path, rounds: int, latent: int = 40_000) -> dict[str, Any]:
         reader.close()
     return {
         name: {"median": round(statistics.median(values), 1), "max": round(max(values), 1)}
-        for name, values in found.items()
+        for name, values in results.items()
     }
 
 
@@ -109,12 +109,12 @@ def main() -> None:
         page = page or write_site(example_site(asked.latents), Path(made) / "site")
         seconds = None if asked.folder else round(time.perf_counter() - began, 1)
         size = sum(file.stat().st_size for file in page.parent.rglob("*") if file.is_file())
-        found = measure(page, asked.rounds, asked.latents * 3 // 5)
+        result = measure(page, asked.rounds, asked.latents * 3 // 5)
     row = {"case": "browser", "latents": asked.latents, "folder_mb": round(size / 1e6, 1),
-           "write_s": seconds, "rounds": asked.rounds, "ms": found}  # fmt: skip
+           "write_s": seconds, "rounds": asked.rounds, "ms": result}  # fmt: skip
     if not asked.dry:
         append("browser", [surroundings() | row])
-    for name, values in found.items():
+    for name, values in result.items():
         print(f"{name:22} {values['median']:8.1f} ms, at most {values['max']:.1f}")
 
 

@@ -14,21 +14,21 @@ from pathlib import Path
 from PIL import Image as Pictures
 
 from sae.browser import (
-    Attribution,
     Column,
-    Comparison,
     Completeness,
     Curve,
     Dictionary,
     Example,
-    Explanation,
     Histogram,
     Image,
     Latent,
-    Layout,
     Map,
+    PlaneMap,
     ResultTable,
-    Score,
+    ShownAttribution,
+    ShownComparison,
+    ShownExplanation,
+    ShownScore,
     Site,
     SteeringExample,
     write_site,
@@ -108,7 +108,7 @@ def _dictionary(
         latents=_Latents(n, payload, kind, generator.randrange(1 << 30)),
         map=Map(
             tuple(
-                Layout(
+                PlaneMap(
                     method,
                     tuple(generator.gauss(i % 3, 0.4) for i in range(n)),
                     tuple(generator.gauss(i % 2, 0.4) for i in range(n)),
@@ -165,7 +165,9 @@ def _latent(number: int, n: int, payload: str | None, kind: str, r: random.Rando
         figures={"auc": auc, "detection": auc - 0.05, "n_fired": float(n_fired)}
         if is_scored
         else {},
-        explanations=(Explanation(said if payload else f"Mentions of {first}.", payload or "LM"),),
+        explanations=(
+            ShownExplanation(said if payload else f"Mentions of {first}.", payload or "LM"),
+        ),
         scores=_scores(auc, payload) if is_scored else (),
         histogram=tuple(int(1000 * math.exp(-i / 3)) for i in range(20)),
         words=((said, 4.5), (second, 1.25)),
@@ -183,13 +185,13 @@ def _figures(auc: float, n_fired: int) -> dict[str, float | None]:
     return {"auc": auc, "detection": auc - 0.05, "n_fired": float(n_fired)}
 
 
-def _scores(auc: float, payload: str | None) -> tuple[Score, ...]:
+def _scores(auc: float, payload: str | None) -> tuple[ShownScore, ...]:
     control = payload or "another latent's label"
     return (
-        Score("AUC", auc, auc - 0.04, min(1.0, auc + 0.03), 0.5, 40),
-        Score("AUC", 0.51, 0.44, 0.58, 0.5, 40, control),
-        Score(payload or "detection", auc - 0.05, auc - 0.12, auc, 0.5, 20),
-        Score("intruder", None, floor=0.2, note=payload or "too few examples"),
+        ShownScore("AUC", auc, auc - 0.04, min(1.0, auc + 0.03), 0.5, 40),
+        ShownScore("AUC", 0.51, 0.44, 0.58, 0.5, 40, control),
+        ShownScore(payload or "detection", auc - 0.05, auc - 0.12, auc, 0.5, 20),
+        ShownScore("intruder", None, floor=0.2, note=payload or "too few examples"),
     )
 
 
@@ -212,15 +214,15 @@ def _example(kind: str, said: str, peak: float, r: random.Random) -> Example:
     return Example(tuple(tokens), tuple(values), top, f"book of {said}")
 
 
-def _attributions(said: str) -> tuple[Attribution, ...]:
+def _attributions(said: str) -> tuple[ShownAttribution, ...]:
     tokens = ("It", " is", f" {said}", ".")
-    return (Attribution(tokens, (0.0, -0.1, 0.75, 0.01), f" {said}", 0.7, said),)
+    return (ShownAttribution(tokens, (0.0, -0.1, 0.75, 0.01), f" {said}", 0.7, said),)
 
 
-def _comparison(a: str, b: str, n_a: int, n_b: int, r: random.Random) -> Comparison:
+def _comparison(a: str, b: str, n_a: int, n_b: int, r: random.Random) -> ShownComparison:
     in_b = tuple((i % n_b, r.uniform(0.2, 0.99)) for i in range(n_a))
     in_a = tuple((i, r.uniform(0.4, 0.99)) for i in range(n_b))
-    return Comparison(a, b, in_b, in_a, 0.5, 0.21, "Cosines of decoder rows.")
+    return ShownComparison(a, b, in_b, in_a, 0.5, 0.21, "Cosines of decoder rows.")
 
 
 def _picture(number: int) -> bytes:

@@ -280,10 +280,10 @@ def documented(prisma: Path | None) -> dict[str, Any]:
             "source": "saev", "repo": f"osunlp/{repo}", "format": "saev", "model": name,
             "family": "", "rows": [[row, path, 0, 24576 if "24K" in repo else 0]],
         }  # fmt: skip
-    return releases | (_of_prisma(prisma) if prisma else _kept("ViT-Prisma"))
+    return releases | (_of_prisma(prisma) if prisma else _stored("ViT-Prisma"))
 
 
-def _kept(source: str) -> dict[str, Any]:
+def _stored(source: str) -> dict[str, Any]:
     lines = gzip.decompress(TARGET.read_bytes()).splitlines()[1:]
     entries = (json.loads(line) for line in lines)
     return {entry.pop("name"): entry for entry in entries if entry["source"] == source}

@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the row to results/")
     arguments = parser.parse_args()
     record = json.loads(arguments.compare.read_text())
-    found = of_groups(record)
-    print(table(found))
+    result = of_groups(record)
+    print(table(result))
     for figure, pairs in record["comparisons"].items():
         print(f"\n{figure}\n\n{verdicts(pairs)}")
     if arguments.record:
@@ -38,7 +38,7 @@ def main() -> None:
             "cache": record["report"]["cache_fingerprint"],
             "l0": record["l0"],
             "config": record["report"]["config"],
-            "figures": found,
+            "figures": result,
             "comparisons": record["comparisons"],
             "structure": record.get("structure", {}),
             **_as_it_is(record["report"]),
@@ -59,29 +59,29 @@ def of_groups(record: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
 
 def figures(report: dict[str, Any], name: str) -> dict[str, float]:
     rebuilt = report["reconstruction"][name]
-    found = {
+    results = {
         "L0": rebuilt["l0"],
         "FVU": rebuilt["fvu"],
         "dead": report["firing"][name]["dead_fraction"],
     }
     if effect := report["substitution"].get("intact", {}).get("dictionaries", {}).get(name):
-        found |= {
+        results |= {
             "CE recovered, mean ablation": effect["ce_recovered_mean"]["value"],
             "Δ CE": effect["ce_increase"]["value"],
             "KL": effect["kl"]["value"],
         }
-    if told := (report.get("downstream") or {}).get("spliced", {}).get(name):
-        found |= {
-            "kNN accuracy": told["knn"]["value"],
-            "linear accuracy": told["linear"]["value"],
+    if spliced := (report.get("downstream") or {}).get("spliced", {}).get(name):
+        results |= {
+            "kNN accuracy": spliced["knn"]["value"],
+            "linear accuracy": spliced["linear"]["value"],
         }
-    return found
+    return results
 
 
-def table(found: dict[str, dict[str, list[float]]]) -> str:
-    shown = [figure for figure in FIGURES if any(figure in of_one for of_one in found.values())]
+def table(results: dict[str, dict[str, list[float]]]) -> str:
+    shown = [figure for figure in FIGURES if any(figure in of_one for of_one in results.values())]
     lines = [f"| | seeds | {' | '.join(shown)} |", "|---" * (len(shown) + 2) + "|"]
-    for name, of_one in found.items():
+    for name, of_one in results.items():
         cells = (spread(of_one.get(figure, []), figure) for figure in shown)
         lines.append(f"| {name} | {len(of_one['FVU'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -89,12 +89,12 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
 
 def _as_it_is(report: dict[str, Any]) -> dict[str, Any]:
     """What the model tells without and with an ablation, where classes were told."""
-    told = report.get("downstream")
-    if not told:
+    downstream = report.get("downstream")
+    if not downstream:
         return {}
-    kept = ("n_train", "n_test", "n_classes")
-    streams = {name: told["spliced"][name] for name in ("as it is", "zero", "mean")}
-    return {"told": {**{key: told[key] for key in kept}, **streams}}
+    keys_shown = ("n_train", "n_test", "n_classes")
+    streams = {name: downstream["spliced"][name] for name in ("as it is", "zero", "mean")}
+    return {"told": {**{key: downstream[key] for key in keys_shown}, **streams}}
 
 
 def spread(values: list[float], figure: str) -> str:

@@ -59,7 +59,7 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
 
-class Case(NamedTuple):
+class KernelCall(NamedTuple):
     """A call whose kernels are compiled."""
 
     name: str
@@ -74,49 +74,51 @@ def _integers(*shape: int, dtype: torch.dtype = torch.int64) -> Int[Tensor, "...
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _select(d_sae: int, k: int, dtype: torch.dtype, batch: int = BATCH) -> Case:
+def _select(d_sae: int, k: int, dtype: torch.dtype, batch: int = BATCH) -> KernelCall:
     pre = _floats(batch, d_sae, dtype=dtype)
     name = f"topk_select d_sae={d_sae} k={k} {dtype}"
-    return Case(name, partial(select_triton.topk_select, pre, k, True, False))
+    return KernelCall(name, partial(select_triton.topk_select, pre, k, True, False))
 
 
-def _encode(width: int, k: int, dtype: torch.dtype, batch: int = BATCH) -> Case:
+def _encode(width: int, k: int, dtype: torch.dtype, batch: int = BATCH) -> KernelCall:
     x, rows = _floats(batch, width, dtype=dtype), _floats(131072, width, dtype=dtype)
     call = partial(encode_triton.encode_topk, x, rows, _floats(131072), k, True)
-    return Case(f"encode_topk d_in={width} d_sae=131072 k={k} {dtype}", call)
+    return KernelCall(f"encode_topk d_in={width} d_sae=131072 k={k} {dtype}", call)
 
 
-def _decode(width: int, k: int, dtype: torch.dtype, batch: int = BATCH) -> Iterator[Case]:
+def _decode(width: int, k: int, dtype: torch.dtype, batch: int = BATCH) -> Iterator[KernelCall]:
     values, indices = _floats(batch, k), _integers(batch, k)
     table, wide = _floats(65536, width, dtype=dtype), _floats(batch, width, dtype=dtype)
     bias = _floats(width, dtype=dtype)
     name = f"width={width} k={k} {dtype}"
     mse = partial(decode_triton.decode_mse, values, indices, table, bias, wide, 0.5)
-    yield Case(
+    yield KernelCall(
         f"weighted_rows {name}", partial(decode_triton.weighted_rows, values, indices, table)
     )
-    yield Case(f"row_products {name}", partial(decode_triton.row_products, wide, table, indices))
-    yield Case(f"decode_mse {name}", mse)
+    yield KernelCall(
+        f"row_products {name}", partial(decode_triton.row_products, wide, table, indices)
+    )
+    yield KernelCall(f"decode_mse {name}", mse)
 
 
-def _csr(width: int, dtype: torch.dtype) -> Iterator[Case]:
+def _csr(width: int, dtype: torch.dtype) -> Iterator[KernelCall]:
     values, indices = _floats(BATCH * 32), _integers(BATCH * 32)
     row_ptr = _integers(BATCH + 1)
     table, wide = _floats(65536, width, dtype=dtype), _floats(BATCH, width, dtype=dtype)
     weighted = partial(decode_triton.csr_weighted_rows, values, indices, row_ptr, table)
-    yield Case(f"csr_weighted_rows width={width} {dtype}", weighted)
+    yield KernelCall(f"csr_weighted_rows width={width} {dtype}", weighted)
     products = partial(decode_triton.csr_row_products, wide, table, indices, row_ptr)
-    yield Case(f"csr_row_products width={width} {dtype}", products)
+    yield KernelCall(f"csr_row_products width={width} {dtype}", products)
 
 
-def _grads(width: int, k: int, dtype: torch.dtype, batch: int = BATCH) -> Case:
+def _grads(width: int, k: int, dtype: torch.dtype, batch: int = BATCH) -> KernelCall:
     values, indices = _floats(batch, k), _integers(batch, k)
     rows = _floats(batch, width, dtype=dtype)
     call = partial(grads_triton.weight_grads, values, values, indices, rows, rows, 65536)
-    return Case(f"weight_grads width={width} k={k} {dtype}", call)
+    return KernelCall(f"weight_grads width={width} k={k} {dtype}", call)
 
 
-def _adam(width: int, norm: str) -> Case:
+def _adam(width: int, norm: str) -> KernelCall:
     full = norm != "none"
     rows = _floats(65536, width)
     call = partial(
@@ -137,10 +139,10 @@ def _adam(width: int, norm: str) -> Case:
         clip=_floats() if full else None,
         shadow=_floats(65536, width, dtype=torch.bfloat16) if full else None,
     )
-    return Case(f"latent_adam_ width={width} norm={norm}", call)
+    return KernelCall(f"latent_adam_ width={width} norm={norm}", call)
 
 
-def cases() -> list[Case]:
+def cases() -> list[KernelCall]:
     """List the calls: each kernel in each of its forms, at widths of real models."""
     half, single = torch.bfloat16, torch.float32
     return [
@@ -160,7 +162,7 @@ def cases() -> list[Case]:
     ]
 
 
-def annealed_cases() -> list[Case]:
+def annealed_cases() -> list[KernelCall]:
     """List calls that differ from some of `cases` in k and in the batch: nothing is compiled."""
     half = torch.bfloat16
     cases = [
@@ -174,7 +176,7 @@ def annealed_cases() -> list[Case]:
             _grads(768, k, half, batch),
         )
     ]
-    return [Case(f"annealed {case.name}", case.call) for case in cases]
+    return [KernelCall(f"annealed {case.name}", case.call) for case in cases]
 
 
 def _describe(kernel: Any) -> dict[str, int]:
@@ -214,7 +216,7 @@ def report(arch: int, workers: ThreadPoolExecutor) -> dict[str, Future[dict[str,
     """Compile all cases for an architecture; kernels are named by the first case that has them."""
     rows: dict[str, Future[dict[str, int]]] = {}
     seen: set[str] = set()
-    case = Case("", object)
+    case = KernelCall("", object)
 
     def record(name: str, kernel: Any) -> None:
         if kernel.hash in seen:

@@ -127,15 +127,15 @@ def _entries(
     if arguments.peers:
         return {"default": ours}
     known = replace(ours, frozen="decoder", refine=None)  # refining serves a decoder that learns
-    found = {"default": ours, "topk": plain, "true decoder": known}
-    found |= {name: replace(ours, frozen=kind) for name, kind in BASELINES.items()}
-    found["frozen decoder"] = known
+    results = {"default": ours, "topk": plain, "true decoder": known}
+    results |= {name: replace(ours, frozen=kind) for name, kind in BASELINES.items()}
+    results["frozen decoder"] = known
     if arguments.recipes:
         for file, name in others():
             entry = recipe(file, name, size.d_sae, size.k, batch)
-            found[f"{file}:{name}"] = at_l0(world, entry, size.k, batch)
-    wanted = arguments.arms or found
-    return {name: entry for name, entry in found.items() if name == "default" or name in wanted}
+            results[f"{file}:{name}"] = at_l0(world, entry, size.k, batch)
+    wanted = arguments.arms or results
+    return {name: entry for name, entry in results.items() if name == "default" or name in wanted}
 
 
 def _trained(

@@ -93,6 +93,6 @@ def at_l0(world: World, entry: DictionaryConfig, l0: float, batch: int) -> Dicti
         middle = (low * high) ** 0.5
         tried = replace(entry, **{name: replace(penalty, coefficient=middle)})
         step = new_step(world, tried, len(rows))
-        found = [float(step(x).l0) for x in rows][-20:]
-        low, high = (middle, high) if sum(found) / len(found) > l0 else (low, middle)
+        result = [float(step(x).l0) for x in rows][-20:]
+        low, high = (middle, high) if sum(result) / len(result) > l0 else (low, middle)
     return replace(entry, **{name: replace(penalty, coefficient=(low * high) ** 0.5)})

@@ -71,14 +71,14 @@ def dictionary_learning_epoch(single: np.ndarray, batch: int, folder: Path) -> E
 
         def refresh(self) -> None:
             self.activations = self.activations[~self.read]
-            kept = len(self.activations)
+            n_given = len(self.activations)
             fresh = torch.empty(self.activation_buffer_size, self.d_submodule)
-            fresh[:kept] = self.activations
+            fresh[:n_given] = self.activations
             self.activations = fresh
-            while kept < self.activation_buffer_size:
-                rows = next(self.source)[: self.activation_buffer_size - kept]
-                self.activations[kept : kept + len(rows)] = rows
-                kept += len(rows)
+            while n_given < self.activation_buffer_size:
+                rows = next(self.source)[: self.activation_buffer_size - n_given]
+                self.activations[n_given : n_given + len(rows)] = rows
+                n_given += len(rows)
             self.read = torch.zeros(len(self.activations), dtype=torch.bool)
 
     class Model:

@@ -54,11 +54,11 @@ def dictionary_learning(module: str, trainer: str, dictionary: str) -> Train:
     """dictionary_learning: `update` of a trainer, step by step."""
 
     def train(rows: Rows, n_steps: int, d_sae: int, k: int, seed: int, folder: Path) -> None:
-        found = importlib.import_module(f"dictionary_learning.trainers.{module}")
+        result = importlib.import_module(f"dictionary_learning.trainers.{module}")
         more = {"group_fractions": list(SHARES)} if "matryoshka" in module else {}
         stream = rows()
         first = next(stream)
-        theirs = getattr(found, trainer)(
+        theirs = getattr(result, trainer)(
             steps=n_steps, activation_dim=first.shape[1], dict_size=d_sae, k=k, layer=0,
             lm_name="", seed=seed, device="cpu", **more,
         )  # fmt: skip
@@ -138,14 +138,14 @@ def train_peers(
         k: Active latents of a row.
         seed: Of the initial weights.
     """
-    found = {}
+    results = {}
     for name, (module, train) in RECIPES.items():
         if importlib.util.find_spec(module) is None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             train(rows, n_steps, d_sae, k, seed, Path(folder))
-            found[name] = load(folder, allow_pt=True)
-    return found
+            results[name] = load(folder, allow_pt=True)
+    return results
 
 
 def _ends(d_sae: int) -> list[int]:

@@ -60,11 +60,13 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 def relinked(markdown: str, page: str) -> str:
     """Links to pages, as seen from the page; what has no page is named without a link."""
     pages = _pages()
-    own = next((source for source, name in pages.items() if name == page), f"docs/{page}")
+    source_of_page = next(
+        (source for source, name in pages.items() if name == page), f"docs/{page}"
+    )
 
     def turn(match: re.Match[str]) -> str:
         name, path, anchor = match.groups()
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(own), path))
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source_of_page), path))
         if target in pages:
             way = posixpath.relpath(pages[target], posixpath.dirname(page) or ".")
             return f"{name}({way}{anchor or ''})"
@@ -118,6 +120,6 @@ def _tutorials() -> list[tuple[Path, str]]:
 
 def _pages() -> dict[str, str]:
     """Every file of the repository that has a page."""
-    own = {f"docs/{path.name}": path.name for path in (ROOT / "docs").glob("*.md")}
+    pages_here = {f"docs/{path.name}": path.name for path in (ROOT / "docs").glob("*.md")}
     tutorials = {str(path.relative_to(ROOT)): page for path, page in _tutorials()}
-    return {**TEXTS, **own, **tutorials}
+    return {**TEXTS, **pages_here, **tutorials}

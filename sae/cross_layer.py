@@ -27,11 +27,11 @@ class CrossLayerTranscoder(nn.Module):
         if not sources:
             raise MonosemaError("sources must be at least one, got none")
         places = [_places(source) for source in sources]
-        for layer, found in enumerate(places):
-            if found != places[0][layer:]:
+        for layer, result in enumerate(places):
+            if result != places[0][layer:]:
                 raise MonosemaError(
                     f"source {layer} must predict the places {places[0][layer:]} "
-                    f"(hook point, width, scale), got {found}"
+                    f"(hook point, width, scale), got {result}"
                 )
         if len(places[0]) != len(sources):
             n = len(places[0])

@@ -19,7 +19,7 @@ from activations_cache import seals
 from monosema.checks import MonosemaError
 from sae.autoencoder import Latents
 
-__all__ = ["FVU", "L0", "Agreement", "Firing", "ce_recovered", "fvu", "fvu_uncentred"]
+__all__ = ["FVU", "Agreement", "Firing", "L0Histogram", "ce_recovered", "fvu", "fvu_uncentred"]
 
 STATS = "stats.safetensors"
 """Name of the file that `Firing.save` writes beside a dictionary's weights."""
@@ -141,7 +141,7 @@ class Agreement:
         return _ratio(self._square_hat, self._dot)
 
 
-class L0:
+class L0Histogram:
     """How many latents fire in a row: a histogram of the counts."""
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class L0:
         counts = (values.detach() != 0).sum(dim=1).cpu()
         self._add(torch.bincount(counts, minlength=1))
 
-    def merge(self, other: "L0") -> None:
+    def merge(self, other: "L0Histogram") -> None:
         """Add the rows that `other` has seen."""
         self._add(other.rows_per_count)
 

@@ -26,7 +26,7 @@ def nearest(
     among: Float[Tensor, "d_sae d_in"],
     k: int,
     *,
-    own: Int[Tensor, " batch"] | None = None,
+    excluded: Int[Tensor, " batch"] | None = None,
 ) -> Nearest:
     """The k closest of `among` for every row, a chunk at a time.
 
@@ -34,22 +34,22 @@ def nearest(
         rows: Decoder rows.
         among: Decoder rows of the same or another dictionary over the same stream.
         k: How many.
-        own: For each row its own number in `among`: it is not its own neighbour.
+        excluded: For each row its own number in `among`: it is not its own neighbour.
 
     Raises:
         ValueError: If widths differ or there are fewer than k.
     """
     if rows.shape[1] != among.shape[1]:
         raise MonosemaError(f"rows must be as wide as among, {among.shape[1]}, got {rows.shape[1]}")
-    most = len(among) - (own is not None)
+    most = len(among) - (excluded is not None)
     if not 1 <= k <= most:
         raise MonosemaError(f"k must lie between 1 and {most}, got {k}")
     known = torch.nn.functional.normalize(among, dim=1).T
     parts, first = [], 0
     for chunk in torch.nn.functional.normalize(rows, dim=1).split(max(1, _CELLS // len(among))):
         cosine = chunk @ known
-        if own is not None:
-            cosine[torch.arange(len(chunk)), own[first : first + len(chunk)]] = -torch.inf
+        if excluded is not None:
+            cosine[torch.arange(len(chunk)), excluded[first : first + len(chunk)]] = -torch.inf
         parts.append(cosine.topk(k, dim=1))
         first += len(chunk)
     return Nearest(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]))
@@ -109,8 +109,8 @@ def splitting(
     """
     if not 0 <= related <= 1:
         raise MonosemaError(f"related must be in 0..1, got {related}")
-    found = nearest(wide, narrow, 1)
-    cosine = found.cosine[:, 0]
-    parent = torch.where(cosine >= related, found.latent[:, 0], -1)
+    result = nearest(wide, narrow, 1)
+    cosine = result.cosine[:, 0]
+    parent = torch.where(cosine >= related, result.latent[:, 0], -1)
     n_children = torch.bincount(parent[parent >= 0], minlength=len(narrow))
     return Splitting(parent, cosine, n_children)

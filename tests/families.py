@@ -145,7 +145,7 @@ def make(family: str) -> nn.Module:
     return model
 
 
-def own_hooks(model: nn.Module) -> list[Callable]:
+def custom_hooks(model: nn.Module) -> list[Callable]:
     """The hooks in a model that transformers has not left there for its `hidden_states`."""
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(),
                                                   *m._forward_pre_hooks.values())]  # fmt: skip
@@ -215,13 +215,13 @@ def _documents(model: nn.Module, record: ModelRecord, ids: Tensor) -> str:
     pieces = pieces_of(ids, segment)
     if record.documents == "positions":
         positions = torch.cat([torch.arange(p.stop - p.start) for p in pieces]).view(3, 17)
-        found = read(ids, position_ids=positions)
+        result = read(ids, position_ids=positions)
     else:
         run = lambda some, **options: {"": read(some, **options)}  # noqa: E731
-        found = read_in_rows(run, ids, pieces, with_mask=not record.is_causal)[""]
+        result = read_in_rows(run, ids, pieces, with_mask=not record.is_causal)[""]
     for example, start, stop in pieces:
         alone = read(ids[example : example + 1, start:stop])[0]
-        assert torch.allclose(found[example, start:stop], alone, atol=2e-4, rtol=2e-4)
+        assert torch.allclose(result[example, start:stop], alone, atol=2e-4, rtol=2e-4)
     return "exact" if record.documents == "positions" else "a row for each"
 
 
@@ -248,7 +248,7 @@ def _steering(model: nn.Module, record: ModelRecord, ids: Tensor) -> str:
         with pytest.raises(ValueError, match="must not lie in compiled code"):
             Steering(model, [push]).__enter__()
         return "refused"
-    found = []
+    results = []
     for use_cache in (True, False):
         with Steering(model, [push], positions="all") as steering:
             try:
@@ -261,9 +261,9 @@ def _steering(model: nn.Module, record: ModelRecord, ids: Tensor) -> str:
                 if "the positions at" not in str(error):
                     raise
                 return "refused"
-        found.append((out.tolist(), steering.n_tokens))
-    assert found[0][0] == found[1][0]
-    assert found[0][1] == 2 * (5 + N_NEW - 1)
+        results.append((out.tolist(), steering.n_tokens))
+    assert results[0][0] == results[1][0]
+    assert results[0][1] == 2 * (5 + N_NEW - 1)
     return "cached = uncached"
 
 
@@ -273,16 +273,16 @@ def _logits(model: nn.Module, record: ModelRecord, ids: Tensor) -> str:
     path, rows = record.logits, readout(model)
     last = _stream(model, record)(ids).float()
     normed = divided(last, path.is_centred) if path.norm else last
-    found = normed @ rows.T
+    result = normed @ rows.T
     if path.cap is not None:
-        found = path.cap * torch.tanh(found / path.cap)
-    own = model(input_ids=ids, use_cache=False).logits
+        result = path.cap * torch.tanh(result / path.cap)
+    logits = model(input_ids=ids, use_cache=False).logits
     zero = torch.zeros(1, 1, WIDTH if rows.shape[1] == WIDTH else rows.shape[1])
     bias = model.get_output_embeddings()(
         model.get_submodule(path.norm)(zero) if path.norm else zero
     )[0, 0]
-    expected = own - path.scale * bias if path.cap is None else own
-    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    expected = logits - path.scale * bias if path.cap is None else logits
+    error = (result - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert float(error.median()) < 0.02
     said = "exact" if path.scale == 1 else f"exact, x {path.scale:.3g}"
     return said if path.cap is None else "capped: no `direct_logits`"

@@ -19,9 +19,9 @@ def put_table(page: Path, name: str, lines: Sequence[str]) -> None:
         ValueError: If the page has no such place.
     """
     text, mark = page.read_text(), f"<!-- {name} -->"
-    before, found, rest = text.partition(mark)
+    before, result, rest = text.partition(mark)
     _, has_end, after = rest.partition(END)
-    if not (found and has_end):
+    if not (result and has_end):
         raise ValueError(f"{page} must have {mark} and then {END}, got none")
     page.write_text("\n".join([f"{before}{mark}", *lines, f"{END}{after}"]))
 
@@ -43,28 +43,28 @@ def figure(record_property: Callable[[str, object], None]) -> Callable[[str, str
 
 def figures_of(reports: Sequence[pytest.TestReport]) -> list[tuple[str, str, str, float]]:
     """ID, figure, test and seconds, in the order of the IDs."""
-    found = []
+    results = []
     for report in reports:
         for name, value in report.user_properties:
             if name == "figure" and report.when == "call":
                 assert isinstance(value, tuple | list)
-                found.append((*value, report.nodeid.partition("[")[0], report.duration))
-    return sorted(found, key=lambda f: (f[0][0], int("".join(filter(str.isdigit, f[0])) or 0), f))
+                results.append((*value, report.nodeid.partition("[")[0], report.duration))
+    return sorted(results, key=lambda f: (f[0][0], int("".join(filter(str.isdigit, f[0])) or 0), f))
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Show the figures of the tests that passed, and record them where that is asked for."""
-    found = figures_of(terminalreporter.stats.get("passed", []))
-    if not found:
+    result = figures_of(terminalreporter.stats.get("passed", []))
+    if not result:
         return
     terminalreporter.section("figures")
-    for name, text, test, seconds in found:
+    for name, text, test, seconds in result:
         terminalreporter.line(f"{name:4} {text}  ({test}, {seconds:.0f} s)")
     if config.option.record:
         lines = ["| ID | measured | test | s |", "|---|---|---|---|"]
-        for name, text, test, seconds in found:
+        for name, text, test, seconds in result:
             shown = test.removeprefix("tests/").replace("::", "` `")
             lines.append(f"| {name} | {text} | `{shown}` | {seconds:.0f} |")
         put_table(config.option.record, "figures", lines)

@@ -11,7 +11,7 @@ SAYS = {
     "explain_with_vllm": "5 labelled, 0 failed; detection 0.",
     "gemma_scope_and_steer": "2x norm: 'the sister was in the garden",
     "hyperdimensional_probe": "3 pairs in 1024 dimensions: 100% recalled",
-    "own_parts": "detection 1.00",
+    "custom_parts": "detection 1.00",
     "steer": "recovered 100%",
     "train_on_a_model": "frozen: FVU",
     "train_on_images": "latent ",

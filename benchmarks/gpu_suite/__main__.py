@@ -35,7 +35,7 @@ def main() -> None:
     top = timing.ceilings(0.5)
     print(f"ceilings: {top.bandwidth / 1e12:.2f} TB/s, {top.arithmetic / 1e12:.0f} TFLOP/s")
     common |= {"ceiling_bytes_per_s": top.bandwidth, "ceiling_flops_per_s": top.arithmetic}
-    writer = report.Writer(given.out / f"gpu_suite_{stamp}.jsonl", common)
+    writer = report.RowWriter(given.out / f"gpu_suite_{stamp}.jsonl", common)
     suite = run.Suite(writer, top, started + 60 * given.minutes, given.only)
     suite.run(run.SHAPES)
     print(report.table(writer.rows))

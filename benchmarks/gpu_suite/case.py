@@ -22,7 +22,7 @@ class Shape(NamedTuple):
         return f"d={self.d_model} M={self.d_sae} k={self.k} N={self.batch}"
 
 
-class Candidate(NamedTuple):
+class Variant(NamedTuple):
     """One way to compute the op, and the largest relative error that is right for it."""
 
     run: Callable[..., Any]
@@ -42,7 +42,7 @@ class Case:
     """Inputs from a seed."""
     error: Callable[[Inputs, Any], float]
     """The relative error of a result against float64, on a part of the rows."""
-    candidates: dict[str, Candidate]
+    candidates: dict[str, Variant]
     pattern: str = "uniform"
     in_place: bool = False
     """Whether the candidates write to their inputs."""
@@ -59,7 +59,7 @@ def relative(result: Tensor, right: Tensor) -> float:
     return float(error) if bool(error.isfinite()) else float("inf")
 
 
-def gate(case: Case, candidate: Candidate) -> float:
+def gate(case: Case, candidate: Variant) -> float:
     """Run a candidate on fresh inputs, with fresh memory full of NaN; return its error."""
     inputs = case.make(1234)
     given = tuple(tensor.clone() for tensor in inputs) if case.in_place else inputs

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.gpu_suite.case import Candidate, Case, Inputs, Shape, relative, rows_checked
+from benchmarks.gpu_suite.case import Case, Inputs, Shape, Variant, relative, rows_checked
 from sae_kernels import decode_triton, encode_triton, grads_triton, select_triton
 
 
@@ -61,9 +61,9 @@ def select(s: Shape, dtype: torch.dtype, device: str) -> Case:
         make=lambda seed: (Draw(seed, device).normal(s.batch, s.d_sae, dtype=dtype),),
         error=error,
         candidates={
-            "triton": Candidate(lambda v: select_triton.topk_select(v, s.k, False, False), 0.0),
-            "torch.topk": Candidate(lambda v: v.topk(s.k, dim=1), 0.0),
-            "torch.topk unsorted": Candidate(lambda v: v.topk(s.k, dim=1, sorted=False), 0.0),
+            "triton": Variant(lambda v: select_triton.topk_select(v, s.k, False, False), 0.0),
+            "torch.topk": Variant(lambda v: v.topk(s.k, dim=1), 0.0),
+            "torch.topk unsorted": Variant(lambda v: v.topk(s.k, dim=1, sorted=False), 0.0),
         },
     )
 
@@ -101,9 +101,9 @@ def encode(s: Shape, dtype: torch.dtype, device: str) -> Case:
         make=make,
         error=error,
         candidates={
-            "triton": Candidate(ours, 1e-4),
-            "linear + triton select": Candidate(mixed, 2e-2),
-            "linear + torch.topk": Candidate(dense, 2e-2),
+            "triton": Variant(ours, 1e-4),
+            "linear + triton select": Variant(mixed, 2e-2),
+            "linear + torch.topk": Variant(dense, 2e-2),
         },
     )
 
@@ -142,9 +142,9 @@ def decode(s: Shape, dtype: torch.dtype, device: str) -> Case:
         make=make,
         error=error,
         candidates={
-            "triton": Candidate(decode_triton.weighted_rows, 1e-2),
-            "embedding_bag": Candidate(bags, 2e-2),
-            "scatter + matmul": Candidate(dense, 2e-2),
+            "triton": Variant(decode_triton.weighted_rows, 1e-2),
+            "embedding_bag": Variant(bags, 2e-2),
+            "scatter + matmul": Variant(dense, 2e-2),
         },
     )
 
@@ -186,8 +186,8 @@ def decode_mse(s: Shape, dtype: torch.dtype, device: str) -> Case:
         make=make,
         error=error,
         candidates={
-            "triton": Candidate(fused, 1e-2),
-            "triton in parts": Candidate(parts, 2e-2),
+            "triton": Variant(fused, 1e-2),
+            "triton in parts": Variant(parts, 2e-2),
         },
     )
 
@@ -217,8 +217,8 @@ def row_products(s: Shape, dtype: torch.dtype, device: str) -> Case:
         make=make,
         error=error,
         candidates={
-            "triton": Candidate(decode_triton.row_products, 1e-4),
-            "matmul + gather": Candidate(lambda g, w, i: (g @ w.T).gather(1, i), 2e-2),
+            "triton": Variant(decode_triton.row_products, 1e-4),
+            "matmul + gather": Variant(lambda g, w, i: (g @ w.T).gather(1, i), 2e-2),
         },
     )
 
@@ -257,7 +257,7 @@ def weight_grads(s: Shape, dtype: torch.dtype, device: str, pattern: str) -> Cas
         make=make,
         error=error,
         pattern=pattern,
-        candidates={"triton": Candidate(ours, 1e-2), "scatter + matmul": Candidate(dense, 2e-2)},
+        candidates={"triton": Variant(ours, 1e-2), "scatter + matmul": Variant(dense, 2e-2)},
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu_suite.bare import ROOT
 from benchmarks.gpu_suite.case import Shape
-from benchmarks.gpu_suite.timing import Ceilings, Quantiles
+from benchmarks.gpu_suite.timing import DevicePeaks, Quantiles
 
 Row = dict[str, Any]
 
@@ -47,12 +47,12 @@ def surroundings(commit: str | None) -> Row:
     }
 
 
-def bound_ms(n_bytes: float, flops: float, top: Ceilings) -> float:
+def bound_ms(n_bytes: float, flops: float, top: DevicePeaks) -> float:
     """The time that the ceilings leave for so many bytes and operations."""
     return 1e3 * max(n_bytes / top.bandwidth, flops / top.arithmetic)
 
 
-def timed(row: Row, times: Quantiles, n_bytes: float, flops: float, top: Ceilings) -> Row:
+def timed(row: Row, times: Quantiles, n_bytes: float, flops: float, top: DevicePeaks) -> Row:
     """Complete a row with times and with what the ceilings would allow."""
     bound = bound_ms(n_bytes, flops, top)
     return row | {
@@ -81,7 +81,7 @@ def named(
     }
 
 
-class Writer:
+class RowWriter:
     """Appends rows to a file as they are made, each with the surroundings."""
 
     def __init__(self, path: Path, common: Row) -> None:

@@ -9,7 +9,7 @@ import torch
 from triton.errors import TritonError
 
 from benchmarks.gpu_suite import ops, report, steps, timing
-from benchmarks.gpu_suite.case import Candidate, Case, Shape, gate
+from benchmarks.gpu_suite.case import Case, Shape, Variant, gate
 
 SHAPES = (
     Shape(768, 24576, 32),
@@ -32,8 +32,8 @@ class Suite:
 
     def __init__(
         self,
-        writer: report.Writer,
-        top: timing.Ceilings,
+        writer: report.RowWriter,
+        top: timing.DevicePeaks,
         deadline: float,
         only: str = "",
         device: str = "cuda",
@@ -74,11 +74,11 @@ class Suite:
             torch.cuda.empty_cache()
         self.writer.add(done)
 
-    def _candidate(self, case: Case, name: str, candidate: Candidate) -> None:
+    def _candidate(self, case: Case, name: str, candidate: Variant) -> None:
         row = report.named(case.op, case.shape, case.dtype, name, case.pattern)
         self._guarded(row, partial(self._time_candidate, case, candidate))
 
-    def _time_candidate(self, case: Case, candidate: Candidate, row: report.Row) -> report.Row:
+    def _time_candidate(self, case: Case, candidate: Variant, row: report.Row) -> report.Row:
         error = gate(case, candidate)
         row |= {"error": error, "tolerance": candidate.tolerance}
         if not error <= candidate.tolerance:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.gpu_suite.case import Candidate, Case, Inputs, Shape, relative, rows_checked
+from benchmarks.gpu_suite.case import Case, Inputs, Shape, Variant, relative, rows_checked
 from benchmarks.gpu_suite.ops import Draw
 from sae_kernels import adam_triton, decode_triton, encode_triton, grads_triton
 
@@ -93,13 +93,13 @@ def adam(s: Shape, device: str, unit: bool) -> Case:
         error=error,
         in_place=True,
         candidates={
-            "triton": Candidate(run(step_rows), 1e-5),
-            "torch fused": Candidate(run(eager_rows), 1e-5),
+            "triton": Variant(run(step_rows), 1e-5),
+            "torch fused": Variant(run(eager_rows), 1e-5),
         },
     )
 
 
-class Weights(NamedTuple):
+class StepWeights(NamedTuple):
     """Parameters in float32 with the states of Adam, and the 16-bit copies."""
 
     enc_rows: Tensor
@@ -108,7 +108,7 @@ class Weights(NamedTuple):
     b_dec: Tensor
 
     @classmethod
-    def draw(cls, s: Shape, device: str) -> "Weights":
+    def draw(cls, s: Shape, device: str) -> "StepWeights":
         """Unit decoder rows, the encoder equal to them, no biases."""
         dec_rows = functional.normalize(Draw(0, device).normal(s.d_sae, s.d_model), dim=1)
         zeros = (torch.zeros(width, device=device) for width in (s.d_sae, s.d_model))
@@ -124,7 +124,7 @@ class OurStep:
     """Encode, decode, both gradients and the optimiser by kernels; nothing of (batch, d_sae)."""
 
     def __init__(self, s: Shape, dtype: torch.dtype, device: str) -> None:
-        self.shape, self.weights = s, Weights.draw(s, device)
+        self.shape, self.weights = s, StepWeights.draw(s, device)
         self.shadows = [rows.to(dtype) for rows in self.weights[:2]]
         self.states = [
             (torch.zeros_like(rows), torch.zeros_like(rows)) for rows in self.weights[:2]
@@ -152,12 +152,12 @@ class OurStep:
         return made.row_loss
 
 
-class DenseStep:
+class PlainStep:
     """The same step of plain PyTorch under autocast: dense products, torch.topk, fused Adam."""
 
     def __init__(self, s: Shape, dtype: torch.dtype, device: str) -> None:
         self.shape, self.dtype, self.device = s, dtype, device
-        self.weights = Weights(*(w.requires_grad_() for w in Weights.draw(s, device)))
+        self.weights = StepWeights(*(w.requires_grad_() for w in StepWeights.draw(s, device)))
         self.adam = _adam(self.weights)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class DenseStep:
         return row_loss.detach()
 
 
-STEPS = {"triton": OurStep, "dense autocast": DenseStep}
+STEPS = {"triton": OurStep, "dense autocast": PlainStep}
 
 
 def step_error(s: Shape, dtype: torch.dtype, device: str, name: str) -> float:
@@ -189,7 +189,7 @@ def step_error(s: Shape, dtype: torch.dtype, device: str, name: str) -> float:
     step = STEPS[name](s, dtype, device)
     x = Draw(1, device).normal(s.batch, s.d_model, dtype=dtype)
     picked = rows_checked(s.batch).to(device)
-    rows, given = Weights.draw(s, device).dec_rows.double(), x[picked].double()
+    rows, given = StepWeights.draw(s, device).dec_rows.double(), x[picked].double()
     values, indices = (given @ rows.T).topk(s.k, dim=1)
     x_hat = torch.einsum("nk,nkd->nd", values.relu(), rows[indices])
     error = relative(step(x)[picked], (x_hat - given).square().sum(1))

@@ -68,14 +68,14 @@ def capture(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-class Ceilings(NamedTuple):
+class DevicePeaks(NamedTuple):
     """What the device reached here: bytes and floating point operations per second."""
 
     bandwidth: float
     arithmetic: float
 
 
-def ceilings(seconds: float) -> Ceilings:
+def ceilings(seconds: float) -> DevicePeaks:
     """Measure a copy of 4 GiB (read and written) and a bfloat16 product of 8192^3."""
     source = torch.randn(1 << 30, device="cuda")
     target = torch.empty_like(source)
@@ -83,7 +83,7 @@ def ceilings(seconds: float) -> Ceilings:
     del source, target
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = measure([partial(torch.mm, a, b)], seconds).median
-    return Ceilings(8 * (1 << 30) / copy * 1e3, 2 * 8192**3 / product * 1e3)
+    return DevicePeaks(8 * (1 << 30) / copy * 1e3, 2 * 8192**3 / product * 1e3)
 
 
 def n_sets(set_bytes: int) -> int:

@@ -13,7 +13,7 @@ from sae_kernels.grads import sparse_weight_grads
 from sae_kernels.launch import Backend, WeightGrads
 from sae_kernels.mse import DecodeLoss, sparse_decode_mse
 from sae_kernels.screen import CertifiedTopK
-from sae_kernels.select import TopK, topk_select
+from sae_kernels.select import TopKResult, topk_select
 from sae_kernels.threshold import Csr, batch_topk, encode_batch_topk, encode_threshold
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "Csr",
     "DecodeLoss",
     "DenseStep",
-    "TopK",
+    "TopKResult",
     "WeightGrads",
     "auxk",
     "batch_topk",

@@ -45,8 +45,8 @@ def unpack(state: Packed, *, signed: bool) -> Float[Tensor, "d_sae d_out"]:
         return state.numbers.float()
     width = state.numbers.shape[1]
     scales = state.scales.repeat_interleave(BLOCK, dim=1)[:, :width]
-    found = _levels(signed, state.numbers.device)[state.numbers.int()] * scales
-    return found if signed else found.square()
+    result = _levels(signed, state.numbers.device)[state.numbers.int()] * scales
+    return result if signed else result.square()
 
 
 def pack_(
@@ -99,12 +99,12 @@ def _levels(signed: bool, device: torch.device) -> Float[Tensor, " level"]:
 
     Each power of ten from 1e-6 to 1 has twice as many levels as the one below, evenly.
     """
-    found = [0.0, 1.0]
+    results = [0.0, 1.0]
     for exponent in range(7):
         n = 2**exponent if signed else 2 ** (exponent + 1)
         middles = [(0.1 + 0.9 * (i + 0.5) / n) * 10.0 ** (exponent - 6) for i in range(n)]
-        found += [*middles, *(-m for m in middles)] if signed else middles
-    return torch.tensor(sorted(found), device=device)
+        results += [*middles, *(-m for m in middles)] if signed else middles
+    return torch.tensor(sorted(results), device=device)
 
 
 Norm = Literal["none", "unit", "max"]
@@ -132,7 +132,7 @@ class _States(NamedTuple):
     seed: int
 
 
-class _Rows(NamedTuple):
+class _AdamRows(NamedTuple):
     """Some rows of the weights, their gradient and Adam's two states, and the shadow if any."""
 
     rows: Float[Tensor, "d_sae d_out"]
@@ -141,10 +141,10 @@ class _Rows(NamedTuple):
     exp_avg_sq: Float[Tensor, "d_sae d_out"]
     shadow: BFloat16[Tensor, "d_sae d_out"] | None
 
-    def chunk(self, start: int, n_rows: int) -> "_Rows":
+    def chunk(self, start: int, n_rows: int) -> "_AdamRows":
         rows, grad, exp_avg, exp_avg_sq = (t[start : start + n_rows] for t in self[:4])
         shadow = None if self.shadow is None else self.shadow[start : start + n_rows]
-        return _Rows(rows, grad, exp_avg, exp_avg_sq, shadow)
+        return _AdamRows(rows, grad, exp_avg, exp_avg_sq, shadow)
 
 
 def _renorm_(rows: Float[Tensor, "d_sae d_out"], norm: Norm) -> None:
@@ -155,7 +155,7 @@ def _renorm_(rows: Float[Tensor, "d_sae d_out"], norm: Norm) -> None:
     rows.div_(norms.clamp_min_(1.0 if norm == "max" else torch.finfo(rows.dtype).tiny))
 
 
-def _step_reference(t: _Rows, s: _Settings) -> None:
+def _step_reference(t: _AdamRows, s: _Settings) -> None:
     """Write Adam out, one equation a line (Kingma and Ba 2015; decay by Loshchilov and Hutter)."""
     grad = t.grad if s.clip is None else t.grad * s.clip
     if s.project:
@@ -169,14 +169,14 @@ def _step_reference(t: _Rows, s: _Settings) -> None:
     _renorm_(t.rows, s.norm)
 
 
-def _step_plain(t: _Rows, s: _Settings) -> None:
+def _step_plain(t: _AdamRows, s: _Settings) -> None:
     _step_reference(t, s)
     if t.shadow is not None:
         t.shadow.copy_(t.rows)
 
 
 def _prepared(
-    t: _Rows, s: _Settings, space: Float[Tensor, "row d_out"]
+    t: _AdamRows, s: _Settings, space: Float[Tensor, "row d_out"]
 ) -> Float[Tensor, "d_sae d_out"]:
     """Return the clipped and projected gradient, in `space` where it differs from the given one."""
     grad, space = t.grad.contiguous(), space[: len(t.grad)]  # the fused Adam reads no strides
@@ -189,7 +189,7 @@ def _prepared(
     return torch.addcmul(grad, t.rows, along[:, None], value=-1, out=space)
 
 
-def _step_torch(whole: _Rows, s: _Settings) -> None:
+def _step_torch(whole: _AdamRows, s: _Settings) -> None:
     """Step some rows at a time with torch's fused Adam, which leaves them in the cache."""
     d_sae, width = whole.rows.shape
     n_rows = max(1, CHUNK // max(1, width))
@@ -217,7 +217,7 @@ def _step_torch(whole: _Rows, s: _Settings) -> None:
             t.shadow.copy_(t.rows)
 
 
-def _step_triton(t: _Rows, s: _Settings) -> None:
+def _step_triton(t: _AdamRows, s: _Settings) -> None:
     from sae_kernels import adam_triton
 
     adam_triton.latent_adam_(
@@ -240,7 +240,7 @@ def _step_triton(t: _Rows, s: _Settings) -> None:
 
 
 def _step_packed(
-    t: _Rows, s: _Settings, states: _States, step: Callable[[_Rows, _Settings], None]
+    t: _AdamRows, s: _Settings, states: _States, step: Callable[[_AdamRows, _Settings], None]
 ) -> None:
     """Step some rows at a time with states of 32 bits, which are packed again."""
     d_sae, width = t.rows.shape
@@ -258,7 +258,7 @@ def _step_packed(
         pack_(second, part.exp_avg_sq, generator, signed=False)
 
 
-def _check_packed(t: _Rows, s: _Settings, states: _States) -> None:
+def _check_packed(t: _AdamRows, s: _Settings, states: _States) -> None:
     """Check the states of fewer bits; the rest as if they had 32."""
     if t.rows.dtype != torch.float32:
         raise TypeError(f"rows must be float32 beside states of fewer bits, got {t.rows.dtype}")
@@ -277,7 +277,7 @@ def _check_packed(t: _Rows, s: _Settings, states: _States) -> None:
     _check(t, s)
 
 
-def _check(t: _Rows, s: _Settings) -> None:
+def _check(t: _AdamRows, s: _Settings) -> None:
     check_floating(**{n: v for n, v in t._asdict().items() if n != "shadow"})
     check_shape("rows", t.rows, None, None)
     for name, tensor in t._asdict().items():
@@ -301,7 +301,7 @@ def _check(t: _Rows, s: _Settings) -> None:
             raise KernelError(f"{name} must be finite and at least 0, got {value}")
 
 
-def _dispatch(t: _Rows, s: _Settings, states: _States, backend: str) -> None:
+def _dispatch(t: _AdamRows, s: _Settings, states: _States, backend: str) -> None:
     """Take the step, with states of as many bits as they have; those in `t` are nobody's."""
     exp_avg, exp_avg_sq = states.exp_avg.numbers, states.exp_avg_sq.numbers
     if exp_avg.dtype in (torch.bfloat16, torch.uint8) and t.rows.dtype != exp_avg.dtype:
@@ -375,4 +375,4 @@ def latent_adam_(  # noqa: PLR0913
     s = _Settings(lr, *betas, eps, weight_decay, step, project, norm, clip)  # pyright: ignore[reportArgumentType]
     first, second = (None, None) if scales is None else scales
     states = _States(Packed(exp_avg, first), Packed(exp_avg_sq, second), seed)
-    _dispatch(_Rows(rows, grad, rows, rows, shadow), s, states, choose(rows, backend))
+    _dispatch(_AdamRows(rows, grad, rows, rows, shadow), s, states, choose(rows, backend))

@@ -75,13 +75,13 @@ class _DenseAuxK(torch.autograd.Function):
         ctx.dtypes = (x.dtype, dec_rows.dtype)
         with torch.autocast(x.device.type, enabled=False):
             x, enc_rows, dec_rows = x.to(low), enc_rows.to(low), dec_rows.to(low)
-            kept = torch.empty(len(x), len(enc_rows), dtype=low, device=x.device)
+            spare = torch.empty(len(x), len(enc_rows), dtype=low, device=x.device)
             n_rows = max(1, CHUNK // len(enc_rows))
-            for some, found in zip(x.split(n_rows), kept.split(n_rows), strict=True):
+            for some, result in zip(x.split(n_rows), spare.split(n_rows), strict=True):
                 pre = (some @ enc_rows.T).to(dtype).add_(b_enc)
-                found.copy_(_largest(pre, k))
-            ctx.save_for_backward(x, enc_rows, dec_rows, kept)
-            return (kept @ dec_rows).to(ctx.dtypes[1])
+                result.copy_(_largest(pre, k))
+            ctx.save_for_backward(x, enc_rows, dec_rows, spare)
+            return (spare @ dec_rows).to(ctx.dtypes[1])
 
     @staticmethod
     @once_differentiable
@@ -89,14 +89,14 @@ class _DenseAuxK(torch.autograd.Function):
         ctx: Any, grad: Float[Tensor, "batch d_out"]
     ) -> tuple[Tensor | None, ...]:
         """Go back through what was kept; a NaN keeps its gradient, as in torch.relu."""
-        x, enc_rows, dec_rows, kept = ctx.saved_tensors
+        x, enc_rows, dec_rows, spare = ctx.saved_tensors
         of_x, of_rows = ctx.dtypes
         with torch.autocast(x.device.type, enabled=False):
-            grad = grad.to(kept.dtype)
-            d_pre = (grad @ dec_rows.T).masked_fill_(kept <= 0, 0.0)
+            grad = grad.to(spare.dtype)
+            d_pre = (grad @ dec_rows.T).masked_fill_(spare <= 0, 0.0)
             d_x = (d_pre @ enc_rows).to(of_x) if ctx.needs_input_grad[0] else None
-            d_enc_rows, d_dec_rows = (d_pre.T @ x).to(of_rows), (kept.T @ grad).to(of_rows)
-            d_b_enc = d_pre.sum(dim=0, dtype=accumulator(kept.dtype)).to(of_rows)
+            d_enc_rows, d_dec_rows = (d_pre.T @ x).to(of_rows), (spare.T @ grad).to(of_rows)
+            d_b_enc = d_pre.sum(dim=0, dtype=accumulator(spare.dtype)).to(of_rows)
         return d_x, d_enc_rows, d_b_enc, d_dec_rows, None
 
 

@@ -99,7 +99,7 @@ def decode_mse(width: int, k: int) -> Gather:
     )
 
 
-class Segments(NamedTuple):
+class SegmentTile(NamedTuple):
     """The tile of a segment product: `entries` sorted entries, `width` columns at a time."""
 
     entries: int
@@ -109,7 +109,7 @@ class Segments(NamedTuple):
     stages: int
 
 
-def segments(n_entries: int, width: int, itemsize: int, arch: int) -> Segments:
+def segments(n_entries: int, width: int, itemsize: int, arch: int) -> SegmentTile:
     """Fill the tensor cores' tile with entries; share a block's columns where blocks are few.
 
     32-bit rows are multiplied in three parts, which takes three times the registers.
@@ -117,14 +117,14 @@ def segments(n_entries: int, width: int, itemsize: int, arch: int) -> Segments:
     columns = clamp(next_pow2(width), 16, 64 if itemsize == 2 else 32)
     n_blocks = -(-n_entries // 64)
     splits = clamp(1024 // n_blocks, 1, -(-width // columns))
-    return Segments(64, columns, splits, 4, 3 if arch >= 90 else 2)
+    return SegmentTile(64, columns, splits, 4, 3 if arch >= 90 else 2)
 
 
 FINISH_WIDTH = 1024  # columns of a latent's row that one program sums up or clears
 SUM_ENTRIES = 128  # entries of a latent that one program adds up at a time
 
 
-class Row(NamedTuple):
+class RowTile(NamedTuple):
     """How one program holds a whole row."""
 
     width: int
@@ -134,13 +134,13 @@ class Row(NamedTuple):
 MAX_ROW = 1 << 14
 
 
-def whole_row(width: int) -> Row:
+def whole_row(width: int) -> RowTile:
     """Hold 16 columns a thread, 32 in the widest rows."""
     padded = max(64, next_pow2(width))
-    return Row(padded, clamp(padded // (16 * WARP), 1, 16))
+    return RowTile(padded, clamp(padded // (16 * WARP), 1, 16))
 
 
-class Product(NamedTuple):
+class ProductTile(NamedTuple):
     """The tile of the encoder's product."""
 
     rows: int
@@ -154,9 +154,9 @@ MAX_FUSED_WIDTH = 1536  # beyond, the library's product gains more than one pass
 WORKSPACE_BYTES = 1 << 30  # of pre-activations at a time: enough rows to keep the product busy
 
 
-def product(arch: int) -> Product:
+def product(arch: int) -> ProductTile:
     """Fill the shared memory and the tensor cores of the architecture."""
-    return Product(128, 256, 64, 8, 3) if arch == 90 else Product(128, 128, 64, 8, 3)
+    return ProductTile(128, 256, 64, 8, 3) if arch == 90 else ProductTile(128, 128, 64, 8, 3)
 
 
 def rows_at_a_time(batch: int, d_sae: int) -> int:

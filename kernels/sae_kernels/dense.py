@@ -67,9 +67,9 @@ def _chunks(batch: int, row_bytes: int) -> list[slice]:
     return [slice(start, min(start + n_rows, batch)) for start in range(0, batch, n_rows)]
 
 
-def _spaces(kept: Tensor, chunks: list[slice], n: int) -> list[Tensor]:
+def _spaces(spare: Tensor, chunks: list[slice], n: int) -> list[Tensor]:
     """Make working memory of the size of a chunk, n times."""
-    return [kept.new_empty(chunks[0].stop if chunks else 0, kept.shape[1]) for _ in range(n)]
+    return [spare.new_empty(chunks[0].stop if chunks else 0, spare.shape[1]) for _ in range(n)]
 
 
 class _Grads(NamedTuple):
@@ -95,12 +95,12 @@ class _DenseStep(torch.autograd.Function):
         bandwidth: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch, d_sae = len(x), len(enc_rows)
-        kept, x_hat = x.new_empty(batch, d_sae), x.new_empty(batch, dec_rows.shape[1])
+        spare, x_hat = x.new_empty(batch, d_sae), x.new_empty(batch, dec_rows.shape[1])
         total, fired = torch.zeros_like(b_enc), torch.zeros_like(b_enc)
         chunks = _chunks(batch, d_sae * x.element_size())
-        space = _spaces(kept, chunks, 2)
+        space = _spaces(spare, chunks, 2)
         for rows in chunks:
-            pre = torch.addmm(b_enc, x[rows], enc_rows.T, out=kept[rows])
+            pre = torch.addmm(b_enc, x[rows], enc_rows.T, out=spare[rows])
             acts, fires = (part[: len(pre)] for part in space)
             if threshold is None:
                 acts = pre.relu_()
@@ -109,7 +109,7 @@ class _DenseStep(torch.autograd.Function):
             total += acts.sum(0)
             torch.addmm(b_dec, acts, dec_rows, out=x_hat[rows])
             fired += torch.ne(acts, 0, out=fires).sum(0)
-        ctx.save_for_backward(x, enc_rows, dec_rows, threshold, kept, total)
+        ctx.save_for_backward(x, enc_rows, dec_rows, threshold, spare, total)
         ctx.bandwidth = bandwidth
         norms = torch.linalg.vector_norm(dec_rows, dim=1)
         l1, l0 = total @ norms / max(1, batch), fired.sum() / max(1, batch)
@@ -152,11 +152,11 @@ def _add_chunks(
     d_count: Float[Tensor, ""],
 ) -> None:
     """Go back through the activation, some rows at a time, and add up what the weights get."""
-    x, enc_rows, dec_rows, threshold, kept, _ = ctx.saved_tensors
-    chunks = _chunks(len(x), kept.shape[1] * kept.element_size())
-    space = _spaces(kept, chunks, 1 if threshold is None else 4)
+    x, enc_rows, dec_rows, threshold, spare, _ = ctx.saved_tensors
+    chunks = _chunks(len(x), spare.shape[1] * spare.element_size())
+    space = _spaces(spare, chunks, 1 if threshold is None else 4)
     for rows in chunks:
-        acts, out = kept[rows], d_x_hat[rows]
+        acts, out = spare[rows], d_x_hat[rows]
         d_pre, *rest = (part[: len(acts)] for part in space)
         torch.addmm(d_penalty, out, dec_rows.T, out=d_pre)
         if threshold is None:

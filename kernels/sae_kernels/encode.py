@@ -23,9 +23,9 @@ from sae_kernels.grads import accumulator
 from sae_kernels.launch import Backend, KernelError, check_k, choose
 from sae_kernels.product import (
     Encode,
-    Kept,
     Product,
-    Rule,
+    SelectedPre,
+    SelectionRule,
     check_encoder,
     dense_pre,
     encoder_grads,
@@ -38,7 +38,7 @@ from sae_kernels.screen import (
     certified_topk,
     is_rescored,
 )
-from sae_kernels.select import TopK, topk_select, topk_select_reference
+from sae_kernels.select import TopKResult, topk_select, topk_select_reference
 
 
 def encode_topk_reference(
@@ -49,27 +49,27 @@ def encode_topk_reference(
     *,
     b_in: Float[Tensor, " d_in"] | None = None,
     relu: bool = True,
-) -> TopK:
+) -> TopKResult:
     """Compute all pre-activations at once and select from a stable sort; dense gradients."""
     return topk_select_reference(dense_pre(x, enc_rows, b_enc, b_in), k, relu=relu)
 
 
-def _keep_topk(product: Product, k: int, relu: bool, backend: Backend) -> Kept:
+def _keep_topk(product: Product, k: int, relu: bool, backend: Backend) -> SelectedPre:
     """Select from the product in chunks of rows that share one workspace."""
     if backend == "triton":
         from sae_kernels import encode_triton
 
         x, rows, bias = (t.contiguous() for t in product)
-        return Kept(*encode_triton.encode_topk(x, rows, bias, k, relu))
+        return SelectedPre(*encode_triton.encode_topk(x, rows, bias, k, relu))
     if is_rescored(product, k):
-        found = certified_topk(product, k, best_screen(product, k))
-        return Kept(found.values.relu_() if relu else found.values, found.indices)
+        result = certified_topk(product, k, best_screen(product, k))
+        return SelectedPre(result.values.relu_() if relu else result.values, result.indices)
     batch, bias = len(product.x), product.bias
     values = torch.empty(batch, k, dtype=bias.dtype, device=bias.device)
     indices = torch.empty(batch, k, dtype=torch.int64, device=bias.device)
     for rows, pre in product.chunks():
         values[rows], indices[rows] = topk_select(pre, k, relu=relu, backend=backend)
-    return Kept(values, indices)
+    return SelectedPre(values, indices)
 
 
 def encode_topk(
@@ -81,7 +81,7 @@ def encode_topk(
     b_in: Float[Tensor, " d_in"] | None = None,
     relu: bool = True,
     backend: str | None = None,
-) -> TopK:
+) -> TopKResult:
     """Encode and keep the k largest pre-activations of each row, without storing them all.
 
     `pre = (x - b_in) @ enc_rows.T + b_enc`; `topk_select` states the rule. The values are
@@ -116,9 +116,9 @@ def encode_topk(
     name = choose(x, backend)
     if name == "reference":
         return encode_topk_reference(x, enc_rows, b_enc, k, b_in=b_in, relu=relu)
-    rule = Rule(partial(_keep_topk, k=k, relu=relu, backend=name), relu, name)
+    rule = SelectionRule(partial(_keep_topk, k=k, relu=relu, backend=name), relu, name)
     values, indices, _ = Encode.apply(x, enc_rows, b_enc, b_in, rule)
-    return TopK(values, indices)
+    return TopKResult(values, indices)
 
 
 def screened_topk(
@@ -166,23 +166,25 @@ def screened_topk(
         raise KernelError(f"screen must be one of 'bfloat16', 'float32', got {screen!r}")
     n_fallback = 0
 
-    def keep(product: Product) -> Kept:
+    def keep(product: Product) -> SelectedPre:
         nonlocal n_fallback
         if not is_rescored(product, k):
             return _keep_topk(product, k, relu, "torch")
         name: Screen = best_screen(product, k) if screen is None else screen  # pyright: ignore[reportAssignmentType]
         values, indices, n_fallback = certified_topk(product, k, name)
-        return Kept(values.relu_() if relu else values, indices)
+        return SelectedPre(values.relu_() if relu else values, indices)
 
     with torch.autocast("cpu", enabled=False):
-        values, indices, _ = Encode.apply(x, enc_rows, b_enc, b_in, Rule(keep, relu, "torch"))
+        values, indices, _ = Encode.apply(
+            x, enc_rows, b_enc, b_in, SelectionRule(keep, relu, "torch")
+        )
     return CertifiedTopK(values, indices, n_fallback)
 
 
-def _maxima(pre: Float[Tensor, "batch d_sae"], k: int) -> TopK:
+def _maxima(pre: Float[Tensor, "batch d_sae"], k: int) -> TopKResult:
     size = pre.shape[1] // k
     best = pre.unflatten(1, (k, size)).max(dim=2)
-    return TopK(best.values, best.indices + torch.arange(k, device=pre.device) * size)
+    return TopKResult(best.values, best.indices + torch.arange(k, device=pre.device) * size)
 
 
 def encode_group_max_reference(
@@ -193,24 +195,24 @@ def encode_group_max_reference(
     *,
     b_in: Float[Tensor, " d_in"] | None = None,
     relu: bool = True,
-) -> TopK:
+) -> TopKResult:
     """Go through the groups one by one; dense gradients."""
     pre = dense_pre(x, enc_rows, b_enc, b_in)
     size = pre.shape[1] // k
     indices = torch.stack([part.argmax(dim=1) for part in pre.split(size, dim=1)], dim=1)
     indices = indices + torch.arange(0, pre.shape[1], size, device=pre.device)
     values = pre.gather(1, indices)
-    return TopK(values.relu() if relu else values, indices)
+    return TopKResult(values.relu() if relu else values, indices)
 
 
-def _keep_maxima(product: Product, k: int, relu: bool) -> Kept:
+def _keep_maxima(product: Product, k: int, relu: bool) -> SelectedPre:
     """Take the maxima of the product in chunks of rows that share one workspace."""
     batch, bias = len(product.x), product.bias
     values = torch.empty(batch, k, dtype=bias.dtype, device=bias.device)
     indices = torch.empty(batch, k, dtype=torch.int64, device=bias.device)
     for rows, pre in product.chunks():
         values[rows], indices[rows] = _maxima(pre, k)
-    return Kept(values.relu_() if relu else values, indices)
+    return SelectedPre(values.relu_() if relu else values, indices)
 
 
 def encode_group_max(
@@ -222,7 +224,7 @@ def encode_group_max(
     b_in: Float[Tensor, " d_in"] | None = None,
     relu: bool = True,
     backend: str | None = None,
-) -> TopK:
+) -> TopKResult:
     """Encode and keep the largest pre-activation of each of k groups, without storing them all.
 
     The arithmetic, gradients and dtypes are those of `encode_topk`, and so are the arguments; k is
@@ -242,9 +244,9 @@ def encode_group_max(
     name = choose(x, backend)
     if name == "reference":
         return encode_group_max_reference(x, enc_rows, b_enc, k, b_in=b_in, relu=relu)
-    rule = Rule(partial(_keep_maxima, k=k, relu=relu), relu, name)
-    found = Encode.apply(x, enc_rows, b_enc, b_in, rule)
-    return TopK(found[0], found[1])
+    rule = SelectionRule(partial(_keep_maxima, k=k, relu=relu), relu, name)
+    result = Encode.apply(x, enc_rows, b_enc, b_in, rule)
+    return TopKResult(result[0], result[1])
 
 
 @torch.library.custom_op("sae_kernels::encode", mutates_args=())
@@ -259,8 +261,8 @@ def _encode_op(  # noqa: PLR0913  (an operator takes each tensor and number as i
     low: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(x.device.type, low, enabled=low != x.dtype):
-        found = encode_topk(x, enc_rows, b_enc, k, b_in=b_in, relu=relu, backend=backend)
-    return found.values, found.indices
+        result = encode_topk(x, enc_rows, b_enc, k, b_in=b_in, relu=relu, backend=backend)
+    return result.values, result.indices
 
 
 @_encode_op.register_fake
@@ -282,8 +284,10 @@ def _encode_grads_op(  # noqa: PLR0913
     backend: str | None,
     needs: list[bool],
 ) -> list[Tensor]:
-    rule = Rule(lambda _: Kept(values, indices), relu, choose(x, backend))
-    grads = encoder_grads(d_values, (x, enc_rows, b_in), Kept(values, indices), rule, tuple(needs))
+    rule = SelectionRule(lambda _: SelectedPre(values, indices), relu, choose(x, backend))
+    grads = encoder_grads(
+        d_values, (x, enc_rows, b_in), SelectedPre(values, indices), rule, tuple(needs)
+    )
     pairs = zip(grads, needs, strict=True)
     return [x.new_empty(0) if g is None or not need else g for g, need in pairs]
 
@@ -320,6 +324,6 @@ def _compiled_encode(
     k: int,
     relu: bool,
     backend: str | None,
-) -> TopK:
+) -> TopKResult:
     """Encode by an operator, in the product's dtype of where it is called."""
-    return TopK(*_encode_op(x, enc_rows, b_enc, b_in, k, relu, backend, product_dtype(x)))
+    return TopKResult(*_encode_op(x, enc_rows, b_enc, b_in, k, relu, backend, product_dtype(x)))

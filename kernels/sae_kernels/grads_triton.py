@@ -76,11 +76,11 @@ def _segments_kernel(
     for left in range(tl.program_id(1) * WIDTH, width, tl.num_programs(1) * WIDTH):
         column = left + tl.arange(0, WIDTH)
         inside = column < width
-        found = tl.load(
+        result = tl.load(
             rows + row[:, None] * width + column[None, :],
             mask=given[:, None] & inside[None, :], other=0.0,
         )  # fmt: skip
-        total = _weighted_segments(latent, weight, found, PRECISION, UPCAST)
+        total = _weighted_segments(latent, weight, result, PRECISION, UPCAST)
         place = column[None, :]
         tl.store(out + destination[:, None] + place, total, mask=to_out[:, None] & inside[None, :])
         tl.store(

@@ -61,8 +61,8 @@ def sparse_decode_mse_reference(
     dtype = accumulator(dec_rows.dtype)
     x_hat, errors = target, []
     for end in ends:
-        kept = values.to(dec_rows.dtype) * (indices < end)
-        x_hat = (kept[:, :, None] * dec_rows[indices.long()]).sum(1)
+        prefix_values = values.to(dec_rows.dtype) * (indices < end)
+        x_hat = (prefix_values[:, :, None] * dec_rows[indices.long()]).sum(1)
         x_hat = x_hat if b_dec is None else x_hat + b_dec
         errors.append((x_hat.to(dtype) - target.to(dtype)).square().sum(1))
     row_loss = torch.stack(errors, 1)

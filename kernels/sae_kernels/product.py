@@ -22,7 +22,7 @@ WORKSPACE_BYTES = 1 << 25
 LARGER_WORKSPACE = 8
 
 
-class Kept(NamedTuple):
+class SelectedPre(NamedTuple):
     """What was kept of the pre-activations: (batch, k), or (entry,) with a row pointer."""
 
     values: Float[Tensor, "batch k"] | Float[Tensor, " entry"]
@@ -101,10 +101,10 @@ def check_encoder(
     check_shape("b_in", b_in, d_in)
 
 
-class Rule(NamedTuple):
+class SelectionRule(NamedTuple):
     """What is kept of a product, and how the kept values are differentiated."""
 
-    keep: Callable[[Product], Kept]
+    keep: Callable[[Product], SelectedPre]
     relu: bool
     backend: Backend
 
@@ -119,18 +119,18 @@ class Encode(torch.autograd.Function):
         enc_rows: Float[Tensor, "d_sae d_in"],
         b_enc: Float[Tensor, " d_sae"],
         b_in: Float[Tensor, " d_in"] | None,
-        rule: Rule,
-    ) -> Kept:
+        rule: SelectionRule,
+    ) -> SelectedPre:
         """Multiply in the dtype of the product, without autocast inside."""
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             rows = enc_rows.to(dtype)
             product = Product(centre(x, b_in).to(dtype), rows, b_enc.to(accumulator(dtype)))
-            kept = rule.keep(product)
-        ctx.save_for_backward(x, enc_rows, b_in, *kept)
+            selected = rule.keep(product)
+        ctx.save_for_backward(x, enc_rows, b_in, *selected)
         ctx.rule = rule
-        ctx.mark_non_differentiable(*(t for t in kept[1:] if t is not None))
-        return kept
+        ctx.mark_non_differentiable(*(t for t in selected[1:] if t is not None))
+        return selected
 
     @staticmethod
     @once_differentiable
@@ -138,9 +138,13 @@ class Encode(torch.autograd.Function):
         ctx: Any, d_values: Float[Tensor, "..."], *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Sum over the kept entries alone."""
-        x, enc_rows, b_in, *kept = ctx.saved_tensors
+        x, enc_rows, b_in, *selected = ctx.saved_tensors
         grads = encoder_grads(
-            d_values, (x, enc_rows, b_in), Kept(*kept), ctx.rule, ctx.needs_input_grad[:4]
+            d_values,
+            (x, enc_rows, b_in),
+            SelectedPre(*selected),
+            ctx.rule,
+            ctx.needs_input_grad[:4],
         )
         return *grads, None
 
@@ -148,12 +152,12 @@ class Encode(torch.autograd.Function):
 def encoder_grads(
     d_values: Float[Tensor, "..."],
     encoder: tuple[Tensor, Tensor, Tensor | None],
-    kept: Kept,
-    rule: Rule,
+    selected: SelectedPre,
+    rule: SelectionRule,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x, enc_rows, b_enc and b_in that `needs` asks for, else None."""
-    (x, enc_rows, b_in), (values, indices, row_ptr) = encoder, kept
+    (x, enc_rows, b_in), (values, indices, row_ptr) = encoder, selected
     needs_x, needs_rows, _, needs_b_in = needs
     if rule.relu:  # a NaN keeps its gradient, as in torch.relu
         d_values = d_values.masked_fill(values <= 0, 0.0)

@@ -85,12 +85,12 @@ def _dots(
     for block, (low, high) in enumerate(pairwise(bounds)):
         part, first = latents[low:high], block * n_block
         if len(part) < n_block:  # rather each pair's row by itself
-            found, bags = rows[part], torch.arange(len(part))
+            result, bags = rows[part], torch.arange(len(part))
         else:
-            found, bags = rows[first : first + n_block], part - first
+            result, bags = rows[first : first + n_block], part - first
         if len(part):
             dots[low:high] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                _padded(found), x, places[low:high], none, bags, 0
+                _padded(result), x, places[low:high], none, bags, 0
             )
     return dots
 
@@ -286,12 +286,12 @@ def certified_topk(product: Product, k: int, screen: Screen) -> CertifiedTopK:
     for step, name in enumerate(screens):
         left = product if step == 0 else product._replace(x=product.x[todo])
         screened = _screen(left, k, name)
-        found = _best(left, screened.candidates, k)
-        certified = found[0].amin(1) > screened.limit
+        result = _best(left, screened.candidates, k)
+        certified = result[0].amin(1) > screened.limit
         if step == 0:
-            values, indices = found
+            values, indices = result
         else:
-            values[todo], indices[todo] = found
+            values[todo], indices[todo] = result
         todo = todo[~certified]
         n_fallback = len(todo) if step == 0 else n_fallback
         if not len(todo):

@@ -26,7 +26,7 @@ COLUMN_BITS = 29  # what float64 has beyond the 23 mantissa bits of float32
 HEAP_RATIO = 64  # torch.topk keeps a heap, and is fast, where a row is this many times k
 
 
-class TopK(NamedTuple):
+class TopKResult(NamedTuple):
     """The k largest pre-activations of each row, and the latents that they belong to."""
 
     values: Float[Tensor, "batch k"]
@@ -35,14 +35,14 @@ class TopK(NamedTuple):
 
 def topk_select_reference(
     pre: Float[Tensor, "batch d_sae"], k: int, *, relu: bool = True, sorted: bool = False
-) -> TopK:
+) -> TopKResult:
     """Take the first k of a stable descending sort; + 0.0 for sorts that tell -0 from +0."""
     order = torch.sort(pre.detach() + 0.0, dim=1, descending=True, stable=True).indices
     indices = order[:, :k]
     if not sorted:
         indices = indices.sort(dim=1).values
     values = pre.gather(1, indices)
-    return TopK(values.relu() if relu else values, indices)
+    return TopKResult(values.relu() if relu else values, indices)
 
 
 class _Pick(NamedTuple):
@@ -88,11 +88,13 @@ def _pick(v: Float[Tensor, "batch d_sae"], k: int) -> _Pick:
         return _pick_directly(v, k)
     n_groups = n // size
     groups = v.unflatten(1, (size, n_groups))  # (batch, size, n_groups); members are n_groups apart
-    kept = _pick(groups.amax(1), k)
-    members = groups.gather(2, kept.indices[:, None, :].expand(-1, size, -1))  # (batch, size, k)
+    best_groups = _pick(groups.amax(1), k)
+    members = groups.gather(
+        2, best_groups.indices[:, None, :].expand(-1, size, -1)
+    )  # (batch, size, k)
     best = _pick_directly(members.flatten(1), k)
-    indices = kept.indices.gather(1, best.indices % k) + best.indices // k * n_groups
-    return _Pick(indices, best.smallest, torch.maximum(best.left_out, kept.left_out))
+    indices = best_groups.indices.gather(1, best.indices % k) + best.indices // k * n_groups
+    return _Pick(indices, best.smallest, torch.maximum(best.left_out, best_groups.left_out))
 
 
 def _settle(
@@ -141,7 +143,7 @@ def _select(v: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]:
 
 def _topk_select_torch(
     pre: Float[Tensor, "batch d_sae"], k: int, relu: bool, by_value: bool
-) -> TopK:
+) -> TopKResult:
     batch, d_sae = pre.shape
     n_rows = max(1, CHUNK // d_sae)
     indices = torch.empty(batch, k, dtype=torch.int64, device=pre.device)
@@ -152,19 +154,19 @@ def _topk_select_torch(
     if by_value:
         order = torch.sort(values.detach() + 0.0, dim=1, descending=True, stable=True).indices
         values, indices = values.gather(1, order), indices.gather(1, order)
-    return TopK(values.relu() if relu else values, indices)
+    return TopKResult(values.relu() if relu else values, indices)
 
 
 def _topk_select_triton(
     pre: Float[Tensor, "batch d_sae"], k: int, relu: bool, by_value: bool
-) -> TopK:
+) -> TopKResult:
     from sae_kernels import select_triton
 
     values, indices = select_triton.topk_select(pre.detach().contiguous(), k, relu, by_value)
     if pre.requires_grad and torch.is_grad_enabled():  # the same values again, by way of `pre`
         values = pre.gather(1, indices)
         values = values.relu() if relu else values
-    return TopK(values, indices)
+    return TopKResult(values, indices)
 
 
 def topk_select(
@@ -174,7 +176,7 @@ def topk_select(
     relu: bool = True,
     sorted: bool = False,
     backend: str | None = None,
-) -> TopK:
+) -> TopKResult:
     """Take the k largest of each row: value descending, on equal values index ascending.
 
     -0 equals +0; NaN is larger than every number. The values carry a gradient to `pre`, the
@@ -217,8 +219,10 @@ def _(pre: Tensor, k: int, *_: Any) -> Tensor:
     return pre.new_empty(pre.shape[0], k, dtype=torch.int64)
 
 
-def _compiled_select(pre: Tensor, k: int, relu: bool, by_value: bool, backend: str | None) -> TopK:
+def _compiled_select(
+    pre: Tensor, k: int, relu: bool, by_value: bool, backend: str | None
+) -> TopKResult:
     """Select by an operator, and gather the values, which has a gradient."""
     indices = _select_op(pre.detach(), k, by_value, backend)
     values = pre.gather(1, indices)
-    return TopK(values.relu() if relu else values, indices)
+    return TopKResult(values.relu() if relu else values, indices)

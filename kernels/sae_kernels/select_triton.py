@@ -58,13 +58,13 @@ def _load_keys(
 
     With BIAS the floats are float32 themselves, and are added to the bias of their columns.
     """
-    found = tl.load(source + column, mask=mask, other=0)
+    result = tl.load(source + column, mask=mask, other=0)
     if BIAS:
-        found += tl.load(bias + column, mask=mask, other=0.0)
-        found = found.to(tl.int32, bitcast=True)
+        result += tl.load(bias + column, mask=mask, other=0.0)
+        result = result.to(tl.int32, bitcast=True)
     if INFINITY > 0:
-        found = order_key(found, BITS, INFINITY)
-    return tl.where(mask, found, -(1 << (BITS - 1)))
+        result = order_key(result, BITS, INFINITY)
+    return tl.where(mask, result, -(1 << (BITS - 1)))
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _pick_kernel(
         tl.store(values + row * k + position, _bits_of(shown, BITS), mask=picked)
 
 
-class Source(NamedTuple):
+class TopKRows(NamedTuple):
     """Rows of which the largest are wanted, in the form that the kernels read."""
 
     rows: Shaped[Tensor, "batch d_sae"]
@@ -147,17 +147,17 @@ class Source(NamedTuple):
 
 def source_of(
     pre: Float[Tensor, "batch d_sae"], bias: Float[Tensor, " d_sae"] | None = None
-) -> Source:
+) -> TopKRows:
     """Describe contiguous pre-activations, to which a float32 bias may still have to be added."""
     bits, infinity = FLOATS[pre.dtype]
-    return Source(pre if bias is not None else _as_integers(pre), bits, infinity, bias)
+    return TopKRows(pre if bias is not None else _as_integers(pre), bits, infinity, bias)
 
 
 def _as_integers(floats: Float[Tensor, "batch d_sae"]) -> Int[Tensor, "batch d_sae"]:
     return floats.view(torch.int32 if floats.itemsize == 4 else torch.int16)
 
 
-def group_maxima(source: Source, size: int) -> Int[Tensor, "batch group"]:
+def group_maxima(source: TopKRows, size: int) -> Int[Tensor, "batch group"]:
     """Return the largest key of each group of `size` neighbours (a power of two), as int32."""
     batch, n = source.rows.shape
     n_groups = -(-n // size)
@@ -172,7 +172,7 @@ def group_maxima(source: Source, size: int) -> Int[Tensor, "batch group"]:
 
 
 def pick(
-    source: Source,
+    source: TopKRows,
     k: int,
     indices: Int[Tensor, "batch k"],
     values: Float[Tensor, "batch k"] | None = None,
@@ -200,7 +200,7 @@ def pick(
     if size:
         maxima = group_maxima(source, size) if maxima is None else maxima
         groups = torch.empty(batch, k, dtype=torch.int32, device=indices.device)
-        pick(Source(maxima, source.bits, 0), k, groups)
+        pick(TopKRows(maxima, source.bits, 0), k, groups)
     block = blocks.picker(k * size or n)
     _pick_kernel[batch,](
         source.rows, n, indices if source.bias is None else source.bias, groups,
@@ -211,7 +211,7 @@ def pick(
 
 
 def _sort(
-    source: Source,
+    source: TopKRows,
     k: int,
     indices: Int[Tensor, "batch k"],
     values: Float[Tensor, "batch k"],
@@ -221,8 +221,8 @@ def _sort(
     floats = source.rows.view(values.dtype) if source.bias is None else source.rows + source.bias
     order = torch.sort(floats + 0.0, dim=1, descending=True, stable=True).indices
     indices.copy_(order[:, :k].sort(dim=1).values)
-    found = floats.gather(1, indices.long())
-    values.copy_(found.relu() if relu else found)
+    result = floats.gather(1, indices.long())
+    values.copy_(result.relu() if relu else result)
 
 
 def topk_select(

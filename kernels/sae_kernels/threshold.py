@@ -14,7 +14,14 @@ from torch import Tensor
 
 from sae_kernels.grads import accumulator
 from sae_kernels.launch import Backend, check_floating, check_k, check_shape, choose
-from sae_kernels.product import Encode, Kept, Product, Rule, check_encoder, dense_pre
+from sae_kernels.product import (
+    Encode,
+    Product,
+    SelectedPre,
+    SelectionRule,
+    check_encoder,
+    dense_pre,
+)
 from sae_kernels.select import topk_select
 
 
@@ -45,17 +52,17 @@ def _passing(
     return (~(pre <= threshold)).flatten().nonzero().squeeze(1)
 
 
-def _keep_passing(product: Product, threshold: Float[Tensor, "*d_sae"]) -> Kept:
+def _keep_passing(product: Product, threshold: Float[Tensor, "*d_sae"]) -> SelectedPre:
     parts = [_csr(pre, _passing(pre, threshold), False) for _, pre in product.chunks()]
     return _joined(parts, product)
 
 
-def _joined(parts: list[Csr], product: Product) -> Kept:
+def _joined(parts: list[Csr], product: Product) -> SelectedPre:
     """Put the chunks' entries behind each other."""
     bias = product.bias
     lengths = [part.row_ptr.diff() for part in parts]
     none = torch.zeros(0, dtype=torch.int64, device=bias.device)
-    return Kept(
+    return SelectedPre(
         torch.cat([bias[:0], *(part.values for part in parts)]),
         torch.cat([none, *(part.indices for part in parts)]),
         _bounds(torch.cat([none, *lengths])),
@@ -103,14 +110,16 @@ def encode_threshold(
     if name == "reference":
         pre = dense_pre(x, enc_rows, b_enc, b_in)
         return _csr(pre, _passing(pre.detach(), limit), False)
-    rule = Rule(partial(_keep_passing, threshold=limit), False, name)
+    rule = SelectionRule(partial(_keep_passing, threshold=limit), False, name)
     return Csr(*Encode.apply(x, enc_rows, b_enc, b_in, rule))
 
 
-def _best(pre: Float[Tensor, "batch d_sae"], n_kept: int, backend: Backend) -> Int[Tensor, " k"]:
-    """Name the n_kept largest by their places in the flattened `pre`, which settle ties."""
+def _best(
+    pre: Float[Tensor, "batch d_sae"], n_selected: int, backend: Backend
+) -> Int[Tensor, " k"]:
+    """Name the n_selected largest by their places in the flattened `pre`, which settle ties."""
     backend = "reference" if backend == "reference" else "torch"
-    return topk_select(pre.detach().reshape(1, -1), n_kept, backend=backend).indices[0]
+    return topk_select(pre.detach().reshape(1, -1), n_selected, backend=backend).indices[0]
 
 
 def batch_topk(
@@ -147,7 +156,7 @@ def batch_topk(
     return _csr(pre, _best(pre, k * len(pre), name), relu)
 
 
-class _Found(NamedTuple):
+class _BestEntries(NamedTuple):
     """The best entries so far, by row and latent."""
 
     values: Float[Tensor, " entry"]
@@ -155,29 +164,29 @@ class _Found(NamedTuple):
     indices: Int[Tensor, " entry"]
 
 
-def _keep_batch_topk(product: Product, k: int, relu: bool, backend: Backend) -> Kept:
+def _keep_batch_topk(product: Product, k: int, relu: bool, backend: Backend) -> SelectedPre:
     """Keep the best of the batch so far; a later chunk adds only what is above the worst of them.
 
     An equal value of a later row loses, so that nothing else can belong to the answer.
     """
-    n_kept, bias = k * len(product.x), product.bias
+    n_selected, bias = k * len(product.x), product.bias
     none = torch.zeros(0, dtype=torch.int64, device=bias.device)
-    best, worst = _Found(bias[:0], none, none), -math.inf
+    best, worst = _BestEntries(bias[:0], none, none), -math.inf
     for rows, pre in product.chunks():
-        full = len(best.values) == n_kept
+        full = len(best.values) == n_selected
         flat = (~(pre <= worst)).flatten().nonzero().squeeze(1) if full else None
         if flat is None:
-            flat = _best(pre, min(n_kept, pre.numel()), backend)
+            flat = _best(pre, min(n_selected, pre.numel()), backend)
         new = pre.flatten().index_select(0, flat)
-        found = _Found(new, flat // len(bias) + rows.start, flat % len(bias))
-        best = _Found(*(torch.cat(pair) for pair in zip(best, found, strict=True)))
-        if len(best.values) > n_kept:
-            picked = _best(best.values[None], n_kept, backend)
-            best = _Found(*(part[picked] for part in best))
+        result = _BestEntries(new, flat // len(bias) + rows.start, flat % len(bias))
+        best = _BestEntries(*(torch.cat(pair) for pair in zip(best, result, strict=True)))
+        if len(best.values) > n_selected:
+            picked = _best(best.values[None], n_selected, backend)
+            best = _BestEntries(*(part[picked] for part in best))
         # NaN is above every number, so it is no bound
         worst = float(best.values.nan_to_num(math.inf, math.inf, -math.inf).min())
     lengths = torch.bincount(best.rows, minlength=len(product.x))
-    return Kept(best.values.relu() if relu else best.values, best.indices, _bounds(lengths))
+    return SelectedPre(best.values.relu() if relu else best.values, best.indices, _bounds(lengths))
 
 
 def encode_batch_topk(
@@ -207,5 +216,5 @@ def encode_batch_topk(
     name = choose(x, backend)
     if name == "reference":
         return batch_topk(dense_pre(x, enc_rows, b_enc, b_in), k, relu=relu, backend=name)
-    rule = Rule(partial(_keep_batch_topk, k=k, relu=relu, backend=name), relu, name)
+    rule = SelectionRule(partial(_keep_batch_topk, k=k, relu=relu, backend=name), relu, name)
     return Csr(*Encode.apply(x, enc_rows, b_enc, b_in, rule))

@@ -5,38 +5,45 @@
 so the names are imported directly.
 """
 
-from sae.browser.latent import Attribution, Example, Explanation, Image, Latent, Score
+from sae.browser.latent import (
+    Example,
+    Image,
+    Latent,
+    ShownAttribution,
+    ShownExplanation,
+    ShownScore,
+)
 from sae.browser.site import (
     Column,
-    Comparison,
     Completeness,
     Curve,
     Dictionary,
     Histogram,
-    Layout,
     Map,
+    PlaneMap,
     ResultTable,
+    ShownComparison,
     Site,
     SteeringExample,
 )
 from sae.browser.write import write_site
 
 __all__ = [
-    "Attribution",
     "Column",
-    "Comparison",
     "Completeness",
     "Curve",
     "Dictionary",
     "Example",
-    "Explanation",
     "Histogram",
     "Image",
     "Latent",
-    "Layout",
     "Map",
+    "PlaneMap",
     "ResultTable",
-    "Score",
+    "ShownAttribution",
+    "ShownComparison",
+    "ShownExplanation",
+    "ShownScore",
     "Site",
     "SteeringExample",
     "write_site",

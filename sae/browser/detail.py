@@ -1,17 +1,64 @@
 """The data files of one dictionary: its table, its search lines, and its latents in groups.
 
-Tokens and sources of a group stand once, in its table of strings, the most frequent first.
+Tokens and sources of a group stand once, in its table of strings, the most frequent first. A file
+is one statement of JavaScript that hands a JSON text over: pages opened from a disk may load
+scripts and nothing else. The JSON stands in a string: it is parsed as JSON, in which no key has a
+meaning, and faster than a program.
 """
 
+import binascii
+import json
 import math
+import re
+import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
 from sae.browser.latent import STATUSES, Example, Latent
-from sae.browser.script import f32, short, u8
 from sae.browser.site import Column
+
+# Characters that end a string or a script element, turn the direction of the text around them, or
+# cannot be written as UTF-8. In JSON they stand in strings only, so each may be escaped.
+_UNSAFE = re.compile(
+    "['<>&\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
+
+
+def script(key: str, value: object) -> str:
+    """The text of the file `data/KEY.js`."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text).replace("\\", "\\\\")
+    return f"MONOSEMA.put({json.dumps(key)},'{text}')\n"
+
+
+def short(value: float | None) -> float | None:
+    """Five digits: more than the browser shows."""
+    return None if value is None else float(f"{value:.5g}")
+
+
+def f32(values: Iterable[float | int]) -> str:
+    """Base64 of 32-bit floats, little-endian."""
+    return _base64(array("f", values))
+
+
+def i32(values: Iterable[int]) -> str:
+    """Base64 of 32-bit integers, little-endian."""
+    return _base64(array("i", values))
+
+
+def u8(values: Iterable[int]) -> str:
+    """Base64 of bytes."""
+    return _base64(array("B", values))
+
+
+def _base64(numbers: array) -> str:
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return binascii.b2a_base64(numbers.tobytes(), newline=False).decode("ascii")
+
 
 LATENTS_PER_FILE = 64
 LATENTS_PER_TABLE = 65_536
@@ -38,7 +85,7 @@ def row(latent: Latent, columns: Sequence[Column]) -> Row:
 
 
 def _line(latent: Latent) -> str:
-    said = [latent.label, *(found.text for found in latent.explanations)]
+    said = [latent.label, *(result.text for result in latent.explanations)]
     said += [text for text, _ in (*latent.words, *latent.promoted)]
     said += {e.tokens[e.peak]: None for e in latent.examples if e.tokens}
     said += {e.image.name: None for e in latent.examples if e.image}
@@ -88,15 +135,15 @@ def _strings(latents: Iterable[Latent]) -> dict[str, int]:
 
 
 def _latent(latent: Latent, strings: dict[str, int]) -> dict[str, object]:
-    def tokens(found: Iterable[tuple[str, float | None]]) -> list:
-        return [(strings[text], short(logit)) for text, logit in found]
+    def tokens(result: Iterable[tuple[str, float | None]]) -> list:
+        return [(strings[text], short(logit)) for text, logit in result]
 
     return {
         "latent": latent.number,
         "status": latent.status,
         "label": latent.label,
         "label_kind": latent.label_kind,
-        "explanations": [asdict(found) for found in latent.explanations],
+        "explanations": [asdict(result) for result in latent.explanations],
         "scores": [asdict(score) for score in latent.scores],
         "density": short(latent.density),
         "max_activation": short(latent.max_activation),
@@ -110,13 +157,13 @@ def _latent(latent: Latent, strings: dict[str, int]) -> dict[str, object]:
         "cofiring": [(number, short(share), n) for number, share, n in latent.cofiring],
         "attributions": [
             {
-                "tokens": [strings[token] for token in found.tokens],
-                "values": [short(value) for value in found.values],
-                "target": strings[found.target],
-                "effect": short(found.effect),
-                "note": found.note,
+                "tokens": [strings[token] for token in result.tokens],
+                "values": [short(value) for value in result.values],
+                "target": strings[result.target],
+                "effect": short(result.effect),
+                "note": result.note,
             }
-            for found in latent.attributions
+            for result in latent.attributions
         ],
         "command": latent.command,
     }

@@ -4,12 +4,45 @@ Every number is a Python int or float, every text a str; texts are shown exactly
 markup. A part that does not fit together is refused with ValueError before anything is written.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from activations_cache.checks import require
-from sae.browser.checks import require_finite, require_fraction, require_length, require_numbers
+
+
+def require_finite(field: str, values: Sequence[float | int]) -> None:
+    """Refuse a value that is not finite or below 0."""
+    if values and min(values) >= 0 and math.isfinite(sum(values)):
+        return
+    bad = next((value for value in values if not math.isfinite(value) or value < 0), None)
+    require(bad is None, field, "be finite and at least 0", bad)
+
+
+def require_numbers(field: str, values: Sequence[float | int]) -> None:
+    """Refuse a value that is not finite."""
+    bad = next((value for value in values if not math.isfinite(value)), None)
+    require(bad is None, field, "be finite", bad)
+
+
+def require_fraction(field: str, value: float | None) -> None:
+    """Refuse what is no share."""
+    require(value is None or 0 <= value <= 1, field, "lie between 0 and 1", value)
+
+
+def require_unique(field: str, values: Iterable[object]) -> None:
+    """Refuse what comes twice."""
+    seen: set[object] = set()
+    for value in values:
+        require(value not in seen, field, "be unique", value)
+        seen.add(value)
+
+
+def require_length(field: str, values: Sequence[object], n: int, per: str) -> None:
+    """Refuse a sequence that does not fit to another."""
+    require(len(values) == n, field, f"have one value per {per} ({n})", len(values))
+
 
 Status = Literal["dead", "insufficient", "scored", "live"]
 """Dead; live but too rare to be scored; scored; live and nobody scored it."""
@@ -70,7 +103,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Score:
+class ShownScore:
     """How good a label is by one measure."""
 
     name: str
@@ -98,7 +131,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class ShownExplanation:
     """A further explanation of a latent."""
 
     text: str
@@ -108,7 +141,7 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Attribution:
+class ShownAttribution:
     """How much each token's firing of the latent did for an output of the model."""
 
     tokens: tuple[str, ...]
@@ -147,9 +180,9 @@ class Latent:
     """Which explainer made the label, such as "word" or "supersense"."""
     figures: Mapping[str, float | None] = field(default_factory=dict)
     """Figures for the table by the id of their column."""
-    explanations: tuple[Explanation, ...] = ()
+    explanations: tuple[ShownExplanation, ...] = ()
     """Further explanations."""
-    scores: tuple[Score, ...] = ()
+    scores: tuple[ShownScore, ...] = ()
     """Scores of the label, and their controls."""
     histogram: tuple[int, ...] = ()
     """Counts of its activations (zeros left out) in equal steps from 0 to max_activation."""
@@ -165,7 +198,7 @@ class Latent:
     """Latents with the most similar directions, each with its cosine."""
     cofiring: tuple[tuple[int, float, int], ...] = ()
     """Latents that fire on the same rows: number, Jaccard index, rows on which both fire."""
-    attributions: tuple[Attribution, ...] = ()
+    attributions: tuple[ShownAttribution, ...] = ()
     """Attribution examples."""
     command: str = ""
     """The command that steers the model by it."""

@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, quote, unquote
 
 from activations_cache import seals
 from activations_cache.checks import DamagedFileError, MonosemaError, require
-from sae.browser.script import script
+from sae.browser.detail import script
 from sae.browser.write import INDEX, POLICY
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -43,7 +43,7 @@ _SECONDS = 30
 
 
 @dataclass(frozen=True)
-class Reading:
+class TextReading:
     """A text as a dictionary sees it."""
 
     tokens: tuple[str, ...]
@@ -54,12 +54,12 @@ class Reading:
     """First tokens on which the dictionary was not trained; nothing is said of them."""
 
 
-Reader = Callable[[str, str], Reading]
+Reader = Callable[[str, str], TextReading]
 """From the name of a dictionary and a text; ValueError says what is wrong with the text."""
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptView:
     """The view in which a text is read."""
 
     read: Reader
@@ -91,7 +91,7 @@ class BrowserServer(ThreadingHTTPServer):
         port: int = 0,
         *,
         token: str | None = None,
-        prompts: Prompts | None = None,
+        prompts: PromptView | None = None,
     ) -> None:
         """Listen; `serve_forever` answers."""
         if not (folder / INDEX).is_file():
@@ -124,7 +124,7 @@ class BrowserServer(ThreadingHTTPServer):
         asked = "" if self.token is None else f"?token={quote(self.token, safe='')}"
         return f"http://{name}:{self.server_address[1]}/{asked}"
 
-    def is_own(self, host: str) -> bool:
+    def is_ours(self, host: str) -> bool:
         """Whether a request's Host is an address of this server, not a name that was bent to it."""
         name, _, port = host.rpartition(":") if not host.endswith("]") else (host, "", "80")
         if not name:
@@ -174,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check(self) -> None:
         hosts = self.headers.get_all("Host", [])
-        if len(hosts) != 1 or not self.server.is_own(hosts[0]):
+        if len(hosts) != 1 or not self.server.is_ours(hosts[0]):
             raise _Refused(HTTPStatus.FORBIDDEN, "host must be this server's address")
         if self.server.token is not None and not self._knows(self.server.token):
             raise _Refused(HTTPStatus.UNAUTHORIZED, "open the address that `sae browse` printed")
@@ -215,8 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _abilities(self) -> str:
         prompts = self.server.prompts
         ids = list(prompts.names) if prompts else []
-        found = {"prompt": bool(ids), "dictionaries": ids, "max_chars": MAX_CHARS}
-        return script("server", found)
+        results = {"prompt": bool(ids), "dictionaries": ids, "max_chars": MAX_CHARS}
+        return script("server", results)
 
     def _file(self, path: str) -> Path:
         """The file of an address; whatever is no file of the folder does not exist."""
@@ -250,13 +250,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.server.reading.acquire(timeout=_SECONDS):
             raise _Refused(HTTPStatus.TOO_MANY_REQUESTS, "another text is being read; try again")
         try:
-            found = prompts.read(name, text)
+            result = prompts.read(name, text)
         except (ValueError, OSError) as error:
             line = " ".join(str(error).split())
             raise _Refused(HTTPStatus.BAD_REQUEST, line) from error
         finally:
             self.server.reading.release()
-        body = json.dumps(asdict(found)).encode()
+        body = json.dumps(asdict(result)).encode()
         self._send(HTTPStatus.OK, body, "application/json")
 
     def _send(self, status: HTTPStatus, body: bytes, kind: str, **headers: str) -> None:

@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from activations_cache.checks import require
-from sae.browser.checks import require_finite, require_length, require_numbers, require_unique
-from sae.browser.latent import Latent
+from sae.browser.latent import (
+    Latent,
+    require_finite,
+    require_length,
+    require_numbers,
+    require_unique,
+)
 
 DENSE_ABOVE = 0.1
 """A latent that fires on more than this share of the rows is called dense."""
@@ -89,7 +94,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlaneMap:
     """The latents of a dictionary as points of a plane."""
 
     name: str
@@ -109,7 +114,7 @@ class Layout:
 class Map:
     """Layouts of the latents, the one that is shown first at the front, and their clusters."""
 
-    layouts: tuple[Layout, ...]
+    layouts: tuple[PlaneMap, ...]
     """At least one."""
     clusters: tuple[str, ...] = ()
     """Names of clusters."""
@@ -201,7 +206,7 @@ class Dictionary:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ShownComparison:
     """Two dictionaries of the same stream side by side, by the cosine of their directions."""
 
     a: str
@@ -263,7 +268,7 @@ class Site:
     """Training curves."""
     steering: tuple[SteeringExample, ...] = ()
     """Examples of steering."""
-    comparisons: tuple[Comparison, ...] = ()
+    comparisons: tuple[ShownComparison, ...] = ()
     """Dictionaries side by side."""
     cautions: tuple[str, ...] = ()
     """What a reader must keep in mind, one sentence or two each."""
@@ -273,7 +278,7 @@ class Site:
     def __post_init__(self) -> None:
         by_name = {dictionary.name: dictionary for dictionary in self.dictionaries}
         require_unique("dictionaries' names", (d.name for d in self.dictionaries))
-        for found in self.comparisons:
-            for name, nearest in ((found.a, found.in_b), (found.b, found.in_a)):
+        for result in self.comparisons:
+            for name, nearest in ((result.a, result.in_b), (result.b, result.in_a)):
                 require(name in by_name, "a comparison's dictionary", "be one of them", name)
                 require_length("a comparison", nearest, by_name[name].d_sae, "latent")

@@ -18,10 +18,20 @@ from string import Template
 from activations_cache import io, seals
 from activations_cache.checks import MonosemaError, Progress, require, silent
 from sae.browser.detail import LATENTS_PER_FILE as SIZE
-from sae.browser.detail import LATENTS_PER_TABLE, Row, group, row, search, table
+from sae.browser.detail import (
+    LATENTS_PER_TABLE,
+    Row,
+    f32,
+    group,
+    i32,
+    row,
+    script,
+    search,
+    short,
+    table,
+)
 from sae.browser.latent import Latent
-from sae.browser.script import f32, i32, script, short
-from sae.browser.site import DENSE_ABOVE, Comparison, Curve, Dictionary, Map, Site
+from sae.browser.site import DENSE_ABOVE, Curve, Dictionary, Map, ShownComparison, Site
 
 FORMAT = 3
 POLICY = (
@@ -139,73 +149,73 @@ def _curve(curve: Curve) -> dict[str, object]:
     return {"name": curve.name, "steps": curve.steps, "metrics": metrics}
 
 
-def _dictionary(found: Dictionary, key: str, path: Path, progress: Progress) -> dict[str, object]:
-    parts = _write_latents(found, key, path, progress)
-    if found.map is not None:
-        _put(path, f"{key}/map", _points(found.map))
+def _dictionary(result: Dictionary, key: str, path: Path, progress: Progress) -> dict[str, object]:
+    parts = _write_latents(result, key, path, progress)
+    if result.map is not None:
+        _put(path, f"{key}/map", _points(result.map))
     columns = [
         {"id": "density", "name": "density", "kind": "share", "floor": None, "note": ""},
         {"id": "max_activation", "name": "max activation", "kind": "number", "floor": None,
          "note": ""},
-        *(asdict(column) for column in found.columns),
+        *(asdict(column) for column in result.columns),
     ]  # fmt: skip
     plain = ("name", "summary", "kind", "d_sae", "n_rows", "n_live", "n_dead", "n_dense", "facts")
     return {
         "id": key,
-        **{field: getattr(found, field) for field in plain},
+        **{field: getattr(result, field) for field in plain},
         "dense_above": DENSE_ABOVE,
         "columns": columns,
-        "density_histogram": found.density_histogram and asdict(found.density_histogram),
+        "density_histogram": result.density_histogram and asdict(result.density_histogram),
         "size": SIZE,
         "parts": parts,
         "table_size": LATENTS_PER_TABLE,
-        "n_tables": math.ceil(found.d_sae / LATENTS_PER_TABLE),
-        "map": found.map
+        "n_tables": math.ceil(result.d_sae / LATENTS_PER_TABLE),
+        "map": result.map
         and {
-            "layouts": [{"name": one.name, "note": one.note} for one in found.map.layouts],
-            "clusters": found.map.clusters,
+            "layouts": [{"name": one.name, "note": one.note} for one in result.map.layouts],
+            "clusters": result.map.clusters,
         },
-        "completeness": found.completeness and asdict(found.completeness),
+        "completeness": result.completeness and asdict(result.completeness),
     }
 
 
-def _points(found: Map) -> dict[str, object]:
-    cluster = i32(found.cluster) if found.clusters else None
-    layouts = [{"x": f32(one.x), "y": f32(one.y)} for one in found.layouts]
+def _points(result: Map) -> dict[str, object]:
+    cluster = i32(result.cluster) if result.clusters else None
+    layouts = [{"x": f32(one.x), "y": f32(one.y)} for one in result.layouts]
     return {"layouts": layouts, "cluster": cluster}
 
 
-def _write_latents(found: Dictionary, key: str, path: Path, progress: Progress) -> list[int]:
+def _write_latents(result: Dictionary, key: str, path: Path, progress: Progress) -> list[int]:
     """Write the latents, their table and its search lines; the numbers of the latents' files."""
-    tables = _Tables(found, key, path)
+    tables = _Tables(result, key, path)
     parts: list[int] = []
-    for part, members in groupby(_ascending(found), lambda latent: latent.number // SIZE):
+    for part, members in groupby(_ascending(result), lambda latent: latent.number // SIZE):
         latents = list(members)
         for latent in latents:
             tables.add(latent)
         _put(path, f"{key}/latents/{part}", group(part * SIZE, latents))
         parts.append(part)
-        progress(min((part + 1) * SIZE, found.d_sae), found.d_sae, "latents for the browser")
-    tables.finish(found.d_sae)
+        progress(min((part + 1) * SIZE, result.d_sae), result.d_sae, "latents for the browser")
+    tables.finish(result.d_sae)
     return parts
 
 
 class _Tables:
     """The rows of the part of the table that is being filled; full parts are on the disk."""
 
-    def __init__(self, found: Dictionary, key: str, path: Path) -> None:
-        self.found, self.key, self.path = found, key, path
-        self.absent = Row("", 0, (math.nan,) * (2 + len(found.columns)), "")
+    def __init__(self, result: Dictionary, key: str, path: Path) -> None:
+        self.dictionary, self.key, self.path = result, key, path
+        self.absent = Row("", 0, (math.nan,) * (2 + len(result.columns)), "")
         self.first = 0
         self.rows = self._empty()
 
     def _empty(self) -> list[Row]:
-        return [self.absent] * min(self.found.d_sae - self.first, LATENTS_PER_TABLE)
+        return [self.absent] * min(self.dictionary.d_sae - self.first, LATENTS_PER_TABLE)
 
     def add(self, latent: Latent) -> None:
         """Take the next latent."""
         self.finish(latent.number // LATENTS_PER_TABLE * LATENTS_PER_TABLE)
-        self.rows[latent.number - self.first] = row(latent, self.found.columns)
+        self.rows[latent.number - self.first] = row(latent, self.dictionary.columns)
 
     def finish(self, upto: int) -> None:
         """Write the parts that lie before a latent."""
@@ -217,20 +227,22 @@ class _Tables:
             self.rows = self._empty()
 
 
-def _ascending(found: Dictionary) -> Iterator[Latent]:
+def _ascending(result: Dictionary) -> Iterator[Latent]:
     last = -1
-    for latent in found.latents:
-        inside = last < latent.number < found.d_sae
-        rule = f"ascend and be below d_sae={found.d_sae}"
+    for latent in result.latents:
+        inside = last < latent.number < result.d_sae
+        rule = f"ascend and be below d_sae={result.d_sae}"
         require(inside, "latents' numbers", rule, latent.number)
         last = latent.number
         yield latent
 
 
-def _comparison(found: Comparison, key: str, ids: dict[str, str], path: Path) -> dict[str, object]:
-    sides: dict[str, object] = {"least": found.least, "chance": short(found.chance)}
-    for side, nearest in (("in_b", found.in_b), ("in_a", found.in_a)):
+def _comparison(
+    result: ShownComparison, key: str, ids: dict[str, str], path: Path
+) -> dict[str, object]:
+    sides: dict[str, object] = {"least": result.least, "chance": short(result.chance)}
+    for side, nearest in (("in_b", result.in_b), ("in_a", result.in_a)):
         sides[side] = i32(latent for latent, _ in nearest)
         sides[f"{side}_cosine"] = f32(cosine for _, cosine in nearest)
     _put(path, key, sides)
-    return {"id": key, "a": ids[found.a], "b": ids[found.b], "note": found.note}
+    return {"id": key, "a": ids[result.a], "b": ids[result.b], "note": result.note}

@@ -29,7 +29,7 @@ from activations_cache.checks import Progress as Report
 
 if TYPE_CHECKING:
     from sae.browser import ResultTable
-    from sae.run.context import Facts
+    from sae.run.context import FactTable
 
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -268,7 +268,7 @@ def _wrapped(heading: str, widest: int) -> str:
     return textwrap.fill(heading, max(widest, *map(len, heading.split()), 1))
 
 
-def facts(shown: "Facts") -> None:
+def facts(shown: "FactTable") -> None:
     """Print names and what they stand for, one below the other; long values wrap."""
     if _record is not None:
         _record.shown["facts"].append({

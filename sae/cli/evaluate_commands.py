@@ -1,4 +1,4 @@
-"""`sae evaluate` and `sae compare`; torch loads after the request is read."""
+"""`sae evaluate`, `sae compare` and `sae scaling`; torch loads after the request is read."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +10,11 @@ from sae.cli.request import ForceOption, refuse_without_cache, run_to
 
 if TYPE_CHECKING:
     from sae.run.measuring import MeasureRequest
+
+
+from sae.cli.request import ConfigArgument, Overrides, with_json
+from sae.config import config_file, load
+from sae.evaluate.config import ScalingConfig
 
 CacheOption = Annotated[
     str | None, typer.Option("--cache", metavar="CACHE", help="The cache they are measured on.")
@@ -114,15 +119,49 @@ def _request(
     probe: int,
     structure: bool,
 ) -> "MeasureRequest":
-    from sae.run.measuring import MeasureRequest, SplicedInto, Target
+    from sae.run.measuring import MeasureRequest, MeasureTarget, SplicedInto
 
     named = (target.rpartition("=") for target in targets)
     with_model, contexts, images = spliced
     return MeasureRequest(
-        tuple(Target(path, group=group) for group, _, path in named),
+        tuple(MeasureTarget(path, group=group) for group, _, path in named),
         cache,
         hook_point,
         SplicedInto(contexts, images) if with_model else None,
         probe,
         structure=structure,
     )
+
+
+app = typer.Typer(no_args_is_help=True, help="How the loss falls with width, rows, k and compute.")
+
+
+@app.command()
+@with_json
+def plan(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """List the runs of a grid that fits a compute budget, with what each costs."""
+    checked = load(ScalingConfig, config_file(config), overrides or [])
+    from sae.run.studies import plan_scaling
+
+    console.table("Runs", plan_scaling(checked))
+
+
+@app.command()
+@with_json
+def fit(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="RUNS...", help=".json, .jsonl, or outputs of `sae run`."),
+    ],
+    output: Annotated[str, typer.Option(help="Directory of the result.")] = "runs/scaling",
+    resamples: Annotated[int, typer.Option(min=20, help="Of the intervals.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
+) -> None:
+    """Fit the laws that finished runs allow; write figures and a picture."""
+    from sae.run.studies import fit_scaling
+
+    with console.step("fit") as progress:
+        fitted = fit_scaling(paths, output, resamples=resamples, seed=seed, progress=progress)
+    console.table("Scaling", fitted.table)
+    for warning in fitted.warnings:
+        console.say(f"[yellow]![/] {warning}")

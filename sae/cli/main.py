@@ -13,15 +13,13 @@ import typer
 from rich.markup import escape
 
 from sae.cli import console, troubles
-from sae.cli.browse_command import browse
 from sae.cli.cache_commands import app as cache_app
 from sae.cli.cache_commands import verify
+from sae.cli.evaluate_commands import app as scaling_app
 from sae.cli.evaluate_commands import compare, evaluate
-from sae.cli.explain_command import explain
+from sae.cli.latent_commands import browse, explain, find, steer
 from sae.cli.release_commands import convert, inspect, push, releases, verify_release
 from sae.cli.request import ConfigArgument, Overrides, run_to, with_json
-from sae.cli.scaling import app as scaling_app
-from sae.cli.steer_command import find, steer
 from sae.config import ConfigError, config_file
 from sae.config import recipes as recipe_lines
 

@@ -23,7 +23,7 @@ def inspect(
     allow_pt: AllowPt = False,
 ) -> None:
     """Print what a dictionary is and how it will be applied."""
-    from sae.run.inspection import inspect as inspect_dictionary
+    from sae.run.releases import inspect as inspect_dictionary
 
     console.facts(inspect_dictionary(path, format=format, allow_pt=allow_pt))
 
@@ -67,7 +67,7 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
 ) -> None:
     """Put a dictionary and a card on the Hugging Face hub, with the token of its own client."""
-    from sae.run.context import Facts
+    from sae.run.context import FactTable
     from sae.run.releases import push as push_dictionary
 
     pushed = push_dictionary(
@@ -75,7 +75,7 @@ def push(
         public=public,
     )  # fmt: skip
     files = [("file", name) for name in pushed.files]
-    console.facts(Facts("pushed", [("name", pushed.name), *files]))
+    console.facts(FactTable("pushed", [("name", pushed.name), *files]))
 
 
 def verify_release(  # noqa: PLR0913

@@ -85,7 +85,7 @@ def run_to(last: str, config: str, overrides: list[str] | None) -> None:
     checked = checked_config(RunConfig, config, overrides)
     from activations_cache.builder import rank_of_this_process
     from sae.run.context import Run
-    from sae.run.jobs import run_steps
+    from sae.run.pipeline import run_steps
 
     run = Run(checked)
     if rank_of_this_process()[0] > 0:
@@ -93,7 +93,7 @@ def run_to(last: str, config: str, overrides: list[str] | None) -> None:
         return
     began = time.monotonic()
     _do_steps(run, last)
-    from sae.run.jobs import result_of
+    from sae.run.pipeline import result_of
 
     result = result_of(run, last)
     console.table(checked.title, result.table)

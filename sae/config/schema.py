@@ -88,8 +88,8 @@ def kinds(annotation: Any) -> dict[str, type]:
 @functools.cache
 def implied(annotation: Any) -> str | None:
     """Return the kind that is meant where none is given, if there is one."""
-    found = (k for k, member in kinds(annotation).items() if getattr(member, "IMPLIED", False))
-    return next(found, None)
+    result = (k for k, member in kinds(annotation).items() if getattr(member, "IMPLIED", False))
+    return next(result, None)
 
 
 @functools.cache
@@ -230,15 +230,15 @@ def find_problems(nodes: Mapping[Keys, Node], error: ValidationError | None) -> 
         nodes: The values that the schema knows of, by their keys.
         error: What pydantic found; None if it found nothing.
     """
-    found = {keys: problem for keys, node in nodes.items() for problem in _of_kind(keys, node)}
+    results = {keys: problem for keys, node in nodes.items() for problem in _of_kind(keys, node)}
     for detail in [] if error is None else error.errors(include_url=False):
         keys = _locate(detail["loc"][1:], nodes)
         if keys is not None:
             problem = _translate(keys, detail, nodes)
-            found.setdefault(problem.keys, problem)
-    meant = {problem.meant for problem in found.values()}
-    kept = [problem for problem in found.values() if problem.keys not in meant]
-    return sorted(kept, key=lambda problem: _position(nodes[()].value, problem.keys))
+            results.setdefault(problem.keys, problem)
+    meant = {problem.meant for problem in results.values()}
+    problems_left = [problem for problem in results.values() if problem.keys not in meant]
+    return sorted(problems_left, key=lambda problem: _position(nodes[()].value, problem.keys))
 
 
 def dotted(keys: Keys) -> str:

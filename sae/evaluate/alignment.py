@@ -90,16 +90,16 @@ def permutation_null(
         raise MonosemaError(f"n_permutations must be at least 1, got {n_permutations}")
     pair = paired(x, y)
     value = measure(*pair)
-    found = torch.tensor(
+    result = torch.tensor(
         [
             measure(pair.x, pair.y[torch.randperm(len(x), generator=generator)])
             for _ in range(n_permutations)
         ],
         dtype=torch.float64,
     )
-    reached = 1 + int((found >= value).sum())
-    high = float(torch.quantile(found, 0.95))
-    return Null(value, float(found.mean()), high, reached / (1 + n_permutations))
+    reached = 1 + int((result >= value).sum())
+    high = float(torch.quantile(result, 0.95))
+    return Null(value, float(result.mean()), high, reached / (1 + n_permutations))
 
 
 def relative(
@@ -132,8 +132,8 @@ def sparse_relative(
     if not 1 <= k <= rows.shape[1]:
         raise MonosemaError(f"k must be in 1..{rows.shape[1]}, the number of anchors, got {k}")
     top = rows.clamp_min(0).topk(k, dim=1)
-    kept = torch.zeros_like(rows).scatter_(1, top.indices, top.values**power)
-    return torch.nn.functional.normalize(kept, dim=1, eps=torch.finfo(rows.dtype).tiny)
+    largest = torch.zeros_like(rows).scatter_(1, top.indices, top.values**power)
+    return torch.nn.functional.normalize(largest, dim=1, eps=torch.finfo(rows.dtype).tiny)
 
 
 def asif(
@@ -162,9 +162,9 @@ def asif(
         ValueError: If the anchors are not paired, or k is out of range.
     """
     paired(anchors_x, anchors_y)
-    own = sparse_relative(relative(x, anchors_x), k, power)
+    sparse_x = sparse_relative(relative(x, anchors_x), k, power)
     others = sparse_relative(relative(candidates, anchors_y), k, power)
-    return (own @ others.T).argmax(dim=1)
+    return (sparse_x @ others.T).argmax(dim=1)
 
 
 class Stitch(NamedTuple):

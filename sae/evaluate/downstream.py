@@ -38,7 +38,7 @@ class Images(NamedTuple):
     test_labels: Int[Tensor, " other"]
 
 
-class Place(NamedTuple):
+class ReplacedStream(NamedTuple):
     """Where a vision model's stream is replaced."""
 
     model: nn.Module
@@ -87,7 +87,7 @@ class Downstream:
 
 def downstream(
     dictionaries: Mapping[str, SparseAutoencoder],
-    place: Place,
+    place: ReplacedStream,
     images: Images,
     config: EvaluateConfig,
     *,
@@ -118,14 +118,14 @@ def downstream(
     for name, of_one in dictionaries.items():
         streams[name] = _reconstructed(of_one)
     n_intact = sorted({0, place.n_intact})
-    found = features(
+    result = features(
         place, images.pixels, torch.cat([images.train, images.test]), streams, progress
     )
     right: dict[tuple[int, str], _Right] = {}
-    for done, (key, rows) in enumerate(found.items(), start=1):
+    for done, (key, rows) in enumerate(result.items(), start=1):
         n_train = len(images.train)
-        right[key] = _told(rows[:n_train], rows[n_train:], images, config)
-        (progress or silent)(done, len(found), "features fitted")
+        right[key] = _accuracies(rows[:n_train], rows[n_train:], images, config)
+        (progress or silent)(done, len(result), "features fitted")
     resamples = Resamples(len(images.test), config.n_resamples, config.seed)
     sides = [
         {
@@ -146,7 +146,7 @@ def downstream(
 
 @torch.no_grad()
 def features(
-    place: Place,
+    place: ReplacedStream,
     pixels: Callable[[Int[Tensor, " example"]], Float[Tensor, "example 3 height width"]],
     numbers: Int[Tensor, " example"],
     streams: Mapping[str, Replacement],
@@ -165,12 +165,12 @@ def features(
         By the number of positions that were left intact, and the name: 0, and for the streams that
         are ablations `place.n_intact` too.
     """
-    own = next(place.model.parameters())
+    parameter = next(place.model.parameters())
     read = partial(_pooled, options=dict(place.options))
     replay = Replay(place.model, place.hook_point, read=read)
     parts: dict[tuple[int, str], list[Tensor]] = {}
     for start in range(0, len(numbers), IMAGES_AT_ONCE):
-        x = pixels(numbers[start : start + IMAGES_AT_ONCE]).to(own.device, own.dtype)
+        x = pixels(numbers[start : start + IMAGES_AT_ONCE]).to(parameter.device, parameter.dtype)
         stream = replay.base(x).stream
         for name, replacement in streams.items():
             new = replacement(stream)
@@ -180,7 +180,7 @@ def features(
                 parts.setdefault((n, name), []).append(pooled.float().cpu())
         done = min(start + IMAGES_AT_ONCE, len(numbers))
         (progress or silent)(done, len(numbers), "spliced images")
-    return {key: torch.cat(found) for key, found in parts.items()}
+    return {key: torch.cat(result) for key, result in parts.items()}
 
 
 def _pooled(
@@ -205,7 +205,7 @@ class _Right(NamedTuple):
     linear: Bool[np.ndarray, " other"]
 
 
-def _told(
+def _accuracies(
     train: Float[Tensor, "example d_model"],
     test: Float[Tensor, "other d_model"],
     images: Images,

@@ -130,8 +130,8 @@ def two_nn(x: Float[Tensor, "row d_in"], *, discard: float = 0.1) -> IntrinsicDi
         raise MonosemaError(f"x must have at least 10 rows that differ, got {n}; take more rows")
     mu = (nearest[distinct, 1] / nearest[distinct, 0]).sort().values
     tail = -torch.log1p(-torch.arange(1, n + 1, dtype=torch.float64) / (n + 1))
-    kept = max(2, int(n * (1 - discard)))
-    log_mu, tail = mu[:kept].log(), tail[:kept]
+    n_used = max(2, int(n * (1 - discard)))
+    log_mu, tail = mu[:n_used].log(), tail[:n_used]
     slope = (log_mu @ tail) / (log_mu @ log_mu)
     return IntrinsicDimension(float(slope), n, len(x) - n)
 
@@ -146,13 +146,13 @@ def nearest_distances(x: Float64[Tensor, "row d_in"]) -> Float64[Tensor, "row 2"
     if n < 3:
         raise MonosemaError(f"x must have at least 3 rows, got {n}")
     step = max(1, CELLS_AT_ONCE // (n * d_in))
-    found = []
+    results = []
     for start in range(0, n, step):
         squares = (x[start : start + step, None] - x).square().sum(dim=2)
-        own = torch.arange(start, min(start + step, n))
-        squares[own - start, own] = torch.inf
-        found.append(squares.topk(2, dim=1, largest=False).values.sqrt())
-    return torch.cat(found)
+        indices = torch.arange(start, min(start + step, n))
+        squares[indices - start, indices] = torch.inf
+        results.append(squares.topk(2, dim=1, largest=False).values.sqrt())
+    return torch.cat(results)
 
 
 class Rarity(NamedTuple):

@@ -14,7 +14,7 @@ from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.reader import ActivationCache
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
-from sae.metrics import FVU, L0, Agreement, Firing
+from sae.metrics import FVU, Agreement, Firing, L0Histogram
 
 L0_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Of the rows' L0, in a report."""
@@ -72,7 +72,7 @@ class FiringSummary:
     """Latents that fire in a share of the rows from one edge up to the next; dead ones excepted."""
 
 
-class Measured(NamedTuple):
+class ReconstructionFigures(NamedTuple):
     """What one pass over rows tells of a dictionary."""
 
     reconstruction: Reconstruction
@@ -90,7 +90,7 @@ def measure_reconstruction(
     *,
     rows_per_chunk: int = ROWS_PER_CHUNK,
     progress: Progress | None = None,
-) -> dict[str, Measured]:
+) -> dict[str, ReconstructionFigures]:
     """Reconstruct rows with several dictionaries, reading each row once.
 
     A dictionary reads and predicts the hook points that it records.
@@ -107,12 +107,12 @@ def measure_reconstruction(
         ValueError: If a dictionary is not as wide as the rows.
     """
     _require_width(dictionaries, cache, hook_point)
-    sums = {name: _Sums(dictionary) for name, dictionary in dictionaries.items()}
+    sums = {name: _ReconstructionSums(dictionary) for name, dictionary in dictionaries.items()}
     where = {name: d.config.sites(hook_point) for name, d in dictionaries.items()}
     points = [point for of in where.values() for side in of for point in side]
     for x in _chunks(cache, points, rows, rows_per_chunk, progress or silent):
         for name, of_one in sums.items():
-            of_one.update(*(_beside(x, side) for side in where[name]))
+            of_one.update(*(_concatenated(x, side) for side in where[name]))
     return {name: of_one.result() for name, of_one in sums.items()}
 
 
@@ -140,8 +140,8 @@ def firing_statistics(
     points = [point for read in where.values() for point in read]
     for x in _chunks(cache, points, rows, rows_per_chunk, progress or silent):
         for name, dictionary in dictionaries.items():
-            own = _beside(x, where[name]).to(dictionary.dec_rows.device)
-            firing[name].update(dictionary.encode(own))
+            rows_read = _concatenated(x, where[name]).to(dictionary.dec_rows.device)
+            firing[name].update(dictionary.encode(rows_read))
     return firing
 
 
@@ -178,7 +178,7 @@ def _chunks(
         progress(min(start + rows_per_chunk, len(rows)), len(rows), "rows")
 
 
-def _beside(x: Mapping[str, Tensor], hook_points: Sequence[str]) -> Float[Tensor, "row _"]:
+def _concatenated(x: Mapping[str, Tensor], hook_points: Sequence[str]) -> Float[Tensor, "row _"]:
     parts = [x[point] for point in hook_points]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -210,12 +210,12 @@ def _require_width(
             )
 
 
-class _Sums:
+class _ReconstructionSums:
     """The streaming metrics of one dictionary."""
 
     def __init__(self, dictionary: SparseAutoencoder) -> None:
         self._dictionary = dictionary
-        self._fvu, self._agreement, self._l0 = FVU(), Agreement(), L0()
+        self._fvu, self._agreement, self._l0 = FVU(), Agreement(), L0Histogram()
         self._firing = Firing(dictionary.config.d_sae)
         parts = dictionary.config.slices_out
         self._parts = {part.hook_point: FVU() for part in parts} if len(parts) > 1 else {}
@@ -235,7 +235,7 @@ class _Sums:
         self._l0.update(latents.values)
         self._firing.update(latents)
 
-    def result(self) -> Measured:
+    def result(self) -> ReconstructionFigures:
         """The figures over all rows."""
         reconstruction = Reconstruction(
             n_rows=self._fvu.n_rows,
@@ -249,11 +249,11 @@ class _Sums:
             l0_quantiles={str(share): self._l0.quantile(share) for share in L0_QUANTILES},
             worst_dimensions=_worst(self._fvu.per_dimension()),
         )
-        return Measured(reconstruction, self._firing)
+        return ReconstructionFigures(reconstruction, self._firing)
 
 
 def _worst(fvu: Float[Tensor, " d_out"]) -> dict[str, float]:
     """The largest that are finite: a dimension that does not vary has no figure."""
     order = fvu.masked_fill(~fvu.isfinite(), -math.inf).argsort(descending=True, stable=True)
-    kept = order[:N_WORST].tolist()
-    return {str(i): float(fvu[i]) for i in kept if math.isfinite(float(fvu[i]))}
+    worst = order[:N_WORST].tolist()
+    return {str(i): float(fvu[i]) for i in worst if math.isfinite(float(fvu[i]))}

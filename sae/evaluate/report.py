@@ -14,7 +14,7 @@ from activations_cache import seals
 from monosema.checks import MonosemaError
 from sae.evaluate.downstream import Accuracy, Downstream
 from sae.evaluate.reconstruction import FiringSummary, Reconstruction
-from sae.evaluate.substitution import Effect, Substitution
+from sae.evaluate.substitution import Substitution, SubstitutionEffect
 from sae.statistics import Interval
 
 
@@ -106,8 +106,8 @@ def _accuracy(record: dict[str, Any]) -> Accuracy:
     return Accuracy(**_each(record, _interval))
 
 
-def _effect(record: dict[str, Any]) -> Effect:
-    return Effect(**_each(record, _interval))
+def _effect(record: dict[str, Any]) -> SubstitutionEffect:
+    return SubstitutionEffect(**_each(record, _interval))
 
 
 def _interval(record: dict[str, Any]) -> Interval:
@@ -140,7 +140,7 @@ TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class ParetoPoint:
     """One dictionary."""
 
     l0: float
@@ -152,7 +152,7 @@ class Point:
 
 
 def at_equal_l0(
-    points: Sequence[Point], target: float, tolerance: float = TOLERANCE
+    points: Sequence[ParetoPoint], target: float, tolerance: float = TOLERANCE
 ) -> list[float]:
     """The figure of each seed at one L0.
 
@@ -169,7 +169,7 @@ def at_equal_l0(
     return [value for value in found if not math.isnan(value)]
 
 
-def _of_sweep(points: Sequence[Point], target: float, tolerance: float) -> float:
+def _of_sweep(points: Sequence[ParetoPoint], target: float, tolerance: float) -> float:
     usable = sorted((p for p in points if p.l0 > 0), key=lambda p: p.l0)
     near = [p for p in usable if abs(p.l0 - target) <= tolerance * target]
     if near:
@@ -183,10 +183,10 @@ def _of_sweep(points: Sequence[Point], target: float, tolerance: float) -> float
     return a.value + share * (b.value - a.value)
 
 
-def pareto(points: Sequence[Point], *, smaller_is_better: bool) -> list[Point]:
+def pareto(points: Sequence[ParetoPoint], *, smaller_is_better: bool) -> list[ParetoPoint]:
     """The points that none of the same or a smaller L0 beats, by ascending L0."""
     sign = 1 if smaller_is_better else -1
-    front: list[Point] = []
+    front: list[ParetoPoint] = []
     for point in sorted(points, key=lambda p: (p.l0, sign * p.value)):
         if not math.isnan(point.value) and (
             not front or sign * point.value < sign * front[-1].value

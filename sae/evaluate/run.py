@@ -17,7 +17,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.reconstruction import firing_statistics, measure_reconstruction, summary
 from sae.evaluate.report import EvaluationReport
-from sae.evaluate.substitution import HeldOut, measure_substitution
+from sae.evaluate.substitution import EvaluationContexts, measure_substitution
 from sae.metrics import Firing
 
 
@@ -107,7 +107,7 @@ def held_out_rows(cache: ActivationCache) -> Int[Tensor, " row"]:
     return rows
 
 
-def held_out(cache: ActivationCache, hook_point: str, config: EvaluateConfig) -> HeldOut:
+def held_out(cache: ActivationCache, hook_point: str, config: EvaluateConfig) -> EvaluationContexts:
     """The held-out contexts that the model reads, ascending, and the mean training row.
 
     Documents that share a context without seeing each other are read one by one.
@@ -119,7 +119,7 @@ def held_out(cache: ActivationCache, hook_point: str, config: EvaluateConfig) ->
         pieces = pieces_of(tokens, segment[numbers])
         parts = [tokens[p.example, p.start : p.stop] for p in pieces]
         tokens = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)
-    return HeldOut(
+    return EvaluationContexts(
         tokens=tokens,
         skip_positions=cache.manifest.plan.skip_positions,
         mean=cache[hook_point].mean,

@@ -146,8 +146,10 @@ def _basis(rows: Float64[Tensor, "row d_in"], variance: float) -> Basis:
     rows = centred(rows)
     u, sizes, _ = torch.linalg.svd(rows, full_matrices=False)
     share = sizes.square().cumsum(0) / sizes.square().sum()
-    kept = min(int((share < variance - 1e-12).sum()) + 1, int((sizes > SMALL * sizes[0]).sum()))
-    return Basis(u[:, :kept], rows)
+    n_components = min(
+        int((share < variance - 1e-12).sum()) + 1, int((sizes > SMALL * sizes[0]).sum())
+    )
+    return Basis(u[:, :n_components], rows)
 
 
 def _canonical(x: Basis, y: Basis) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,5 +267,5 @@ def _centred(distance: Float64[Tensor, "row row"], debiased: bool) -> Float64[Te
         return distance - means - means[:, None] + distance.mean()
     n = len(distance)
     sums = distance.sum(dim=0)
-    found = distance - (sums + sums[:, None]) / (n - 2) + distance.sum() / ((n - 1) * (n - 2))
-    return found.fill_diagonal_(0.0)
+    result = distance - (sums + sums[:, None]) / (n - 2) + distance.sum() / ((n - 1) * (n - 2))
+    return result.fill_diagonal_(0.0)

@@ -20,8 +20,14 @@ from activations_cache.hooks import capture
 from activations_cache.logits import Loss
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
-from sae.evaluate.logit_comparison import Tally, compare
-from sae.evaluate.resume_forward import Replacement, Replay, logits_of, logits_of_padded
+from sae.evaluate.resume_forward import (
+    LogitTally,
+    Replacement,
+    Replay,
+    compare,
+    logits_of,
+    logits_of_padded,
+)
 from sae.metrics import ce_recovered
 from sae.statistics import Interval, Resamples, interval
 
@@ -29,7 +35,7 @@ SHARE_HIDDEN = 0.15
 """Share of the tokens that a masked model has to tell, as in its training (Devlin et al. 2019)."""
 
 
-class HeldOut(NamedTuple):
+class EvaluationContexts(NamedTuple):
     """The contexts that are read, and what an ablation puts in the stream's place."""
 
     tokens: Int[Tensor, "example pos"]
@@ -52,7 +58,7 @@ class HeldOut(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effect:
+class SubstitutionEffect:
     """What the model does with another stream, over the scored tokens; 95 % intervals."""
 
     ce: Interval
@@ -81,11 +87,11 @@ class Substitution:
     """Predictions that were scored."""
     ce_base: Interval
     """Cross-entropy of the model as it is, in nats per token."""
-    zero: Effect
+    zero: SubstitutionEffect
     """The stream replaced by 0."""
-    mean: Effect
+    mean: SubstitutionEffect
     """The stream replaced by its mean row."""
-    dictionaries: dict[str, Effect]
+    dictionaries: dict[str, SubstitutionEffect]
     """The stream replaced by each dictionary's reconstruction."""
     loss: Loss = "next token"
     """Which token a prediction is scored on."""
@@ -130,8 +136,8 @@ class _Streams:
         def replace(stream: Float[Tensor, "example pos _"]) -> Float[Tensor, "example pos _"]:
             streams = [self._streams[p.hook_point].flatten(0, 1).float() for p in config.inputs]
             x_hat = dictionary(torch.cat(streams, dim=1))
-            own = x_hat.split([p.width for p in config.slices_out], dim=1)[part]
-            return own.view(stream.shape).to(stream)
+            x_hat_here = x_hat.split([p.width for p in config.slices_out], dim=1)[part]
+            return x_hat_here.view(stream.shape).to(stream)
 
         return replace
 
@@ -140,7 +146,7 @@ def measure_substitution(
     dictionaries: Mapping[str, SparseAutoencoder],
     model: nn.Module,
     hook_point: str,
-    held_out: HeldOut,
+    held_out: EvaluationContexts,
     config: EvaluateConfig,
     *,
     progress: Progress | None = None,
@@ -172,20 +178,20 @@ def measure_substitution(
         groups.setdefault(dictionary.config.sites(hook_point)[1], {})[name] = dictionary
     first = next(iter(groups), (hook_point,))
     main = (hook_point,) if (hook_point,) in groups else first
-    found: dict[str, Substitution] = {}
+    results: dict[str, Substitution] = {}
     for points in sorted(groups or {main: {}}, key=lambda points: points != main):
         means = {point: held_out.means.get(point, held_out.mean) for point in points}
         here = held_out._replace(means=means)
         suffix = "" if points == main else f" at {' + '.join(points)}"
         measured = _measured(groups.get(points, {}), model, here, config, progress or silent)
-        found |= {f"{special}{suffix}": of_one for special, of_one in measured.items()}
-    return found
+        results |= {f"{special}{suffix}": of_one for special, of_one in measured.items()}
+    return results
 
 
 def _measured(
     dictionaries: Mapping[str, SparseAutoencoder],
     model: nn.Module,
-    held_out: HeldOut,
+    held_out: EvaluationContexts,
     config: EvaluateConfig,
     progress: Progress,
 ) -> dict[str, Substitution]:
@@ -205,7 +211,7 @@ def _measured(
 def _tasks(
     dictionaries: Mapping[str, SparseAutoencoder],
     streams: _Streams,
-    held_out: HeldOut,
+    held_out: EvaluationContexts,
     config: EvaluateConfig,
 ) -> Iterator[_Task]:
     points = tuple(held_out.means)
@@ -221,8 +227,8 @@ def _tasks(
         }
     n_contexts = len(held_out.tokens)
     for name, each in rows.items():
-        kept = {point: _keeping(fn, held_out, streams) for point, fn in each.items()}
-        yield _Task("intact", name, kept, n_contexts)
+        replacements = {point: _keeping(fn, held_out, streams) for point, fn in each.items()}
+        yield _Task("intact", name, replacements, n_contexts)
     if config.n_contexts_special:
         for name, each in rows.items():
             yield _Task("spliced", name, each, min(n_contexts, config.n_contexts_special))
@@ -236,7 +242,9 @@ def _reconstructed(dictionary: SparseAutoencoder) -> Replacement:
     return lambda stream: dictionary(stream.flatten(0, 1).float()).view(stream.shape).to(stream)
 
 
-def _keeping(replacement: Replacement, held_out: HeldOut, streams: _Streams) -> Replacement:
+def _keeping(
+    replacement: Replacement, held_out: EvaluationContexts, streams: _Streams
+) -> Replacement:
     first = held_out.skip_positions
 
     def replace(stream: Float[Tensor, "example pos d_model"]) -> Float[Tensor, "example pos _"]:
@@ -252,11 +260,11 @@ def _run(
     tasks: list[_Task],
     replay: Replay,
     streams: _Streams,
-    held_out: HeldOut,
+    held_out: EvaluationContexts,
     config: EvaluateConfig,
     progress: Progress,
-) -> dict[tuple[str, str], Tally]:
-    parts: dict[tuple[str, str], list[Tally]] = {}
+) -> dict[tuple[str, str], LogitTally]:
+    parts: dict[tuple[str, str], list[LogitTally]] = {}
     total = sum(task.n_contexts for task in tasks)
     done = 0
     hidden = _hidden(held_out, config)
@@ -281,26 +289,31 @@ def _run(
             first, *more = task.replacements.items()
             logits = replay.spliced(input_ids, first[1], dict(more))
             tally = compare(base, logits, scored, held_out.skip_positions, ahead)
-            part = Tally(*(values[:n_here] for values in tally))
+            part = LogitTally(*(values[:n_here] for values in tally))
             parts.setdefault((task.special, task.name), []).append(part)
             done += n_here
             progress(done, total, "spliced contexts")
-    return {key: Tally.joined(of_key) for key, of_key in parts.items()}
+    return {key: LogitTally.joined(of_key) for key, of_key in parts.items()}
 
 
-def _hidden(held_out: HeldOut, config: EvaluateConfig) -> Bool[Tensor, "example pos"] | None:
+def _hidden(
+    held_out: EvaluationContexts, config: EvaluateConfig
+) -> Bool[Tensor, "example pos"] | None:
     """Which tokens a masked model predicts; None for a model that predicts the next one."""
     if held_out.mask_token is None:
         return None
     tokens = held_out.tokens
     chance = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(config.seed))
-    found = (chance < SHARE_HIDDEN) & (tokens >= 0) & ~held_out.excluded(tokens)
-    found[:, : held_out.skip_positions] = False
-    return found
+    result = (chance < SHARE_HIDDEN) & (tokens >= 0) & ~held_out.excluded(tokens)
+    result[:, : held_out.skip_positions] = False
+    return result
 
 
 def _summary(
-    special: str, tallies: dict[str, Tally], config: EvaluateConfig, held_out: HeldOut
+    special: str,
+    tallies: dict[str, LogitTally],
+    config: EvaluateConfig,
+    held_out: EvaluationContexts,
 ) -> Substitution:
     zero, mean = tallies["zero"], tallies["mean"]
     resamples = Resamples(len(zero.ce), config.n_resamples, config.seed)
@@ -327,9 +340,9 @@ class _Ablated(NamedTuple):
     mean: Float64[Tensor, " batch"]
 
 
-def _effect(tally: Tally, ablated: _Ablated, resamples: Resamples) -> Effect:
+def _effect(tally: LogitTally, ablated: _Ablated, resamples: Resamples) -> SubstitutionEffect:
     base, ce = (resamples.mean(sums, tally.n_tokens) for sums in (tally.ce_base, tally.ce))
-    return Effect(
+    return SubstitutionEffect(
         ce=interval(ce),
         ce_increase=interval(ce - base),
         kl=interval(resamples.mean(tally.kl, tally.n_tokens)),

@@ -14,16 +14,13 @@ from activations_cache.checks import Progress, silent
 from sae.baselines import baseline_dictionary
 from sae.explain.config import AutointerpConfig, ScorerName
 from sae.explain.explainers import LLMExplainer
-from sae.explain.llm.answers import AnswerCache
-from sae.explain.llm.budget import Cost
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.chat import OPEN, Client, UnfinishedError
-from sae.explain.llm.stand_ins import ConstantClient
-from sae.explain.pipeline import Explained, Plan, estimate_all, explain_all
+from sae.explain.llm.chat import OPEN, Client, ConstantClient, UnfinishedError
+from sae.explain.llm.store import AnswerCache, Cost
+from sae.explain.model_scorers import Sensitivity
+from sae.explain.pipeline import ExplainPlan, LatentOutcome, estimate_all, explain_all
 from sae.explain.results import export_neuronpedia, summarise, write_results
-from sae.explain.scorers.by_model import Sensitivity
-from sae.explain.scorers.choice import WITH_TOOLS, Tools, scorers_of
-from sae.explain.subject import Subject, chosen
+from sae.explain.subject import WITH_TOOLS, Subject, Tools, chosen, scorers_of
 from sae.explain.windows import LatentWindows
 
 ANSWERS = "llm.sqlite"
@@ -66,18 +63,18 @@ def label_with_llm(
     latents = groups[""]
     with _answers(config, out_dir) as answers:
         run = _run(groups, config, answers, client, subject.tools, report)
-        found, caller = asyncio.run(run)
-        summary = summarise(found[""], caller)
+        result, caller = asyncio.run(run)
+        summary = summarise(result[""], caller)
     summary["baselines"] = {
-        name: summarise(results, None) for name, results in found.items() if name
+        name: summarise(results, None) for name, results in result.items() if name
     }
     summary["config"] = asdict(config)
-    write_results(out_dir, found[""], summary)
+    write_results(out_dir, result[""], summary)
     if config.neuronpedia_model:
         export_neuronpedia(
-            out_dir, found[""], latents, config.neuronpedia_model, config.neuronpedia_layer
+            out_dir, result[""], latents, config.neuronpedia_model, config.neuronpedia_layer
         )
-    _raise_if_open(caller, found, out_dir)
+    _raise_if_open(caller, result, out_dir)
     return summary
 
 
@@ -92,13 +89,13 @@ def _answers(config: AutointerpConfig, out_dir: Path) -> Iterator[AnswerCache | 
         yield answers
 
 
-def _raise_if_open(caller: Caller, found: dict[str, list[Explained]], out_dir: Path) -> None:
+def _raise_if_open(caller: Caller, results: dict[str, list[LatentOutcome]], out_dir: Path) -> None:
     """Raise if a later run could ask something again: the work is not done."""
     lost, words = caller.tally.lost, caller.tally.words
     reasons = [reason for reason in OPEN if lost[reason]]
     if not reasons:
         return
-    n_latents = sum(any(f.lost.get(r) for r in OPEN) for fs in found.values() for f in fs)
+    n_latents = sum(any(f.lost.get(r) for r in OPEN) for fs in results.values() for f in fs)
     said = "; ".join(f"{reason}: {words[reason]}" for reason in reasons)
     raise UnfinishedError(
         f"{out_dir}: all questions must have an answer, got {caller.tally.n_open:,} without one "
@@ -159,23 +156,23 @@ async def _run(
     client: Client,
     tools: Tools | None,
     report: Progress,
-) -> tuple[dict[str, list[Explained]], Caller]:
+) -> tuple[dict[str, list[LatentOutcome]], Caller]:
     caller = Caller(client, config.llm, answers)
     wanted = await _estimate(groups, config, caller)
     _log.warning(
         "at most about %s calls, %s tokens, $%.4f before answers that are cached",
         f"{wanted.requests:,}", f"{wanted.tokens:,}", wanted.usd(config.llm),
     )  # fmt: skip
-    found = {}
+    results = {}
     for name, latents in groups.items():
         plan = plan_of(config, tools, is_baseline=bool(name))
-        found[name] = await explain_all(latents, plan, caller, report)
-    return found, caller
+        results[name] = await explain_all(latents, plan, caller, report)
+    return results, caller
 
 
 def plan_of(
     config: AutointerpConfig, tools: Tools | None = None, *, is_baseline: bool = False
-) -> Plan:
+) -> ExplainPlan:
     """The explainer and the scorers that a config names.
 
     Baselines have no controls of their own, and no scorers that look into the model: those know the
@@ -184,7 +181,7 @@ def plan_of(
     names: list[ScorerName] = [
         name for name in config.scorers if not (is_baseline and name in WITH_TOOLS)
     ]
-    return Plan(
+    return ExplainPlan(
         LLMExplainer(config.style, config.contrastive, config.logit_lens),
         scorers_of(names, tools),
         config.min_windows,
@@ -192,7 +189,7 @@ def plan_of(
     )
 
 
-def _questions_of(config: AutointerpConfig, *, is_baseline: bool) -> Plan:
+def _questions_of(config: AutointerpConfig, *, is_baseline: bool) -> ExplainPlan:
     """The same without what asks nobody, for the estimate."""
     asking = [n for n in config.scorers if n not in WITH_TOOLS]
     some = replace(config, scorers=tuple(asking) or ("detection",))

@@ -7,17 +7,17 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from activations_cache.pieces import PieceTable
+from activations_cache.tokens import PieceTable
 from sae.explain.config import ExplainConfig
 from sae.explain.firings import Codes
-from sae.explain.text_at_rows import Examples, RowText
+from sae.explain.text_at_rows import CachedTexts, RowText
 
 N_FIFTHS = 5
 """Steps from 0 to a latent's largest activation, from each of which contexts are shown."""
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitFirings:
     """What the latents do on the rows of one split."""
 
     split: str
@@ -54,7 +54,7 @@ class Context:
     """The latent's activation on each token, 0 where it is silent."""
 
 
-class _Fired(NamedTuple):
+class _LatentFirings(NamedTuple):
     """The firings of one latent in both splits."""
 
     example: np.ndarray
@@ -68,8 +68,8 @@ class ContextFinder:
 
     def __init__(
         self,
-        parts: Sequence[Part],
-        examples: Examples,
+        parts: Sequence[SplitFirings],
+        examples: CachedTexts,
         pieces: PieceTable,
         config: ExplainConfig,
     ) -> None:
@@ -100,7 +100,7 @@ class ContextFinder:
         peaks = np.maximum.reduceat(fired.value, starts)
         order = np.argsort(-peaks, kind="stable")
         for rank, run in enumerate(self._chosen(order, peaks[order])):
-            inside = _Fired(*(array[starts[run] : ends[run]] for array in fired))
+            inside = _LatentFirings(*(array[starts[run] : ends[run]] for array in fired))
             yield self._context(latent, rank, inside)
 
     def _chosen(self, order: np.ndarray, peaks: np.ndarray) -> np.ndarray:
@@ -115,16 +115,16 @@ class ContextFinder:
             chosen.append(inside[places])
         return np.concatenate(chosen)
 
-    def _fired(self, latent: int) -> _Fired:
+    def _fired(self, latent: int) -> _LatentFirings:
         columns = []
         for index, part in enumerate(self._parts):
             rows, values = part.codes.of(latent)
             text = part.text
             whose = np.full(len(rows), index)
             columns.append((text.example[rows], text.position[rows], values, whose))
-        return _Fired(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+        return _LatentFirings(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
-    def _context(self, latent: int, rank: int, fired: _Fired) -> Context:
+    def _context(self, latent: int, rank: int, fired: _LatentFirings) -> Context:
         example, top = int(fired.example[0]), int(fired.value.argmax())
         width = min(self._config.context_tokens, int(self._n_tokens[example]))
         peak = int(fired.position[top])
@@ -160,7 +160,7 @@ class Activity(NamedTuple):
     """Counts of activations in equal steps from 0 to the largest; silent rows are left out."""
 
 
-def activity(parts: Sequence[Part], n_bins: int) -> Activity:
+def activity(parts: Sequence[SplitFirings], n_bins: int) -> Activity:
     """Count firings, and sort their activations into `n_bins` steps per latent."""
     d_sae = parts[0].codes.d_sae
     n_fired = sum((part.codes.n_fired for part in parts), np.zeros(d_sae, np.int64))

@@ -48,8 +48,6 @@ class Explanation:
     """Name and version of what made it."""
     client: str = ""
     """Endpoint and model, for a label by a language model."""
-    borrowed_from: int | None = None
-    """The neighbour whose label this is; such a label was not made for this latent."""
 
 
 @dataclass(frozen=True)

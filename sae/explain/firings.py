@@ -1,4 +1,8 @@
-"""What every latent does on every row: one streaming pass, kept sparse and sorted by latent."""
+"""What every latent does on every row: one streaming pass, sparse and sorted by latent.
+
+From it come latents that fire on the same rows (the correlation of firing), and latents that fire
+as units of the model do, with what a search for safety-relevant latents must say.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int, Int32, Int64
+from scipy import sparse
 from torch import Tensor
 
 from activations_cache.checks import MonosemaError, Progress, silent
@@ -25,7 +30,7 @@ class Firings(NamedTuple):
     """Activations, none of them 0."""
 
 
-class Entries(NamedTuple):
+class FiringEntries(NamedTuple):
     """The firings of several latents in one array."""
 
     group: Int64[np.ndarray, " entry"]
@@ -78,18 +83,18 @@ class Codes:
         entries = slice(start, start + int(n_fired.sum()))
         return Codes(n_fired, self.row[entries], self.value[entries], self.n_rows)
 
-    def block(self, first: int, last: int) -> Entries:
+    def block(self, first: int, last: int) -> FiringEntries:
         """Entries of the latents first, ..., last - 1, without a copy of the rows."""
         counts = self.n_fired[first:last]
         start = int(self.start[first])
         row = self.row[start : start + int(counts.sum())]
-        return Entries(np.repeat(np.arange(last - first), counts), row)
+        return FiringEntries(np.repeat(np.arange(last - first), counts), row)
 
-    def take(self, latents: Int64[np.ndarray, " k"]) -> Entries:
+    def take(self, latents: Int64[np.ndarray, " k"]) -> FiringEntries:
         """Entries of any latents, in the order of `latents`."""
         counts = self.n_fired[latents]
         index = concatenated_ranges(self.start[latents], counts)
-        return Entries(np.repeat(np.arange(len(latents)), counts), self.row[index])
+        return FiringEntries(np.repeat(np.arange(len(latents)), counts), self.row[index])
 
 
 def concatenated_ranges(
@@ -155,20 +160,20 @@ def _chunks(
         progress(start + len(ids), len(rows), "rows encoded")
 
 
-class _Chunk(NamedTuple):
+class _FiringChunk(NamedTuple):
     n_fired: np.ndarray
     row: np.ndarray
     value: np.ndarray
 
 
-def _by_latent(row: np.ndarray, latent: np.ndarray, value: np.ndarray, d_sae: int) -> _Chunk:
+def _by_latent(row: np.ndarray, latent: np.ndarray, value: np.ndarray, d_sae: int) -> _FiringChunk:
     # NumPy sorts 16-bit integers by radix, which is several times faster.
     narrow = latent.astype(np.uint16 if d_sae <= 1 << 16 else np.uint32)
     order = np.argsort(narrow, kind="stable")
-    return _Chunk(np.bincount(latent, minlength=d_sae), row[order], value[order])
+    return _FiringChunk(np.bincount(latent, minlength=d_sae), row[order], value[order])
 
 
-def _merged(chunks: list[_Chunk], d_sae: int, n_rows: int) -> Codes:
+def _merged(chunks: list[_FiringChunk], d_sae: int, n_rows: int) -> Codes:
     """Put every chunk's run of a latent behind the runs of the chunks before it."""
     n_fired = np.zeros(d_sae, np.int64)
     for chunk in chunks:
@@ -184,3 +189,94 @@ def _merged(chunks: list[_Chunk], d_sae: int, n_rows: int) -> Codes:
         value[place] = chunk.value
         free += chunk.n_fired
     return Codes(n_fired, row, value, n_rows)
+
+
+_LATENTS_AT_ONCE = 512
+
+
+class CofiringPairs(NamedTuple):
+    """A latent that fires where another one fires."""
+
+    latent: int
+    """Its number."""
+    correlation: float
+    """Phi: the Pearson correlation of firing, 1 or 0, over rows; chance gives 0 at any density."""
+    n_rows: int
+    """Rows on which both fire."""
+
+
+def cofiring(
+    codes: Codes, k: int, *, least: int = 5, progress: Progress | None = None
+) -> list[tuple[CofiringPairs, ...]]:
+    """For every latent the k others whose firing correlates most with its own, best first.
+
+    Args:
+        codes: Firings on a sample of rows.
+        k: How many at most; only positive correlations count.
+        least: Rows on which both must fire: fewer say nothing.
+        progress: Called after each chunk of latents.
+    """
+    report = progress or silent
+    start = np.append(codes.start, len(codes.row))
+    ones = np.ones(len(codes.row), np.float32)  # counts below 2^24 stay exact
+    fires = sparse.csr_array((ones, codes.row, start), shape=(codes.d_sae, codes.n_rows))
+    by_row = sparse.csr_array(fires.T)
+    results: list[tuple[CofiringPairs, ...]] = []
+    for first in range(0, codes.d_sae, _LATENTS_AT_ONCE):
+        both = sparse.csr_array(fires[first : first + _LATENTS_AT_ONCE] @ by_row)
+        for place in range(len(both.indptr) - 1):
+            entries = slice(both.indptr[place], both.indptr[place + 1])
+            counts = both.data[entries].astype(np.int64)
+            results.append(_best(codes, first + place, both.indices[entries], counts, k, least))
+        report(len(results), codes.d_sae, "latents' co-firing")
+    return results
+
+
+def _best(
+    codes: Codes, latent: int, others: np.ndarray, both: np.ndarray, k: int, least: int
+) -> tuple[CofiringPairs, ...]:
+    keep = (both >= least) & (others != latent)
+    others, both = others[keep], both[keep].astype(np.float64)
+    n, n_fired, theirs = codes.n_rows, float(codes.n_fired[latent]), codes.n_fired[others]
+    spread = n_fired * (n - n_fired) * theirs * (n - theirs)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        phi = np.where(spread > 0, (n * both - n_fired * theirs) / np.sqrt(spread), 0.0)
+    order = np.lexsort((others, -phi))[:k]
+    order = order[phi[order] > 0]
+    return tuple(CofiringPairs(int(others[i]), float(phi[i]), int(both[i])) for i in order)
+
+
+CAUTION = (
+    "That a latent exists which fires on such texts says nothing about what the model does, knows "
+    "or intends: with enough latents some fire on anything."
+)
+"""To be shown beside every result of a search for safety-relevant latents."""
+
+
+class MaxCorrelation:
+    """Largest |Pearson correlation| of each latent with any of some units, over streamed rows."""
+
+    def __init__(self, d_sae: int, n_units: int) -> None:
+        """Start with no rows; memory is d_sae x n_units."""
+        self._n = 0
+        self._sums = [torch.zeros(n, dtype=torch.float64) for n in (d_sae, d_sae, n_units, n_units)]
+        self._cross = torch.zeros(d_sae, n_units, dtype=torch.float64)
+
+    def update(
+        self, acts: Float[Tensor, "batch d_sae"], units: Float[Tensor, "batch d_model"]
+    ) -> None:
+        """Add rows."""
+        a, u = acts.double(), units.double()
+        self._n += len(a)
+        terms = (a.sum(0), a.square().sum(0), u.sum(0), u.square().sum(0))
+        self._sums = [known + term for known, term in zip(self._sums, terms, strict=True)]
+        self._cross += a.T @ u
+
+    def compute(self) -> Float[Tensor, " d_sae"]:
+        """The largest for each latent; nan where the latent or all units are constant."""
+        a, aa, u, uu = self._sums
+        spread_a, spread_u = self._n * aa - a.square(), self._n * uu - u.square()
+        spread = (spread_a.clamp_min(0)[:, None] * spread_u.clamp_min(0)[None, :]).sqrt()
+        correlation = (self._n * self._cross - a[:, None] * u[None, :]) / spread
+        result = correlation.abs().nan_to_num(nan=-1.0, posinf=-1.0).amax(dim=1)
+        return torch.where(result >= 0, result, torch.nan).float()

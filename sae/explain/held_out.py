@@ -75,16 +75,16 @@ class _Chunk(NamedTuple):
     def firing(self, values: np.ndarray, chosen: np.ndarray | None) -> np.ndarray:
         """Firings, of the chosen ones, on rows with each level: (latent, level)."""
         at = values[self.row]
-        found = np.zeros((len(self.latent), self.level.shape[1] + 1), np.int64)
+        result = np.zeros((len(self.latent), self.level.shape[1] + 1), np.int64)
         total = self.n_fired if chosen is None else _runs(chosen, self.start)
         each = np.arange(len(self.latent))
         for word in range(self.level.shape[1]):
             hit = at == np.repeat(self.rules.value[:, word], self.n_fired)
             hit &= at >= 0
             n = _runs(hit if chosen is None else hit & chosen, self.start)
-            np.add.at(found, (each, self.level[:, word]), n)
-        found[:, 0] += total - found.sum(axis=1)
-        return found
+            np.add.at(result, (each, self.level[:, word]), n)
+        result[:, 0] += total - result.sum(axis=1)
+        return result
 
     def auc(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Over all firings, and over the strong ones; ties count half."""
@@ -130,13 +130,13 @@ def held_out(
         progress: Called after each permutation.
     """
     report = progress or silent
-    found = _empty(codes.d_sae)
+    result = _empty(codes.d_sae)
     chunks = list(_chunks(labels, strong_from(made_from), codes, text, wanted))
     observed = {}
     for kind, chunk in chunks:
         values = text.values[kind]
         observed[id(chunk)] = chunk.auc(values)
-        _fill(found, chunk, observed[id(chunk)][1], values)
+        _fill(result, chunk, observed[id(chunk)][1], values)
     as_large = np.ones((2, codes.d_sae))
     for number in range(config.null_permutations):
         order = permuted_rows(text.example, np.random.default_rng([config.seed, number]))
@@ -146,10 +146,10 @@ def held_out(
                 as_large[side, chunk.latent] += null[side] >= observed[id(chunk)][side]
         report(number + 1, config.null_permutations, "permutations of the unseen texts")
     p = as_large / (config.null_permutations + 1)
-    found.p_value[wanted] = p[0, wanted]
-    is_known = np.isfinite(found.auc_strong)
-    found.p_strong[is_known] = p[1, is_known]
-    return found
+    result.p_value[wanted] = p[0, wanted]
+    is_known = np.isfinite(result.auc_strong)
+    result.p_strong[is_known] = p[1, is_known]
+    return result
 
 
 def _empty(d_sae: int) -> HeldOut:
@@ -195,16 +195,16 @@ def _chunk(
     )  # fmt: skip
 
 
-def _fill(found: HeldOut, chunk: _Chunk, auc_strong: np.ndarray, values: np.ndarray) -> None:
+def _fill(result: HeldOut, chunk: _Chunk, auc_strong: np.ndarray, values: np.ndarray) -> None:
     """Everything that needs no permutation."""
     latent = chunk.latent
     n_strong = _runs(chunk.is_strong, chunk.start)
-    found.n_strong[latent] = n_strong
-    found.auc_strong[latent] = np.where(n_strong >= LEAST_STRONG, auc_strong, np.nan)
+    result.n_strong[latent] = n_strong
+    result.auc_strong[latent] = np.where(n_strong >= LEAST_STRONG, auc_strong, np.nan)
     for step in range(N_STEPS):
         inside = chunk.step == step
         n = _runs(inside, chunk.start)
         explained = chunk.firing(values, inside)[:, 1:].sum(axis=1)
-        found.curve_n[latent, step] = n
-        found.curve[latent, step] = np.where(n > 0, explained / np.maximum(n, 1), np.nan)
-    found.base[latent] = chunk.rows_by_level[:, 1:].sum(axis=1) / chunk.rows_by_level.sum(axis=1)
+        result.curve_n[latent, step] = n
+        result.curve[latent, step] = np.where(n > 0, explained / np.maximum(n, 1), np.nan)
+    result.base[latent] = chunk.rows_by_level[:, 1:].sum(axis=1) / chunk.rows_by_level.sum(axis=1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.chat import CallFailedError, Message, Request, Response
+from sae.explain.llm.chat import CallFailedError, Message, Request, Response, reply
 from sae.explain.llm.corpus_text import (
     NOTE,
     Item,
@@ -19,7 +19,6 @@ from sae.explain.llm.corpus_text import (
     read_texts,
     unescape,
 )
-from sae.explain.llm.stand_ins import reply
 from sae.explain.text_at_rows import word_begins, words_with_blanks
 
 N_TEXTS = 10
@@ -223,21 +222,21 @@ class RuleJudge:
         """
         if task == "simulation":
             return [10.0 * strength for strength in self._rule([item.text for item in items])]
-        found = [self._found(item) for item in items]
+        results = [self._strengths(item) for item in items]
         match task:
             case "detection":
-                return [float(any(strength > 0.0 for strength, _ in words)) for words in found]
+                return [float(any(strength > 0.0 for strength, _ in words)) for words in results]
             case "fuzzing":
-                return [float(_marked(words)) for words in found]
+                return [float(_marked(words)) for words in results]
             case "rubric":
-                return [_grade(words) for words in found]
+                return [_grade(words) for words in results]
             case "intruder":
-                wrong = [number for number, words in enumerate(found, 1) if not _marked(words)]
+                wrong = [number for number, words in enumerate(results, 1) if not _marked(words)]
                 return [float(wrong[0] if wrong else 1)]
             case _:
                 raise CallFailedError("request", f"a rule cannot do {task}")
 
-    def _found(self, item: Item) -> list[tuple[float, bool]]:
+    def _strengths(self, item: Item) -> list[tuple[float, bool]]:
         """Strength and mark of each piece."""
         pieces = [
             (piece, span.marked) for span in item.spans for piece in words_with_blanks(span.text)

@@ -8,11 +8,10 @@ from typing import Literal, TypeVar
 from activations_cache.checks import Progress, silent
 from sae.explain.explainers import Explanation, LLMExplainer
 from sae.explain.judges import Judge, LLMJudge
-from sae.explain.llm.budget import Cost, estimate
-from sae.explain.llm.caller import Caller, Tally, cancelled_together, tallied
-from sae.explain.llm.chat import CallFailedError, Request, Response
-from sae.explain.llm.stand_ins import ConstantClient
-from sae.explain.scorers.score import Score, Scorer
+from sae.explain.llm.caller import Caller, Tally, cancelled_on_exit, tallied
+from sae.explain.llm.chat import CallFailedError, ConstantClient, Request, Response
+from sae.explain.llm.store import Cost, estimate
+from sae.explain.score import Score, Scorer
 from sae.explain.windows import LatentWindows, Window, shuffled
 
 T = TypeVar("T")
@@ -22,7 +21,7 @@ Status = Literal["done", "insufficient", "failed"]
 
 
 @dataclass(frozen=True)
-class Explained:
+class LatentOutcome:
     """What came of one latent."""
 
     latent: int
@@ -44,7 +43,7 @@ class Explained:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExplainPlan:
     """What is done with every latent."""
 
     explainer: LLMExplainer
@@ -58,8 +57,11 @@ class Plan:
 
 
 async def explain_all(
-    latents: Sequence[LatentWindows], plan: Plan, caller: Caller, progress: Progress | None = None
-) -> list[Explained]:
+    latents: Sequence[LatentWindows],
+    plan: ExplainPlan,
+    caller: Caller,
+    progress: Progress | None = None,
+) -> list[LatentOutcome]:
     """Explain and score latents, several at a time; the result does not depend on their order.
 
     Args:
@@ -76,11 +78,11 @@ async def explain_all(
         EndpointError: If the endpoint does not serve us.
         ReplayMissError: If an answer is missing in replay mode.
     """
-    work = _Work(plan, caller, progress or silent)
-    found = await work.over(latents, work.one, "latents explained")
-    chosen = shuffled([f.latent for f in found if f.status == "done"], "controls")
+    work = _LatentWork(plan, caller, progress or silent)
+    result = await work.over(latents, work.one, "latents explained")
+    chosen = shuffled([f.latent for f in result if f.status == "done"], "controls")
     chosen = sorted(chosen[: plan.n_controls])
-    labels = {f.latent: f.explanation.text for f in found if f.explanation}
+    labels = {f.latent: f.explanation.text for f in result if f.explanation}
     partner = dict(zip(chosen, chosen[1:] + chosen[:1], strict=True)) if len(chosen) > 1 else {}
     subjects = [latent for latent in latents if latent.latent in partner]
     other = {number: labels[partner[number]] for number in partner}
@@ -90,11 +92,11 @@ async def explain_all(
 
     controls = await work.over(subjects, control, "controls scored")
     by_latent = {s.latent: c for s, c in zip(subjects, controls, strict=True)}
-    return [replace(f, controls=by_latent.get(f.latent, {})) for f in found]
+    return [replace(f, controls=by_latent.get(f.latent, {})) for f in result]
 
 
-class _Work:
-    def __init__(self, plan: Plan, caller: Caller, progress: Progress) -> None:
+class _LatentWork:
+    def __init__(self, plan: ExplainPlan, caller: Caller, progress: Progress) -> None:
         self._plan, self._caller, self._progress = plan, caller, progress
         self._judge: Judge = LLMJudge(caller)
 
@@ -120,16 +122,16 @@ class _Work:
         self._caller.on_wait = report
         n_workers = min(self._caller.config.concurrency, len(latents))
         tasks = [asyncio.create_task(worker()) for _ in range(n_workers)]
-        async with cancelled_together(tasks):
+        async with cancelled_on_exit(tasks):
             await asyncio.gather(*tasks)
         return [results[index] for index in range(len(latents))]
 
-    async def one(self, latent: LatentWindows) -> Explained:
+    async def one(self, latent: LatentWindows) -> LatentOutcome:
         """Explain and score one latent."""
         least = min(len(latent.of("explain", "active")), len(latent.of("score", "active")))
         if least < self._plan.min_windows:
             wanted = self._plan.min_windows
-            return Explained(
+            return LatentOutcome(
                 latent.latent, "insufficient", f"{least} active windows of {wanted} wanted"
             )
         explanation = None
@@ -138,9 +140,9 @@ class _Work:
                 explanation = await self._plan.explainer.explain(latent, self._caller)
                 scores = await self._scores(latent, explanation.text)
             except CallFailedError as error:
-                failed = Explained(latent.latent, "failed", str(error), explanation)
+                failed = LatentOutcome(latent.latent, "failed", str(error), explanation)
                 return _counted(failed, tally)
-        done = Explained(latent.latent, "done", "", explanation, scores)
+        done = LatentOutcome(latent.latent, "done", "", explanation, scores)
         return _counted(done, tally)
 
     async def controls(
@@ -169,7 +171,7 @@ class _Work:
         return replace(score, lost=dict(sorted(tally.lost.items())))
 
 
-def _counted(explained: Explained, tally: Tally) -> Explained:
+def _counted(explained: LatentOutcome, tally: Tally) -> LatentOutcome:
     """A result with what became of its questions."""
     outcomes, lost = (dict(sorted(n.items())) for n in (tally.outcomes, tally.lost))
     return replace(explained, outcomes=outcomes, lost=lost)
@@ -195,7 +197,7 @@ def cost_text(caller: Caller) -> str:
     return f"{spent.requests:,} calls, {spent.tokens:,} tokens{usd}, {caller.n_cached:,} cached"
 
 
-async def estimate_all(latents: Sequence[LatentWindows], plan: Plan, caller: Caller) -> Cost:
+async def estimate_all(latents: Sequence[LatentWindows], plan: ExplainPlan, caller: Caller) -> Cost:
     """The most that explaining these latents is expected to take; nothing is called.
 
     A stand-in answers every question to see which there are; nothing is allowed for questions that

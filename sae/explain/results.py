@@ -1,23 +1,29 @@
-"""What explaining by a language model leaves: JSON lines, Parquet, a summary, an export."""
+"""What explaining leaves: JSON lines, Parquet, an export, and a summary, failures first."""
 
+import dataclasses
 import gzip
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from activations_cache import seals
+from sae.explain.held_out import N_STEPS, HeldOut
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import OPEN
-from sae.explain.pipeline import Explained
-from sae.explain.scorers.score import Score
+from sae.explain.pipeline import LatentOutcome
+from sae.explain.score import Score
+from sae.explain.scores import FLOOR, Mean, Scores, bootstrap_mean
 from sae.explain.tables import WRITING, as_json
 from sae.explain.windows import LatentWindows
+from sae.statistics import wilson
 
 STEM = "explanations"
 JSON_LINES = f"{STEM}.jsonl"
@@ -30,12 +36,12 @@ _SCORE = pa.struct({
 })  # fmt: skip
 _SCHEMA = pa.schema({
     "latent": pa.int32(), "status": pa.string(), "reason": pa.string(), "label": pa.string(),
-    "method": pa.string(), "client": pa.string(), "borrowed_from": pa.int32(),
+    "method": pa.string(), "client": pa.string(),
     "scores": pa.list_(_SCORE),
 })  # fmt: skip
 
 
-def summarise(found: Sequence[Explained], caller: Caller | None) -> dict[str, object]:
+def summarise(results: Sequence[LatentOutcome], caller: Caller | None) -> dict[str, object]:
     """The run in a few figures, failures first.
 
     Means are over the latents with a value; `mean_worst` and `mean_best` are over all latents that
@@ -43,10 +49,10 @@ def summarise(found: Sequence[Explained], caller: Caller | None) -> dict[str, ob
     one label to many latents, which `n_different_labels` tells. `first_words` has what was first
     said of each way to fail; `all_runs` is what all calls through the same store took.
     """
-    statuses = Counter(f.status for f in found)
-    is_open = [any(f.lost.get(reason) for reason in OPEN) for f in found]
-    reasons = Counter(f.reason.split(":")[0] for f in found if f.status == "failed")
-    labels = {f.explanation.text for f in found if f.status == "done" and f.explanation}
+    statuses = Counter(f.status for f in results)
+    is_open = [any(f.lost.get(reason) for reason in OPEN) for f in results]
+    reasons = Counter(f.reason.split(":")[0] for f in results if f.status == "failed")
+    labels = {f.explanation.text for f in results if f.status == "done" and f.explanation}
     summary: dict[str, object] = {
         "n_failed": statuses["failed"],
         "failed_by_reason": dict(sorted(reasons.items())),
@@ -54,10 +60,10 @@ def summarise(found: Sequence[Explained], caller: Caller | None) -> dict[str, ob
         "n_insufficient": statuses["insufficient"],
         "n_done": statuses["done"],
         "n_different_labels": len(labels),
-        "scores": _means([f.scores for f in found if f.status == "done"], statuses["failed"]),
+        "scores": _means([f.scores for f in results if f.status == "done"], statuses["failed"]),
         "controls": {
-            name: _means([f.controls[name] for f in found if name in f.controls], 0)
-            for name in sorted({name for f in found for name in f.controls})
+            name: _means([f.controls[name] for f in results if name in f.controls], 0)
+            for name in sorted({name for f in results for name in f.controls})
         },
     }
     if caller is not None:
@@ -109,13 +115,16 @@ def _share(holds: list[bool], n: int) -> float | None:
 
 
 def write_results(
-    directory: Path, found: Sequence[Explained], summary: Mapping[str, object], stem: str = STEM
+    directory: Path,
+    results: Sequence[LatentOutcome],
+    summary: Mapping[str, object],
+    stem: str = STEM,
 ) -> None:
     """Write STEM.jsonl, STEM.parquet and STEM.json durably and listed, in this order."""
     lines, table, last = (f"{stem}.{end}" for end in ("jsonl", "parquet", "json"))
     seals.remove(directory, (last,))
-    seals.write(directory, {lines: "".join(_line(asdict(f)) for f in found).encode()})
-    rows = pa.Table.from_pylist([_row(f) for f in found], schema=_SCHEMA)
+    seals.write(directory, {lines: "".join(_line(asdict(f)) for f in results).encode()})
+    rows = pa.Table.from_pylist([_row(f) for f in results], schema=_SCHEMA)
     with seals.replacing(directory / table) as unfinished:
         pq.write_table(rows, unfinished, **WRITING)
     seals.write(directory, {last: as_json(summary)})
@@ -125,14 +134,14 @@ def _line(record: Mapping[str, object]) -> str:
     return json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _row(f: Explained) -> dict[str, object]:
+def _row(f: LatentOutcome) -> dict[str, object]:
     scores = [{"control": "", **asdict(score)} for score in f.scores]
     for name, controls in f.controls.items():
         scores += [{"control": name, **asdict(score)} for score in controls]
     row: dict[str, object] = {"latent": f.latent, "status": f.status, "reason": f.reason}
     if f.explanation is not None:
         known = asdict(f.explanation)
-        row |= {name: known[name] for name in ("method", "client", "borrowed_from")}
+        row |= {name: known[name] for name in ("method", "client")}
         row["label"] = f.explanation.text
     fields = [field.name for field in _SCORE]
     return row | {"scores": [{name: score[name] for name in fields} for score in scores]}
@@ -140,7 +149,7 @@ def _row(f: Explained) -> dict[str, object]:
 
 def export_neuronpedia(
     directory: Path,
-    found: Iterable[Explained],
+    result: Iterable[LatentOutcome],
     latents: Iterable[LatentWindows],
     model_id: str,
     layer_id: str,
@@ -152,7 +161,7 @@ def export_neuronpedia(
 
     Args:
         directory: Where the folder "neuronpedia" is made.
-        found: Results; those without a label are left out of the explanations.
+        result: Results; those without a label are left out of the explanations.
         latents: The windows of the same latents.
         model_id: Neuronpedia's name of the model, such as "gpt2-small".
         layer_id: Its name of the dictionary, such as "6-res-jb".
@@ -164,7 +173,7 @@ def export_neuronpedia(
             "description": f.explanation.text, "typeName": f.explanation.method,
             "explanationModelName": f.explanation.client.split(" ")[-1],
         }
-        for f in found if f.explanation
+        for f in result if f.explanation
     ]  # fmt: skip
     features, activations = [], []
     for latent in latents:
@@ -189,3 +198,140 @@ def export_neuronpedia(
         path = base / name / "batch-0.jsonl.gz"
         data = gzip.compress("".join(map(_line, rows)).encode(), mtime=0)
         seals.write(path.parent, {path.name: data})
+
+
+LEVEL = 0.01
+"""Where a label beats its permutation null; 1 % of labels that say nothing do."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The dictionary's labels in a few figures; nan where there is nothing to average."""
+
+    n_insufficient: int
+    """Live latents that fire too seldom to be scored; counted, never dropped."""
+    n_dead: int
+    """Latents that never fire in the two splits."""
+    n_scored: int
+    """Live latents whose label was scored."""
+    n_latents: int
+    """All latents."""
+    beats_null: Mean
+    """Share of the live latents whose held-out AUC beats its permutation null at 1 %; Wilson's
+    interval. Latents without a score count as not beating it."""
+    beats_null_strong: Mean
+    """The same for the AUC of the strongest tenth of the firings."""
+    auc: Mean
+    """Mean AUC over the scored latents; its interval is a bootstrap over latents."""
+    auc_strong: Mean
+    """Mean AUC of the strongest tenth of the firings, over the latents that have one."""
+    n_strong: int
+    """Latents that have one."""
+    auc_median: float
+    """Median AUC over the scored latents."""
+    auc_all_live: float
+    """Mean AUC over all live latents, the insufficient ones counted at the floor."""
+    auc_wide: Mean
+    """Mean AUC of the larger rules, which are not what the labels say."""
+    control_auc: Mean
+    """Mean AUC when every latent is scored with another latent's label."""
+    share_above_chance: float
+    """Share of the scored latents whose interval lies above the floor."""
+    curve: tuple[float, ...]
+    """Share of a latent's firings that its words explain, by fifths of its largest activation;
+    means over the latents that fire there."""
+    curve_n: tuple[int, ...]
+    """Firings in each fifth, of all scored latents together."""
+    base: float
+    """What the curve is for words that say nothing: the mean share of rows with them."""
+    floor: float
+    """The AUC of knowing nothing."""
+    n_rows_explain: int
+    """Rows from which the labels were made."""
+    n_rows_score: int
+    """Rows on which they were scored."""
+
+
+class SummaryInputs(NamedTuple):
+    """What a summary is made of."""
+
+    scores: Scores
+    wide: Scores
+    control: Scores
+    held_out: HeldOut
+
+
+def summary_of(
+    result: SummaryInputs,
+    wanted: np.ndarray,
+    live: np.ndarray,
+    n_rows: tuple[int, int],
+    generator: np.random.Generator,
+) -> Summary:
+    """Average over latents.
+
+    Args:
+        result: Scores of all latents.
+        wanted: Which were scored.
+        live: Which fire at all.
+        n_rows: Of the explain and of the score split.
+        generator: Of the bootstrap.
+    """
+    scores, wide, control, unseen = result
+    auc = scores.auc[wanted]
+    n_scored, n_live = int(wanted.sum()), int(live.sum())
+    at_floor = FLOOR * (n_live - n_scored)
+    strong = unseen.auc_strong[np.isfinite(unseen.auc_strong)]
+    return Summary(
+        n_insufficient=n_live - n_scored,
+        n_dead=len(wanted) - n_live,
+        n_scored=n_scored,
+        n_latents=len(wanted),
+        beats_null=_counted(unseen.beats(LEVEL), live),
+        beats_null_strong=_counted(unseen.beats(LEVEL, strong=True), live),
+        auc=bootstrap_mean(auc, generator),
+        auc_strong=bootstrap_mean(strong, generator),
+        n_strong=len(strong),
+        auc_median=float(np.median(auc)) if n_scored else math.nan,
+        auc_all_live=float(auc.sum() + at_floor) / n_live if n_live else math.nan,
+        auc_wide=bootstrap_mean(wide.auc[wanted], generator),
+        control_auc=bootstrap_mean(control.auc[np.isfinite(control.auc)], generator),
+        share_above_chance=float((scores.low[wanted] > FLOOR).mean()) if n_scored else math.nan,
+        curve=_curve(unseen, wanted),
+        curve_n=tuple(unseen.curve_n[wanted].sum(axis=0).tolist()),
+        base=float(unseen.base[wanted].mean()) if n_scored else math.nan,
+        floor=FLOOR,
+        n_rows_explain=n_rows[0],
+        n_rows_score=n_rows[1],
+    )
+
+
+def _counted(holds: np.ndarray, among: np.ndarray) -> Mean:
+    if not among.any():
+        return Mean(math.nan, math.nan, math.nan)
+    return Mean(*wilson(int(holds[among].sum()), int(among.sum())))
+
+
+def _curve(unseen: HeldOut, wanted: np.ndarray) -> tuple[float, ...]:
+    steps = [unseen.curve[wanted, step] for step in range(N_STEPS)]
+    known = [step[np.isfinite(step)] for step in steps]
+    return tuple(float(step.mean()) if len(step) else math.nan for step in known)
+
+
+def flat(summary: Summary) -> dict[str, object]:
+    """The summary as JSON takes it: means as objects, nan, which JSON does not know, as null."""
+    results: dict[str, object] = {}
+    for field in dataclasses.fields(summary):
+        value = getattr(summary, field.name)
+        if isinstance(value, Mean):
+            results[field.name] = {end: known_or_none(n) for end, n in value._asdict().items()}
+        elif isinstance(value, tuple):
+            results[field.name] = [known_or_none(float(number)) for number in value]
+        else:
+            results[field.name] = known_or_none(value) if isinstance(value, float) else value
+    return results
+
+
+def known_or_none(value: float) -> float | None:
+    """The value; None in the place of nan."""
+    return None if math.isnan(value) else value

@@ -16,11 +16,10 @@ from sae.explain.config import Kind, RuleConfig
 from sae.explain.explainers import Explanation
 from sae.explain.judges import Judge, RuleJudge, WordRule
 from sae.explain.labels import Labels
-from sae.explain.pipeline import Explained, shuffled_windows
+from sae.explain.pipeline import LatentOutcome, shuffled_windows
 from sae.explain.results import summarise, write_results
-from sae.explain.scorers.choice import scorers_of
-from sae.explain.scorers.score import Score, Scorer
-from sae.explain.subject import Subject, chosen
+from sae.explain.score import Score, Scorer
+from sae.explain.subject import Subject, chosen, scorers_of
 from sae.explain.windows import LatentWindows
 
 
@@ -87,18 +86,18 @@ def score_rules_of(
     rules = {latent: rule_of(labels, latent, names) for latent in latents}
     scored = [latent for latent in latents if rules[latent] is not None]
     partner = dict(zip(scored, scored[1:] + scored[:1], strict=True))
-    found, scorers = [], scorers_of(config.scorers, subject.tools)
+    result, scorers = [], scorers_of(config.scorers, subject.tools)
     for done, latent in enumerate(latents, 1):
         other = rules[partner[latent]] if latent in partner else None
         text = labels.text(latent, names)
-        found.append(
+        result.append(
             _explained(
                 assembler.of(latent), text, rules[latent], other, scorers, config.min_windows
             )
         )
         report(done, len(latents), "rules executed")
-    summary = {**summarise(found, None), "config": asdict(config)}
-    write_results(out_dir, found, summary, STEM)
+    summary = {**summarise(result, None), "config": asdict(config)}
+    write_results(out_dir, result, summary, STEM)
     return summary
 
 
@@ -109,13 +108,15 @@ def _explained(
     other: WordRule | None,
     scorers: Sequence[Scorer],
     min_windows: int,
-) -> Explained:
+) -> LatentOutcome:
     least = min(len(windows.of("explain", "active")), len(windows.of("score", "active")))
     if least < min_windows:
         reason = f"{least} active windows of {min_windows} wanted"
-        return Explained(windows.latent, "insufficient", reason)
+        return LatentOutcome(windows.latent, "insufficient", reason)
     if rule is None:
-        return Explained(windows.latent, "insufficient", "no label that a text can be tested by")
+        return LatentOutcome(
+            windows.latent, "insufficient", "no label that a text can be tested by"
+        )
     scores = asyncio.run(score_rule(windows, rule, scorers, text))
     controls = {}
     if other is not None and other != rule:
@@ -124,4 +125,4 @@ def _explained(
     shuffled = asyncio.run(score_rule(shuffled_windows(windows), rule, scorers, text))
     controls["shuffled windows"] = shuffled
     label = Explanation(windows.latent, text, METHOD)
-    return Explained(windows.latent, "done", "", label, scores, controls)
+    return LatentOutcome(windows.latent, "done", "", label, scores, controls)

@@ -10,14 +10,14 @@ import numpy as np
 from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.baselines import baseline_dictionary
-from sae.explain.atlas.run import words_with_a_latent
+from sae.explain.atlas import words_with_a_latent
 from sae.explain.config import AtlasConfig, ExplainConfig, Kind
-from sae.explain.examples import Activity, Context, ContextFinder, Part, activity
+from sae.explain.examples import Activity, Context, ContextFinder, SplitFirings, activity
 from sae.explain.firings import encode_rows
 from sae.explain.held_out import HeldOut, held_out
 from sae.explain.labels import Labels, fires_enough, make_labels
+from sae.explain.results import Summary, SummaryInputs, flat, known_or_none, summary_of
 from sae.explain.scores import Scores, derangement, score_rules
-from sae.explain.summary import Found, Summary, flat, known_or_none, summary_of
 from sae.explain.tables import EXAMPLES, LATENTS, LatentRecord, write_tables
 from sae.explain.text_at_rows import Cache, SplitRows, TextReader
 
@@ -83,7 +83,9 @@ def explain(
     splits = {split: reader.read(split) for split in ("explain", "score")}
     _check_splits(splits)
     parts = [
-        Part(name, encode_rows(dictionary, cache[hook_point], split.ids, report), split.text)
+        SplitFirings(
+            name, encode_rows(dictionary, cache[hook_point], split.ids, report), split.text
+        )
         for name, split in splits.items()
     ]
     explained = explain_codes(parts[0], parts[1], reader.names, config, report)
@@ -122,8 +124,8 @@ def _check_splits(splits: Mapping[str, SplitRows]) -> None:
 
 
 def explain_codes(
-    made_from: Part,
-    scored_on: Part,
+    made_from: SplitFirings,
+    scored_on: SplitFirings,
     names: Mapping[Kind, Sequence[str]],
     config: ExplainConfig,
     progress: Progress | None = None,
@@ -153,8 +155,8 @@ def explain_codes(
     active = activity((made_from, scored_on), config.histogram_bins)
     live = active.n_fired > 0
     status = np.where(wanted, "scored", np.where(live, "insufficient", "dead"))
-    found = Found(scores, wide, control, unseen)
-    summary = summary_of(found, wanted, live, (made_from.codes.n_rows, codes.n_rows), generator)
+    result = SummaryInputs(scores, wide, control, unseen)
+    summary = summary_of(result, wanted, live, (made_from.codes.n_rows, codes.n_rows), generator)
     paths = (None, None)
     return Explained(
         labels,
@@ -190,14 +192,14 @@ def _baselines(
         rows, n, np.clip(density[places], 1 / len(rows), 0.5).tolist(), config.seed
     )
     codes = [encode_rows(untrained, cache[hook_point], s.ids, report) for s in splits.values()]
-    found = {}
+    results = {}
     for first, name in ((0, "random directions"), (n, "raw neurons")):
         made_from, scored_on = (
-            Part(split, of_split.part(first, first + n), splits[split].text)
+            SplitFirings(split, of_split.part(first, first + n), splits[split].text)
             for split, of_split in zip(splits, codes, strict=True)
         )
-        found[name] = explain_codes(made_from, scored_on, explained.names, config, report).summary
-    return found
+        results[name] = explain_codes(made_from, scored_on, explained.names, config, report).summary
+    return results
 
 
 def _contexts(finder: ContextFinder, d_sae: int, progress: Progress) -> Iterator[Context]:

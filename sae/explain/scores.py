@@ -13,7 +13,7 @@ from scipy import stats
 
 from monosema.checks import MonosemaError
 from sae.explain.config import Kind
-from sae.explain.firings import Codes, Entries, concatenated_ranges
+from sae.explain.firings import Codes, FiringEntries, concatenated_ranges
 from sae.explain.labels import Rules
 from sae.explain.text_at_rows import RowText
 
@@ -74,7 +74,7 @@ def score_rules(
     """
     names, example = np.unique(text.example, return_inverse=True)
     example = example.astype(np.int32)
-    found = Scores(*np.full((4, codes.d_sae), np.nan))
+    result = Scores(*np.full((4, codes.d_sae), np.nan))
     for index, kind in enumerate(kinds):
         latents = np.flatnonzero(wanted & (rules.kind == index))
         if len(latents) == 0:
@@ -84,9 +84,9 @@ def score_rules(
         for first in range(0, len(latents), _LATENTS_AT_ONCE):
             chunk = latents[first : first + _LATENTS_AT_ONCE]
             scores = _score_chunk(rules.of(chunk), codes.take(chunk), values, example, present)
-            for array, part in zip(found, scores, strict=True):
+            for array, part in zip(result, scores, strict=True):
                 array[chunk] = part
-    return found
+    return result
 
 
 def _present(
@@ -103,7 +103,7 @@ def _present(
 
 
 def _score_chunk(
-    rules: Rules, entries: Entries, values: np.ndarray, example: np.ndarray, present: _Present
+    rules: Rules, entries: FiringEntries, values: np.ndarray, example: np.ndarray, present: _Present
 ) -> Scores:
     n_latents, n_levels = len(rules.kind), rules.value.shape[1] + 1
     level_of = levels(rules)
@@ -124,9 +124,9 @@ def levels(rules: Rules) -> Int64[np.ndarray, "d_sae word"]:
     order = np.argsort(rules.weight, axis=1, kind="stable")
     ascending = np.take_along_axis(rules.weight, order, axis=1)
     higher = np.diff(ascending, axis=1, prepend=0.0) > 0
-    found = np.empty(order.shape, np.int64)
-    np.put_along_axis(found, order, np.cumsum(higher, axis=1), axis=1)
-    return found
+    result = np.empty(order.shape, np.int64)
+    np.put_along_axis(result, order, np.cumsum(higher, axis=1), axis=1)
+    return result
 
 
 def _rows_by_level(rules: Rules, level: np.ndarray, present: _Present, n_rows: int) -> np.ndarray:

@@ -108,25 +108,27 @@ def top_words(
         The best values; equal ones in the order of their index.
     """
     present = np.bincount(values[values >= 0], minlength=1)
-    kept = np.flatnonzero(present >= min_count)
+    frequent = np.flatnonzero(present >= min_count)
     narrow = np.full(
-        len(present) + 1, len(kept), np.int32
+        len(present) + 1, len(frequent), np.int32
     )  # the last column takes what is left out
-    narrow[kept] = np.arange(len(kept))
+    narrow[frequent] = np.arange(len(frequent))
     columns = narrow[values]
     shape = (codes.d_sae, n_words)
-    found = TopWords(
+    result = TopWords(
         np.full(shape, -1, np.int32), np.zeros(shape, np.int64), np.zeros(shape, np.int64),
         np.zeros(shape),
     )  # fmt: skip
-    step = max(1, _CELLS // (len(kept) + 1))
-    for first in range(0, codes.d_sae if len(kept) else 0, step):
+    step = max(1, _CELLS // (len(frequent) + 1))
+    for first in range(0, codes.d_sae if len(frequent) else 0, step):
         last = min(first + step, codes.d_sae)
-        joint = _joint_counts(codes, columns, len(kept), first, last)
-        part = TopWords(*(array[first:last] for array in found))
-        _fill_best(part, joint, codes.n_fired[first:last], present[kept], codes.n_rows)
-    found.value[:] = np.where(found.value >= 0, kept[found.value] if len(kept) else -1, -1)
-    return found
+        joint = _joint_counts(codes, columns, len(frequent), first, last)
+        part = TopWords(*(array[first:last] for array in result))
+        _fill_best(part, joint, codes.n_fired[first:last], present[frequent], codes.n_rows)
+    result.value[:] = np.where(
+        result.value >= 0, frequent[result.value] if len(frequent) else -1, -1
+    )
+    return result
 
 
 def _joint_counts(

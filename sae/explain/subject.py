@@ -1,20 +1,83 @@
-"""What is explained, and its windows: collected once for whatever needs them."""
+"""What is explained: a dictionary on a cache, its windows, and its scorers by name.
 
-from collections.abc import Sequence
+The windows are collected once for whatever needs them.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jaxtyping import Int
+from torch import Tensor
+
 from activations_cache import seals
-from activations_cache.checks import MonosemaError, Progress, silent
+from activations_cache.checks import Progress, silent
+from monosema.checks import MonosemaError
 from sae.autoencoder import SparseAutoencoder
-from sae.explain.collect.assemble import Assembler
-from sae.explain.collect.run import collect
-from sae.explain.collect.state import State
-from sae.explain.collect.windows_file import write_windows
-from sae.explain.config import WindowConfig
-from sae.explain.scorers.choice import Tools
+from sae.explain.assemble import Assembler
+from sae.explain.collect import collect, write_windows
+from sae.explain.config import ScorerName, WindowConfig
+from sae.explain.model_scorers import (
+    Embed,
+    Embedding,
+    LogLikelihood,
+    NextLogProbs,
+    OutputSide,
+    Sensitivity,
+    Surprisal,
+)
+from sae.explain.question_scorers import Detection, Fuzzing, Intruder, Rubric, Simulation
+from sae.explain.reservoir import State
+from sae.explain.score import Scorer
 from sae.explain.text_at_rows import Cache
 from sae.explain.windows import shuffled
+
+_SCORERS: dict[str, Scorer] = {
+    scorer.name: scorer for scorer in (Detection(), Fuzzing(), Simulation(), Rubric(), Intruder())
+}
+
+WITH_TOOLS: tuple[ScorerName, ...] = ("embedding", "surprisal", "output side", "sensitivity")
+"""Those that need a model."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a model gives to scorers."""
+
+    embed: Embed
+    """Texts to vectors."""
+    log_likelihood: LogLikelihood
+    """How probable a text is after a prefix."""
+    next_log_probs: NextLogProbs
+    """What amplifying a latent does to the next token."""
+    promoted: Int[Tensor, "d_sae k"]
+    """Token ids by the logit lens."""
+    peaks_on: Callable[[int, Sequence[str]], list[float]]
+    """A latent's largest activation on texts."""
+
+
+def scorers_of(names: Sequence[ScorerName], tools: Tools | None = None) -> tuple[Scorer, ...]:
+    """In the order of the names.
+
+    Raises:
+        ValueError: If one needs a model and there is none.
+    """
+    known = dict(_SCORERS)
+    if tools is not None:
+        more: tuple[Scorer, ...] = (
+            Embedding(tools.embed),
+            Surprisal(tools.log_likelihood),
+            OutputSide(tools.next_log_probs, tools.promoted),
+            Sensitivity(None, tools.peaks_on),
+        )
+        known |= {scorer.name: scorer for scorer in more}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise MonosemaError(
+            f"scorers must be {', '.join(known)} without a model, got {missing[0]!r}; "
+            "use `sae explain`, which has one"
+        )
+    return tuple([known[name] for name in names])
 
 
 @dataclass(frozen=True)

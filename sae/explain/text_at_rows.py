@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int, Int32
 from torch import Tensor
 
-from activations_cache.pieces import PieceTable, table_of
+from activations_cache.tokens import PieceTable, table_of
 from monosema.checks import MonosemaError
 from sae.explain.config import Kind
 from sae.explain.firings import ActivationRows
@@ -21,7 +21,7 @@ _WORD_WITH_BLANKS = regex.compile(r"(?w)\s*\S.*?\b")
 
 
 @runtime_checkable
-class RowRefs(Protocol):
+class RowRefsLike(Protocol):
     """Where rows come from."""
 
     @property
@@ -36,7 +36,7 @@ class RowRefs(Protocol):
 
 
 @runtime_checkable
-class Examples(Protocol):
+class CachedTexts(Protocol):
     """The texts of a cache, as token ids."""
 
     @property
@@ -60,7 +60,7 @@ class Cache(Protocol):
     """What explaining needs of an activation cache."""
 
     @property
-    def examples(self) -> Examples:
+    def examples(self) -> CachedTexts:
         """All texts."""
         ...
 
@@ -73,7 +73,7 @@ class Cache(Protocol):
         """Ids of the rows of these splits."""
         ...
 
-    def refs(self, rows: Int[Tensor, " row"]) -> RowRefs:
+    def refs(self, rows: Int[Tensor, " row"]) -> RowRefsLike:
         """Where these rows come from."""
         ...
 

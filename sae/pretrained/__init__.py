@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sae.pretrained.canonical import Source
-    from sae.pretrained.fields import DictionaryFormatError
+    from sae.pretrained.foreign import DictionaryFormatError
     from sae.pretrained.loading import Loaded, load, load_with_source
     from sae.pretrained.monosema_format import save
 
 __all__ = ["DictionaryFormatError", "Loaded", "Source", "load", "load_with_source", "save"]
 
 _HOME = {
-    "DictionaryFormatError": "sae.pretrained.fields",
+    "DictionaryFormatError": "sae.pretrained.foreign",
     "Loaded": "sae.pretrained.loading",
     "Source": "sae.pretrained.canonical",
     "load": "sae.pretrained.loading",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae.architecture import SAEConfig, with_k
 from sae.autoencoder import SparseAutoencoder
-from sae.pretrained.fields import DictionaryFormatError
+from sae.pretrained.foreign import DictionaryFormatError
 
 SETTINGS = (".json", ".yaml")
 """Ends of the names of files without weights."""
@@ -120,13 +120,13 @@ def selected(latents: int | slice | None, d_sae: int) -> slice:
         DictionaryFormatError: If there are none among d_sae, or if they do not ascend.
     """
     chosen = slice(latents, latents + 1) if isinstance(latents, int) else latents or slice(None)
-    found = range(d_sae)[chosen]
+    result = range(d_sae)[chosen]
     is_outside = isinstance(latents, int) and not 0 <= latents < d_sae
-    if is_outside or not found or found.step < 1:
+    if is_outside or not result or result.step < 1:
         raise DictionaryFormatError(
             f"latents must select ascending ones of 0 to {d_sae - 1}, got {latents}"
         )
-    return slice(found.start, found.stop, found.step)
+    return slice(result.start, result.stop, result.step)
 
 
 def in_memory(weights: Weights, latents: int | slice | None = None) -> Weights:
@@ -162,9 +162,9 @@ def assemble(reading: Reading, latents: int | slice | None = None) -> SparseAuto
     config = narrowed(reading.config, len(range(reading.config.d_sae)[chosen]))
     tensors = reading.weights.tensors()
     expected = {name: tuple(p.shape) for name, p in empty(config).state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != expected:
-        raise DictionaryFormatError(f"the tensors must have the shapes {expected}, got {found}")
+    results = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if results != expected:
+        raise DictionaryFormatError(f"the tensors must have the shapes {expected}, got {results}")
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise DictionaryFormatError(

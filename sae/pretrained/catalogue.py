@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae.pretrained.fields import DictionaryFormatError
+from sae.pretrained.foreign import DictionaryFormatError
 from sae.pretrained.hook_names import module_path
 
 DATA = Path(__file__).with_name("releases.json.gz")
@@ -139,10 +139,10 @@ def _entry(record: Mapping[str, Any], row: list[Any]) -> Entry:
     word_out = f"{block[0]}{out}" if out and block else ""
     # the embeddings that Gemma Scope was trained on lack the factor that the module's output has
     point = "" if word == "hook_embed" else module_path(word, family) or ""
-    if block and (reads := record.get("reads")):
+    if block and (place_read := record.get("reads")):
         # the release names a module that is none of TransformerLens' words
         behind = module_path(f"{block[0]}hook_resid_post", family) or ""
-        point = behind.replace(":out", f".{reads}")
+        point = behind.replace(":out", f".{place_read}")
     page = values.get(5)
     return Entry(
         release=record["name"],

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sae.architecture import Activation, JumpReLU, ReLU, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, needs_name
 from sae.pretrained.files import Files, expect_keys, expect_shape
+from sae.pretrained.foreign import DictionaryFormatError, needs_name
 
 FORMAT = "circuit_tracer"
 CHECKED_AGAINST = "circuit-tracer's code, read"
@@ -113,10 +113,10 @@ def _activation(files: Files, k: Tensor | None, threshold: Tensor | None) -> Act
         return TopK(k=int(k))
     if k is not None:
         raise DictionaryFormatError("k must be one number without thresholds beside it")
-    if threshold is None and (k_beside := _k_beside(files)):
+    if threshold is None and (k_of_config := _k_of_config(files)):
         needs_name(files.is_named, FORMAT)
-        return TopK(k=k_beside)
-    says_topk = (files.has_beside(c) and SAYS_TOPK.search(files.text(c)) for c in CONFIGS)
+        return TopK(k=k_of_config)
+    says_topk = (files.has_sibling(c) and SAYS_TOPK.search(files.text(c)) for c in CONFIGS)
     if any(says_topk):
         raise DictionaryFormatError(
             f"{files.path.name} must hold k where its config says top-k, got none"
@@ -124,11 +124,11 @@ def _activation(files: Files, k: Tensor | None, threshold: Tensor | None) -> Act
     return ReLU() if threshold is None else JumpReLU()
 
 
-def _k_beside(files: Files) -> int:
+def _k_of_config(files: Files) -> int:
     """The k of a config that says top-k, as circuit-tracer's own reader takes it; 0 without."""
-    texts = [files.text(name) for name in CONFIGS if files.has_beside(name)]
-    found = {int(k) for text in texts if SAYS_TOPK.search(text) for k in K.findall(text)}
-    return found.pop() if len(found) == 1 else 0
+    texts = [files.text(name) for name in CONFIGS if files.has_sibling(name)]
+    results = {int(k) for text in texts if SAYS_TOPK.search(text) for k in K.findall(text)}
+    return results.pop() if len(results) == 1 else 0
 
 
 def _check_orientation(files: Files, d: int, d_sae: int) -> None:

@@ -15,7 +15,7 @@ from activations_cache import io
 from sae.architecture import Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained import catalogue, circuit_tracer, dictionary_learning, saelens, sparsify
-from sae.pretrained.fields import DictionaryFormatError
+from sae.pretrained.foreign import DictionaryFormatError
 from sae.pretrained.hook_names import lens_name
 from sae.pretrained.rewrite import Plain, centred_by, plain, with_thresholds, with_unit_rows
 
@@ -99,21 +99,21 @@ def _saelens_metadata(site: Mapping[str, str]) -> dict[str, object]:
     A hook point of ours becomes TransformerLens' word, or the module's path where it has none, as
     SAELens' proxy has it; `hook_point` keeps ours.
     """
-    found: dict[str, object] = {key: site[key] for key in saelens.SITE if key in site}
+    results: dict[str, object] = {key: site[key] for key in saelens.SITE if key in site}
     family = catalogue.family_of_model(site.get("model_name", ""))
-    for key, own in (("hook_name", "hook_point"), ("hook_name_out", "hook_point_out")):
+    for key, our_key in (("hook_name", "hook_point"), ("hook_name_out", "hook_point_out")):
         if ":" in (point := site.get(key, "")):
             module, _, side = point.rpartition(":")
-            found[own] = point
-            found[key] = lens_name(point, family) or (module if side == "out" else point)
+            results[our_key] = point
+            results[key] = lens_name(point, family) or (module if side == "out" else point)
     for key in ("context_size", "training_tokens"):
-        if str(found.get(key, "")).isdecimal():
-            found[key] = int(site[key])
-    if "prepend_bos" in found:
-        found["prepend_bos"] = site["prepend_bos"] == "True"
+        if str(results.get(key, "")).isdecimal():
+            results[key] = int(site[key])
+    if "prepend_bos" in results:
+        results["prepend_bos"] = site["prepend_bos"] == "True"
     if dtype := site.get("model_dtype"):
-        found["model_from_pretrained_kwargs"] = {"dtype": dtype}
-    return {**found, "sae_lens_version": SAELENS_VERSION}
+        results["model_from_pretrained_kwargs"] = {"dtype": dtype}
+    return {**results, "sae_lens_version": SAELENS_VERSION}
 
 
 def _is_transcoder(given: Plain, site: Mapping[str, str]) -> bool:
@@ -184,10 +184,10 @@ def _to_circuit_tracer(given: Plain, site: dict[str, str]) -> Written:
     }
     if isinstance(given.config.activation, TopK):
         settings |= {"activation": kind, "k": given.config.activation.k}
-    found = {name: t.contiguous().clone() for name, t in tensors.items() if t is not None}
+    results = {name: t.contiguous().clone() for name, t in tensors.items() if t is not None}
     return {
         circuit_tracer.CONFIGS[0]: _yaml(settings),
-        f"layer_{layer[1]}.safetensors": to_safetensors(found),
+        f"layer_{layer[1]}.safetensors": to_safetensors(results),
     }, given.done
 
 
@@ -278,8 +278,8 @@ def _state_of(given: Plain, kind: str) -> dict[str, Tensor]:
             "mag_bias": w.b_mag,
         },
     }  # fmt: skip
-    found = {name: tensor for name, tensor in named[kind].items() if tensor is not None}
-    return {name: tensor.contiguous().clone() for name, tensor in found.items()}
+    results = {name: tensor for name, tensor in named[kind].items() if tensor is not None}
+    return {name: tensor.contiguous().clone() for name, tensor in results.items()}
 
 
 def _named(names: Mapping[type[Activation], str], given: Plain, to: str) -> str:
@@ -320,8 +320,8 @@ def _without_negative_thresholds(given: Plain, to: str) -> Plain:
 def _safetensors(
     config: str, record: Mapping[str, object], weights: str, tensors: Mapping[str, Tensor | None]
 ) -> dict[str, bytes]:
-    found = {name: t.contiguous().clone() for name, t in tensors.items() if t is not None}
-    return {config: _json(record), weights: to_safetensors(found)}
+    results = {name: t.contiguous().clone() for name, t in tensors.items() if t is not None}
+    return {config: _json(record), weights: to_safetensors(results)}
 
 
 def _json(record: Mapping[str, object]) -> bytes:

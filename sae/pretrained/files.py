@@ -14,8 +14,8 @@ from torch import Tensor
 
 from activations_cache import seals
 from monosema.checks import MonosemaError
-from sae.pretrained import npz, pickled
-from sae.pretrained.fields import DictionaryFormatError, one_line
+from sae.pretrained import foreign
+from sae.pretrained.foreign import DictionaryFormatError, one_line
 
 MAX_JSON_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 16
@@ -60,7 +60,7 @@ class Files:
         self.stated = Stated()
         self.root = path if path.is_dir() else path.parent
         self._read: set[str] = set()
-        self._pickled: dict[str, pickled.Content] = {}
+        self._pickled: dict[str, foreign.Content] = {}
 
     @property
     def sha256(self) -> dict[str, str]:
@@ -71,7 +71,7 @@ class Files:
         """Say whether a file belongs to the dictionary."""
         return (self.path.is_dir() or self.path.name == name) and (self.root / name).is_file()
 
-    def has_beside(self, name: str) -> bool:
+    def has_sibling(self, name: str) -> bool:
         """Say whether a file lies in the directory, also where one of its files was given."""
         return (self.root / name).is_file()
 
@@ -79,10 +79,10 @@ class Files:
         """The name of the file that was given, or of the one .pt file in the directory."""
         if not self.path.is_dir():
             return self.path.name
-        found = sorted(p.name for p in self.path.iterdir() if p.suffix in PICKLED)
-        if len(found) != 1:
-            raise DictionaryFormatError(f"{self.path} must hold one .pt file, got {found}")
-        return found[0]
+        results = sorted(p.name for p in self.path.iterdir() if p.suffix in PICKLED)
+        if len(results) != 1:
+            raise DictionaryFormatError(f"{self.path} must hold one .pt file, got {results}")
+        return results[0]
 
     def json(self, name: str) -> dict[str, object]:
         """Read a JSON object of at most 1 MiB, in which no key stands twice."""
@@ -107,9 +107,9 @@ class Files:
 
     def arrays(self, name: str) -> dict[str, Tensor]:
         """Read all arrays of an npz file; none may be pickled."""
-        return npz.read(self._open(name))
+        return foreign.read_npz(self._open(name))
 
-    def pickled(self, name: str, start: int = 0) -> pickled.Content:
+    def pickled(self, name: str, start: int = 0) -> foreign.Content:
         """Read the tensors and plain values of a .pt file from a byte on, if it was allowed."""
         if not self.allow_pt:
             raise DictionaryFormatError(
@@ -117,7 +117,7 @@ class Files:
                 "read it in a confined process, or write it as ours by `sae convert --allow-pt`"
             )
         if name not in self._pickled:
-            self._pickled[name] = pickled.read(self._open(name), start=start)
+            self._pickled[name] = foreign.read(self._open(name), start=start)
         return self._pickled[name]
 
     def text(self, name: str) -> bytes:

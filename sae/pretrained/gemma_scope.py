@@ -9,8 +9,8 @@ from torch import Tensor
 from sae.architecture import JumpReLU, SAEConfig, Slice
 from sae.pretrained import rewrite
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 
 FORMAT = "gemma_scope"
 CHECKED_AGAINST = "the published tutorials' code"
@@ -53,7 +53,7 @@ def read(files: Files) -> Reading:
     raw = files.arrays(ARRAYS) if is_first else files.tensors(WEIGHTS)
     raw = {_lower(name): tensor for name, tensor in raw.items()}
     done = _drop_unit_factor(raw) if is_first else []
-    cfg = Fields({} if is_first or not files.has_beside(CONFIG) else files.json(CONFIG), CONFIG)
+    cfg = Fields({} if is_first or not files.has_sibling(CONFIG) else files.json(CONFIG), CONFIG)
     _check(cfg, raw)
     d_in, d_sae = raw["w_enc"].shape[0], len(raw["b_enc"])
     if not cfg.record and d_in == d_sae and not files.is_named:
@@ -108,13 +108,13 @@ def site_of(path: Path, d_sae: int) -> dict[str, str]:
         DictionaryFormatError: If the width in the path is not that of the weights.
     """
     parts = path.absolute().as_posix()
-    found = {key: match[1] for key, p in IN_PATH.items() if (match := p.search(parts))}
-    width = WIDTH.fullmatch(found.get("width", ""))
+    results = {key: match[1] for key, p in IN_PATH.items() if (match := p.search(parts))}
+    width = WIDTH.fullmatch(results.get("width", ""))
     if width and round(d_sae / (1 << {"k": 10, "m": 20}[width[2]])) not in _near(int(width[1])):
         raise DictionaryFormatError(
-            f"the path must have the width of the weights, {d_sae:,}, got {found['width']}"
+            f"the path must have the width of the weights, {d_sae:,}, got {results['width']}"
         )
-    return found
+    return results
 
 
 def slices(

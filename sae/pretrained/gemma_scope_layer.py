@@ -13,8 +13,8 @@ from torch import Tensor
 from sae.architecture import JumpReLU, SAEConfig
 from sae.pretrained import rewrite
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 from sae.pretrained.gemma_scope import (
     CONFIG,
     HOOK_IN,
@@ -56,7 +56,7 @@ def read(files: Files) -> Reading:
     raw = files.tensors(files.path.name)
     expect_keys(raw, TENSORS, files.path.name, frozenset({SKIP}))
     d_in, d_sae, n_layers = _sizes(raw, layer)
-    cfg = Fields(files.json(CONFIG) if files.has_beside(CONFIG) else {}, CONFIG)
+    cfg = Fields(files.json(CONFIG) if files.has_sibling(CONFIG) else {}, CONFIG)
     kind = _kind(cfg, files, d_sae * n_layers)
     if d_in == d_sae and not (cfg.record or files.is_named):
         raise DictionaryFormatError(

@@ -16,11 +16,11 @@ from huggingface_hub.errors import (
 )
 
 from activations_cache import seals
-from activations_cache.gguf import cache_directory
+from activations_cache.conversion import cache_directory
 from sae.pretrained.canonical import Source
 from sae.pretrained.catalogue import Entry, suggestions
-from sae.pretrained.fields import DictionaryFormatError, one_line
 from sae.pretrained.files import Files, parse_json
+from sae.pretrained.foreign import DictionaryFormatError, one_line
 
 OURS = "monosema"
 _NAME = re.compile(r"[\w\-][\w.\-]*(/[\w\-][\w.\-]*)+(@[\w.\-/]+)?", re.ASCII)
@@ -125,20 +125,22 @@ def _fetched(address: Address, names: Iterable[str], one: bool, given: str) -> P
         root = snapshot_download(address.repo, revision=address.revision, allow_patterns=patterns)
     except (OSError, ValueError) as error:
         raise DictionaryFormatError(_refusal(given, address, error)) from error
-    found = Path(root) / address.subfolder
-    if not found.exists():
+    result = Path(root) / address.subfolder
+    if not result.exists():
         raise DictionaryFormatError(
             f"{given} must hold the files of a dictionary, got none of {patterns} in "
             f"{address.repo}; the catalogue or the name may be older than the repository: look "
             f"there, and name what is there as {address.repo}/FOLDER[@COMMIT]"
         )
-    unfinished = [path.name for path in found.rglob("*") if path.is_symlink() and not path.exists()]
+    unfinished = [
+        path.name for path in result.rglob("*") if path.is_symlink() and not path.exists()
+    ]
     if unfinished:
         raise DictionaryFormatError(
             f"{given} must be whole, got an unfinished download without {unfinished[0]}; remove "
             f"{Path(root).parent.parent} and load it again"
         )
-    return found
+    return result
 
 
 def _refusal(given: str, address: Address, error: Exception) -> str:

@@ -9,8 +9,8 @@ import math
 from sae.architecture import JumpReLU, SAEConfig
 from sae.pretrained import rewrite
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 
 FORMAT = "llama_scope"
 CHECKED_AGAINST = "the authors' initialiser as published"

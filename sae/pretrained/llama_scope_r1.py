@@ -5,8 +5,8 @@ The tensors are named as in Llama Scope and applied as by Llamascopium.
 
 from sae.pretrained import llamascopium
 from sae.pretrained.canonical import Reading
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 
 FORMAT = "llama_scope_r1"
 CHECKED_AGAINST = "sae-lens 6.54's reader of this release, read; its norms unverified"

@@ -42,8 +42,8 @@ from sae.pretrained import (
 )
 from sae.pretrained.canonical import Reading, Source, assemble, weights_sha256
 from sae.pretrained.catalogue import Entry
-from sae.pretrained.fields import DictionaryFormatError
 from sae.pretrained.files import PICKLED, Files, Stated, parse_json
+from sae.pretrained.foreign import DictionaryFormatError
 from sae.pretrained.monosema_format import save
 from sae.pretrained.origin import Origin, origin_of
 
@@ -136,7 +136,7 @@ MEASURED = "measured_on.json"
 """What an evaluation learned of a dictionary that is not ours, beside its statistics."""
 
 
-def _describe(dictionary: SparseAutoencoder, found: "_Found", reading: Reading) -> None:
+def _describe(dictionary: SparseAutoencoder, found: "_DictionaryFiles", reading: Reading) -> None:
     """Give a dictionary provenance, hook point and statistics, from where they lie."""
     files, is_ours = found.files, found.format == hub.OURS
     site = reading.site
@@ -191,7 +191,7 @@ def keep_measured(
     return firing.save(home, source.weights_sha256)
 
 
-class _Found(NamedTuple):
+class _DictionaryFiles(NamedTuple):
     """The files of a dictionary, its format, and what the catalogue says of it."""
 
     files: Files
@@ -205,7 +205,7 @@ def _found(
     allow_pt: bool,
     latents: int | slice | None,
     id: str | None = None,
-) -> _Found:
+) -> _DictionaryFiles:
     entry, where = None, None
     if isinstance(path, str) and not Path(path).exists():
         name, _, revision = path.partition("@")
@@ -217,7 +217,7 @@ def _found(
     files = Files(where, allow_pt=allow_pt, is_named=format is not None, latents=latents)
     if entry is not None:
         files.stated = Stated(entry.input_scale, entry.normalize_activations, entry.is_centred)
-    return _Found(files, _named(format) if format else _recognised(files), entry)
+    return _DictionaryFiles(files, _named(format) if format else _recognised(files), entry)
 
 
 class Readings(NamedTuple):
@@ -246,7 +246,7 @@ def load_readings(path: str | Path, format: str | None = None, allow_pt: bool = 
     return Readings(dictionaries, found, next(iter(readings.values())).site)
 
 
-def _assembled(found: _Found) -> tuple[SparseAutoencoder, Reading]:
+def _assembled(found: _DictionaryFiles) -> tuple[SparseAutoencoder, Reading]:
     with _naming(found.files.path, found.format):
         reading = _placed(FORMATS[found.format].read(found.files), found.entry)
         return assemble(reading, found.files.latents), reading

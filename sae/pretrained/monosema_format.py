@@ -22,8 +22,8 @@ from sae.architecture import (
 )
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained.canonical import Reading, Weights, empty, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 
 FORMAT = "monosema"
 CHECKED_AGAINST = "itself"
@@ -103,13 +103,13 @@ def _require_whole(files: Files) -> dict[str, object]:
     """Compare the files with their list and the weights with their hash; return the provenance."""
     try:
         for name in (CONFIG, PROVENANCE, WEIGHTS):
-            if files.has_beside(name):
+            if files.has_sibling(name):
                 seals.require_whole(files.root / name)
     except DamagedFileError as error:
         raise DictionaryFormatError(str(error)) from error
-    provenance = files.json(PROVENANCE) if files.has_beside(PROVENANCE) else {}
+    provenance = files.json(PROVENANCE) if files.has_sibling(PROVENANCE) else {}
     expected = provenance.get("sae_sha256")
-    if expected is not None and files.has_beside(WEIGHTS):
+    if expected is not None and files.has_sibling(WEIGHTS):
         digest = seals.sha256(files.root / WEIGHTS)
         if digest != expected:
             raise DictionaryFormatError(

@@ -12,9 +12,8 @@ from torch import Tensor
 from sae.architecture import Activation, JumpReLU, ReLU, SAEConfig, TopK
 from sae.pretrained import rewrite
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, needs_name
 from sae.pretrained.files import Files, expect_keys, expect_shape
-from sae.pretrained.pickled import Content
+from sae.pretrained.foreign import Content, DictionaryFormatError, needs_name
 
 FORMAT = "msae"
 CHECKED_AGAINST = "MSAE's code, read"

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from sae.architecture import ReLU, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 
 FORMAT = "openai"
 CHECKED_AGAINST = "the published code"
@@ -68,7 +68,7 @@ def _activation(values: Fields) -> ReLU | TopK:
         return ReLU()
     for key in RELU_KEYS:
         values.word(key, ("ReLU",), "ReLU")
-    found = [key for key in K_KEYS if key in values]
-    if not found:
+    results = [key for key in K_KEYS if key in values]
+    if not results:
         raise DictionaryFormatError(f"a TopK dictionary must have {K_KEYS[0]}, got none")
-    return TopK(k=values.whole(found[0]))
+    return TopK(k=values.whole(results[0]))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sae.architecture import Activation, JumpReLU, ReLU, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 
 FORMAT = "overcomplete"
 CHECKED_AGAINST = "overcomplete 0.3 itself"
@@ -33,7 +33,7 @@ TIED = "encoder.tied_to."
 def fits(files: Files) -> bool:
     """Whether the settings lie beside a pickled file, or its tensors have the library's names."""
     names = files.pickled_names()
-    return files.has_beside(SETTINGS) or "dictionary.multiplier" in names
+    return files.has_sibling(SETTINGS) or "dictionary.multiplier" in names
 
 
 def read(files: Files) -> Reading:
@@ -43,7 +43,7 @@ def read(files: Files) -> Reading:
         DictionaryFormatError: If the settings are missing, for encoders that are not linear, and
             for classes that have no form here.
     """
-    if not files.has_beside(SETTINGS):
+    if not files.has_sibling(SETTINGS):
         raise DictionaryFormatError(
             f"{files.root} must hold {SETTINGS} with what the file does not say, such as "
             '{"class": "TopKSAE", "top_k": 32, "normalization": "l2"}, got none'

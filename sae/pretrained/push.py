@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from activations_cache import seals
 from sae.pretrained import hub, monosema_format
 from sae.pretrained.canonical import Source
-from sae.pretrained.fields import DictionaryFormatError, one_line, printable
+from sae.pretrained.foreign import DictionaryFormatError, one_line, printable
 from sae.pretrained.loading import Loaded, load_with_source
 
 CARD = "README.md"

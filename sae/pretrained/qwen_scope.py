@@ -4,8 +4,8 @@ import re
 
 from sae.architecture import SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 
 FORMAT = "qwen_scope"
 CHECKED_AGAINST = "sae-lens 6.54's reader of this release, read"
@@ -49,15 +49,15 @@ def read(files: Files) -> Reading:
 def _k(files: Files) -> int:
     """The k of the release's config and of the repository's name; where both tell it, one k."""
     names = [match for part in files.path.parts if (match := K_IN_NAME.search(part))]
-    found = {int(names[-1][1])} if names else set()
-    if files.has_beside(CONFIG):
+    result = {int(names[-1][1])} if names else set()
+    if files.has_sibling(CONFIG):
         cfg = Fields(files.json(CONFIG), CONFIG)
         cfg.word("model_type", ("topk_sae",))
-        found.add(cfg.whole("k"))
-    if len(found) != 1:
+        result.add(cfg.whole("k"))
+    if len(result) != 1:
         raise DictionaryFormatError(
             f"{files.path} must lie beside the release's {CONFIG}, or in a directory that has the "
-            f"repository's name, SAE-Res-MODEL-W..K-L0_<k>, got the k {sorted(found)}: k stands "
+            f"repository's name, SAE-Res-MODEL-W..K-L0_<k>, got the k {sorted(result)}: k stands "
             "nowhere else"
         )
-    return found.pop()
+    return result.pop()

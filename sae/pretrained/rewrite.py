@@ -17,7 +17,7 @@ from torch import Tensor
 from sae.architecture import BatchTopK, GroupMax, JumpReLU, ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained.canonical import Weights
-from sae.pretrained.fields import DictionaryFormatError
+from sae.pretrained.foreign import DictionaryFormatError
 
 LEAST_NORM = 1e-8
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from sae.architecture import Activation, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
 from sae.pretrained import rewrite
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 
 FORMAT = "saelens"
 CHECKED_AGAINST = "sae-lens 6.54 itself"
@@ -214,8 +214,8 @@ def _norm(cfg: Fields) -> str:
 def _input_scale(cfg: Fields, files: Files) -> float:
     """The one number that a file still needs if its norm was not folded into it."""
     norm = cfg.word("normalize_activations")
-    found = Fields(files.json(SCALER), SCALER) if files.has(SCALER) else Fields({}, SCALER)
-    factor = found.number("scaling_factor") if "scaling_factor" in found else None
+    result = Fields(files.json(SCALER), SCALER) if files.has(SCALER) else Fields({}, SCALER)
+    factor = result.number("scaling_factor") if "scaling_factor" in result else None
     if norm == EXPECTED and factor is None and files.stated.input_scale:
         return files.stated.input_scale
     if norm == EXPECTED and factor is None:

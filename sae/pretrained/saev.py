@@ -2,8 +2,8 @@
 
 from sae.architecture import Activation, ReLU, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields, needs_name
 from sae.pretrained.files import PICKLED, Files, expect_keys, expect_shape, parse_json
+from sae.pretrained.foreign import DictionaryFormatError, Fields, needs_name
 
 FORMAT = "saev"
 CHECKED_AGAINST = "saev's code, read; of its first version saev 0.1 itself"

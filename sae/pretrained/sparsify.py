@@ -2,8 +2,8 @@
 
 from sae.architecture import GroupMax, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 
 FORMAT = "sparsify"
 CHECKED_AGAINST = "eai-sparsify 1.3 itself"

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder
-from sae.metrics import FVU, L0
-from sae.pretrained.fields import DictionaryFormatError
+from sae.metrics import FVU, L0Histogram
+from sae.pretrained.foreign import DictionaryFormatError
 
 L0_WITHIN = 0.3
 """Published L0 differ by the text they were measured on; wrong readings are off by far more."""
@@ -32,7 +32,7 @@ class Published(NamedTuple):
     fvu: float | None = None
 
 
-class Measured(NamedTuple):
+class ReadingFigures(NamedTuple):
     """One way of reading, on rows of the model."""
 
     reading: str
@@ -61,13 +61,13 @@ def published(site: dict[str, str], given: str | None) -> Published:
     known = {"l0": stated, "fvu": site.get("fvu")}
     text = given or ",".join(f"{name}={value}" for name, value in known.items() if value)
     parts = [part.partition("=") for part in text.split(",") if part]
-    found = {name: _number(value) for name, _, value in parts}
-    if not found or not found.keys() <= set(Published._fields) or min(found.values()) <= 0:
+    results = {name: _number(value) for name, _, value in parts}
+    if not results or not results.keys() <= set(Published._fields) or min(results.values()) <= 0:
         raise DictionaryFormatError(
             "the published figures must be positive numbers such as l0=50,fvu=0.2, from its files "
             f"or by --published, got {text!r}"
         )
-    return Published(**found)
+    return Published(**results)
 
 
 def _number(text: str) -> float:
@@ -77,7 +77,7 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def measure(reading: str, dictionary: SparseAutoencoder, pairs: Iterable[Pair]) -> Measured:
+def measure(reading: str, dictionary: SparseAutoencoder, pairs: Iterable[Pair]) -> ReadingFigures:
     """Measure one reading on rows.
 
     Args:
@@ -90,7 +90,7 @@ def measure(reading: str, dictionary: SparseAutoencoder, pairs: Iterable[Pair]) 
     """
     pairs = list(pairs)
     _check_widths(dictionary, pairs)
-    l0, fvu, control = L0(), FVU(), FVU()
+    l0, fvu, control = L0Histogram(), FVU(), FVU()
     order = torch.randperm(dictionary.config.d_sae, generator=torch.Generator().manual_seed(0))
     n_rows = 0
     with torch.no_grad():
@@ -100,14 +100,14 @@ def measure(reading: str, dictionary: SparseAutoencoder, pairs: Iterable[Pair]) 
             fvu.update(y, dictionary.decode(acts, x))
             control.update(y, dictionary.decode(acts._replace(indices=order[acts.indices]), x))
             n_rows += len(x)
-    return Measured(reading, l0.mean, fvu.compute(), control.compute(), n_rows)
+    return ReadingFigures(reading, l0.mean, fvu.compute(), control.compute(), n_rows)
 
 
-def meets(found: Measured, stated: Published) -> bool:
+def meets(result: ReadingFigures, stated: Published) -> bool:
     """Whether a reading gives the published figures and a permuted decoder does not."""
-    l0 = stated.l0 is None or abs(found.l0 - stated.l0) <= L0_WITHIN * stated.l0
-    fvu = stated.fvu is None or found.fvu <= (1 + FVU_WITHIN) * stated.fvu
-    return l0 and fvu and found.fvu_permuted >= CONTROL * found.fvu
+    l0 = stated.l0 is None or abs(result.l0 - stated.l0) <= L0_WITHIN * stated.l0
+    fvu = stated.fvu is None or result.fvu <= (1 + FVU_WITHIN) * stated.fvu
+    return l0 and fvu and result.fvu_permuted >= CONTROL * result.fvu
 
 
 def _check_widths(dictionary: SparseAutoencoder, pairs: list[Pair]) -> None:

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from sae.architecture import Activation, Gated, ReLU, SAEConfig, TopK
 from sae.pretrained.canonical import Reading, Weights, in_memory
-from sae.pretrained.fields import DictionaryFormatError, Fields
 from sae.pretrained.files import Files, expect_keys, expect_shape
+from sae.pretrained.foreign import DictionaryFormatError, Fields
 
 FORMAT = "vit_prisma"
 CHECKED_AGAINST = "ViT-Prisma's code, read"
@@ -22,7 +22,7 @@ SITE = (
 
 def fits(files: Files) -> bool:
     """Whether there is a config with this library's words."""
-    return files.has_beside(CONFIG) and files.json(CONFIG).keys() >= MARKS
+    return files.has_sibling(CONFIG) and files.json(CONFIG).keys() >= MARKS
 
 
 def read(files: Files) -> Reading:

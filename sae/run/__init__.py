@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from sae.run.comparing import compare
     from sae.run.explaining import explain
     from sae.run.finding import find
-    from sae.run.inspection import inspect
-    from sae.run.jobs import job, train
     from sae.run.measuring import evaluate
-    from sae.run.releases import convert, push, verify_release
+    from sae.run.pipeline import job, train
+    from sae.run.releases import convert, inspect, push, verify_release
     from sae.run.steering import steer
 
 __all__ = [
@@ -46,12 +45,12 @@ _HOME = {
     "explain": "explaining",
     "find": "finding",
     "hook_points": "caches",
-    "inspect": "inspection",
-    "job": "jobs",
+    "inspect": "releases",
+    "job": "pipeline",
     "model": "caches",
     "push": "releases",
     "steer": "steering",
-    "train": "jobs",
+    "train": "pipeline",
     "verify": "caches",
     "verify_release": "releases",
 }

@@ -16,15 +16,15 @@ from activations_cache.config import SPLITS
 from activations_cache.hooks import capture
 from activations_cache.image_rows import CachedImages
 from activations_cache.models import LoadedModel
-from activations_cache.pieces import Pieces
 from activations_cache.preprocessing import as_rgb
 from activations_cache.probe import record_of
+from activations_cache.tokens import Pieces
 from sae.autoencoder import SparseAutoencoder
-from sae.browser import Attribution, Example, Explanation, Image, Latent, Score
+from sae.browser import Example, Image, Latent, ShownAttribution, ShownExplanation, ShownScore
 from sae.browser.latent import Status
-from sae.browser.server import Reading
-from sae.explain.atlas.neighbours import Together
+from sae.browser.server import TextReading
 from sae.explain.examples import Context
+from sae.explain.firings import CofiringPairs
 from sae.explain.logit_lens import PromotedTokens
 from sae.explain.tables import LatentRecord, iter_examples
 from sae.neighbours import Nearest
@@ -83,11 +83,11 @@ class LatentContext(NamedTuple):
     pieces: Pieces | None
     """What turns tokens into text; None without a model."""
     neighbours: Nearest | None
-    cofiring: list[tuple[Together, ...]] | None
+    cofiring: list[tuple[CofiringPairs, ...]] | None
     lens: PromotedTokens | None
     explained: Mapping[int, Mapping[str, Any]]
     """What a language model said, as in explanations.jsonl."""
-    attributed: Mapping[int, tuple[Attribution, ...]]
+    attributed: Mapping[int, tuple[ShownAttribution, ...]]
     pictures: Thumbnails | None = None
     """The images, of a cache of images."""
 
@@ -165,21 +165,21 @@ def _pairs(neighbours: Nearest | None, latent: int) -> tuple[tuple[int, float], 
     return tuple(pairs)
 
 
-def _label_scores(record: LatentRecord) -> Iterator[Score]:
+def _label_scores(record: LatentRecord) -> Iterator[ShownScore]:
     """Scores of the label made without a language model, with its controls."""
     if record.status != "scored":
         return
-    yield Score(
+    yield ShownScore(
         "AUC", record.auc, record.low, record.high, 0.5, note=_chance(record, record.p_held_out)
     )
     if record.control_auc is not None:
-        yield Score("AUC", record.control_auc, floor=0.5, control="another latent's label")
+        yield ShownScore("AUC", record.control_auc, floor=0.5, control="another latent's label")
     if record.auc_wide is not None:
         note = "of the larger rule, which is not what the label says"
-        yield Score("AUC of the larger rule", record.auc_wide, floor=0.5, note=note)
+        yield ShownScore("AUC of the larger rule", record.auc_wide, floor=0.5, note=note)
     if record.auc_strong is not None:
         note = _chance(record, record.p_strong)
-        yield Score("AUC, strongest tenth", record.auc_strong, floor=0.5, note=note)
+        yield ShownScore("AUC, strongest tenth", record.auc_strong, floor=0.5, note=note)
 
 
 def _chance(record: LatentRecord, p: float | None) -> str:
@@ -187,23 +187,20 @@ def _chance(record: LatentRecord, p: float | None) -> str:
     return "" if p is None else f"permuted {what} score as well in {p:.1%} of the copies"
 
 
-def _explanations(said: Mapping[str, Any] | None) -> tuple[Explanation, ...]:
+def _explanations(said: Mapping[str, Any] | None) -> tuple[ShownExplanation, ...]:
     explanation = (said or {}).get("explanation")
     if not explanation:
         return ()
-    by = explanation["client"] or explanation["method"]
-    if explanation.get("borrowed_from") is not None:
-        by = f"{by}, borrowed from latent {explanation['borrowed_from']}"
-    return (Explanation(explanation["text"], by),)
+    return (ShownExplanation(explanation["text"], explanation["client"] or explanation["method"]),)
 
 
-def _scores(said: Mapping[str, Any] | None) -> Iterator[Score]:
+def _scores(said: Mapping[str, Any] | None) -> Iterator[ShownScore]:
     if said is None:
         return
     for control, scores in {"": said["scores"], **said["controls"]}.items():
         for score in scores:
             ends = (score["value"], score["low"], score["high"], score["floor"], score["n"])
-            yield Score(score["scorer"], *ends, control=control, note=score["reason"])
+            yield ShownScore(score["scorer"], *ends, control=control, note=score["reason"])
 
 
 class BrowsedDictionary(NamedTuple):
@@ -241,23 +238,28 @@ NOTE = (
 
 def attributions_of(
     dictionary: SparseAutoencoder, hook_point: str, context: BrowseContext, report: Progress
-) -> dict[int, tuple[Attribution, ...]]:
+) -> dict[int, tuple[ShownAttribution, ...]]:
     """For the latents that matter most to some held-out predictions, the prompts and shares.
 
     Each prompt costs one backward pass, and one forward pass in which the first few latents are
     really turned off, each at its strongest position. A model that does not predict the next token
     has none.
     """
-    reads, writes = dictionary.config.sites(hook_point)
-    if context.cache is None or context.loaded is None or len(reads) != 1 or writes != reads:
+    hooks_read, writes = dictionary.config.sites(hook_point)
+    if (
+        context.cache is None
+        or context.loaded is None
+        or len(hooks_read) != 1
+        or writes != hooks_read
+    ):
         return {}
     if not record_of(context.loaded.model).predicts_next:
         return {}
-    examples, placed = context.cache.examples, dictionary.at(*reads)
+    examples, placed = context.cache.examples, dictionary.at(*hooks_read)
     first_position = context.cache.manifest.plan.skip_positions
     held_out = (examples.split == SPLITS.index("hold")).nonzero().flatten()
     chosen = held_out[:: max(1, len(held_out) // N_PROMPTS)][:N_PROMPTS].tolist()
-    by_latent: dict[int, list[Attribution]] = {}
+    by_latent: dict[int, list[ShownAttribution]] = {}
     for done, example in enumerate(chosen, 1):
         tokens = examples.tokens[example]
         tokens = tokens[tokens >= 0][: N_TOKENS + 1].long()
@@ -271,7 +273,7 @@ def attributions_of(
     }
 
 
-def _size(shown: Attribution) -> float:
+def _size(shown: ShownAttribution) -> float:
     return max(map(abs, shown.values))
 
 
@@ -280,7 +282,7 @@ def _of_prompt(
     context: BrowseContext,
     tokens: Int[Tensor, " pos"],
     first_position: int,
-) -> Iterator[tuple[int, Attribution]]:
+) -> Iterator[tuple[int, ShownAttribution]]:
     """The latents on which the last token depends most, each with its score at every position."""
     assert context.loaded is not None
     assert context.pieces is not None
@@ -298,7 +300,10 @@ def _of_prompt(
     texts = context.pieces.row(tokens.tolist())
     for latent in strongest:
         values = (scored.scores * (scored.latents.indices == latent)).sum(dim=1).tolist()
-        yield latent, Attribution(texts[:-1], tuple(values), texts[-1], measured.get(latent), NOTE)
+        yield (
+            latent,
+            ShownAttribution(texts[:-1], tuple(values), texts[-1], measured.get(latent), NOTE),
+        )
 
 
 def _log_probability(target: int) -> Metric:
@@ -320,7 +325,7 @@ class PromptReader:
         self._run = run
 
     @torch.no_grad()
-    def __call__(self, name: str, text: str) -> Reading:
+    def __call__(self, name: str, text: str) -> TextReading:
         """The strongest latents of each token.
 
         Raises:
@@ -344,4 +349,4 @@ class PromptReader:
             for row, strengths in zip(numbers.tolist(), values.tolist(), strict=True)
         ]
         fires[:skipped] = [()] * skipped
-        return Reading(run.pieces.row(ids[0].tolist()), tuple(fires), skipped)
+        return TextReading(run.pieces.row(ids[0].tolist()), tuple(fires), skipped)

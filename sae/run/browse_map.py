@@ -6,8 +6,8 @@ from itertools import combinations
 import torch
 
 from activations_cache.checks import Progress
-from sae.browser import Comparison, Layout, Map
-from sae.explain.atlas.plane import Method, cluster_names, clusters, plane, share_kept
+from sae.browser import Map, PlaneMap, ShownComparison
+from sae.explain.atlas import Method, cluster_names, clusters, plane, share_preserved
 from sae.explain.tables import LatentRecord
 from sae.neighbours import chance_cosine, nearest
 from sae.run.browse_latents import BrowsedDictionary
@@ -36,7 +36,7 @@ def map_of(rows: torch.Tensor, records: list[LatentRecord], report: Progress) ->
     """
     live = torch.tensor([record.status != "dead" for record in records])
     directions = rows[live].float().cpu()
-    cosine = nearest(directions, directions, 1, own=torch.arange(len(directions))).cosine[:, 0]
+    cosine = nearest(directions, directions, 1, excluded=torch.arange(len(directions))).cosine[:, 0]
     chance = chance_cosine(directions)
     share = float((cosine > chance).float().mean())
     nearer = (
@@ -48,11 +48,13 @@ def map_of(rows: torch.Tensor, records: list[LatentRecord], report: Progress) ->
     layouts = []
     for done, (method, name, note) in enumerate(LAYOUTS, 1):
         points = plane(directions, method)
-        kept = f"{share_kept(directions, points):.0%} of the 10 nearest directions are among the"
+        shown_share = (
+            f"{share_preserved(directions, points):.0%} of the 10 nearest directions are among the"
+        )
         at = torch.full((len(records), 2), math.nan)
         at[live] = points
         x, y = (tuple(axis) for axis in at.T.tolist())
-        layouts.append(Layout(name, x, y, f"{note} {kept} 10 nearest points. {nearer}"))
+        layouts.append(PlaneMap(name, x, y, f"{note} {shown_share} 10 nearest points. {nearer}"))
         report(done, len(LAYOUTS), "layouts of the map")
     if share <= NO_NEIGHBOURHOODS:
         return Map(tuple(layouts))
@@ -68,7 +70,9 @@ def map_of(rows: torch.Tensor, records: list[LatentRecord], report: Progress) ->
     return Map(tuple(layouts), tuple(names), tuple(of_all.tolist()))
 
 
-def comparisons_of(subjects: list[BrowsedDictionary], report: Progress) -> tuple[Comparison, ...]:
+def comparisons_of(
+    subjects: list[BrowsedDictionary], report: Progress
+) -> tuple[ShownComparison, ...]:
     """Pairs of dictionaries that write to the same place."""
     comparisons = []
     pairs = [
@@ -86,6 +90,6 @@ def comparisons_of(subjects: list[BrowsedDictionary], report: Progress) -> tuple
             for n in (forth, back)
         )
         note = "Cosines of decoder rows; that directions agree does not say that firings do."
-        comparisons.append(Comparison(a.name, b.name, in_b, in_a, LEAST_COSINE, chance, note))
+        comparisons.append(ShownComparison(a.name, b.name, in_b, in_a, LEAST_COSINE, chance, note))
         report(done, len(pairs), "pairs of dictionaries")
     return tuple(comparisons)

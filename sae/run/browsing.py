@@ -24,8 +24,7 @@ from sae.browser import (
 )
 from sae.browser.site import DENSE_ABOVE
 from sae.evaluate.report import read_json
-from sae.explain.atlas.neighbours import Together, cofiring
-from sae.explain.firings import encode_rows
+from sae.explain.firings import CofiringPairs, cofiring, encode_rows
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.results import STEM
 from sae.explain.rule_scores import STEM as RULES
@@ -103,7 +102,7 @@ def _n_rows(explained: Path) -> int:
 def _about(subject: BrowsedDictionary, context: BrowseContext, report: Progress) -> LatentContext:
     rows = subject.dictionary.dec_rows.detach()
     k = min(N_NEIGHBOURS, len(rows) - 1)
-    neighbours = nearest(rows, rows, k, own=torch.arange(len(rows))) if k else None
+    neighbours = nearest(rows, rows, k, excluded=torch.arange(len(rows))) if k else None
     report(0, 1, "latents' neighbours")
     lens = None
     if context.loaded is not None and _has_lens(subject, context.loaded):
@@ -133,7 +132,7 @@ def _has_lens(subject: BrowsedDictionary, loaded: LoadedModel) -> bool:
 
 def _cofiring(
     subject: BrowsedDictionary, context: BrowseContext, report: Progress
-) -> list[tuple[Together, ...]] | None:
+) -> list[tuple[CofiringPairs, ...]] | None:
     """Co-firing over rows that are spread evenly over the splits that labels come from."""
     if context.cache is None:
         return None

@@ -23,7 +23,7 @@ from activations_cache.probe import record_of
 from activations_cache.recompute import recompute
 from activations_cache.summary import HookSummary, summarise
 from activations_cache.vision import LoadedVisionModel, load_any_model
-from sae.run.context import CacheOrPath, Facts, Steps, model_of, opened, steps_to, wrong_class
+from sae.run.context import CacheOrPath, FactTable, Steps, model_of, opened, steps_to, wrong_class
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -135,13 +135,13 @@ def reopen(path: str | Path) -> None:
     io.sync_directory(Path(path))
 
 
-def look_at(cache: CacheOrPath, progress: Progress = silent) -> list[Facts]:
+def look_at(cache: CacheOrPath, progress: Progress = silent) -> list[FactTable]:
     """Return what a cache was made from and what its rows look like."""
     cache = opened(cache)
     return cache_facts(cache, [summarise(cache, name, progress) for name in cache.hook_points])
 
 
-def cache_facts(cache: ActivationCache, summaries: Sequence[HookSummary]) -> list[Facts]:
+def cache_facts(cache: ActivationCache, summaries: Sequence[HookSummary]) -> list[FactTable]:
     """What a cache is, and what the rows of each hook point look like."""
     plan, manifest = cache.manifest.plan, cache.manifest
     n_positions = plan.n_examples * plan.context
@@ -154,10 +154,10 @@ def cache_facts(cache: ActivationCache, summaries: Sequence[HookSummary]) -> lis
         ("not finite", f"{manifest.n_quarantined:,} of these"),
         ("fingerprint", cache.fingerprint),
     ]
-    parts = [Facts(str(cache.path), [*facts, *_made_from(cache)])]
+    parts = [FactTable(str(cache.path), [*facts, *_made_from(cache)])]
     for summary in summaries:
         note = f"{summary.n_sampled:,} training rows, spread evenly"
-        parts.append(Facts(summary.hook_point, _summary_rows(cache, summary), note))
+        parts.append(FactTable(summary.hook_point, _summary_rows(cache, summary), note))
     return parts
 
 

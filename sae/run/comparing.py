@@ -8,20 +8,20 @@ from typing import Any, NamedTuple
 
 from activations_cache.checks import Progress, silent
 from sae.browser import ResultTable
-from sae.evaluate.report import Point, at_equal_l0, pareto
+from sae.evaluate.report import ParetoPoint, at_equal_l0, pareto
 from sae.run.context import CacheOrPath, DictionaryOrPath, Section, Steps, silent_steps, steps_to
 from sae.run.measuring import (
     MeasuredDictionary,
     Measurement,
     MeasureRequest,
+    MeasureTarget,
     SplicedInto,
-    Target,
     measure,
     targets_of,
     write_record,
 )
-from sae.run.page import Panel, Series, plot, write_page
-from sae.run.seeds import Figure, figures
+from sae.run.page import ParetoPanel, Series, plot, write_page
+from sae.run.studies import Figure, figures
 from sae.run.tables import details
 from sae.statistics import Comparison, compare_all
 
@@ -115,7 +115,7 @@ def compare(  # noqa: PLR0913
 def _targets(
     groups: Sequence[DictionaryOrPath]
     | Mapping[str, DictionaryOrPath | Sequence[DictionaryOrPath]],
-) -> tuple[Target, ...]:
+) -> tuple[MeasureTarget, ...]:
     if not isinstance(groups, Mapping):
         return targets_of(groups)
     return tuple(
@@ -157,9 +157,11 @@ def _figures(measured: Measurement) -> list[Figure]:
     return compared
 
 
-def _points(figure: Figure, measured: Measurement, group: str) -> list[Point]:
+def _points(figure: Figure, measured: Measurement, group: str) -> list[ParetoPoint]:
     return [
-        Point(l0=measured.report.reconstruction[name].l0, value=figure.of(name), seed=entry.seed)
+        ParetoPoint(
+            l0=measured.report.reconstruction[name].l0, value=figure.of(name), seed=entry.seed
+        )
         for name, entry in measured.entries.items()
         if entry.group == group
     ]
@@ -175,20 +177,20 @@ def _verdicts(figure: Figure, measured: Measurement, target: float) -> Verdicts:
     return Verdicts(figure.name, values, compare_all({g: v for g, v in values.items() if v}))
 
 
-def _panel(figure: Figure, measured: Measurement) -> Panel:
+def _panel(figure: Figure, measured: Measurement) -> ParetoPanel:
     series = [
         Series(group, points, pareto(points, smaller_is_better=figure.smaller_is_better))
         for group in _groups(measured.entries)
         for points in [_points(figure, measured, group)]
     ]
     if figure.name.startswith("probe"):
-        return Panel(figure.name, series, {})
+        return ParetoPanel(figure.name, series, {})
     others = [name for name in measured.report.reconstruction if name not in measured.entries]
     rivals = {
-        name: Point(l0=measured.report.reconstruction[name].l0, value=figure.of(name))
+        name: ParetoPoint(l0=measured.report.reconstruction[name].l0, value=figure.of(name))
         for name in others
     }
-    return Panel(figure.name, series, rivals)
+    return ParetoPanel(figure.name, series, rivals)
 
 
 def _section(verdicts: Sequence[Verdicts], measured: Measurement, target: float) -> Section:

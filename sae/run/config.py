@@ -5,8 +5,8 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from activations_cache.checks import PACKAGE, locate, require_extra, require_reader
 from activations_cache.config import CacheConfig
-from activations_cache.locations import PACKAGE, locate, require_extra, require_reader
 from monosema.checks import MonosemaError
 from sae.evaluate.config import EvaluateConfig
 from sae.explain.config import ExplainConfig

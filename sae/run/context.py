@@ -16,12 +16,12 @@ from activations_cache import ActivationCache
 from activations_cache.checks import MonosemaError, Progress, WrongClassError, silent
 from activations_cache.config import ModelConfig
 from activations_cache.models import LoadedModel, load_model
-from activations_cache.pieces import Pieces
+from activations_cache.tokens import Pieces
 from activations_cache.vision import LoadedVisionModel, load_any_model, load_vision_model
 from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
-from sae.evaluate.probing.labels import check_hook_point
+from sae.evaluate.probe_tasks import check_hook_point
 from sae.pretrained import Source
 from sae.pretrained.hub import directory_of
 from sae.pretrained.origin import Difference, Origin, origin_of
@@ -57,7 +57,7 @@ class Section(NamedTuple):
     table: ResultTable
 
 
-class Facts(NamedTuple):
+class FactTable(NamedTuple):
     """A titled list of names and what they stand for."""
 
     title: str

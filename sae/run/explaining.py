@@ -17,20 +17,19 @@ from activations_cache.text import NO_TOKEN
 from activations_cache.vision import load_any_model
 from sae.autoencoder import SparseAutoencoder
 from sae.config import ConfigError
-from sae.explain.atlas.run import draw_atlas
+from sae.explain.atlas import draw_atlas
 from sae.explain.autointerp import client_of, estimate_cost, label_with_llm
 from sae.explain.config import AtlasConfig, AutointerpConfig, ExplainConfig, RuleConfig
-from sae.explain.llm.budget import Cost
+from sae.explain.image_run import ExplainedImages
 from sae.explain.llm.chat import Client
 from sae.explain.llm.local_client import LocalClient
+from sae.explain.llm.store import Cost
 from sae.explain.logit_lens import promoted_tokens
+from sae.explain.model_scorers import amplified
 from sae.explain.rule_scores import score_rules_of
 from sae.explain.run import Explained
 from sae.explain.run import explain as explain_latents
-from sae.explain.scorers.by_model import amplified
-from sae.explain.scorers.choice import WITH_TOOLS, Tools
-from sae.explain.subject import Subject
-from sae.explain.vision.run import ExplainedImages
+from sae.explain.subject import WITH_TOOLS, Subject, Tools
 from sae.run.config import refuse_unread
 from sae.run.context import (
     CacheOrPath,

@@ -1,7 +1,7 @@
-"""Evaluation and labels of image caches, for the chain of steps and for the single commands."""
+"""Evaluation and labels of image caches, and their results as one table."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +18,18 @@ from activations_cache.image_rows import CachedImages
 from activations_cache.images import read_images
 from activations_cache.vision import LoadedVisionModel
 from sae.autoencoder import SparseAutoencoder
+from sae.browser import ResultTable
 from sae.evaluate.config import EvaluateConfig
-from sae.evaluate.downstream import Downstream, Images, Place, downstream
+from sae.evaluate.downstream import AS_IT_IS, Downstream, Images, ReplacedStream, downstream
 from sae.evaluate.report import EvaluationReport
 from sae.explain.config import ExplainConfig
-from sae.explain.vision.concepts import concepts_of
-from sae.explain.vision.held_out import with_interval
-from sae.explain.vision.run import ExplainedImages, Pictures, explain_images
+from sae.explain.image_labels import concepts_of
+from sae.explain.image_run import ExplainedImages, Pictures, explain_images
+from sae.explain.image_summary import with_interval
+from sae.explain.scores import Mean
 from sae.run.context import holds_images
 from sae.statistics import Interval, difference
+from sae.statistics import Interval as Share
 
 
 def check_splits(cache: ActivationCache, splits: tuple[str, ...]) -> None:
@@ -103,7 +106,7 @@ def _downstream(
     classes = label[:, 0]
     train = _some(cache, TRAINING_SPLITS, config)
     test = _some(cache, ("hold",), config)
-    place = Place(
+    place = ReplacedStream(
         model=loaded.model,
         hook_point=hook_point,
         mean=cache[hook_point].mean,
@@ -192,3 +195,163 @@ def _strongest(trained: dict[str, Any], baseline: dict[str, Any]) -> Interval:
     resampled = [np.array(part["strongest_resampled"], float) for part in (trained, baseline)]
     half = 1.96 * float((resampled[0] - resampled[1]).std(ddof=1))
     return Interval(value, value - half, value + half)
+
+
+COLUMNS = ("dictionary", "FVU", "L0", "dead", "kNN kept", "linear kept")
+SHOWN = {AS_IT_IS: "model as it is", "mean": "mean row instead"}
+ARMS = {"random directions": "random as", "raw neurons": "neurons as"}
+LABEL_COLUMNS = ("label AUC", "beat null", "best of class")
+
+
+def image_table(
+    report: EvaluationReport,
+    labels: Mapping[str, dict[str, Any]] | None = None,
+    frozen: list[str] | None = None,
+) -> ResultTable:
+    """One row per dictionary, the model as it is and its ablation above them.
+
+    Args:
+        report: With or without accuracies.
+        labels: What summary.json says of the labels, by dictionary; no such columns when absent.
+        frozen: Which of the dictionaries are frozen baselines.
+    """
+    accuracies = report.downstream
+    columns = COLUMNS if labels is None else (*COLUMNS, *LABEL_COLUMNS)
+    above = SHOWN if accuracies else {}
+    rows: list[tuple[str, ...]] = [
+        (above[name], "-", "-", "-", *_accuracies(accuracies, name)) for name in above
+    ]
+    for name, measured in report.reconstruction.items():
+        dead = f"{report.firing[name].dead_fraction:.1%}"
+        cells = (name, f"{measured.fvu:.3f}", f"{measured.l0:.1f}", dead)
+        rows.append((*cells, *_accuracies(accuracies, name)))
+    if labels is None:
+        return ResultTable(columns, tuple(rows), _note(report))
+    rows = [(*row, *_label_cells(labels.get(row[0]))) for row in rows]
+    for name, summary in labels.items():
+        if name in (frozen or ()):
+            continue
+        for arm, figures in summary["baselines"].items():
+            rows.append((f"{ARMS[arm]} {name}", *("-" * 5), *_label_cells(figures)))
+    note = "\n".join((_note(report), _label_note(labels), *_verdicts(labels, frozen or [])))
+    return ResultTable(columns, tuple(rows), note)
+
+
+def _accuracies(accuracies: Downstream | None, name: str) -> tuple[str, ...]:
+    """Of the model as it is the accuracies, of others the share of them that is kept."""
+    if accuracies is None or name not in accuracies.spliced:
+        return ("-",) * 2
+    spliced, base = accuracies.spliced[name], accuracies.spliced[AS_IT_IS]
+    if name == AS_IT_IS:
+        return (f"{base.knn.value:.3f}", f"{base.linear.value:.3f}")
+    return (_share(spliced.knn, base.knn), _share(spliced.linear, base.linear))
+
+
+def _share(spliced: Interval, of_model: Interval) -> str:
+    return f"{spliced.value / of_model.value:.0%}" if of_model.value else "-"
+
+
+def _label_cells(summary: dict[str, Any] | None) -> tuple[str, ...]:
+    if summary is None:
+        return ("-",) * len(LABEL_COLUMNS)
+    share = summary["beats_null"]
+    if share["value"] is None:
+        return ("-",) * len(LABEL_COLUMNS)
+    beat = f"{share['value']:.{0 if share['value'] >= 0.1 else 1}%}"
+    best = summary["best_of_class"]["mean"]
+    return (mean_cell(summary["auc"]), beat, "-" if best is None else f"{best:.3f}")
+
+
+def mean_cell(figure: dict[str, float | None]) -> str:
+    """A mean with half of its interval, as summary.json has them."""
+    mean, low, high = (figure[key] for key in ("mean", "low", "high"))
+    if mean is None or low is None or high is None:
+        return "-"
+    return f"{mean:.3f} ±{(high - low) / 2:.3f}"
+
+
+def _note(report: EvaluationReport) -> str:
+    n_rows = next(iter(report.reconstruction.values())).n_rows
+    note = f"{n_rows:,} held-out rows"
+    accuracies = report.downstream
+    if accuracies is None:
+        return f"{note}; accuracies need the model, and images of two classes"
+    half = max((a.knn.high - a.knn.low) / 2 for a in accuracies.spliced.values())
+    note += (
+        f"; kept: of what tells {accuracies.n_classes} classes from the pooled output of "
+        f"{accuracies.n_test:,} "
+        f"held-out images (accuracies ±{half:.3f} or less), the stream replaced at all positions"
+    )
+    if accuracies.intact:
+        knn = accuracies.intact["mean"].knn.value / max(accuracies.intact[AS_IT_IS].knn.value, 1e-9)
+        note += f"; with the class token left intact the mean row alone keeps {knn:.0%} of kNN"
+    return note
+
+
+def _label_note(labels: Mapping[str, dict[str, Any]]) -> str:
+    first = next(iter(labels.values()))
+    void = max(one["beats_null_shuffled"]["value"] or 0.0 for one in labels.values())
+    controls = [one["control_auc"]["mean"] for one in labels.values()]
+    exchanged = max((c for c in controls if c is not None), default=math.nan)
+    return (
+        f"labels: classes and groups of folders, scored on {first['n_images_score']:,} images they "
+        "were not made from; beat null: share of the live latents whose AUC beats permuted classes "
+        f"at 1 % ({void:.1%} or less with exchanged folders); best of class: AUC of each class's "
+        "best latent; strongest pictures: how much oftener a latent's 5 strongest have its label "
+        "than all do; random, neurons: untrained, as dense as that dictionary; AUC of other "
+        f"latents' labels: {exchanged:.3f} or less"
+    )
+
+
+def _verdicts(labels: Mapping[str, dict[str, Any]], frozen: list[str]) -> Iterator[str]:
+    """A line for each trained dictionary."""
+    for name in labels:
+        partner = None if name in frozen else frozen_of(name, frozen)
+        if partner is None:
+            continue
+        rival = rival_of(labels[name], labels[partner])
+        share = Share(*(100 * end for end in rival.share))
+        others = {"label AUC": rival.auc, "strongest pictures": rival.strongest}
+        accuracies = (
+            f"{what} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], it {verdict(d)}"
+            for what, d in others.items()
+        )
+        yield (
+            f"{name} against {partner}: beat null {share.value:+.1f} points [{share.low:+.1f}, "
+            f"{share.high:+.1f}], it {verdict(rival.share)}; {'; '.join(accuracies)}"
+        )
+
+
+def image_label_table(labelled: ExplainedImages) -> ResultTable:
+    """What came of the labels of one dictionary, failures first."""
+    summary = labelled.summary
+    arms = {"its latents": summary, **labelled.untrained}
+    rows = tuple(
+        (
+            name,
+            f"{arm.n_insufficient:,}",
+            f"{arm.n_unlabelled:,}",
+            f"{arm.n_scored:,}",
+            with_ends(arm.beats_null),
+            with_ends(arm.auc),
+            with_ends(arm.best_of_class),
+            with_ends(arm.control_auc),
+        )
+        for name, arm in arms.items()
+    )
+    columns = (
+        "", "insufficient", "unlabelled", "scored", "beat null", "AUC", "best per class",
+        "exchanged",
+    )  # fmt: skip
+    note = (
+        f"{summary.n_latents:,} latents, {summary.n_dead:,} dead; labels are classes and groups of "
+        f"folders, scored on {summary.n_images_score:,} other images; beat null: share of the live "
+        "latents whose AUC beats permuted classes at 1 %; the untrained ones are as dense; chance "
+        "is 0.5"
+    )
+    return ResultTable(columns, rows, note)
+
+
+def with_ends(figure: Share | Mean) -> str:
+    """A figure with half of its interval."""
+    return f"{figure[0]:.3f} ±{(figure.high - figure.low) / 2:.3f}"

@@ -8,12 +8,12 @@ from typing import Any
 
 from sae.browser import ResultTable
 from sae.explain.config import AutointerpConfig
-from sae.explain.llm.budget import Cost
-from sae.explain.summary import Summary
-from sae.explain.vision.run import ExplainedImages
-from sae.run.context import Facts, Section, with_differences
+from sae.explain.image_run import ExplainedImages
+from sae.explain.llm.store import Cost
+from sae.explain.results import Summary
+from sae.run.context import FactTable, Section, with_differences
 from sae.run.explaining import DictionaryExplanation
-from sae.run.image_tables import image_label_table, with_ends
+from sae.run.images import image_label_table, with_ends
 
 
 def label_table(summary: Summary, baselines: Mapping[str, Summary]) -> ResultTable:
@@ -40,9 +40,9 @@ def label_table(summary: Summary, baselines: Mapping[str, Summary]) -> ResultTab
     return ResultTable(columns, rows, note)
 
 
-def score_facts(title: str, summary: dict[str, Any], path: Path) -> Facts:
+def score_facts(title: str, summary: dict[str, Any], path: Path) -> FactTable:
     """Scores of labels and of their controls, failures first."""
-    return Facts(title, _scores(summary), str(path))
+    return FactTable(title, _scores(summary), str(path))
 
 
 def _scores(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -60,7 +60,7 @@ def _scores(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def atlas_facts(drawn: dict[str, Any], path: Path) -> Facts:
+def atlas_facts(drawn: dict[str, Any], path: Path) -> FactTable:
     """What the map says, and its caution."""
     facts = []
     if correlation := drawn.get("correlation_with_the_stream"):
@@ -71,10 +71,10 @@ def atlas_facts(drawn: dict[str, Any], path: Path) -> Facts:
         ))
     if counts := drawn.get("splitting"):
         facts += [(name.replace("_", " "), f"{n:,}") for name, n in counts.items()]
-    return Facts("atlas", facts, f"{path}. {drawn['caution']}")
+    return FactTable("atlas", facts, f"{path}. {drawn['caution']}")
 
 
-def estimate_facts(title: str, cost: Cost, config: AutointerpConfig) -> Facts:
+def estimate_facts(title: str, cost: Cost, config: AutointerpConfig) -> FactTable:
     """What a run would take at most, and what its limits are."""
     limits = [
         (name, f"{getattr(config.llm, name):,}")
@@ -87,10 +87,10 @@ def estimate_facts(title: str, cost: Cost, config: AutointerpConfig) -> Facts:
     tokens = f"{cost.input_tokens:,} sent, {cost.output_tokens:,} received"
     facts = [("calls", f"{cost.requests:,}"), ("tokens", tokens), ("cost", usd), *limits]
     note = "at most, before answers that are kept and questions asked again; nothing was called"
-    return Facts(f"{title}: estimate", facts, note)
+    return FactTable(f"{title}: estimate", facts, note)
 
 
-def llm_facts(name: str, summary: dict[str, Any], path: Path) -> Facts:
+def llm_facts(name: str, summary: dict[str, Any], path: Path) -> FactTable:
     """What came of the labels by a language model, failures first."""
     facts = _scores(summary)
     cost = summary["cost"]
@@ -102,7 +102,7 @@ def llm_facts(name: str, summary: dict[str, Any], path: Path) -> Facts:
         before = f"{total['requests']:,} calls, {total['tokens']:,} tokens, ${total['usd']:.4f}"
         facts.append(("cost of all runs so far", before))
     facts += [(f"first {name}", words) for name, words in summary["first_words"].items()]
-    return Facts(f"{name}: labels by {_model(summary)}", facts, str(path))
+    return FactTable(f"{name}: labels by {_model(summary)}", facts, str(path))
 
 
 def _figures(figures: dict[str, Any]) -> str:
@@ -116,7 +116,7 @@ def _model(summary: dict[str, Any]) -> str:
     return re.sub(r"[^\w./:-]", "", summary["config"]["llm"]["model"])
 
 
-def explanation_parts(name: str, explanation: DictionaryExplanation) -> list[Section | Facts]:
+def explanation_parts(name: str, explanation: DictionaryExplanation) -> list[Section | FactTable]:
     """Everything that explaining a dictionary came to, as tables and lists."""
     labels, path = explanation.labels, explanation.path or Path()
     title = name if explanation.path is None else str(path)
@@ -126,7 +126,7 @@ def explanation_parts(name: str, explanation: DictionaryExplanation) -> list[Sec
     )
     if explanation.differs:
         table = replace(table, note=with_differences(table.note, {name: explanation.differs}))
-    parts: list[Section | Facts] = [Section(title, table)]
+    parts: list[Section | FactTable] = [Section(title, table)]
     if is_of_images:
         return parts
     if explanation.rules is not None:

@@ -23,12 +23,12 @@ from sae.baselines import (
 )
 from sae.browser import ResultTable
 from sae.evaluate.config import EvaluateConfig
-from sae.evaluate.probing.labels import check_hook_point, common_labels
-from sae.evaluate.probing.sparse_probe import Survey, survey
+from sae.evaluate.probe_tasks import check_hook_point, common_labels
 from sae.evaluate.reconstruction import measure_reconstruction
 from sae.evaluate.report import EvaluationReport, plain
 from sae.evaluate.run import evaluate as evaluate_all
 from sae.evaluate.run import held_out_rows
+from sae.evaluate.sparse_probe import Survey, survey
 from sae.pretrained import Source
 from sae.pretrained.loading import keep_measured
 from sae.run.context import (
@@ -46,9 +46,8 @@ from sae.run.context import (
     with_differences,
     wrong_class,
 )
-from sae.run.image_tables import image_table
-from sae.run.images import with_downstream
-from sae.run.seeds import noise_table, stability_table, structure_table
+from sae.run.images import image_table, with_downstream
+from sae.run.studies import noise_table, stability_table, structure_table
 from sae.run.tables import probe_table, text_table
 
 ROWS_FOR_L0, ROWS_FOR_PCA = 4096, 65_536
@@ -63,7 +62,7 @@ class SplicedInto(NamedTuple):
     """Images to tell classes by, and as many held out, of a vision model."""
 
 
-class Target(NamedTuple):
+class MeasureTarget(NamedTuple):
     """A dictionary to measure."""
 
     dictionary: DictionaryOrPath
@@ -76,7 +75,7 @@ class Target(NamedTuple):
 class MeasureRequest(NamedTuple):
     """What is measured, and on what."""
 
-    targets: tuple[Target, ...]
+    targets: tuple[MeasureTarget, ...]
     cache: CacheOrPath
     hook_point: str | None = None
     """The cache's only one when absent."""
@@ -186,17 +185,17 @@ def evaluate(  # noqa: PLR0913
 
 def targets_of(
     dictionaries: DictionaryOrPath | Sequence[DictionaryOrPath] | Mapping[str, DictionaryOrPath],
-) -> tuple[Target, ...]:
+) -> tuple[MeasureTarget, ...]:
     """Return what is to be measured, each with its name if it has one."""
     if isinstance(dictionaries, Mapping):
-        return tuple(Target(one, name) for name, one in dictionaries.items())
+        return tuple(MeasureTarget(one, name) for name, one in dictionaries.items())
     if isinstance(dictionaries, SparseAutoencoder | str | Path):
         dictionaries = [dictionaries]
     if not isinstance(dictionaries, Sequence):
         raise wrong_class(
             "dictionaries", "be dictionaries or paths", dictionaries, "pass a list of them"
         )
-    return tuple(Target(one) for one in dictionaries)
+    return tuple(MeasureTarget(one) for one in dictionaries)
 
 
 def measure(request: MeasureRequest, steps: Steps = silent_steps) -> Measurement:
@@ -298,7 +297,7 @@ def _hook_point(entries: Mapping[str, MeasuredDictionary], given: str | None) ->
 
 
 def load_entries(
-    targets: Sequence[Target],
+    targets: Sequence[MeasureTarget],
     cache: ActivationCache,
     hook_point: str | None = None,
     *,
@@ -321,7 +320,7 @@ def load_entries(
     return entries
 
 
-def _names(targets: Sequence[Target]) -> list[str]:
+def _names(targets: Sequence[MeasureTarget]) -> list[str]:
     """The names that are given, of paths else their shortest ends, of others their numbers."""
     paths = [
         str(target.dictionary)

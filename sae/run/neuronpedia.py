@@ -6,15 +6,19 @@ no language model is asked; tokens that a latent promotes are there only where i
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from activations_cache import io
 from activations_cache.checks import Progress, silent
+from activations_cache.config import ModelConfig
+from activations_cache.models import load_model
+from activations_cache.probe import readout
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.examples import Context
-from sae.explain.logit_lens import PromotedTokens
+from sae.explain.logit_lens import PromotedTokens, promoted_tokens
 from sae.explain.tables import (
     EXAMPLES,
     LATENTS,
@@ -24,8 +28,11 @@ from sae.explain.tables import (
     read_latents,
     read_summary,
 )
-from sae.pretrained.fields import DictionaryFormatError
+from sae.pretrained.foreign import DictionaryFormatError
+from sae.run.context import pieces_of
 
+N_PROMOTED = 10
+"""Tokens that a page shows of a latent."""
 PER_BATCH = 128
 """Latents in a file of Neuronpedia's."""
 QUANTILES = 5
@@ -81,6 +88,44 @@ def promoted_of(lens: PromotedTokens, strings: Sequence[str]) -> list[Promoted]:
         )
         for up, a, down, b in parts
     ]
+
+
+def write_pages(
+    explained: Path,
+    target: Path,
+    dictionary: SparseAutoencoder,
+    site: Mapping[str, str],
+    name: str,
+    model: str | None,
+) -> tuple[str, ...]:
+    """Write the pages of an explained dictionary.
+
+    Args:
+        explained: What `sae explain` left.
+        target: The directory to write.
+        dictionary: The dictionary.
+        site: Where it reads, in TransformerLens' words.
+        name: Its name among the dictionaries of its place.
+        model: The model, to show the tokens that each latent promotes.
+
+    Returns:
+        What to say of the files.
+    """
+    layer = re.match(r"blocks\.(\d+)\.", site.get("hook_name", ""))
+    names = Names(
+        site.get("model_name", "").rpartition("/")[2],
+        int(layer[1]) if layer else 0,
+        re.sub(r"[^\w.\-]+", "-", name),
+        site.get("hook_name", ""),
+        site.get("dataset_path", ""),
+    )
+    promoted = None
+    if model is not None:
+        loaded = load_model(ModelConfig(path=model))
+        lens = promoted_tokens(dictionary, readout(loaded.model), None, N_PROMOTED)
+        promoted = promoted_of(lens, pieces_of(loaded))
+    files = export_pages(explained, target, dictionary, names, promoted)
+    return tuple(f"written: {file.name}" for file in files)
 
 
 def export_pages(

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from activations_cache import io
 from sae.browser import ResultTable
-from sae.evaluate.report import Point
+from sae.evaluate.report import ParetoPoint
 from sae.run.context import Section
 from sae.run.measuring import Measurement
 from sae.run.tables import details
@@ -109,20 +109,20 @@ class Series(NamedTuple):
     """One group."""
 
     name: str
-    points: list[Point]
-    front: list[Point]
+    points: list[ParetoPoint]
+    front: list[ParetoPoint]
     """What none of the group beats; joined by a line."""
 
 
-class Panel(NamedTuple):
+class ParetoPanel(NamedTuple):
     """One figure against L0."""
 
     name: str
     series: list[Series]
-    baselines: dict[str, Point]
+    baselines: dict[str, ParetoPoint]
 
 
-def plot(panels: Sequence[Panel], target: float, path: Path) -> Path:
+def plot(panels: Sequence[ParetoPanel], target: float, path: Path) -> Path:
     """Draw the panels side by side, with the L0 of the comparison as a dotted line."""
     figure = Figure(figsize=(4.2 * len(panels), 4.4), dpi=140, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -134,7 +134,7 @@ def plot(panels: Sequence[Panel], target: float, path: Path) -> Path:
     return path
 
 
-def draw(axis: Axes, panel: Panel, target: float) -> None:
+def draw(axis: Axes, panel: ParetoPanel, target: float) -> None:
     """Draw one panel."""
     for number, series in enumerate(panel.series):
         colour = COLOURS[number % len(COLOURS)]

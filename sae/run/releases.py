@@ -1,7 +1,6 @@
-"""Dictionaries of others and for others: convert, push, verify a release."""
+"""Dictionaries of others and for others: inspect, convert, push, verify a release."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,15 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from activations_cache import ActivationCache
-from activations_cache.config import ModelConfig
-from activations_cache.models import load_model
-from activations_cache.probe import readout
 from monosema.checks import MonosemaError
 from sae import pretrained
+from sae.architecture import Gated, SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.evaluate.report import read_json
-from sae.explain.logit_lens import promoted_tokens
 from sae.pretrained import Source, catalogue, monosema_format
 from sae.pretrained.export import TARGETS, export
 from sae.pretrained.hook_names import family_of, lens_name
@@ -30,22 +26,21 @@ from sae.pretrained.verify import (
     BATCH,
     FVU_WITHIN,
     L0_WITHIN,
-    Measured,
+    ReadingFigures,
     measure,
     meets,
     published,
 )
 from sae.run.context import (
     CacheOrPath,
-    Facts,
+    FactTable,
     Section,
     opened,
-    pieces_of,
     require_origin,
     results_of,
     with_differences,
 )
-from sae.run.neuronpedia import Names, export_pages, promoted_of
+from sae.run.neuronpedia import write_pages
 
 LATER, FIRST, ALL = "after the first", "the first", "all"
 
@@ -55,7 +50,7 @@ class VerifiedRelease(NamedTuple):
 
     meeting: tuple[str, ...]
     """Readings that meet the published figures."""
-    measured: dict[str, list[Measured]]
+    measured: dict[str, list[ReadingFigures]]
     """By the positions of the rows."""
     section: Section
     """The same as a table."""
@@ -69,7 +64,7 @@ def convert(
     format: str | None = None,
     allow_pt: bool = False,
     model: str | None = None,
-) -> Facts:
+) -> FactTable:
     """Read one format and write another, exactly, or say why that format cannot hold it.
 
     Args:
@@ -101,14 +96,16 @@ def convert(
         site = origin.site | site_of(dictionary, origin, _record_of(dictionary, origin))
         done = (*origin.folds_applied, *export(dictionary, target, to, site).folds)
     elif to == PAGES:
-        done = _pages(source, target, dictionary, origin, model)
+        site = origin.site | site_of(dictionary, origin, _record_of(dictionary, origin))
+        explained = results_of(source, origin) / "explain"
+        done = write_pages(explained, Path(target), dictionary, site, Path(source).name, model)
     else:
         known = [monosema_format.FORMAT, *TARGETS, PAGES]
         raise MonosemaError(f"--to must be one of {known}, got {to!r}")
     rows = [("from", f"{source}, {origin.source_format}"), ("to", f"{target}, {to}")]
     folded = done or ("nothing: every number is as it was",)
     rows += [("folded", fold) for fold in folded]
-    return Facts("converted", rows)
+    return FactTable("converted", rows)
 
 
 def hook_points_of(dictionary: SparseAutoencoder) -> dict[str, str]:
@@ -159,34 +156,6 @@ def site_of(
 
 
 PAGES = "neuronpedia"
-N_PROMOTED = 10
-
-
-def _pages(
-    source: str | Path,
-    target: str | Path,
-    dictionary: SparseAutoencoder,
-    origin: Source,
-    model: str | None,
-) -> tuple[str, ...]:
-    """Write the pages of an explained dictionary; returns what to say of them."""
-    site = origin.site | site_of(dictionary, origin, _record_of(dictionary, origin))
-    layer = re.match(r"blocks\.(\d+)\.", site.get("hook_name", ""))
-    names = Names(
-        site.get("model_name", "").rpartition("/")[2],
-        int(layer[1]) if layer else 0,
-        re.sub(r"[^\w.\-]+", "-", Path(source).name),
-        site.get("hook_name", ""),
-        site.get("dataset_path", ""),
-    )
-    promoted = None
-    if model is not None:
-        loaded = load_model(ModelConfig(path=model))
-        lens = promoted_tokens(dictionary, readout(loaded.model), None, N_PROMOTED)
-        promoted = promoted_of(lens, pieces_of(loaded))
-    explained = results_of(source, origin) / "explain"
-    files = export_pages(explained, Path(target), dictionary, names, promoted)
-    return tuple(f"written: {file.name}" for file in files)
 
 
 def push(
@@ -273,12 +242,12 @@ def verify_release(  # noqa: PLR0913
     readings = load_readings(source, format, allow_pt)
     cache, stated = opened(cache), published(readings.site, figures)
     origin = origin_of(next(iter(readings.dictionaries.values())).config, words=readings.site)
-    reads, predicts = _chosen(cache, hook_points, origin)
-    outputs = None if reads == predicts else (predicts,)
-    differs = require_origin(str(source), origin, cache, (reads,), outputs, force)
+    hook_read, predicts = _chosen(cache, hook_points, origin)
+    outputs = None if hook_read == predicts else (predicts,)
+    differs = require_origin(str(source), origin, cache, (hook_read,), outputs, force)
     lines, met, measured = [], [], {}
     for which, numbers in _rows(cache, rows).items():
-        pairs = [(cache[reads][part], cache[predicts][part]) for part in numbers.split(BATCH)]
+        pairs = [(cache[hook_read][part], cache[predicts][part]) for part in numbers.split(BATCH)]
         measured[which] = [measure(r, d, pairs) for r, d in readings.dictionaries.items()]
         for one in measured[which]:
             is_met = meets(one, stated)
@@ -296,7 +265,7 @@ def verify_release(  # noqa: PLR0913
     return VerifiedRelease(tuple(met), measured, section)
 
 
-def _line(name: str, measured: Measured, is_met: bool) -> tuple[str, ...]:
+def _line(name: str, measured: ReadingFigures, is_met: bool) -> tuple[str, ...]:
     figures = (f"{measured.l0:.1f}", f"{measured.fvu:.4f}", f"{measured.fvu_permuted:.4f}")
     return (name, measured.reading, *figures, f"{measured.n_rows:,}", "yes" if is_met else "no")
 
@@ -324,3 +293,82 @@ def _chosen(cache: ActivationCache, hook_points: str | None, origin: Origin) -> 
             f"{hook_points}"
         )
     return names[0], names[-1]
+
+
+def inspect(path: str | Path, *, format: str | None = None, allow_pt: bool = False) -> FactTable:
+    """Say what a dictionary is, where it comes from, and how it will be applied.
+
+    Args:
+        path: A directory, a file or org/name.
+        format: Where two fit.
+        allow_pt: Read a pickle in a closed process.
+    """
+    dictionary, source, _ = pretrained.load_with_source(path, format, allow_pt)
+    config = dictionary.config
+    rows = [
+        ("format", source.source_format),
+        ("its reader", f"checked against {source.checked_against}; not run on released weights"),
+        *(("sha256", f"{name} {digest[:16]}") for name, digest in source.source_sha256.items()),
+        *((name.replace("_", " "), text) for name, text in source.site.items()),
+        ("latents", f"{config.d_sae:,}"),
+        ("width", f"{config.d_in:,} -> {config.width_out:,}"),
+        *_hook_points(config),
+        *((name, _range(tensor)) for name, tensor in _tensors(dictionary).items()),
+        *(("folded", fold) for fold in source.folds_applied),
+        *equations_of(config),
+    ]
+    return FactTable(str(path), rows, "u, h, a, y, x_hat: how it is applied")
+
+
+def _hook_points(config: SAEConfig) -> list[tuple[str, str]]:
+    """What is read and, if it is something else, what is predicted; nothing if not recorded."""
+    sides = {"reads": config.inputs, "predicts": config.outputs}
+    return [
+        (side, ", ".join(p.hook_point for p in parts)) for side, parts in sides.items() if parts
+    ]
+
+
+def equations_of(config: SAEConfig) -> list[tuple[str, str]]:
+    """How the dictionary is applied: the left and the right side of each equation."""
+    norm = {"none": "x", "layer_norm": "layer_norm(x)", "rms": "x / rms(x)"}[config.input_norm]
+    scaled = norm if config.input_scale == 1 else f"{norm} * {config.input_scale:.6g}"
+    scaled += "" if len(config.slices_in) == 1 else " * each hook point's own factor"
+    centred = "u" if config.b_in == "none" else f"(u - {config.b_in.replace('own', 'b_in')})"
+    through = "u" if config.undo_norm else "x" + scaled.removeprefix(norm)
+    y = "a @ W_dec + b_dec" + (f" + {through} @ W_skip" if config.skip else "")
+    brought = "y" if config.scale_out == 1 else f"y / {config.scale_out:.6g}"
+    brought += "" if len(config.slices_out) == 1 else " / each hook point's own factor"
+    undone = {"none": "", "layer_norm": " * std(x) + mean(x)", "rms": " * rms(x)"}
+    brought += undone[config.input_norm] if config.undo_norm else ""
+    bias = "" if isinstance(config.activation, Gated) else " + b_enc"
+    return [
+        ("u", scaled),
+        ("h", f"{centred} @ W_enc{bias}"),
+        ("a", _activation(config)),
+        ("y", y),
+        ("x_hat", brought),
+    ]
+
+
+def _activation(config: SAEConfig) -> str:
+    h = "h * |W_dec|" if config.gate_by_decoder_norm else "h"
+    facts, k = config.activation.facts, config.activation.per_row
+    text = facts.equation.format(h=h, k=k)
+    return f"({text}) / |W_dec|" if config.gate_by_decoder_norm else text
+
+
+def _tensors(dictionary: SparseAutoencoder) -> dict[str, torch.Tensor]:
+    """What tells a wrong reading by its range."""
+    tensors = {
+        "norms of decoder rows": dictionary.W_dec.norm(dim=1),
+        "norms of encoder rows": dictionary.W_enc.norm(dim=0),
+        "norm of b_dec": dictionary.b_dec.detach().norm(),
+    }
+    if dictionary.threshold is not None:
+        tensors["threshold"] = dictionary.threshold.detach()
+    return tensors
+
+
+def _range(tensor: torch.Tensor) -> str:
+    low, high = float(tensor.min()), float(tensor.max())
+    return f"{low:.4g}" if tensor.dim() == 0 else f"{low:.4g} to {high:.4g}"

@@ -25,7 +25,7 @@ from sae.explain.tables import LATENTS, LatentRecord, read_latents
 from sae.pretrained import load as load_dictionary
 from sae.pretrained.origin import origin_of, require_model
 from sae.run.context import Run, Section, at_places, pieces_of, with_differences, wrong_class
-from sae.steer.choice import Candidate, Subject, choose_latent, target_tokens
+from sae.steer.choice import Candidate, SteerSubject, choose_latent, target_tokens
 from sae.steer.config import SteerRequest, latent_change
 from sae.steer.edits import Edit
 from sae.steer.generation import generate
@@ -308,7 +308,7 @@ def steering_example(run: Run, progress: Progress) -> dict[str, Any]:
     config = run.config.steer
     name = config.dictionary or _steerable(run)
     [hook_point] = run.fitted[name].inputs
-    subject = Subject(
+    subject = SteerSubject(
         model=run.loaded.model,
         tokenizer=run.loaded.tokenizer,
         dictionary=run.dictionaries[name].at(hook_point),

@@ -8,12 +8,12 @@ from typing import Any
 
 from sae.browser import ResultTable
 from sae.evaluate.downstream import Accuracy, Downstream
-from sae.evaluate.probing.sparse_probe import Survey
 from sae.evaluate.report import EvaluationReport
-from sae.evaluate.substitution import Effect, Substitution
+from sae.evaluate.sparse_probe import Survey
+from sae.evaluate.substitution import Substitution, SubstitutionEffect
 from sae.explain.tables import SUMMARY, read_summary
 from sae.run.context import Run, Section
-from sae.run.image_tables import image_table, mean_cell
+from sae.run.images import image_table, mean_cell
 from sae.statistics import Interval
 from sae.train.curves import read_curves
 
@@ -144,7 +144,7 @@ def _effects(measured: Substitution) -> ResultTable:
     return ResultTable(columns, rows, note)
 
 
-def _cells(effect: Effect) -> tuple[str, ...]:
+def _cells(effect: SubstitutionEffect) -> tuple[str, ...]:
     figures = (effect.ce, effect.ce_increase, effect.kl, effect.top1_agreement,
                effect.ce_recovered_zero, effect.ce_recovered_mean)  # fmt: skip
     return tuple(_cell(figure) for figure in figures)

@@ -8,15 +8,17 @@ if TYPE_CHECKING:
         ablation_effects,
         agreement,
         attribute,
+        direct_logits,
         integrated_gradients,
         logit_difference,
+        mean_difference,
+        random_direction,
+        stream_of,
     )
-    from sae.steer.choice import Candidate, Choice, Subject, choose_latent, target_tokens
+    from sae.steer.choice import Candidate, Choice, SteerSubject, choose_latent, target_tokens
     from sae.steer.config import SteerConfig, SweepConfig
-    from sae.steer.directions import direct_logits, mean_difference, random_direction, stream_of
     from sae.steer.edits import Edit, Patch, Push, Splice
-    from sae.steer.effects import Effect, measure_effect
-    from sae.steer.generation import generate
+    from sae.steer.generation import Effect, generate, measure_effect
     from sae.steer.positions import Patches
     from sae.steer.search import find_latents, nearest_latents
     from sae.steer.steering import Count, Steering
@@ -33,8 +35,8 @@ __all__ = [
     "Push",
     "Splice",
     "SteerConfig",
+    "SteerSubject",
     "Steering",
-    "Subject",
     "SweepConfig",
     "Target",
     "ablation_effects",
@@ -59,30 +61,30 @@ _HOME = {
     "Choice": "sae.steer.choice",
     "Count": "sae.steer.steering",
     "Edit": "sae.steer.edits",
-    "Effect": "sae.steer.effects",
+    "Effect": "sae.steer.generation",
     "Patch": "sae.steer.edits",
     "Patches": "sae.steer.positions",
     "Push": "sae.steer.edits",
     "Splice": "sae.steer.edits",
     "SteerConfig": "sae.steer.config",
     "Steering": "sae.steer.steering",
-    "Subject": "sae.steer.choice",
+    "SteerSubject": "sae.steer.choice",
     "SweepConfig": "sae.steer.config",
     "Target": "sae.steer.sweep",
     "ablation_effects": "sae.steer.attribution",
     "agreement": "sae.steer.attribution",
     "attribute": "sae.steer.attribution",
     "choose_latent": "sae.steer.choice",
-    "direct_logits": "sae.steer.directions",
+    "direct_logits": "sae.steer.attribution",
     "find_latents": "sae.steer.search",
     "generate": "sae.steer.generation",
     "integrated_gradients": "sae.steer.attribution",
     "logit_difference": "sae.steer.attribution",
-    "mean_difference": "sae.steer.directions",
-    "measure_effect": "sae.steer.effects",
+    "mean_difference": "sae.steer.attribution",
+    "measure_effect": "sae.steer.generation",
     "nearest_latents": "sae.steer.search",
-    "random_direction": "sae.steer.directions",
-    "stream_of": "sae.steer.directions",
+    "random_direction": "sae.steer.attribution",
+    "stream_of": "sae.steer.attribution",
     "target_tokens": "sae.steer.choice",
 }
 

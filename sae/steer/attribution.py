@@ -1,7 +1,9 @@
 """Which latents a prediction depends on: by gradient, by ablation, along a path, and directly.
 
 attr_i = a_i (d_i . grad_x m) is the linear estimate of what ablating latent i at a position takes
-from a metric m of the logits (Templeton et al. 2024, "Scaling Monosemanticity", attribution).
+from a metric m of the logits (Templeton et al. 2024, "Scaling Monosemanticity", attribution). The
+direct part is what a latent adds to a logit straight to the end, past all later blocks. Vectors of
+a stream that need no dictionary are here too: they are control arms for steering.
 """
 
 from collections.abc import Callable
@@ -9,11 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.hooks import capture, edit
+from activations_cache.probe import logits_path, readout, record_of
 from sae.autoencoder import Latents, SparseAutoencoder
 from sae.steer.edits import directions_of
 
@@ -49,7 +52,7 @@ class Attribution(NamedTuple):
         return [(p, int(self.latents.indices[p, j]), float(self.scores[p, j])) for p, j in places]
 
 
-class Seen(NamedTuple):
+class PromptRows(NamedTuple):
     """One prompt at the dictionary's place."""
 
     ids: Int[Tensor, "example pos"]
@@ -111,13 +114,13 @@ def ablation_effects(
         taken = torch.stack([_contribution(placed, seen, *entry) for entry in part])
         moved = torch.zeros(len(part), *seen.x.shape[:1], taken.shape[1]).to(taken)
         moved[range(len(part)), [position for position, _ in part]] = -taken
-        found, _ = _metric(model, placed, seen.ids.expand(len(part), -1), metric, moved)
-        effects.append(base[0] - found)
+        result, _ = _metric(model, placed, seen.ids.expand(len(part), -1), metric, moved)
+        effects.append(base[0] - result)
         progress(start + len(part), len(entries), "ablations")
     return torch.cat(effects)
 
 
-class Agreement(NamedTuple):
+class AttributionAgreement(NamedTuple):
     """How well cheap scores tell what ablation does; Templeton et al. have .81 and .12."""
 
     attribution: float
@@ -137,7 +140,7 @@ def agreement(
     n: int = 256,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Agreement:
+) -> AttributionAgreement:
     """Ablate the latents that fire, or a random n of them, and correlate with the estimates.
 
     Args:
@@ -149,15 +152,15 @@ def agreement(
         seed: Decides which, where more fire.
         progress: Called after each forward.
     """
-    found = attribute(model, placed, input_ids, metric)
-    fires = (found.latents.values != 0).nonzero()
+    result = attribute(model, placed, input_ids, metric)
+    fires = (result.latents.values != 0).nonzero()
     fires = fires[torch.randperm(len(fires), generator=torch.Generator().manual_seed(seed))[:n]]
     position, place = fires.unbind(dim=1)
-    numbers = found.latents.indices[position, place]
+    numbers = result.latents.indices[position, place]
     entries = list(zip(position.tolist(), numbers.tolist(), strict=True))
     effects = ablation_effects(model, placed, input_ids, metric, entries, progress=progress)
-    scores, values = (t[position, place] for t in (found.scores, found.latents.values))
-    return Agreement(_pearson(scores, effects), _pearson(values, effects), len(entries))
+    scores, values = (t[position, place] for t in (result.scores, result.latents.values))
+    return AttributionAgreement(_pearson(scores, effects), _pearson(values, effects), len(entries))
 
 
 class PathAttribution(NamedTuple):
@@ -209,9 +212,9 @@ def integrated_gradients(
     scores = _along(placed, seen, mean)
     ends = torch.stack([torch.zeros_like(whole), -whole])
     with torch.no_grad():
-        found, _ = _metric(model, placed, seen.ids.expand(2, -1), metric, ends)
-    difference = float(found[0] - found[1])
-    attribution = Attribution(seen.latents, scores, float(found[0]))
+        result, _ = _metric(model, placed, seen.ids.expand(2, -1), metric, ends)
+    difference = float(result[0] - result[1])
+    attribution = Attribution(seen.latents, scores, float(result[0]))
     return PathAttribution(attribution, float(scores.sum()), difference)
 
 
@@ -221,7 +224,7 @@ def see(
     placed: SparseAutoencoder,
     input_ids: Int[Tensor, "example pos"],
     first_position: int,
-) -> Seen:
+) -> PromptRows:
     """Read a prompt at the dictionary's place.
 
     Raises:
@@ -237,11 +240,11 @@ def see(
     values[:first_position] = 0
     size = placed.output_norm(x).size
     whole = torch.as_tensor(size).to(values).expand(len(x), 1)
-    return Seen(ids, x, Latents(values, latents.indices), whole)
+    return PromptRows(ids, x, Latents(values, latents.indices), whole)
 
 
 def _along(
-    placed: SparseAutoencoder, seen: Seen, gradient: Float[Tensor, "pos d_out"]
+    placed: SparseAutoencoder, seen: PromptRows, gradient: Float[Tensor, "pos d_out"]
 ) -> Float[Tensor, "pos k"]:
     """a_i (d_i . gradient) for each latent that fires."""
     indices, values = seen.latents.indices, seen.latents.values
@@ -250,7 +253,7 @@ def _along(
 
 
 def _contribution(
-    placed: SparseAutoencoder, seen: Seen, position: int, latent: int
+    placed: SparseAutoencoder, seen: PromptRows, position: int, latent: int
 ) -> Float[Tensor, " d_out"]:
     at = seen.latents.indices[position] == latent
     f = (seen.latents.values[position] * at).sum()
@@ -286,11 +289,103 @@ def _gradient(
     moved: Float[Tensor, "*example"],
 ) -> tuple[Float[Tensor, "example pos d_out"], list[float]]:
     with torch.enable_grad():
-        found, leaf = _metric(model, placed, ids, metric, moved)
-        (gradient,) = torch.autograd.grad(found.sum(), leaf)
-    return gradient, found.detach().tolist()
+        result, leaf = _metric(model, placed, ids, metric, moved)
+        (gradient,) = torch.autograd.grad(result.sum(), leaf)
+    return gradient, result.detach().tolist()
 
 
 def _pearson(a: Float[Tensor, " k"], b: Float[Tensor, " k"]) -> float:
     pair = torch.stack([a.double(), b.double().to(a.device)])
     return float(torch.corrcoef(pair)[0, 1]) if len(a) > 1 else float("nan")
+
+
+@torch.no_grad()
+def direct_logits(
+    model: nn.Module,
+    placed: SparseAutoencoder,
+    input_ids: Int[Tensor, "example pos"],
+    target: int,
+    against: int | None = None,
+) -> Attribution:
+    """What each latent adds to a logit at its position past all later blocks, straight to the end.
+
+    a_i norm'(d_i) . (U_target - U_against) s, where norm' is the final norm with the scale (and for
+    a layer norm the centring) that it has at that token in the model as it is, and s is what the
+    model multiplies its head's result by. The metric is the model's own.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        placed: The dictionary and where it reads and writes; the place must lie on the residual.
+        input_ids: One prompt.
+        target: Token.
+        against: Token whose logit is taken off.
+
+    Raises:
+        ValueError: If the model's logits are not its head on the norm of its last stream, times a
+            number: where it caps them, say.
+    """
+    path = logits_path(model)
+    if path.cap is not None:
+        raise MonosemaError(
+            f"logits must be linear in the normed stream for direct_logits, got a soft cap of "
+            f"{path.cap:.4g} in {type(model).__name__}; use attribute, which goes through it"
+        )
+    seen, last = see(model, placed, input_ids, 0), record_of(model).last
+    streams: list[Tensor] = []
+    with edit(model, {last: lambda stream, _: streams.append(stream) or stream}):
+        logits = model(input_ids=seen.ids, use_cache=False).logits[0, -1].float()
+    final = streams[0][0].float()
+    rows = readout(model)
+    toward = rows[target] - (0.0 if against is None else rows[against])
+    used = directions_of(placed, seen.latents.indices.flatten()).float()
+    added = (used @ toward).view(seen.latents.indices.shape)
+    if path.norm:
+        h = final - final.mean(dim=1, keepdim=True) if path.is_centred else final
+        added = added / h.square().mean(dim=1, keepdim=True).sqrt()
+    scores = seen.latents.values * seen.size * added
+    metric = logits[target] - (0.0 if against is None else logits[against])
+    return Attribution(seen.latents, scores, float(metric))
+
+
+def stream_of(
+    model: nn.Module, hook_point: str, inputs: Shaped[Tensor, "example ..."]
+) -> Float[Tensor, "example pos d_model"]:
+    """The stream at a hook point for token ids or pixels, for `Patch` and for means.
+
+    Raises:
+        ValueError: If the hook point is not one of the model.
+    """
+    with capture(model, [hook_point]) as run:
+        return run(inputs.to(next(model.parameters()).device))[hook_point]
+
+
+def mean_difference(
+    model: nn.Module,
+    hook_point: str,
+    positives: Shaped[Tensor, "example ..."],
+    negatives: Shaped[Tensor, "_example ..."],
+    *,
+    first_position: int = 1,
+) -> Float[Tensor, " d_model"]:
+    """Mean row of some texts less that of others: the vector of contrastive activation addition.
+
+    Args:
+        model: The model.
+        hook_point: Where its stream is read.
+        positives: Token ids of texts with what the vector shall stand for, of one length.
+        negatives: Of texts without it; another length is fine.
+        first_position: Positions below this one, the attention sinks, do not count.
+    """
+    means = [
+        stream_of(model, hook_point, ids)[:, first_position:].float().mean(dim=(0, 1))
+        for ids in (positives, negatives)
+    ]
+    return means[0] - means[1]
+
+
+def random_direction(
+    like: Float[Tensor, " d_model"], generator: torch.Generator
+) -> Float[Tensor, " d_model"]:
+    """A random vector with the norm of another one, uniform over directions."""
+    result = torch.randn(like.shape, generator=generator).to(like)
+    return result / result.norm() * like.norm()

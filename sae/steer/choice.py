@@ -17,8 +17,15 @@ from activations_cache.models import Tokenizer
 from sae.autoencoder import SparseAutoencoder
 from sae.steer.config import SteerConfig
 from sae.steer.edits import Edit
-from sae.steer.effects import MAX_REPEATED, Effect, measure_effect, repeated_share
-from sae.steer.generation import Generation, generate, generate_copies
+from sae.steer.generation import (
+    MAX_REPEATED,
+    Effect,
+    Generation,
+    generate,
+    generate_copies,
+    measure_effect,
+    repeated_share,
+)
 from sae.steer.steering import Steering, per_example
 
 MIN_AUC = 0.7
@@ -53,10 +60,10 @@ def named(candidates: Sequence[Candidate], latent: int) -> list[Candidate]:
     Raises:
         ValueError: If there is none.
     """
-    found = [candidate for candidate in candidates if candidate.latent == latent]
-    if not found:
+    results = [candidate for candidate in candidates if candidate.latent == latent]
+    if not results:
         raise MonosemaError(f"latent must be one of the labelled ones, got {latent}")
-    return found
+    return results
 
 
 def fit_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -89,8 +96,8 @@ def target_tokens(
     any text holds these.
     """
     whole = [word for word in words if len(word) >= 4 and word.isalpha()]
-    found = [_forms(tokenizer, word) for word in whole]
-    rare = (ids for ids in found if not set(ids) & set(common))
+    results = [_forms(tokenizer, word) for word in whole]
+    rare = (ids for ids in results if not set(ids) & set(common))
     return tuple(dict.fromkeys(token for ids in rare for token in ids))
 
 
@@ -114,7 +121,7 @@ RULE = (
 """How a latent is chosen, in one sentence for the reader of a report."""
 
 
-class Subject(NamedTuple):
+class SteerSubject(NamedTuple):
     """What is steered, and with what."""
 
     model: nn.Module
@@ -160,7 +167,7 @@ class Choice:
 
 
 def choose_latent(
-    subject: Subject,
+    subject: SteerSubject,
     candidates: Sequence[Candidate],
     config: SteerConfig,
     *,
@@ -214,7 +221,7 @@ def choose_latent(
 
 @torch.no_grad()
 def _most_promising(
-    subject: Subject, candidates: list[Candidate], config: SteerConfig, progress: Progress
+    subject: SteerSubject, candidates: list[Candidate], config: SteerConfig, progress: Progress
 ) -> list[Candidate]:
     """Those after whose steering the prompt makes the target tokens most probable."""
     if len(candidates) <= config.n_candidates:
@@ -243,7 +250,7 @@ def _next_probabilities(
 
 
 def _try(
-    subject: Subject, candidates: list[Candidate], base: Generation, config: SteerConfig
+    subject: SteerSubject, candidates: list[Candidate], base: Generation, config: SteerConfig
 ) -> list[Trial]:
     with _steered_each(subject, candidates, config):
         texts = generate_copies(
@@ -254,34 +261,34 @@ def _try(
             max_new_tokens=config.max_new_tokens,
             chat=config.chat,
         )
-    return [_trial(c, found, base) for c, found in zip(candidates, texts, strict=True)]
+    return [_trial(c, result, base) for c, result in zip(candidates, texts, strict=True)]
 
 
-def _trial(candidate: Candidate, found: Generation, base: Generation) -> Trial:
-    brought = set(candidate.targets) & set(found.tokens) - set(base.tokens)
+def _trial(candidate: Candidate, result: Generation, base: Generation) -> Trial:
+    brought = set(candidate.targets) & set(result.tokens) - set(base.tokens)
     return Trial(
         candidate=candidate,
-        text=found.text,
+        text=result.text,
         brought=tuple(sorted(brought)),
-        repeated=repeated_share(found.tokens),
+        repeated=repeated_share(result.tokens),
     )
 
 
-def _steered_each(subject: Subject, candidates: list[Candidate], config: SteerConfig):
+def _steered_each(subject: SteerSubject, candidates: list[Candidate], config: SteerConfig):
     """A context in which example i of a batch is steered by candidate i."""
     edits = [_edit(subject, candidate, config) for candidate in candidates]
     fn = per_example(edits, first_position=subject.first_position)
     return hooks.edit(subject.model, {subject.dictionary.hook_point: fn})
 
 
-def _edit(subject: Subject, candidate: Candidate, config: SteerConfig) -> Edit:
+def _edit(subject: SteerSubject, candidate: Candidate, config: SteerConfig) -> Edit:
     strength = f"{float(config.strength)!r}x max"
     if config.mode == "clamp":
         return Edit(subject.dictionary, latent=candidate.latent, clamp=strength)
     return Edit(subject.dictionary, latent=candidate.latent, add=strength)
 
 
-def _generate(subject: Subject, config: SteerConfig) -> Generation:
+def _generate(subject: SteerSubject, config: SteerConfig) -> Generation:
     options = {"max_new_tokens": config.max_new_tokens, "chat": config.chat}
     return generate(subject.model, subject.tokenizer, config.prompt, **options)
 

@@ -182,7 +182,7 @@ def _maximum(placed: SparseAutoencoder, latent: int) -> float:
     return maximum
 
 
-class Rows(NamedTuple):
+class EditedRows(NamedTuple):
     """The tokens that a change is applied to."""
 
     x: Float[Tensor, "batch d_in"]
@@ -225,7 +225,7 @@ class LatentEdits:
                 directions[i] = edit.along.to(directions) / edit.along.norm() * norms[i]
         self._directions, self._norms = directions, norms[:, 0]
 
-    def __call__(self, rows: Rows) -> Changed:
+    def __call__(self, rows: EditedRows) -> Changed:
         """Apply h' = h + sum_i (g_i(f_i) - f_i) d_i."""
         h = rows.h.to(self._directions.dtype)
         size = self._dictionary.output_norm(rows.x).size
@@ -272,7 +272,7 @@ class Splice:
     keep_error: bool = False
     """Add what the reconstruction lacks, so that only gradients tell the two streams apart."""
 
-    def __call__(self, rows: Rows) -> Changed:
+    def __call__(self, rows: EditedRows) -> Changed:
         """Reconstruct the rows."""
         x_hat = self.dictionary(rows.x)
         error = (rows.h - x_hat).detach() if self.keep_error else 0.0
@@ -294,7 +294,7 @@ class Patch:
     rows: Float[Tensor, "*pos d_out"]
     """(pos, d_out): row p goes to position p, later positions are kept; (d_out): to each."""
 
-    def __call__(self, rows: Rows) -> Changed:
+    def __call__(self, rows: EditedRows) -> Changed:
         """Put in the rows of their positions."""
         given = self.rows.to(rows.h.device)
         if given.dim() == 1:
@@ -317,7 +317,7 @@ class Push:
     vector: Float[Tensor, " d_out"]
     """In the model's units: of `mean_difference` or `random_direction`, times a strength."""
 
-    def __call__(self, rows: Rows) -> Changed:
+    def __call__(self, rows: EditedRows) -> Changed:
         """Add the vector."""
         moved = rows.h.to(torch.promote_types(rows.h.dtype, torch.float32)) + self.vector.to(
             rows.h.device

@@ -16,7 +16,7 @@ from sae.neighbours import Nearest, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class MatchingLatent:
     """A latent that fires in all positive texts and in no negative one."""
 
     latent: int
@@ -50,7 +50,7 @@ def find_latents(
     counting: Counting = EVERYWHERE,
     *,
     progress: Progress | None = None,
-) -> list[Found]:
+) -> list[MatchingLatent]:
     """Latents that fire in every positive text and in no negative one, the strongest first.
 
     A concept of which many are sure needs few texts: what is common to all of them by chance is
@@ -83,7 +83,7 @@ def find_latents(
         scores = weakest / placed.stats.max_activation.to(weakest).clamp_min(1e-12)
     order = scores.argsort(descending=True, stable=True)[: int((weakest > 0).sum())].tolist()
     return [
-        Found(
+        MatchingLatent(
             latent=latent,
             score=float(scores[latent]),
             weakest=float(weakest[latent]),
@@ -93,7 +93,7 @@ def find_latents(
     ]
 
 
-class _Peaks(NamedTuple):
+class _TextPeaks(NamedTuple):
     values: Float[Tensor, " d_sae"]
     at: Int[Tensor, " d_sae"]
 
@@ -101,7 +101,7 @@ class _Peaks(NamedTuple):
 @torch.no_grad()
 def _peaks(
     model: nn.Module, tokenizer: Tokenizer, placed: SparseAutoencoder, text: str, counting: Counting
-) -> _Peaks:
+) -> _TextPeaks:
     """The largest activation of every latent in a text, and its position."""
     ids = tokenizer(text)["input_ids"]
     if len(ids) <= counting.first_position:
@@ -114,7 +114,7 @@ def _peaks(
         x = run(torch.tensor([ids], device=device))[placed.hook_point][0]
     start = len(ids) - 1 if counting.where == "last" else counting.first_position
     peak = placed.encode_dense(x[start:]).max(dim=0)
-    return _Peaks(peak.values, peak.indices + start)
+    return _TextPeaks(peak.values, peak.indices + start)
 
 
 @torch.no_grad()
@@ -147,5 +147,5 @@ def nearest_latents(
             f"{other.config.width_out}"
         )
     n = min(k, other.config.d_sae - (among is None))
-    own = latents if among is None else None
-    return nearest(dictionary.directions[latents], other.directions, n, own=own)
+    excluded = latents if among is None else None
+    return nearest(dictionary.directions[latents], other.directions, n, excluded=excluded)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from activations_cache import hooks
 from activations_cache.probe import record_of
 from activations_cache.prompts import Prompts, prompts_of
-from activations_cache.reading import kept_aside, takes_tokens
+from activations_cache.reading import inner_model, takes_tokens
 from activations_cache.trial import attempt
 from monosema.checks import MonosemaError
-from sae.steer.edits import Change, Edit, LatentEdits, Patch, Push, Rows, Splice
+from sae.steer.edits import Change, Edit, EditedRows, LatentEdits, Patch, Push, Splice
 from sae.steer.positions import Positions, check_positions, chosen
 
 _log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Steering:
         Raises:
             ValueError: If the model is compiled, so that hooks inside it would be left out.
         """
-        inner = kept_aside(self.model)
+        inner = inner_model(self.model)
         reader = self.model if inner is None else inner
         if takes_tokens(reader) and not self._is_tried:
             # While nothing is changed: what is tried inside the context would be steered too.
@@ -138,7 +138,7 @@ class Steering:
             stack.callback(finite.remove)
             for (place, applied), count in zip(self._applied, self.counts, strict=True):
                 prompts = stack.enter_context(prompts_of(self.model, place[1]))
-                work = _Work(applied, place, count, self, prompts)
+                work = _ActiveChange(applied, place, count, self, prompts)
                 for point, fn in work.edits():
                     stack.enter_context(hooks.edit(self.model, {point: fn}))
             self._hooks = stack.pop_all()
@@ -232,7 +232,7 @@ def _joined(place: Place, group: list[Change]) -> Applied:
     return other
 
 
-class _Work:
+class _ActiveChange:
     """One change at work in a model's forwards."""
 
     def __init__(
@@ -312,7 +312,7 @@ def apply_at(
     at = where.flatten().nonzero().flatten()
     flat = stream.flatten(0, 1)
     h = flat[at]
-    changed = change(Rows(x.flatten(0, 1)[at], h, positions.reshape(-1)[at]))
+    changed = change(EditedRows(x.flatten(0, 1)[at], h, positions.reshape(-1)[at]))
     new = torch.where(changed.is_changed[:, None], changed.h.to(stream.dtype), h)
     if count is not None:
         is_meant = changed.is_changed & isinstance(change, LatentEdits | Push)
@@ -332,10 +332,10 @@ def _require_widths(applied: Applied, place: Place, x: Tensor, stream: Tensor) -
         widths = [
             (place[0], config.d_in, x.shape[-1]), (place[1], config.width_out, stream.shape[-1])
         ]  # fmt: skip
-    for point, made_for, found in widths:
-        if made_for != found:
+    for point, made_for, result in widths:
+        if made_for != result:
             raise MonosemaError(
-                f"a change at {point} must be made for its width, {found} in this model, got one "
+                f"a change at {point} must be made for its width, {result} in this model, got one "
                 f"for {made_for}; it belongs to another model or place"
             )
 

@@ -23,11 +23,10 @@ from activations_cache.checks import Progress, silent
 from activations_cache.hooks import capture
 from activations_cache.models import Tokenizer
 from sae.autoencoder import SparseAutoencoder
+from sae.steer.attribution import random_direction
 from sae.steer.config import SweepConfig
-from sae.steer.directions import random_direction
 from sae.steer.edits import Edit
-from sae.steer.effects import MAX_REPEATED, Effect, Steered, measure_effect
-from sae.steer.generation import Generation, generate
+from sae.steer.generation import MAX_REPEATED, Effect, Generation, Steered, generate, measure_effect
 from sae.steer.steering import Steering
 
 TAU = 0.1
@@ -174,16 +173,16 @@ def _point(
 
     with steered() as steering:
         changed = [_continued(target, prompt, config) for prompt in config.prompts]
-    found = _effects(target, steered, bases, changed)
-    repeated = _mean([effect.repeated for effect in found])
+    result = _effects(target, steered, bases, changed)
+    repeated = _mean([effect.repeated for effect in result])
     with steered():
         effect = side.measure()
     return Point(
         arm=arm,
         strength=float(strength),
-        target_gain=_mean([effect.target_gain for effect in found]),
-        target_share=_mean([effect.target_share for effect in found]),
-        perplexity=math.exp(_mean([effect.nll for effect in found])),
+        target_gain=_mean([effect.target_gain for effect in result]),
+        target_share=_mean([effect.target_share for effect in result]),
+        perplexity=math.exp(_mean([effect.nll for effect in result])),
         repeated=repeated,
         is_loop=repeated > MAX_REPEATED,
         n_tokens=steering.n_tokens,
@@ -258,11 +257,11 @@ PANELS: tuple[tuple[str, Callable[[Point], float]], ...] = (
 COLOURS = {LATENT: "#c0392b", RANDOM: "#7f8c8d"}
 
 
-def plot(found: Sweep, title: str, unit: str) -> bytes:
+def plot(result: Sweep, title: str, unit: str) -> bytes:
     """Return a PNG of six panels over the strengths, with the bound and the strength that keeps it.
 
     Args:
-        found: The sweep.
+        result: The sweep.
         title: Heading.
         unit: What strengths are counted in.
     """
@@ -270,16 +269,16 @@ def plot(found: Sweep, title: str, unit: str) -> bytes:
     axes = figure.subplots(2, 3).flatten()
     for axis, (name, value) in zip(axes, PANELS, strict=True):
         for arm, colour in COLOURS.items():
-            points = found.of_arm(arm)
+            points = result.of_arm(arm)
             strengths = [point.strength for point in points]
             axis.plot(strengths, [value(p) for p in points], "o-", ms=4, color=colour, label=arm)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(f"strength, {unit}", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-        if found.best is not None:
-            axis.axvline(found.best.strength, color="#2980b9", lw=0.8, ls="--")
-    _level(axes[1], found.max_kl, "bound")
-    _level(axes[2], found.perplexity_base, "base text")
+        if result.best is not None:
+            axis.axvline(result.best.strength, color="#2980b9", lw=0.8, ls="--")
+    _level(axes[1], result.max_kl, "bound")
+    _level(axes[2], result.perplexity_base, "base text")
     _level(axes[3], MAX_REPEATED, "loop")
     axes[1].set_yscale("symlog", linthresh=0.1)
     axes[1].set_ylim(bottom=0)

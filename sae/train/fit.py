@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 
 from activations_cache import io
 from activations_cache.config import TRAINING_SPLITS
-from activations_cache.outliers import looked_at
+from activations_cache.summary import looked_at
 from monosema.checks import MonosemaError, Progress, silent
 from sae.config import digest, to_dict
 from sae.pretrained.monosema_format import save

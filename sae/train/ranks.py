@@ -175,7 +175,7 @@ class Ranks:
 ALONE = Ranks()
 
 
-class Batch(NamedTuple):
+class GlobalBatch(NamedTuple):
     """A batch as all processes together see it."""
 
     n_rows: int
@@ -186,16 +186,16 @@ class Batch(NamedTuple):
     """Mean over rows of ||v - mean||^2, the mean per dimension over the whole batch."""
 
 
-def batch_of(v: Float[Tensor, "batch d_out"], ranks: Ranks) -> Batch:
+def batch_of(v: Float[Tensor, "batch d_out"], ranks: Ranks) -> GlobalBatch:
     """Count the rows of all processes and measure their spread."""
     if ranks.rows.size == 1:
-        return Batch(len(v), 1.0, batch_variance(v))
+        return GlobalBatch(len(v), 1.0, batch_variance(v))
     total = torch.cat([v.sum(dim=0).double(), v.new_tensor([len(v)]).double()])
     ranks.rows.sum_(total)
     n_rows = int(total[-1])
     spread = (v - (total[:-1] / n_rows).to(v.dtype)).square().sum()
     ranks.rows.sum_(spread)
-    return Batch(n_rows, len(v) / n_rows, spread / n_rows)
+    return GlobalBatch(n_rows, len(v) / n_rows, spread / n_rows)
 
 
 def mean_figures(

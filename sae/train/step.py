@@ -26,7 +26,7 @@ from sae.train.forward.run import forward
 from sae.train.forward.sharded import require_shardable
 from sae.train.latent_shards import gradient_norm, of_latents, part_of, sum_gradients, whole_of
 from sae.train.optim import EMA, ScheduleFreeAdam, normalise_rows_, optimizer_of, with_means
-from sae.train.ranks import ALONE, Batch, Ranks, batch_of, mean_figures
+from sae.train.ranks import ALONE, GlobalBatch, Ranks, batch_of, mean_figures
 from sae.train.resample import candidates_of, is_due, resample_
 from sae.train.schedule import automatic_rate, holds_decoder, rate_factor
 
@@ -280,7 +280,7 @@ class TrainStep:
         own = with_means(own, means, self.config.unit_norm) if means else own
         return own if self.ranks.latents.size == 1 else whole_of(own, self.form, self.ranks)
 
-    def _update(self, found: Forward, batch: Batch) -> None:
+    def _update(self, found: Forward, batch: GlobalBatch) -> None:
         settings = self.config.optimizer
         factor = rate_factor(settings, self.n_steps, self.total_steps)
         auto = automatic_rate(self.config.d_sae, batch.n_rows, self.form.d_in)

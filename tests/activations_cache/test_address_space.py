@@ -39,11 +39,11 @@ def test_arrays_cannot_be_written_and_outlive_the_space(tmp_path):
     space = AddressSpace(2, (13,), np.dtype(np.int64))
     with written(tmp_path / "a", np.arange(13)) as file:
         space.map(1, file)
-    found = space.slot(1)
+    result = space.slot(1)
     del space
-    assert found.tolist() == list(range(13))
+    assert result.tolist() == list(range(13))
     with pytest.raises(ValueError, match="read-only"):
-        found[0] = 1
+        result[0] = 1
 
 
 def test_a_file_that_cannot_be_mapped_is_named(tmp_path):
@@ -68,10 +68,10 @@ def test_too_little_address_space_is_said():
         "resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))\n"
         "AddressSpace(1009, (2**20, 64), np.dtype('<u2'))\n"
     )
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], check=False, capture_output=True, text=True
     )
-    last = found.stderr.splitlines()[-1]
+    last = result.stderr.splitlines()[-1]
     assert "must be free to map 1009 shards" in last
     assert "ulimit -v" in last
 

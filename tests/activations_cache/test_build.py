@@ -34,9 +34,9 @@ def cache(tiny_cache_config: CacheConfig, tmp_path_factory: pytest.TempPathFacto
 
 
 def content(path: Path) -> dict[str, bytes]:
-    own = ("journal", "manifest.json", ".locks")
+    varying = ("journal", "manifest.json", ".locks")
     files = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
-    return {str(f): (path / f).read_bytes() for f in files if not str(f).startswith(own)}
+    return {str(f): (path / f).read_bytes() for f in files if not str(f).startswith(varying)}
 
 
 def test_rows_are_the_hidden_states_of_the_model(

@@ -46,8 +46,8 @@ class Broken:
     def batches(self, hook_points=None, *, seed, start=0, **arguments):
         self.calls += 1
         seed += {"seed": -seed, "drift": self.calls}.get(self.rule, 0)
-        kept = 0 if self.rule == "resume" else start
-        for part in self.cache.batches(hook_points, seed=seed, start=kept, **arguments):
+        n_before = 0 if self.rule == "resume" else start
+        for part in self.cache.batches(hook_points, seed=seed, start=n_before, **arguments):
             yield self.change(part)
 
     def change(self, part: Batch) -> Batch:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
-from activations_cache import locations
+from activations_cache import checks
 from activations_cache.builder import build
 from activations_cache.checks import MissingPackageError
 from activations_cache.config import (
@@ -56,10 +56,13 @@ def exported(model: Dinov2Model, directory: Path) -> Path:
     nodes = []
     for number, (name, weight) in enumerate(weights.items()):
         if weight.ndim == 2:
-            own, layer = f"onnx::MatMul_{number}", name.removesuffix(".weight").replace(".", "/")
-            arrays[own] = weight.T.numpy()
+            onnx_name, layer = (
+                f"onnx::MatMul_{number}",
+                name.removesuffix(".weight").replace(".", "/"),
+            )
+            arrays[onnx_name] = weight.T.numpy()
             node = f"/backbone/{layer}/MatMul".replace("/layer/", "/layer.")
-            nodes.append(onnx.helper.make_node("MatMul", ["x", own], ["y"], name=node))
+            nodes.append(onnx.helper.make_node("MatMul", ["x", onnx_name], ["y"], name=node))
         else:
             arrays[f"backbone.{name}"] = weight.numpy()
     tensors = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
@@ -82,9 +85,9 @@ def test_an_exported_model_is_the_model(tmp_path: Path):
         model.embeddings.mask_token.zero_()
     loaded = load_vision_model(ModelConfig(path=str(exported(model, tmp_path)), dtype="float32"))
     expected = model.state_dict()
-    found = loaded.model.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    result = loaded.model.state_dict()
+    assert result.keys() == expected.keys()
+    assert all(torch.equal(result[name], weight) for name, weight in expected.items())
     assert (loaded.reading.patch, loaded.reading.image_size, loaded.reading.n_prefix) == (7, 21, 1)
     assert (loaded.settings.size, loaded.settings.shortest_edge) == (224, 256)
 
@@ -100,7 +103,7 @@ def test_another_file_is_refused_in_one_line(tmp_path: Path, data: bytes):
 
 def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "some.onnx").write_bytes(b"abc")
-    monkeypatch.setattr(locations.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         MissingPackageError, match=r"package onnx, got none; run `pip install 'monosema\[demo"
     ):
@@ -194,9 +197,9 @@ def test_its_rows_are_the_hidden_states_of_the_drawings(
     for name, layer in (("encoder.layer.8:out", 9), ("encoder.layer.9:out", 10)):
         for index, example in enumerate(needed.tolist()):
             expected = hidden[layer][index, refs.position[at == example]]
-            found = cache[name][rows[at == example]]
+            result = cache[name][rows[at == example]]
             # The cache is in bfloat16, of which the last bit is 2^-8.
-            assert torch.allclose(found, expected, rtol=2**-8, atol=1e-3)
+            assert torch.allclose(result, expected, rtol=2**-8, atol=1e-3)
 
 
 @real

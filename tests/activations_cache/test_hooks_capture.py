@@ -25,11 +25,11 @@ def test_captured_streams_equal_the_hidden_states_of_transformers(causal_model):
     expected = causal_model(x, output_hidden_states=True).hidden_states
     path = blocks(causal_model)
     with capture(causal_model, [f"{path}.2:out", f"{path}.1:in", f"{path}.3:out"]) as run:
-        found = run(x)
-    assert list(found) == [f"{path}.2:out", f"{path}.1:in", f"{path}.3:out"]
-    torch.testing.assert_close(found[f"{path}.2:out"], expected[3], rtol=0, atol=0)
-    torch.testing.assert_close(found[f"{path}.1:in"], expected[1], rtol=0, atol=0)
-    torch.testing.assert_close(found[f"{path}.3:out"], expected[4], rtol=0, atol=0)
+        result = run(x)
+    assert list(result) == [f"{path}.2:out", f"{path}.1:in", f"{path}.3:out"]
+    torch.testing.assert_close(result[f"{path}.2:out"], expected[3], rtol=0, atol=0)
+    torch.testing.assert_close(result[f"{path}.1:in"], expected[1], rtol=0, atol=0)
+    torch.testing.assert_close(result[f"{path}.3:out"], expected[4], rtol=0, atol=0)
     assert not torch.equal(expected[3], expected[4])
 
 
@@ -75,19 +75,19 @@ def test_capture_reads_tensors_tuples_and_keyword_arguments(causal_model):
     path = f"{blocks(causal_model)}.1"
     points = [f"{path}.{norm}:out", f"{path}.{attention}:in", f"{path}.{attention}:out"]
     with capture(causal_model, points) as run:
-        found = run(x)
-    torch.testing.assert_close(found[points[0]], found[points[1]], rtol=0, atol=0)
-    assert found[points[2]].shape == (2, 7, 23)
+        result = run(x)
+    torch.testing.assert_close(result[points[0]], result[points[1]], rtol=0, atol=0)
+    assert result[points[2]].shape == (2, 7, 23)
 
 
 def test_captured_streams_do_not_change_when_a_later_module_works_in_place():
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 2))
     x = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0))
     with capture(model, ["0:out"], stop=False) as run:
-        found = run(x)["0:out"]
-    torch.testing.assert_close(found, model[0](x).detach())
-    assert (found < 0).any()
-    assert not found.requires_grad
+        result = run(x)["0:out"]
+    torch.testing.assert_close(result, model[0](x).detach())
+    assert (result < 0).any()
+    assert not result.requires_grad
 
 
 def test_capture_reads_a_vision_model(vit_model):
@@ -188,6 +188,6 @@ def test_block_15_of_smollm2_equals_its_hidden_state(smollm2):
     x = smollm2.tokenizer(text, return_tensors="pt").input_ids
     expected = smollm2.model(x, output_hidden_states=True).hidden_states[16]
     with capture(smollm2.model, ["model.layers.15:out"]) as run:
-        found = run(x)["model.layers.15:out"]
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, expected)
+        result = run(x)["model.layers.15:out"]
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, expected)

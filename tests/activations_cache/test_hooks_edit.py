@@ -216,8 +216,8 @@ def test_other_ways_to_fill_the_cache_keep_the_positions_of_text(causal_model, w
     mask = torch.ones_like(x)
     mask[0, :3] = 0
     expected, _ = generate(causal_model, x, attention_mask=mask, do_sample=False, use_cache=False)
-    found, recorder = generate(causal_model, x, attention_mask=mask, do_sample=False, **way)
-    assert found.tolist() == expected.tolist()
+    result, recorder = generate(causal_model, x, attention_mask=mask, do_sample=False, **way)
+    assert result.tolist() == expected.tolist()
     positions = torch.cat(recorder.positions, dim=1)
     assert positions[0, 3:].tolist() == list(range(20))
     assert positions[0, :3].max() <= 0
@@ -230,8 +230,8 @@ def test_left_padding_does_not_change_what_is_generated(causal_model):
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), x], dim=1)
     mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(x)], dim=1)
     alone, _ = generate(causal_model, x, do_sample=False)
-    beside, _ = generate(causal_model, padded, attention_mask=mask, do_sample=False)
-    assert beside[:, 3:].tolist() == alone.tolist()
+    other_prompt, _ = generate(causal_model, padded, attention_mask=mask, do_sample=False)
+    assert other_prompt[:, 3:].tolist() == alone.tolist()
 
 
 def test_nested_edits_and_captures_each_know_the_positions(causal_model):

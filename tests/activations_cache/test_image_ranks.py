@@ -61,10 +61,10 @@ def config(tmp_path: Path) -> CacheConfig:
 
 
 def content(path: Path) -> Iterator[tuple[str, bytes]]:
-    own = ("journal", "manifest.json", ".locks")
+    varying = ("journal", "manifest.json", ".locks")
     for file in sorted(path.rglob("*")):
         name = str(file.relative_to(path))
-        if file.is_file() and not name.startswith(own):
+        if file.is_file() and not name.startswith(varying):
             yield name, file.read_bytes()
 
 

@@ -37,14 +37,14 @@ def as_zarr(path: Path) -> str:
 
 @pytest.mark.parametrize("make", [as_npy, as_safetensors, as_one_of_several, as_zarr])
 def test_the_rows_come_back(tmp_path: Path, make):
-    told = []
+    reports = []
     cache = import_array(
-        make(tmp_path), tmp_path / "cache", rows_per_shard=61, progress=lambda *a: told.append(a)
+        make(tmp_path), tmp_path / "cache", rows_per_shard=61, progress=lambda *a: reports.append(a)
     )
     assert torch.equal(cache["embedding:out"][cache.rows()], torch.from_numpy(ROWS))
     assert cache.refs(cache.rows()).example.tolist() == list(range(211))
     assert cache.verify() == []
-    assert told[-1][:2] == (211, 211)
+    assert reports[-1][:2] == (211, 211)
     assert (
         len(cache.rows(("explain",))) > len(cache.rows(("score",))) > len(cache.rows(("hold",))) > 0
     )

@@ -131,9 +131,9 @@ def test_a_file_that_differs_from_its_description_is_found(tmp_path: Path, damag
     described = io.describe(b"1234567")
     assert io.problem(path, described) is None
     damage(path)
-    found = io.problem(path, described)
-    assert found is not None
-    assert re.fullmatch(f"{re.escape(str(path))} {problem}", found)
+    result = io.problem(path, described)
+    assert result is not None
+    assert re.fullmatch(f"{re.escape(str(path))} {problem}", result)
 
 
 def test_the_checksum_is_crc32c(tmp_path: Path):

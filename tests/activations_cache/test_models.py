@@ -39,8 +39,8 @@ def test_a_directory_gives_its_weights_in_the_dtype_asked_for(tiny_model_dir):
     for dtype in (torch.float32, torch.bfloat16):
         model = load(tiny_model_dir, dtype=str(dtype).removeprefix("torch.")).model
         assert type(model).__name__ == "LlamaForCausalLM"
-        found = model.state_dict()
-        assert all(torch.equal(found[name], w.to(dtype)) for name, w in weights.items())
+        result = model.state_dict()
+        assert all(torch.equal(result[name], w.to(dtype)) for name, w in weights.items())
         assert not model.training
         assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -88,9 +88,9 @@ def test_another_model_has_another_identity(tiny_model_dir, directory, part):
         (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     else:
         options = {"dtype": "float32"}
-    found = load(directory, **options).identity
+    result = load(directory, **options).identity
     key = {"weights": "model_sha256", "dtype": "dtype"}.get(part, f"{part}_sha256")
-    assert {name for name in expected if found[name] != expected[name]} == {key}
+    assert {name for name in expected if result[name] != expected[name]} == {key}
 
 
 def test_using_a_tokenizer_does_not_change_its_hash(directory):
@@ -105,9 +105,14 @@ def test_a_model_in_several_files_is_hashed_as_one(directory):
     names = sorted(weights)
     parts = {"model-00001-of-00002.safetensors": names[:7]}
     parts["model-00002-of-00002.safetensors"] = names[7:]
-    for file, own in parts.items():
-        save_file({name: weights[name] for name in own}, directory / file, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": {n: f for f, own in parts.items() for n in own}}
+    for file, weights_of_file in parts.items():
+        save_file(
+            {name: weights[name] for name in weights_of_file}, directory / file, {"format": "pt"}
+        )
+    index = {
+        "metadata": {},
+        "weight_map": {n: f for f, weights_of_file in parts.items() for n in weights_of_file},
+    }
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / "model.safetensors").unlink()
     loaded = load(directory, dtype="float32")

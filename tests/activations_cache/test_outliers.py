@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from activations_cache.importing import import_array
-from activations_cache.outliers import bounded, looked_at, share_of_largest
 from activations_cache.reader import ActivationCache
+from activations_cache.summary import bounded, looked_at, share_of_largest
 
 
 def _cache(path: Path, *, large: bool) -> tuple[ActivationCache, np.ndarray]:
@@ -23,18 +23,20 @@ def _cache(path: Path, *, large: bool) -> tuple[ActivationCache, np.ndarray]:
 def test_large_rows_are_left_out_of_batches_and_statistics(tmp_path: Path):
     cache, _ = _cache(tmp_path, large=True)
     (hook,) = cache.hook_points
-    kept = bounded(cache, (hook,), 10.0)
-    every, left = cache.rows(("explain", "score")), kept.rows(("explain", "score"))
+    rows_left = bounded(cache, (hook,), 10.0)
+    every, left = cache.rows(("explain", "score")), rows_left.rows(("explain", "score"))
     norms = cache[hook].norms(every)
     assert left.tolist() == every[norms <= 10 * norms.median()].tolist()
-    assert 0 < kept.n_left_out == len(every) - len(left) <= 7
+    assert 0 < rows_left.n_left_out == len(every) - len(left) <= 7
     expected = cache[hook][left].double()
-    torch.testing.assert_close(kept[hook].mean.double(), expected.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        rows_left[hook].mean.double(), expected.mean(0), rtol=1e-4, atol=1e-4
+    )
     square = float(expected.square().sum(1).mean())
-    assert kept[hook].mean_square_norm == pytest.approx(square, rel=1e-5)
+    assert rows_left[hook].mean_square_norm == pytest.approx(square, rel=1e-5)
     assert cache[hook].mean_square_norm > 5 * square
-    batches = list(kept.batches(batch=64, seed=3))
-    assert len(batches) == kept.n_batches(batch=64)
+    batches = list(rows_left.batches(batch=64, seed=3))
+    assert len(batches) == rows_left.n_batches(batch=64)
     assert set(torch.cat([b.rows for b in batches]).tolist()) <= set(left.tolist())
 
 
@@ -49,10 +51,10 @@ def test_one_line_says_what_the_largest_rows_hold_and_what_to_do(
 ):
     cache, _ = _cache(tmp_path, large=True)
     with caplog.at_level(logging.INFO):
-        kept = looked_at(cache, cache.hook_points, 10.0)
+        rows_left = looked_at(cache, cache.hook_points, 10.0)
         assert looked_at(cache, cache.hook_points, None) is cache
     first, second = (record.getMessage() for record in caplog.records)
     assert "the largest 0.1 % of the rows hold" in first
-    assert f"{kept.n_left_out} rows above 10 times the median norm are left out" in first
+    assert f"{rows_left.n_left_out} rows above 10 times the median norm are left out" in first
     assert "train.max_norm: 10 leaves them out" in second
     assert caplog.records[0].levelno == logging.WARNING

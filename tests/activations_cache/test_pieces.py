@@ -14,7 +14,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from activations_cache.pieces import BROKEN, Pieces, table_of
+from activations_cache.tokens import BROKEN, Pieces, table_of
 
 TEXTS = {
     "english": "The cat isn't on the mat; it sat there (1996).",

@@ -74,8 +74,8 @@ def test_old_settings_give_the_size_as_a_number(tmp_path: Path):
         '{"size": 37, "crop_size": 31, "do_center_crop": true, "image_mean": [0.5, 0.4, 0.3], '
         '"image_std": [1, 1, 1]}'
     )
-    found = read_settings(tmp_path)
-    assert (found.size, found.shortest_edge, found.mean) == (31, 37, (0.5, 0.4, 0.3))
+    result = read_settings(tmp_path)
+    assert (result.size, result.shortest_edge, result.mean) == (31, 37, (0.5, 0.4, 0.3))
 
 
 def test_settings_of_timm_and_open_clip(tmp_path: Path):
@@ -94,8 +94,8 @@ def test_settings_of_timm_and_open_clip(tmp_path: Path):
     clip["preprocess_cfg"]["resize_mode"] = "squash"
     clip["model_cfg"] = {"vision_cfg": {"image_size": 37}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(clip))
-    found = read_settings(tmp_path)
-    assert (found.size, found.crop, found.interpolation) == (37, False, "bicubic")
+    result = read_settings(tmp_path)
+    assert (result.size, result.crop, result.interpolation) == (37, False, "bicubic")
 
 
 @pytest.mark.parametrize(
@@ -115,18 +115,18 @@ def test_settings_that_cannot_be_followed_cost_one_line(tmp_path: Path, entries,
 
 
 def test_what_is_asked_for_goes_before_what_the_model_says():
-    found = ImagePreprocessing(
+    result = ImagePreprocessing(
         size=20, crop=True, shortest_edge=25, mean=(0.1, 0.1, 0.1), std=(0.5, 0.5, 0.5)
     )
-    assert resolve(NOTHING, found).shortest_edge == 25
-    assert resolve(ImagePreprocessing(size=40), found).shortest_edge == 50
-    assert resolve(ImagePreprocessing(crop=False), found).shortest_edge is None
-    assert resolve(ImagePreprocessing(shortest_edge=31), found).shortest_edge == 31
-    own = ImagePreprocessing(mean=(0.2, 0.3, 0.4), interpolation="box")
-    assert resolve(own, found).mean == (0.2, 0.3, 0.4)
-    assert resolve(own, found).interpolation == "box"
+    assert resolve(NOTHING, result).shortest_edge == 25
+    assert resolve(ImagePreprocessing(size=40), result).shortest_edge == 50
+    assert resolve(ImagePreprocessing(crop=False), result).shortest_edge is None
+    assert resolve(ImagePreprocessing(shortest_edge=31), result).shortest_edge == 31
+    custom = ImagePreprocessing(mean=(0.2, 0.3, 0.4), interpolation="box")
+    assert resolve(custom, result).mean == (0.2, 0.3, 0.4)
+    assert resolve(custom, result).interpolation == "box"
     with pytest.raises(ValueError, match="shortest_edge must be at least the size 20, got 19"):
-        resolve(ImagePreprocessing(shortest_edge=19), found)
+        resolve(ImagePreprocessing(shortest_edge=19), result)
 
 
 def test_without_settings_nothing_is_guessed(tmp_path: Path):

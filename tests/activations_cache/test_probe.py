@@ -125,8 +125,8 @@ def test_documents_of_a_cache_do_not_see_each_other(
         here = (segment[example] == segment[example, position]) & (tokens[example] >= 0)
         with capture(loaded.model, [point]) as run:
             alone = run(tokens[example, here][None].long())[point][0]
-        own = alone[position - int(here.nonzero()[0, 0])]
-        assert torch.allclose(x[i], own, atol=1e-4, rtol=1e-4)
+        expected_row = alone[position - int(here.nonzero()[0, 0])]
+        assert torch.allclose(x[i], expected_row, atol=1e-4, rtol=1e-4)
 
 
 def test_verify_sees_rows_of_documents_that_saw_each_other(tiny_tokenizer, tiny_records, tmp_path):
@@ -193,8 +193,8 @@ def test_a_row_for_each_piece_costs_no_more_tokens_than_the_contexts():
 
     tokens = torch.arange(24).view(2, 12)
     pieces = [Piece(0, 0, 1), Piece(0, 1, 3), Piece(0, 3, 12), Piece(1, 0, 12)]
-    found = read_in_rows(run, tokens, pieces, with_mask=False)["x"][..., 0]
-    assert torch.equal(found, tokens.float())
+    result = read_in_rows(run, tokens, pieces, with_mask=False)["x"][..., 0]
+    assert torch.equal(result, tokens.float())
     assert all(n * width <= 24 for n, width in shapes)
     assert len(shapes) < len(pieces)
 
@@ -310,9 +310,9 @@ def test_the_readout_gives_differences_of_the_models_own_logits(family, scale):
     with capture(model, [record.last]) as run:
         last = run(IDS)[record.last][0]
     centred = last - last.mean(dim=1, keepdim=True) if record.logits.is_centred else last
-    found = last @ readout(model).T / centred.square().mean(dim=1, keepdim=True).sqrt()
-    own = model(input_ids=IDS).logits[0]
-    assert torch.allclose(found[:, 5] - found[:, 11], own[:, 5] - own[:, 11], atol=1e-3)
+    result = last @ readout(model).T / centred.square().mean(dim=1, keepdim=True).sqrt()
+    logits = model(input_ids=IDS).logits[0]
+    assert torch.allclose(result[:, 5] - result[:, 11], logits[:, 5] - logits[:, 11], atol=1e-3)
 
 
 def test_the_weight_of_a_norm_is_what_it_multiplies_by():
@@ -343,8 +343,8 @@ def test_the_readout_is_what_the_head_does_and_not_its_weight(head):
     record = record_of(model)
     with capture(model, [record.last]) as run:
         last = run(IDS)[record.last][0]
-    found = last @ readout(model).T / last.square().mean(dim=1, keepdim=True).sqrt()
-    assert torch.allclose(found, model(input_ids=IDS).logits[0], atol=1e-3)
+    result = last @ readout(model).T / last.square().mean(dim=1, keepdim=True).sqrt()
+    assert torch.allclose(result, model(input_ids=IDS).logits[0], atol=1e-3)
 
 
 def test_a_head_with_layers_of_its_own_has_no_readout():

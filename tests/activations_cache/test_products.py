@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from activations_cache import products
-from activations_cache.products import WideLinear, widen_products
+from activations_cache import loading
+from activations_cache.loading import WideLinear, widen_products
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def layers(dtype: torch.dtype) -> nn.Sequential:
 
 
 @pytest.mark.usefixtures("without_bf16")
-@pytest.mark.parametrize("n_rows", [1, products._LEAST_ROWS, 200])
+@pytest.mark.parametrize("n_rows", [1, loading._LEAST_ROWS, 200])
 def test_a_wide_layer_gives_the_exact_product_rounded(n_rows: int) -> None:
     model = layer()
     widen_products(model)

@@ -14,8 +14,8 @@ def last_block(model):
 
 
 def seen(prompts, n_examples=2):
-    found = prompts.of(n_examples)
-    return found.n_padding.tolist(), found.n_tokens.tolist(), found.is_whole
+    result = prompts.of(n_examples)
+    return result.n_padding.tolist(), result.n_tokens.tolist(), result.is_whole
 
 
 def test_a_forward_is_a_prompt_and_what_follows_a_cache_continues_it(causal_model):

@@ -255,9 +255,9 @@ def test_verify_compares_rows_with_examples(
     copy: Path, name: str, change: Callable[[bytes], bytes], record: dict, problem: str
 ):
     rewrite(copy, name, change, **record)
-    found = activations_cache.open(copy).verify()
-    assert all(line.startswith("shard 0: ") for line in found)
-    assert any(re.search(problem, line) for line in found)
+    result = activations_cache.open(copy).verify()
+    assert all(line.startswith("shard 0: ") for line in result)
+    assert any(re.search(problem, line) for line in result)
 
 
 def test_verify_reports_progress_and_finds_nothing_wrong(cache: ActivationCache):

@@ -94,10 +94,10 @@ def test_a_cache_that_a_wrapper_hides_counts():
     where = "model.model.layers.1:out"
     with prompts_of(model, where) as prompts:
         seen = positions_in(model, where, lambda: [model(IDS), model(IDS[:, :1])])
-        found = prompts.of(1)
+        result = prompts.of(1)
     assert seen == [[[0, 1, 2, 3, 4]], [[5]]]
-    assert found is not None
-    assert (found.n_tokens.tolist(), found.is_whole) == ([5], False)
+    assert result is not None
+    assert (result.n_tokens.tolist(), result.is_whole) == ([5], False)
 
 
 def test_a_model_inside_another_may_be_called_alone():
@@ -143,15 +143,15 @@ def test_a_decoder_counts_its_own_tokens():
     where = "model.decoder.layers.0:out"
     with prompts_of(model, where) as prompts:
         assert positions_in(model, where, generate) == [[[0]], [[1]], [[2]]]
-        found = prompts.of(1)
-    assert found is not None
-    assert (found.n_tokens.tolist(), found.is_whole) == ([1], False)
+        result = prompts.of(1)
+    assert result is not None
+    assert (result.n_tokens.tolist(), result.is_whole) == ([1], False)
     where = "model.encoder.layers.0:out"
     with prompts_of(model, where) as prompts:
         assert positions_in(model, where, generate) == [[[-2, -1, 0, 1, 2]]]
-        found = prompts.of(1)
-    assert found is not None
-    assert (found.n_tokens.tolist(), found.is_whole) == ([3], True)
+        result = prompts.of(1)
+    assert result is not None
+    assert (result.n_tokens.tolist(), result.is_whole) == ([3], True)
 
 
 def test_a_block_called_without_its_model_is_refused():

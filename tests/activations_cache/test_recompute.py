@@ -48,11 +48,11 @@ def test_every_site_of_the_model_agrees(tmp_path, tiny_cache_config, tiny_model,
     with CacheWriter(tmp_path, source.plan) as writer:
         write_shards(writer, source, 5, 1, silent)
         writer.finish({})
-    told = []
+    reports = []
     cache = open_cache(tmp_path)
-    assert recompute(cache, tiny_model, progress=lambda *a: told.append(a)) == []
+    assert recompute(cache, tiny_model, progress=lambda *a: reports.append(a)) == []
     assert len(cache.hook_points) == 25
-    assert told[-1][0] >= told[-1][1] > 1
+    assert reports[-1][0] >= reports[-1][1] > 1
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ def test_a_crash_at_any_point_leaves_nothing_that_is_refused(tmp_path, monkeypat
             except CrashError:
                 done = False
         assert seals.read(tmp_path / "b") == b"kept"
-        found = seals.read(tmp_path / "a")
-        assert not done or found == new
+        result = seals.read(tmp_path / "a")
+        assert not done or result == new
         seals.write(tmp_path, {"a": b"old"})
     assert done
 

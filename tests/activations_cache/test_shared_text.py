@@ -62,9 +62,9 @@ def test_each_source_is_read_by_one_process_and_the_cache_is_the_same(
     monkeypatch.setattr(corpus, "documents", logged)
     assert build_in_ranks(N_RANKS, config, tmp_path / "cache") == [0] * N_RANKS
     assert len(log.read_text().splitlines()) == len(whole.examples.source_names)
-    found = build(config, tmp_path / "cache")
+    result = build(config, tmp_path / "cache")
     for name in whole.hook_points:
-        assert torch.equal(found[name][found.rows()], whole[name][whole.rows()])
+        assert torch.equal(result[name][result.rows()], whole[name][whole.rows()])
     assert not list((tmp_path / "cache" / LOCKS).glob("text.*"))
 
 

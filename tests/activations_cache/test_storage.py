@@ -36,9 +36,9 @@ def test_stored_rows_come_back_bit_by_bit():
     stored = as_stored(once, "int8")
     assert stored["acts"].dtype == np.int8
     assert abs(stored["acts"].astype(int)).max(axis=1).tolist() == [127] * 31
-    found = torch.empty(31, 67)
-    read_into(found, stored["acts"], stored["scale"], "int8")
-    assert torch.equal(found, once)
+    result = torch.empty(31, 67)
+    read_into(result, stored["acts"], stored["scale"], "int8")
+    assert torch.equal(result, once)
 
 
 def test_rows_of_zeros_and_of_denormals_are_stored():

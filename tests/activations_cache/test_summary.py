@@ -35,19 +35,19 @@ def rows() -> np.ndarray:
 def test_a_planted_dimension_is_found_and_every_row_counted(tmp_path: Path, rows):
     np.save(tmp_path / "rows.npy", rows)
     cache = import_array(tmp_path / "rows.npy", tmp_path / "cache", hook_point="a.b:out")
-    found = summarise(cache, "a.b:out")
+    result = summarise(cache, "a.b:out")
     training = rows[cache.rows(("explain", "score")).numpy()]
-    assert found.n_sampled == len(training) == sum(found.norm_counts)
+    assert result.n_sampled == len(training) == sum(result.norm_counts)
     rms = np.sqrt(np.square(training).mean(0))
-    (massive,) = found.massive
+    (massive,) = result.massive
     assert isinstance(massive, MassiveDimension)
     assert massive.dimension == 5
     assert massive.rms == pytest.approx(rms[5], rel=1e-5)
     assert massive.ratio == pytest.approx(rms[5] / np.median(rms), rel=1e-5)
     norms = np.linalg.norm(training, axis=1)
-    assert found.norm_edges[0] <= norms.min() < norms.max() <= found.norm_edges[-1] * (1 + 1e-6)
+    assert result.norm_edges[0] <= norms.min() < norms.max() <= result.norm_edges[-1] * (1 + 1e-6)
     mean = training.mean(0)
-    assert found.mean_share == pytest.approx(
+    assert result.mean_share == pytest.approx(
         np.square(mean).sum() / np.square(training).sum(1).mean(), rel=1e-4
     )
 
@@ -55,6 +55,6 @@ def test_a_planted_dimension_is_found_and_every_row_counted(tmp_path: Path, rows
 def test_rows_of_zeros_have_a_page(tmp_path: Path):
     np.save(tmp_path / "rows.npy", np.zeros((23, 5), np.float32))
     cache = import_array(tmp_path / "rows.npy", tmp_path / "cache")
-    found = summarise(cache, "embedding:out")
-    assert found.norm_counts == (found.n_sampled,)
-    assert found.massive == ()
+    result = summarise(cache, "embedding:out")
+    assert result.norm_counts == (result.n_sampled,)
+    assert result.massive == ()

@@ -20,8 +20,8 @@ from activations_cache.config import SPLITS, TextConfig, TextSource
 from activations_cache.corpus import hashed as text_hash
 from activations_cache.corpus import split_of
 from activations_cache.documents import Document, documents
-from activations_cache.encoding import Encoder
 from activations_cache.text import SEPARATOR, PackedText, apportion, pack
+from activations_cache.tokens import Encoder
 
 texts = st.lists(
     st.text(alphabet="abc \n.", min_size=1, max_size=60).filter(str.strip), min_size=1, max_size=29
@@ -42,7 +42,7 @@ configs = st.builds(
 
 def expected_contexts(config: TextConfig, tokenizer) -> dict[tuple[int, int], list[tuple]]:
     """Every context of each source and split, in order; written as the docstring of pack says."""
-    found = {}
+    results = {}
     for i, source in enumerate(config.sources):
         every = list(documents(source))
         for k in range(len(SPLITS)):
@@ -56,8 +56,8 @@ def expected_contexts(config: TextConfig, tokenizer) -> dict[tuple[int, int], li
             ]
             n_full = len(joined) // config.context
             chunks = [joined[j * config.context : (j + 1) * config.context] for j in range(n_full)]
-            found[i, k] = [tuple(chunk) for chunk in chunks]
-    return found
+            results[i, k] = [tuple(chunk) for chunk in chunks]
+    return results
 
 
 def contexts(packed: PackedText, source: int, split: int) -> Counter:
@@ -101,8 +101,8 @@ def test_packing_covers_exactly_and_splits_are_disjoint(
     assert n_training == -(-n_rows // rows_per_context)
     expected = expected_contexts(config, tiny_tokenizer)
     for (source, split), every in expected.items():
-        found = contexts(packed, source, split)
-        assert found == Counter(every[: found.total()])
+        result = contexts(packed, source, split)
+        assert result == Counter(every[: result.total()])
     texts_of = {k: set() for k in range(3)}
     read = {d.id: d.text for source in sources for d in documents(source)}
     for row, split in zip(packed.documents.tolist(), packed.split.tolist(), strict=True):

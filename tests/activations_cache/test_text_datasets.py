@@ -36,8 +36,8 @@ def test_a_saved_dataset_is_read_in_its_order(saved):
 
 def test_a_part_of_a_saved_dataset_is_read(tmp_path):
     parts = {"train": RECORDS[:5], "test": RECORDS[5:]}
-    found = datasets.DatasetDict({n: datasets.Dataset.from_list(r) for n, r in parts.items()})
-    found.save_to_disk(tmp_path / "parts")
+    result = datasets.DatasetDict({n: datasets.Dataset.from_list(r) for n, r in parts.items()})
+    result.save_to_disk(tmp_path / "parts")
     assert read(tmp_path / "parts", part="test") == EXPECTED[5:]
     with pytest.raises(ValueError, match="must have the part 'dev', got none"):
         read(tmp_path / "parts", part="dev")

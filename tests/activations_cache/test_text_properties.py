@@ -97,8 +97,8 @@ def check(case: dict, monkeypatch: pytest.MonkeyPatch) -> bool:
     rows, kept_out = rows_of(plan, examples, range(len(examples)), {"h:out": acts})
     assert kept_out == []
     wanted = brute_force(packed, documents, skip)
-    found = zip(rows.example.tolist(), rows.position.tolist(), rows.token.tolist(), strict=True)
-    assert list(found) == wanted
+    result = zip(rows.example.tolist(), rows.position.tolist(), rows.token.tolist(), strict=True)
+    assert list(result) == wanted
     assert rows.acts["h:out"].flatten().tolist() == [e * context + p for e, p, _ in wanted]
     assert len(wanted) >= case["n_rows"]
     check_text(packed, documents, case)
@@ -107,7 +107,7 @@ def check(case: dict, monkeypatch: pytest.MonkeyPatch) -> bool:
 
 def brute_force(packed, documents: list[Document], skip: int) -> list[tuple[int, int, int]]:
     """Go through every position of every context."""
-    found = []
+    results = []
     for example, tokens in enumerate(packed.tokens.tolist()):
         within = 0
         for position, token in enumerate(tokens):
@@ -118,8 +118,8 @@ def brute_force(packed, documents: list[Document], skip: int) -> list[tuple[int,
             elif position:
                 within += 1
             if token != -1 and within >= skip:
-                found.append((example, position, token))
-    return found
+                results.append((example, position, token))
+    return results
 
 
 def check_text(packed, documents: list[Document], case: dict) -> None:
@@ -135,10 +135,10 @@ def check_text(packed, documents: list[Document], case: dict) -> None:
                 assert token in {-1, FRONT, *SEPARATOR}
     texts = {document.id: document.text for document in documents}
     if case["attention"] == "document":
-        for owner, found in letters.items():  # contexts are in another order than pieces
+        for owner, result in letters.items():  # contexts are in another order than pieces
             whole = [100 + ord(c) - 97 for c in texts[packed.document_ids[owner]]]
-            assert sorted(found) == sorted(whole)[: len(found)] or len(found) < len(whole)
-            assert len(found) <= len(whole)
+            assert sorted(result) == sorted(whole)[: len(result)] or len(result) < len(whole)
+            assert len(result) <= len(whole)
     assert n_other + sum(map(len, letters.values())) == packed.tokens.numel()
 
 

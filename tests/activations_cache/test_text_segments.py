@@ -73,20 +73,20 @@ def test_a_document_is_read_as_if_it_stood_alone(packed, causal_model):
     hook_point = f"{blocks}.3:out"
     ids = examples.tokens[:5].clamp_min(0)
     with capture(causal_model, [hook_point]) as run:
-        together, rows = (
+        packed_rows, rows = (
             read_documents(run, examples, slice(0, 5), way, is_causal=True)[hook_point]
             for way in ("positions", "rows")
         )
         real = packed.tokens[:5] != -1
-        assert torch.allclose(rows[real], together[real], atol=1e-4, rtol=1e-4)
+        assert torch.allclose(rows[real], packed_rows[real], atol=1e-4, rtol=1e-4)
         for example in range(5):
             for segment in packed.segments[example].unique():
                 here = (packed.segments[example] == segment) & (packed.tokens[example] != -1)
                 alone = run(ids[example, here][None])[hook_point][0]
-                assert torch.allclose(together[example, here], alone, atol=1e-4, rtol=1e-4)
+                assert torch.allclose(packed_rows[example, here], alone, atol=1e-4, rtol=1e-4)
         mixed = run(ids)[hook_point]
     other = packed.segments[:5] == 1
-    assert not torch.allclose(mixed[other], together[other], atol=1e-2, rtol=1e-2)
+    assert not torch.allclose(mixed[other], packed_rows[other], atol=1e-2, rtol=1e-2)
 
 
 def test_the_cache_and_the_stream_have_the_same_rows_and_the_model_agrees(

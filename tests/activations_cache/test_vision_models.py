@@ -16,7 +16,12 @@ from activations_cache.checks import MissingPackageError
 from activations_cache.config import ImagePreprocessing, ModelConfig
 from activations_cache.hooks import capture, sites
 from activations_cache.loading import ModelError
-from activations_cache.vision import LoadedVisionModel, Reading, load_any_model, load_vision_model
+from activations_cache.vision import (
+    ImageReading,
+    LoadedVisionModel,
+    load_any_model,
+    load_vision_model,
+)
 
 SIZE, PATCH, D_MODEL = 21, 7, 44  # DINOv3 wants a head width that 4 divides
 WIDE = {
@@ -94,9 +99,9 @@ def test_the_tower_is_loaded_alone_with_its_own_weights(kind: str, tmp_path: Pat
     with capture(theirs, [sites(theirs)[9]]) as run:
         [expected] = run(pixels(SIZE)).values()
     with capture(loaded.model, [sites(loaded.model)[9]]) as run:
-        [found] = run(pixels(SIZE)).values()
-    assert torch.equal(found, expected)
-    assert found.std() > 0.1
+        [result] = run(pixels(SIZE)).values()
+    assert torch.equal(result, expected)
+    assert result.std() > 0.1
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -106,9 +111,9 @@ def test_the_stream_has_the_positions_that_are_told(kind: str, tmp_path: Path):
     for size in (SIZE, SIZE + PATCH):
         n_positions = loaded.reading.n_positions(size)
         assert n_positions == FAMILIES[kind][3] + (size // PATCH) ** 2
-        found = streams(loaded, size)
-        assert len(found) > 9
-        assert {tuple(s.shape) for s in found} == {(2, n_positions, D_MODEL)}
+        result = streams(loaded, size)
+        assert len(result) > 9
+        assert {tuple(s.shape) for s in result} == {(2, n_positions, D_MODEL)}
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "Dinov2WithRegistersModel", "SiglipVisionModel"])
@@ -171,8 +176,8 @@ def test_a_tower_over_all_devices_gives_the_same_stream(
     one, spread = load(tmp_path), load(tmp_path, devices="all")
     assert asked[1] == {**asked[0], "device_map": "auto"}  # accelerate's word for it
     assert spread.identity == one.identity
-    for own, expected in zip(streams(spread, SIZE), streams(one, SIZE), strict=True):
-        assert torch.equal(own.cpu(), expected)
+    for spread_stream, expected in zip(streams(spread, SIZE), streams(one, SIZE), strict=True):
+        assert torch.equal(spread_stream.cpu(), expected)
 
 
 def test_other_libraries_are_not_spread_over_devices(tmp_path: Path):
@@ -184,10 +189,12 @@ def test_other_libraries_are_not_spread_over_devices(tmp_path: Path):
 
 
 def test_sizes_that_cannot_be_read_are_refused():
-    reading = Reading(patch=7, n_prefix=1, has_class_token=True, image_size=21, resizes="by itself")
+    reading = ImageReading(
+        patch=7, n_prefix=1, has_class_token=True, image_size=21, resizes="by itself"
+    )
     with pytest.raises(ValueError, match="size must be a multiple of the patch's 7 pixels, got 24"):
         reading.n_positions(24)
-    fixed = Reading(patch=7, n_prefix=1, has_class_token=True, image_size=21, resizes="never")
+    fixed = ImageReading(patch=7, n_prefix=1, has_class_token=True, image_size=21, resizes="never")
     assert fixed.n_positions(21) == 10
     with pytest.raises(ValueError, match="size must be 21, as this model's positions are fixed"):
         fixed.n_positions(28)

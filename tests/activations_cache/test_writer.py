@@ -71,16 +71,16 @@ def test_statistics_are_those_of_the_rows_of_explain_and_score(tmp_path: Path, p
     for name in HOOKS:
         x = cache[name][cache.rows(("explain", "score"))].double()
         norms = x.square().sum(dim=1).sqrt()
-        found = cache[name].statistics
-        assert found.n_rows == len(x)
-        assert found.n_nonfinite == 0
+        result = cache[name].statistics
+        assert result.n_rows == len(x)
+        assert result.n_nonfinite == 0
         assert torch.allclose(cache[name].mean.double(), x.mean(dim=0), rtol=1e-6, atol=1e-7)
         assert cache[name].mean_square_norm == pytest.approx(float(norms.square().mean()), rel=1e-9)
         expected = torch.quantile(
-            norms, torch.tensor([float(q) for q in found.norm_quantiles]).double()
+            norms, torch.tensor([float(q) for q in result.norm_quantiles]).double()
         )
-        assert list(found.norm_quantiles) == ["0", "0.01", "0.05", "0.5", "0.95", "0.99", "1"]
-        assert list(found.norm_quantiles.values()) == pytest.approx(expected.tolist(), rel=1e-6)
+        assert list(result.norm_quantiles) == ["0", "0.01", "0.05", "0.5", "0.95", "0.99", "1"]
+        assert list(result.norm_quantiles.values()) == pytest.approx(expected.tolist(), rel=1e-6)
         assert torch.allclose(
             cache[name].norms(cache.rows()).double(),
             cache[name][cache.rows()].double().norm(dim=1),

@@ -31,9 +31,9 @@ def plan() -> Plan:
 
 def content(path: Path) -> dict[str, bytes]:
     """Everything in a cache that is a pure function of its identity."""
-    own = ("journal", "manifest.json", ".locks")
+    varying = ("journal", "manifest.json", ".locks")
     files = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
-    return {str(f): (path / f).read_bytes() for f in files if not str(f).startswith(own)}
+    return {str(f): (path / f).read_bytes() for f in files if not str(f).startswith(varying)}
 
 
 def test_the_order_of_the_shards_and_the_number_of_writers_do_not_matter(

@@ -33,7 +33,7 @@ UNSAFE_BY_REVIEW = {"sae/pretrained/pickled_child.py": {"torch.load"}}
 
 READS_ENVIRONMENT = {
     "activations_cache/builder.py": "the rank and the device that a launcher gave this process",
-    "activations_cache/gguf.py": "where converted models are kept",
+    "activations_cache/conversion.py": "where converted models are kept",
     "sae/cli/__init__.py": "how threads wait, set before torch is imported",
     "sae/cli/troubles.py": "values of keys, so that they stand in no report; SLURM's job",
 }
@@ -90,13 +90,13 @@ def test_the_search_finds_what_is_banned(code, name):
 
 
 def test_the_library_runs_no_code_from_files_and_prints_nothing(library):
-    found = [
+    results = [
         f"{source.path}:{line} {name}"
         for source in library
         for line, name in unsafe(source.tree)
         if name not in UNSAFE_BY_REVIEW.get(source.path, set())
     ]
-    assert not found, "\n".join(found)
+    assert not results, "\n".join(results)
 
 
 def test_only_known_files_read_the_environment(library):
@@ -111,14 +111,16 @@ def test_only_known_files_read_the_environment(library):
 
 def test_annotations_are_live(sources):
     # `from __future__ import annotations` would hide the shapes from jaxtyping.
-    found = [s.path for s in sources for node in ast.walk(s.tree) if "__future__" in imported(node)]
-    assert not found, "\n".join(found)
+    results = [
+        s.path for s in sources for node in ast.walk(s.tree) if "__future__" in imported(node)
+    ]
+    assert not results, "\n".join(results)
 
 
 def test_nothing_is_imported_from_a_facade_above_it(library):
     # A facade is for users: a module that imports names from its package's root makes a cycle.
     modules = {source.path.removeprefix("kernels/").removesuffix(".py") for source in library}
-    found = [
+    results = [
         f"{source.path}:{node.lineno} {name}"
         for source in library
         for node in ast.walk(source.tree)
@@ -126,7 +128,7 @@ def test_nothing_is_imported_from_a_facade_above_it(library):
         if source.path.removeprefix("kernels/").startswith(name.rpartition("/")[0] + "/")
         and not source.path.endswith("__init__.py")
     ]
-    assert not found, "\n".join(found)
+    assert not results, "\n".join(results)
 
 
 @pytest.mark.parametrize(
@@ -194,10 +196,10 @@ def test_the_search_finds_a_bare_value_error(code, lines):
 
 
 def test_what_a_caller_can_cause_has_a_class_of_ours(library):
-    found = [
+    results = [
         f"{source.path}:{line} raises a bare ValueError; raise MonosemaError"
         for source in library
         if source.path not in UNTYPED_BY_REVIEW and not source.path.endswith("launch.py")
         for line in untyped(source.tree)
     ]
-    assert not found, "\n".join(found)
+    assert not results, "\n".join(results)

@@ -70,17 +70,17 @@ def test_is_always_true(condition, answer):
 
 
 def test_no_assertion_is_always_true(sources):
-    found = [
+    results = [
         f"{source.path}:{node.lineno}"
         for source in sources
         for node in ast.walk(source.tree)
         if isinstance(node, ast.Assert) and is_always_true(node.test)
     ]
-    assert not found, "\n".join(found)
+    assert not results, "\n".join(results)
 
 
 def test_every_test_can_fail(sources):
-    found = [
+    results = [
         f"{source.path}:{function.lineno} {function.name}"
         for source in sources
         if source.path.startswith("tests/")
@@ -89,7 +89,7 @@ def test_every_test_can_fail(sources):
         if function.name.startswith("test_")
         if function.name not in able
     ]
-    assert not found, "\n".join(found)
+    assert not results, "\n".join(results)
 
 
 def test_a_test_that_cannot_fail_is_found():

@@ -99,17 +99,17 @@ def test_the_wheel_brings_the_data(names, repository):
 
 def test_the_installed_wheel_runs_a_recipe_by_name(wheel, tiny_model_dir, tmp_path):
     programs = environment(tmp_path / "venv")
-    (own,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site_packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     # The libraries are seen, the editable install is not: its finder is started by a .pth file,
     # which counts only in a folder that is the environment's own.
-    (own / "libraries.pth").write_text("\n".join(site.getsitepackages()))
+    (site_packages / "libraries.pth").write_text("\n".join(site.getsitepackages()))
     pip = [sys.executable, "-m", "pip", "--python", programs / "python", "--no-input", "-q"]
     output_of([*pip, "install", "--no-deps", "--no-index", wheel], tmp_path)
     away = tmp_path / "away"
     away.mkdir()
     code = "from importlib.util import find_spec; print(find_spec('sae').origin)"
     place = output_of([programs / "python", "-c", code], away).strip()
-    assert Path(place).is_relative_to(own)
+    assert Path(place).is_relative_to(site_packages)
     listed = output_of([programs / "sae", "recipes"], away).splitlines()
     assert [line.split()[0] for line in listed] == list(recipes())
     texts = f"cache.text.sources=[{{path: '{GLOSSES}', field: gloss, n_documents: 997}}]"

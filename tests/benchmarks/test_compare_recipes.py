@@ -10,7 +10,7 @@ from sae.config import load
 from sae.run.config import RunConfig
 
 EFFECT = {key: {"value": 0.5} for key in ("ce_recovered_mean", "ce_increase", "kl")}
-TOLD = {"knn": {"value": 0.625}, "linear": {"value": 0.75}}
+DOWNSTREAM = {"knn": {"value": 0.625}, "linear": {"value": 0.75}}
 RECORD = {
     "l0": 32.0,
     "groups": {"a-0": "a", "a-1": "a", "b-0": "b"},
@@ -24,7 +24,7 @@ RECORD = {
         "substitution": {"intact": {"dictionaries": {"a-0": EFFECT, "a-1": EFFECT}}},
         "downstream": {
             "n_train": 7, "n_test": 5, "n_classes": 2,
-            "spliced": dict.fromkeys(("b-0", "as it is", "zero", "mean"), TOLD),
+            "spliced": dict.fromkeys(("b-0", "as it is", "zero", "mean"), DOWNSTREAM),
         },
     },
     "comparisons": {
@@ -37,8 +37,10 @@ RECORD = {
 
 
 def test_a_row_and_tables_hold_every_seed(tmp_path, monkeypatch, capsys):
-    kept = []
-    monkeypatch.setattr(compare_recipes, "append", lambda name, rows: kept.append((name, rows)))
+    rows_written = []
+    monkeypatch.setattr(
+        compare_recipes, "append", lambda name, rows: rows_written.append((name, rows))
+    )
     (tmp_path / "compare.json").write_text(json.dumps(RECORD))
     arguments = ["x", str(tmp_path / "compare.json"), "--name", "n", "--record"]
     monkeypatch.setattr("sys.argv", arguments)
@@ -49,24 +51,24 @@ def test_a_row_and_tables_hold_every_seed(tmp_path, monkeypatch, capsys):
     assert "| PCA | 1 | 32.0 | 0.5000 | 0.2500 |  |  |  |  |  |" in out
     assert "| a |  | < | = |" in out
     assert "| b | > |  |  |" in out
-    [(name, [row])] = kept
+    [(name, [row])] = rows_written
     assert name == "compare_recipes"
     assert row["figures"]["a"]["FVU"] == [0.1, 0.3]
     assert row["comparisons"] == RECORD["comparisons"]
-    assert row["told"]["as it is"] == TOLD
+    assert row["told"]["as it is"] == DOWNSTREAM
     assert row["commit"]
 
 
 @pytest.mark.parametrize("file", ["smollm2", "dinov2"])
 def test_entries_are_the_recipes_of_the_files_of_their_names(repository, file):
-    found = load(RunConfig, repository / "configs" / "compare" / f"{file}.yaml").train.saes
-    names = {name.rpartition("-")[0] for name in found}
-    assert len(found) == 18
+    result = load(RunConfig, repository / "configs" / "compare" / f"{file}.yaml").train.saes
+    names = {name.rpartition("-")[0] for name in result}
+    assert len(result) == 18
     assert len(names) == 6
     for name in names - {"frozen_decoder"}:
         recipe, *_ = load(RunConfig, repository / "configs" / f"{name}.yaml").train.saes.values()
         for seed in range(3):
-            entry = found[f"{name}-seed{seed}"]
+            entry = result[f"{name}-seed{seed}"]
             assert entry.seed == seed
             assert stripped(entry) == stripped(recipe)
 

@@ -12,10 +12,10 @@ import torch
 
 from benchmarks.gpu_suite import ops, report, run, steps, timing
 from benchmarks.gpu_suite.bare import stand_in
-from benchmarks.gpu_suite.case import Candidate, Shape, gate, relative
+from benchmarks.gpu_suite.case import Shape, Variant, gate, relative
 
 SHAPE = Shape(d_model=23, d_sae=31, k=2, batch=3)
-TOP = timing.Ceilings(1e12, 1e14)
+TOP = timing.DevicePeaks(1e12, 1e14)
 COMMON = {"device": "none", "commit": "abc", "date": "today", "torch": "2", "triton": "3"}
 
 
@@ -28,7 +28,7 @@ def call_once(calls, seconds, wait):
 @pytest.fixture
 def suite(tmp_path):
     """A suite on the CPU that calls everything once."""
-    writer = report.Writer(tmp_path / "rows.jsonl", COMMON)
+    writer = report.RowWriter(tmp_path / "rows.jsonl", COMMON)
     far = time.monotonic() + 1e6
     return run.Suite(writer, TOP, far, "", "cpu", torch.float32, call_once)
 
@@ -93,9 +93,9 @@ def test_the_gate_sees_a_wrong_element_and_unwritten_memory(every_case):
     for case in every_case:
         right = next(iter(case.candidates.values()))
         if case.op != "weight_grads":  # whose last latent may not be among those it looks at
-            wrong = Candidate(lambda *a, right=right: _change(right.run(*a)), 0.0)
+            wrong = Variant(lambda *a, right=right: _change(right.run(*a)), 0.0)
             assert gate(case, wrong) > 1e-3, case.op
-        lost = Candidate(lambda *a, right=right: _lose(right.run(*a)), 0.0)
+        lost = Variant(lambda *a, right=right: _lose(right.run(*a)), 0.0)
         assert gate(case, lost) == float("inf"), case.op
 
 
@@ -114,9 +114,9 @@ def test_a_wrong_candidate_is_not_timed_and_a_dying_one_ends_nothing(suite, ever
         raise RuntimeError("out of memory\nmore lines")
 
     case = every_case[3]
-    suite._candidate(case, "zeros", Candidate(lambda v, i, w: torch.zeros(3, 23), 1e-2))
-    suite._candidate(case, "dies", Candidate(die, 1e-2))
-    suite._candidate(case, "nan", Candidate(lambda v, i, w: torch.full((3, 23), torch.nan), 1e-2))
+    suite._candidate(case, "zeros", Variant(lambda v, i, w: torch.zeros(3, 23), 1e-2))
+    suite._candidate(case, "dies", Variant(die, 1e-2))
+    suite._candidate(case, "nan", Variant(lambda v, i, w: torch.full((3, 23), torch.nan), 1e-2))
     wrong, died, nan = suite.writer.rows
     assert wrong["status"] == "wrong: error 1.0e+00 above 1.0e-02"
     assert died["status"] == "failed: RuntimeError: out of memory"
@@ -126,7 +126,7 @@ def test_a_wrong_candidate_is_not_timed_and_a_dying_one_ends_nothing(suite, ever
 
 
 def test_a_step_that_does_not_train_is_wrong(suite, monkeypatch):
-    true = steps.DenseStep
+    true = steps.PlainStep
     monkeypatch.setattr(steps, "LR", 0.0)
     monkeypatch.setitem(steps.STEPS, "idle", true)
     suite._step(SHAPE, "idle")
@@ -138,7 +138,7 @@ def test_both_steps_take_the_same_steps():
     for seed in (3, 4, 5):
         x = ops.Draw(seed, "cpu").normal(3, 23)
         assert relative(ours(x), dense(x).double()) < 1e-4
-    start = steps.Weights.draw(SHAPE, "cpu")
+    start = steps.StepWeights.draw(SHAPE, "cpu")
     for one, other, before in zip(ours.weights, dense.weights, start, strict=True):
         moved = other.detach().double() - before
         assert moved.norm() > 0

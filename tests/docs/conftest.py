@@ -49,8 +49,10 @@ def demo(tmp_path_factory, demo_config, tiny_text) -> Path:
     cache = activations_cache.build(demo_config, run / "cache")
     entries = {"topk": DictionaryConfig(d_sae=131, activation=TopK(k=32))}
     [path] = train(cache, TrainConfig(saes=entries, batch=499), run / "train").values()
-    found = evaluate({"topk": sae.load(path)}, cache, HOOK, None, EvaluateConfig(n_rows_firing=499))
-    found.firing["topk"].save(path)
+    result = evaluate(
+        {"topk": sae.load(path)}, cache, HOOK, None, EvaluateConfig(n_rows_firing=499)
+    )
+    result.firing["topk"].save(path)
     return root
 
 

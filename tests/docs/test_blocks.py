@@ -91,14 +91,14 @@ def test_yaml_is_a_config(block, tmp_path):
 
 def commands() -> list[str]:
     """Lines of blocks, fenced or indented, that begin by a program of this project."""
-    found = []
+    results = []
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
         lines = re.findall(
             r"^(?:    )?((?:\.venv/bin/)?sae |make |python )(.+)$", text, re.MULTILINE
         )
-        found += [program.removeprefix(".venv/bin/") + rest for program, rest in lines]
-    return sorted(set(found))
+        results += [program.removeprefix(".venv/bin/") + rest for program, rest in lines]
+    return sorted(set(results))
 
 
 def test_there_are_commands():

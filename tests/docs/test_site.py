@@ -55,7 +55,7 @@ def test_every_public_module_is_in_the_reference_once(site, repository):
         "activations_cache.reader",
     } <= {*listed}
     assert not [name for name in listed if name.startswith("sae.cli") or "._" in name]
-    assert "reference/sae.evaluate.probing.md" in pages
+    assert "reference/sae.evaluate.scaling.md" in pages
 
 
 @pytest.mark.parametrize("folder", [".", "docs", "kernels", "benchmarks", "activations_cache"])

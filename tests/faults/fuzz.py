@@ -73,10 +73,10 @@ def changed_record(draw, record):
     """Up to three entries have another value, are gone, or are new."""
     record = copy.deepcopy(record)
     for _ in range(draw(st.integers(1, 3))):
-        found = list(places(record))
-        if not found:
+        results = list(places(record))
+        if not results:
             break
-        *path, last = draw(st.sampled_from(found))
+        *path, last = draw(st.sampled_from(results))
         owner = record
         for key in path:
             owner = owner[key]
@@ -152,8 +152,8 @@ def fuzzed(scratch: Path, name: str, n: int) -> dict[str, int]:
     path = home_of(name, scratch)
     read(path)  # what is imported late is not counted
     data, seen = (path / name).read_bytes(), {"refused": 0, "read": 0}
-    for kept in sorted(CORPUS.glob(f"*-{name}")):
-        assert look(path, name, kept.read_bytes()) is not None, kept
+    for stored in sorted(CORPUS.glob(f"*-{name}")):
+        assert look(path, name, stored.read_bytes()) is not None, stored
 
     @settings(
         max_examples=n, suppress_health_check=list(HealthCheck), deadline=None, database=None,
@@ -172,11 +172,11 @@ def main(scratch: Path, n: int, names: list[str]) -> int:
     logging.disable()
     make(scratch)
     try:
-        found = {name: fuzzed(scratch, name, n) for name in names}
+        results = {name: fuzzed(scratch, name, n) for name in names}
     except Exception:  # noqa: BLE001
         sys.stderr.write(traceback.format_exc())
         return 1
-    sys.stdout.write(json.dumps(found))
+    sys.stdout.write(json.dumps(results))
     return 0
 
 

@@ -92,14 +92,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(206, data[start:stop], is_cut=is_cut, **headers)
 
     def about(self, path: str, query: str, asked: bytes, *, is_cut: bool) -> None:
-        found = self.server.files.items()
+        result = self.server.files.items()
         tree = [
             {"type": "file", "oid": hashlib.sha1(data).hexdigest(), "size": len(data), "path": name}
-            for name, data in found
+            for name, data in result
         ]
         folder = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": "data"}]
         if re.fullmatch(r"/api/datasets/org/name(/revision/\w+)?", path):
-            siblings = [{"rfilename": name} for name, _ in found]
+            siblings = [{"rfilename": name} for name, _ in result]
             answer = {"_id": "1", "id": "org/name", "sha": COMMIT, "siblings": siblings, "tags": []}
             answer |= {"private": False, "gated": False, "disabled": False}
         elif "/paths-info/" in path:

@@ -23,10 +23,10 @@ from activations_cache.checks import MonosemaError
 from sae.browser.server import BrowserServer
 from sae.config import load_overrides
 from sae.evaluate.report import plain, read_json
-from sae.explain.collect.windows_file import read_windows
+from sae.explain.collect import read_windows
 from sae.explain.config import ExplainConfig
-from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.chat import Response
+from sae.explain.llm.store import AnswerCache
 from sae.explain.tables import iter_examples, read_examples, read_latents, read_summary
 from sae.metrics import Firing
 from sae.run.browsing import read_explained
@@ -95,7 +95,7 @@ def answered(path: Path) -> Response | None:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Watched:
     """A file, and what reads it back."""
 
     file: str
@@ -106,50 +106,52 @@ class Kept:
 
 TOPK, LABELS, FOLDER = "train/topk", "train/topk/explain", "train/topk/browse"
 FILES = [
-    Kept(f"{TOPK}/sae.safetensors", lambda run: tensors(run / TOPK)),
-    Kept(f"{TOPK}/config.json", lambda run: (tensors(run / TOPK), sae.load(run / TOPK).config)),
-    Kept(f"{TOPK}/provenance.json", lambda run: tensors(run / TOPK)),
-    Kept(f"{TOPK}/files.json", lambda run: tensors(run / TOPK)),
-    Kept(f"{TOPK}/stats.safetensors", lambda run: firing(run / TOPK)),
-    Kept("evaluate/report.json", lambda run: plain(read_json(run / "evaluate/report.json"))),
-    Kept("evaluate/files.json", lambda run: plain(read_json(run / "evaluate/report.json"))),
-    Kept(f"{LABELS}/latents.parquet", lambda run: read_latents(run / LABELS / "latents.parquet")),
-    Kept(
+    Watched(f"{TOPK}/sae.safetensors", lambda run: tensors(run / TOPK)),
+    Watched(f"{TOPK}/config.json", lambda run: (tensors(run / TOPK), sae.load(run / TOPK).config)),
+    Watched(f"{TOPK}/provenance.json", lambda run: tensors(run / TOPK)),
+    Watched(f"{TOPK}/files.json", lambda run: tensors(run / TOPK)),
+    Watched(f"{TOPK}/stats.safetensors", lambda run: firing(run / TOPK)),
+    Watched("evaluate/report.json", lambda run: plain(read_json(run / "evaluate/report.json"))),
+    Watched("evaluate/files.json", lambda run: plain(read_json(run / "evaluate/report.json"))),
+    Watched(
+        f"{LABELS}/latents.parquet", lambda run: read_latents(run / LABELS / "latents.parquet")
+    ),
+    Watched(
         f"{LABELS}/examples.parquet", lambda run: read_examples(run / LABELS / "examples.parquet")
     ),
-    Kept(
+    Watched(
         f"{LABELS}/examples.parquet",
         lambda run: list(iter_examples(run / LABELS / "examples.parquet")),
     ),
-    Kept(f"{LABELS}/summary.json", lambda run: read_summary(run / LABELS / "summary.json")),
-    Kept(f"{LABELS}/rules.jsonl", lambda run: read_explained(run / LABELS)),
-    Kept(f"{LABELS}/windows.parquet", lambda run: list(read_windows(run / LABELS, [3]))),
-    Kept(f"{LABELS}/activity.parquet", lambda run: list(read_windows(run / LABELS, [3]))),
-    Kept(f"{FOLDER}/index.html", lambda run: served(run / FOLDER, "")),
-    Kept(f"{FOLDER}/data/index.js", lambda run: served(run / FOLDER, "data/index.js")),
-    Kept(f"{FOLDER}/data/d0/map.js", lambda run: served(run / FOLDER, "data/d0/map.js")),
-    Kept("llm.sqlite", lambda run: answered(run / "llm.sqlite"), mended=True),
+    Watched(f"{LABELS}/summary.json", lambda run: read_summary(run / LABELS / "summary.json")),
+    Watched(f"{LABELS}/rules.jsonl", lambda run: read_explained(run / LABELS)),
+    Watched(f"{LABELS}/windows.parquet", lambda run: list(read_windows(run / LABELS, [3]))),
+    Watched(f"{LABELS}/activity.parquet", lambda run: list(read_windows(run / LABELS, [3]))),
+    Watched(f"{FOLDER}/index.html", lambda run: served(run / FOLDER, "")),
+    Watched(f"{FOLDER}/data/index.js", lambda run: served(run / FOLDER, "data/index.js")),
+    Watched(f"{FOLDER}/data/d0/map.js", lambda run: served(run / FOLDER, "data/d0/map.js")),
+    Watched("llm.sqlite", lambda run: answered(run / "llm.sqlite"), mended=True),
 ]
 
 
-def flip(kept: Kept, run: Path, n: int, made: random.Random) -> dict[str, int]:
+def flip(watched: Watched, run: Path, n: int, made: random.Random) -> dict[str, int]:
     """Flip n bits, one at a time; what came of it, by kind."""
-    file, outcome = run / kept.file, {"refused": 0, "mended": 0, "wrong": 0}
-    data, good = file.read_bytes(), kept.read(run)
+    file, outcome = run / watched.file, {"refused": 0, "mended": 0, "wrong": 0}
+    data, good = file.read_bytes(), watched.read(run)
     for _ in range(n):
         bit = made.randrange(8 * len(data))
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         file.write_bytes(changed)
         try:
-            found = kept.read(run)
+            result = watched.read(run)
         except MonosemaError as error:
             outcome["refused" if file.name in str(error) else "wrong"] += 1
         else:
-            outcome["mended" if kept.mended and found in (good, None) else "wrong"] += 1
+            outcome["mended" if watched.mended and result in (good, None) else "wrong"] += 1
         finally:
             file.write_bytes(data)
-    assert kept.read(run) == good
+    assert watched.read(run) == good
     return outcome
 
 
@@ -158,10 +160,12 @@ def flip(kept: Kept, run: Path, n: int, made: random.Random) -> dict[str, int]:
 )
 def test_a_flipped_bit_is_refused_by_name_or_mended(done, form, figure):
     made, n = random.Random(form), -(-N_FLIPS[form] // len(FILES))
-    found = {f"{i} {kept.file}": flip(kept, done, n, made) for i, kept in enumerate(FILES)}
-    wrong = {name: outcome for name, outcome in found.items() if outcome["wrong"]}
+    results = {
+        f"{i} {watched.file}": flip(watched, done, n, made) for i, watched in enumerate(FILES)
+    }
+    wrong = {name: outcome for name, outcome in results.items() if outcome["wrong"]}
     assert not wrong
-    total = sum(o["refused"] + o["mended"] for o in found.values())
+    total = sum(o["refused"] + o["mended"] for o in results.values())
     assert total >= N_FLIPS[form]
     figure("R5", f"{total:,} flipped bits in results: {total:,} refused by name, or mended")
 

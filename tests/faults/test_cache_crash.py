@@ -34,9 +34,9 @@ def no_waiting_for_the_disk():
 
 def content(path: Path) -> dict[str, bytes]:
     """Everything in a cache that is a pure function of its identity."""
-    own = ("journal", "manifest.json", ".locks")
+    varying = ("journal", "manifest.json", ".locks")
     files = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
-    return {str(f): (path / f).read_bytes() for f in files if not str(f).startswith(own)}
+    return {str(f): (path / f).read_bytes() for f in files if not str(f).startswith(varying)}
 
 
 def in_a_child(work: Callable[[], object]) -> int:

@@ -75,14 +75,14 @@ def damage_and_look(path: Path, n: int, seed: int) -> None:
         if after == before:
             continue
         (path / name).unlink() if after is None else (path / name).write_bytes(after)
-        found = alarms(path)
-        assert len(found) == 1, (case, kind, name, found)
+        result = alarms(path)
+        assert len(result) == 1, (case, kind, name, result)
         # Without its manifest a cache is one that is not finished.
         said = "must be finished" if (name, after) == ("manifest.json", None) else name
-        assert said in found[0]
+        assert said in result[0]
         if "/c/" in name and "/mean/" not in name:
             shard = name.split("/c/")[1].split("/")[0]
-            assert f"shard {shard}" in found[0]
+            assert f"shard {shard}" in result[0]
         if any(part in name for part in READ) and "zarr.json" not in name:
             with pytest.raises(CacheFormatError, match=f"damaged|{re.escape(said)}"):
                 read_everything(path)

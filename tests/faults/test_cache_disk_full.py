@@ -19,9 +19,9 @@ PLAN = synthetic_plan({"a.1:out": 7}, n_examples=14)  # 5 shards
 
 
 def content(path: Path) -> dict[str, bytes]:
-    own = ("journal", "manifest.json", ".locks")
+    varying = ("journal", "manifest.json", ".locks")
     files = (p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file())
-    return {str(f): (path / f).read_bytes() for f in files if not str(f).startswith(own)}
+    return {str(f): (path / f).read_bytes() for f in files if not str(f).startswith(varying)}
 
 
 @pytest.fixture(autouse=True)

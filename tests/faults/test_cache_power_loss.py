@@ -65,11 +65,11 @@ class Disk:
                 here = [d for d in self.directories if os.path.dirname(d) == call.path]
                 self.directories |= dict.fromkeys(here, True)
                 self.pending = [c for c in self.pending if c[0] != call.path]
-                kept = {n: f for n, f in self.names.items() if os.path.dirname(n) == call.path}
+                surviving = {n: f for n, f in self.names.items() if os.path.dirname(n) == call.path}
                 others = {
                     n: f for n, f in self.safe_names.items() if os.path.dirname(n) != call.path
                 }
-                self.safe_names = others | kept
+                self.safe_names = others | surviving
 
     def _change(self, old: str, new: str) -> None:
         self.pending.append((os.path.dirname(new), old, new))
@@ -98,24 +98,24 @@ class Disk:
         return made.choice((safe, cut, written, cut + bytes(len(written) - len(cut))))
 
 
-def lies(found: dict[str, bytes], n_promised: int) -> bool:
+def lies(results: dict[str, bytes], n_promised: int) -> bool:
     """Say whether the journal or the manifest names what is not there, or lost what it promised."""
     listed, records = [], set()
-    for line in found.get("journal.rank0.jsonl", b"").split(b"\n")[:-1]:
+    for line in results.get("journal.rank0.jsonl", b"").split(b"\n")[:-1]:
         try:
             record = unseal(line + b"\n", "")
         except CacheFormatError:
             continue
         records.add(record["shard"])
         listed.append(record["files"])
-    if "manifest.json" in found:
+    if "manifest.json" in results:
         try:
-            manifest = unseal(found["manifest.json"], "")
+            manifest = unseal(results["manifest.json"], "")
         except CacheFormatError:
             return True
         listed += [manifest["files"], manifest["journals"]]
     return len(records) < n_promised or any(
-        name not in found or io.describe(found[name]) != expected
+        name not in results or io.describe(results[name]) != expected
         for files in listed
         for name, expected in files.items()
     )
@@ -187,12 +187,12 @@ def n_lies(calls: Iterable[Call], n_states: int, seed: int) -> int:
     """Count the lies in so many states, spread over all moments."""
     calls, made = list(calls), random.Random(seed)
     per_moment = -(-n_states // len(calls))
-    disk, promised, found = Disk(), 0, 0
+    disk, promised, result = Disk(), 0, 0
     for call in calls:
         disk.apply(call)
         promised += call.what == COMMITTED
-        found += sum(lies(disk.after_the_loss(made), promised) for _ in range(per_moment))
-    return found
+        result += sum(lies(disk.after_the_loss(made), promised) for _ in range(per_moment))
+    return result
 
 
 def test_the_log_replayed_in_full_is_the_cache(calls: list[Call]):
@@ -202,10 +202,10 @@ def test_the_log_replayed_in_full_is_the_cache(calls: list[Call]):
     assert disk.names == disk.safe_names  # everything has been synced at the end
     assert disk.data == disk.safe
     assert sum(call.what == COMMITTED for call in calls) == PLAN.n_shards == 3
-    found = {name: disk.data[file] for name, file in disk.names.items()}
+    results = {name: disk.data[file] for name, file in disk.names.items()}
     for path, data in LinearModel(PLAN).shard(1, examples_per_forward=3).files().items():
-        assert found[path] == data.tobytes()
-    assert not lies(found, 3)
+        assert results[path] == data.tobytes()
+    assert not lies(results, 3)
 
 
 def test_no_loss_of_power_makes_the_journal_lie(calls: list[Call], figure):

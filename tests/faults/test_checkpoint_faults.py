@@ -75,11 +75,11 @@ def unsynced(root: Path, n: int) -> None:
 
 def loaded(root: Path) -> int:
     """The step that can be loaded, its content checked; 0 without one."""
-    found = checkpoint.load_newest(root, "id")
-    if found is None:
+    result = checkpoint.load_newest(root, "id")
+    if result is None:
         return 0
-    assert all(torch.equal(t, state(found[0])[name]) for name, t in found[1].items())
-    return found[0]
+    assert all(torch.equal(t, state(result[0])[name]) for name, t in result[1].items())
+    return result[0]
 
 
 def disturbed(save, root: Path, k: int, instead) -> bool:

@@ -21,9 +21,9 @@ def test_a_changed_file_is_read_or_refused(n, names, tmp_path, repository, figur
     command = [sys.executable, "-m", "tests.faults.fuzz", str(tmp_path), str(n), *names]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert list(found) == names
-    for name, seen in found.items():
+    result = json.loads(done.stdout)
+    assert list(result) == names
+    for name, seen in result.items():
         assert seen["refused"] > sum(seen.values()) / 3
         figure(
             "S4",

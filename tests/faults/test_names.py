@@ -49,8 +49,8 @@ def watched(tmp_path, monkeypatch):
 
 def around(inside: Path) -> list[tuple[Path, float]]:
     """All that lies beside a directory, with the times of its last change."""
-    found = (p for p in inside.parents[1].rglob("*") if inside not in (p, *p.parents))
-    return sorted((path, path.stat().st_mtime_ns) for path in found if path != inside.parent)
+    result = (p for p in inside.parents[1].rglob("*") if inside not in (p, *p.parents))
+    return sorted((path, path.stat().st_mtime_ns) for path in result if path != inside.parent)
 
 
 def test_hook_points(watched, figure):

@@ -33,10 +33,10 @@ def test_zarr_gives_wrong_numbers_after_a_flipped_bit(tmp_path, figure):
         changed[made.randrange(len(whole))] ^= 1 << made.randrange(8)
         chunk.write_bytes(changed)
         try:
-            found = zarr.open_array(tmp_path / "a", mode="r")[:]
+            result = zarr.open_array(tmp_path / "a", mode="r")[:]
         except Exception:  # noqa: BLE001
             continue
-        silent += not np.array_equal(found, data)
+        silent += not np.array_equal(result, data)
     assert silent > n / 2
     figure("P1", f"zarr {zarr.__version__}, default: {silent} of {n} flipped bits are numbers")
 
@@ -44,9 +44,9 @@ def test_zarr_gives_wrong_numbers_after_a_flipped_bit(tmp_path, figure):
 def test_zarr_reads_a_deleted_chunk_as_zeros(tmp_path, figure):
     array_at(tmp_path / "a", chunks=(16, 16))
     next(p for p in sorted((tmp_path / "a" / "c").rglob("*")) if p.is_file()).unlink()
-    found = zarr.open_array(tmp_path / "a", mode="r")[:]
-    assert not found[:16].any()
-    assert found[16:].any()
+    result = zarr.open_array(tmp_path / "a", mode="r")[:]
+    assert not result[:16].any()
+    assert result[16:].any()
     figure("P2", f"zarr {zarr.__version__}: a deleted chunk is read as zeros")
 
 

@@ -142,6 +142,6 @@ def newest(path):
     """Weights, moments, thresholds, counters and annealing of the last step."""
     manifest = max((path / "checkpoints").glob("*/manifest.json"))
     identity = checkpoint.json.loads(manifest.read_text())["identity"]
-    found = checkpoint.load_newest(path / "checkpoints", identity)
-    assert found is not None
-    return found[1]
+    result = checkpoint.load_newest(path / "checkpoints", identity)
+    assert result is not None
+    return result[1]

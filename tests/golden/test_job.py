@@ -49,7 +49,7 @@ def test_a_cache_has_the_recorded_bytes(config):
 
 def test_an_evaluation_gives_the_recorded_numbers(config):
     dictionaries = {name: sae.load(f"run/train/{name}") for name in config.train.saes}
-    found = evaluate(
+    result = evaluate(
         dictionaries,
         activations_cache.open("run/cache"),
         config.cache.hook_points[0],
@@ -58,9 +58,9 @@ def test_an_evaluation_gives_the_recorded_numbers(config):
     ).report
     recorded = read_json(Path("run/evaluate/report.json"))
     if IS_EXACT:
-        assert found == recorded
+        assert result == recorded
     for name, measured in recorded.reconstruction.items():
-        assert found.reconstruction[name].fvu == pytest.approx(measured.fvu, rel=1e-4)
-        assert found.reconstruction[name].l0 == pytest.approx(measured.l0, rel=1e-4)
-    ce, base = (r.substitution["intact"].ce_base.value for r in (found, recorded))
+        assert result.reconstruction[name].fvu == pytest.approx(measured.fvu, rel=1e-4)
+        assert result.reconstruction[name].l0 == pytest.approx(measured.l0, rel=1e-4)
+    ce, base = (r.substitution["intact"].ce_base.value for r in (result, recorded))
     assert ce == pytest.approx(base, rel=1e-4)

@@ -25,10 +25,10 @@ def test_every_recipe_is_recorded():
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_a_recipe_gives_the_recorded_numbers(name):
-    found = golden_run(ENTRIES[name])
+    result = golden_run(ENTRIES[name])
     if numerics() in VALUES:
-        assert found._asdict() == VALUES[numerics()][name]
+        assert result._asdict() == VALUES[numerics()][name]
     else:
         recorded = losses(next(iter(VALUES.values()))[name]["losses"])
-        pairs = zip(losses(found.losses), recorded, strict=True)
+        pairs = zip(losses(result.losses), recorded, strict=True)
         assert all(math.isclose(a, b, rel_tol=NEAR) for a, b in pairs)

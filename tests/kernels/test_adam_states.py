@@ -19,9 +19,9 @@ def test_rounding_to_bfloat16_is_up_or_down_and_right_on_average():
     low, high = 1.0, 1.0 + 2**-7
     for share in (0.25, 0.9):
         values = torch.full((20000,), low + share * (high - low))
-        found = rounded(values, generator).float()
-        assert found.unique().tolist() == [low, high]
-        assert float((found == high).float().mean()) == pytest.approx(share, abs=0.02)
+        result = rounded(values, generator).float()
+        assert result.unique().tolist() == [low, high]
+        assert float((result == high).float().mean()) == pytest.approx(share, abs=0.02)
         assert rounded(-values, generator).float().unique().tolist() == [-high, -low]
     edge = torch.tensor([0.0, 3.0, float("inf"), float("nan")])
     assert torch.equal(rounded(edge, generator)[:3].float(), edge[:3])
@@ -39,11 +39,11 @@ def test_eight_bits_keep_seven_powers_of_ten_on_average(normal):
         mean = torch.zeros(D_SAE, D_OUT)
         for _ in range(300):
             pack_(state, right, generator, signed=signed)
-            found = unpack(state, signed=signed)
-            mean += found / 300
+            result = unpack(state, signed=signed)
+            mean += result / 300
             large = right.abs() > 1e-4 * right.abs().max(dim=1, keepdim=True).values
-            assert float((found / right - 1)[large].abs().max()) < 2.5
-            assert bool((found[right != 0] != 0).all()) or signed
+            assert float((result / right - 1)[large].abs().max()) < 2.5
+            assert bool((result[right != 0] != 0).all()) or signed
         assert float((mean - right).norm() / right.norm()) < 1e-2
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sae_kernels import TopK, encode_topk, product, topk_select
+from sae_kernels import TopKResult, encode_topk, product, topk_select
 
 BACKENDS = ["reference", "torch"]
 BATCH, D_IN, D_SAE, K = 13, 7, 104, 5
@@ -30,7 +30,7 @@ def dense(tensors, k, relu):
     pre = (x - b_in) @ enc_rows.T + b_enc
     indices = pre.detach().argsort(dim=1, descending=True)[:, :k].sort(dim=1).values
     values = pre.gather(1, indices)
-    return TopK(values.relu() if relu else values, indices)
+    return TopKResult(values.relu() if relu else values, indices)
 
 
 def gradients(function, tensors, weights, **options):
@@ -78,9 +78,9 @@ def test_without_b_in_nothing_is_subtracted(backend, tensors):
 def test_gradcheck(backend, relu, tensors):
     x, enc_rows, b_enc, b_in = tensors
     inputs = [t.clone().requires_grad_() for t in (x[:5], enc_rows[:23], b_enc[:23], b_in)]
-    kept = run(inputs, 19, relu=False).values  # so many that some are negative
-    assert (kept < -1e-3).any()
-    assert kept.abs().min() > 1e-4  # no value within reach of the ReLU's corner
+    selected = run(inputs, 19, relu=False).values  # so many that some are negative
+    assert (selected < -1e-3).any()
+    assert selected.abs().min() > 1e-4  # no value within reach of the ReLU's corner
     assert torch.autograd.gradcheck(
         lambda *t: run(t, 19, relu=relu, backend=backend).values, inputs
     )

@@ -21,15 +21,15 @@ def tensors(normal):
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_known_answer_and_the_first_of_equal_values(backend):
-    found = encode_group_max(
+    result = encode_group_max(
         torch.tensor([[3.0], [-1.0]]),
         torch.tensor([[1.0], [1.0], [0.0], [2.0], [0.0], [-1.0]]),
         torch.tensor([0.0, 0.0, 2.0, 0.0, 9.0, 0.0]),
         2,
         backend=backend,
     )
-    assert found.indices.tolist() == [[0, 4], [2, 4]]
-    assert found.values.tolist() == [[3.0, 9.0], [2.0, 9.0]]
+    assert result.indices.tolist() == [[0, 4], [2, 4]]
+    assert result.values.tolist() == [[3.0, 9.0], [2.0, 9.0]]
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -51,10 +51,10 @@ def test_values_and_gradients_equal_the_definition(tensors, normal, relu, chunke
         (inputs[1], encode_group_max),
         (inputs[2], encode_group_max_reference),
     ):
-        found = run(x, enc_rows, b_enc, K, b_in=b_in, relu=relu)
-        assert torch.equal(found.indices, pre.argmax(2) + torch.arange(K) * SIZE)
-        torch.testing.assert_close(found.values, expected.relu() if relu else expected)
-        got = torch.autograd.grad((found.values * weights).sum(), (x, enc_rows, b_enc, b_in))
+        result = run(x, enc_rows, b_enc, K, b_in=b_in, relu=relu)
+        assert torch.equal(result.indices, pre.argmax(2) + torch.arange(K) * SIZE)
+        torch.testing.assert_close(result.values, expected.relu() if relu else expected)
+        got = torch.autograd.grad((result.values * weights).sum(), (x, enc_rows, b_enc, b_in))
         for one, other in zip(got, grads, strict=True):
             torch.testing.assert_close(one, other)
 

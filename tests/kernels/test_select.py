@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from sae_kernels import TopK, select, topk_select
+from sae_kernels import TopKResult, select, topk_select
 from sae_kernels.select import topk_select_reference
 from tests.kernels.hard_rows import (
     all_nan,
@@ -180,7 +180,7 @@ def test_the_input_is_not_written_to(normal):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows_give_no_rows(backend):
     result = topk_select(torch.zeros(0, 23), 3, backend=backend)
-    assert isinstance(result, TopK)
+    assert isinstance(result, TopKResult)
     assert result.values.shape == result.indices.shape == (0, 3)
     assert result.indices.dtype == torch.int64
 

@@ -143,13 +143,13 @@ def test_gradients_equal_dense_autograd(backend, tensors, threshold):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_best_of_a_batch_equal_the_definition(backend, k, relu, tensors):
     csr, pre = best(tensors, k, backend, relu), dense_pre(tensors)
-    kept = oracle(pre, k)
-    assert places(csr, D_SAE) == kept
-    expected = pre.flatten()[kept]
+    oracle_rows = oracle(pre, k)
+    assert places(csr, D_SAE) == oracle_rows
+    expected = pre.flatten()[oracle_rows]
     assert (csr.values - (expected.relu() if relu else expected)).abs().max() < 1e-13
     assert relu or k < 61 or (csr.values < 0).any()
     mask = torch.zeros(BATCH * D_SAE, dtype=torch.bool)
-    mask[kept] = True
+    mask[oracle_rows] = True
     ours = gradients(lambda t: best(t, k, backend, relu), tensors)
     theirs = dense_gradients(mask.view(BATCH, D_SAE), tensors, relu)
     for got, want in zip(ours, theirs, strict=True):

@@ -57,16 +57,16 @@ def mutants() -> list[Mutant]:
 
 def problems(mutant: Mutant, root: Path = ROOT) -> list[str]:
     """Why a mutant cannot be put into a tree, or who claims to kill it and is not there."""
-    found = []
+    results = []
     n = (root / mutant.file).read_text().count(mutant.old)
     if n != 1 or mutant.old == mutant.new:
-        found.append(f"{mutant.name}: its old text must occur once in {mutant.file}, got {n}")
+        results.append(f"{mutant.name}: its old text must occur once in {mutant.file}, got {n}")
     for test in mutant.tests:
         path, _, function = test.partition("::")
         text = (root / path).read_text() if (root / path).is_file() else ""
         if not text or (function and f"def {function.partition('[')[0]}(" not in text):
-            found.append(f"{mutant.name}: {test} must be a test, got none")
-    return found
+            results.append(f"{mutant.name}: {test} must be a test, got none")
+    return results
 
 
 class Tree:
@@ -140,14 +140,14 @@ def run(some: Sequence[Mutant], n_workers: int, scratch: Path) -> list[Outcome]:
     def one(mutant: Mutant) -> Outcome:
         tree = trees.get()
         try:
-            found = tree.outcome(mutant)
+            result = tree.outcome(mutant)
         finally:
             trees.put(tree)
-        verdict = "killed  " if found.is_killed else "SURVIVED"
-        write(f"{verdict} {found.seconds:5.0f} s  {mutant.name}")
-        if not found.is_killed:
-            write(found.said)
-        return found
+        verdict = "killed  " if result.is_killed else "SURVIVED"
+        write(f"{verdict} {result.seconds:5.0f} s  {mutant.name}")
+        if not result.is_killed:
+            write(result.said)
+        return result
 
     with ThreadPoolExecutor(n_workers) as pool:
         return list(pool.map(one, some))
@@ -167,12 +167,12 @@ def row(outcome: Outcome) -> str:
     return f"| {mutant.name} | `{mutant.file}` | {by} | {seconds:.0f} |"
 
 
-def record(page: Path, found: Sequence[Outcome], all_names: Sequence[str]) -> None:
+def record(page: Path, results: Sequence[Outcome], all_names: Sequence[str]) -> None:
     """Put outcomes into a page; those of mutants that were not run now stay as they are there."""
     before = {
         line.split("|")[1].strip(): line for line in page.read_text().splitlines() if "|" in line
     }
-    now = before | {outcome.mutant.name: row(outcome) for outcome in found}
+    now = before | {outcome.mutant.name: row(outcome) for outcome in results}
     rows = [now[name] for name in all_names if name in now]
     n = sum(NOBODY not in line for line in rows)
     head = ["| mutant | in | by | s |", "|---|---|---|---|"]
@@ -192,11 +192,11 @@ def main() -> int:
         write("\n".join(wrong) or "a mutant must be named, got none of the table")
         return 1
     with tempfile.TemporaryDirectory(prefix="monosema-mutants-") as scratch:
-        found = run(some, asked.workers, Path(scratch))
-    write(f"{sum(outcome.is_killed for outcome in found)} of {len(found)} are killed")
+        result = run(some, asked.workers, Path(scratch))
+    write(f"{sum(outcome.is_killed for outcome in result)} of {len(result)} are killed")
     if asked.record:
-        record(asked.record, found, [mutant.name for mutant in mutants()])
-    return 0 if all(outcome.is_killed for outcome in found) else 1
+        record(asked.record, result, [mutant.name for mutant in mutants()])
+    return 0 if all(outcome.is_killed for outcome in result) else 1
 
 
 if __name__ == "__main__":

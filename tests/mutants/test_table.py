@@ -9,11 +9,11 @@ from tests.mutants.run import FAILED, PASSED, Mutant, Tree, mutants, problems
 
 
 def test_every_mutant_can_be_put_in_and_is_claimed_by_tests_that_are_there():
-    found = mutants()
-    assert len(found) >= 60
-    assert len({mutant.name for mutant in found}) == len(found)
-    assert all(mutant.tests for mutant in found)
-    assert [line for mutant in found for line in problems(mutant)] == []
+    result = mutants()
+    assert len(result) >= 60
+    assert len({mutant.name for mutant in result}) == len(result)
+    assert all(mutant.tests for mutant in result)
+    assert [line for mutant in result for line in problems(mutant)] == []
 
 
 def test_what_cannot_be_put_in_is_told(tmp_path):

@@ -91,13 +91,13 @@ def test_the_dictionary_loads_and_codes_rows_as_recorded():
     x = activations_cache.open("run/cache")[HOOK_POINTS[0]][:N_ROWS]
     latents = dictionary.encode(x)
     assert latents.indices.tolist() == EXPECTED["indices"]
-    for found, name in ((latents.values, "values"), (dictionary(x), "x_hat")):
+    for result, name in ((latents.values, "values"), (dictionary(x), "x_hat")):
         if numerics() == EXPECTED["numerics"]:
-            assert found.numpy().tobytes().hex() == EXPECTED[name], name
+            assert result.numpy().tobytes().hex() == EXPECTED[name], name
         else:
             data = bytes.fromhex(EXPECTED[name])
-            recorded = torch.tensor(struct.unpack(f"<{found.numel()}f", data)).view(found.shape)
-            torch.testing.assert_close(found, recorded, rtol=1e-5, atol=1e-6)
+            recorded = torch.tensor(struct.unpack(f"<{result.numel()}f", data)).view(result.shape)
+            torch.testing.assert_close(result, recorded, rtol=1e-5, atol=1e-6)
     assert dictionary.decode(latents).equal(dictionary(x))
 
 
@@ -136,9 +136,9 @@ def test_the_run_is_done(monkeypatch, capsys, written):
     said = capsys.readouterr().out
     assert steps_done(said) == [*STEPS]
     report = json.loads(Path("run/evaluate/report.json").read_text())
-    for name, found in report["reconstruction"].items():
+    for name, result in report["reconstruction"].items():
         [row] = [line.split() for line in said.splitlines() if line.split()[:1] == [name]]
-        assert row[1] == f"{found['fvu']:.3f}"
+        assert row[1] == f"{result['fvu']:.3f}"
     after = contents(written / "run")
     rewritten = {path.name for path in after if after[path] != before.get(path)}
     assert after.keys() == before.keys()

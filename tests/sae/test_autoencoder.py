@@ -68,14 +68,14 @@ def test_a_batchtopk_dictionary_encodes_no_row_before_it_has_a_threshold():
 def test_batchtopk_keeps_k_times_the_batch_in_training_whatever_a_row_gets():
     made = dictionary(BatchTopK(k=K), b_in="none")
     u = made.scaled(rows() * torch.tensor([0.1, 1, 1, 1, 10])[:, None])
-    found = encode_batch(made.config.activation, u, made.encoder())
-    fires = found.values > 0
+    result = encode_batch(made.config.activation, u, made.encoder())
+    fires = result.values > 0
     assert fires.sum() == K * BATCH
     assert len(fires.sum(dim=1).unique()) > 1
     dense = (u @ made.enc_rows.T + made.b_enc).detach()
     kth = dense.flatten().sort(descending=True).values[K * BATCH - 1]
     expected = dense.where(dense >= kth, torch.zeros(()))
-    torch.testing.assert_close(to_dense(found, D_SAE), expected)
+    torch.testing.assert_close(to_dense(result, D_SAE), expected)
 
 
 def test_reconstruction_is_in_the_units_of_the_model():

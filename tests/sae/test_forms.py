@@ -53,9 +53,9 @@ def rows(dtype=torch.float64) -> torch.Tensor:
 
 def rewrite(path, drop=(), **changes) -> None:
     record = json.loads((path / "config.json").read_text())
-    kept = {key: value for key, value in record.items() if key not in drop}
-    assert len(record) == len(kept) + len(drop)
-    seals.write(path, {"config.json": json.dumps({**kept, **changes}).encode()})
+    fields_left = {key: value for key, value in record.items() if key not in drop}
+    assert len(record) == len(fields_left) + len(drop)
+    seals.write(path, {"config.json": json.dumps({**fields_left, **changes}).encode()})
 
 
 def definition(d: SparseAutoencoder, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,8 +105,8 @@ def test_encode_decode_and_gradients_equal_the_definition(activation, form):
         dictionary.decode(dictionary.encode_dense(x), x),
     ):
         torch.testing.assert_close(got, x_hat)
-        found = torch.autograd.grad((got * weigh).sum(), weights, allow_unused=True)
-        for name, one, other in zip(names, found, expected, strict=True):
+        result = torch.autograd.grad((got * weigh).sum(), weights, allow_unused=True)
+        for name, one, other in zip(names, result, expected, strict=True):
             wanted = torch.zeros_like(one) if other is None else other  # b_gate only gates
             torch.testing.assert_close(one, wanted, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -150,11 +150,11 @@ def test_a_file_with_words_that_are_not_known_is_refused(tmp_path, changes):
 def test_batchtopk_in_training_selects_by_decoder_norm_where_it_gates_by_it():
     dictionary = made(BatchTopK(k=K), gate_by_decoder_norm=True)
     u, norms = dictionary.scaled(rows()), dictionary.dec_rows.norm(dim=1)
-    found = to_dense(encode_batch(dictionary.config.activation, u, dictionary.encoder()), D_SAE)
+    result = to_dense(encode_batch(dictionary.config.activation, u, dictionary.encoder()), D_SAE)
     h = (u - dictionary.b_dec) @ dictionary.enc_rows.T + dictionary.b_enc
     kth = (h * norms).flatten().sort(descending=True).values[K * BATCH - 1]
-    torch.testing.assert_close(found, h * (h * norms >= kth))
-    assert int((found > 0).sum()) == K * BATCH
+    torch.testing.assert_close(result, h * (h * norms >= kth))
+    assert int((result > 0).sum()) == K * BATCH
 
 
 def test_gated_is_jumprelu_where_both_biases_and_scales_agree():

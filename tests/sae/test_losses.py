@@ -28,25 +28,25 @@ def test_a_power_of_1_is_the_l1_and_silent_latents_have_no_gradient():
     acts = torch.tensor([[0.0, 4.0], [9.0, 0.0]], requires_grad=True)
     norms = torch.tensor([1.0, 4.0])
     assert losses.power_decoder_norm(acts, norms, 1.0).item() == (16 + 9) / 2
-    found = losses.power_decoder_norm(acts, norms, 0.5)
-    assert found.item() == pytest.approx((4 + 3) / 2)
-    [grad] = torch.autograd.grad(found, [acts])
+    result = losses.power_decoder_norm(acts, norms, 0.5)
+    assert result.item() == pytest.approx((4 + 3) / 2)
+    [grad] = torch.autograd.grad(result, [acts])
     assert grad.flatten().tolist() == pytest.approx([0, 0.5 * 2 / 2 / 2, 0.5 / 3 / 2, 0])
 
 
 def test_tanh_counts_what_is_far_above_0_and_is_unchanged_by_the_scale_of_a_direction():
     acts = torch.tensor([[0.0, 100.0, 0.5], [0.0, 0.0, 0.0]])
     norms = torch.tensor([7.0, 1.0, 2.0])
-    found = float(losses.tanh_decoder_norm(acts, norms, 4.0))
-    assert found == pytest.approx((1 + math.tanh(4.0)) / 2)
+    result = float(losses.tanh_decoder_norm(acts, norms, 4.0))
+    assert result == pytest.approx((1 + math.tanh(4.0)) / 2)
     moved = losses.tanh_decoder_norm(acts * 3, norms / 3, 4.0)
-    assert float(moved) == pytest.approx(found)
+    assert float(moved) == pytest.approx(result)
 
 
 def test_the_distance_to_the_threshold_counts_what_is_below_alone():
     pre = torch.tensor([[1.0, -2.0], [5.0, 0.0]])
-    found = losses.pre_act_distance(pre, torch.tensor([2.0, 1.0]), torch.tensor([10.0, 0.5]))
-    assert float(found) == ((2 - 1) * 10 + (1 + 2) * 0.5 + 0 + 1 * 0.5) / 2
+    result = losses.pre_act_distance(pre, torch.tensor([2.0, 1.0]), torch.tensor([10.0, 0.5]))
+    assert float(result) == ((2 - 1) * 10 + (1 + 2) * 0.5 + 0 + 1 * 0.5) / 2
 
 
 def test_batch_variance_is_centred_per_dimension():

@@ -5,7 +5,7 @@ import safetensors
 import torch
 
 from sae.autoencoder import Latents
-from sae.metrics import FVU, L0, Agreement, Firing, ce_recovered, fvu, fvu_uncentred
+from sae.metrics import FVU, Agreement, Firing, L0Histogram, ce_recovered, fvu, fvu_uncentred
 
 
 def rows(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -85,8 +85,11 @@ def test_two_shards_merged_equal_one_pass():
     x, x_hat = rows(211, 5), rows(211, 5, seed=3)
     values = (rows(211, 7, seed=4) > 0.5).double()
     latents = Latents(values.float(), torch.arange(7).expand(211, 7))
-    whole = FVU(), Agreement(), L0(), Firing(7)
-    left, right = (FVU(), Agreement(), L0(), Firing(7)), (FVU(), Agreement(), L0(), Firing(7))
+    whole = FVU(), Agreement(), L0Histogram(), Firing(7)
+    left, right = (
+        (FVU(), Agreement(), L0Histogram(), Firing(7)),
+        (FVU(), Agreement(), L0Histogram(), Firing(7)),
+    )
     for metrics, span in (
         (whole, slice(None)), (left, slice(0, 83)), (right, slice(83, None))
     ):  # fmt: skip
@@ -112,10 +115,10 @@ def test_fvu_of_each_dimension_is_that_of_its_column():
     metric = FVU()
     for part in range(0, 101, 17):
         metric.update(x[part : part + 17], x_hat[part : part + 17])
-    found = metric.per_dimension()
+    result = metric.per_dimension()
     for i in (0, 1, 2, 4):
-        assert found[i] == pytest.approx(fvu(x[:, i : i + 1], x_hat[:, i : i + 1]), rel=1e-9)
-    assert not found[3].isfinite()
+        assert result[i] == pytest.approx(fvu(x[:, i : i + 1], x_hat[:, i : i + 1]), rel=1e-9)
+    assert not result[3].isfinite()
 
 
 @pytest.mark.parametrize(
@@ -146,8 +149,8 @@ def test_what_other_projects_call_variance_explained(far_from_zero, predict, of_
     nmse = 1 - (error / square.sum(1)).mean()
     overcomplete = 1 - error.sum() / (x - x.mean()).square().sum()
     dictionary_learning = 1 - (x - x_hat).var(0).sum() / x.var(0).sum()
-    found = [float(v) for v in (saelens, msae, nmse, overcomplete, dictionary_learning)]
-    assert found == pytest.approx(of_peers, abs=0.012)
+    results = [float(v) for v in (saelens, msae, nmse, overcomplete, dictionary_learning)]
+    assert results == pytest.approx(of_peers, abs=0.012)
 
 
 def test_merging_with_nothing_changes_nothing():
@@ -184,7 +187,7 @@ def test_agreement_of_a_zero_reconstruction_is_zero():
 
 
 def test_l0_mean_and_quantiles():
-    l0 = L0()
+    l0 = L0Histogram()
     l0.update(torch.tensor([[1.0, 0.0, 0.0], [1.0, 2.0, 0.0]]))
     l0.update(torch.tensor([[0.0], [5.0]]))
     assert l0.rows_per_count.tolist() == [1, 2, 1]
@@ -194,7 +197,7 @@ def test_l0_mean_and_quantiles():
 
 def test_activations_below_0_fire_as_well():
     values = torch.tensor([[-1.0, 0.0, 2.0], [-0.0, -3.0, -1e-30]])
-    l0, firing = L0(), Firing(3)
+    l0, firing = L0Histogram(), Firing(3)
     l0.update(values)
     firing.update(Latents(values, torch.tensor([[0, 1, 2], [0, 1, 2]])))
     assert l0.rows_per_count.tolist() == [0, 0, 2]
@@ -203,10 +206,10 @@ def test_activations_below_0_fire_as_well():
 
 def test_l0_refuses_what_has_no_answer():
     with pytest.raises(ValueError, match=r"share must lie in 0\.\.1, got 1\.5"):
-        L0().quantile(1.5)
+        L0Histogram().quantile(1.5)
     with pytest.raises(ValueError, match="got 0 rows"):
-        L0().quantile(0.5)
-    assert math.isnan(L0().mean)
+        L0Histogram().quantile(0.5)
+    assert math.isnan(L0Histogram().mean)
 
 
 def test_firing_ignores_padding_and_knows_the_dead():
@@ -274,8 +277,8 @@ def test_ce_recovered(spliced, recovered):
 
 def test_ce_recovered_of_tensors_is_that_of_their_entries():
     spliced, ablated = torch.tensor([4.0, 9.0, 4.5, 4.0]), torch.tensor([9.0, 9.0, 9.0, 4.0])
-    found = ce_recovered(torch.full((4,), 4.0), spliced, ablated)
-    assert found.tolist() == pytest.approx([1.0, 0.0, 0.9, math.nan], nan_ok=True)
+    result = ce_recovered(torch.full((4,), 4.0), spliced, ablated)
+    assert result.tolist() == pytest.approx([1.0, 0.0, 0.9, math.nan], nan_ok=True)
 
 
 def test_ce_recovered_is_nan_where_the_ablation_changes_nothing():

@@ -15,18 +15,18 @@ def clusters(n: int = 13, size: int = 5, d: int = 31, noise: float = 0.1) -> tor
 
 def test_neighbours_of_planted_clusters_are_their_cluster(monkeypatch):
     rows = clusters() * torch.rand(65, 1) * 7 + 0
-    found = nearest(rows, rows, 4, own=torch.arange(65))
-    assert (found.latent // 5 == torch.arange(65)[:, None] // 5).all()
-    assert (found.latent != torch.arange(65)[:, None]).all()
+    result = nearest(rows, rows, 4, excluded=torch.arange(65))
+    assert (result.latent // 5 == torch.arange(65)[:, None] // 5).all()
+    assert (result.latent != torch.arange(65)[:, None]).all()
     unit = torch.nn.functional.normalize(rows, dim=1)
-    assert found.cosine[:, 0] == pytest.approx(
+    assert result.cosine[:, 0] == pytest.approx(
         ((unit @ unit.T) - 2 * torch.eye(65)).amax(1).tolist(), abs=1e-5
     )
     monkeypatch.setattr("sae.neighbours._CELLS", 65 * 7)  # chunks of 7
-    chunked = nearest(rows, rows, 4, own=torch.arange(65))
-    assert (chunked.latent == found.latent).all()
+    chunked = nearest(rows, rows, 4, excluded=torch.arange(65))
+    assert (chunked.latent == result.latent).all()
     with pytest.raises(ValueError, match="k must lie between 1 and 64, got 65"):
-        nearest(rows, rows, 65, own=torch.arange(65))
+        nearest(rows, rows, 65, excluded=torch.arange(65))
     with pytest.raises(ValueError, match="rows must be as wide as among, 31, got 30"):
         nearest(rows[:, 1:], rows, 1)
 
@@ -37,9 +37,9 @@ def test_children_have_their_planted_parent_and_new_concepts_none():
     new = torch.randn(3, 31, generator=made)
     new -= new @ torch.linalg.pinv(narrow) @ narrow  # orthogonal to all parents
     wide = torch.cat([clusters(size=2), new])
-    found = splitting(narrow, wide)
-    assert found.parent[:26].tolist() == [i // 2 for i in range(26)]
-    assert found.n_children.tolist() == [2] * 13
-    assert found.parent[26:].tolist() == [-1] * 3
-    assert found.novel == 3 / len(wide)
-    assert found.split == 1.0
+    result = splitting(narrow, wide)
+    assert result.parent[:26].tolist() == [i // 2 for i in range(26)]
+    assert result.n_children.tolist() == [2] * 13
+    assert result.parent[26:].tolist() == [-1] * 3
+    assert result.novel == 3 / len(wide)
+    assert result.split == 1.0

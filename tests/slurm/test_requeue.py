@@ -58,9 +58,9 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as result:
+        result.bind(("127.0.0.1", 0))
+        return result.getsockname()[1]
 
 
 def program(name: str) -> str:
@@ -138,8 +138,8 @@ def config_of(path: Path, name: str, model: Path, text: Path) -> Path:
 
 def newest(output: Path) -> int:
     """The step of the newest checkpoint; 0 without one."""
-    found = [int(p.parent.name[5:13]) for p in output.glob("train/checkpoints/*/manifest.json")]
-    return max(found, default=0)
+    results = [int(p.parent.name[5:13]) for p in output.glob("train/checkpoints/*/manifest.json")]
+    return max(results, default=0)
 
 
 def test_a_job_is_requeued_each_time_and_ends_with_the_same_bits(

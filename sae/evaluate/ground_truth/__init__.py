@@ -4,11 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sae.evaluate.ground_truth.ceilings import Ceilings, measure_ceilings, set_true_decoder
     from sae.evaluate.ground_truth.config import TIERS, GroundTruthConfig
-    from sae.evaluate.ground_truth.generator import TrueBatch, batches
     from sae.evaluate.ground_truth.run import GroundTruthReport, evaluate, table_rows, table_text
-    from sae.evaluate.ground_truth.world import World, make_world
+    from sae.evaluate.ground_truth.scores import Ceilings, measure_ceilings, set_true_decoder
+    from sae.evaluate.ground_truth.world import TrueBatch, World, batches, make_world
 
 __all__ = [
     "TIERS",
@@ -28,16 +27,16 @@ __all__ = [
 
 _HOME = {
     "TIERS": "config",
-    "Ceilings": "ceilings",
+    "Ceilings": "scores",
     "GroundTruthConfig": "config",
     "GroundTruthReport": "run",
-    "TrueBatch": "generator",
+    "TrueBatch": "world",
     "World": "world",
-    "batches": "generator",
+    "batches": "world",
     "evaluate": "run",
     "make_world": "world",
-    "measure_ceilings": "ceilings",
-    "set_true_decoder": "ceilings",
+    "measure_ceilings": "scores",
+    "set_true_decoder": "scores",
     "table_rows": "run",
     "table_text": "run",
 }

@@ -14,7 +14,6 @@ from scipy import stats
 from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.ground_truth.config import GroundTruthConfig
-from sae.evaluate.ground_truth.generator import rows
 from sae.evaluate.ground_truth.scores import (
     DirectionScores,
     FiringCounts,
@@ -25,8 +24,8 @@ from sae.evaluate.ground_truth.scores import (
     matched,
     nearest,
 )
-from sae.evaluate.ground_truth.world import World, generator_of, make_world
-from sae.metrics import FVU, L0, Agreement
+from sae.evaluate.ground_truth.world import World, generator_of, make_world, rows
+from sae.metrics import FVU, Agreement, L0Histogram
 
 ROWS_AT_ONCE = 1024
 """Rows that are encoded together."""
@@ -101,7 +100,7 @@ def evaluate(
     cosine = cosines(world.directions, dictionary.W_dec)
     pairs = matched(cosine)
     chance = _chance(world, dictionary.config.d_sae, pairs)
-    sums = _Sums(pairs, nearest(cosine), chance.pairs)
+    sums = _TruthSums(pairs, nearest(cosine), chance.pairs)
     for first in range(0, config.n_rows, ROWS_AT_ONCE):
         end = min(first + ROWS_AT_ONCE, config.n_rows)
         sums.update(dictionary, world, first, end)
@@ -134,13 +133,18 @@ def _chance(world: World, d_sae: int, pairs: Pairs) -> _Chance:
     return _Chance(direction_scores(cosine, matched(cosine)), shuffled)
 
 
-class _Sums:
+class _TruthSums:
     """The streaming figures of an evaluation."""
 
     def __init__(self, pairs: Pairs, of_nearest: Pairs, at_random: Pairs) -> None:
         self.matched, self.chance = FiringCounts(pairs), FiringCounts(at_random)
         self.nearest = FiringCounts(of_nearest)
-        self.fvu, self.agreement, self.l0, self.l0_true = FVU(), Agreement(), L0(), L0()
+        self.fvu, self.agreement, self.l0, self.l0_true = (
+            FVU(),
+            Agreement(),
+            L0Histogram(),
+            L0Histogram(),
+        )
 
     def update(self, dictionary: SparseAutoencoder, world: World, first: int, end: int) -> None:
         """Add rows first..end - 1 of the scoring stream."""

@@ -4,19 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sae.evaluate.scaling.config import PlannedRun, ScalingConfig, plan
-    from sae.evaluate.scaling.fit import FittedLaw, Laws, Optimum, fit_laws
-    from sae.evaluate.scaling.plot import draw
-    from sae.evaluate.scaling.runs import Fitted, RateLaw, Run, read_runs
+    from sae.evaluate.config import PlannedRun, ScalingConfig, plan
+    from sae.evaluate.scaling.fit import FittedLaw, Laws, Optimum, draw, fit_laws
+    from sae.evaluate.scaling.runs import FinishedRun, Fitted, RateLaw, read_runs
 
 __all__ = [
+    "FinishedRun",
     "Fitted",
     "FittedLaw",
     "Laws",
     "Optimum",
     "PlannedRun",
     "RateLaw",
-    "Run",
     "ScalingConfig",
     "draw",
     "fit_laws",
@@ -25,25 +24,25 @@ __all__ = [
 ]
 
 _HOME = {
-    "Fitted": "runs",
-    "FittedLaw": "fit",
-    "Laws": "fit",
-    "Optimum": "fit",
+    "Fitted": "scaling.runs",
+    "FittedLaw": "scaling.fit",
+    "Laws": "scaling.fit",
+    "Optimum": "scaling.fit",
     "PlannedRun": "config",
-    "RateLaw": "runs",
-    "Run": "runs",
+    "RateLaw": "scaling.runs",
+    "FinishedRun": "scaling.runs",
     "ScalingConfig": "config",
-    "draw": "plot",
-    "fit_laws": "fit",
+    "draw": "scaling.fit",
+    "fit_laws": "scaling.fit",
     "plan": "config",
-    "read_runs": "runs",
+    "read_runs": "scaling.runs",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'sae.evaluate.scaling' has no attribute {name!r}")
-    return getattr(import_module(f"sae.evaluate.scaling.{_HOME[name]}"), name)
+    return getattr(import_module(f"sae.evaluate.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -5,19 +5,26 @@ al. 2022, arXiv 2203.15556): L = E + A F^-a + B S^-b over F latents and S rows. 
 C = F S the least loss is at F* = (a A / (b B))^(1 / (a + b)) C^(b / (a + b)) and S* = C / F*, and
 L* - E falls as C^(-a b / (a + b)). Widths and k (Gao et al. 2024, arXiv 2406.04093, 3.1):
 L = exp(alpha + beta_k log k + beta_n log n + gamma log k log n) + exp(zeta + eta log k).
+
+`draw` shows a law as one picture: losses and the law over compute, and the best width.
 """
 
+import io as bytes_io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy.optimize import least_squares
 
+from activations_cache import io
 from activations_cache.checks import MonosemaError, Progress, silent
-from sae.evaluate.scaling.runs import Fitted, RateLaw, Run, best_rates, fitted, rate_law
+from sae.evaluate.scaling.runs import FinishedRun, Fitted, RateLaw, best_rates, fitted, rate_law
 
 HUBER = 1e-2
 """Residual of a log loss from which it counts linearly, so that one bad run does not decide."""
@@ -85,7 +92,7 @@ class Laws:
     """Where widths and k vary, and the rows do not."""
     rate: RateLaw | None
     """Where the learning rate was varied."""
-    best: tuple[Run, ...]
+    best: tuple[FinishedRun, ...]
     """The runs that were fitted: of each size the one of the best learning rate."""
 
 
@@ -132,7 +139,11 @@ WIDTH = Law(
 
 
 def fit_laws(
-    runs: Sequence[Run], *, n_resamples: int = 200, seed: int = 0, progress: Progress = silent
+    runs: Sequence[FinishedRun],
+    *,
+    n_resamples: int = 200,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> Laws:
     """Fit what the runs vary.
 
@@ -184,13 +195,13 @@ class _Bootstrap(NamedTuple):
 
 
 def _fit(
-    law: Law, points: Float64[np.ndarray, "run 2"], runs: Sequence[Run], again: _Bootstrap
+    law: Law, points: Float64[np.ndarray, "run 2"], runs: Sequence[FinishedRun], again: _Bootstrap
 ) -> tuple[FittedLaw, Float64[np.ndarray, "resample k"]]:
     """The law, and its parameters on all runs and then on each resample."""
     losses = np.log([run.loss for run in runs])
     theta = min(
         (_minimum(law, start, points, losses) for start in law.starts(float(losses.min()))),
-        key=lambda found: found[1],
+        key=lambda result: result[1],
     )[0]
     thetas = [theta]
     while len(thetas) <= again.n:
@@ -200,13 +211,13 @@ def _fit(
             again.progress(len(thetas) - 1, again.n, "resamples")
     columns = np.array([law.figures(t) for t in thetas]).T
     error = law.log_loss(theta, points) - losses
-    found = FittedLaw(
+    result = FittedLaw(
         law=law,
         figures={name: fitted(of_one) for name, of_one in zip(law.names, columns, strict=True)},
         theta=theta,
         residual=float(np.sqrt(np.mean(error**2))),
     )
-    return found, np.array(thetas)
+    return result, np.array(thetas)
 
 
 def _minimum(
@@ -215,7 +226,7 @@ def _minimum(
     points: Float64[np.ndarray, "run 2"],
     losses: Float64[np.ndarray, " run"],
 ) -> tuple[np.ndarray, float]:
-    found = least_squares(
+    result = least_squares(
         lambda theta: law.log_loss(theta, points) - losses,
         start,
         loss="huber",
@@ -225,7 +236,7 @@ def _minimum(
         ftol=1e-12,
         gtol=1e-12,
     )
-    return found.x, float(found.cost)
+    return result.x, float(result.cost)
 
 
 def _optimum(law: FittedLaw, thetas: Float64[np.ndarray, "resample k"], compute: float) -> Optimum:
@@ -239,21 +250,99 @@ def _optimum(law: FittedLaw, thetas: Float64[np.ndarray, "resample k"], compute:
     )
 
 
-def _with_warnings(law: FittedLaw, optimum: Optimum, runs: Sequence[Run]) -> FittedLaw:
+def _with_warnings(law: FittedLaw, optimum: Optimum, runs: Sequence[FinishedRun]) -> FittedLaw:
     """Say where the law is no more than a guess."""
-    found = []
+    results = []
     for name, at, tried in (
         ("width", optimum.d_sae.value, [run.d_sae for run in runs]),
         ("rows", optimum.rows.value, [run.rows for run in runs]),
     ):
         if not min(tried) < at < max(tried):
-            found.append(
+            results.append(
                 f"the best {name} at the median compute, {at:.4g}, is not inside the grid "
                 f"({min(tried):.4g} to {max(tried):.4g}): the optimum is extrapolated; extend it"
             )
-    found += [
+    results += [
         f"the interval of {name} reaches 0: the runs do not show that it matters"
         for name in ("a", "b")
         if not law.figures[name].low > 0
     ]
-    return FittedLaw(**{**vars(law), "warnings": tuple(found)})
+    return FittedLaw(**{**vars(law), "warnings": tuple(results)})
+
+
+def draw(laws: Laws, path: str | Path) -> Path | None:
+    """Write a PNG of the law over compute, or of the one over width and k; None without either."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    if laws.compute is not None:
+        _losses(left, laws, laws.compute)
+        _widths(right, laws, laws.compute)
+    elif laws.width is not None:
+        for axes, others in ((left, "k"), (right, "d_sae")):
+            _slices(axes, laws, laws.width, others)
+    else:
+        return None
+    data = bytes_io.BytesIO()
+    figure.savefig(data, format="png", dpi=150)
+    io.write_files({Path(path): data.getvalue()})
+    return Path(path)
+
+
+def _losses(axes: Axes, laws: Laws, law: FittedLaw) -> None:
+    """One curve per width; the lower edge of all of them is what compute buys."""
+    for colour, width in zip(_colours(laws), sorted({run.d_sae for run in laws.best}), strict=True):
+        runs = sorted((r for r in laws.best if r.d_sae == width), key=lambda r: r.rows)
+        rows = np.geomspace(runs[0].rows, runs[-1].rows, 50).tolist()
+        axes.plot([width * n for n in rows], [law.loss(width, n) for n in rows], color=colour, lw=1)
+        points = ([r.compute for r in runs], [r.loss for r in runs])
+        axes.plot(*points, "o", color=colour, ms=4, label=f"{width:,} latents")
+    computes = _computes(laws)
+    best = [best_width(law.theta, compute) for compute in computes]
+    losses = [law.loss(f, c / f) for f, c in zip(best, computes, strict=True)]
+    axes.plot(computes, losses, "k--", lw=1.5, label="best division")
+    axes.set(xscale="log", yscale="log", xlabel="compute, latents x rows", ylabel="loss")
+    axes.legend(fontsize=8)
+
+
+def _widths(axes: Axes, laws: Laws, law: FittedLaw) -> None:
+    computes = _computes(laws)
+    best = [best_width(law.theta, compute) for compute in computes]
+    exponent = law.figures["exponent of F*"]
+    text = f"F* ~ C^{exponent.value:.3f} [{exponent.low:.3f}, {exponent.high:.3f}]"
+    axes.plot(computes, best, "k--", label=text)
+    points = ([run.compute for run in laws.best], [run.d_sae for run in laws.best])
+    axes.plot(*points, "o", color="0.6", ms=4, label="runs")
+    axes.set(xscale="log", yscale="log", xlabel="compute, latents x rows", ylabel="latents")
+    axes.legend(fontsize=8)
+
+
+def _slices(axes: Axes, laws: Laws, law: FittedLaw, others: str) -> None:
+    """Loss over width, one curve per k, or the other way round."""
+    along = "d_sae" if others == "k" else "k"
+    values = sorted({getattr(run, others) for run in laws.best})
+    for colour, value in zip(_shades(len(values)), values, strict=True):
+        runs = sorted(
+            (r for r in laws.best if getattr(r, others) == value), key=lambda r: getattr(r, along)
+        )
+        x = [getattr(run, along) for run in runs]
+        fine = np.geomspace(x[0], x[-1], 50).tolist()
+        curve = [law.loss(v, value) if along == "d_sae" else law.loss(value, v) for v in fine]
+        axes.plot(fine, curve, color=colour, lw=1)
+        axes.plot(x, [r.loss for r in runs], "o", color=colour, ms=4, label=f"{others} {value:,}")
+    axes.set(xscale="log", yscale="log", xlabel=along, ylabel="loss")
+    axes.legend(fontsize=8)
+
+
+def _computes(laws: Laws) -> list[float]:
+    computes = [run.compute for run in laws.best]
+    return np.geomspace(min(computes), max(computes), 100).tolist()
+
+
+def _colours(laws: Laws) -> list[str]:
+    return _shades(len({run.d_sae for run in laws.best}))
+
+
+def _shades(n: int) -> list[str]:
+    """From light to dark blue."""
+    steps = np.linspace(0.75, 0.15, n)
+    return [f"#{int(255 * s):02x}{int(255 * (0.4 + 0.5 * s)):02x}cc" for s in steps]

@@ -20,7 +20,7 @@ from activations_cache.checks import MonosemaError, positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class FinishedRun:
     """What one trained dictionary was, and how well it did."""
 
     d_sae: int
@@ -46,7 +46,7 @@ class Run:
         return float(self.d_sae) * self.rows
 
 
-def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+def read_runs(paths: Sequence[str | Path]) -> list[FinishedRun]:
     """Runs of all paths together.
 
     Args:
@@ -58,16 +58,16 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
         FileNotFoundError: If a path is missing.
         ValueError: If it holds something else.
     """
-    found: list[Run] = []
+    results: list[FinishedRun] = []
     for path in map(Path, paths):
         try:
             records = _of_directory(path) if path.is_dir() else _of_file(path)
-            found += [_run(record) for record in records]
+            results += [_run(record) for record in records]
         except (KeyError, TypeError, ValueError) as problem:
             raise MonosemaError(
                 f"{path} must hold runs (d_sae, rows, loss), got a problem: {problem}"
             ) from problem
-    return found
+    return results
 
 
 def _of_file(path: Path) -> list[dict[str, Any]]:
@@ -101,8 +101,8 @@ def _rate(recipe: dict[str, Any]) -> float | None:
     return lr if isinstance(lr, float) else None
 
 
-def _run(record: dict[str, Any]) -> Run:
-    known = {field.name: field for field in fields(Run)}
+def _run(record: dict[str, Any]) -> FinishedRun:
+    known = {field.name: field for field in fields(FinishedRun)}
     missing = [n for n, field in known.items() if field.default is MISSING and n not in record]
     if missing:
         raise MonosemaError(f"{missing[0]} must be given, got none")
@@ -111,7 +111,7 @@ def _run(record: dict[str, Any]) -> Run:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value):
             raise MonosemaError(f"{name} must be a number, got {value!r}")
-    return Run(**given)
+    return FinishedRun(**given)
 
 
 class Fitted(NamedTuple):
@@ -146,24 +146,24 @@ def fitted(values: Float64[np.ndarray, " resample"]) -> Fitted:
     return Fitted(float(values[0]), float(low), float(high))
 
 
-def by_size(runs: Sequence[Run]) -> dict[tuple, list[Run]]:
+def by_size(runs: Sequence[FinishedRun]) -> dict[tuple, list[FinishedRun]]:
     """Runs that differ in the learning rate alone, by size, the smallest rate first."""
-    sizes: dict[tuple, list[Run]] = defaultdict(list)
+    sizes: dict[tuple, list[FinishedRun]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.lr or 0.0):
         sizes[run.d_sae, run.k, run.rows].append(run)
     return sizes
 
 
-def best_rates(runs: Sequence[Run]) -> list[Run]:
+def best_rates(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     """All runs, but of sizes whose rate was varied those of the best rate alone."""
-    kept = []
+    best_runs = []
     for of_size in by_size(runs).values():
         rate = min(of_size, key=lambda run: run.loss).lr
-        kept += [run for run in of_size if run.lr == rate]
-    return kept
+        best_runs += [run for run in of_size if run.lr == rate]
+    return best_runs
 
 
-def rate_law(runs: Sequence[Run]) -> RateLaw | None:
+def rate_law(runs: Sequence[FinishedRun]) -> RateLaw | None:
     """The law of the sizes with three learning rates or more; None where they are not three."""
     points, warnings = [], []
     for (d_sae, _, rows), of_size in by_size(runs).items():
@@ -190,7 +190,7 @@ def rate_law(runs: Sequence[Run]) -> RateLaw | None:
     )
 
 
-def _vertex(runs: Sequence[Run]) -> float | None:
+def _vertex(runs: Sequence[FinishedRun]) -> float | None:
     """Where a parabola in log lr through the best run and its neighbours is lowest."""
     place = min(range(len(runs)), key=lambda i: runs[i].loss)
     if place in (0, len(runs) - 1):

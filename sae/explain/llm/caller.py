@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar, runtime_checkable
 
 from sae.explain.config import LLMConfig
-from sae.explain.llm.answers import AnswerCache
-from sae.explain.llm.budget import Budget, Reservation
 from sae.explain.llm.chat import (
     OPEN,
     AdaptedError,
@@ -32,6 +30,7 @@ from sae.explain.llm.chat import (
     key_of,
 )
 from sae.explain.llm.form import Form
+from sae.explain.llm.store import AnswerCache, Budget, Reservation
 
 _log = logging.getLogger(__name__)
 _LONGEST_PAUSE = 8.0
@@ -155,7 +154,7 @@ class Caller:
             again = replace(request, seed=request.seed + attempt, temperature=warm, max_tokens=room)
             try:
                 response = await self._answer(again)
-                found = read(_usable(response))
+                result = read(_usable(response))
             except CallFailedError as error:
                 self._count(error)
                 failure = error
@@ -165,7 +164,7 @@ class Caller:
                     room = max(room, min(max(8 * room, _MORE_ROOM), self.config.longest_answer))
             else:
                 self._succeeded(request, room)
-                return found
+                return result
         assert failure is not None
         if is_last or failure.reason != "context":
             self._lose(request, failure)
@@ -220,10 +219,10 @@ class Caller:
     async def _answer(self, request: Request) -> Response:
         question = canonical(self.client.name, request)
         key = key_of(question)
-        found = None if self.cache is None else self.cache.get(key)
-        if found is not None:
+        result = None if self.cache is None else self.cache.get(key)
+        if result is not None:
             self.n_cached += 1
-            return found
+            return result
         if self.config.cache_mode == "replay":
             refusal = None if self.cache is None else self.cache.refused(key)
             if refusal is not None:
@@ -388,7 +387,7 @@ def _usable(response: Response) -> str:
 
 
 @contextlib.asynccontextmanager
-async def cancelled_together(tasks: list[asyncio.Task]) -> AsyncIterator[None]:
+async def cancelled_on_exit(tasks: list[asyncio.Task]) -> AsyncIterator[None]:
     """Cancel what still runs when the block is left by an error, and wait for it."""
     try:
         yield

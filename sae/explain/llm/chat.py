@@ -1,8 +1,20 @@
-"""What is asked of a language model, what comes back, and every way in which that can fail."""
+"""What is asked of a language model, what comes back, and every way in which that can fail.
+
+A busy service says how long to wait: in seconds, milliseconds, dates, resets or words.
+Stand-ins are clients that are no language models: for tests, trying a pipeline, chance floors.
+"""
 
 import hashlib
 import json
+import math
+import random
+import re
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from itertools import product
 from typing import Literal, Protocol, runtime_checkable
 
 from monosema.checks import MonosemaError
@@ -140,3 +152,208 @@ def canonical(client: str, request: Request) -> str:
 def key_of(question: str) -> str:
     """SHA-256 of a canonical question."""
     return hashlib.sha256(question.encode()).hexdigest()
+
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)(?![a-z])", re.I)
+_LONG_UNITS = (
+    (re.compile(r"(?<=\d)\s*milliseconds?\b", re.I), "ms"),
+    (re.compile(r"(?<=\d)\s*(seconds?|secs?)\b", re.I), "s"),
+    (re.compile(r"(?<=\d)\s*(minutes?|mins?)\b", re.I), "m"),
+    (re.compile(r"(?<=\d)\s*hours?\b", re.I), "h"),
+)
+_SAID = re.compile(
+    r"(?:try again|retry|wait|retryDelay|reset)\W{0,4}(?:\w+ ){0,3}?(?:in|after|for)?\W{0,4}"
+    r"((?:\d+(?:\.\d+)?\s*(?:ms|[smhd])(?![a-z])\s*)+)",
+    re.I,
+)
+_PREFIXES = ("x-ratelimit-", "ratelimit-", "anthropic-ratelimit-", "x-rate-limit-")
+_KINDS = ("", "-requests", "-tokens", "-input-tokens", "-output-tokens")
+
+
+def wanted_wait(headers: Mapping[str, str], words: str, now: float | None = None) -> float | None:
+    """Seconds that a service asks to wait, or None.
+
+    Args:
+        headers: Of its answer; names in lower case or a mapping that does not mind.
+        words: What it said.
+        now: Seconds since 1970; the clock's when absent.
+    """
+    now = time.time() if now is None else now
+    result = _milliseconds(headers.get("retry-after-ms"))
+    if result is None:
+        result = _until(headers.get("retry-after"), now)
+    if result is None:
+        result = _reset(headers, now)
+    if result is None:
+        for long, short in _LONG_UNITS:
+            words = long.sub(short, words)
+        said = _SAID.search(words)
+        result = None if said is None else _duration(said[1])
+    return None if result is None or math.isnan(result) else max(result, 0.0)
+
+
+def _reset(headers: Mapping[str, str], now: float) -> float | None:
+    """The reset of the limit that is used up; without such a one the latest of all."""
+    used_up, others = [], []
+    for prefix, kind in product(_PREFIXES, _KINDS):
+        for form in (f"{prefix}{{}}{kind}", f"{prefix}{kind[1:]}-{{}}"):
+            wait = _until(headers.get(form.format("reset")), now)
+            left = (headers.get(form.format("remaining")) or "").strip()
+            if wait is not None:
+                (used_up if left == "0" else others).append(wait)
+    return max(used_up or others, default=None)
+
+
+def _milliseconds(text: str | None) -> float | None:
+    value = _number(text)
+    return None if value is None else value / 1000
+
+
+def _until(text: str | None, now: float) -> float | None:
+    """Seconds, a moment since 1970 in seconds or milliseconds, a duration, or a date."""
+    if text is None:
+        return None
+    value = _number(text)
+    if value is not None:
+        if value > 1e11:
+            return value / 1000 - now
+        return value - now if value > 1e9 else value
+    result = _duration(text)
+    if result is not None:
+        return result
+    try:
+        return parsedate_to_datetime(text).timestamp() - now
+    except (TypeError, ValueError, OverflowError):
+        return _iso(text, now)
+
+
+def _iso(text: str, now: float) -> float | None:
+    try:
+        return datetime.fromisoformat(text.strip().replace("Z", "+00:00")).timestamp() - now
+    except (ValueError, OverflowError):
+        return None
+
+
+def _duration(text: str) -> float | None:
+    """Seconds of a text such as 1m30.5s or 200ms."""
+    parts = _DURATION.findall(text.strip())
+    joined = "".join(number + unit for number, unit in parts)
+    if not parts or joined.lower() != re.sub(r"\s", "", text).lower():
+        return None
+    return sum(float(number) * _UNITS[unit.lower()] for number, unit in parts)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value >= 0 else None
+
+
+_N_TEXTS = 10
+_RANGES = {"detection": (0, 1), "fuzzing": (0, 1), "rubric": (0, 3), "simulation": (0, 10)}
+
+
+class ScriptedClient:
+    """Gives its answers in turn, then the last one for ever."""
+
+    def __init__(self, answers: Sequence[str | Exception], name: str = "scripted") -> None:
+        """Keep the answers; an exception among them is raised."""
+        self._answers, self.name = list(answers), name
+        self.requests: list[Request] = []
+        """What was asked."""
+
+    async def complete(self, request: Request) -> Response:
+        """The next answer."""
+        answer = self._answers[min(len(self.requests), len(self._answers) - 1)]
+        self.requests.append(request)
+        if isinstance(answer, Exception):
+            raise answer
+        return reply(request, answer)
+
+
+class ConstantClient:
+    """Says the same to everybody: one number per item, or one label."""
+
+    def __init__(self, number: int = 0, label: str = "something") -> None:
+        """Keep both."""
+        self._number, self._label = number, label
+        self.name = f"constant {number} {label}"
+
+    async def complete(self, request: Request) -> Response:
+        """The constant in the form that the question wants."""
+        task, n = _task(request), _n_items(request)
+        if task == "intruder":
+            return reply(request, f"[{max(1, min(self._number, n))}]")
+        if task in _RANGES:
+            return reply(request, str([self._number] * n))
+        if task == "texts":
+            return reply(request, json.dumps([self._label] * _N_TEXTS))
+        return reply(request, f"LABEL: {self._label}")
+
+
+class RandomClient:
+    """Answers by a generator that is seeded by the question."""
+
+    def __init__(self, seed: int = 0) -> None:
+        """Keep the seed."""
+        self._seed = seed
+        self.name = f"random {seed}"
+
+    async def complete(self, request: Request) -> Response:
+        """A well-formed answer without any knowledge."""
+        task, n = _task(request), _n_items(request)
+        dice = random.Random(f"{self._seed} {key_of(canonical(self.name, request))}")
+        if task == "intruder":
+            return reply(request, f"[{dice.randint(1, max(n, 1))}]")
+        if task in _RANGES:
+            return reply(request, str([dice.randint(*_RANGES[task]) for _ in range(n)]))
+        return reply(request, f"LABEL: word {dice.randint(0, 10**6)}")
+
+
+class FlakyClient:
+    """Another client that often fails, as endpoints do."""
+
+    def __init__(
+        self, client: RandomClient | ConstantClient | ScriptedClient, rate: float, seed: int = 0
+    ) -> None:
+        """Keep the client and how often it fails; the name is the client's."""
+        self._client, self._rate, self._dice = client, rate, random.Random(seed)
+        self.name = client.name
+        self.n_calls = 0
+        """Calls, failed or not."""
+
+    async def complete(self, request: Request) -> Response:
+        """Fail in one of six ways, or answer."""
+        self.n_calls += 1
+        if self._dice.random() >= self._rate:
+            return await self._client.complete(request)
+        match self._dice.randrange(6):
+            case 0:
+                raise UnavailableError("rate", "slow down", retry_after=0.001)
+            case 1:
+                raise UnavailableError("transport", "internal server error")
+            case 2:
+                raise UnavailableError("transport", "connection reset", was_sent=True)
+            case 3:
+                return Response("", "refusal", 5, 0)
+            case 4:
+                return Response("[1, 0,", "length", 5, 5)
+            case _:
+                return reply(request, "I would rather talk about something else.")
+
+
+def reply(request: Request, text: str) -> Response:
+    """An answer with token counts of the usual size."""
+    return Response(text, "stop", max(1, request.n_characters // 4), max(1, len(text) // 4))
+
+
+def _task(request: Request) -> str:
+    return request.prompt.split("/", 1)[0]
+
+
+def _n_items(request: Request) -> int:
+    lines = request.messages[-1].content.split("\n")
+    return sum(line[:1].isdigit() for line in lines)

@@ -100,8 +100,8 @@ def item(pieces: Sequence[str], marked: Sequence[bool] = (), note: str = "") -> 
     flags = marked or [False] * len(pieces)
     spans: list[Span] = []
     carried = False
-    for text, own in zip(pieces, flags, strict=True):
-        flag = carried = own or carried
+    for text, marks in zip(pieces, flags, strict=True):
+        flag = carried = marks or carried
         if not text:
             continue
         carried = False
@@ -126,12 +126,12 @@ def _line(number: int, item: Item) -> str:
 
 def read_items(text: str) -> list[Item]:
     """The items of a text that `items_text` is a part of."""
-    found = []
+    results = []
     for line in text.split("\n"):
         match = _ITEM.match(line)
-        if match and int(match[1]) == len(found) + 1:
-            found.append(Item(match[2] or "", tuple(_spans(match[3]))))
-    return found
+        if match and int(match[1]) == len(results) + 1:
+            results.append(Item(match[2] or "", tuple(_spans(match[3]))))
+    return results
 
 
 def _spans(quoted: str) -> list[Span]:
@@ -191,25 +191,27 @@ def read_label(text: str) -> str:
         CallFailedError: With reason "refusal" or "parse", if there is none.
     """
     text = final_part(text)
-    if found := _kept(_of_json(text)):
-        return found
+    if result := _cleaned(_of_json(text)):
+        return result
     lines = [line for line in text.splitlines() if line.strip()]
     for place, line in reversed([*enumerate(lines)]):
         match = _LABEL.match(line)
         if match is None:
             continue
         following = "".join(lines[place + 1 : place + 2])
-        if found := _kept(match[1]) or ("" if _LABEL.match(following) else _next(match, following)):
-            return found
+        if result := _cleaned(match[1]) or (
+            "" if _LABEL.match(following) else _next(match, following)
+        ):
+            return result
     raise _unreadable(text, "a line LABEL: ...")
 
 
 def _next(match: re.Match[str], following: str) -> str:
     """The label on the line behind a mark that stands alone."""
-    return "" if match[1].strip("* _\"'`") else _kept(following.lstrip("-*\u2022 "))
+    return "" if match[1].strip("* _\"'`") else _cleaned(following.lstrip("-*\u2022 "))
 
 
-def _kept(text: str) -> str:
+def _cleaned(text: str) -> str:
     label = as_label(text).strip("* _\"'`")
     return "" if label.lower() in _NO_LABEL else label
 
@@ -217,10 +219,10 @@ def _kept(text: str) -> str:
 def _of_json(text: str) -> str:
     """The label of a JSON object, fenced or not."""
     try:
-        found = json.loads(text[text.find("{") : text.rfind("}") + 1])
+        result = json.loads(text[text.find("{") : text.rfind("}") + 1])
     except (ValueError, RecursionError):
         return ""
-    named = {name.lower(): value for name, value in found.items()}
+    named = {name.lower(): value for name, value in result.items()}
     value = named.get("label", named.get("explanation"))
     return value if isinstance(value, str) else ""
 
@@ -234,8 +236,8 @@ def read_numbers(n: int, low: int, high: int) -> Callable[[str], list[float]]:
     def read(text: str) -> list[float]:
         text = final_part(text)
         fitting = []
-        for found in _LIST.findall(unicodedata.normalize("NFKC", text)):
-            numbers = _numbers(found)
+        for result in _LIST.findall(unicodedata.normalize("NFKC", text)):
+            numbers = _numbers(result)
             is_right = len(numbers) == n and all(low <= number <= high for number in numbers)
             if is_right and numbers not in fitting:
                 fitting.append(numbers)
@@ -248,9 +250,9 @@ def read_numbers(n: int, low: int, high: int) -> Callable[[str], list[float]]:
     return read
 
 
-def _numbers(found: str) -> list[float]:
+def _numbers(result: str) -> list[float]:
     try:
-        values = json.loads(found)
+        values = json.loads(result)
     except (ValueError, RecursionError):
         return []
     is_right = all(isinstance(value, int | float) for value in values)

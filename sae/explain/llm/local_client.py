@@ -71,7 +71,7 @@ class LocalClient:
         sampling: dict[str, Any] = {"do_sample": False}
         if request.temperature > 0:
             sampling = {"do_sample": True, "temperature": request.temperature}
-        with self._own_dice(), torch.no_grad():
+        with self._seeded_locally(), torch.no_grad():
             torch.manual_seed(request.seed)
             out = self._model.generate(
                 ids,
@@ -102,7 +102,7 @@ class LocalClient:
             rows.append(states[-1][0].float().mean(dim=0))
         return torch.stack(rows)
 
-    def _own_dice(self) -> AbstractContextManager[None]:
+    def _seeded_locally(self) -> AbstractContextManager[None]:
         """Random numbers of this answer's own, on the model's device as well."""
         device = self._model.device
         return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
@@ -170,7 +170,7 @@ class ConstrainedClient(LocalClient):
         sampling: dict[str, Any] = {"do_sample": False}
         if request.temperature > 0:
             sampling = {"do_sample": True, "temperature": request.temperature}
-        with self._own_dice():
+        with self._seeded_locally():
             torch.manual_seed(request.seed)
             out = self._model.generate(
                 ids,

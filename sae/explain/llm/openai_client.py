@@ -17,9 +17,9 @@ from sae.explain.llm.chat import (
     Request,
     Response,
     UnavailableError,
+    wanted_wait,
 )
 from sae.explain.llm.form import PRESETS, SYSTEM, Form, Refused, form_of, is_overflow, words_of
-from sae.explain.llm.waits import wanted_wait
 
 _NO_SERVICE = (401, 402, 403, 404)
 _REFUSED = (400, 413, 422)
@@ -205,8 +205,8 @@ def body(form: Form, request: Request, config: LLMConfig) -> dict[str, Any]:
     if schema is not None:
         named = {"name": "answer", "strict": True, "schema": schema}
         fields["response_format"] = {"type": "json_schema", "json_schema": named}
-    kept = {name: value for name, value in fields.items() if name not in form.left_out}
-    return kept | config.extra_body
+    accepted = {name: value for name, value in fields.items() if name not in form.left_out}
+    return accepted | config.extra_body
 
 
 def schema_of(request: Request) -> dict[str, Any] | None:

@@ -105,7 +105,7 @@ def _composed(
     return Forward(loss, error, fires.sum(dim=0), l0.detach(), y.detach(), power=power)
 
 
-class _Decoded(NamedTuple):
+class _DenseDecoded(NamedTuple):
     y: Float[Tensor, "batch d_out"]
     error: Float[Tensor, ""]
     loss: Float[Tensor, ""]
@@ -117,19 +117,19 @@ def _decoded(
     rows: Rows,
     moment: Moment,
     acts: Float[Tensor, "batch d_sae"],
-) -> _Decoded:
+) -> _DenseDecoded:
     """The reconstruction, its error, and the loss: that error, or the mean over the prefixes."""
     if config.matryoshka is None:
         y = autoencoder.decode_scaled(acts, rows.u).to(rows.u.dtype)
         error = losses.squared_error(rows.v, y)
-        return _Decoded(y, error, error)
+        return _DenseDecoded(y, error, error)
     ends = common.prefix_ends(config.matryoshka, config.d_sae, moment.n_steps)
     y, errors = autoencoder.b_dec + autoencoder.skipped(rows.u), []
     for start, end in pairwise((0, *ends)):
         y = y + (acts[:, start:end] @ autoencoder.dec_rows[start:end]).to(rows.u.dtype)
         errors.append(losses.squared_error(rows.v, y))
     share = common.prefix_share(config.matryoshka, moment.n_steps, moment.total_steps)
-    return _Decoded(y, errors[-1], torch.lerp(errors[-1], torch.stack(errors).mean(), share))
+    return _DenseDecoded(y, errors[-1], torch.lerp(errors[-1], torch.stack(errors).mean(), share))
 
 
 def _annealed(

@@ -9,7 +9,7 @@ from sae_kernels import blocks, encode_triton
 from sae_kernels.encode_triton import Operands, encode_topk, fused_product
 from sae_kernels.select_triton import group_maxima, source_of
 
-TILE = blocks.Product(16, 64, 16, 4, 2)
+TILE = blocks.ProductTile(16, 64, 16, 4, 2)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -73,10 +73,10 @@ def test_the_product_and_its_maxima_agree(shape, dtype, size, drawn, normal, err
     operands = drawn(*shape, dtype)
     x = normal(*operands.x.shape, seed=3, dtype=dtype)
     operands = operands._replace(x=x)
-    for kept in (torch.float32, torch.float16):
-        pre = torch.empty(shape[0], shape[1], dtype=kept)
+    for stored in (torch.float32, torch.float16):
+        pre = torch.empty(shape[0], shape[1], dtype=stored)
         maxima = fused_product(operands, pre, size)
-        assert error(pre, right_product(operands)) < (1e-6 if kept == torch.float32 else 1e-3)
+        assert error(pre, right_product(operands)) < (1e-6 if stored == torch.float32 else 1e-3)
         assert torch.equal(maxima, group_maxima(source_of(pre), size))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae_kernels import blocks, select_triton
-from sae_kernels.select_triton import Source, group_maxima, pick, source_of, topk_select
+from sae_kernels.select_triton import TopKRows, group_maxima, pick, source_of, topk_select
 from tests.kernels.hard_rows import (
     all_nan,
     denormals,
@@ -128,7 +128,7 @@ def test_group_maxima_are_the_keys_of_the_largest(dtype, normal):
 def test_picking_keys_takes_the_lower_column_of_equal_ones():
     keys = torch.tensor([[5, -3, 5, 5, 7, 5], [-9, -9, -9, -9, -9, -9]], dtype=torch.int32)
     columns = torch.empty(2, 3, dtype=torch.int32)
-    pick(Source(keys, 32, 0), 3, columns)
+    pick(TopKRows(keys, 32, 0), 3, columns)
     assert columns.tolist() == [[0, 2, 4], [0, 1, 2]]
 
 

@@ -15,17 +15,17 @@ import pytest
 from PIL import Image as Pictures
 
 from sae.browser import (
-    Attribution,
     Curve,
     Dictionary,
     Example,
-    Explanation,
     Image,
     Latent,
-    Layout,
     Map,
+    PlaneMap,
     ResultTable,
-    Score,
+    ShownAttribution,
+    ShownExplanation,
+    ShownScore,
     Site,
     SteeringExample,
     write_site,
@@ -120,12 +120,12 @@ def latent(number: int, text: str, is_picture: bool) -> Latent:
     return Latent(
         number, "scored", 0.5, 2.0, 7, text, text,
         figures={"auc": 0.75},
-        explanations=(Explanation(text, text),),
-        scores=(Score(text, 0.75, note=text), Score(text, 0.5, control=text)),
+        explanations=(ShownExplanation(text, text),),
+        scores=(ShownScore(text, 0.75, note=text), ShownScore(text, 0.5, control=text)),
         words=((text, 1.0),), promoted=((text, 1.0),), suppressed=((text, None),),
         examples=(Example(words, (2.0, 0.0) if is_picture else (2.0, 0.0, 0.5), 0, text, image),),
         nearest=((number, 0.5),), cofiring=((number, 0.5, 7),),
-        attributions=(Attribution((text,), (1.0,), text, 1.0, text),), command=text,
+        attributions=(ShownAttribution((text,), (1.0,), text, 1.0, text),), command=text,
     )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def site_of(payloads: Sequence[str], name: str) -> Site:
             called, name, n, 7, n, 0,
             tuple(latent(i, text, kind == "image") for i, text in enumerate(payloads)),
             kind=kind, facts=((name, name),),
-            map=Map((Layout(name, (0.5,) * n, (0.5,) * n, name),), (name,), (0,) * n),
+            map=Map((PlaneMap(name, (0.5,) * n, (0.5,) * n, name),), (name,), (0,) * n),
         )  # fmt: skip
 
     return Site(
@@ -185,15 +185,15 @@ def test_no_latents_text_runs_and_each_is_shown(
         address = f"#{dictionary}/latent/{number}"
         guarded.run(f"goTo({json.dumps(address)})")
         guarded.settle(address)
-        found = guarded.run(LATENT)
-        assert found["ran"] == found["strangers"] == 0, payload
-        assert found["h1"] == expected, payload
-        assert found["explanation"] == found["command"] == expected, payload
-        assert found["words"][0] == expected, payload
+        result = guarded.run(LATENT)
+        assert result["ran"] == result["strangers"] == 0, payload
+        assert result["h1"] == expected, payload
+        assert result["explanation"] == result["command"] == expected, payload
+        assert result["words"][0] == expected, payload
         if dictionary == "d1":
-            assert f"{expected}" in found["alts"], payload
+            assert f"{expected}" in result["alts"], payload
         else:
-            texts = [token.removesuffix("\u200b") for token in found["tokens"]]
+            texts = [token.removesuffix("\u200b") for token in result["tokens"]]
             assert texts[:3] == [expected, " and", expected], payload
     assert guarded.complaints() == []
 
@@ -203,10 +203,10 @@ def test_no_name_of_a_run_runs_and_each_is_shown(every: int, guarded: Any, tmp_p
     for number, payload in enumerate(PAYLOADS[::every]):
         page = write_site(site_of(["x"], payload), tmp_path / str(number))
         guarded.load(page, "#overview")
-        found = guarded.run(LATENT)
-        assert found["ran"] == found["strangers"] == 0, payload
+        result = guarded.run(LATENT)
+        assert result["ran"] == result["strangers"] == 0, payload
         assert guarded.run("document.querySelector('h1').textContent") == payload
-        assert visible(guarded, payload) in found["all"]
+        assert visible(guarded, payload) in result["all"]
         assert guarded.complaints() == []
 
 
@@ -218,6 +218,6 @@ def test_no_address_runs(where: str, guarded: Any, tmp_path: Path) -> None:
         text = payload.encode(errors="replace").decode()
         guarded.run(f"location.hash = {json.dumps(where.format(text))}")
         guarded.frames()
-        found = guarded.run(LATENT)
-        assert found["ran"] == found["strangers"] == 0, payload
+        result = guarded.run(LATENT)
+        assert result["ran"] == result["strangers"] == 0, payload
     assert [c for c in guarded.complaints() if c["method"] != "Log.entryAdded"] == []

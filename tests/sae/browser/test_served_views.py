@@ -7,24 +7,24 @@ from typing import Any
 
 import pytest
 
-from sae.browser.server import BrowserServer, Prompts, Reading
+from sae.browser.server import BrowserServer, PromptView, TextReading
 from tests.sae.browser.views import VIEWS
 
 ALL = VIEWS | {"#prompt": "Which latents fire where"}
 
 
-def read(name: str, text: str) -> Reading:
+def read(name: str, text: str) -> TextReading:
     """A reader for whom latent 12 fires on every second word, and which knows one bad text."""
     if "\x00" in text:
         raise ValueError("text must hold no NUL, got one")
     words = tuple(f" {word}" for word in text.split())
     fires = tuple(((12, 1.0 + i),) if i % 2 else () for i in range(len(words)))
-    return Reading(words, fires, skipped=1)
+    return TextReading(words, fires, skipped=1)
 
 
 @pytest.fixture(scope="module")
 def url(example: Path) -> Iterator[str]:
-    prompts = Prompts(read, {"d0": "topk"})
+    prompts = PromptView(read, {"d0": "topk"})
     with BrowserServer(example.parent, prompts=prompts) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield server.url

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.browser_example import example_site
 from sae.browser import write_site
-from sae.browser.server import MAX_CHARS, BrowserServer, Prompts, Reading
+from sae.browser.server import MAX_CHARS, BrowserServer, PromptView, TextReading
 
 TOKEN = "0123456789abcdef-%é".replace("é", "e")
 UPS = ("..", "%2e%2e", "%2E%2E", ".%2e", "..%2f..", "..%5c..", "%252e%252e", "..\\..", "....//..")
@@ -29,11 +29,11 @@ MORE = (
 TRAVERSALS = [f"/{head}{up}/{target}" for head, up, target in product(HEADS, UPS, TARGETS)]
 
 
-def read(name: str, text: str) -> Reading:
+def read(name: str, text: str) -> TextReading:
     """Tells what it was asked; a text "bad" is one that cannot be read."""
     if text == "bad":
         raise ValueError("text must be good,\ngot 'bad'")
-    return Reading((name, text), ((), ((3, 0.5),)), 1)
+    return TextReading((name, text), ((), ((3, 0.5),)), 1)
 
 
 @contextmanager
@@ -59,9 +59,9 @@ def ask(
         connection.putheader(name, value)
     connection.endheaders()
     answer = connection.getresponse()
-    found = (answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+    results = (answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
     connection.close()
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_a_folder_without_a_browser_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_text_is_read_for_its_own_page_alone(index: Path) -> None:
-    prompts = Prompts(read, {"d0": "topk"})
+    prompts = PromptView(read, {"d0": "topk"})
     with serving(index, prompts=prompts) as server:
         asked = "/api/prompt?dictionary=d0&text=It%20is%20%3Cb%3E%E2%80%A8"
         assert ask(server, asked)[0] == 403
@@ -202,7 +202,7 @@ def test_a_text_is_read_for_its_own_page_alone(index: Path) -> None:
     ],
 )
 def test_a_bad_text_is_answered_in_one_line(query: str, said: str, index: Path) -> None:
-    with serving(index, prompts=Prompts(read, {"d0": "topk"})) as server:
+    with serving(index, prompts=PromptView(read, {"d0": "topk"})) as server:
         status, _, body = ask(server, f"/api/prompt?{query}", X_Monosema="1")
         assert status == 400
         assert said in json.loads(body)["error"]

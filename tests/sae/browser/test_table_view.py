@@ -18,9 +18,9 @@ def test_search_finds_labels_words_tokens_and_numbers(reader: Any, example: Path
     reader.write("RIVER")
     reader.run("router.dictionaries.get('d0').searchable()")
     reader.frames()
-    found = reader.run(LABELS)
-    assert found
-    assert len(found) < len(everything)
+    result = reader.run(LABELS)
+    assert result
+    assert len(result) < len(everything)
     texts = reader.run("router.dictionaries.get('d0').lines.text").split("\n")
     expected = {i for i, line in enumerate(texts) if "river" in line}
     assert set(reader.run(NUMBERS)) <= expected
@@ -83,7 +83,7 @@ def test_filters_stand_in_the_address_and_hold(reader: Any, example: Path) -> No
     reader.run("new Promise(done => setTimeout(done, 300))")
     address = reader.run("location.hash")
     assert address == "#d0/table?status=scored&in.density=0.05.."
-    kept = reader.run(NUMBERS)
+    numbers = reader.run(NUMBERS)
     passing = (
         "Array.from(router.dictionaries.get('d0').status.keys()).filter(n => "
         "router.dictionaries.get('d0').status[n] === 3 && "
@@ -93,7 +93,7 @@ def test_filters_stand_in_the_address_and_hold(reader: Any, example: Path) -> No
         f"{reader.run(passing)} of 251"
     )
     reader.load(example, address)
-    assert reader.run(NUMBERS) == kept
+    assert reader.run(NUMBERS) == numbers
     assert reader.run("document.querySelector('.bounds input').value") == "5"
 
 

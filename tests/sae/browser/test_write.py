@@ -15,7 +15,17 @@ from typing import Any
 import pytest
 
 from benchmarks.browser_example import DEAD, example_site
-from sae.browser import Dictionary, Example, Image, Latent, Layout, Map, Score, Site, write_site
+from sae.browser import (
+    Dictionary,
+    Example,
+    Image,
+    Latent,
+    Map,
+    PlaneMap,
+    ShownScore,
+    Site,
+    write_site,
+)
 
 NASTY = "</script>'\"\\\u2028\x00\ud800\u202e<!--`${x}"
 STATEMENT = re.compile(r"MONOSEMA\.put\((\"[^\"]*\"),'([^']*)'\)\n")
@@ -24,12 +34,12 @@ STATEMENT = re.compile(r"MONOSEMA\.put\((\"[^\"]*\"),'([^']*)'\)\n")
 def read(folder: Path, key: str) -> Any:
     """A data file as a browser reads it: a string of JavaScript, then JSON."""
     text = (folder / "data" / f"{key}.js").read_text(encoding="utf-8")
-    found = STATEMENT.fullmatch(text)
-    assert found is not None, key
-    assert json.loads(found[1]) == key
+    result = STATEMENT.fullmatch(text)
+    assert result is not None, key
+    assert json.loads(result[1]) == key
     # Within single quotes only backslashes are escaped, each by another one.
-    assert "\\" not in re.sub(r"\\\\", "", found[2])
-    return json.loads(found[2].replace("\\\\", "\\"))
+    assert "\\" not in re.sub(r"\\\\", "", result[2])
+    return json.loads(result[2].replace("\\\\", "\\"))
 
 
 def numbers(kind: str, text: str) -> list[Any]:
@@ -97,15 +107,15 @@ def test_values_come_back_exactly(tmp_path: Path) -> None:
     )
     latent = Latent(
         66, "scored", 0.25, 8.0, 257, NASTY, "word",
-        scores=(Score("AUC", 0.75, 0.5, 1.0, 0.5, 40), Score("AUC", None, note=NASTY)),
+        scores=(ShownScore("AUC", 0.75, 0.5, 1.0, 0.5, 40), ShownScore("AUC", None, note=NASTY)),
         promoted=((NASTY, 1.5),), suppressed=((" b", None),), examples=examples,
         nearest=((3, 0.5),), cofiring=((5, 0.125, 7),), command="sae steer x",
     )  # fmt: skip
     folder = write_site(one((latent,)), tmp_path / "out").parent
     assert read(folder, "index")["dictionaries"][0]["parts"] == [1]
     assert not (folder / "data" / "d0" / "latents" / "0.js").exists()
-    found = read(folder, "d0/latents/1")
-    strings, known = found["strings"], found["latents"]
+    result = read(folder, "d0/latents/1")
+    strings, known = result["strings"], result["latents"]
     assert [entry is None for entry in known] == [True, True, False] + [True] * 61
     shown = known[2]
     assert shown["label"] == NASTY
@@ -208,10 +218,10 @@ def _example(**changes: Any) -> Example:
         (lambda: _example(image=Image(0, "", (1, 2), 3, 3)), "tokens must be empty"),
         (lambda: Latent(-1, "live", 0.5, 1.0), "number must be at least 0"),
         (lambda: Latent(0, "live", 1.5, 1.0), "density must lie between 0 and 1"),
-        (lambda: Score("AUC", math.nan), "be finite, got nan"),
-        (lambda: Score("AUC", 0.5, 0.75, 0.25), "low must be at most high=0.25"),
+        (lambda: ShownScore("AUC", math.nan), "be finite, got nan"),
+        (lambda: ShownScore("AUC", 0.5, 0.75, 0.25), "low must be at most high=0.25"),
         (
-            lambda: one(map=Map((Layout("PCA", (0.0,), (0.0,)),))),
+            lambda: one(map=Map((PlaneMap("PCA", (0.0,), (0.0,)),))),
             "map must have one value per latent",
         ),
         (lambda: Dictionary("a", "", 5, 7, 2, 2, ()), "add up to d_sae=5"),

@@ -11,13 +11,13 @@ import torch
 
 from activations_cache.config import ModelConfig
 from activations_cache.models import load_model
-from activations_cache.pieces import Pieces
+from activations_cache.tokens import Pieces
 from benchmarks.browser_example import example_site
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import write_site
 from sae.browser.server import BrowserServer
-from sae.cli import browse_command, main
+from sae.cli import latent_commands, main
 from sae.run import browsing
 from sae.run.browse_latents import MAX_TOKENS, PromptReader
 from sae.run.browsing import read_explained
@@ -48,19 +48,19 @@ def run(tiny_model_dir: Path) -> Run:
 @torch.no_grad()
 def test_a_text_gives_the_latents_of_each_token(run: Run) -> None:
     text = "She came home and read the letter."
-    found = PromptReader(run)("topk", text)
+    result = PromptReader(run)("topk", text)
     ids = run.loaded.tokenizer(text)["input_ids"]
-    assert len(found.tokens) == len(found.fires) == len(ids) > 4
-    assert "".join(found.tokens).endswith("letter.")
+    assert len(result.tokens) == len(result.fires) == len(ids) > 4
+    assert "".join(result.tokens).endswith("letter.")
     states = run.loaded.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
     dense = run.dictionaries["topk"].encode_dense(states[2][0])
-    assert found.skipped == 2
-    assert found.fires[:2] == ((), ())
+    assert result.skipped == 2
+    assert result.fires[:2] == ((), ())
     for position in range(2, len(ids)):
         values, latents = dense[position].sort(descending=True)
         n = int((values > 0).sum())
-        assert [latent for latent, _ in found.fires[position]] == latents[:n].tolist()
-        shown = [value for _, value in found.fires[position]]
+        assert [latent for latent, _ in result.fires[position]] == latents[:n].tolist()
+        shown = [value for _, value in result.fires[position]]
         torch.testing.assert_close(torch.tensor(shown), values[:n])
 
 
@@ -79,15 +79,15 @@ def said(latent: int, **more: object) -> str:
 
 
 def test_scores_of_rules_stand_beside_those_of_a_language_model(tmp_path: Path) -> None:
-    text = {"text": "rivers", "client": "lm", "method": "m", "borrowed_from": None}
+    text = {"text": "rivers", "client": "lm", "method": "m"}
     (tmp_path / "explanations.jsonl").write_text(said(3, explanation=text))
     (tmp_path / "rules.jsonl").write_text(said(3, explanation=text) + said(5, explanation=text))
-    found = read_explained(tmp_path)
-    assert [score["scorer"] for score in found[3]["scores"]] == ["detection", "rule: detection"]
-    names = [score["scorer"] for score in found[3]["controls"]["another's label"]]
+    result = read_explained(tmp_path)
+    assert [score["scorer"] for score in result[3]["scores"]] == ["detection", "rule: detection"]
+    names = [score["scorer"] for score in result[3]["controls"]["another's label"]]
     assert names == ["detection", "rule: detection"]
-    assert found[3]["explanation"] == text
-    assert not found[5]["explanation"]  # the rule is the label itself
+    assert result[3]["explanation"] == text
+    assert not result[5]["explanation"]  # the rule is the label itself
     assert read_explained(tmp_path / "nothing") == {}
 
 
@@ -97,7 +97,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def served(folder: Path, port: int = 0, host: str = "127.0.0.1", token: str | None = None) -> None:
-    browse_command._serve(folder, (host, port, token), None)
+    latent_commands._serve(folder, (host, port, token), None)
 
 
 def test_what_is_there_is_served_until_ctrl_c(monkeypatch, capsys, folder: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_taken_port_and_an_open_host_are_refused(folder: Path) -> None:
 def test_the_command_hands_on_what_it_was_asked(monkeypatch, tmp_path: Path) -> None:
     written, served = [], []
     monkeypatch.setattr(browsing, "write_browser", lambda *given, **_: written.append(given[:-1]))
-    monkeypatch.setattr(browse_command, "_serve", lambda *given: served.append(given))
+    monkeypatch.setattr(latent_commands, "_serve", lambda *given: served.append(given))
     (tmp_path / "sae.safetensors").write_bytes(b"")
     options = ["--serve", "--host", "::1", "--port", "0", "--token", "t", "--cache", "c"]
     monkeypatch.setattr(sys, "argv", ["sae", "browse", str(tmp_path), *options, "--out", "o"])

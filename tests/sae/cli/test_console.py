@@ -87,10 +87,10 @@ def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(given, exp
         "import os, sys, sae.cli; assert 'torch' not in sys.modules; "
         "print(os.environ['OMP_WAIT_POLICY'])"
     )
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
-    assert found.stdout.strip() == expected
+    assert result.stdout.strip() == expected
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -113,7 +113,7 @@ def test_each_dictionary_has_its_line_below_the_bar(monkeypatch, terminal):
 
 
 def test_what_the_cache_says_of_its_rows_is_one_line_of_stderr(capsys):
-    log = logging.getLogger("activations_cache.outliers")
+    log = logging.getLogger("activations_cache.summary")
     with console.showing_logs():
         log.info("the largest 0.1 %% of the rows hold %.1f %% [/x]", 1.5)
     log.info("not shown after the command")
@@ -122,15 +122,15 @@ def test_what_the_cache_says_of_its_rows_is_one_line_of_stderr(capsys):
 
 def commands() -> list[tuple[str, ...]]:
     """Every command by its words."""
-    found = []
+    results = []
 
     def walk(command: Any, words: tuple[str, ...]) -> None:
-        found.append(words)
+        results.append(words)
         for name, part in getattr(command, "commands", {}).items():
             walk(part, (*words, name))
 
     walk(typer.main.get_command(main.app), ())
-    return found
+    return results
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

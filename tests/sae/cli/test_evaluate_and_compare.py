@@ -17,9 +17,9 @@ from activations_cache.reader import ActivationCache
 from sae import pretrained
 from sae.baselines import covariance_of, principal_components, random_dictionary
 from sae.cli import main
-from sae.evaluate.report import Point
+from sae.evaluate.report import ParetoPoint
 from sae.run import page
-from sae.run.page import Panel, Series
+from sae.run.page import ParetoPanel, Series
 
 HOOK = "model.layers.1:out"
 
@@ -156,8 +156,10 @@ def test_named_groups_and_no_model(monkeypatch, capsys, trained):
     ("baseline", "scale"), [(0.3, "linear"), (4.0, "log"), (-1.0, "linear"), (math.nan, "linear")]
 )
 def test_far_baselines_do_not_press_the_compared_into_a_line(baseline, scale):
-    points = [Point(l0=30.0, value=0.2), Point(l0=40.0, value=0.15)]
-    panel = Panel("FVU", [Series("a", points, points)], {"b": Point(l0=30.0, value=baseline)})
+    points = [ParetoPoint(l0=30.0, value=0.2), ParetoPoint(l0=40.0, value=0.15)]
+    panel = ParetoPanel(
+        "FVU", [Series("a", points, points)], {"b": ParetoPoint(l0=30.0, value=baseline)}
+    )
     axis = Figure().subplots()
     page.draw(axis, panel, 32.0)
     assert axis.get_yscale() == scale

@@ -60,9 +60,9 @@ def run(tmp_path_factory, tiny_model_dir, tiny_text, tiny_records) -> Path:
 
 
 def test_each_is_measured(run):
-    found = read_json(run / "evaluate" / "report.json").reconstruction
-    assert found.keys() == KINDS.keys()
-    assert all(0 < measured.fvu < 1 and measured.l0 > 0 for measured in found.values())
+    result = read_json(run / "evaluate" / "report.json").reconstruction
+    assert result.keys() == KINDS.keys()
+    assert all(0 < measured.fvu < 1 and measured.l0 > 0 for measured in result.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)

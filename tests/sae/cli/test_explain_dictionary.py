@@ -10,8 +10,7 @@ from sae import pretrained
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.cli import main
-from sae.explain.llm.chat import UnavailableError
-from sae.explain.llm.stand_ins import ConstantClient
+from sae.explain.llm.chat import ConstantClient, UnavailableError
 
 HOOK = "model.layers.1:out"
 

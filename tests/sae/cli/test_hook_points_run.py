@@ -54,10 +54,10 @@ def run(tmp_path_factory, tiny_model_dir, tiny_text) -> Path:
 
 def test_each_is_measured_where_it_reads_and_predicts(run):
     report = read_json(run / "evaluate" / "report.json")
-    found = report.reconstruction
-    assert found.keys() == SAES.keys()
-    assert found["cross"].fvu_per_hook_point.keys() == {OUT, LAST}
-    assert all(0 < share < 1 for share in found["cross"].fvu_per_hook_point.values())
+    result = report.reconstruction
+    assert result.keys() == SAES.keys()
+    assert result["cross"].fvu_per_hook_point.keys() == {OUT, LAST}
+    assert all(0 < share < 1 for share in result["cross"].fvu_per_hook_point.values())
     assert report.spliced("trans") is report.spliced("plain")
     assert report.spliced("cross") is report.substitution[f"intact at {OUT} + {LAST}"]
 
@@ -70,9 +70,9 @@ def test_each_is_labelled(run):
 def test_the_logit_lens_reads_the_last_place(run):
     cross = sae.load(run / "train" / "cross")
     unembed = torch.randn(31, 23, generator=torch.Generator().manual_seed(0))
-    found = promoted_tokens(cross, unembed, None, 3)
+    result = promoted_tokens(cross, unembed, None, 3)
     expected = (cross.directions[:, 23:] @ unembed.T).topk(3).indices
-    assert torch.equal(found.promoted, expected)
+    assert torch.equal(result.promoted, expected)
 
 
 def test_what_was_trained_knows_its_places(run):

@@ -115,18 +115,20 @@ def test_the_chain_ends_with_one_table_and_is_not_done_twice(run, config, capsys
         assert shown in out, shown
     assert "…" not in out  # no heading and no figure is cut off
     note = " ".join(out.split())
-    told = r"topk against topk-frozen: beat null [+-][\d.]+ points \[.*\], it (wins|loses|does not)"
-    assert re.search(told, note)
+    message = (
+        r"topk against topk-frozen: beat null [+-][\d.]+ points \[.*\], it (wins|loses|does not)"
+    )
+    assert re.search(message, note)
 
 
 def test_classes_are_told_and_an_ablation_costs_them(run):
     report = read_json(run / "evaluate" / "report.json")
-    told = report.downstream
-    assert told.n_classes == 3
-    assert told.spliced["as it is"].linear.value > 0.8
-    assert told.spliced["mean"].linear.value < 0.6
-    assert told.spliced["topk"].linear.value > told.spliced["mean"].linear.value
-    assert set(told.intact) == {"as it is", "zero", "mean"}
+    downstream = report.downstream
+    assert downstream.n_classes == 3
+    assert downstream.spliced["as it is"].linear.value > 0.8
+    assert downstream.spliced["mean"].linear.value < 0.6
+    assert downstream.spliced["topk"].linear.value > downstream.spliced["mean"].linear.value
+    assert set(downstream.intact) == {"as it is", "zero", "mean"}
     assert report.reconstruction["topk"].fvu < report.reconstruction["topk-frozen"].fvu
 
 
@@ -217,7 +219,7 @@ def test_a_split_that_nothing_can_be_measured_on_is_refused_before_training(
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("explain.min_firings=7", "explain.min_firings must be absent .* of images, got 7; it is"),
         ("explain.rules.n_latents=7", "explain.rules must be absent where .* of images, got one"),
@@ -225,9 +227,9 @@ def test_a_split_that_nothing_can_be_measured_on_is_refused_before_training(
         ("steer.dictionary=topk", "steer.dictionary must be absent where .*, got 'topk'; it is"),
     ],
 )
-def test_what_is_of_texts_is_refused_for_images(config, override, told, capsys):
+def test_what_is_of_texts_is_refused_for_images(config, override, message, capsys):
     assert sae("run", config, override) == 2
-    assert re.search(told, one_line(capsys))
+    assert re.search(message, one_line(capsys))
 
 
 def test_what_is_of_images_is_refused_for_texts(config, run, tmp_path, capsys):

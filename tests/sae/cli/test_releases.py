@@ -70,9 +70,9 @@ def test_conversion_there_and_back(sae, dictionary, tmp_path, capsys):
 )
 def test_conversions_that_are_refused(sae, dictionary, tmp_path, capsys, arguments, said):
     assert sae("convert", dictionary, tmp_path / "b", *arguments) == 1
-    told = capsys.readouterr().err
-    assert said in told
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
     assert not (tmp_path / "b").exists()
     assert sae("convert", dictionary, dictionary, "--to", "saelens") == 1
     assert "must be empty to be written to" in capsys.readouterr().err
@@ -136,8 +136,8 @@ def cache(sae, tmp_path):
 )
 def test_a_release_is_held_against_its_figures(sae, identity, cache, capsys, published, code, said):
     assert sae("verify-release", identity, cache, *published) == code
-    told = capsys.readouterr()
-    assert said in told.out + told.err
+    captured = capsys.readouterr()
+    assert said in captured.out + captured.err
 
 
 def test_an_export_names_what_the_provenance_has(sae, dictionary, tmp_path):

@@ -118,9 +118,9 @@ def test_a_config_takes_no_options_of_a_dictionary(run):
 
 def test_another_model_or_none_is_refused(run, saved, tmp_path, tiny_model):
     record = json.loads((saved / "provenance.json").read_text())
-    own = tiny_model.identity["model_sha256"]
+    model_sha256 = tiny_model.identity["model_sha256"]
     for name, model, message in (
-        ("other", {**record["model"], "model_sha256": "0" * 64}, f"{'0' * 64}, got {own}"),
+        ("other", {**record["model"], "model_sha256": "0" * 64}, f"{'0' * 64}, got {model_sha256}"),
         ("unknown", {}, "--model must name the model of"),
     ):
         copy = tmp_path / name

@@ -31,12 +31,12 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def places(data: object, keys: tuple = ()) -> list[tuple]:
     """Every place of a tree, the top excepted."""
     pairs = data.items() if isinstance(data, dict) else enumerate(data)
-    found = []
+    results = []
     for key, child in pairs:
-        found.append((*keys, key))
+        results.append((*keys, key))
         if isinstance(child, dict | list):
-            found += places(child, (*keys, key))
-    return found
+            results += places(child, (*keys, key))
+    return results
 
 
 def parent_of(data: object, keys: tuple) -> dict | list:
@@ -50,9 +50,9 @@ def mutated(draw: st.DrawFn, valid: dict) -> dict:
     """A valid tree with one to three values replaced, removed, renamed or added."""
     data = copy.deepcopy(valid)
     for _ in range(draw(st.integers(1, 3))):
-        if not (found := places(data)):
+        if not (result := places(data)):
             break
-        keys = draw(st.sampled_from(found))
+        keys = draw(st.sampled_from(result))
         parent = parent_of(data, keys)
         action = draw(st.sampled_from(["replace", "remove", "rename", "add"]))
         if action == "replace":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from activations_cache.locations import RELEASES
+from activations_cache.checks import RELEASES
 from sae.config import ConfigError, config_file, is_config, load, recipes
 from sae.config.recipes import RECIPES, for_another_model
 from sae.run.config import RunConfig
@@ -83,9 +83,9 @@ def test_the_same_model_keeps_them(overrides, caplog):
 
 
 def test_a_model_of_ones_own_may_move(tmp_path):
-    own = tmp_path / "own.yaml"
-    own.write_text("title: Mine\ncache_path: big\ncache: {model: {path: here, sha256: x}}\n")
-    assert for_another_model(own, ["cache.model.path=there"]) == ["cache.model.path=there"]
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("title: Mine\ncache_path: big\ncache: {model: {path: here, sha256: x}}\n")
+    assert for_another_model(recipe, ["cache.model.path=there"]) == ["cache.model.path=there"]
 
 
 def test_the_releases_are_those_that_make_installs(repository):

@@ -2,11 +2,11 @@ import math
 
 import pytest
 
-from sae.evaluate.report import Point, at_equal_l0, pareto
+from sae.evaluate.report import ParetoPoint, at_equal_l0, pareto
 
 
 def points(*pairs, seed=0):
-    return [Point(l0=float(l0), value=value, seed=seed) for l0, value in pairs]
+    return [ParetoPoint(l0=float(l0), value=value, seed=seed) for l0, value in pairs]
 
 
 def test_near_l0_is_taken_as_it_is_and_far_l0_is_read_between_neighbours():
@@ -23,11 +23,11 @@ def test_every_seed_gives_one_figure():
 
 
 def test_the_front_holds_what_nothing_beats():
-    found = pareto(points((8, 0.5), (32, 0.2), (16, 0.6), (64, 0.2), (4, math.nan)),
+    result = pareto(points((8, 0.5), (32, 0.2), (16, 0.6), (64, 0.2), (4, math.nan)),
                    smaller_is_better=True)  # fmt: skip
-    assert [(p.l0, p.value) for p in found] == [(8, 0.5), (32, 0.2)]
-    found = pareto(points((8, 0.5), (32, 0.2), (16, 0.6)), smaller_is_better=False)
-    assert [(p.l0, p.value) for p in found] == [(8, 0.5), (16, 0.6)]
+    assert [(p.l0, p.value) for p in result] == [(8, 0.5), (32, 0.2)]
+    result = pareto(points((8, 0.5), (32, 0.2), (16, 0.6)), smaller_is_better=False)
+    assert [(p.l0, p.value) for p in result] == [(8, 0.5), (16, 0.6)]
 
 
 def test_a_target_of_nothing_is_refused():

@@ -17,17 +17,17 @@ def test_the_first_value_is_the_figure_itself():
 
 def test_the_interval_has_the_width_of_the_standard_error():
     values = torch.randn(211, generator=torch.Generator().manual_seed(2)).double()
-    found = interval(Resamples(211, 5003, seed=1).mean(values, torch.ones(211).double()))
+    result = interval(Resamples(211, 5003, seed=1).mean(values, torch.ones(211).double()))
     error = float(values.std()) / math.sqrt(211)
-    assert found.value == pytest.approx(float(values.mean()))
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.06)
+    assert result.value == pytest.approx(float(values.mean()))
+    assert result.high - result.low == pytest.approx(2 * 1.96 * error, rel=0.06)
 
 
 def test_contexts_that_agree_leave_no_doubt():
-    found = interval(
+    result = interval(
         Resamples(7, 53, seed=0).mean(torch.full((7,), 4.0).double(), torch.ones(7).double())
     )
-    assert (found.value, found.low, found.high) == (4, 4, 4)
+    assert (result.value, result.low, result.high) == (4, 4, 4)
 
 
 def test_the_same_seed_gives_the_same_resamples():
@@ -38,6 +38,6 @@ def test_the_same_seed_gives_the_same_resamples():
 
 
 def test_undefined_resamples_are_left_out():
-    found = interval(torch.tensor([1.0, math.nan, 2.0, 2.0]).double())
-    assert (found.value, found.low, found.high) == (1, 2, 2)
+    result = interval(torch.tensor([1.0, math.nan, 2.0, 2.0]).double())
+    assert (result.value, result.low, result.high) == (1, 2, 2)
     assert math.isnan(interval(torch.tensor([math.nan, math.nan]).double()).low)

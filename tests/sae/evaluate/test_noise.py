@@ -8,12 +8,12 @@ from sae.statistics import compare, compare_all
 
 
 def test_the_detectable_difference_has_its_closed_form():
-    found = compare("a", [0.1, 0.2, 0.3], "b", [0.5, 0.6, 0.7])
-    assert found.noise == pytest.approx(0.1)
+    result = compare("a", [0.1, 0.2, 0.3], "b", [0.5, 0.6, 0.7])
+    assert result.noise == pytest.approx(0.1)
     t = stats.t.ppf(0.975, 4) + stats.t.ppf(0.8, 4)
-    assert found.detectable == pytest.approx(t * 0.1 * math.sqrt(2 / 3))
-    assert found.difference == pytest.approx(-0.4)
-    assert found.verdict == "a < b"
+    assert result.detectable == pytest.approx(t * 0.1 * math.sqrt(2 / 3))
+    assert result.difference == pytest.approx(-0.4)
+    assert result.verdict == "a < b"
     assert compare("b", [0.5, 0.6, 0.7], "a", [0.1, 0.2, 0.3]).verdict == "b > a"
 
 
@@ -38,15 +38,15 @@ def test_a_difference_of_that_size_is_found_most_of_the_time():
     generator = np.random.default_rng(1)
     t = stats.t.ppf(0.975, 8) + stats.t.ppf(0.8, 8)
     shift = t * math.sqrt(2 / 5)
-    found = [
+    results = [
         stats.ttest_ind(generator.normal(size=5), generator.normal(shift, size=5)).pvalue < 0.05
         for _ in range(500)
     ]
-    assert np.mean(found) == pytest.approx(0.8, abs=0.07)
+    assert np.mean(results) == pytest.approx(0.8, abs=0.07)
 
 
 def test_all_pairs_come_once():
-    found = compare_all({"a": [1.0], "b": [2.0], "c": [3.0]})
-    assert [(c.a, c.b) for c in found] == [("a", "b"), ("a", "c"), ("b", "c")]
+    result = compare_all({"a": [1.0], "b": [2.0], "c": [3.0]})
+    assert [(c.a, c.b) for c in result] == [("a", "b"), ("a", "c"), ("b", "c")]
     with pytest.raises(ValueError, match="both groups must have a value, got 0 and 1"):
         compare("a", [], "b", [1.0])

@@ -26,11 +26,11 @@ def test_known_dictionaries_have_known_figures(cache, hook_point, identity, cons
 
 def test_the_worst_dimensions_are_named(cache, hook_point, random_dictionary):
     rows = cache.rows(("score",))
-    found = measure_reconstruction({"a": random_dictionary}, cache, hook_point, rows)["a"]
+    result = measure_reconstruction({"a": random_dictionary}, cache, hook_point, rows)["a"]
     x = cache[hook_point][rows]
     x_hat = random_dictionary(x)
     of_each = {str(i): fvu(x[:, i : i + 1], x_hat[:, i : i + 1]) for i in range(8)}
-    worst = found.reconstruction.worst_dimensions
+    worst = result.reconstruction.worst_dimensions
     assert list(worst) == sorted(of_each, key=lambda i: -of_each[i])
     assert worst == pytest.approx(of_each, rel=1e-6)
 
@@ -62,9 +62,9 @@ def test_rows_are_read_once_and_chunks_do_not_matter(
     assert len(seen) == -(-len(rows) // chunk)
     assert seen[-1] == (len(rows), len(rows), "rows")
     alone = measure_reconstruction({"a": random_dictionary}, cache, hook_point, rows)
-    found, expected = measured["a"].reconstruction, alone["a"].reconstruction
-    assert found.fvu == pytest.approx(expected.fvu, rel=1e-6)
-    assert found.l0_quantiles == expected.l0_quantiles
+    result, expected = measured["a"].reconstruction, alone["a"].reconstruction
+    assert result.fvu == pytest.approx(expected.fvu, rel=1e-6)
+    assert result.l0_quantiles == expected.l0_quantiles
 
 
 def test_firing_statistics_are_counts_of_the_dense_activations(
@@ -98,11 +98,11 @@ def test_the_summary_sorts_densities_into_decades():
     firing = Firing(7)
     firing.n_rows = 1000
     firing.n_fired = torch.tensor([0, 1, 9, 10, 99, 100, 1000])
-    found = summary(firing)
-    assert found.density_edges == (0.001, 0.01, 0.1, 1.0)
-    assert found.density_histogram == (2, 2, 2)
-    assert (found.n_dead, found.d_sae) == (1, 7)
-    assert found.dead_density_bound == 0.003
+    result = summary(firing)
+    assert result.density_edges == (0.001, 0.01, 0.1, 1.0)
+    assert result.density_histogram == (2, 2, 2)
+    assert (result.n_dead, result.d_sae) == (1, 7)
+    assert result.dead_density_bound == 0.003
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 7, 11])

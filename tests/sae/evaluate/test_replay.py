@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from sae.evaluate.resume_forward import Replay
-from tests.families import own_hooks
+from tests.families import custom_hooks
 
 
 def calls_of(model, action):
@@ -68,7 +68,7 @@ def test_the_model_is_as_before_even_after_an_error(model, tokens, hook_point):
     other = model(tokens.flip(0), use_cache=False).logits
     torch.testing.assert_close(other.flip(0), expected, rtol=1e-4, atol=1e-4)
     assert not any("forward" in vars(module) for module in model.modules())
-    assert not own_hooks(model)
+    assert not custom_hooks(model)
 
 
 class Looped(nn.Module):

@@ -71,13 +71,13 @@ def test_firing_is_counted_in_held_out_and_some_training_rows(
     model, cache, hook_point, random_dictionary
 ):
     every = replace(CONFIG, n_rows_firing=10_000)
-    found = evaluate({"a": random_dictionary}, cache, hook_point, model, every).firing["a"]
+    result = evaluate({"a": random_dictionary}, cache, hook_point, model, every).firing["a"]
     dense = random_dictionary.encode_dense(cache[hook_point][cache.rows()])
-    assert torch.equal(found.n_fired, (dense != 0).sum(0))
+    assert torch.equal(result.n_fired, (dense != 0).sum(0))
     none = replace(CONFIG, n_rows_firing=0)
-    found = evaluate({"a": random_dictionary}, cache, hook_point, model, none).firing["a"]
+    result = evaluate({"a": random_dictionary}, cache, hook_point, model, none).firing["a"]
     dense = random_dictionary.encode_dense(cache[hook_point][cache.rows(("hold",))])
-    assert torch.equal(found.n_fired, (dense != 0).sum(0))
+    assert torch.equal(result.n_fired, (dense != 0).sum(0))
 
 
 def test_the_seed_chooses_the_contexts(cache, hook_point):
@@ -116,9 +116,9 @@ def test_documents_that_share_a_context_are_spliced_one_by_one(cache, hook_point
     segment[:, 5:] = 1
     segmented = replace(cache.examples, segment=segment)
     monkeypatch.setattr(type(cache), "examples", property(lambda _: segmented))
-    found = held_out(cache, hook_point, CONFIG)
-    assert len(found.tokens) == 2 * len(whole.tokens)
-    assert torch.equal(found.tokens[0, :5], whole.tokens[0, :5])
-    assert (found.tokens[0, 5:] == -1).all()
+    result = held_out(cache, hook_point, CONFIG)
+    assert len(result.tokens) == 2 * len(whole.tokens)
+    assert torch.equal(result.tokens[0, :5], whole.tokens[0, :5])
+    assert (result.tokens[0, 5:] == -1).all()
     n = whole.tokens.shape[1] - 5
-    assert torch.equal(found.tokens[1, :n], whole.tokens[0, 5:])
+    assert torch.equal(result.tokens[1, :n], whole.tokens[0, 5:])

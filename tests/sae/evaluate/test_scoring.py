@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from sae.evaluate import logit_comparison
-from sae.evaluate.logit_comparison import Tally, compare
+from sae.evaluate import resume_forward
+from sae.evaluate.resume_forward import LogitTally, compare
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_sums_are_those_of_the_definitions(case):
 def test_chunks_change_nothing(case, monkeypatch):
     base, other, tokens = case
     whole = compare(base, other, tokens, 1)
-    monkeypatch.setattr(logit_comparison, "LOGITS_AT_ONCE", 11 * 3)
+    monkeypatch.setattr(resume_forward, "LOGITS_AT_ONCE", 11 * 3)
     for a, b in zip(whole, compare(base, other, tokens, 1), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
@@ -66,5 +66,5 @@ def test_tallies_are_joined_along_the_contexts(case):
     base, other, tokens = case
     parts = [compare(base[s], other[s], tokens[s], 1) for s in (slice(0, 2), slice(2, 5))]
     whole = compare(base, other, tokens, 1)
-    for a, b in zip(Tally.joined(parts), whole, strict=True):
+    for a, b in zip(LogitTally.joined(parts), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)

@@ -80,10 +80,10 @@ def identity(cache, *points: str) -> SparseAutoencoder:
 
 def test_a_transcoder_is_measured_on_what_it_predicts(cache, model):
     rows = cache.rows(("hold",))
-    found = measure_reconstruction({"t": transcoder(cache, model)}, cache, LATER, rows)["t"]
-    assert found.reconstruction.fvu == pytest.approx(0, abs=1e-9)
-    assert found.reconstruction.fvu_per_hook_point == {}
-    assert found.reconstruction.l0 == 0
+    result = measure_reconstruction({"t": transcoder(cache, model)}, cache, LATER, rows)["t"]
+    assert result.reconstruction.fvu == pytest.approx(0, abs=1e-9)
+    assert result.reconstruction.fvu_per_hook_point == {}
+    assert result.reconstruction.l0 == 0
 
 
 def test_each_hook_point_has_its_own_fvu(cache):
@@ -91,11 +91,11 @@ def test_each_hook_point_has_its_own_fvu(cache):
     width = cache.d_model(LATER)
     with torch.no_grad():
         half.dec_rows[:, :width] *= 0.5
-    found = measure_reconstruction({"c": half}, cache, OUT, rows)["c"].reconstruction
+    result = measure_reconstruction({"c": half}, cache, OUT, rows)["c"].reconstruction
     x = cache[LATER][rows]
-    assert found.fvu_per_hook_point == pytest.approx({LATER: fvu(x, x / 2), OUT: 0.0}, abs=1e-6)
+    assert result.fvu_per_hook_point == pytest.approx({LATER: fvu(x, x / 2), OUT: 0.0}, abs=1e-6)
     both = torch.cat([x, cache[OUT][rows]], dim=1)
-    assert found.fvu == pytest.approx(fvu(both, torch.cat([x / 2, cache[OUT][rows]], dim=1)))
+    assert result.fvu == pytest.approx(fvu(both, torch.cat([x / 2, cache[OUT][rows]], dim=1)))
 
 
 def test_a_transcoder_takes_the_place_of_its_output(cache, model):
@@ -103,9 +103,9 @@ def test_a_transcoder_takes_the_place_of_its_output(cache, model):
     with torch.no_grad():
         blind.skip_rows.zero_()
     context = held_out(cache, LATER, CONFIG)
-    found = measure_substitution({"t": exact, "b": blind}, model, LATER, context, CONFIG)
-    assert found.keys() == {"intact", "spliced"}
-    for of_one in found.values():
+    result = measure_substitution({"t": exact, "b": blind}, model, LATER, context, CONFIG)
+    assert result.keys() == {"intact", "spliced"}
+    for of_one in result.values():
         effects = of_one.dictionaries
         assert effects["t"].kl.value == pytest.approx(0, abs=1e-6)
         assert effects["t"].ce_recovered_zero.value == pytest.approx(1, abs=1e-3)
@@ -119,17 +119,17 @@ def test_a_crosscoder_is_spliced_at_all_its_hook_points_and_others_at_theirs(cac
         blind.dec_rows.zero_()
     plain = identity(cache, LATER)
     of = {"c": exact, "b": blind, "p": plain}
-    found = measure_substitution(of, model, LATER, held_out(cache, LATER, CONFIG), CONFIG)
+    result = measure_substitution(of, model, LATER, held_out(cache, LATER, CONFIG), CONFIG)
     place = f" at {OUT} + {LATER}"
-    assert found.keys() == {"intact", "spliced", f"intact{place}", f"spliced{place}"}
-    assert found["intact"].dictionaries.keys() == {"p"}
+    assert result.keys() == {"intact", "spliced", f"intact{place}", f"spliced{place}"}
+    assert result["intact"].dictionaries.keys() == {"p"}
     for name in ("intact", f"intact{place}"):
-        for effect in (e for n, e in found[name].dictionaries.items() if n != "b"):
+        for effect in (e for n, e in result[name].dictionaries.items() if n != "b"):
             assert effect.kl.value == pytest.approx(0, abs=1e-6)
-    both = found[f"intact{place}"]
+    both = result[f"intact{place}"]
     assert both.dictionaries["b"] == both.zero
     # what flows on from the later place does not see the earlier one
-    assert both.mean.ce == found["intact"].mean.ce
+    assert both.mean.ce == result["intact"].mean.ce
 
 
 def test_the_mean_of_each_place_is_its_own(cache, model):
@@ -139,8 +139,8 @@ def test_the_mean_of_each_place_is_its_own(cache, model):
         made.dec_rows.zero_()
         made.b_dec.copy_(torch.cat([cache[OUT].mean, cache[LATER].mean]))
     context = held_out(cache, LATER, CONFIG)
-    [found, _] = measure_substitution({"m": made}, model, LATER, context, CONFIG).values()
-    assert found.dictionaries["m"].ce.value == pytest.approx(found.mean.ce.value, rel=1e-6)
+    [result, _] = measure_substitution({"m": made}, model, LATER, context, CONFIG).values()
+    assert result.dictionaries["m"].ce.value == pytest.approx(result.mean.ce.value, rel=1e-6)
 
 
 def test_a_hook_point_that_the_cache_has_not_costs_one_line(cache):

@@ -78,5 +78,5 @@ def test_activations_that_are_not_finite_are_refused():
 
 
 def test_concatenated_ranges():
-    found = concatenated_ranges(np.array([5, 40, 2]), np.array([2, 0, 3]))
-    assert found.tolist() == [5, 6, 2, 3, 4]
+    result = concatenated_ranges(np.array([5, 40, 2]), np.array([2, 0, 3]))
+    assert result.tolist() == [5, 6, 2, 3, 4]

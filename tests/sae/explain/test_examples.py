@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from activations_cache.pieces import table_of
+from activations_cache.tokens import table_of
 from sae.explain.config import ExplainConfig
-from sae.explain.examples import ContextFinder, Part, activity
+from sae.explain.examples import ContextFinder, SplitFirings, activity
 from sae.explain.text_at_rows import TextReader
 
 N_POS = 11
@@ -32,17 +32,19 @@ def parts(fake_cache, codes_of):
         source=torch.tensor([0, 1, 0, 1, 0, 1, 0]),
     )
     reader = TextReader(cache, STRINGS)
-    found = []
+    results = []
     for name in ("explain", "score"):
         text = reader.read(name).text
-        found.append(Part(name, codes_of(acts.numpy()[text.example, text.position]), text))
-    return cache, found
+        results.append(
+            SplitFirings(name, codes_of(acts.numpy()[text.example, text.position]), text)
+        )
+    return cache, results
 
 
 def _finder(parts, **settings: int) -> ContextFinder:
-    cache, found = parts
+    cache, result = parts
     pieces = table_of(cache.examples.tokens.numpy(), STRINGS)
-    return ContextFinder(found, cache.examples, pieces, ExplainConfig(**settings))
+    return ContextFinder(result, cache.examples, pieces, ExplainConfig(**settings))
 
 
 def test_contexts_come_from_different_examples_by_peak(parts):
@@ -86,8 +88,8 @@ def test_silent_latent_has_no_context(parts):
 
 
 def test_activity_counts_both_splits(parts):
-    _, found = parts
-    counted = activity(found, 9)
+    _, result = parts
+    counted = activity(result, 9)
     n_rows = 6 * (N_POS - 1) + 3
     assert counted.n_fired.tolist() == [7, 10, 0]
     np.testing.assert_allclose(counted.density, np.array([7, 10, 0]) / n_rows, rtol=1e-6)

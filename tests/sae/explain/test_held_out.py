@@ -34,8 +34,8 @@ def graded(words: np.ndarray, made: np.random.Generator) -> np.ndarray:
     weak = made.random(acts.shape) < 0.2
     acts[weak] = made.uniform(0.1, 0.5, weak.sum())
     for latent in range(5):
-        own = words == latent
-        acts[own, latent] = made.uniform(0.6, 1.0, own.sum())
+        has_word = words == latent
+        acts[has_word, latent] = made.uniform(0.6, 1.0, has_word.sum())
     return acts
 
 
@@ -51,7 +51,7 @@ def test_scores_and_p_values_are_those_of_a_plain_count(split):
     settings = config(null_permutations=7)
     labels = make_labels(made_from, text, settings)
     wanted = np.ones(7, bool)
-    found = held_out(labels, made_from, codes, unseen, wanted, settings)
+    result = held_out(labels, made_from, codes, unseen, wanted, settings)
     bars = strong_from(made_from)
     for latent in range(7):
         rows, acts = codes.of(latent)
@@ -60,22 +60,22 @@ def test_scores_and_p_values_are_those_of_a_plain_count(split):
         listed = labels.rules.value[latent]
         weights = dict(zip(listed.tolist(), labels.rules.weight[latent].tolist(), strict=True))
         values = unseen.values["word"]
-        assert found.auc_strong[latent] == pytest.approx(brute(values, weights, strong, silent))
+        assert result.auc_strong[latent] == pytest.approx(brute(values, weights, strong, silent))
         observed = brute(values, weights, rows, silent)
         orders = [
             permuted_rows(unseen.example, np.random.default_rng([0, number])) for number in range(7)
         ]
         null = [brute(values[order], weights, rows, silent) for order in orders]
         expected = (1 + sum(value >= observed - 1e-12 for value in null)) / 8
-        assert found.p_value[latent] == pytest.approx(expected)
-        assert found.n_strong[latent] == len(strong)
+        assert result.p_value[latent] == pytest.approx(expected)
+        assert result.n_strong[latent] == len(strong)
         step = np.ceil(acts / acts.max() * 5).clip(1, 5).astype(int) - 1
         has_word = np.isin(values[rows], listed[listed >= 0])
         for number in range(5):
             inside = step == number
-            assert found.curve_n[latent, number] == inside.sum()
+            assert result.curve_n[latent, number] == inside.sum()
             if inside.any():
-                assert found.curve[latent, number] == pytest.approx(has_word[inside].mean())
+                assert result.curve[latent, number] == pytest.approx(has_word[inside].mean())
 
 
 def test_strong_firings_show_what_weak_ones_hide(split):
@@ -83,15 +83,15 @@ def test_strong_firings_show_what_weak_ones_hide(split):
     codes, unseen = split(graded, 3)
     labels = make_labels(made_from, text, config())
     wanted = np.ones(7, bool)
-    found = held_out(labels, made_from, codes, unseen, wanted, config())
+    result = held_out(labels, made_from, codes, unseen, wanted, config())
     auc = score_rules(labels.rules, labels.kinds, codes, unseen, wanted).auc
     assert (auc[:5] < 0.65).all()  # four of five firings are weak and anywhere
-    assert (found.auc_strong[:5] > 0.95).all()
-    assert (found.curve[:5, 4] == 1.0).all()
-    assert (found.curve[:5, 0] < found.base[:5] + 0.1).all()
-    assert found.beats(0.01)[:5].all()
-    assert found.beats(0.01, strong=True)[:5].all()
-    assert not found.beats(0.01)[5:].any()
+    assert (result.auc_strong[:5] > 0.95).all()
+    assert (result.curve[:5, 4] == 1.0).all()
+    assert (result.curve[:5, 0] < result.base[:5] + 0.1).all()
+    assert result.beats(0.01)[:5].all()
+    assert result.beats(0.01, strong=True)[:5].all()
+    assert not result.beats(0.01)[5:].any()
 
 
 def test_labels_that_say_nothing_beat_their_null_as_often_as_the_level(split):
@@ -106,10 +106,10 @@ def test_labels_that_say_nothing_beat_their_null_as_often_as_the_level(split):
     codes, unseen = split(noise, 5)
     labels = make_labels(made_from, text, config(permutations=2))
     wanted = np.ones(n_latents, bool)
-    found = held_out(labels, made_from, codes, unseen, wanted, config())
-    assert found.beats(0.01).mean() <= 0.03
-    assert 0.05 < found.beats(0.1).mean() < 0.15
-    assert found.p_value.min() >= 0.01
+    result = held_out(labels, made_from, codes, unseen, wanted, config())
+    assert result.beats(0.01).mean() <= 0.03
+    assert 0.05 < result.beats(0.1).mean() < 0.15
+    assert result.p_value.min() >= 0.01
 
 
 def test_latents_without_a_score_beat_nothing(split):
@@ -117,21 +117,21 @@ def test_latents_without_a_score_beat_nothing(split):
     codes, unseen = split(graded, 7)
     labels = make_labels(made_from, text, config())
     wanted = np.arange(7) < 3
-    found = held_out(labels, made_from, codes, unseen, wanted, config(null_permutations=1))
-    assert np.isnan(found.p_value[3:]).all()
-    assert np.isnan(found.auc_strong[3:]).all()
-    assert found.beats(1.0).tolist() == [True] * 3 + [False] * 4
+    result = held_out(labels, made_from, codes, unseen, wanted, config(null_permutations=1))
+    assert np.isnan(result.p_value[3:]).all()
+    assert np.isnan(result.auc_strong[3:]).all()
+    assert result.beats(1.0).tolist() == [True] * 3 + [False] * 4
 
 
 def test_too_few_strong_firings_have_no_score(split):
     made_from, text = split(graded, 8)
     codes, unseen = split(lambda words, made: graded(words, made) * 0.55, 9)
     labels = make_labels(made_from, text, config())
-    found = held_out(labels, made_from, codes, unseen, np.ones(7, bool), config())
-    few = found.n_strong < LEAST_STRONG
+    result = held_out(labels, made_from, codes, unseen, np.ones(7, bool), config())
+    few = result.n_strong < LEAST_STRONG
     assert few[:5].all()
-    assert np.isnan(found.auc_strong[few]).all()
-    assert not found.beats(1.0, strong=True)[few].any()
+    assert np.isnan(result.auc_strong[few]).all()
+    assert not result.beats(1.0, strong=True)[few].any()
 
 
 def test_a_tenth_of_the_firings_are_strong(split):

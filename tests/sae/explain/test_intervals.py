@@ -11,8 +11,8 @@ from sae.statistics import Interval, auc, correlation, weighted_sum, wilson
 @pytest.mark.parametrize(("right", "n"), [(0, 7), (3, 7), (7, 7), (50, 101)])
 def test_wilson_is_scipys(right, n):
     expected = stats.binomtest(right, n).proportion_ci(method="wilson")
-    found = wilson(right, n)
-    assert found == pytest.approx((right / n, expected.low, expected.high), abs=1e-6)
+    result = wilson(right, n)
+    assert result == pytest.approx((right / n, expected.low, expected.high), abs=1e-6)
 
 
 def test_no_trials_are_refused():
@@ -31,10 +31,10 @@ def test_auc_is_scikit_learns_and_its_interval_covers():
     n_inside = 0
     for _ in range(200):
         positive, negative = made.normal(1.0, 1, 23), made.normal(0, 1, 31)
-        found = auc(positive, negative)
+        result = auc(positive, negative)
         truth = [1] * 23 + [0] * 31
-        assert found.value == pytest.approx(roc_auc_score(truth, np.r_[positive, negative]))
-        n_inside += found.low <= stats.norm.cdf(1 / np.sqrt(2)) <= found.high
+        assert result.value == pytest.approx(roc_auc_score(truth, np.r_[positive, negative]))
+        n_inside += result.low <= stats.norm.cdf(1 / np.sqrt(2)) <= result.high
     assert 182 <= n_inside <= 199
     assert auc(np.ones(5), np.ones(7)).value == 0.5
     perfect = auc(np.ones(5), np.zeros(7))
@@ -69,6 +69,6 @@ def test_shuffled_predictions_cover_zero():
     inside = 0
     for trial in range(100):
         real, guess = made.exponential(size=(2, 29, 7)).tolist()
-        found = correlation(guess, real, seed=trial)
-        inside += found.low <= 0 <= found.high
+        result = correlation(guess, real, seed=trial)
+        inside += result.low <= 0 <= result.high
     assert 88 <= inside <= 100

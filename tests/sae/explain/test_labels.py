@@ -115,8 +115,8 @@ def _frequent_around_the_top(codes, text, names, latent: int) -> set[str]:
     return {names[word] for word, _ in counts.most_common(3)}
 
 
-def _recall(found: list[set[str]], wanted: list[set[str]]) -> float:
-    return float(np.mean([len(a & b) / len(b) for a, b in zip(found, wanted, strict=True)]))
+def _recall(results: list[set[str]], wanted: list[set[str]]) -> float:
+    return float(np.mean([len(a & b) / len(b) for a, b in zip(results, wanted, strict=True)]))
 
 
 def test_words_that_chance_could_give_are_not_listed(prose, codes_of):
@@ -234,8 +234,8 @@ def test_a_latent_of_two_words_in_a_row_gets_their_pair_and_its_rule(
     acts[:, 1:, 0] = ((tokens[:, :-1] == 3) & (tokens[:, 1:] == 5)).float()
     cache = fake_cache(tokens, acts, torch.arange(211) % 2, torch.zeros(211, dtype=torch.int64))
     config = ExplainConfig(kinds=("word", "previous word", "word pair"), n_baseline=0)
-    found = explain(identity_dictionary(1), cache, "model.layers.3:out", strings, config, None)
-    assert found.labels.text(0, found.names) == 'words: "wd wf"'
-    assert found.scores.auc[0] > 0.99
-    rule = rule_of(found.labels, 0, found.names)
+    result = explain(identity_dictionary(1), cache, "model.layers.3:out", strings, config, None)
+    assert result.labels.text(0, result.names) == 'words: "wd wf"'
+    assert result.scores.auc[0] > 0.99
+    rule = rule_of(result.labels, 0, result.names)
     assert rule([" wd", " wf", " wf", " wd", " wa", " wf"]) == [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]

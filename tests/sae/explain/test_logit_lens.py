@@ -33,20 +33,20 @@ def test_ends_of_the_logits(dictionary, unembed, cells: int, with_norm: bool, mo
     monkeypatch.setattr(module, "_CELLS", cells)
     weight = torch.linspace(0.5, 2.0, D_MODEL) if with_norm else None
     done = []
-    found = promoted_tokens(
+    result = promoted_tokens(
         dictionary, unembed, weight, k=5, progress=lambda d, t, unit: done.append((d, t))
     )
-    assert found.with_final_norm is with_norm
+    assert result.with_final_norm is with_norm
     for latent in range(D_SAE):
         direction = dictionary.direction(latent) * (1 if weight is None else weight)
         logits = unembed @ direction
         order = logits.argsort(descending=True)
-        assert found.promoted[latent].tolist() == order[:5].tolist()
-        assert found.suppressed[latent].tolist() == order.flip(0)[:5].tolist()
-        torch.testing.assert_close(found.promoted_logits[latent], logits[order[:5]])
-        torch.testing.assert_close(found.suppressed_logits[latent], logits[order.flip(0)[:5]])
+        assert result.promoted[latent].tolist() == order[:5].tolist()
+        assert result.suppressed[latent].tolist() == order.flip(0)[:5].tolist()
+        torch.testing.assert_close(result.promoted_logits[latent], logits[order[:5]])
+        torch.testing.assert_close(result.suppressed_logits[latent], logits[order.flip(0)[:5]])
     assert done[-1] == (D_SAE, D_SAE)
-    assert not found.promoted_logits.requires_grad
+    assert not result.promoted_logits.requires_grad
 
 
 def test_latent_that_points_at_a_token_promotes_it(unembed):

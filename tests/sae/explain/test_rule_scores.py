@@ -19,10 +19,10 @@ def scored(planted, identity_dictionary, tmp_path_factory):
     dictionary = identity_dictionary(planted.cache.acts.shape[2])
     subject = Subject(dictionary, planted.cache, HOOK, planted.strings)
     config = ExplainConfig(n_baseline=0, null_permutations=1)
-    found = explain(dictionary, planted.cache, HOOK, planted.strings, config, None)
+    result = explain(dictionary, planted.cache, HOOK, planted.strings, config, None)
     windows = WindowConfig(tokens=13, n_top=4, pool=101, n_negatives=4, per_bucket=2)
     rules = RuleConfig(windows=windows, min_windows=4)
-    return score_rules_of(subject, found.labels, found.names, rules, out), out, subject, rules
+    return score_rules_of(subject, result.labels, result.names, rules, out), out, subject, rules
 
 
 def test_planted_words_are_detected_and_controls_are_not(planted, scored):

@@ -62,7 +62,7 @@ def test_auc_and_its_error_equal_brute_force(small):
         (1, {0: 0.2, 1: 0.4}),
         (0, {5: 0.3}),
     )
-    found = score_rules(rules, KINDS, codes, text, np.array([True] * 4 + [False]))
+    result = score_rules(rules, KINDS, codes, text, np.array([True] * 4 + [False]))
     for latent in range(4):
         values = text.values[KINDS[rules.kind[latent]]]
         score = np.zeros(text.n_rows)
@@ -70,11 +70,11 @@ def test_auc_and_its_error_equal_brute_force(small):
             if value >= 0:
                 score[values == value] = weight
         fired = fires[:, latent]
-        assert found.auc[latent] == pytest.approx(_pairwise(score, fired), abs=1e-12)
+        assert result.auc[latent] == pytest.approx(_pairwise(score, fired), abs=1e-12)
         variance = _obuchowski(score, fired, text.example)
-        assert found.error[latent] ** 2 == pytest.approx(variance, rel=1e-9)
-        assert found.low[latent] < found.auc[latent] < found.high[latent]
-    assert np.isnan([array[4] for array in found]).all()
+        assert result.error[latent] ** 2 == pytest.approx(variance, rel=1e-9)
+        assert result.low[latent] < result.auc[latent] < result.high[latent]
+    assert np.isnan([array[4] for array in result]).all()
 
 
 def test_levels_rank_the_scores_and_share_ties():
@@ -85,12 +85,12 @@ def test_levels_rank_the_scores_and_share_ties():
 def test_rule_that_is_always_right_scores_one_with_an_honest_lower_end(small, codes_of):
     text, _, _ = small
     fires = (text.values["word"] == 2)[:, None]
-    found = score_rules(_rules((0, {2: 0.5})), KINDS, codes_of(fires), text, np.array([True]))
+    result = score_rules(_rules((0, {2: 0.5})), KINDS, codes_of(fires), text, np.array([True]))
     n_clusters = len(np.unique(text.example[fires[:, 0]]))
-    assert (found.auc[0], found.high[0], found.error[0]) == (1.0, 1.0, 0.0)
+    assert (result.auc[0], result.high[0], result.error[0]) == (1.0, 1.0, 0.0)
     # Wilson's lower end for as many successes in as many examples, on the scale from 0.5 to 1.
     z2 = float(stats.t.ppf(0.975, n_clusters - 1)) ** 2
-    assert found.low[0] == pytest.approx(0.5 + 0.5 * n_clusters / (n_clusters + z2), abs=0.02)
+    assert result.low[0] == pytest.approx(0.5 + 0.5 * n_clusters / (n_clusters + z2), abs=0.02)
 
 
 def test_interval_ends_where_the_rule_can_score_no_more(small, codes_of):
@@ -99,26 +99,26 @@ def test_interval_ends_where_the_rule_can_score_no_more(small, codes_of):
     listed = text.values["source"] == 1
     fires = np.repeat((listed & (np.arange(listed.size) % 3 == 0))[:, None], 2, axis=1)
     rules = _rules((1, {1: 0.5}), (0, {2: 0.5, 3: 0.4, 4: 0.3}))  # the other has more words
-    found = score_rules(rules, KINDS, codes_of(fires), text, np.array([True, False]))
-    assert 0.5 < found.low[0] < found.auc[0] < 0.9
-    assert found.high[0] == pytest.approx(found.auc[0])
+    result = score_rules(rules, KINDS, codes_of(fires), text, np.array([True, False]))
+    assert 0.5 < result.low[0] < result.auc[0] < 0.9
+    assert result.high[0] == pytest.approx(result.auc[0])
 
 
 def test_rule_whose_words_never_come_up_is_undecided(small, codes_of):
     text, codes, _ = small
-    found = score_rules(
+    result = score_rules(
         _rules(*[(0, {50 + i: 0.5}) for i in range(5)]), KINDS, codes, text, np.ones(5, bool)
     )
-    np.testing.assert_allclose(found.auc, 0.5)
-    assert (found.low <= 0.5).all()
-    assert (found.high > 0.55).all()
+    np.testing.assert_allclose(result.auc, 0.5)
+    assert (result.low <= 0.5).all()
+    assert (result.high > 0.55).all()
 
 
 def test_rule_that_points_the_wrong_way_scores_below_half(small, codes_of):
     text, _, _ = small
     fires = (text.values["word"] != 2)[:, None]
-    found = score_rules(_rules((0, {2: 0.5})), KINDS, codes_of(fires), text, np.array([True]))
-    assert found.high[0] < 0.5
+    result = score_rules(_rules((0, {2: 0.5})), KINDS, codes_of(fires), text, np.array([True]))
+    assert result.high[0] < 0.5
 
 
 @pytest.mark.parametrize("spread", [0.02, 1.5])
@@ -134,23 +134,23 @@ def test_interval_covers_half_for_latents_that_know_nothing(text_of, codes_of, b
         for _ in range(n_latents)
     ])
     codes = codes_of(fires)
-    found = score_rules(rules, KINDS, codes, text_of(*shape, word=values), codes.n_fired >= 20)
-    scored = np.isfinite(found.auc)
-    covered = ((found.low <= 0.5) & (found.high >= 0.5))[scored]
+    result = score_rules(rules, KINDS, codes, text_of(*shape, word=values), codes.n_fired >= 20)
+    scored = np.isfinite(result.auc)
+    covered = ((result.low <= 0.5) & (result.high >= 0.5))[scored]
     naive = (
-        np.abs(found.auc - 0.5)[scored] <= 1.96 * _error_of_independent_rows(found, codes)[scored]
+        np.abs(result.auc - 0.5)[scored] <= 1.96 * _error_of_independent_rows(result, codes)[scored]
     )
     assert scored.sum() > 400
     assert 0.93 <= covered.mean() <= 0.995
     if spread > 1:
         assert naive.mean() < covered.mean() - 0.05
-    width = (found.high - found.low)[scored]
-    assert np.median(width) < 6 * np.median(found.error[scored])
+    width = (result.high - result.low)[scored]
+    assert np.median(width) < 6 * np.median(result.error[scored])
 
 
-def _error_of_independent_rows(found, codes) -> np.ndarray:
+def _error_of_independent_rows(result, codes) -> np.ndarray:
     """Hanley and McNeil's, which takes all rows as independent."""
-    auc, m = found.auc, codes.n_fired
+    auc, m = result.auc, codes.n_fired
     n = codes.n_rows - m
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (m - 1) * (q1 - auc**2) + (n - 1) * (q2 - auc**2)
@@ -171,9 +171,9 @@ def test_interval_covers_the_truth_for_latents_that_know_something(text_of, code
             made.random((has.size, n_latents // 12)) < 0.02,
         )
         rules = _rules(*[(0, {1: 0.3})] * fires.shape[1])
-        found = score_rules(rules, KINDS, codes_of(fires), text, np.ones(fires.shape[1], bool))
-        aucs.append(found.auc)
-        ends.append((found.low, found.high))
+        result = score_rules(rules, KINDS, codes_of(fires), text, np.ones(fires.shape[1], bool))
+        aucs.append(result.auc)
+        ends.append((result.low, result.high))
     truth = np.concatenate(aucs).mean()
     assert 0.6 < truth < 0.8
     covered = [((low <= truth) & (truth <= high)) for low, high in ends]
@@ -213,11 +213,11 @@ def test_derangement_of_one_is_refused():
 
 def test_bootstrap_interval_is_that_of_a_mean():
     values = np.random.default_rng(0).normal(0.7, 0.1, 997)
-    found = bootstrap_mean(values, np.random.default_rng(1))
+    result = bootstrap_mean(values, np.random.default_rng(1))
     error = 1.96 * 0.1 / np.sqrt(997)
-    assert found.mean == pytest.approx(values.mean())
-    assert found.mean - found.low == pytest.approx(error, rel=0.15)
-    assert found.high - found.mean == pytest.approx(error, rel=0.15)
+    assert result.mean == pytest.approx(values.mean())
+    assert result.mean - result.low == pytest.approx(error, rel=0.15)
+    assert result.high - result.mean == pytest.approx(error, rel=0.15)
 
 
 def test_bootstrap_of_one_or_none_has_no_interval():

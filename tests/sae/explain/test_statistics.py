@@ -40,9 +40,9 @@ def test_mutual_information_equals_its_definition():
         for joint in range(max(0, fired + present - n), min(fired, present) + 1)
     ]
     joint, fired, present = (np.array(column) for column in zip(*tables, strict=True))
-    found = mutual_information(joint, fired, present, n)
+    result = mutual_information(joint, fired, present, n)
     expected = [_by_definition(*table, n) for table in tables]
-    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_allclose(result, expected, atol=1e-12)
 
 
 def test_information_of_a_copy_is_its_entropy_and_of_an_opposite_is_negative():
@@ -69,8 +69,8 @@ def test_rule_information_equals_the_entropy_of_the_joint_table():
     joint, present, fired, n = [5, 2, 0], [6, 9, 0], 11, 53
     cells = [5, 2, 4, 1, 7, 53 - 15 - 4]  # firing by word and other, silent by word and other
     expected = _entropy_of([fired, n - fired]) + _entropy_of([6, 9, 38]) - _entropy_of(cells)
-    found = rule_information(np.array([joint]), np.array([present]), np.array([fired]), n)
-    assert found[0] == pytest.approx(expected, abs=1e-12)
+    result = rule_information(np.array([joint]), np.array([present]), np.array([fired]), n)
+    assert result[0] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("cells", [1, 50, 1 << 18])
@@ -84,7 +84,7 @@ def test_top_words_equal_brute_force(cells: int, codes_of, monkeypatch):
     fires = made.random((n, d_sae)) < 0.05
     fires[:, 7] = values == 11
     fires[:, 8] = False
-    found = top_words(codes_of(fires), values, 5, 3)
+    result = top_words(codes_of(fires), values, 5, 3)
     for latent in range(d_sae):
         expected = []
         for word in range(n_words):
@@ -94,29 +94,29 @@ def test_top_words_equal_brute_force(cells: int, codes_of, monkeypatch):
             if nats > 0 and joint >= 2:
                 expected.append((-nats, word, joint, int(has.sum())))
         expected = sorted((round(nats, 12), *rest) for nats, *rest in expected)[:5]
-        listed = found.value[latent] >= 0
-        assert found.value[latent][listed].tolist() == [word for _, word, _, _ in expected]
-        assert found.joint[latent][listed].tolist() == [joint for *_, joint, _ in expected]
-        assert found.present[latent][listed].tolist() == [count for *_, count in expected]
+        listed = result.value[latent] >= 0
+        assert result.value[latent][listed].tolist() == [word for _, word, _, _ in expected]
+        assert result.joint[latent][listed].tolist() == [joint for *_, joint, _ in expected]
+        assert result.present[latent][listed].tolist() == [count for *_, count in expected]
         np.testing.assert_allclose(
-            found.information[latent][listed], [-nats for nats, *_ in expected], atol=1e-11
+            result.information[latent][listed], [-nats for nats, *_ in expected], atol=1e-11
         )
-        assert not found.joint[latent][~listed].any()
-    assert found.value[7, 0] == 11
-    assert (found.value[8] == -1).all()
+        assert not result.joint[latent][~listed].any()
+    assert result.value[7, 0] == 11
+    assert (result.value[8] == -1).all()
 
 
 def test_equal_words_come_in_the_order_of_their_index(codes_of):
     values = np.repeat(np.array([4, 2, 9, -1], np.int32), 10)
     fires = np.zeros((40, 2), bool)
     fires[:30, 0] = True
-    found = top_words(codes_of(fires), values, 3, 1)
-    assert found.value[0].tolist() == [2, 4, 9]
+    result = top_words(codes_of(fires), values, 3, 1)
+    assert result.value[0].tolist() == [2, 4, 9]
 
 
 def test_no_value_at_all_gives_no_word(codes_of):
-    found = top_words(codes_of(np.ones((7, 2), bool)), np.full(7, -1, np.int32), 3, 1)
-    assert (found.value == -1).all()
+    result = top_words(codes_of(np.ones((7, 2), bool)), np.full(7, -1, np.int32), 3, 1)
+    assert (result.value == -1).all()
 
 
 def test_permuted_rows_keep_examples_whole_and_in_cyclic_order():
@@ -178,5 +178,5 @@ def test_word_met_once_with_the_latent_is_not_listed(codes_of):
     fires = np.zeros((101, 2), bool)
     fires[9:12, 0] = True  # once on the word
     fires[8:12, 1] = True  # twice
-    found = top_words(codes_of(fires), values, 3, 5)
-    assert found.value[:, 0].tolist() == [-1, 1]
+    result = top_words(codes_of(fires), values, 3, 5)
+    assert result.value[:, 0].tolist() == [-1, 1]

@@ -12,8 +12,14 @@ from sae.baselines import baseline_dictionary
 from sae.explain.autointerp import label_with_llm
 from sae.explain.config import AutointerpConfig, LLMConfig, WindowConfig
 from sae.explain.judges import OracleClient, WordRule
-from sae.explain.llm.chat import ReplayMissError, UnavailableError, UnfinishedError
-from sae.explain.llm.stand_ins import ConstantClient, RandomClient, ScriptedClient
+from sae.explain.llm.chat import (
+    ConstantClient,
+    RandomClient,
+    ReplayMissError,
+    ScriptedClient,
+    UnavailableError,
+    UnfinishedError,
+)
 from sae.explain.subject import Subject
 
 HOOK = "model.layers.3:out"
@@ -82,18 +88,20 @@ def test_the_oracle_of_one_topic_scores_high_on_that_latent_alone(subject, plant
     rule = WordRule(dict.fromkeys(planted.words[0], 1.0))
     config = dataclasses.replace(CONFIG, latents=(0, 1, 2), n_controls=0)
     label_with_llm(subject, config, tmp_path, OracleClient(rule, "words of topic 0"))
-    own, *others = [record["scores"][0] for record in lines(tmp_path)]
-    assert own["value"] > 0.65  # the latent misses its words now and then, and fires beside them
-    assert max(other["value"] for other in others) < own["value"] - 0.1
-    assert own["floor"] == 0.5
+    label_score, *others = [record["scores"][0] for record in lines(tmp_path)]
+    assert (
+        label_score["value"] > 0.65
+    )  # the latent misses its words now and then, and fires beside them
+    assert max(other["value"] for other in others) < label_score["value"] - 0.1
+    assert label_score["floor"] == 0.5
 
 
 def test_baselines_are_explained_beside_the_latents(subject, tmp_path):
     config = dataclasses.replace(CONFIG, n_baseline=3, n_controls=0)
     summary = label_with_llm(subject, config, tmp_path, ConstantClient(1))
     assert set(summary["baselines"]) == {"random directions", "raw neurons"}
-    for found in summary["baselines"].values():
-        assert found["n_done"] + found["n_insufficient"] == 3
+    for result in summary["baselines"].values():
+        assert result["n_done"] + result["n_insufficient"] == 3
     assert summary["scores"]["detection"]["mean"] == 0.5
 
 
@@ -146,18 +154,18 @@ def test_neuronpedias_files(subject, tmp_path):
     config = dataclasses.replace(CONFIG, neuronpedia_model="smollm2", neuronpedia_layer="15-res")
     promoted = [([f"up{i}"], [f"down{i}"]) for i in range(20)]
     label_with_llm(subject, config, tmp_path, ConstantClient(1), promoted=promoted)
-    found = {}
+    results = {}
     for name in ("explanations", "features", "activations"):
         path = tmp_path / "neuronpedia" / "smollm2" / "15-res" / name / "batch-0.jsonl.gz"
         rows = gzip.decompress(path.read_bytes()).decode().splitlines()
-        found[name] = [json.loads(row) for row in rows]
-    assert found["explanations"][0] == {
+        results[name] = [json.loads(row) for row in rows]
+    assert results["explanations"][0] == {
         "modelId": "smollm2", "layer": "15-res", "index": "0", "description": "something",
         "typeName": "explain-levels/1", "explanationModelName": "something",
     }  # fmt: skip
-    assert [f["index"] for f in found["features"]] == ["0", "3", "17", "18", "19"]
-    assert found["features"][1]["pos_str"] == ["up3"]
-    for window in found["activations"]:
+    assert [f["index"] for f in results["features"]] == ["0", "3", "17", "18", "19"]
+    assert results["features"][1]["pos_str"] == ["up3"]
+    for window in results["activations"]:
         assert len(window["tokens"]) == len(window["values"])
         assert window["values"][window["maxValueTokenIndex"]] == window["maxValue"]
 

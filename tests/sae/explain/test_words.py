@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from activations_cache.pieces import PieceTable, table_of
+from activations_cache.tokens import PieceTable, table_of
 from sae.explain.text_at_rows import TextReader, join_words, word_begins, words_with_blanks
 
 STRINGS = (
@@ -13,30 +13,30 @@ STRINGS = (
 
 
 def _words(rows: list[list[int]]) -> list[list[tuple[str, str | None]]]:
-    found = join_words(table_of(np.array(rows), STRINGS))
+    result = join_words(table_of(np.array(rows), STRINGS))
     return [
         [
-            (found.names[word], found.names[before] if before >= 0 else None)
+            (result.names[word], result.names[before] if before >= 0 else None)
             for word, before in zip(words, befores, strict=True)
         ]
-        for words, befores in zip(found.word.tolist(), found.previous.tolist(), strict=True)
+        for words, befores in zip(result.word.tolist(), result.previous.tolist(), strict=True)
     ]
 
 
 def test_letters_are_joined_over_tokens_and_lower_cased():
-    (found,) = _words([[0, 1, 11, 2, 3]])
-    assert found == [
+    (result,) = _words([[0, 1, 11, 2, 3]])
+    assert result == [
         ("handsomeé", None), ("handsomeé", None), ("handsomeé", None), (",", "handsomeé"),
         ("clever", ","),
     ]  # fmt: skip
 
 
 def test_space_punctuation_and_line_ends_part_words():
-    (found,) = _words([[5, 6, 7, 8, 9, 10, 4, 12, 13]])
-    assert [word for word, _ in found] == [
+    (result,) = _words([[5, 6, 7, 8, 9, 10, 4, 12, 13]])
+    assert [word for word, _ in result] == [
         "1996", "1996", "\n", "don't", "don't", "--", "hand", " ", "x",
     ]  # fmt: skip
-    assert [before for _, before in found] == [
+    assert [before for _, before in result] == [
         None, None, "1996", "\n", "\n", "don't", "--", "hand", " ",
     ]  # fmt: skip
 
@@ -45,11 +45,11 @@ def test_half_a_character_belongs_to_the_word_in_which_it_ends():
     pieces = [" ca", "", "fé", "", "猫", ".", ""]
     assert word_begins(pieces) == [True, False, False, True, False, True, True]
     table = PieceTable(np.array([[0, 1, 2, 1, 3, 4, 1]]), (" ca", "", "fé", "猫", "."))
-    found = join_words(table)
-    assert [found.names[i] if i >= 0 else None for i in found.word[0]] == [
+    result = join_words(table)
+    assert [result.names[i] if i >= 0 else None for i in result.word[0]] == [
         "café", "café", "café", "猫", "猫", ".", None,
     ]  # fmt: skip
-    assert found.pairs()[1] == ()
+    assert result.pairs()[1] == ()
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_words_do_not_cross_examples():
 
 def test_pairs_that_come_twice_are_known_and_stay_inside_examples():
     rows = np.array([[3, 0, 1, 2, 3], [2, 3, 0, 2, 0], [0, 1, 2, 3, 7]])
-    found = join_words(table_of(rows, STRINGS))
-    pair, names = found.pairs()
+    result = join_words(table_of(rows, STRINGS))
+    pair, names = result.pairs()
     assert set(names) == {"handsome ,", ", clever"}  # once: "clever handsome", ", hand", ...
     shown = [[names[i] if i >= 0 else "" for i in row] for row in pair.tolist()]
     assert shown == [
@@ -94,8 +94,8 @@ def test_pairs_that_come_twice_are_known_and_stay_inside_examples():
 
 
 def test_case_and_leading_space_do_not_make_another_word():
-    found = join_words(table_of(np.array([[0, 2, 4]]), STRINGS))
-    assert found.word[0, 0] == found.word[0, 2]
+    result = join_words(table_of(np.array([[0, 2, 4]]), STRINGS))
+    assert result.word[0, 0] == result.word[0, 2]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import save_file
 
 from sae.autoencoder import SparseAutoencoder
-from sae.pretrained import hub, pickled, pickled_child
+from sae.pretrained import foreign, hub, pickled_child
 
 TOLERANCE = 1e-6
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -120,7 +120,7 @@ def pickles_here(monkeypatch):
         source = io.BytesIO(path.read_bytes()[start:])
         target.write_bytes(pickled_child.convert(source, path.stat().st_size))
 
-    monkeypatch.setattr(pickled, "convert", convert)
+    monkeypatch.setattr(foreign, "convert", convert)
 
 
 class Canary:

@@ -139,7 +139,7 @@ def test_a_search_finds_by_model_layer_and_width():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         (GEMMA, f"one of the 58 of {GEMMA}, got none; type for example {GEMMA}:layer_0/"),
         (f"{GEMMA}:layer_20/width_16k/cannonical", f"type for example {GEMMA}:{ID}"),
@@ -150,10 +150,10 @@ def test_a_search_finds_by_model_layer_and_width():
         ("one", "or RELEASE:ID"),
     ],
 )
-def test_a_near_miss_is_one_line_with_what_to_type(name, told):
+def test_a_near_miss_is_one_line_with_what_to_type(name, message):
     with pytest.raises((DictionaryFormatError, FileNotFoundError)) as error:
         sae.load(name)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -256,21 +256,21 @@ def refused(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "message"),
     [
         (GatedRepoError, "log in by `hf auth login`"),
         (RevisionNotFoundError, f"got {COMMIT}, which is not there or has moved"),
         (RepositoryNotFoundError, "which is not there or is private"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line_with_what_to_type(monkeypatch, kind, told):
+def test_what_the_hub_refuses_is_one_line_with_what_to_type(monkeypatch, kind, message):
     def refuse(repo, revision, allow_patterns):
         raise refused(kind)
 
     monkeypatch.setattr(hub, "snapshot_download", refuse)
     with pytest.raises(DictionaryFormatError) as error:
         sae.load(f"{GEMMA}:{ID}@{COMMIT}")
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "google/gemma-scope-2b-pt-res" in str(error.value)
     assert "\n" not in str(error.value)
 

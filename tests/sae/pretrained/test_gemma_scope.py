@@ -6,7 +6,7 @@ import pytest
 
 import sae
 from sae.architecture import JumpReLU
-from sae.pretrained import DictionaryFormatError, load_with_source, npz
+from sae.pretrained import DictionaryFormatError, foreign, load_with_source
 
 D, F, D_OUT = 7, 23, 11
 CONFIG = {
@@ -167,7 +167,7 @@ def test_sizes_are_held_against_the_file(tmp_path):
     huge = small.replace(b"(5,), }      ", b"(5000000,), }")
     assert len(huge) == len(small)
     by_column = archive(tmp_path, [("x.npy", npy(np.asfortranarray([[1.0, 2, 3], [4, 5, 6]])))])
-    assert npz.read(by_column / "params.npz")["x"].tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert foreign.read_npz(by_column / "params.npz")["x"].tolist() == [[1, 2, 3], [4, 5, 6]]
     for data in (small[:-4], small + b"more", npy(np.zeros(6, np.float32))[:140], huge):
         with pytest.raises(DictionaryFormatError, match=r"must hold .* numbers|plain npy header"):
             sae.load(archive(tmp_path, [("w_enc.npy", data)]))

@@ -22,7 +22,7 @@ import sae_kernels
 
 D, F = 7, 23
 SPARSIFY = {"d_in": D, "k": 3, "num_latents": F}
-OWN = {
+OURS = {
     "format": "monosema", "format_version": 1, "d_in": D, "d_sae": F, "d_out": None,
     "activation": {"kind": "relu"}, "b_in": "b_dec", "input_scale": 1.0,
 }  # fmt: skip
@@ -129,16 +129,16 @@ CHANGES = {
     "escapes in a value": {"activation": "\x1b[2J\nx" * 999},
 }
 CONFIGS |= {n: json.dumps(SPARSIFY | c).encode() for n, c in CHANGES.items()}
-OWN_CONFIGS = {
-    "another version": OWN | {"format_version": 99},
-    "d_sae of 2^40": OWN | {"d_sae": 1 << 40},
-    "scale of 0": OWN | {"input_scale": 0},
-    "scale of 1e300": OWN | {"input_scale": 1e300},
-    "kind of a path": OWN | {"activation": {"kind": "../../x"}},
-    "kind of a list": OWN | {"activation": {"kind": ["relu"]}},
-    "no kind": OWN | {"activation": {}},
-    "slices of text": OWN | {"inputs": "x"},
-    "slices of 10^5": OWN | {"inputs": [{"hook_point": "", "width": 1, "scale": 1.0}] * 10**4},
+OUR_CONFIGS = {
+    "another version": OURS | {"format_version": 99},
+    "d_sae of 2^40": OURS | {"d_sae": 1 << 40},
+    "scale of 0": OURS | {"input_scale": 0},
+    "scale of 1e300": OURS | {"input_scale": 1e300},
+    "kind of a path": OURS | {"activation": {"kind": "../../x"}},
+    "kind of a list": OURS | {"activation": {"kind": ["relu"]}},
+    "no kind": OURS | {"activation": {}},
+    "slices of text": OURS | {"inputs": "x"},
+    "slices of 10^5": OURS | {"inputs": [{"hook_point": "", "width": 1, "scale": 1.0}] * 10**4},
 }
 
 
@@ -204,7 +204,7 @@ def results(tmp_path_factory, malice):
     for name, data in CONFIGS.items():
         folder = put(root / f"config {len(cases)}", cfg_DOT_json=data, sae_DOT_safetensors=GOOD)
         cases[f"config: {name}"] = (folder, None)
-    for name, record in OWN_CONFIGS.items():
+    for name, record in OUR_CONFIGS.items():
         folder = put(root / f"own {len(cases)}", config_DOT_json=record, sae_DOT_safetensors=GOOD)
         cases[f"own config: {name}"] = (folder, None)
     for name, data in malice.archives(canary).items():
@@ -256,17 +256,19 @@ def test_there_are_many_and_a_good_file_still_loads(results):
 
 
 def test_all_are_refused(results, figure):
-    kinds = {name: found["kind"] for name, found in results.items() if name != "good"}
+    kinds = {name: result["kind"] for name, result in results.items() if name != "good"}
     wrong = {name: k for name, k in kinds.items() if k != "DictionaryFormatError"}
     assert not wrong
     figure("S2", f"{len(kinds)} hostile files: {len(kinds)} refused in one line, 0 ran code")
 
 
 def test_each_in_one_short_line_without_control_characters(results):
-    said = {name: found["said"] for name, found in results.items() if name != "good"}
+    said = {name: result["said"] for name, result in results.items() if name != "good"}
     assert all(text.isprintable() and 20 < len(text) <= 1010 for text in said.values()), said
 
 
 def test_each_within_a_second(results):
-    slow = {name: found["seconds"] for name, found in results.items() if found["seconds"] > SECONDS}
+    slow = {
+        name: result["seconds"] for name, result in results.items() if result["seconds"] > SECONDS
+    }
     assert not slow

@@ -84,8 +84,8 @@ def test_square_weights(tmp_path, make, peer, kind):
     encoder, decoder = MATRICES[kind]
     vectors = make(**dict.fromkeys(VECTORS[kind], D))
     given = make(**{encoder[0]: (D, D), decoder[0]: (D, D)}) | vectors
-    found = sae.load(put(peer, tmp_path, kind, given), allow_pt=True)
-    for rows, (name, are_latents) in ((found.enc_rows, encoder), (found.dec_rows, decoder)):
+    result = sae.load(put(peer, tmp_path, kind, given), allow_pt=True)
+    for rows, (name, are_latents) in ((result.enc_rows, encoder), (result.dec_rows, decoder)):
         stored = given[name] if are_latents else given[name].T
         assert np.allclose(rows.detach().numpy(), stored, rtol=1e-6)
         assert not np.allclose(rows.detach().numpy(), stored.T, rtol=1e-2)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sae
-from sae.pretrained import DictionaryFormatError, pickled, pickled_child
+from sae.pretrained import DictionaryFormatError, foreign, pickled_child
 
 
 class Canary:
@@ -31,11 +31,11 @@ def test_the_confined_process_reads_what_it_may(tmp_path, make):
     content["half"] = torch.tensor([1.5], dtype=torch.bfloat16)
     content["turned"] = content["W_enc"].T
     torch.save({"ae": content, "k": 3, "name": "x", "none": None, "list": [1]}, tmp_path / "a.pt")
-    found = pickled.read(tmp_path / "a.pt")
-    assert found.values == {"k": 3, "name": "x", "none": None, "list": "<list>"}
-    assert found.tensors.keys() == {"ae.W_enc", "ae.b", "ae.half", "ae.turned"}
-    assert np.array_equal(found.tensors["ae.turned"].numpy(), given["W_enc"].T)
-    assert found.tensors["ae.half"].dtype == torch.bfloat16
+    result = foreign.read(tmp_path / "a.pt")
+    assert result.values == {"k": 3, "name": "x", "none": None, "list": "<list>"}
+    assert result.tensors.keys() == {"ae.W_enc", "ae.b", "ae.half", "ae.turned"}
+    assert np.array_equal(result.tensors["ae.turned"].numpy(), given["W_enc"].T)
+    assert result.tensors["ae.half"].dtype == torch.bfloat16
 
 
 def test_a_pickle_that_would_run_code_is_refused_in_one_line(tmp_path):
@@ -203,4 +203,4 @@ def test_what_conversion_refuses(tmp_path, content, message):
 
 def test_a_process_that_does_not_end_is_stopped(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"")
-    assert pickled.convert(tmp_path / "a.pt", tmp_path / "b", 0.01) == "no end within 0 s"
+    assert foreign.convert(tmp_path / "a.pt", tmp_path / "b", 0.01) == "no end within 0 s"

@@ -69,10 +69,10 @@ def test_a_skip_that_does_not_say_transcode_has_two_readings(tmp_path, make, pee
     given, x = arrays(make, skip=True), rows(D)
     path = put(peer, tmp_path, given, skip_connection=True)
     agree(sae.load(path, format="sparsify"), x, *reference(peer, given, x))
-    found = load_readings(path).dictionaries
-    assert list(found) == ["centred by b_dec", "not centred"]
-    agree(found["centred by b_dec"], x, *reference(peer, given, x))
-    agree(found["not centred"], x, *reference(peer, given, x, transcode=True))
+    result = load_readings(path).dictionaries
+    assert list(result) == ["centred by b_dec", "not centred"]
+    agree(result["centred by b_dec"], x, *reference(peer, given, x))
+    agree(result["not centred"], x, *reference(peer, given, x, transcode=True))
     put(peer, tmp_path, given, skip_connection=True, transcode=True)
     assert list(load_readings(path).dictionaries) == ["as loaded"]
 

@@ -7,7 +7,7 @@ from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained import DictionaryFormatError, verify
 from sae.pretrained.loading import load_readings
-from sae.pretrained.verify import Measured, Published
+from sae.pretrained.verify import Published, ReadingFigures
 
 D, ACTIVE, THETA = 24, 6, 0.5
 
@@ -51,9 +51,9 @@ def measured(release):
 
 
 def test_both_gates_are_measured(release):
-    found = measured(release)
-    assert list(found) == ["gate by decoder norms", "gate by h alone"]
-    both, alone = found.values()
+    result = measured(release)
+    assert list(result) == ["gate by decoder norms", "gate by h alone"]
+    both, alone = result.values()
     assert (both.l0, alone.l0) == (ACTIVE / 2, ACTIVE)
     assert alone.fvu < 1e-9
     assert 1e-4 < both.fvu < 0.1
@@ -86,8 +86,8 @@ def test_other_formats_have_one_reading(tmp_path):
     ],
 )
 def test_the_bounds(l0, fvu, permuted, answer):
-    found = Measured("x", l0, fvu, permuted, 7)
-    assert verify.meets(found, Published(l0=50.0, fvu=0.2)) is answer
+    result = ReadingFigures("x", l0, fvu, permuted, 7)
+    assert verify.meets(result, Published(l0=50.0, fvu=0.2)) is answer
 
 
 def test_figures_are_given_or_stated():

@@ -81,9 +81,9 @@ def test_sparsify(tmp_path, x, form):
     theirs = fill(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(k=K, num_latents=F, **form)))
     theirs.save_to_disk(tmp_path)
     with torch.no_grad():
-        found = theirs.encode(x)
-        acts = torch.zeros(len(x), F).scatter_(1, found.top_indices, found.top_acts)
-        y = theirs.decode(found.top_acts, found.top_indices)
+        result = theirs.encode(x)
+        acts = torch.zeros(len(x), F).scatter_(1, result.top_indices, result.top_acts)
+        y = theirs.decode(result.top_acts, result.top_indices)
         agrees(tmp_path, x, acts, y if theirs.W_skip is None else y + x @ theirs.W_skip.mT)
 
 
@@ -100,8 +100,8 @@ def test_sparsify(tmp_path, x, form):
     ],
 )
 def test_dictionary_learning(tmp_path, x, module, kind, arguments):
-    found = pytest.importorskip(f"dictionary_learning.{module}")
-    theirs = fill(getattr(found, kind)(D, F, *arguments))
+    result = pytest.importorskip(f"dictionary_learning.{module}")
+    theirs = fill(getattr(result, kind)(D, F, *arguments))
     if arguments:
         theirs.threshold.fill_(0.9)
     torch.save(theirs.state_dict(), tmp_path / "ae.pt")
@@ -138,8 +138,8 @@ def test_what_we_write_is_read_by_sparsify(tmp_path, x):
     export(made, tmp_path, "sparsify")
     theirs = pytest.importorskip("sparsify").SparseCoder.load_from_disk(tmp_path)
     with torch.no_grad():
-        found = theirs.encode(x)
-        y = theirs.decode(found.top_acts, found.top_indices)
+        result = theirs.encode(x)
+        y = theirs.decode(result.top_acts, result.top_indices)
         assert differs(made.double()(x.double()), y) < 1e-6
 
 

@@ -32,22 +32,22 @@ def test_planted_groups_are_laid_out_and_named() -> None:
     made = torch.Generator().manual_seed(1)
     centres = torch.randn(4, 64, generator=made).repeat_interleave(25, 0)
     rows = centres + 0.3 * torch.randn(100, 64, generator=made)
-    found = map_of(rows, records(100, dead=(7, 30)), silent)
-    assert [layout.name for layout in found.layouts] == ["t-SNE", "PCA"]
-    for layout in found.layouts:
+    result = map_of(rows, records(100, dead=(7, 30)), silent)
+    assert [layout.name for layout in result.layouts] == ["t-SNE", "PCA"]
+    for layout in result.layouts:
         assert [i for i, x in enumerate(layout.x) if math.isnan(x)] == [7, 30]
         assert "100% of the latents have a neighbour" in layout.note
         assert "No neighbourhoods" not in layout.note
-    assert {found.clusters[group].split(",")[0] for group in found.cluster if group >= 0} == {
+    assert {result.clusters[group].split(",")[0] for group in result.cluster if group >= 0} == {
         "w0", "w1", "w2", "w3"
     }  # fmt: skip
-    assert [i for i, group in enumerate(found.cluster) if group < 0] == [7, 30]
+    assert [i for i, group in enumerate(result.cluster) if group < 0] == [7, 30]
 
 
 @pytest.mark.parametrize("seed", [0, 1])  # 0: what a dictionary of torch's seed 0 starts from
 def test_random_directions_get_no_groups_and_say_so(seed: int) -> None:
     rows = torch.randn(600, 64, generator=torch.Generator().manual_seed(seed))
-    found = map_of(rows, records(600), silent)
-    assert (found.clusters, found.cluster) == ((), ())
-    assert all("No neighbourhoods" in layout.note for layout in found.layouts)
-    assert all(math.isfinite(x) for layout in found.layouts for x in layout.x)
+    result = map_of(rows, records(600), silent)
+    assert (result.clusters, result.cluster) == ((), ())
+    assert all("No neighbourhoods" in layout.note for layout in result.layouts)
+    assert all(math.isfinite(x) for layout in result.layouts for x in layout.x)

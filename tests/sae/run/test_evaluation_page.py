@@ -10,7 +10,7 @@ from sae.browser import ResultTable
 from sae.evaluate.reconstruction import Reconstruction
 from sae.evaluate.report import EvaluationReport
 from sae.run.page import write_page
-from sae.run.seeds import noise_table, shortest, stability_table
+from sae.run.studies import noise_table, shortest, stability_table
 from sae.run.tables import Section
 
 
@@ -21,11 +21,11 @@ def rebuilt(fvu: float, l0: float) -> Reconstruction:
     )  # fmt: skip
 
 
-def report_of(**found: tuple[float, float]) -> EvaluationReport:
+def report_of(**results: tuple[float, float]) -> EvaluationReport:
     """A report of dictionaries with these FVUs and L0s."""
     return EvaluationReport(
         hook_point="a:out", cache_fingerprint="", skip_positions=0, firing={}, substitution={},
-        config={}, reconstruction={name: rebuilt(*figures) for name, figures in found.items()},
+        config={}, reconstruction={name: rebuilt(*figures) for name, figures in results.items()},
     )  # fmt: skip
 
 
@@ -70,10 +70,10 @@ def test_the_description_is_as_short_as_its_loss_allows():
         dictionary.dec_rows.copy_(torch.eye(5))
     on = torch.randint(5, (997,), generator=generator)
     binary = torch.nn.functional.one_hot(on, 5).float()
-    found = shortest(dictionary, binary)
-    assert found.step == 0.5  # half the largest: 0 and 1 stay apart
-    assert found.fvu == pytest.approx(0, abs=1e-9)
-    assert found.bits == pytest.approx(5 * 0.7219, abs=0.05)  # five times H(1/5)
+    result = shortest(dictionary, binary)
+    assert result.step == 0.5  # half the largest: 0 and 1 stay apart
+    assert result.fvu == pytest.approx(0, abs=1e-9)
+    assert result.bits == pytest.approx(5 * 0.7219, abs=0.05)  # five times H(1/5)
     graded = binary * torch.rand(997, 1, generator=generator)
-    assert shortest(dictionary, graded).bits > found.bits
+    assert shortest(dictionary, graded).bits > result.bits
     assert shortest(dictionary, -binary).bits == 0.0  # nothing fires

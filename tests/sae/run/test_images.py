@@ -38,13 +38,13 @@ def labels(share: float | None, auc: float | None, strongest: float | None, nois
 
 def test_differences_are_the_dictionarys_less_the_baselines():
     better, worse = labels(0.5, 0.7, 0.3), labels(0.25, 0.6, 0.1)
-    found, turned = rival_of(better, worse), rival_of(worse, better)
-    for one, other, value in zip(found, turned, (0.25, 0.1, 0.2), strict=True):
+    result, turned = rival_of(better, worse), rival_of(worse, better)
+    for one, other, value in zip(result, turned, (0.25, 0.1, 0.2), strict=True):
         assert one.value == pytest.approx(value)
         assert other.value == pytest.approx(-value)
         assert (verdict(one), verdict(other)) == ("wins", "loses")
     # Newcombe's: independent intervals of .02 each
-    assert found.share.high - found.share.value == pytest.approx(0.02 * math.sqrt(2))
+    assert result.share.high - result.share.value == pytest.approx(0.02 * math.sqrt(2))
 
 
 def test_noise_that_both_share_cancels():
@@ -57,8 +57,8 @@ def test_noise_that_both_share_cancels():
 
 
 def test_what_was_not_measured_is_not_judged():
-    found = rival_of(labels(None, None, None), labels(0.5, 0.7, 0.3))
-    assert [verdict(one) for one in found] == ["cannot be judged"] * 3
+    result = rival_of(labels(None, None, None), labels(0.5, 0.7, 0.3))
+    assert [verdict(one) for one in result] == ["cannot be judged"] * 3
 
 
 def test_the_baseline_is_the_one_of_the_same_name():

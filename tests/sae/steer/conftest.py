@@ -95,10 +95,12 @@ class Grammar:
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
         weights = torch.tensor([8.0, 5, 3, 2, 1])
-        own = torch.zeros(4, 20)
+        embedding = torch.zeros(4, 20)
         for topic in range(4):
-            own[topic, 5 * topic : 5 * topic + 5] = weights[torch.randperm(5, generator=generator)]
-        planted = own / own.sum(dim=1, keepdim=True)
+            embedding[topic, 5 * topic : 5 * topic + 5] = weights[
+                torch.randperm(5, generator=generator)
+            ]
+        planted = embedding / embedding.sum(dim=1, keepdim=True)
         self.planted = torch.cat([planted, planted.mean(dim=0, keepdim=True)])
         self.nouns = torch.arange(8, 28)
         self.tokenizer = self._tokenizer()

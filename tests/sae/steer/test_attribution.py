@@ -11,10 +11,10 @@ from sae.steer.attribution import (
     ablation_effects,
     agreement,
     attribute,
+    direct_logits,
     integrated_gradients,
     logit_difference,
 )
-from sae.steer.directions import direct_logits
 from tests.families import make
 
 IDS = torch.randint(1, 37, (1, 7), generator=torch.Generator().manual_seed(2))
@@ -28,15 +28,15 @@ def before_the_head(dictionary):
 
 
 def test_on_a_linear_model_attribution_is_the_ablation_effect(model, before_the_head):
-    found = attribute(model, before_the_head, IDS, METRIC)
-    fires = (found.latents.values[-1] != 0).nonzero().flatten()
-    entries = [(6, int(found.latents.indices[6, j])) for j in fires]
+    result = attribute(model, before_the_head, IDS, METRIC)
+    fires = (result.latents.values[-1] != 0).nonzero().flatten()
+    entries = [(6, int(result.latents.indices[6, j])) for j in fires]
     effects = ablation_effects(model, before_the_head, IDS, METRIC, entries, at_once=2)
-    torch.testing.assert_close(found.scores[6, fires], effects, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.scores[6, fires], effects, rtol=1e-4, atol=1e-5)
     assert effects.abs().max() > 0.05
-    assert not found.scores[:6].any()  # the metric reads the last position alone
-    assert found.metric == pytest.approx(float(METRIC(model(IDS).logits)))
-    position, latent, score = found.top(1)[0]
+    assert not result.scores[:6].any()  # the metric reads the last position alone
+    assert result.metric == pytest.approx(float(METRIC(model(IDS).logits)))
+    position, latent, score = result.top(1)[0]
     best = int(effects.abs().argmax())
     assert (position, latent) == entries[best]
     assert score == pytest.approx(float(effects[best]), rel=1e-4)
@@ -51,10 +51,10 @@ def test_integrated_gradients_of_a_linear_model_are_complete(model, before_the_h
 
 
 def test_ablation_takes_the_direction_out_at_one_position(model, placed, hook_point):
-    found = attribute(model, placed, IDS, METRIC)
-    latent = int(found.latents.indices[4, -1])
+    result = attribute(model, placed, IDS, METRIC)
+    latent = int(result.latents.indices[4, -1])
     (effect,) = ablation_effects(model, placed, IDS, METRIC, [(4, latent)])
-    f, direction = found.latents.values[4, -1], placed.direction(latent)
+    f, direction = result.latents.values[4, -1], placed.direction(latent)
 
     def without(module, args, output):
         output = output.clone()
@@ -70,17 +70,17 @@ def test_ablation_takes_the_direction_out_at_one_position(model, placed, hook_po
 
 def test_direct_logits_pass_the_frozen_norm_and_the_head_alone(model, dictionary):
     placed = dictionary.at("model.layers.3:out")
-    found = direct_logits(model, placed, IDS, 5, 11)
+    result = direct_logits(model, placed, IDS, 5, 11)
     with capture(model, ["model.layers.3:out"]) as run:
         h = run(IDS)["model.layers.3:out"][0]
     readout = model.lm_head.weight[5] - model.lm_head.weight[11]
     rms = h.square().mean(1).sqrt()
     for position, place in ((6, 0), (3, 2)):
-        latent = int(found.latents.indices[position, place])
+        latent = int(result.latents.indices[position, place])
         direction = dictionary.direction(latent) * model.model.norm.weight
-        expected = found.latents.values[position, place] * direction @ readout / rms[position]
-        torch.testing.assert_close(found.scores[position, place], expected, rtol=1e-3, atol=1e-5)
-    assert found.metric == pytest.approx(float(METRIC(model(IDS).logits)), rel=1e-4)
+        expected = result.latents.values[position, place] * direction @ readout / rms[position]
+        torch.testing.assert_close(result.scores[position, place], expected, rtol=1e-3, atol=1e-5)
+    assert result.metric == pytest.approx(float(METRIC(model(IDS).logits)), rel=1e-4)
 
 
 def test_direct_logits_need_a_language_model(vit_model, dictionary):
@@ -104,13 +104,13 @@ def test_direct_logits_of_another_family_are_parts_of_its_own_logits(family):
         rows = torch.cat([torch.eye(24), -torch.eye(24)])
         dictionary.enc_rows.copy_(rows)
         dictionary.dec_rows.copy_(rows)  # relu(x) - relu(-x) = x
-    found = direct_logits(model, dictionary.requires_grad_(False).at(record.last), ids, 5, 11)
-    own = model(input_ids=ids).logits[0]
-    assert found.metric == pytest.approx(float(own[-1, 5] - own[-1, 11]), rel=1e-4)
+    result = direct_logits(model, dictionary.requires_grad_(False).at(record.last), ids, 5, 11)
+    logits = model(input_ids=ids).logits[0]
+    assert result.metric == pytest.approx(float(logits[-1, 5] - logits[-1, 11]), rel=1e-4)
     zero = model.get_submodule(record.logits.norm)(torch.zeros_like(h[:1]))
     bias = model.get_output_embeddings()(zero)[0] * record.logits.scale
-    expected = own[:, 5] - own[:, 11] - (bias[5] - bias[11])
-    assert torch.allclose(found.scores.sum(dim=1), expected, atol=1e-3)
+    expected = logits[:, 5] - logits[:, 11] - (bias[5] - bias[11])
+    assert torch.allclose(result.scores.sum(dim=1), expected, atol=1e-3)
 
 
 def test_direct_logits_through_a_soft_cap_are_refused(dictionary):

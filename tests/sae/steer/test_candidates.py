@@ -9,7 +9,7 @@ def candidate(latent, **fields):
 
 
 def test_only_fit_candidates_are_kept():
-    found = fit_candidates([
+    result = fit_candidates([
         candidate(1, auc=0.71),
         candidate(2, auc=0.69),
         candidate(3, density=0.5),
@@ -17,7 +17,7 @@ def test_only_fit_candidates_are_kept():
         candidate(5, targets=(1, 2)),
         candidate(6),
     ])  # fmt: skip
-    assert [c.latent for c in found] == [1, 6]
+    assert [c.latent for c in result] == [1, 6]
 
 
 def test_nothing_fit_is_said():

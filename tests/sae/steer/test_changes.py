@@ -8,12 +8,12 @@ import torch
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.pretrained.origin import require_model
-from sae.steer.directions import mean_difference, random_direction, stream_of
+from sae.steer.attribution import mean_difference, random_direction, stream_of
 from sae.steer.edits import Edit, Patch, Push, Splice
 from sae.steer.generation import generate
 from sae.steer.positions import Patches
 from sae.steer.steering import Steering
-from tests.families import own_hooks
+from tests.families import custom_hooks
 
 IDS = torch.randint(1, 37, (3, 7), generator=torch.Generator().manual_seed(2))
 
@@ -25,10 +25,10 @@ def test_patching_from_the_same_prompt_changes_nothing_and_from_another_does(mod
         assert torch.equal(model(IDS[:1]).logits, base)
     other = Patch(hook_point, stream_of(model, hook_point, IDS[1:2])[0])
     with Steering(model, [other], positions="last") as steering:
-        found = model(IDS[:1]).logits
+        result = model(IDS[:1]).logits
     assert steering.n_tokens == 1
-    assert torch.equal(found[:, :-1], base[:, :-1])
-    assert not torch.equal(found[:, -1], base[:, -1])
+    assert torch.equal(result[:, :-1], base[:, :-1])
+    assert not torch.equal(result[:, -1], base[:, -1])
 
 
 def test_vectors_without_a_dictionary(model, tokenizer, hook_point):
@@ -63,8 +63,8 @@ def test_a_vision_model_is_steered_on_its_class_token_or_on_its_patches(vit_mode
     positions = "class" if policy == "class" else Patches(n_prefix=1)
     base = stream_of(vit_model, f"{block}:out", pixels)
     with Steering(vit_model, [Edit(placed, latent=5, clamp=9.0)], positions=positions) as steering:
-        found = stream_of(vit_model, f"{block}:out", pixels)
-    where = (found != base).any(-1)
+        result = stream_of(vit_model, f"{block}:out", pixels)
+    where = (result != base).any(-1)
     expected = torch.arange(10) == 0 if policy == "class" else torch.arange(10) > 0
     assert torch.equal(where, expected.expand(2, 10))
     assert steering.n_tokens == 2 * int(expected.sum())
@@ -129,7 +129,7 @@ def test_wrong_places_are_refused(model, placed, stats, dictionary, hook_point):
         Steering(model, [edit]),
     ):
         model(IDS)
-    assert not own_hooks(model)
+    assert not custom_hooks(model)
 
 
 def test_wrong_requests_are_refused(model, placed):

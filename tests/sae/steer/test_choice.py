@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from sae.steer.choice import Candidate, Subject, Trial, _rank, choose_latent
+from sae.steer.choice import Candidate, SteerSubject, Trial, _rank, choose_latent
 from sae.steer.config import SteerConfig
 from sae.steer.edits import Edit
 from sae.steer.generation import generate
@@ -21,7 +21,7 @@ def candidate(latent, **fields):
 
 @pytest.fixture
 def subject(model, tokenizer, placed):
-    return Subject(model, tokenizer, placed)
+    return SteerSubject(model, tokenizer, placed)
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from sae.steer.edits import Edit
-from sae.steer.effects import divergence, measure_effect, repeated_share, share_of
-from sae.steer.generation import generate
+from sae.steer.generation import divergence, generate, measure_effect, repeated_share, share_of
 from sae.steer.steering import Steering
 
 

@@ -9,12 +9,12 @@ from tests.families import make
 
 
 def test_the_text_is_the_most_likely_token_each_time(model, tokenizer):
-    found = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=11)
-    assert found.prompt_tokens == (4, 8, 10)
-    assert len(set(found.tokens)) > 2
-    logits = model(torch.tensor([found.all_tokens]), use_cache=False).logits[0]
-    assert logits[2:-1].argmax(-1).tolist() == list(found.tokens)
-    assert found.text == " ".join(tokenizer.convert_ids_to_tokens(list(found.tokens)))
+    result = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=11)
+    assert result.prompt_tokens == (4, 8, 10)
+    assert len(set(result.tokens)) > 2
+    logits = model(torch.tensor([result.all_tokens]), use_cache=False).logits[0]
+    assert logits[2:-1].argmax(-1).tolist() == list(result.tokens)
+    assert result.text == " ".join(tokenizer.convert_ids_to_tokens(list(result.tokens)))
 
 
 @pytest.mark.parametrize("first", [0, 1, 3, 5])
@@ -48,10 +48,10 @@ def test_the_end_token_ends_the_text(model, tokenizer):
     before = tokenizer.eos_token
     tokenizer.eos_token = end
     try:
-        found = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=11)
+        result = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=11)
     finally:
         tokenizer.eos_token = before
-    assert found.tokens == whole.tokens[: whole.tokens.index(whole.tokens[4])]
+    assert result.tokens == whole.tokens[: whole.tokens.index(whole.tokens[4])]
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -60,11 +60,11 @@ def test_a_tokenizer_without_an_end_token_is_enough(model, tokenizer, use_cache)
     before = tokenizer.eos_token
     tokenizer.eos_token = None
     try:
-        found = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=11, use_cache=use_cache)
+        result = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=11, use_cache=use_cache)
     finally:
         tokenizer.eos_token = before
-    assert found.tokens[: len(expected.tokens)] == expected.tokens
-    assert len(found.tokens) == 11
+    assert result.tokens[: len(expected.tokens)] == expected.tokens
+    assert len(result.tokens) == 11
 
 
 def test_each_token_is_steered_once_with_a_cache(model, tokenizer, placed):
@@ -72,8 +72,8 @@ def test_each_token_is_steered_once_with_a_cache(model, tokenizer, placed):
     with Steering(model, edits) as cached:
         generate(model, tokenizer, "w3 w7 w9", max_new_tokens=17)
     with Steering(model, edits) as whole:
-        found = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=17, use_cache=False)
-    assert len(found.tokens) == 17
+        result = generate(model, tokenizer, "w3 w7 w9", max_new_tokens=17, use_cache=False)
+    assert len(result.tokens) == 17
     # The last token is written and not read; the first is an attention sink.
     assert cached.counts[0].n_changed == 3 + 16 - 1
     assert whole.counts[0].n_changed == sum(3 + step - 1 for step in range(17))
@@ -91,12 +91,12 @@ def test_a_chat_is_what_the_template_makes_of_it(model, tokenizer):
         generate(model, tokenizer, "w3 w7", chat=True)
     tokenizer.chat_template = "w1 {{ messages[0].content }} w2{{ ' w5' if add_generation_prompt }}"
     try:
-        found = generate(model, tokenizer, "w3 w7", max_new_tokens=5, chat=True)
+        result = generate(model, tokenizer, "w3 w7", max_new_tokens=5, chat=True)
     finally:
         tokenizer.chat_template = None
     expected = generate(model, tokenizer, "w1 w3 w7 w2 w5", max_new_tokens=5)
-    assert found.prompt_tokens == expected.prompt_tokens
-    assert found.text == expected.text
+    assert result.prompt_tokens == expected.prompt_tokens
+    assert result.text == expected.text
 
 
 def test_a_model_whose_state_changes_the_logits_is_run_without_one(tokenizer):

@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from sae.steer.attribution import agreement, integrated_gradients, logit_difference
+from sae.steer.attribution import (
+    agreement,
+    integrated_gradients,
+    logit_difference,
+    mean_difference,
+    random_direction,
+    stream_of,
+)
 from sae.steer.config import SweepConfig
-from sae.steer.directions import mean_difference, random_direction, stream_of
 from sae.steer.edits import Edit, Patch, Push
 from sae.steer.search import Counting, find_latents, nearest_latents
 from sae.steer.steering import Steering
@@ -40,9 +46,9 @@ def test_the_model_has_learned_the_grammar(grammar):
 
 def test_search_by_texts_finds_the_topic(grammar, topic_latent):
     assert topic_latent
-    found = topic_latent[0].latent
+    result = topic_latent[0].latent
     ids = [grammar.prompts(topic, seed=9) for topic in range(4)]
-    f = [grammar.activations(i)[..., found].mean() for i in ids]
+    f = [grammar.activations(i)[..., result].mean() for i in ids]
     assert f[2] > 10 * max(f[0], f[1], f[3])
 
 
@@ -79,18 +85,18 @@ def test_patching_and_mean_difference_bring_it_too(grammar):
     )
     for push, is_near in ((vector, True), (random_direction(vector, torch.Generator()), False)):
         with Steering(grammar.model, [Push(point, push)], first_position=0):
-            found = divergence(grammar.planted[2], next_noun(grammar, ids))
-        assert (found < 0.3) == is_near
+            result = divergence(grammar.planted[2], next_noun(grammar, ids))
+        assert (result < 0.3) == is_near
 
 
 def test_attribution_tells_what_ablation_does_better_than_activation(grammar):
-    found = agreement(
+    result = agreement(
         grammar.model, grammar.placed, grammar.prompts(2, seed=9)[:1],
         logit_difference(int(grammar.nouns[10]), int(grammar.nouns[0])),
     )  # fmt: skip
-    assert found.attribution > 0.7
-    assert found.attribution > found.activation + 0.1
-    assert found.n > 15
+    assert result.attribution > 0.7
+    assert result.attribution > result.activation + 0.1
+    assert result.n > 15
 
 
 def test_integrated_gradients_are_complete(grammar):
@@ -113,25 +119,25 @@ def test_a_sweep_chooses_the_largest_strength_within_the_bound(grammar, topic_la
     neutral = grammar.prompts(grammar.NONE, seed=1)
     neutral[0, -2:] = -1
     reports = []
-    found = sweep(target, neutral, config, progress=lambda *r: reports.append(r))
-    own, control = found.of_arm("latent"), found.of_arm("random direction")
-    assert [p.strength for p in own] == [p.strength for p in control] == [0, 1, 2, 4]
-    assert own[2].target_gain > 0.5 > control[2].target_gain
-    assert own[2].kl_neutral > own[1].kl_neutral > 0
-    assert own[2].read_back > own[1].read_back
-    assert own[0].n_moved < own[3].n_moved
-    assert all(p.n_tokens == own[0].n_tokens > 10 for p in found.points)
-    within = [p.strength for p in own if p.kl_neutral <= 1.0]
-    assert found.best.strength == max(within)
+    result = sweep(target, neutral, config, progress=lambda *r: reports.append(r))
+    latent_arm, control = result.of_arm("latent"), result.of_arm("random direction")
+    assert [p.strength for p in latent_arm] == [p.strength for p in control] == [0, 1, 2, 4]
+    assert latent_arm[2].target_gain > 0.5 > control[2].target_gain
+    assert latent_arm[2].kl_neutral > latent_arm[1].kl_neutral > 0
+    assert latent_arm[2].read_back > latent_arm[1].read_back
+    assert latent_arm[0].n_moved < latent_arm[3].n_moved
+    assert all(p.n_tokens == latent_arm[0].n_tokens > 10 for p in result.points)
+    within = [p.strength for p in latent_arm if p.kl_neutral <= 1.0]
+    assert result.best.strength == max(within)
     assert reports[-1] == (8, 8, "strengths")
-    found.write_csv(tmp_path / "sweep.csv")
+    result.write_csv(tmp_path / "sweep.csv")
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 9
 
 
 def test_latents_are_their_own_nearest_in_a_copy(grammar):
     dictionary, latents = grammar.placed, torch.arange(11)
-    found = nearest_latents(dictionary, latents, dictionary, k=3)
-    assert torch.equal(found.latent[:, 0], latents)
-    own = nearest_latents(dictionary, latents, k=3)
-    assert not (own.latent == latents[:, None]).any()
-    torch.testing.assert_close(own.cosine[:, :2], found.cosine[:, 1:])
+    result = nearest_latents(dictionary, latents, dictionary, k=3)
+    assert torch.equal(result.latent[:, 0], latents)
+    within = nearest_latents(dictionary, latents, k=3)
+    assert not (within.latent == latents[:, None]).any()
+    torch.testing.assert_close(within.cosine[:, :2], result.cosine[:, 1:])

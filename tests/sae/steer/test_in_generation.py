@@ -20,7 +20,7 @@ from sae.architecture import ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.steer.edits import Edit
 from sae.steer.steering import Steering
-from tests.families import own_hooks
+from tests.families import custom_hooks
 
 VOCAB, D_MODEL, N_NEW = 43, 24, 9
 LENGTHS = (7, 3, 5)
@@ -93,12 +93,12 @@ def generated(model, prompts, **options):
 
 def with_logits(model, prompts, **options):
     """The texts, and the logits of each of their new tokens."""
-    found = model.generate(
+    result = model.generate(
         **prompts, max_new_tokens=N_NEW, min_new_tokens=N_NEW, pad_token_id=0,
         output_logits=True, return_dict_in_generate=True,
         **{"do_sample": False, **options},
     )  # fmt: skip
-    return found.sequences.tolist(), torch.stack(found.logits, dim=1).to(model.dtype)
+    return result.sequences.tolist(), torch.stack(result.logits, dim=1).to(model.dtype)
 
 
 def steered(subject, prompts, positions, edit_words=None, first=1, **options):
@@ -113,10 +113,10 @@ def steered_logits(subject, prompts, positions, edit_words=None, first=1, **opti
         return *with_logits(model, prompts, **options), steering
 
 
-def assert_same_text(found, expected, logits):
+def assert_same_text(result, expected, logits):
     """Equal tokens, or a tie of the expected run: its two logits are the same to two roundings."""
     eps = torch.finfo(logits.dtype).eps
-    for row, (one, other) in enumerate(zip(found, expected, strict=True)):
+    for row, (one, other) in enumerate(zip(result, expected, strict=True)):
         step = next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
         if step is not None:
             n_prompt = len(other) - logits.shape[1]
@@ -133,8 +133,8 @@ def n_chosen(policy, first, n_fed):
     if policy == "last":
         return sum(n > first for n in LENGTHS)
     if policy == "mask":
-        own = torch.tensor([[c >= 7 - n + first for c in range(7)] for n in LENGTHS])
-        return int((MASK & own).sum())
+        mask_of_prompts = torch.tensor([[c >= 7 - n + first for c in range(7)] for n in LENGTHS])
+        return int((MASK & mask_of_prompts).sum())
     prompt = sum(max(n - first, 0) for n in LENGTHS)
     return prompt + (len(LENGTHS) * n_after if policy == "all" else 0)
 
@@ -167,10 +167,10 @@ def test_other_ways_to_generate_agree(prompts, policy, options):
     model, hook_point = llama()
     subject = model.eval().requires_grad_(False), dictionary_of(hook_point)
     beams = {k: v for k, v in options.items() if k == "num_beams"}
-    found, steering = steered(subject, prompts, POLICIES[policy], **options)
+    result, steering = steered(subject, prompts, POLICIES[policy], **options)
     whole, _ = steered(subject, prompts, POLICIES[policy], use_cache=False, **beams)
-    assert found == whole
-    assert found != generated(model, prompts, **beams)
+    assert result == whole
+    assert result != generated(model, prompts, **beams)
     assert steering.n_tokens == n_chosen(policy, 1, N_NEW) * options.get("num_beams", 1)
 
 
@@ -233,7 +233,7 @@ def test_an_edit_whose_place_was_never_passed_is_an_error(subject, policy):
     with pytest.raises(ValueError, match=said), Steering(model, [Edit(placed, latent=5, clamp=9.0)],
                                                          positions=policy):  # fmt: skip
         pass
-    assert not own_hooks(model)
+    assert not custom_hooks(model)
 
 
 def test_an_edit_that_rounding_undoes_is_an_error(subject, prompts):
@@ -275,9 +275,9 @@ def test_hidden_states_show_a_changed_block_as_it_was_and_later_ones_changed(sub
     model, placed = subject
     base = model(**prompts, output_hidden_states=True).hidden_states
     with Steering(model, [Edit(placed, latent=5, clamp="2x norm")]):
-        found = model(**prompts, output_hidden_states=True).hidden_states
-    assert torch.equal(found[2], base[2])  # behind block 1, which is changed
-    assert not torch.equal(found[3], base[3])
+        result = model(**prompts, output_hidden_states=True).hidden_states
+    assert torch.equal(result[2], base[2])  # behind block 1, which is changed
+    assert not torch.equal(result[3], base[3])
 
 
 def test_hooks_and_generate_are_put_back_after_an_error(subject, prompts):
@@ -291,7 +291,7 @@ def test_hooks_and_generate_are_put_back_after_an_error(subject, prompts):
 
     with pytest.raises(KeyError, match="stop"):
         fail()
-    assert not own_hooks(model)
+    assert not custom_hooks(model)
     assert "generate" not in vars(model)
 
 

@@ -15,15 +15,15 @@ def peaks(model, placed, tokenizer, text, start=1):
 
 
 def test_latents_that_fire_in_all_positives_and_no_negative(model, placed, tokenizer):
-    found = find_latents(model, tokenizer, placed, POSITIVES, NEGATIVES)
+    result = find_latents(model, tokenizer, placed, POSITIVES, NEGATIVES)
     weakest = torch.stack([peaks(model, placed, tokenizer, t) for t in POSITIVES]).amin(0)
     common = weakest * (peaks(model, placed, tokenizer, NEGATIVES[0]) == 0)
-    assert {f.latent for f in found} == set(common.nonzero().flatten().tolist())
+    assert {f.latent for f in result} == set(common.nonzero().flatten().tolist())
     scores = common / placed.stats.max_activation.clamp_min(1e-12)
-    assert [f.score for f in found] == sorted((f.score for f in found), reverse=True)
+    assert [f.score for f in result] == sorted((f.score for f in result), reverse=True)
     for entry in find_latents(model, tokenizer, placed, POSITIVES):
         assert entry.weakest == pytest.approx(float(weakest[entry.latent]), rel=1e-4)
-    assert all(f.score == pytest.approx(float(scores[f.latent]), rel=1e-4) for f in found)
+    assert all(f.score == pytest.approx(float(scores[f.latent]), rel=1e-4) for f in result)
 
 
 def test_a_confound_in_both_sets_is_dropped(model, placed, tokenizer):
@@ -33,10 +33,10 @@ def test_a_confound_in_both_sets_is_dropped(model, placed, tokenizer):
 
 def test_only_the_last_token_may_count(model, placed, tokenizer):
     (text,) = POSITIVES[:1]
-    found = find_latents(model, tokenizer, placed, [text], counting=Counting("last"))
+    result = find_latents(model, tokenizer, placed, [text], counting=Counting("last"))
     last = peaks(model, placed, tokenizer, text, start=3)
-    assert {f.latent for f in found} == set(last.nonzero().flatten().tolist())
-    assert all(f.tokens == (3,) for f in found)
+    assert {f.latent for f in result} == set(last.nonzero().flatten().tolist())
+    assert all(f.tokens == (3,) for f in result)
 
 
 def test_texts_without_a_token_that_counts_are_refused(model, placed, tokenizer):

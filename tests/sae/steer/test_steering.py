@@ -8,7 +8,7 @@ import torch
 from activations_cache.hooks import capture
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
-from sae.steer.edits import Edit, LatentEdits, Patch, Push, Rows, Splice, read_latents
+from sae.steer.edits import Edit, EditedRows, LatentEdits, Patch, Push, Splice, read_latents
 from sae.steer.steering import Steering, apply_at
 
 KINDS = [TopK(k=5), ReLU(), JumpReLU(threshold=0.3), BatchTopK(k=5), Gated()]
@@ -27,7 +27,9 @@ def randomised(config, seed=5):
 
 
 def rows_of(stream):
-    return Rows(*[stream.flatten(0, 1)] * 2, torch.arange(stream.shape[1]).repeat(len(stream)))
+    return EditedRows(
+        *[stream.flatten(0, 1)] * 2, torch.arange(stream.shape[1]).repeat(len(stream))
+    )
 
 
 def everywhere(change, stream):
@@ -77,10 +79,10 @@ def test_operations_equal_encode_change_decode_and_error(activation, form):
     changed[:, g] = changed[:, g].clamp_min(0.3)
     changed[:, silent] = -4.0 * (changed[:, silent] != 0)
     expected = dictionary.decode(changed, x) + x - dictionary.decode(f, x)
-    found = LatentEdits(edits)(Rows(x, x, torch.arange(13)))
-    torch.testing.assert_close(found.h, expected, rtol=1e-12, atol=1e-10)
-    assert torch.equal(found.is_changed, (changed != f).any(1))
-    assert not torch.allclose(found.h, x)
+    result = LatentEdits(edits)(EditedRows(x, x, torch.arange(13)))
+    torch.testing.assert_close(result.h, expected, rtol=1e-12, atol=1e-10)
+    assert torch.equal(result.is_changed, (changed != f).any(1))
+    assert not torch.allclose(result.h, x)
 
 
 @pytest.mark.parametrize("activation", KINDS, ids=lambda a: a.kind)
@@ -104,7 +106,7 @@ def test_only_topk_encodes_every_latent(monkeypatch, activation):
 
 def test_strengths_in_units_of_the_maximum_and_of_the_norm(placed, stream):
     flat = stream.flatten(0, 1)
-    own = read_latents(placed, flat, torch.tensor([3]))
+    clean = read_latents(placed, flat, torch.tensor([3]))
     direction, norms = placed.direction(3), flat.norm(dim=1, keepdim=True)
     for edit, value in (
         (Edit(placed, latent=3, clamp="2x max"), 2 * placed.stats.max_activation[3]),
@@ -112,7 +114,7 @@ def test_strengths_in_units_of_the_maximum_and_of_the_norm(placed, stream):
         (Edit(placed, latent=3, clamp="0.5x norm"), norms / direction.norm() / 2),
     ):  # fmt: skip
         moved = (everywhere(LatentEdits([edit]), stream) - stream).flatten(0, 1)
-        torch.testing.assert_close(moved, (value - own) * direction, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(moved, (value - clean) * direction, rtol=1e-4, atol=1e-4)
 
 
 def test_half_a_norm_is_half_a_norm_whatever_the_input_norm(stream):
@@ -127,10 +129,10 @@ def test_clamping_to_its_own_value_is_the_identity(placed, stream):
     f = placed.encode_dense(stream.flatten(0, 1))
     row, latent = divmod(int(f.argmax()), 23)
     one = stream.flatten(0, 1)[row].view(1, 1, -1)
-    own = float(read_latents(placed, one[0], torch.tensor([latent])))
-    assert own > 0
-    found = everywhere(LatentEdits([Edit(placed, latent=latent, clamp=own)]), one)
-    assert torch.equal(as_bits(found), as_bits(one))
+    clean = float(read_latents(placed, one[0], torch.tensor([latent])))
+    assert clean > 0
+    result = everywhere(LatentEdits([Edit(placed, latent=latent, clamp=clean)]), one)
+    assert torch.equal(as_bits(result), as_bits(one))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,17 +140,17 @@ def test_clamping_to_its_own_value_is_the_identity(placed, stream):
 def test_no_change_keeps_every_bit(placed, stream, words, dtype):
     stream = stream.to(dtype)
     stream[0, 2, 1] = -0.0
-    found = everywhere(LatentEdits([Edit(placed, latent=3, **words)]), stream)
-    assert found.dtype == dtype
-    assert torch.equal(as_bits(found), as_bits(stream))
+    result = everywhere(LatentEdits([Edit(placed, latent=3, **words)]), stream)
+    assert result.dtype == dtype
+    assert torch.equal(as_bits(result), as_bits(stream))
 
 
 def test_ablating_changes_only_where_the_latent_fires(placed, stream):
     share = (placed.encode_dense(stream.flatten(0, 1)) != 0).double().mean(0)
     latent = int((share - 0.4).abs().argmin())
-    found = everywhere(LatentEdits([Edit(placed, latent=latent, ablate=True)]), stream)
+    result = everywhere(LatentEdits([Edit(placed, latent=latent, ablate=True)]), stream)
     fires = placed.encode_dense(stream.flatten(0, 1))[:, latent] != 0
-    assert torch.equal((as_bits(found) != as_bits(stream)).any(-1).flatten(), fires)
+    assert torch.equal((as_bits(result) != as_bits(stream)).any(-1).flatten(), fires)
     assert 0 < int(fires.sum()) < len(fires)
 
 
@@ -162,9 +164,11 @@ def test_a_bfloat16_stream_is_edited_in_float32(placed, stream):
 
 def test_a_control_arm_moves_as_far_in_another_direction(placed, stream):
     along = torch.randn(8, generator=torch.Generator().manual_seed(9)) * 7
-    own = everywhere(LatentEdits([Edit(placed, latent=3, clamp=9.0)]), stream) - stream
+    everywhere_change = (
+        everywhere(LatentEdits([Edit(placed, latent=3, clamp=9.0)]), stream) - stream
+    )
     arm = everywhere(LatentEdits([Edit(placed, latent=3, clamp=9.0, along=along)]), stream) - stream
-    torch.testing.assert_close(own.norm(dim=-1), arm.norm(dim=-1))
+    torch.testing.assert_close(everywhere_change.norm(dim=-1), arm.norm(dim=-1))
     cosine = torch.nn.functional.cosine_similarity(arm, along.expand_as(arm), dim=-1)
     torch.testing.assert_close(cosine.abs(), torch.ones(3, 7))
 
@@ -178,17 +182,17 @@ def test_splicing_with_and_without_the_error(placed, stream):
 
 def test_patching_puts_rows_to_their_positions(stream):
     other = -stream[0, :4]
-    found = everywhere(Patch("here:out", other), stream)
-    assert torch.equal(found[:, :4], other.expand(3, 4, 8))
-    assert torch.equal(found[:, 4:], stream[:, 4:])
+    result = everywhere(Patch("here:out", other), stream)
+    assert torch.equal(result[:, :4], other.expand(3, 4, 8))
+    assert torch.equal(result[:, 4:], stream[:, 4:])
     mean = stream.mean(dim=(0, 1))
     assert torch.equal(everywhere(Patch("here:out", mean), stream), mean.expand(3, 7, 8))
 
 
 def test_pushing_adds_a_vector_in_float32(stream):
     vector = torch.linspace(-1, 1, 8) * 1e-3
-    found = everywhere(Push("here:out", vector), stream.bfloat16())
-    assert torch.equal(found, (stream.bfloat16().float() + vector).bfloat16())
+    result = everywhere(Push("here:out", vector), stream.bfloat16())
+    assert torch.equal(result, (stream.bfloat16().float() + vector).bfloat16())
     assert torch.equal(
         as_bits(everywhere(Push("here:out", 0 * vector), -0 * stream)), as_bits(-0 * stream)
     )
@@ -197,20 +201,20 @@ def test_pushing_adds_a_vector_in_float32(stream):
 def test_a_transcoder_is_read_in_one_place_and_written_in_another(model):
     config = SAEConfig(d_in=8, d_sae=23, d_out=8, activation=ReLU(), b_in="none", input_norm="rms")
     dictionary = randomised(config)
-    reads, writes = "model.layers.1.mlp:in", "model.layers.1.mlp:out"
-    placed = dictionary.at(reads, writes)
+    hook_read, writes = "model.layers.1.mlp:in", "model.layers.1.mlp:out"
+    placed = dictionary.at(hook_read, writes)
     tokens = torch.randint(37, (3, 7), generator=torch.Generator().manual_seed(0))
-    with capture(model, [reads, writes, "model.layers.2:in"], stop=False) as run:
+    with capture(model, [hook_read, writes, "model.layers.2:in"], stop=False) as run:
         before = run(tokens)
         with Steering(model, [Edit(placed, latent=4, add=2.0)], first_position=0) as steering:
             after = run(tokens)
-    x = before[reads].flatten(0, 1).double()
+    x = before[hook_read].flatten(0, 1).double()
     exact = copy.deepcopy(dictionary).double()
     f = exact.encode_dense(x)
     more = f + 2.0 * (torch.arange(23) == 4)
     moved = (exact.decode(more, x) - exact.decode(f, x)).view(3, 7, 8)
-    found = after["model.layers.2:in"] - before["model.layers.2:in"]
-    torch.testing.assert_close(found.double(), moved, rtol=1e-3, atol=1e-4)
+    result = after["model.layers.2:in"] - before["model.layers.2:in"]
+    torch.testing.assert_close(result.double(), moved, rtol=1e-3, atol=1e-4)
     assert steering.n_tokens == 21
 
 

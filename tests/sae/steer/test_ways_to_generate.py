@@ -9,7 +9,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from activations_cache.reading import given_cache
 from sae.steer.edits import Edit, Push
 from sae.steer.steering import Steering
-from tests.families import own_hooks
+from tests.families import custom_hooks
 from tests.sae.steer.test_in_generation import (
     D_MODEL,
     LENGTHS,
@@ -88,11 +88,11 @@ def test_tokens_that_are_tried_and_dropped_change_no_steered_text(policy, way):
 
     edits = [Edit(dictionary_of(hook_point), latent=5, clamp="1.5x norm")]
     with Steering(model, edits, positions=policy):
-        found = text(**options)
+        result = text(**options)
     with Steering(model, edits, positions=policy):
         whole = text(use_cache=False, **plain)
-    assert found == whole
-    assert found != text(**options)
+    assert result == whole
+    assert result != text(**options)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_ways_that_transformers_has_given_away_are_refused_by_it(prompts, option
     subject = model.eval().requires_grad_(False), dictionary_of(hook_point)
     with pytest.raises(ValueError, match="trust_remote_code"):
         steered(subject, prompts, "all", **options)
-    assert not own_hooks(model)
+    assert not custom_hooks(model)
 
 
 GUIDANCE = {"guidance_scale": 1.5}
@@ -119,10 +119,10 @@ def test_guidance_is_steered_alike_with_and_without_a_cache(prompts, policy, opt
     torch.manual_seed(3)
     model, hook_point = llama()
     subject = model.eval().requires_grad_(False), dictionary_of(hook_point)
-    found, _ = steered(subject, prompts, policy, **options)
+    result, _ = steered(subject, prompts, policy, **options)
     whole, _ = steered(subject, prompts, policy, use_cache=False, **options)
-    assert found == whole
-    assert found != generated(model, prompts, **options)
+    assert result == whole
+    assert result != generated(model, prompts, **options)
 
 
 def packed(model, ids, config):
@@ -143,7 +143,7 @@ def test_a_packed_batch_does_not_show_its_prompts(policy):
         Steering(model, push, positions=policy),
     ):
         packed(model, torch.tensor([[3, 9, 27], [5, 8, 13]]), config)
-    assert not own_hooks(model)
+    assert not custom_hooks(model)
 
 
 def test_prompts_that_a_batch_packs_into_one_row_are_steered_each_by_itself():

@@ -154,10 +154,10 @@ def test_texts_that_a_bridge_pads_itself_are_steered_where_they_begin():
 def test_a_bridge_gives_rows_at_its_own_names_and_at_the_models():
     model = Bridge(llama())
     with capture(model, ["blocks.1:out", POINT]) as run:
-        found = run(IDS)
+        result = run(IDS)
     with capture(llama(), [POINT]) as run:
         expected = run(IDS)[POINT]
-    assert all(torch.equal(stream, expected) for stream in found.values())
+    assert all(torch.equal(stream, expected) for stream in result.values())
 
 
 def test_bare_logits_that_are_not_finite_are_an_error():

@@ -6,7 +6,7 @@ import torch
 from sae.architecture import BatchTopK, ReLU, Slice, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.cross_layer import CrossLayerTranscoder
-from sae.pretrained.fields import DictionaryFormatError
+from sae.pretrained.foreign import DictionaryFormatError
 from sae.pretrained.loading import load_cross_layer, save_cross_layer
 from sae.train.config import Adam, DictionaryConfig
 from sae.train.cross_layer import CrossLayerStep

@@ -7,7 +7,7 @@ from activations_cache.batches import count_batches
 from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import TopK
 from sae.autoencoder import Latents, SparseAutoencoder, initialise
-from sae.metrics import FVU, L0, Agreement, Firing, fvu
+from sae.metrics import FVU, Agreement, Firing, L0Histogram, fvu
 from sae.train.config import Adam, AuxK, DictionaryConfig, TrainConfig
 from sae.train.fit import train
 from sae.train.step import TrainStep
@@ -129,7 +129,7 @@ def test_sums_of_rows_of_16_bits_do_not_overflow():
 
 @pytest.mark.parametrize("n", [2**24, 2**31, 2**40])
 def test_counters_do_not_stop(n, tmp_path, entry, planted, step_of, figure):
-    firing, l0, spread = Firing(3), L0(), FVU()
+    firing, l0, spread = Firing(3), L0Histogram(), FVU()
     values, indices = torch.tensor([[1.0, 2.0]]), torch.tensor([[0, 2]])
     firing.n_rows, firing.n_fired = n, torch.tensor([n, 0, n])
     firing.update(Latents(values, indices))

@@ -39,7 +39,7 @@ def perfect(dictionary_of):
     """Makes the dictionary of a world with fewer features than dimensions that reads its truth."""
 
     def make(world, input_scale=1.0):
-        reads = torch.linalg.pinv(world.directions).T
-        return dictionary_of(reads, world.directions, world.bias, input_scale)
+        inverse = torch.linalg.pinv(world.directions).T
+        return dictionary_of(inverse, world.directions, world.bias, input_scale)
 
     return make

@@ -21,8 +21,8 @@ def test_the_sum_is_that_of_the_best_of_all_assignments(shape, seed):
     pairs = assign(values)
     assert len(pairs.features) == min(shape)
     assert len(set(pairs.features.tolist())) == len(set(pairs.latents.tolist())) == min(shape)
-    found = float(values[pairs.features, pairs.latents].sum())
-    assert found == pytest.approx(best_by_trying(values), abs=1e-12)
+    result = float(values[pairs.features, pairs.latents].sum())
+    assert result == pytest.approx(best_by_trying(values), abs=1e-12)
 
 
 def test_greed_does_not_pay():

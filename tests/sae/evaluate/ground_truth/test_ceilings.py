@@ -5,9 +5,9 @@ import torch
 
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
-from sae.evaluate.ground_truth.ceilings import measure_ceilings, oracle_fvu, set_true_decoder
 from sae.evaluate.ground_truth.config import TIERS, GroundTruthConfig, Zipf
 from sae.evaluate.ground_truth.run import evaluate
+from sae.evaluate.ground_truth.scores import measure_ceilings, oracle_fvu, set_true_decoder
 from sae.evaluate.ground_truth.world import make_world
 
 

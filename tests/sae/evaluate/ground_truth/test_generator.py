@@ -14,8 +14,7 @@ from sae.evaluate.ground_truth.config import (
     Uniform,
     Zipf,
 )
-from sae.evaluate.ground_truth.generator import BLOCK, batches, rows
-from sae.evaluate.ground_truth.world import make_world
+from sae.evaluate.ground_truth.world import BLOCK, batches, make_world, rows
 
 N = 100_003
 
@@ -31,9 +30,9 @@ def test_the_stream_does_not_depend_on_the_batches_it_is_cut_into():
     world = make_world(TIERS["ci"], 0)
     whole = rows(world, 0, 3 * BLOCK)
     for batch in (7, BLOCK, BLOCK + 1):
-        found = list(batches(world, batch, 3 * BLOCK // batch))
-        x = torch.cat([made.x for made in found])
-        acts = torch.cat([to_dense(made.truth, 211) for made in found])
+        results = list(batches(world, batch, 3 * BLOCK // batch))
+        x = torch.cat([made.x for made in results])
+        acts = torch.cat([to_dense(made.truth, 211) for made in results])
         assert torch.equal(x, whole.x[: len(x)])
         assert torch.equal(acts, whole.acts[: len(x)])
 
@@ -98,11 +97,11 @@ def test_exclusive_siblings_never_fire_together_and_others_do(trees):
     free = make_world(
         replace(world.config, hierarchy=replace(world.config.hierarchy, exclusive=False)), 1
     )
-    together = rows(free, 0, 10_007).acts > 0
+    fires = rows(free, 0, 10_007).acts > 0
     for level in world.levels:
         siblings = (made.acts[:, level.children] > 0).unflatten(1, (-1, 2))
         assert int(siblings.sum(dim=2).max()) == 1
-        assert bool(together[:, level.children].unflatten(1, (-1, 2)).all(dim=2).any())
+        assert bool(fires[:, level.children].unflatten(1, (-1, 2)).all(dim=2).any())
 
 
 def test_children_are_scaled_by_their_parents():

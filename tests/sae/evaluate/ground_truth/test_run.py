@@ -41,11 +41,11 @@ def test_permuted_and_rescaled_latents_score_the_same(easy, perfect, dictionary_
     other = dictionary_of(
         (plain.enc_rows * scale)[order], (plain.dec_rows / scale)[order], world.bias
     )
-    found, expected = evaluate(other, easy, 3), evaluate(plain, easy, 3)
-    assert found.directions.mcc == pytest.approx(expected.directions.mcc, abs=1e-6)
-    assert found.directions.recovered == expected.directions.recovered
-    assert found.firing.f1 == pytest.approx(expected.firing.f1, abs=2e-3)
-    assert found.fvu == pytest.approx(expected.fvu, abs=1e-4)
+    result, expected = evaluate(other, easy, 3), evaluate(plain, easy, 3)
+    assert result.directions.mcc == pytest.approx(expected.directions.mcc, abs=1e-6)
+    assert result.directions.recovered == expected.directions.recovered
+    assert result.firing.f1 == pytest.approx(expected.firing.f1, abs=2e-3)
+    assert result.fvu == pytest.approx(expected.fvu, abs=1e-4)
 
 
 def test_a_split_feature_lowers_f1_and_uniqueness_but_not_mcc(easy, perfect, dictionary_of):

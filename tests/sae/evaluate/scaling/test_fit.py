@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sae.evaluate.scaling import Run, draw, fit_laws
+from sae.evaluate.scaling import FinishedRun, draw, fit_laws
 from sae.evaluate.scaling.runs import best_rates
 
 E, A, a, B, b = 0.11, 5.0, 0.37, 60.0, 0.53
@@ -11,10 +11,10 @@ WIDTHS = (64, 256, 1024, 4096, 16384)
 ROWS = (4_000, 16_000, 64_000, 256_000, 1_024_000)
 
 
-def compute_runs(noise: float = 0.0, widths=WIDTHS) -> list[Run]:
+def compute_runs(noise: float = 0.0, widths=WIDTHS) -> list[FinishedRun]:
     draw = np.random.default_rng(1)
     return [
-        Run(
+        FinishedRun(
             d_sae=f,
             rows=s,
             k=7,
@@ -58,7 +58,7 @@ def test_intervals_hold_the_truth_under_noise():
 
 def test_one_bad_run_decides_nothing():
     runs = compute_runs()
-    runs[7] = Run(d_sae=runs[7].d_sae, rows=runs[7].rows, k=7, loss=3 * runs[7].loss)
+    runs[7] = FinishedRun(d_sae=runs[7].d_sae, rows=runs[7].rows, k=7, loss=3 * runs[7].loss)
     law = fit_laws(runs, n_resamples=2).compute
     assert law is not None
     assert law.figures["a"].value == pytest.approx(a, rel=0.03)
@@ -74,7 +74,7 @@ def test_an_optimum_outside_the_grid_is_said():
 def test_the_law_of_width_and_k_comes_back():
     truth = np.array([0.4, -0.3, -0.15, -0.02, -2.0, -0.1])
     runs = [
-        Run(
+        FinishedRun(
             d_sae=n,
             k=k,
             rows=997,
@@ -99,9 +99,9 @@ def test_the_law_of_width_and_k_comes_back():
     assert laws.width.figures["beta_n"].value == pytest.approx(-0.15, rel=0.05)
 
 
-def rate_runs(law=lambda c: 30 * c**-0.3, tried=(0.3, 1.0, 3.0)) -> list[Run]:
+def rate_runs(law=lambda c: 30 * c**-0.3, tried=(0.3, 1.0, 3.0)) -> list[FinishedRun]:
     return [
-        Run(
+        FinishedRun(
             d_sae=f,
             rows=997,
             lr=law(f * 997) * times * 1.2,
@@ -119,16 +119,16 @@ def test_the_best_learning_rate_falls_with_compute_as_it_was_made_to():
     assert law.exponent.low <= law.exponent.value <= law.exponent.high
     assert law.rate(1e9) == pytest.approx(30 * 1e9**-0.3)
     assert all(rate == pytest.approx(30 * c**-0.3) for c, rate in law.points)
-    kept = {run.d_sae: run.lr for run in best_rates(rate_runs())}
-    assert kept == {f: pytest.approx(1.2 * 30 * (f * 997) ** -0.3) for f in kept}
-    assert len(kept) == 4
+    best_lr = {run.d_sae: run.lr for run in best_rates(rate_runs())}
+    assert best_lr == {f: pytest.approx(1.2 * 30 * (f * 997) ** -0.3) for f in best_lr}
+    assert len(best_lr) == 4
 
 
 def test_a_best_rate_at_the_end_of_those_tried_gives_no_point():
     edge = [
         run for run in rate_runs() if run.d_sae != 101 or run.lr <= 1.3 * 30 * (101 * 997) ** -0.3
     ]
-    more = [Run(d_sae=101, rows=997, lr=1e-3, loss=9.0)]
+    more = [FinishedRun(d_sae=101, rows=997, lr=1e-3, loss=9.0)]
     law = fit_laws(edge + more).rate
     assert law is not None
     assert len(law.points) == 3

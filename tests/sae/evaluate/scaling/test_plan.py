@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from sae.evaluate.scaling.config import ScalingConfig, flops_per_row, plan
+from sae.evaluate.config import ScalingConfig, flops_per_row, plan
 
 CONFIG = ScalingConfig(
     output="x", d_in=13, budget_flops=1e9, widths=(53, 101, 211), ks=(3, 7), passes=3, batch=17

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sae.evaluate.scaling.runs import Run, read_runs
+from sae.evaluate.scaling.runs import FinishedRun, read_runs
 
 RECORD = {"d_sae": 53, "rows": 997, "loss": 0.25, "note": "passed over"}
 
@@ -12,9 +12,9 @@ RECORD = {"d_sae": 53, "rows": 997, "loss": 0.25, "note": "passed over"}
 def test_files_of_both_kinds(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([RECORD, {**RECORD, "k": 3, "lr": 0.01}]))
     (tmp_path / "b.jsonl").write_text(json.dumps(RECORD) + "\n\n" + json.dumps(RECORD) + "\n")
-    found = read_runs([tmp_path / "a.json", tmp_path / "b.jsonl"])
-    plain = Run(d_sae=53, rows=997, loss=0.25)
-    assert found == [plain, Run(d_sae=53, rows=997, loss=0.25, k=3, lr=0.01), plain, plain]
+    result = read_runs([tmp_path / "a.json", tmp_path / "b.jsonl"])
+    plain = FinishedRun(d_sae=53, rows=997, loss=0.25)
+    assert result == [plain, FinishedRun(d_sae=53, rows=997, loss=0.25, k=3, lr=0.01), plain, plain]
     assert plain.compute == 53 * 997
 
 
@@ -37,8 +37,8 @@ def test_an_output_of_a_run_gives_its_dictionaries_without_the_frozen_ones(tmp_p
         record = {"rows": 997, "recipe": recipe}
         (tmp_path / "train" / name / "provenance.json").write_text(json.dumps(record))
     assert read_runs([tmp_path]) == [
-        Run(d_sae=53, rows=997, loss=0.2, k=7, lr=0.003),
-        Run(d_sae=53, rows=997, loss=0.2),
+        FinishedRun(d_sae=53, rows=997, loss=0.2, k=7, lr=0.003),
+        FinishedRun(d_sae=53, rows=997, loss=0.2),
     ]
 
 

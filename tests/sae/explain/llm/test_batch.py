@@ -9,16 +9,16 @@ import pytest
 from sae.explain.config import LLMConfig
 from sae.explain.explainers import LLMExplainer
 from sae.explain.llm import batch
-from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.batch import BatchClient
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import EndpointError
 from sae.explain.llm.openai_client import OpenAIClient
-from sae.explain.pipeline import Plan, explain_all
-from sae.explain.scorers.by_questions import Detection
+from sae.explain.llm.store import AnswerCache
+from sae.explain.pipeline import ExplainPlan, explain_all
+from sae.explain.question_scorers import Detection
 from tests.sae.explain.llm.services import completion, error, text_of
 
-PLAN = Plan(LLMExplainer(n_windows=8), (Detection(8),), min_windows=2, n_controls=0)
+PLAN = ExplainPlan(LLMExplainer(n_windows=8), (Detection(8),), min_windows=2, n_controls=0)
 
 
 def run(latents, path, **settings):
@@ -30,8 +30,8 @@ def run(latents, path, **settings):
         return await explain_all(latents, PLAN, caller), caller
 
     with contextlib.closing(AnswerCache(path / "llm.sqlite")) as cache:
-        found, caller = asyncio.run(label(cache))
-        return found, caller, cache.ledger.total()[0]
+        result, caller = asyncio.run(label(cache))
+        return result, caller, cache.ledger.total()[0]
 
 
 def questions(path) -> list[dict]:
@@ -62,8 +62,8 @@ def answer(path, name, reply=None, only=None):
 
 def test_labelling_goes_in_rounds_and_asks_each_question_once(latent_of, topic_of, tmp_path):
     latents = [latent_of(number, n=16) for number in range(11)]
-    found, caller, total = run(latents, tmp_path)
-    assert {f.reason.split(":")[0] for f in found} == {"pending"}
+    result, caller, total = run(latents, tmp_path)
+    assert {f.reason.split(":")[0] for f in result} == {"pending"}
     assert (caller.tally.n_open, caller.client.n_written, total.requests) == (11, 11, 11)
     first = questions(tmp_path)
     assert first[0]["url"] == "/v1/chat/completions"
@@ -71,14 +71,14 @@ def test_labelling_goes_in_rounds_and_asks_each_question_once(latent_of, topic_o
     _, caller, total = run(latents, tmp_path)  # nothing was answered: nothing is asked again
     assert (caller.tally.n_open, caller.client.n_written, total.requests) == (11, 0, 11)
     answer(tmp_path, "1")
-    found, caller, _ = run(latents, tmp_path)
-    assert [f.status for f in found] == ["done"] * 11
-    assert [f.explanation.text for f in found] == [f"the word {topic_of(n)}" for n in range(11)]
+    result, caller, _ = run(latents, tmp_path)
+    assert [f.status for f in result] == ["done"] * 11
+    assert [f.explanation.text for f in result] == [f"the word {topic_of(n)}" for n in range(11)]
     n_scoring = caller.client.n_written
     assert n_scoring == caller.tally.n_open > 11
     answer(tmp_path, "2")
-    found, caller, total = run(latents, tmp_path)
-    assert [f.scores[0].value for f in found] == [1.0] * 11
+    result, caller, total = run(latents, tmp_path)
+    assert [f.scores[0].value for f in result] == [1.0] * 11
     assert caller.tally.n_open == 0
     assert total.requests == 11 + n_scoring == len(questions(tmp_path))
     assert total.output_tokens == 20 * total.requests
@@ -93,11 +93,11 @@ def test_the_answers_serve_calls_as_well(latent_of, tmp_path):
     answer(tmp_path, "1")
     run(latents, tmp_path)
     answer(tmp_path, "2")
-    found, *_ = run(latents, tmp_path)
+    result, *_ = run(latents, tmp_path)
     config = LLMConfig(model="m", kind="vllm", cache_mode="replay")
     with contextlib.closing(AnswerCache(tmp_path / "llm.sqlite", replay=True)) as cache:
         caller = Caller(OpenAIClient(config), config, cache)
-        assert asyncio.run(explain_all(latents, PLAN, caller)) == found
+        assert asyncio.run(explain_all(latents, PLAN, caller)) == result
     assert caller.budget.spent.requests == 0
 
 
@@ -117,8 +117,8 @@ def test_a_refused_question_is_asked_again_in_another_form_alone(latent_of, tmp_
     latents = [latent_of(number) for number in range(3)]
     run(latents, tmp_path)
     answer(tmp_path, "1", lambda body: (400, error("seed is not supported")))
-    found, caller, total = run(latents, tmp_path)
-    assert {f.reason for f in found} == {"request: 400: seed is not supported"}
+    result, caller, total = run(latents, tmp_path)
+    assert {f.reason for f in result} == {"request: 400: seed is not supported"}
     assert (caller.client.n_written, caller.tally.n_open, total.requests) == (0, 0, 3)
     with pytest.raises(EndpointError, match="got 2 equal refusals"):
         run(latents, tmp_path, stop_after_refusals=2)
@@ -130,9 +130,9 @@ def test_a_refused_question_is_asked_again_in_another_form_alone(latent_of, tmp_
 def test_limits_hold_for_what_is_written_down(latent_of, tmp_path):
     latents = [latent_of(number) for number in range(9)]
     for _ in range(2):
-        found, *_ = run(latents, tmp_path, max_requests=4)
+        result, *_ = run(latents, tmp_path, max_requests=4)
         assert len(questions(tmp_path)) == 4
-    assert sorted(f.reason.split(":")[0] for f in found) == ["budget"] * 5 + ["pending"] * 4
+    assert sorted(f.reason.split(":")[0] for f in result) == ["budget"] * 5 + ["pending"] * 4
 
 
 def test_files_are_split_and_a_cut_line_is_written_again(latent_of, tmp_path, monkeypatch):

@@ -11,21 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.explain.config import LLMConfig
-from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import (
     CallFailedError,
+    ConstantClient,
     EndpointError,
     Message,
     ReplayMissError,
     Request,
     Response,
+    ScriptedClient,
     UnavailableError,
     canonical,
     key_of,
 )
 from sae.explain.llm.corpus_text import read_label, read_numbers, read_texts
-from sae.explain.llm.stand_ins import ConstantClient, ScriptedClient
+from sae.explain.llm.store import AnswerCache
 
 QUESTION = Request(prompt="t/1", messages=(Message("user", "Häh?"),), max_tokens=7)
 CONFIG = LLMConfig(model="m", retries=3, attempts=2)
@@ -365,15 +366,15 @@ GOOD = ["LABEL: cats", "[1, 0, 1]", '["a", "b"]', "[EXPLANATION]: x", "I'm sorry
 def fuzz(text: str) -> None:
     for read in (read_label, read_numbers(3, 0, 10), read_texts(2)):
         try:
-            found = read(text)
+            result = read(text)
         except CallFailedError as error:
-            found = error.reason
-        assert found
-        if found not in ("parse", "refusal"):
-            assert isinstance(found, str | list)
-            if isinstance(found, str):
-                assert len(found) <= 300
-                assert found.isprintable()
+            result = error.reason
+        assert result
+        if result not in ("parse", "refusal"):
+            assert isinstance(result, str | list)
+            if isinstance(result, str):
+                assert len(result) <= 300
+                assert result.isprintable()
 
 
 @settings(max_examples=60)

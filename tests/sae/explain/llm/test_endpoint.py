@@ -15,15 +15,15 @@ import pytest
 
 from sae.explain.config import LLMConfig
 from sae.explain.explainers import LLMExplainer
-from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import EndpointError
 from sae.explain.llm.openai_client import OpenAIClient
-from sae.explain.pipeline import Plan, explain_all
+from sae.explain.llm.store import AnswerCache
+from sae.explain.pipeline import ExplainPlan, explain_all
 
 _log = logging.getLogger(__name__)
 KEY = "sk-canary-123456789"
-PLAN = Plan(LLMExplainer(n_windows=3), (), min_windows=2, n_controls=0)
+PLAN = ExplainPlan(LLMExplainer(n_windows=3), (), min_windows=2, n_controls=0)
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +59,9 @@ def label(latents, config, path):
 def test_under_faults_every_latent_gets_its_own_label(serve, latent_of, topic_of, tmp_path):
     latents = [latent_of(number) for number in range(41)]
     with serve(rate=0.47, answer=label_of) as endpoint:
-        found, caller = label(latents, config_for(endpoint), tmp_path / "llm.sqlite")
-    assert [f.status for f in found] == ["done"] * 41
-    assert [f.explanation.text for f in found] == [f"the word {topic_of(n)}" for n in range(41)]
+        result, caller = label(latents, config_for(endpoint), tmp_path / "llm.sqlite")
+    assert [f.status for f in result] == ["done"] * 41
+    assert [f.explanation.text for f in result] == [f"the word {topic_of(n)}" for n in range(41)]
     assert endpoint.n_calls <= 1.2 * 41 / 0.53 + 8  # 8 in flight
     assert sorted(endpoint.answered) == sorted(f"LABEL: the word {topic_of(n)}" for n in range(41))
     n_failed = sum(caller.failures.values())  # some fail before the endpoint sees them
@@ -73,7 +73,7 @@ def test_under_faults_every_latent_gets_its_own_label(serve, latent_of, topic_of
 WORKER = """
 import asyncio, json, sys
 from sae.explain.explainers import LLMExplainer
-from sae.explain.llm.answers import AnswerCache
+from sae.explain.llm.store import AnswerCache
 from sae.explain.llm.caller import Caller
 from sae.explain.config import LLMConfig
 from sae.explain.llm.openai_client import OpenAIClient
@@ -136,11 +136,11 @@ def test_killed_runs_go_on_where_they_were(n, n_kills, serve, tmp_path, reposito
     names = [f"the word topic{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(n)]
     path, cap = tmp_path / "llm.sqlite", 4 * n
     with serve(rate=0.47, answer=label_of, stall=2.0) as endpoint:
-        found = killed(
+        result = killed(
             endpoint, path, n, n_kills, repository,
             lambda kill: len(endpoint.answered) >= kill * n // (n_kills + 2), max_requests=cap,
         )  # fmt: skip
-    assert found == [["done", name, ""] for name in names]  # none lost or made up
+    assert result == [["done", name, ""] for name in names]  # none lost or made up
     assert endpoint.n_calls <= 1.2 * n / 0.53 + 8 * (n_kills + 1)
     twice = len(endpoint.answered) - len(set(endpoint.answered))
     again = [
@@ -184,17 +184,17 @@ def test_killed_runs_go_on_where_they_were(n, n_kills, serve, tmp_path, reposito
 def test_limits_hold_over_kills_and_restarts(limit, largest, serve, tmp_path, repository, figure):
     path = tmp_path / "llm.sqlite"
     with serve(rate=0.3, answer=label_of, stall=2.0) as endpoint:
-        found = killed(
+        result = killed(
             endpoint, path, 150, 1, repository, lambda kill: endpoint.n_calls >= 20, **limit
         )
         before = endpoint.n_calls
         again = killed(endpoint, path, 150, 0, repository, None, **limit)
     assert endpoint.n_calls == before  # a new process has no new budget
-    assert again == found
-    statuses = [status for status, *_ in found]
+    assert again == result
+    statuses = [status for status, *_ in result]
     assert 10 < statuses.count("done") < 80
     name = next(iter(limit))
-    assert {reason.split("=")[0] for *_, reason in found if reason} == {f"budget: {name}"}
+    assert {reason.split("=")[0] for *_, reason in result if reason} == {f"budget: {name}"}
     billed = len(endpoint.answered) * 100
     spent = {
         "max_requests": endpoint.n_calls, "max_tokens": billed, "max_usd": billed * 0.9 * 1e-5
@@ -256,25 +256,25 @@ def test_the_budget_is_never_exceeded(limit, most_calls, serve, latent_of, tmp_p
     latents = [latent_of(number) for number in range(29)]
     with serve(answer=label_of) as endpoint:
         config = config_for(endpoint, timeout_s=60.0, **limit)  # nothing stalls here
-        found, caller = label(latents, config, tmp_path / "llm.sqlite")
+        result, caller = label(latents, config, tmp_path / "llm.sqlite")
     assert endpoint.n_calls <= most_calls
     spent = caller.budget.spent
     assert spent.requests == endpoint.n_calls
     assert spent.tokens <= (config.max_tokens or 10**9)
     assert spent.usd(config) <= (1e9 if config.max_usd is None else config.max_usd)
-    not_done = [f for f in found if f.status == "failed"]
+    not_done = [f for f in result if f.status == "failed"]
     assert len(not_done) == 29 - endpoint.n_calls
     assert all("budget: " + next(iter(limit)) in f.reason for f in not_done)
 
 
 def test_a_refusing_model_is_counted_and_labels_nothing(serve, latent_of, tmp_path):
     with serve(mode="refusal") as endpoint:
-        found, caller = label(
+        result, caller = label(
             [latent_of(n) for n in range(5)],
             config_for(endpoint, attempts=2),
             tmp_path / "l.sqlite",
         )
-    assert {f.status for f in found} == {"failed"}
-    assert {f.explanation for f in found} == {None}
-    assert found[0].reason == "refusal: the model refused"
+    assert {f.status for f in result} == {"failed"}
+    assert {f.explanation for f in result} == {None}
+    assert result[0].reason == "refusal: the model refused"
     assert caller.failures == {"refusal": 10}

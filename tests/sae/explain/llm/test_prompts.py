@@ -10,8 +10,8 @@ from sae.explain.config import LLMConfig
 from sae.explain.explainers import Explanation, LLMExplainer
 from sae.explain.judges import question, read_question
 from sae.explain.llm.caller import Caller
+from sae.explain.llm.chat import ScriptedClient
 from sae.explain.llm.corpus_text import Item, Span, as_label, escape, item, read_items, unescape
-from sae.explain.llm.stand_ins import ScriptedClient
 from sae.explain.windows import LatentWindows, Window
 
 INJECTIONS = (
@@ -46,9 +46,9 @@ def test_every_injection_reads_back_as_text(text):
     assert "<|" not in escape(text).replace("\\<", "")
     items = [item(["a ", text, " b"], [False, marked, False]) for marked in (True, False)]
     request = question("fuzzing", text, [*items, item([text])])
-    task, label, found = read_question(request)
+    task, label, result = read_question(request)
     expected = [*items, item([text])]
-    assert (task, found) == ("fuzzing", expected)
+    assert (task, result) == ("fuzzing", expected)
     assert label == text
     assert len(request.messages[-1].content.split("\n")) == (5 if text else 3)
 
@@ -76,16 +76,16 @@ def test_explainers_show_exactly_the_windows_they_were_given(style):
             [line.split("\t") for line in text.strip().split("\n")[1:] if line != "<again>"]
             for text in texts
         ]
-        found = ["".join(unescape(token) for token, _ in lines[:3]) for lines in tokens]
+        results = ["".join(unescape(token) for token, _ in lines[:3]) for lines in tokens]
         assert all(0 <= int(level) <= 10 for lines in tokens for _, level in lines)
     else:
         lines = [line for line in shown.split("\n") if not line.startswith("Activations: ")]
-        found = [each.text for each in read_items("\n".join(lines))]
+        results = [each.text for each in read_items("\n".join(lines))]
         marked = ["".join(each.marked) for each in read_items("\n".join(lines))]
         assert all(text in mark for text, mark in zip(INJECTIONS, marked, strict=True))
-    assert found == ["a " + text + " b" for text in INJECTIONS]
+    assert results == ["a " + text + " b" for text in INJECTIONS]
     lines = silent.split("\n")[1:]
-    assert [unescape(line.removeprefix("silent: ")) for line in lines] == found
+    assert [unescape(line.removeprefix("silent: ")) for line in lines] == results
     assert unescape(promoted.split(': "', 1)[1][:-1]) == INJECTIONS[0]
     assert unescape(suppressed.split(': "', 1)[1][:-1]) == INJECTIONS[30]
 
@@ -94,11 +94,11 @@ def test_a_model_that_obeys_reaches_the_label_field_alone():
     latent = LatentWindows(3, 9.0, 0.1, windows_of(("x",) * 3), ())
     obeying = ScriptedClient(["LABEL: <script>alert('\u202e')</script>\x00" + "y" * 999])
     caller = Caller(obeying, LLMConfig(model="m"))
-    found = asyncio.run(LLMExplainer().explain(latent, caller))
-    assert found == Explanation(3, found.text, "explain-levels/1", "scripted")
-    assert found.text.startswith("<script>alert(' ')</script> yyy")
-    assert len(found.text) == 300
-    assert found.text.isprintable()
+    result = asyncio.run(LLMExplainer().explain(latent, caller))
+    assert result == Explanation(3, result.text, "explain-levels/1", "scripted")
+    assert result.text.startswith("<script>alert(' ')</script> yyy")
+    assert len(result.text) == 300
+    assert result.text.isprintable()
 
 
 def test_explaining_without_windows_is_refused():
@@ -146,9 +146,9 @@ def shown(span: Span) -> str:
 
 
 def test_neighbours_share_a_mark():
-    found = item([" a", " b", "", " c"], [True, True, False, False])
-    assert found == Item("", (Span(" a b", True), Span(" c", False)))
-    assert (found.text, found.marked) == (" a b c", (" a b",))
+    result = item([" a", " b", "", " c"], [True, True, False, False])
+    assert result == Item("", (Span(" a b", True), Span(" c", False)))
+    assert (result.text, result.marked) == (" a b c", (" a b",))
 
 
 def test_labels_are_one_visible_line():

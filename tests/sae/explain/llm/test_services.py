@@ -8,14 +8,13 @@ import pytest
 
 from sae.explain.config import LLMConfig
 from sae.explain.explainers import LLMExplainer
-from sae.explain.llm.answers import AnswerCache
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.chat import EndpointError
+from sae.explain.llm.chat import EndpointError, wanted_wait
 from sae.explain.llm.openai_client import OpenAIClient
-from sae.explain.llm.waits import wanted_wait
-from sae.explain.pipeline import Plan, explain_all
+from sae.explain.llm.store import AnswerCache
+from sae.explain.pipeline import ExplainPlan, explain_all
+from sae.explain.question_scorers import Detection
 from sae.explain.results import summarise
-from sae.explain.scorers.by_questions import Detection
 from tests.sae.explain.llm.services import (
     ALL_RIGHT,
     BILLS,
@@ -27,7 +26,7 @@ from tests.sae.explain.llm.services import (
     writes,
 )
 
-PLAN = Plan(LLMExplainer(n_windows=8), (Detection(8),), min_windows=2, n_controls=0)
+PLAN = ExplainPlan(LLMExplainer(n_windows=8), (Detection(8),), min_windows=2, n_controls=0)
 
 
 def label(latents, url, path=None, plan=PLAN, **settings):
@@ -40,8 +39,8 @@ def label(latents, url, path=None, plan=PLAN, **settings):
         client = OpenAIClient(config)
         caller = Caller(client, config, cache)
         try:
-            found = await explain_all(latents, plan, caller)
-            return found, caller, summarise(found, caller)
+            result = await explain_all(latents, plan, caller)
+            return result, caller, summarise(result, caller)
         finally:
             await client.close()
             if cache is not None:
@@ -55,11 +54,11 @@ def test_every_latent_is_labelled_and_scored(name, serve, latent_of, topic_of):
     behaviour, settings = ALL_RIGHT[name]
     latents = [latent_of(number, n=16) for number in range(7)]
     with serve(behaviour=behaviour) as endpoint:
-        found, caller, summary = label(latents, endpoint.url, **settings)
-    assert [f.status for f in found] == ["done"] * 7
-    assert [f.explanation.text for f in found] == [f"the word {topic_of(n)}" for n in range(7)]
-    assert [f.scores[0].value for f in found] == [1.0] * 7
-    assert [f.scores[0].n_failed for f in found] == [0] * 7
+        result, caller, summary = label(latents, endpoint.url, **settings)
+    assert [f.status for f in result] == ["done"] * 7
+    assert [f.explanation.text for f in result] == [f"the word {topic_of(n)}" for n in range(7)]
+    assert [f.scores[0].value for f in result] == [1.0] * 7
+    assert [f.scores[0].n_failed for f in result] == [0] * 7
     assert summary["questions_lost"] == {}
     assert summary["n_open"] == 0
     assert caller.budget.spent.requests == endpoint.state.n
@@ -68,7 +67,7 @@ def test_every_latent_is_labelled_and_scored(name, serve, latent_of, topic_of):
         assert len(summary["first_words"]) == len(caller.form.notes)
     if name.startswith("b07"):
         assert summary["outcomes"]["shortened"] > 0
-        assert all(f.outcomes["shortened"] > 0 for f in found)
+        assert all(f.outcomes["shortened"] > 0 for f in result)
 
 
 @pytest.mark.parametrize("name", BILLS)
@@ -92,13 +91,13 @@ def test_bills_beyond_what_was_asked_for_stay_within_one_answer(name, serve, lat
 def test_refused_scores_say_why_and_stop_the_run(name, serve, latent_of):
     behaviour, words = SCORES_REFUSED[name]
     with serve(behaviour=behaviour) as endpoint:
-        found, caller, summary = label([latent_of(n, n=16) for n in range(2)], endpoint.url)
-        assert [f.status for f in found] == ["done"] * 2
-        for f in found:
+        result, caller, summary = label([latent_of(n, n=16) for n in range(2)], endpoint.url)
+        assert [f.status for f in result] == ["done"] * 2
+        for f in result:
             assert words in f.scores[0].reason
             assert f.scores[0].lost == f.lost == {"request": f.outcomes["request"]}
         assert words in summary["first_words"]["request"]
-        assert summary["questions_lost"] == {"request": sum(f.lost["request"] for f in found)}
+        assert summary["questions_lost"] == {"request": sum(f.lost["request"] for f in result)}
         assert caller.failures["request"] == summary["questions_lost"]["request"]
         with pytest.raises(
             EndpointError, match="got 10 equal refusals from the first on: 4"
@@ -112,9 +111,9 @@ def test_thoughts_without_an_end_are_no_answer(serve, latent_of):
     with serve(
         behaviour=writes(lambda text: f"<think>\nLABEL: a draft\n[1, 1]\n{text}")
     ) as endpoint:
-        found, _, summary = label([latent_of(1)], endpoint.url)
-    assert (found[0].status, found[0].explanation) == ("failed", None)
-    assert found[0].lost == {"parse": 1}
+        result, _, summary = label([latent_of(1)], endpoint.url)
+    assert (result[0].status, result[0].explanation) == ("failed", None)
+    assert result[0].lost == {"parse": 1}
     assert summary["outcomes"] == {"parse": 3}
 
 
@@ -152,10 +151,10 @@ def test_a_question_that_fits_in_no_form_is_lost_for_that_reason(serve, latent_o
         return Reply(400, error("the prompt is too long: maximum context length is 3 tokens"))
 
     with serve(behaviour=tiny_context) as endpoint:
-        found, _, summary = label([latent_of(n) for n in range(3)], endpoint.url)
-    assert {f.status for f in found} == {"failed"}
+        result, _, summary = label([latent_of(n) for n in range(3)], endpoint.url)
+    assert {f.status for f in result} == {"failed"}
     assert summary["failed_by_reason"] == {"context": 3}
-    assert found[0].reason.startswith("context: 400: the prompt is too long")
+    assert result[0].reason.startswith("context: 400: the prompt is too long")
 
 
 def test_replay_repeats_shortened_and_refused_questions(serve, latent_of, tmp_path):

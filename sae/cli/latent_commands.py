@@ -1,0 +1,231 @@
+"""The commands about latents: `sae explain`, `sae find`, `sae steer` and `sae browse`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sae.cli import console
+from sae.cli.request import ForceOption, run_to
+from sae.config import is_config
+from sae.run.config import RunConfig, browsed_config
+
+if TYPE_CHECKING:
+    from sae.browser.server import PromptView
+
+
+from sae.cli.request import Overrides, refuse_without_cache
+from sae.config import ConfigError, load_overrides
+from sae.explain.config import ExplainConfig
+from sae.steer.config import FindRequest, SteerRequest
+
+
+def browse(  # noqa: PLR0913
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|CONFIG|DICT",
+            help="A run's directory, a YAML file, a recipe, or a labelled dictionary.",
+        ),
+    ],
+    out: Annotated[str | None, typer.Option(help="Folder to write; RUN/browse.")] = None,
+    cache: Annotated[str | None, typer.Option(help="DICT: the cache it was explained on.")] = None,
+    force: ForceOption = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Show it on a local address.")] = False,
+    host: Annotated[str, typer.Option(help="Of the server; others need --token.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of the server; 0 takes a free one.")
+    ] = 8765,
+    token: Annotated[str | None, typer.Option(help="What a reader must know.")] = None,
+) -> None:
+    """Write the feature browser of a run as a folder of pages that opens by double click.
+
+    Of a config every step before it is made sure of, as `sae run` does. With --serve the same
+    folder is shown on a local address, where texts can be read with the model as well.
+    """
+    config = browsed_config(run)
+    is_yaml = is_config(run)
+    if is_yaml:
+        run_to("browse", run, None)
+    from sae.run.browsing import INDEX, browser_folder, write_browser
+
+    folder = browser_folder(run, config, out)
+    is_there = is_yaml or (serve and (folder / INDEX).is_file())
+    if out or not is_there:
+        with console.step("browse") as progress:
+            write_browser(run, config, folder, cache, progress, force=force)
+        console.say(f"page: {(folder / INDEX).resolve()}")
+    if serve:
+        _serve(folder, (host, port, token), _prompts(config))
+
+
+def _prompts(config: RunConfig | None) -> "PromptView | None":
+    if config is None or config.cache.images is not None:
+        return None
+    from sae.browser.server import PromptView
+    from sae.run.browse_latents import PromptReader
+    from sae.run.context import Run
+
+    run = Run(config)
+    shown = [name for name in config.train.saes if not run.is_frozen(name)]
+    return PromptView(PromptReader(run), {f"d{i}": name for i, name in enumerate(shown)})
+
+
+def _serve(
+    folder: Path, address: tuple[str, int, str | None], prompts: "PromptView | None"
+) -> None:
+    """Answer until Ctrl-C."""
+    from sae.browser.server import BrowserServer
+
+    host, port, token = address
+    try:
+        server = BrowserServer(folder, host, port, token=token, prompts=prompts)
+    except OSError as error:
+        raise OSError(
+            f"--port must be free on {host}, got {port}: {error.strerror}; name another one"
+        ) from error
+    with server:
+        console.OUT.print(f"browser: {server.url}  (Ctrl-C ends it)", soft_wrap=True, markup=False)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            console.OUT.print("ended")
+
+
+def explain(  # noqa: PLR0913
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG|DICT", help="A YAML file, a recipe; with --cache a dictionary."
+        ),
+    ],
+    overrides: Overrides = None,
+    cache: Annotated[str | None, typer.Option(help="Explain DICT on this cache.")] = None,
+    hook_point: Annotated[
+        str | None, typer.Option(help="Of the cache, where DICT names none.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Result directory; DICT/explain.")] = None,
+    across: Annotated[
+        str | None, typer.Option(help="A narrower dictionary: which latents did it split?")
+    ] = None,
+    max_usd: Annotated[float | None, typer.Option(help="A model's answers cost no more.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="The same in tokens.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate a model's answers, ask nothing.")
+    ] = False,
+    force: ForceOption = False,
+) -> None:
+    """Label latents and score the labels: those of a run, or with --cache of any dictionary.
+
+    With --cache the overrides are those of `explain:`, such as min_firings=50, of images
+    images.group_separator=-. Latents of images are labelled by the folders of the images.
+
+    Labels by a language model: autointerp.llm.model=NAME, with autointerp.llm.kind=openai,
+    openrouter, mistral, vllm, llama.cpp, ollama or local, autointerp.llm.base_url=URL for another
+    address, autointerp.llm.batch_dir=DIR for batch files. Exit code 1 while questions are open: the
+    same command asks just those. Limits count all runs with the same llm.sqlite.
+    """
+    limits = {"max_usd": max_usd, "max_tokens": max_tokens}
+    given = [f"autointerp.llm.{key}={value}" for key, value in limits.items() if value is not None]
+    if cache is None:
+        alone = {"--out": out, "--hook-point": hook_point, "--across": across}
+        alone |= {"--dry-run": dry_run, "--force": force}
+        wrong = next((name for name, value in alone.items() if value), "")
+        if wrong:
+            raise ConfigError(f"{wrong} must come with --cache CACHE, got none")
+        refuse_without_cache(config)
+        run_to("explain", config, [*(overrides or []), *(f"explain.{key}" for key in given)])
+        return
+    checked = load_overrides(ExplainConfig, [*(overrides or []), *given])
+    if dry_run and checked.autointerp is None:
+        raise ConfigError("--dry-run must come with autointerp.llm.model=NAME, got none")
+    from sae.run.explaining import ExplainRequest, estimate, explain_dictionary
+    from sae.run.label_tables import estimate_facts, explanation_parts
+
+    request = ExplainRequest(config, cache, hook_point, out, across, force)
+    if dry_run and checked.autointerp is not None:
+        with console.step("estimate") as progress:
+            cost = estimate(request, checked, progress)
+        console.facts(estimate_facts(config, cost, checked.autointerp))
+        return
+    console.parts(explanation_parts(config, explain_dictionary(request, checked, console.step)))
+
+
+def steer(  # noqa: PLR0913  (options are parameters)
+    path: Annotated[
+        str, typer.Argument(metavar="CONFIG|DICT", help="A YAML file, a recipe, or a dictionary.")
+    ],
+    overrides: Overrides = None,
+    latent: Annotated[
+        list[str] | None, typer.Option(help="NUMBER=CHANGE: 123=10x, =+2x, =*3, =off; repeatable.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What is continued; repeatable.")] = None,
+    model: Annotated[str | None, typer.Option(help="If the dictionary does not name it.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="PromptView are what a user says: use the chat template.")
+    ] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Try many strengths and plot them.")
+    ] = False,
+    output: Annotated[str | None, typer.Option(help="Directory of a sweep's results.")] = None,
+    force: ForceOption = False,
+) -> None:
+    """Generate with latents changed: of a run's config after explaining, or of a dictionary.
+
+    A dictionary takes KEY=VALUE too: positions=generated max_new_tokens=60 strengths=[1,2,4]
+    unit=norm max_kl=0.3 neutral=news.txt hook_point=model.layers.7:out dtype=float32.
+    """
+    if is_config(path):
+        given = {"--latent": latent, "--prompt": prompt, "--model": model}
+        given |= {"--chat": chat, "--sweep": sweep, "--force": force}
+        if used := [name for name, value in given.items() if value]:
+            raise ConfigError(f"{used[0]} must stand beside a dictionary, got the config {path}")
+        run_to("steer", path, overrides)
+        return
+    named = {"latents": latent or [], "prompts": prompt, "model": model, "output": output}
+    options = {key: value for key, value in named.items() if value is not None}
+    options |= {key: True for key, is_set in (("chat", chat), ("force", force)) if is_set}
+    request = load_overrides(SteerRequest, overrides or [], {**options, "sweep": sweep})
+    from sae.run.context import with_differences
+    from sae.run.steering import continuations, placed_in_model, sweep_latent
+
+    where = (request.model, request.dtype, request.hook_point)
+    dictionary, loaded, differs = placed_in_model(path, *where, force=request.force)
+    if sweep:
+        with console.step("sweep") as progress:
+            swept = sweep_latent(path, dictionary, loaded, request, progress)
+        name = f"steer-{Path(path).name}-{swept.latent}"
+        section = swept._replace(differs=differs).write(Path(request.output or name))
+        console.table(section.title, section.table)
+        return
+    for text in continuations(dictionary, loaded, request):
+        note = (
+            f"{', '.join(request.latents)} ran on {text.n_chosen} tokens and changed "
+            f"{text.n_changed}, by {text.relative_size:.2f} of the stream's norm"
+        )
+        note = with_differences(note, {path: differs} if differs else {})
+        console.side_by_side(text.prompt, ("base", text.base), ("steered", text.steered), note)
+
+
+def find(  # noqa: PLR0913
+    path: Annotated[str, typer.Argument(metavar="DICT", help="A dictionary.")],
+    overrides: Overrides = None,
+    pos: Annotated[list[str] | None, typer.Option(help="A text in which it fires.")] = None,
+    neg: Annotated[list[str] | None, typer.Option(help="A text in which it does not.")] = None,
+    near: Annotated[int | None, typer.Option(help="Neighbours of this latent.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="With target=: what it depends on.")] = None,
+    model: Annotated[str | None, typer.Option(help="If the dictionary does not name it.")] = None,
+    force: ForceOption = False,
+) -> None:
+    """Find latents: by texts (--pos, --neg), near another one (--near), behind a prediction.
+
+    KEY=VALUE: n=20 where=last among=OTHER_DICT target=" Paris" against=" Rome" hook_point=...
+    """
+    named = {"pos": pos, "neg": neg, "near": near, "prompt": prompt, "model": model}
+    options = {key: value for key, value in named.items() if value is not None}
+    options |= {"force": True} if force else {}
+    request = load_overrides(FindRequest, overrides or [], options)
+    from sae.run.finding import find_latents_of
+
+    matches = find_latents_of(path, request, console.step)
+    console.table(matches.title, matches.table)

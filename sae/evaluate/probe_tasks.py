@@ -1,0 +1,207 @@
+"""Tasks from a labelled cache: tokens of a gloss, images of a class, rows of any labelled text.
+
+What probes read: a matrix of units over rows, sparse for dictionaries.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import scipy.sparse
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+
+from activations_cache.reader import ActivationCache
+from monosema.checks import MonosemaError
+from sae.autoencoder import SparseAutoencoder
+from sae.baselines import random_dictionary
+
+Units: TypeAlias = scipy.sparse.csr_matrix | np.ndarray
+"""(row, unit)."""
+
+Arm = Callable[[Float[Tensor, "row d_in"]], Units]
+"""From rows to what a probe may read."""
+
+ROWS_AT_ONCE = 4096
+
+
+class Task(NamedTuple):
+    """A binary property of rows, with the rows to fit on and others to score on."""
+
+    train_x: Float[Tensor, "row d_in"]
+    train_y: Bool[np.ndarray, " row"]
+    test_x: Float[Tensor, "other d_in"]
+    test_y: Bool[np.ndarray, " other"]
+    test_group: Int[np.ndarray, " other"]
+    """What is independent of each other among the rows to score on, such as their examples."""
+
+
+def check_two_classes(y: Bool[np.ndarray, " row"], what: str) -> None:
+    """Refuse labels that say nothing.
+
+    Raises:
+        ValueError: If all are the same.
+    """
+    n_true = int(y.sum())
+    if n_true in {0, len(y)}:
+        raise MonosemaError(
+            f"{what} must have both classes, got {n_true} positive of {len(y)}; "
+            "take another label or more rows"
+        )
+
+
+def codes_of(dictionary: SparseAutoencoder) -> Arm:
+    """An arm that reads a dictionary's latents."""
+
+    @torch.no_grad()
+    def read(x: Float[Tensor, "row d_in"]) -> Units:
+        parts = []
+        for part in x.split(ROWS_AT_ONCE):
+            latents = dictionary.encode(part.to(dictionary.dec_rows.device))
+            fires = latents.values != 0
+            row = fires.nonzero()[:, 0].cpu().numpy()
+            entries = latents.values[fires].cpu().numpy(), (row, latents.indices[fires].cpu())
+            shape = (len(part), dictionary.config.d_sae)
+            parts.append(scipy.sparse.csr_matrix(entries, shape=shape))
+        return scipy.sparse.csr_matrix(scipy.sparse.vstack(parts))
+
+    return read
+
+
+def raw(x: Float[Tensor, "row d_in"]) -> Units:
+    """The arm that reads the stream's own dimensions."""
+    return x.float().cpu().numpy()
+
+
+def default_arms(
+    dictionaries: Mapping[str, SparseAutoencoder],
+    l0: Mapping[str, float],
+    generator: torch.Generator,
+) -> dict[str, Arm]:
+    """Each dictionary beside an untrained random one of its size, and the raw stream.
+
+    Args:
+        dictionaries: By name.
+        l0: Mean number of latents that fire, by the same names: the random one fires as many.
+        generator: Draws the random directions.
+    """
+    arms: dict[str, Arm] = {name: codes_of(of_one) for name, of_one in dictionaries.items()}
+    for name, of_one in dictionaries.items():
+        arms[f"{name}, random"] = codes_of(random_dictionary(of_one, l0[name], generator))
+    return {**arms, "raw neurons": raw}
+
+
+def mean_difference(units: Units, y: Bool[np.ndarray, " row"]) -> Float64[np.ndarray, " unit"]:
+    """Mean of each unit over the positive rows less that over the negative rows."""
+    weight = np.where(y, 1 / y.sum(), -1 / (~y).sum())
+    return np.asarray(units.T @ weight, dtype=np.float64).ravel()
+
+
+def columns(units: Units, chosen: Int[np.ndarray, " k"]) -> Float[np.ndarray, "row k"]:
+    """Some units as a dense matrix."""
+    part = units[:, chosen]
+    return part.toarray() if isinstance(part, scipy.sparse.csr_matrix) else np.asarray(part)
+
+
+LEAST = 20
+"""Positive rows on either side below which a label is left out of a survey."""
+
+
+def task_of(
+    cache: ActivationCache,
+    hook_point: str,
+    label: str,
+    *,
+    n_train: int = 4000,
+    n_test: int = 1000,
+    seed: int = 0,
+) -> Task:
+    """Rows of a label and as many of other labels: fitted on `explain`, scored on the other splits.
+
+    Splits are made of documents, so no document is on both sides.
+
+    Args:
+        cache: A cache whose text or images have labels.
+        hook_point: Which rows.
+        label: One of `cache.label_names`; rows without any label are left out.
+        n_train: At most so many rows to fit on, half of them positive.
+        n_test: At most so many to score on.
+        seed: Decides which rows.
+
+    Raises:
+        ValueError: If the cache has no labels, not this one, not this hook point, or rows of one
+            class alone.
+    """
+    check_hook_point(cache, hook_point)
+    names = cache.label_names
+    if label not in names:
+        known = ", ".join(names) if names else "none; build a cache from labelled data"
+        raise MonosemaError(f"label must be one of those of {cache.path}, got {label!r} of {known}")
+    number = names.index(label)
+    generator = torch.Generator().manual_seed(seed)
+    sides = []
+    for splits, n, what in (
+        (("explain",), n_train, f"{label!r} in the split explain"),
+        (("score", "hold"), n_test, f"{label!r} in the splits score and hold"),
+    ):
+        rows = cache.rows(splits)
+        result = cache.token_labels(rows)
+        check_two_classes((result[result >= 0] == number).numpy(), what)
+        sides.append(_balanced(rows, result, number, n // 2, generator))
+    (train, train_y), (test, test_y) = sides
+    source = cache[hook_point]
+    group = cache.refs(test).example.numpy()
+    return Task(source[train], train_y, source[test], test_y, group)
+
+
+def common_labels(cache: ActivationCache, least: int = LEAST) -> tuple[str, ...]:
+    """Labels with at least `least` rows on both sides, the most frequent first.
+
+    Raises:
+        ValueError: If the cache has none.
+    """
+    n_labels = len(cache.label_names)
+    counts = []
+    for splits in (("explain",), ("score", "hold")):
+        result = cache.token_labels(cache.rows(splits))
+        counts.append(torch.bincount(result[result >= 0], minlength=n_labels))
+    least_of = torch.minimum(*counts) if n_labels else torch.zeros(0, dtype=torch.int64)
+    order = least_of.argsort(descending=True, stable=True).tolist()
+    names = tuple(cache.label_names[i] for i in order if int(least_of[i]) >= least)
+    if len(names) < 2:
+        raise MonosemaError(
+            f"{cache.path} must have two labels with {least} rows in explain and in score and hold,"
+            f" got {len(names)}; build a cache from labelled data"
+        )
+    return names
+
+
+def check_hook_point(cache: ActivationCache, hook_point: str) -> None:
+    """Refuse a cache that was made at another place.
+
+    Raises:
+        ValueError: If it does not hold the hook point.
+    """
+    if hook_point not in cache.hook_points:
+        raise MonosemaError(
+            f"{cache.path} must hold the hook point {hook_point}, got "
+            f"{', '.join(cache.hook_points)}; build that cache or pass its path"
+        )
+
+
+def _balanced(
+    rows: Int[Tensor, " row"],
+    result: Int[Tensor, " row"],
+    number: int,
+    n: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, np.ndarray]:
+    """At most n rows of the label and as many of others, in random order."""
+    of_class, others = rows[result == number], rows[(result >= 0) & (result != number)]
+    n = min(n, len(of_class), len(others))
+    picked = [
+        part[torch.randperm(len(part), generator=generator)[:n]] for part in (of_class, others)
+    ]
+    order = torch.randperm(2 * n, generator=generator)
+    return torch.cat(picked)[order], (order < n).numpy()

@@ -1,1 +1,0 @@
-"""What the directions and activations of dictionaries say about each other and about themselves."""

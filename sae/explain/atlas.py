@@ -1,0 +1,377 @@
+"""The map of a dictionary, written: atlas.parquet, a row per latent, and atlas.json.
+
+It has a picture of the directions in two dimensions (t-SNE, PCA, or UMAP where it is installed) and
+groups of latents with similar directions, with what their labels have in common.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float, Int, Int32, Int64
+from scipy.sparse import csr_matrix
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from activations_cache import seals
+from activations_cache.checks import Progress, require_extra, silent
+from monosema.checks import MonosemaError
+from sae.autoencoder import SparseAutoencoder
+from sae.explain.config import AtlasConfig, Kind
+from sae.explain.firings import CAUTION, MaxCorrelation
+from sae.explain.labels import Labels, completeness
+from sae.explain.tables import WRITING, as_json
+from sae.explain.text_at_rows import Cache
+from sae.explain.windows import shuffled
+from sae.neighbours import Nearest, Splitting, nearest, splitting
+
+Method = Literal["tsne", "pca", "umap"]
+
+LARGE = 20_000
+"""From this many latents on t-SNE lays out a sample and puts the others beside it."""
+
+_SAMPLE = 10_000
+_N_ANCHORS = 3
+_PERPLEXITY = 15.0
+_SMALL_INITIAL = 1e-4  # standard deviation of the first axis; larger values tear neighbours apart
+
+
+def plane(
+    dec_rows: Float[Tensor, "d_sae d_out"], method: Method = "tsne", *, seed: int = 0
+) -> Float[Tensor, "d_sae 2"]:
+    """Two coordinates for every latent, from its unit direction.
+
+    t-SNE and UMAP keep neighbourhoods; distances between far points mean nothing. PCA is exact and
+    keeps little of the variance. PCA and t-SNE draw nothing at random and use one thread, so a
+    machine gives the same coordinates whatever its number of threads; UMAP goes by the seed.
+
+    From `LARGE` latents on, t-SNE lays out 10,000 evenly spread latents. Each of the others lies
+    at the weighted mean of its 3 nearest among them.
+
+    Raises:
+        ValueError: If UMAP is wanted and not installed, there are fewer than 3 latents, or a row
+            is not finite.
+    """
+    if len(dec_rows) < 3:
+        raise MonosemaError(f"dec_rows must be at least 3 latents for a map, got {len(dec_rows)}")
+    rows = dec_rows.detach().float().cpu()
+    bad = int((~rows.isfinite().all(dim=1)).sum())
+    if bad:
+        raise MonosemaError(f"dec_rows must be finite, got {bad} rows with nan or infinity")
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    if method == "umap":
+        return torch.from_numpy(_umap(seed).fit_transform(unit.numpy())).float()
+    with _one_thread():
+        if method == "pca":
+            return _pca(unit)
+        return _tsne(unit) if len(unit) < LARGE else _sampled_tsne(unit)
+
+
+def share_preserved(
+    dec_rows: Float[Tensor, "d_sae d_out"],
+    at: Float[Tensor, "d_sae 2"],
+    k: int = 10,
+    n_sample: int = 1000,
+) -> float:
+    """Of each latent's k nearest directions, the share among its k nearest points of a plane.
+
+    Args:
+        dec_rows: Directions.
+        at: Their points.
+        k: Neighbours; at most all others.
+        n_sample: Latents, evenly spread, over which the mean is taken.
+    """
+    n = len(dec_rows)
+    k = min(k, n - 1)
+    sample = _spread(n, n_sample)
+    itself = torch.arange(len(sample))
+    unit = torch.nn.functional.normalize(dec_rows.detach().float().cpu(), dim=1)
+    cosine = unit[sample] @ unit.T
+    cosine[itself, sample] = -torch.inf
+    distance = torch.cdist(at[sample], at)
+    distance[itself, sample] = torch.inf
+    by_direction = cosine.topk(k, dim=1).indices
+    by_point = distance.topk(k, dim=1, largest=False).indices
+    return float((by_direction[:, :, None] == by_point[:, None]).any(dim=2).float().mean())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums of several threads differ in their last bit, and t-SNE makes that another picture."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _spread(n: int, n_sample: int) -> Tensor:
+    return torch.linspace(0, n - 1, min(n, n_sample), dtype=torch.float64).round().long()
+
+
+def _pca(unit: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae 2"]:
+    """On the two main axes; the largest entry of each axis is positive."""
+    centred = unit - unit.mean(dim=0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)
+    axes = axes[:, -2:].flip(1)
+    largest = axes.abs().argmax(dim=0)
+    return centred @ (axes * axes[largest, [0, 1]].sign())
+
+
+def _tsne(unit: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae 2"]:
+    """Barnes-Hut t-SNE on exact neighbours by cosine, from the plane of PCA."""
+    n = len(unit)
+    perplexity = min(_PERPLEXITY, (n - 1) / 3)
+    start = _pca(unit)
+    width = start[:, 0].std()
+    if width < 1e-6:  # all directions are the same
+        return start
+    initial: Any = (start / width * _SMALL_INITIAL).numpy()  # sklearn's hints know names alone
+    method = TSNE(
+        perplexity=perplexity,
+        metric="precomputed",
+        init=initial,
+        angle=0.7,
+        max_iter=400,
+    )
+    return torch.from_numpy(method.fit_transform(_distances(unit, perplexity))).float()
+
+
+def _distances(unit: Float[Tensor, "d_sae d_out"], perplexity: float) -> csr_matrix:
+    """Distance of each latent to itself and to as many neighbours as t-SNE asks for."""
+    n = len(unit)
+    near = nearest(
+        unit, unit, min(n - 1, int(3 * perplexity + 1)), excluded=torch.arange(len(unit))
+    )
+    far = (2 - 2 * near.cosine).clamp_min(0).sqrt().numpy()
+    column = np.column_stack([np.arange(n), near.latent.numpy()])
+    value = np.column_stack([np.zeros(n, far.dtype), far])
+    ends = np.arange(0, value.size + 1, value.shape[1])
+    return csr_matrix((value.ravel(), column.ravel(), ends), shape=(n, n))
+
+
+def _sampled_tsne(unit: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae 2"]:
+    sample = _spread(len(unit), _SAMPLE)
+    at = _tsne(unit[sample])
+    near = nearest(unit, unit[sample], _N_ANCHORS)
+    weight = near.cosine.clamp_min(1e-3) ** 8  # the nearest counts most
+    weight = weight / weight.sum(dim=1, keepdim=True)
+    points = (at[near.latent] * weight[:, :, None]).sum(dim=1)
+    points[sample] = at
+    return points
+
+
+def _umap(seed: int) -> Any:
+    require_extra("umap", "method 'umap'", "umap")
+    import umap  # pyright: ignore[reportMissingImports]
+
+    return umap.UMAP(n_neighbors=15, metric="cosine", random_state=seed)
+
+
+_BATCH = 4096
+
+
+def clusters(
+    dec_rows: Float[Tensor, "d_sae d_out"], n: int, *, seed: int = 0
+) -> Int[Tensor, " d_sae"]:
+    """K-means over unit directions: the group of each latent, the largest group first.
+
+    That latents share a group says their directions lie nearer to one centre than to the others,
+    no more; most directions of a dictionary are nearly orthogonal.
+    """
+    unit = torch.nn.functional.normalize(dec_rows.detach().float().cpu(), dim=1)
+    n = min(n, len(unit))
+    means = MiniBatchKMeans(n, random_state=seed, n_init="auto", batch_size=_BATCH)
+    result = torch.from_numpy(means.fit_predict(unit.numpy())).long()
+    order = torch.bincount(result, minlength=n).argsort(descending=True, stable=True)
+    return order.argsort()[result]
+
+
+def cluster_names(
+    cluster: Int[Tensor, " d_sae"], words: Sequence[Sequence[str]], n: int, n_words: int = 3
+) -> list[str]:
+    """For each group the words that its labels have more often than those of the others.
+
+    Args:
+        cluster: Group of each latent.
+        words: What each latent's label lists; empty for a latent without a label.
+        n: Number of groups.
+        n_words: Words of a name.
+    """
+    everywhere = Counter(word for listed in words for word in set(listed))
+    inside = [Counter[str]() for _ in range(n)]
+    for group, listed in zip(cluster.tolist(), words, strict=True):
+        inside[group].update(set(listed))
+    names = []
+    for counts in inside:
+        # count^2 / total: often here, and mostly here
+        ranked = sorted(counts, key=lambda word: (-(counts[word] ** 2) / everywhere[word], word))
+        names.append(", ".join(word.strip() for word in ranked[:n_words]))
+    return names
+
+
+ATLAS, SUMMARY = "atlas.parquet", "atlas.json"
+SINGLES_OUT = 0.5
+"""A latent singles a word out if it fires on at least this share of its rows, and at least this
+share of its firings are on it."""
+
+_CELLS = 1 << 24  # activations held at once
+_TENTHS = 10
+_LARGEST = 1 << 28  # latents x units that are correlated
+
+SCHEMA = pa.schema({
+    "latent": pa.int32(), "x": pa.float32(), "y": pa.float32(),
+    "neighbours": pa.list_(pa.int32()), "cosines": pa.list_(pa.float32()),
+    "max_correlation": pa.float32(), "parent": pa.int32(), "parent_cosine": pa.float32(),
+})  # fmt: skip
+
+
+def draw_atlas(
+    dictionary: SparseAutoencoder,
+    cache: Cache,
+    hook_point: str,
+    config: AtlasConfig,
+    out_dir: Path,
+    *,
+    narrow: SparseAutoencoder | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Coordinates, neighbours, the largest correlation with the stream's coordinates, parents.
+
+    Args:
+        dictionary: Whose latents.
+        cache: Its rows.
+        hook_point: Which.
+        config: How.
+        out_dir: Where the files go.
+        narrow: A narrower dictionary of the same stream, whose latents are the parents.
+        progress: Called after each chunk of rows.
+
+    Returns:
+        What atlas.json says.
+    """
+    rows = dictionary.dec_rows.detach().float().cpu()
+    at = plane(rows, config.plane)
+    near = nearest(
+        rows, rows, min(config.n_neighbours, len(rows) - 1), excluded=torch.arange(len(rows))
+    )
+    correlation = _correlation(dictionary, cache, hook_point, config.n_rows, progress or silent)
+    split = None if narrow is None else splitting(narrow.dec_rows.detach().float().cpu(), rows)
+    with seals.replacing(out_dir / ATLAS) as unfinished:
+        pq.write_table(_table(at, near, correlation, split), unfinished, **WRITING)
+    summary: dict[str, Any] = {"caution": CAUTION, "config": asdict(config)}
+    known = correlation[torch.isfinite(correlation)]
+    if len(known):
+        summary["correlation_with_the_stream"] = {
+            "median": float(known.median()),
+            "share_at_most_0.3": float((known <= 0.3).float().mean()),
+            "n": len(known),
+        }
+    if split is not None:
+        summary["splitting"] = {
+            "without_a_parent": int((split.parent < 0).sum()),
+            "parents_with_several_children": int((split.n_children > 1).sum()),
+            "most_children": int(split.n_children.max()),
+        }
+    seals.write(out_dir, {SUMMARY: as_json(summary)})
+    return summary
+
+
+def _correlation(
+    dictionary: SparseAutoencoder, cache: Cache, hook_point: str, n_rows: int, report: Progress
+) -> Float[Tensor, " d_sae"]:
+    """Over evenly spread rows; nan for silent latents, and for all where the table is too large."""
+    d_sae, d_in = dictionary.enc_rows.shape
+    if d_sae * d_in > _LARGEST:
+        return torch.full((d_sae,), torch.nan)
+    ids = cache.rows(("explain", "score"))
+    ids = ids[:: max(1, -(-len(ids) // n_rows))]
+    result = MaxCorrelation(d_sae, d_in)
+    step = max(1, _CELLS // d_sae)
+    for first in range(0, len(ids), step):
+        x = cache[hook_point][ids[first : first + step]]
+        with torch.no_grad():
+            result.update(dictionary.encode_dense(x.to(dictionary.enc_rows.device)).cpu(), x.cpu())
+        report(min(first + step, len(ids)), len(ids), "rows correlated")
+    return result.compute()
+
+
+def _table(
+    at: Float[Tensor, "d_sae 2"],
+    near: Nearest,
+    correlation: Float[Tensor, " d_sae"],
+    split: Splitting | None,
+) -> pa.Table:
+    none = pa.nulls(len(at))
+    columns = {
+        "latent": range(len(at)),
+        "x": at[:, 0].numpy(),
+        "y": at[:, 1].numpy(),
+        "neighbours": near.latent.tolist(),
+        "cosines": near.cosine.tolist(),
+        "max_correlation": pa.array(correlation.numpy(), from_pandas=True),
+        "parent": none if split is None else split.parent.numpy(),
+        "parent_cosine": none if split is None else split.cosine.numpy(),
+    }
+    arrays = [pa.array(columns[field.name]).cast(field.type) for field in SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+
+
+def words_with_a_latent(
+    labels: Labels,
+    names: Mapping[Kind, Sequence[str]],
+    values: Int32[np.ndarray, " row"],
+    n_fired: Int64[np.ndarray, " d_sae"],
+    n_alive: int,
+    config: AtlasConfig,
+) -> dict[str, Any]:
+    """Fit whether a word has a latent that singles it out against how frequent the word is.
+
+    Args:
+        labels: Of all latents.
+        names: What their values are called.
+        values: The word of each row of the explain split.
+        n_fired: Rows of the explain split on which each latent fires.
+        n_alive: Live latents.
+        config: How many words.
+
+    Returns:
+        The fit, or the reason why there is none.
+    """
+    kind = labels.kinds.index("word") if "word" in labels.kinds else -1
+    of_words = labels.rules.kind == kind
+    share = labels.rules.weight >= SINGLES_OUT
+    is_most = labels.joint >= SINGLES_OUT * np.maximum(n_fired, 1)[:, None]
+    result = of_words[:, None] & share & is_most
+    present = set(labels.rules.value[result].tolist()) - {-1}
+    count = np.bincount(values[values >= 0], minlength=1)
+    able = [word for word in np.flatnonzero(count >= 5).tolist() if names["word"][word].isalpha()]
+    words = np.array(shuffled(able, "concepts")[: config.n_concepts], np.int64)
+    has = np.array([int(word) in present for word in words], bool)
+    points = _points(count[words] / len(values), has)
+    try:
+        fit = completeness(count[words] / len(values), has, n_alive)
+    except ValueError as error:
+        return {"reason": str(error), "n": len(words), "points": points}
+    return {**fit._asdict(), "points": points}
+
+
+def _points(frequency: np.ndarray, has: np.ndarray) -> list[list[float]]:
+    """Frequency, share with a latent and number of the words of each tenth by frequency."""
+    order = np.argsort(frequency, kind="stable")
+    return [
+        [float(np.exp(np.log(frequency[part]).mean())), float(has[part].mean()), float(len(part))]
+        for part in np.array_split(order, _TENTHS)
+        if len(part)
+    ]

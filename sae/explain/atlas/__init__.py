@@ -1,1 +1,0 @@
-"""A map of a dictionary: neighbours, a plane, splitting, completeness, search."""

@@ -1,0 +1,376 @@
+"""The labels of a dictionary of images in a few figures, with what chance gives.
+
+How well a label tells images that no label was made from is the area under the ROC curve of the
+latent's peak: the probability that an image of the class has a larger one than another image, ties
+counting half. Images are what is independent, so they are what the intervals rest on, and latents
+of one dictionary share them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int64
+from scipy.stats import rankdata
+
+from sae.explain.config import ImageLabelConfig, Method
+from sae.explain.image_firings import ImageEvidence
+from sae.explain.image_labels import Concepts, ImageLabels, make_labels
+from sae.explain.scores import FLOOR, Mean
+from sae.statistics import Interval, wilson
+from sae.statistics import auc as auc_with_interval
+
+N_STRONGEST = 5
+"""So many images of the score split are a latent's strongest."""
+
+_LATENTS_AT_ONCE = 1024
+_RESAMPLES = 200
+_Z = 1.959964
+
+
+class ImageScores(NamedTuple):
+    """Scores on the score split; nan for latents without one."""
+
+    auc: Float64[np.ndarray, " d_sae"]
+    """Area under the ROC curve."""
+    low: Float64[np.ndarray, " d_sae"]
+    """Lower end of its 95 % interval (DeLong's variance)."""
+    high: Float64[np.ndarray, " d_sae"]
+    """Upper end."""
+    p_value: Float64[np.ndarray, " d_sae"]
+    """Share of the permuted classes, the true ones among them, with an AUC as large."""
+    influence: Float64[np.ndarray, " example"]
+    """What each image adds to the mean AUC, times the number of images: its mean is 0."""
+
+    def beats(self, level: float) -> Bool[np.ndarray, " d_sae"]:
+        """Which latents beat the null at a level; one without a score does not."""
+        return np.nan_to_num(self.p_value, nan=1.0) <= level
+
+    @property
+    def mean(self) -> Mean:
+        """Mean AUC, its interval over images; nan where no latent has a score."""
+        return with_interval(float(np.nanmean(self.auc)), self.influence) if self._any else _NONE
+
+    @property
+    def _any(self) -> bool:
+        return bool(np.isfinite(self.auc).any())
+
+
+_NONE = Mean(float("nan"), float("nan"), float("nan"))
+
+
+def with_interval(mean: float, influence: Float64[np.ndarray, " example"]) -> Mean:
+    """A mean of AUCs, or a difference of two on the same images, by the influence of the images."""
+    half = _Z * float(influence.std(ddof=1)) / len(influence) ** 0.5
+    return Mean(mean, mean - half, mean + half)
+
+
+def held_out(
+    peaks: Float32[np.ndarray, "example d_sae"],
+    has: Bool[np.ndarray, "example word"],
+    concept: Int64[np.ndarray, " d_sae"],
+    permutations: int,
+    generator: np.random.Generator,
+) -> ImageScores:
+    """Score latent i on the concept that its label names.
+
+    Args:
+        peaks: Of every image.
+        has: Which concepts every image has.
+        concept: What each latent's label names; -1: none.
+        permutations: Copies of `has` with the images exchanged, the same ones for all latents.
+        generator: Draws them.
+    """
+    n = len(peaks)
+    orders = generator.permuted(np.tile(np.arange(n), (permutations, 1)), axis=1)
+    auc, low, high, p_value = np.full((4, peaks.shape[1]), np.nan)
+    result = ImageScores(auc, low, high, p_value, np.zeros(n))
+    n_scored = 0
+    for which in np.unique(concept[concept >= 0]):
+        member = has[:, which]
+        if not 0 < member.sum() < n:
+            continue
+        null = member[orders].T.astype(np.float32)  # (image, permutation)
+        latents = np.flatnonzero(concept == which)
+        n_scored += len(latents)
+        for start in range(0, len(latents), _LATENTS_AT_ONCE):
+            chunk = latents[start : start + _LATENTS_AT_ONCE]
+            _score(peaks[:, chunk], member, null, chunk, result)
+    result.influence[:] /= max(n_scored, 1)
+    return result
+
+
+def aucs(
+    peaks: Float32[np.ndarray, "example d_sae"], has: Bool[np.ndarray, "example word"]
+) -> Float64[np.ndarray, "d_sae word"]:
+    """AUC of every latent for every concept; nan where all images have it, or none."""
+    n_has = has.sum(axis=0).astype(np.float64)
+    n_other = len(has) - n_has
+    result = np.empty((peaks.shape[1], has.shape[1]))
+    for start in range(0, len(result), _LATENTS_AT_ONCE):
+        part = slice(start, start + _LATENTS_AT_ONCE)
+        result[part] = rankdata(peaks[:, part], axis=0).T @ has - n_has * (n_has + 1) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return result / (n_has * n_other)
+
+
+class Strongest(NamedTuple):
+    """How often the images on which latents fire most have their labels, beyond chance."""
+
+    mean: Mean
+    """Mean over the latents; its interval is a bootstrap over images."""
+    resampled: Float64[np.ndarray, " resample"]
+    """The means of the resamples, which are the same images for every dictionary; empty where no
+    latent has a label."""
+
+
+def strongest(
+    peaks: Float32[np.ndarray, "example d_sae"],
+    has: Bool[np.ndarray, "example word"],
+    concept: Int64[np.ndarray, " d_sae"],
+    seed: int,
+) -> Strongest:
+    """Share of a latent's `N_STRONGEST` strongest images that its label names, less that of all.
+
+    Args:
+        peaks: Of every image.
+        has: Which concepts every image has.
+        concept: What each latent's label names; -1: none.
+        seed: Of the resamples.
+    """
+    latents = np.flatnonzero(concept >= 0)
+    if not len(latents):
+        return Strongest(_NONE, np.zeros(0))
+    generator = np.random.default_rng(seed)
+    counts = generator.multinomial(len(peaks), np.full(len(peaks), 1 / len(peaks)), _RESAMPLES)
+    order = np.argsort(-peaks[:, latents], axis=0, kind="stable")[: 8 * N_STRONGEST]
+    fires = np.take_along_axis(peaks[:, latents], order, axis=0) > 0
+    right = has[order, concept[latents]]
+    rates = [_lift(weight, order, fires, right, has, concept[latents]) for weight in counts]
+    value = _lift(np.ones_like(counts[0]), order, fires, right, has, concept[latents])
+    half = _Z * float(np.std(rates, ddof=1))
+    return Strongest(Mean(value, value - half, value + half), np.array(rates))
+
+
+def _lift(
+    weight: np.ndarray,
+    order: np.ndarray,
+    fires: np.ndarray,
+    right: np.ndarray,
+    has: np.ndarray,
+    concept: np.ndarray,
+) -> float:
+    """The mean over latents, where image i stands `weight[i]` times."""
+    fired_weight = weight[order] * fires
+    taken = np.clip(N_STRONGEST - (np.cumsum(fired_weight, axis=0) - fired_weight), 0, fired_weight)
+    share = (taken * right).sum(axis=0) / np.maximum(taken.sum(axis=0), 1)
+    return float((share - (weight @ has / weight.sum())[concept]).mean())
+
+
+def _score(
+    peaks: np.ndarray,
+    member: np.ndarray,
+    null: np.ndarray,
+    latents: np.ndarray,
+    result: ImageScores,
+) -> None:
+    """Score latents of one concept, into their places."""
+    n, n_has = len(member), int(member.sum())
+    n_other = n - n_has
+    ranks = rankdata(peaks, axis=0)
+    above = (ranks[member] - rankdata(peaks[member], axis=0)) / n_other
+    below = 1 - (ranks[~member] - rankdata(peaks[~member], axis=0)) / n_has
+    auc = above.mean(axis=0)
+    result.auc[latents] = auc
+    result.influence[member] += ((above - auc) * (n / n_has)).sum(axis=1)
+    result.influence[~member] += ((below - auc) * (n / n_other)).sum(axis=1)
+    # In float32 from ranks around their middle, so that equal AUCs stay within the tolerance.
+    sums = (ranks - (n + 1) / 2).astype(np.float32).T @ null
+    rank_sum = (ranks[member] - (n + 1) / 2).sum(axis=0)
+    as_large = (sums >= (rank_sum - 1e-3 * n)[:, None]).sum(axis=1)
+    result.p_value[latents] = (1 + as_large) / (1 + null.shape[1])
+    for column, latent in enumerate(latents):
+        values = peaks[:, column].astype(np.float64)
+        ends = auc_with_interval(values[member], values[~member])
+        result.low[latent], result.high[latent] = ends.low, ends.high
+
+
+LEVEL = 0.01
+"""At which a label's AUC beats the permuted classes."""
+
+STATUSES = ("scored", "unlabelled", "insufficient", "dead")
+
+
+@dataclass(frozen=True)
+class ImageSummary:
+    """Shares are of all live latents; those without a label or a score count as not beating."""
+
+    n_latents: int
+    """All latents."""
+    n_scored: int
+    """Latents with a label that was scored."""
+    n_unlabelled: int
+    """Latents that fire often enough, and no class is certain."""
+    n_insufficient: int
+    """Live latents that fire on too few images of either split."""
+    n_dead: int
+    """Latents that fire on no image of the two splits."""
+    auc: Mean
+    """Mean AUC of the labels over the scored latents; its interval is over images."""
+    auc_median: float
+    """Median AUC over the scored latents."""
+    auc_all_live: float
+    """Mean AUC over the live latents, the others counted at the floor."""
+    control_auc: Mean
+    """Mean AUC of other latents' labels."""
+    strongest: Mean
+    """Mean over the scored latents of the share of their 5 strongest images that have the label,
+    less the label's share of all images; its interval is over images."""
+    beats_null: Interval
+    """Share whose AUC beats the permuted classes at 1 %; Wilson's interval over latents."""
+    beats_null_shuffled: Interval
+    """The same when the classes are exchanged between images before labelling: 1 % or less."""
+    by_method: Mapping[Method, Mapping[str, float]]
+    """Mean AUC, share that beats the null and number scored of either labelling method."""
+    best_of_class: Mean
+    """Mean over classes of the AUC of each class's best latent, chosen on the explain split."""
+    floor: float
+    """The AUC of knowing nothing."""
+    n_images_explain: int
+    """Images from which labels were made."""
+    n_images_score: int
+    """Images on which they were scored."""
+    strongest_resampled: tuple[float, ...]
+    """The same over resampled images, for differences between dictionaries."""
+    influence: tuple[float, ...]
+    """Of each image of the score split on the mean AUC, for differences between dictionaries."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Labels and what the other images say of them."""
+
+    labels: ImageLabels
+    """Of the explain split."""
+    scores: ImageScores
+    """Of the labels."""
+    control: ImageScores
+    """Of other latents' labels."""
+    status: tuple[str, ...]
+    """"scored", "unlabelled", "insufficient" or "dead" for each latent."""
+    summary: ImageSummary
+    """All of it in a few figures."""
+
+
+class ImageLabelScorer:
+    """Labels made from one split and scored on another.
+
+    Args:
+        made_from: The explain split.
+        scored_on: The score split.
+        concepts: What labels may say.
+        config: How.
+        seed: Of the permutations and of the exchange.
+    """
+
+    def __init__(
+        self,
+        made_from: ImageEvidence,
+        scored_on: ImageEvidence,
+        concepts: Concepts,
+        config: ImageLabelConfig,
+        seed: int,
+    ) -> None:
+        self._parts, self._concepts, self._config = (made_from, scored_on), concepts, config
+        self._seed, self._generator = seed, np.random.default_rng(seed)
+        fired = np.stack([(part.peaks > 0).sum(axis=0) for part in self._parts])
+        self._enough = (fired >= config.min_images).all(axis=0)
+        self._live = fired.any(axis=0)
+
+    def scored(self) -> Scored:
+        """Label and score, and do the same with other latents' labels and exchanged classes."""
+        method = self._config.method
+        has = [self._concepts.has(part.classes) for part in self._parts]
+        labels = self._labels(has[0])
+        judged: dict[Method, ImageScores] = {
+            m: self._held_out(has[1], of_one) for m, of_one in labels.concept.items()
+        }
+        verdicts, concept = judged[method], labels.concept[method]
+        is_scored = np.isfinite(verdicts.auc)
+        exchanged = np.full_like(concept, -1)
+        exchanged[is_scored] = np.roll(concept[is_scored], 1)
+        void = [self._generator.permutation(of_one) for of_one in has]
+        control = self._held_out(has[1], exchanged)
+        of_void = self._held_out(void[1], self._labels(void[0]).concept[method])
+        status = np.where(self._enough, "unlabelled", "insufficient")
+        status = np.where(self._live, np.where(is_scored, "scored", status), "dead")
+        top = strongest(self._parts[1].peaks, has[1], np.where(is_scored, concept, -1), self._seed)
+        summary = self._summary(status, judged, control, of_void, top)
+        return Scored(labels, verdicts, control, tuple(status.tolist()), summary)
+
+    def _labels(self, has: Bool[np.ndarray, "example word"]) -> ImageLabels:
+        return make_labels(self._parts[0].peaks, has, self._concepts.n_classes, self._config)
+
+    def _held_out(
+        self, has: Bool[np.ndarray, "example word"], concept: Int64[np.ndarray, " d_sae"]
+    ) -> ImageScores:
+        wanted = np.where(self._enough, concept, -1)
+        n = self._config.permutations
+        return held_out(self._parts[1].peaks, has, wanted, n, self._generator)
+
+    def _summary(
+        self,
+        status: np.ndarray,
+        judged: Mapping[Method, ImageScores],
+        control: ImageScores,
+        of_void: ImageScores,
+        top: Strongest,
+    ) -> ImageSummary:
+        verdicts, n_live = judged[self._config.method], int(np.count_nonzero(self._live))
+        counts = {name: int(np.count_nonzero(status == name)) for name in STATUSES}
+        n_scored = counts["scored"]
+        return ImageSummary(
+            n_latents=len(status),
+            n_scored=n_scored,
+            n_unlabelled=counts["unlabelled"],
+            n_insufficient=counts["insufficient"],
+            n_dead=counts["dead"],
+            auc=verdicts.mean,
+            auc_median=float(np.nanmedian(verdicts.auc)) if n_scored else float("nan"),
+            auc_all_live=_all_live(verdicts, n_live),
+            control_auc=control.mean,
+            strongest=top.mean,
+            beats_null=_share(verdicts.beats(LEVEL), n_live),
+            beats_null_shuffled=_share(of_void.beats(LEVEL), n_live),
+            by_method={method: _figures(result, n_live) for method, result in judged.items()},
+            best_of_class=self._best_of_class(),
+            floor=FLOOR,
+            n_images_explain=len(self._parts[0].classes),
+            n_images_score=len(self._parts[1].classes),
+            strongest_resampled=tuple(top.resampled.tolist()),
+            influence=tuple(verdicts.influence.tolist()),
+        )
+
+    def _best_of_class(self) -> Mean:
+        """How well one latent per class, chosen on the explain split, tells that class."""
+        classes = np.arange(self._concepts.n_classes)
+        has = [self._concepts.has(part.classes)[:, classes] for part in self._parts]
+        first = aucs(self._parts[0].peaks, has[0])
+        best = np.nan_to_num(first, nan=-1.0).argmax(axis=0)
+        return held_out(self._parts[1].peaks[:, best], has[1], classes, 1, self._generator).mean
+
+
+def _share(holds: Bool[np.ndarray, " d_sae"], n_live: int) -> Interval:
+    return wilson(int(holds.sum()), n_live) if n_live else Interval(*[float("nan")] * 3)
+
+
+def _all_live(result: ImageScores, n_live: int) -> float:
+    scored = result.auc[np.isfinite(result.auc)]
+    return float(scored.sum() + FLOOR * (n_live - len(scored))) / n_live if n_live else float("nan")
+
+
+def _figures(result: ImageScores, n_live: int) -> dict[str, float]:
+    n = int(np.isfinite(result.auc).sum())
+    share = _share(result.beats(LEVEL), n_live).value
+    return {"auc": result.mean.mean, "beats_null": share, "n_scored": float(n)}

@@ -1,1 +1,0 @@
-"""Labels of image latents from concepts, classes and attributes; any embedding model will do."""

@@ -1,0 +1,69 @@
+"""The XOR, trigonometry and dot toys of concept embedding models (arXiv 2209.09056)."""
+
+import numpy as np
+import pytest
+
+from sae.evaluate.concepts import ConceptBottleneck, intervention_curve
+
+
+def xor(generator, n):
+    x = generator.random((n, 2))
+    concepts = x > 0.5
+    return x, concepts, (concepts[:, 0] ^ concepts[:, 1]).astype(int)
+
+
+def trigonometry(generator, n):
+    h = generator.normal(size=(n, 3)) * 2
+    parts = [np.sin(h) + h, np.cos(h) + h, (h**2).sum(1, keepdims=True)]
+    concepts = h > 0
+    return np.concatenate(parts, 1), concepts, (concepts.sum(1) > 1).astype(int)
+
+
+def dot(generator, n):
+    v, w = generator.normal(size=(2, n, 2)) * 2
+    concepts = np.stack([v.sum(1) > 0, -w.sum(1) > 0], 1)
+    return np.concatenate([v + w, v - w], 1), concepts, ((v * w).sum(1) > 0).astype(int)
+
+
+def curve(make, head):
+    generator = np.random.default_rng(0)
+    model = ConceptBottleneck(k=4, head=head).fit(*make(generator, 1009))
+    return model, intervention_curve(model, *make(generator, 503))
+
+
+@pytest.mark.parametrize("make", [xor, trigonometry])
+def test_true_concepts_give_the_true_answer(make):
+    _, result = curve(make, "tree")
+    assert result[-1] == 1.0
+    assert result == sorted(result)
+    assert result[0] > 0.85
+
+
+def test_a_linear_head_cannot_take_xor():
+    _, result = curve(xor, "linear")
+    assert result[-1] < 0.8
+
+
+def test_concepts_that_do_not_decide_the_answer_leave_it_open():
+    """Dot's answer is no function of its two concepts: no correction of them makes it 1."""
+    _, result = curve(dot, "tree")
+    assert 0.6 < result[-1] < 0.9
+
+
+def test_single_concepts_can_be_given():
+    model, _ = curve(xor, "tree")
+    x = np.array([[0.9, 0.1], [0.9, 0.9]])
+    assert model.predict(x).tolist() == [1, 0]
+    assert model.predict(x, {1: np.array([True, False])}).tolist() == [0, 1]
+    assert model.concepts(x)[0, 0] > 0.5 > model.concepts(x)[0, 1]
+    with pytest.raises(ValueError, match=r"given must name concepts 0\.\.1, got 2"):
+        model.predict(x, {2: np.array([True, True])})
+
+
+def test_bad_concepts_are_refused():
+    x, concepts, y = xor(np.random.default_rng(0), 23)
+    concepts[:, 1] = True
+    with pytest.raises(ValueError, match="concept 1 must have both classes, got 23 positive of 23"):
+        ConceptBottleneck().fit(x, concepts, y)
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        ConceptBottleneck(k=0)

@@ -1,0 +1,135 @@
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from sae.evaluate.geometry import (
+    inherent_interpretability,
+    kurtosis,
+    modality_gap,
+    nearest_distances,
+    outlier_dimensions,
+    rankme,
+    rarity,
+    two_nn,
+)
+
+
+@pytest.mark.parametrize(("k", "published"), [(1, 1.000), (5, 5.001), (32, 32.002)])
+def test_rankme_of_k_equal_singular_values_is_k(draw, k, published):
+    left, right = torch.linalg.qr(draw(211, k)).Q, torch.linalg.qr(draw(64, k, seed=1)).Q
+    assert rankme(left @ right.T) == pytest.approx(published, abs=2e-3)
+
+
+def test_rankme_needs_a_row(draw):
+    with pytest.raises(ValueError, match="must have a row other than 0, got 7 rows of 0"):
+        rankme(torch.zeros(7, 3))
+
+
+@pytest.mark.parametrize(("d", "published"), [(1, 1.0), (2, 2.01), (5, 4.83), (10, 8.76)])
+def test_two_nn_of_a_uniform_cube(d, published):
+    """Published to two digits from one draw each; the spread over draws is about 3 %."""
+    generator = torch.Generator().manual_seed(d)
+    cube = torch.rand(2003, d, generator=generator, dtype=torch.float64)
+    result = two_nn(cube @ torch.eye(d, 17).double() + 30)
+    assert result.dimension == pytest.approx(published, rel=0.09)
+    assert result.n_rows == 2003
+
+
+def test_distances_are_exact_where_products_lose_them():
+    x = torch.tensor([[1e4], [1e4 + 1e-7], [1e4 + 3e-7]], dtype=torch.float64)
+    assert nearest_distances(x)[0].tolist() == pytest.approx([1e-7, 3e-7], rel=1e-4)
+
+
+def test_duplicates_are_left_out_and_counted(draw):
+    x = draw(101, 3)
+    result = two_nn(torch.cat([x, x[:7]]))
+    assert (result.n_rows, result.n_duplicates) == (94, 14)
+    with pytest.raises(ValueError, match="at least 10 rows that differ, got 0"):
+        two_nn(torch.ones(23, 3))
+    with pytest.raises(ValueError, match="discard must be at least 0 and below 1, got 1"):
+        two_nn(x, discard=1.0)
+
+
+def test_kurtosis_of_known_distributions(draw):
+    n = 40009
+    x = draw(n, 3)
+    x[:, 1] = torch.arange(n) % 2  # two values: 1
+    x[:, 2] = 4.0
+    result = kurtosis(x)
+    assert result[0] == pytest.approx(3, abs=4 * math.sqrt(24 / n))
+    assert result[1] == pytest.approx(1, abs=1e-4)
+    assert math.isnan(result[2])
+
+
+def test_a_planted_outlier_is_found_and_a_rotation_removes_it(draw, rotation):
+    x = draw(503, 97)
+    x[:, 41] *= 40
+    x[:, 7] *= 9
+    result = outlier_dimensions(x)
+    assert result.dimensions.tolist() == [41, 7]
+    assert result.ratio[0] == pytest.approx(40, rel=0.15)
+    turned = x @ rotation(97)
+    assert float(kurtosis(turned).mean()) < 3.5
+    assert outlier_dimensions(turned).dimensions.tolist() == []
+    with pytest.raises(ValueError, match=r"ratio must be above 1, got 1\.0"):
+        outlier_dimensions(x, ratio=1.0)
+
+
+def test_the_modality_gap_is_the_planted_offset(draw):
+    offset = torch.zeros(11).double()
+    offset[3] = 0.7
+    x = draw(20011, 11)
+    assert modality_gap(x, x + offset, unit=False) == pytest.approx(0.7)
+    assert modality_gap(x, draw(20011, 11, seed=1)) < 0.02
+    assert modality_gap(x * 5, x) == pytest.approx(0)
+    with pytest.raises(ValueError, match=r"rows of one width, got \(20011, 11\) and \(3, 5\)"):
+        modality_gap(x, draw(3, 5))
+
+
+def test_the_planted_rare_feature_comes_first(draw):
+    generator = torch.Generator().manual_seed(3)
+    reference = draw(1009, 13).clamp_min(0)
+    sample = reference[:5].clone()
+    sample[2, 7] = 30.0
+    result = rarity(reference, sample, generator)
+    assert result.explanation(2, 3)[0] == 7
+    assert int(result.score.argmax()) == 2
+
+
+def test_tail_probabilities_of_ordinary_samples_are_uniform(draw):
+    """Zeros of sparse features included."""
+    reference, samples = draw(499, 5).clamp_min(0), draw(1009, 5, seed=1).clamp_min(0)
+    result = rarity(reference, samples, torch.Generator().manual_seed(4))
+    assert min(stats.kstest(column.numpy(), "uniform").pvalue for column in result.p.T) > 0.01
+    assert float(result.score.mean()) == pytest.approx(1, abs=0.06)
+
+
+def test_weights_decide_which_features_count(draw):
+    reference, sample = draw(101, 3), torch.tensor([[50.0, 0.0, 0.0]]).double()
+    generator = torch.Generator().manual_seed(5)
+    only_first = torch.tensor([1.0, 0.0, 0.0])
+    assert rarity(reference, sample, generator, only_first).score[0] > math.log(102)
+    with pytest.raises(ValueError, match="weights must be at least 0 and not all 0, got sum 0"):
+        rarity(reference, sample, generator, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"as wide as the samples, got \(101, 3\) and \(2, 5\)"):
+        rarity(reference, draw(2, 5), generator)
+
+
+def test_a_constant_ratio_gives_ratio_times_range():
+    assert inherent_interpretability([0.1, 0.2, 0.7], [0.4] * 3, 0.8) == pytest.approx(0.3)
+    assert inherent_interpretability([0.0, 1.0], [1.0, 0.0], 1.0) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([0.1], [0.4], 1.0), "at least two points each, got 1 and 1"),
+        (([0.1, 0.1], [0.4, 0.4], 1.0), r"must ascend, got \[0\.1, 0\.1\]"),
+        (([0.1, 0.2], [0.4, 0.4], 0.0), "reference must be above 0, got 0"),
+    ],
+)
+def test_points_without_an_integral_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        inherent_interpretability(*arguments)

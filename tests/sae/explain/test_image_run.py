@@ -1,0 +1,181 @@
+"""Labels of image latents: planted classes come back, knowing nothing scores as chance does."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sae.explain.config import ExplainConfig, ImageLabelConfig
+from sae.explain.image_labels import concepts_of
+from sae.explain.image_run import Pictures, explain_images
+from sae.explain.image_summary import aucs, held_out, with_interval
+from sae.explain.tables import EXAMPLES, LATENTS, SUMMARY, read_examples, read_latents
+from sae.statistics import auc
+
+HOOK = "encoder.layer.1:out"
+CONFIG = ExplainConfig(
+    n_baseline=7, images=ImageLabelConfig(group_separator="-", permutations=199, top_images=3)
+)
+
+
+@pytest.fixture
+def explained(image_cache, identity_dictionary, tmp_path):
+    def run(config=CONFIG, **options):
+        cache = image_cache(**options)
+        names = [f"{n}.jpg" for n in range(len(cache.split))]
+        dictionary = identity_dictionary(cache.acts.shape[2])
+        result = explain_images(dictionary, Pictures(cache, names, 6), HOOK, config, tmp_path)
+        return cache, result, read_latents(tmp_path / LATENTS)
+
+    return run
+
+
+def test_planted_classes_and_groups_are_the_labels(explained):
+    cache, result, records = explained()
+    assert [r.label for r in records[:6]] == [*cache.label_names, "animals"]
+    assert [r.kind for r in records[:6]] == ["class"] * 5 + ["group"]
+    assert [r.status for r in records[:8]] == ["scored"] * 6 + ["insufficient", "dead"]
+    for record in records[:6]:
+        assert record.auc > 0.75
+        assert record.low < record.auc <= record.high
+        assert record.p_held_out == pytest.approx(1 / 200)
+        assert record.curve[-1] == 1.0
+        assert record.npmi[0] > 0.4
+    summary = result.summary
+    counts = (summary.n_scored, summary.n_unlabelled, summary.n_insufficient, summary.n_dead)
+    assert sum(counts) == summary.n_latents == 39
+    assert summary.best_of_class.mean > 0.75
+    assert summary.by_method["soft_wpmi"]["n_scored"] == summary.n_scored + summary.n_unlabelled
+
+
+def test_latents_that_know_nothing_are_not_labelled_and_get_chance(explained):
+    open_minded = dataclasses.replace(CONFIG.images, max_p=1.0)
+    config = dataclasses.replace(CONFIG, images=open_minded)
+    _, result, records = explained(config, n_random=211)
+    unlabelled = [r for r in explained(CONFIG, n_random=211)[2][8:] if r.status == "unlabelled"]
+    assert len(unlabelled) >= 190
+    assert all(r.label == "" and r.auc is None for r in unlabelled)
+    noise = [r.auc for r in records[8:]]
+    assert np.mean(noise) == pytest.approx(0.5, abs=0.015)
+    assert np.mean([r.p_held_out <= 0.01 for r in records[8:]]) <= 0.03
+    assert result.summary.control_auc.mean == pytest.approx(0.5, abs=0.03)
+    assert result.summary.beats_null_shuffled.value <= 0.03
+    assert set(result.untrained) == {"random directions", "raw neurons"}
+    assert all(arm.n_latents == 7 for arm in result.untrained.values())
+
+
+def test_soft_wpmi_labels_by_classes_alone(explained):
+    images = dataclasses.replace(CONFIG.images, method="soft_wpmi")
+    cache, _, records = explained(dataclasses.replace(CONFIG, images=images))
+    assert [r.label for r in records[:5]] == list(cache.label_names)
+    assert records[5].label in cache.label_names[:2]
+
+
+def test_pictures_are_the_strongest_with_their_patches(explained, tmp_path):
+    cache, _, records = explained()
+    latent = 2
+    top = read_examples(tmp_path / EXAMPLES, latent)
+    peaks = cache.acts[:, :, latent].amax(1)
+    peaks[cache.split == 2] = 0  # held out
+    order = peaks.argsort(descending=True, stable=True)[:3].tolist()
+    assert [c.example for c in top[:3]] == order
+    for context in top:
+        assert context.tokens == ()
+        assert context.activations == pytest.approx(
+            cache.acts[context.example, 1:, latent].tolist()
+        )
+        assert context.peak == int(np.argmax(context.activations))
+        assert context.source == f"{context.example}.jpg"
+    fifths = [int(np.ceil(5 * c.activation / top[0].activation)) for c in top[3:]]
+    assert fifths == sorted(fifths, reverse=True)
+    summary = json.loads((tmp_path / SUMMARY).read_text())
+    assert summary["auc"]["mean"] == pytest.approx(np.mean([r.auc for r in records if r.auc]))
+    assert summary["n_rows_explain"] == 7 * int((cache.split == 0).sum())
+
+
+def test_scores_are_those_of_the_definition_and_the_interval_is_over_images():
+    made = np.random.default_rng(0)
+    peaks = made.integers(0, 4, (101, 5)).astype(np.float32)
+    has = np.stack([made.random(101) < 0.3, made.random(101) < 0.5], axis=1)
+    concept = np.array([0, 1, 1, -1, 0])
+    result = held_out(peaks, has, concept, 99, made)
+    for latent, which in enumerate(concept):
+        if which < 0:
+            assert np.isnan(result.auc[latent])
+            continue
+        expected = auc(
+            peaks[has[:, which], latent].astype(float), peaks[~has[:, which], latent].astype(float)
+        )
+        assert result.auc[latent] == pytest.approx(expected.value)
+        assert aucs(peaks, has)[latent, which] == pytest.approx(expected.value)
+    assert result.influence.sum() == pytest.approx(0, abs=1e-9)
+    bootstrapped = []
+    for _ in range(300):
+        pick = made.integers(0, 101, 101)
+        bootstrapped.append(np.nanmean(held_out(peaks[pick], has[pick], concept, 1, made).auc))
+    half = (result.mean.high - result.mean.low) / 2
+    assert half == pytest.approx(1.96 * np.std(bootstrapped), rel=0.2)
+    assert with_interval(0.0, result.influence - result.influence).high == 0.0
+
+
+def test_the_null_has_its_level():
+    """Labels that say nothing beat it at 5 % about 5 times in 100."""
+    made = np.random.default_rng(1)
+    peaks = np.maximum(made.standard_normal((83, 2000)), 0).astype(np.float32)
+    has = (made.random((83, 1)) < 0.2).repeat(2, axis=1)
+    result = held_out(peaks, has, np.zeros(2000, np.int64), 199, made)
+    assert 0.03 < result.beats(0.05).mean() < 0.07
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("birds",), r"images must be of two classes or more to be labelled, got 1 \(birds\); put"),
+        ((), "images must be of two classes or more to be labelled, got none; put"),
+    ],
+)
+def test_one_class_is_refused(image_cache, identity_dictionary, names, message):
+    cache = image_cache(101)
+    cache.label_names = names
+    with pytest.raises(ValueError, match=message):
+        explain_images(identity_dictionary(39), Pictures(cache, [""] * 101, 6), HOOK, CONFIG, None)
+
+
+def test_groups_are_shared_beginnings():
+    result = concepts_of(("a-x", "a-y", "b-x", "c"), "-")
+    assert result.names == ("a-x", "a-y", "b-x", "c", "a")
+    assert result.has(np.array([1, 3])).tolist() == [
+        [False, True, False, False, True],
+        [False, False, False, True, False],
+    ]
+    assert concepts_of(("a-x", "a-y"), "-").names == ("a-x", "a-y")
+    assert concepts_of(("a-x", "a-y", "b"), None).names == ("a-x", "a-y", "b")
+
+
+def test_images_without_a_class_are_left_out(image_cache, identity_dictionary):
+    cache = image_cache(301)
+    cache.label[::3] = -1
+    result = explain_images(
+        identity_dictionary(39), Pictures(cache, [""] * 301, 6), HOOK, CONFIG, None
+    )
+    labelled = cache.label >= 0
+    assert result.summary.n_images_explain == int((labelled & (cache.split == 0)).sum())
+    cache.label[torch.isin(cache.split, torch.tensor([1]))] = -1
+    with pytest.raises(ValueError, match="split 'score' must have images with a class, got none"):
+        explain_images(identity_dictionary(39), Pictures(cache, [""] * 301, 6), HOOK, CONFIG, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("min_images", 1, "min_images must be at least 2, got 1"),
+        ("permutations", 98, "permutations must be at least 99"),
+        ("max_p", 0.0, "max_p must lie above 0"),
+        ("group_separator", "", "group_separator must not be empty"),
+    ],
+)
+def test_wrong_settings_are_named(field, value, rule):
+    with pytest.raises(ValueError, match=rule):
+        ImageLabelConfig(**{field: value})
