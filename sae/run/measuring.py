@@ -259,7 +259,7 @@ def _report(
     for name, entry in entries.items():
         path, source = entry.path, entry.source
         if path is not None and source is not None and not entry.differs:  # the unit of steering
-            keep_measured(path, source, result.firing[name], hook_point, where)
+            keep_measured(path, source, entry.dictionary, result.firing[name], hook_point, where)
     return report
 
 
