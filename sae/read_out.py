@@ -19,16 +19,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import (
-    Any,
-    Literal,
-    NamedTuple,
-    Protocol,
-    Self,
-    assert_never,
-    get_args,
-    runtime_checkable,
-)
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, assert_never, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,6 +44,7 @@ from sae_kernels.launch import choose
 
 ReadOutName = Literal["linear", "refined"]
 """By the encoder alone, or refined."""
+READ_OUTS: tuple[ReadOutName, ...] = ("linear", "refined")
 
 STEP, LAST_STEP = 0.5, 0.75
 """Of what latents leave of a row, the part that is added before the second encoding and after."""
@@ -305,9 +297,12 @@ def checked(read_out: ReadOutName) -> ReadOutName:
     Raises:
         MonosemaError: If there is none of this name.
     """
-    names = get_args(ReadOutName)
-    require(read_out in names, "read_out", f"be one of {', '.join(map(repr, names))}", read_out)
+    rule = f"be one of {', '.join(map(repr, READ_OUTS))}"
+    require(read_out in READ_OUTS, "read_out", rule, read_out)
     return read_out
+
+
+R = TypeVar("R", bound="Readable")
 
 
 class Readable(nn.Module):
@@ -323,7 +318,7 @@ class Readable(nn.Module):
         self._read_out: ReadOut | Callable[[], ReadOut | None] | None = None
         self._stats: dict[str, LatentStats | Callable[[], LatentStats | None] | None] = {}
 
-    def reading(self, read_out: ReadOutName) -> Self:
+    def reading(self: R, read_out: ReadOutName) -> R:
         """The same dictionary, with the same parameters, that is read in this way.
 
         Evaluation, explaining, steering and the browser take it like any other.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae.cli import console
-from sae.cli.request import ForceOption, run_to
+from sae.cli.request import ForceOption, ReadOutOption, of_run, run_to
 from sae.config import is_config
 from sae.run.config import RunConfig, browsed_config
 
@@ -25,6 +25,7 @@ def browse(  # noqa: PLR0913
     out: Annotated[str | None, typer.Option(help="Folder to write; RUN/browse.")] = None,
     cache: Annotated[str | None, typer.Option(help="DICT: the cache it was explained on.")] = None,
     force: ForceOption = False,
+    read_out: ReadOutOption = "linear",
     serve: Annotated[bool, typer.Option("--serve", help="Show it on a local address.")] = False,
     host: Annotated[str, typer.Option(help="Of the server; others need --token.")] = "127.0.0.1",
     port: Annotated[
@@ -40,14 +41,14 @@ def browse(  # noqa: PLR0913
     config = browsed_config(run)
     is_yaml = is_config(run)
     if is_yaml:
-        run_to("browse", run, None)
+        run_to("browse", run, of_run(read_out))
     from sae.run.browsing import INDEX, browser_folder, write_browser
 
     folder = browser_folder(run, config, out)
     is_there = is_yaml or (serve and (folder / INDEX).is_file())
     if out or not is_there:
         with console.step("browse") as progress:
-            write_browser(run, config, folder, cache, progress, force=force)
+            write_browser(run, config, folder, cache, progress, force=force, read_out=read_out)
         console.say(f"page: {(folder / INDEX).resolve()}")
     if serve:
         _serve(folder, (host, port, token), _prompts(config))

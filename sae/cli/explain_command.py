@@ -5,7 +5,14 @@ from typing import Annotated
 import typer
 
 from sae.cli import console
-from sae.cli.request import ForceOption, Overrides, refuse_without_cache, run_to
+from sae.cli.request import (
+    ForceOption,
+    Overrides,
+    ReadOutOption,
+    of_run,
+    refuse_without_cache,
+    run_to,
+)
 from sae.config import ConfigError, load_overrides
 from sae.explain.config import ExplainConfig
 
@@ -32,6 +39,7 @@ def explain(  # noqa: PLR0913
         bool, typer.Option("--dry-run", help="Estimate a model's answers, ask nothing.")
     ] = False,
     force: ForceOption = False,
+    read_out: ReadOutOption = "linear",
 ) -> None:
     """Label latents and score the labels: those of a run, or with --cache of any dictionary.
 
@@ -52,7 +60,8 @@ def explain(  # noqa: PLR0913
         if wrong:
             raise ConfigError(f"{wrong} must come with --cache CACHE, got none")
         refuse_without_cache(config)
-        run_to("explain", config, [*(overrides or []), *(f"explain.{key}" for key in given)])
+        given = [f"explain.{key}" for key in given]
+        run_to("explain", config, [*(overrides or []), *given, *of_run(read_out)])
         return
     checked = load_overrides(ExplainConfig, [*(overrides or []), *given])
     if dry_run and checked.autointerp is None:
@@ -60,7 +69,7 @@ def explain(  # noqa: PLR0913
     from sae.run.explaining import ExplainRequest, estimate, explain_dictionary
     from sae.run.label_tables import estimate_facts, explanation_parts
 
-    request = ExplainRequest(config, cache, hook_point, out, across, force)
+    request = ExplainRequest(config, cache, hook_point, out, across, force, read_out)
     if dry_run and checked.autointerp is not None:
         with console.step("estimate") as progress:
             cost = estimate(request, checked, progress)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sae.cli import console
-from sae.cli.request import ForceOption, Overrides, run_to
+from sae.cli.request import ForceOption, Overrides, ReadOutOption, run_to
 from sae.config import ConfigError, is_config, load_overrides
 from sae.steer.config import FindRequest, SteerRequest
 
@@ -29,6 +29,7 @@ def steer(  # noqa: PLR0913  (options are parameters)
     ] = False,
     output: Annotated[str | None, typer.Option(help="Directory of a sweep's results.")] = None,
     force: ForceOption = False,
+    read_out: ReadOutOption = "linear",
 ) -> None:
     """Generate with latents changed: of a run's config after explaining, or of a dictionary.
 
@@ -38,6 +39,7 @@ def steer(  # noqa: PLR0913  (options are parameters)
     if is_config(path):
         given = {"--latent": latent, "--prompt": prompt, "--model": model}
         given |= {"--chat": chat, "--sweep": sweep, "--force": force}
+        given |= {"--read-out": read_out != "linear"}
         if used := [name for name, value in given.items() if value]:
             raise ConfigError(f"{used[0]} must stand beside a dictionary, got the config {path}")
         run_to("steer", path, overrides)
@@ -45,12 +47,15 @@ def steer(  # noqa: PLR0913  (options are parameters)
     named = {"latents": latent or [], "prompts": prompt, "model": model, "output": output}
     options = {key: value for key, value in named.items() if value is not None}
     options |= {key: True for key, is_set in (("chat", chat), ("force", force)) if is_set}
+    options |= {"read_out": read_out} if read_out != "linear" else {}
     request = load_overrides(SteerRequest, overrides or [], {**options, "sweep": sweep})
     from sae.run.context import with_differences
     from sae.run.steering import continuations, placed_in_model, sweep_latent
 
     where = (request.model, request.dtype, request.hook_point)
-    dictionary, loaded, differs = placed_in_model(path, *where, force=request.force)
+    dictionary, loaded, differs = placed_in_model(
+        path, *where, force=request.force, read_out=request.read_out
+    )
     if sweep:
         with console.step("sweep") as progress:
             swept = sweep_latent(path, dictionary, loaded, request, progress)

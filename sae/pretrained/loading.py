@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,7 +46,7 @@ from sae.pretrained.fields import DictionaryFormatError
 from sae.pretrained.files import PICKLED, Files, Stated, parse_json
 from sae.pretrained.monosema_format import save
 from sae.pretrained.origin import Origin, origin_of
-from sae.read_out import ReadOut, ReadOutName
+from sae.read_out import READ_OUTS, ReadOut, ReadOutName
 
 FORMATS: dict[str, ModuleType] = {
     module.FORMAT: module
@@ -152,7 +152,7 @@ def _describe(dictionary: SparseAutoencoder, found: "_Found", reading: Reading) 
         dictionary.at(point)
     if (files.latents is None and files.path.is_dir()) or not is_ours:
         dictionary.read_out = partial(_read_out_of, files, is_ours)
-        for read_by in get_args(ReadOutName):
+        for read_by in READ_OUTS:
             stats = partial(_stats_of, files, is_ours, dictionary, read_by)
             dictionary.set_stats(stats, read_by)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sae.run.inspection import inspect
     from sae.run.jobs import job, train
     from sae.run.measuring import evaluate
+    from sae.run.refining import distil, refine
     from sae.run.releases import convert, push, verify_release
     from sae.run.steering import steer
 
@@ -23,6 +24,7 @@ __all__ = [
     "cache",
     "compare",
     "convert",
+    "distil",
     "evaluate",
     "explain",
     "find",
@@ -31,6 +33,7 @@ __all__ = [
     "job",
     "model",
     "push",
+    "refine",
     "steer",
     "train",
     "verify",
@@ -42,6 +45,7 @@ _HOME = {
     "cache": "caches",
     "compare": "comparing",
     "convert": "releases",
+    "distil": "refining",
     "evaluate": "measuring",
     "explain": "explaining",
     "find": "finding",
@@ -50,6 +54,7 @@ _HOME = {
     "job": "jobs",
     "model": "caches",
     "push": "releases",
+    "refine": "refining",
     "steer": "steering",
     "train": "jobs",
     "verify": "caches",

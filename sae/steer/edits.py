@@ -27,14 +27,15 @@ def latent_reader(dictionary: SparseAutoencoder, latents: Int[Tensor, " k"]) -> 
 
     Where each latent is decided by itself (ReLU, JumpReLU, gated, and BatchTopK with its
     threshold) only their rows of the encoder are read: k d_in products per row of the stream in
-    the place of d_sae d_in. Under TopK the others decide too, so all are encoded.
+    the place of d_sae d_in. Under TopK and in a refined read-out the others decide too, so all are
+    encoded.
 
     Args:
         dictionary: The weights are taken as they are now.
         latents: Numbers; a latent may come more than once.
     """
     activation = dictionary.config.activation
-    if activation.facts.choice in ("none", "batch"):
+    if activation.facts.choice in ("none", "batch") and dictionary.read_by == "linear":
         weights = _of_latents(dictionary.encoder(), latents)
         return lambda x: activations.encode_dense(activation, dictionary.scaled(x), weights)
 
