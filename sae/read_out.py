@@ -291,7 +291,7 @@ def require_refinable(config: SAEConfig) -> None:
         )
 
 
-def checked(read_out: ReadOutName) -> ReadOutName:
+def checked(read_out: str) -> ReadOutName:
     """Return the name of a read-out.
 
     Raises:
@@ -299,7 +299,7 @@ def checked(read_out: ReadOutName) -> ReadOutName:
     """
     rule = f"be one of {', '.join(map(repr, READ_OUTS))}"
     require(read_out in READ_OUTS, "read_out", rule, read_out)
-    return read_out
+    return READ_OUTS[READ_OUTS.index(read_out)]
 
 
 R = TypeVar("R", bound="Readable")
