@@ -172,8 +172,8 @@ def _maximum(placed: SparseAutoencoder, latent: int) -> float:
         option = "" if placed.read_by == "linear" else f" --read-out {placed.read_by}"
         raise MonosemaError(
             "stats must be given for a value in units of a latent's maximum, got None; "
-            f"run `sae evaluate DICT --cache CACHE{option}`, then steer by the dictionary's path or "
-            "name, or give a plain number"
+            f"run `sae evaluate DICT --cache CACHE{option}`, then steer by the dictionary's path "
+            "or name, or give a plain number"
         )
     maximum = float(placed.stats.max_activation[latent])
     if maximum == 0:

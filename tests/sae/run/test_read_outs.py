@@ -10,7 +10,7 @@ from sae.evaluate.ground_truth.ceilings import set_true_decoder
 from sae.evaluate.ground_truth.generator import rows as rows_of
 from sae.run.read_outs import distilled, figures, fit_read_out, usual_lengths, valley
 
-K, N = 7, 4096
+K, N = 7, 6000
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def of_truth(world, activation) -> SparseAutoencoder:
     set_true_decoder(made, world)
     if isinstance(activation, BatchTopK):
         assert made.threshold is not None
-        made.threshold.fill_(3.0)
+        made.threshold.fill_(0.65)
     return made
 
 
@@ -88,14 +88,14 @@ def test_rows_that_it_does_not_reconstruct_are_refused(world, x):
 
 
 def test_a_distilled_encoder_is_linear_and_keeps_part_of_the_gain(world, x):
-    made = of_truth(world, TopK(k=K))
+    made = of_truth(world, BatchTopK(k=K))
     made.read_out = fit_read_out(made, x)
-    student = distilled(made, x, steps=150)
+    student = distilled(made, x, steps=20)
     assert isinstance(student.config.activation, JumpReLU)
     assert torch.equal(student.dec_rows, made.dec_rows)
-    assert torch.equal(distilled(made, x, steps=150).enc_rows, student.enc_rows)
+    assert torch.equal(distilled(made, x, steps=20).enc_rows, student.enc_rows)
     f1 = {
         name: evaluate(one, TIERS["planted"], 0).firing.f1
         for name, one in (("linear", made), ("refined", made.reading("refined")), ("new", student))
     }
-    assert f1["linear"] + 0.05 < f1["new"] < f1["refined"]
+    assert f1["linear"] + 0.03 < f1["new"] < f1["refined"]
