@@ -100,6 +100,9 @@ def load_read_out(directory: Path, weights_sha256: str) -> ReadOut | None:
         return None
     try:
         seals.require_whole(path, advice=again)
+    except DamagedFileError as error:
+        raise DictionaryFormatError(str(error)) from error
+    try:
         with safe_open(path, framework="pt") as file:
             known, tau = file.metadata() or {}, file.get_tensor("tau")
         made_from = json.loads(known.get("made_from", "{}"))

@@ -43,6 +43,9 @@ BINS, SMOOTHING, DEPTH = 200, 6, 1.5
 """Of the histogram of lengths; the bins that a bell curve spreads each over; and how many times
 the valley's density the lower of its two sides must have."""
 
+SIDE = 0.1
+"""Share of the lengths that each side of a valley must hold: tails are too thin to have one."""
+
 LEAST = 8
 """Lengths above the valley that a latent must have for a usual length of its own."""
 
@@ -178,16 +181,19 @@ def valley(lengths: Float[Tensor, " entry"]) -> float | None:
     """Where the density of lengths is low between two sides that are higher; None if nowhere."""
     if len(lengths) < BINS:
         return None
-    most = float(lengths.sort().values[int(0.999 * (len(lengths) - 1))])
+    ordered, last = lengths.float().sort().values, len(lengths) - 1
+    most, *ends = (float(ordered[int(share * last)]) for share in (0.999, SIDE, 1 - SIDE))
     counts = torch.histc(lengths.float(), BINS, 0, most)
     reach = 4 * SMOOTHING
     bell = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / SMOOTHING).square())
     padded = torch.nn.functional.pad(counts[None, None], (reach, reach), mode="replicate")
     density = torch.nn.functional.conv1d(padded, (bell / bell.sum())[None, None])[0, 0]
     left, right = density.cummax(0).values, density.flip(0).cummax(0).values.flip(0)
+    middles = (torch.arange(BINS) + 0.5) * most / BINS
     depth = torch.minimum(left, right) / density.clamp_min(1e-9)
+    depth[(middles < ends[0]) | (middles > ends[1])] = 0
     place = int(depth.argmax())
-    return (place + 0.5) * most / BINS if float(depth[place]) >= DEPTH else None
+    return float(middles[place]) if float(depth[place]) >= DEPTH else None
 
 
 STEPS, BATCH = 1000, 512

@@ -70,6 +70,8 @@ def test_the_valley_lies_between_two_heaps_and_nowhere_in_one():
     assert 1.5 < found < 3.5
     assert valley(low) is None
     assert valley(low[:5]) is None
+    a_few_far_away = torch.cat([low[:2000], 6 + 0.1 * high[:9]])
+    assert valley(a_few_far_away) is None
 
 
 def test_a_latent_with_few_lengths_has_the_usual_one_of_the_others():
