@@ -27,7 +27,6 @@ from sae.read_out import (
     NEAR_AT_LEAST,
     READ_OUTS,
     ReadOut,
-    ReadOutName,
     candidates,
     require_refinable,
 )
@@ -91,11 +90,9 @@ def set_read_out(
 
 
 @torch.no_grad()
-def figures(
-    dictionary: SparseAutoencoder, x: Float[Tensor, "row d_in"]
-) -> dict[ReadOutName, Figures]:
+def figures(dictionary: SparseAutoencoder, x: Float[Tensor, "row d_in"]) -> dict[str, Figures]:
     """FVU and L0 of rows by each way of reading."""
-    found: dict[ReadOutName, Figures] = {}
+    found: dict[str, Figures] = {}
     for name in READ_OUTS[: 1 if dictionary.read_out is None else 2]:
         fvu, l0 = FVU(), L0()
         for part in _chunks(dictionary, x):

@@ -13,7 +13,7 @@ from activations_cache.config import TRAINING_SPLITS
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.pretrained import monosema_format
-from sae.read_out import ReadOut, ReadOutName
+from sae.read_out import ReadOut
 from sae.run.context import (
     CacheOrPath,
     DictionaryOrPath,
@@ -36,7 +36,7 @@ class Refined(NamedTuple):
     read_out: ReadOut
     path: Path | None
     """The file; None for a dictionary that was passed as it is."""
-    figures: dict[ReadOutName, Figures]
+    figures: dict[str, Figures]
     """On rows that it was not set on: held-out ones where there are any."""
 
     @property
@@ -149,5 +149,5 @@ def distil(  # noqa: PLR0913
     student.provenance = {**one.provenance, **marked, "distilled": made_from}
     path = None if out is None else monosema_format.save(student, out)
     tested = _tested(one, cache, ROWS, seed)
-    found: dict[str, Figures] = {**figures(one.dictionary, tested)}
+    found = figures(one.dictionary, tested)
     return Distilled(student, path, found | {"distilled": figures(student, tested)["linear"]})
