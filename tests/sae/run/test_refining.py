@@ -142,7 +142,8 @@ def test_steering_has_the_same_directions_and_other_activations(refined, path, c
     [read] = read_latents(dictionary, x, torch.tensor([latent])).T
     assert torch.equal(read, dictionary.encode_dense(x)[:, latent])
     assert torch.equal(dictionary.direction(latent), library.load(path).direction(latent))
-    ids = cache.examples.tokens[:1, :9].long()
+    ids = cache.examples.tokens[cache.refs(cache.rows(("hold",))[:37]).example].long()
+    ids = ids[(ids >= 0).all(dim=1)].unique(dim=0)
     logits = []
     for read_out in ("linear", "refined"):
         with run.steer(model, path, {latent: "off"}, read_out=read_out), torch.no_grad():
