@@ -7,8 +7,10 @@ For each seed a world is made; on its rows one pass trains, side by side: `defau
 `frozen encoder`), `topk` (a lively AuxK, no prefixes) and `true decoder` (default with the true
 directions as a decoder that never learns: what is then missing is the encoder's part). --recipes
 adds every other recipe of configs/ at the same L0: k, or the coefficient of the penalty that gives
-it. `probe` and `oracle` need no training. Shorter runs than the published 200 million rows, and
-worlds made here rather than downloaded, are not SynthSAEBench results.
+it. --read-outs adds each arm by its refined read-out, which is set on rows of the world without its
+truth, and with a linear encoder fitted to that. `probe` and `oracle` need no training. Shorter runs
+than the published 200 million rows, and worlds made here rather than downloaded, are not
+SynthSAEBench results.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from sae.evaluate.ground_truth.generator import rows as rows_of
 from torch import Tensor
 
 from benchmarks.ground_truth_recipes import at_l0, new_step, others, recipe
@@ -39,8 +42,13 @@ from sae.evaluate.ground_truth import (
     table_text,
 )
 from sae.evaluate.ground_truth.run import CHANCE, COLUMNS, figure
+from sae.run.read_outs import ROWS, distilled, fit_read_out
+from sae.run.refining import ROWS_TO_DISTIL
 from sae.train.config import Adam, AuxK, DictionaryConfig
 from sae.train.step import TrainStep
+
+AT_ONCE = 2048
+"""Rows of a world that are made at once."""
 
 PEERS = ("sae-lens", "dictionary-learning", "eai-sparsify")
 WIDTHS = {"full": 4096}
@@ -66,6 +74,9 @@ def main() -> None:
         entries = _entries(world, size, arguments)
         for name, dictionary in _trained(world, entries, arguments).items():
             reports.setdefault(name, []).append(evaluate(dictionary, config, seed))
+            others_of = _read_otherwise(world, dictionary) if arguments.read_outs else {}
+            for how, other in others_of.items():
+                reports.setdefault(f"{name}, {how}", []).append(evaluate(other, config, seed))
         if arguments.peers:
             for name, dictionary in _peers(world, size, arguments).items():
                 reports.setdefault(name, []).append(evaluate(dictionary, config, seed))
@@ -89,6 +100,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=None, help="of default and topk; else auto")
     parser.add_argument("--recipes", action="store_true", help="all recipes of configs/ as well")
     parser.add_argument("--peers", action="store_true", help="recipes of other projects as well")
+    parser.add_argument("--read-outs", action="store_true", help="refined and distilled as well")
     parser.add_argument("--d-sae", type=int, default=None, help="as many as features if absent")
     parser.add_argument("--k", type=int, default=None, help="the world's own mean L0 if absent")
     parser.add_argument("--arms", nargs="+", default=None, help="default and these alone")
@@ -147,6 +159,14 @@ def _trained(
         for step in steps.values():
             step(made.x)
     return {name: step.autoencoder for name, step in steps.items()}
+
+
+def _read_otherwise(world: World, dictionary: SparseAutoencoder) -> dict[str, SparseAutoencoder]:
+    """A dictionary by its refined read-out, and with a linear encoder that learned from it."""
+    starts = range(0, ROWS_TO_DISTIL, AT_ONCE)
+    x = torch.cat([rows_of(world, start, start + AT_ONCE).x for start in starts])
+    dictionary.requires_grad_(False).read_out = fit_read_out(dictionary, x[:ROWS])
+    return {"refined": dictionary.reading("refined"), "distilled": distilled(dictionary, x)}
 
 
 def _peers(world: World, size: Size, arguments: argparse.Namespace) -> dict[str, SparseAutoencoder]:

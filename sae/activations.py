@@ -163,6 +163,13 @@ def _threshold(weights: EncoderWeights) -> Float[Tensor, "*d_sae"]:
     return weights.threshold
 
 
+def threshold_of(activation: Activation, weights: EncoderWeights) -> Float[Tensor, "*d_sae"]:
+    """What h must exceed, one for all latents or one for each; 0 where there is no threshold."""
+    if activation.facts.threshold == "none":
+        return weights.b_enc.new_zeros(())
+    return _threshold(weights)
+
+
 def pre_acts(
     u: Float[Tensor, "batch d_in"], weights: EncoderWeights
 ) -> Float[Tensor, "batch d_sae"]:

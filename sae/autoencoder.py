@@ -1,16 +1,17 @@
 """The one autoencoder: encode, decode, initialise."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from monosema.checks import MonosemaError
 from sae import activations
 from sae.activations import EncoderWeights, Latents, Magnitude
 from sae.architecture import Gated, SAEConfig, Slice
+from sae.read_out import Decoder, Readable, ReadOutName, checked, encode_refined
 from sae_kernels import sparse_decode
 
 __all__ = ["Latents", "SparseAutoencoder"]
@@ -26,19 +27,7 @@ class TokenNorm(NamedTuple):
     size: Float[Tensor, "batch _"] | float
 
 
-@runtime_checkable
-class LatentStats(Protocol):
-    """What `sae evaluate` counted of a dictionary's latents (`sae.metrics.Firing`)."""
-
-    n_rows: int
-    """Rows that were encoded."""
-    n_fired: Int[Tensor, " d_sae"]
-    """In how many of them each latent fired."""
-    max_activation: Float[Tensor, " d_sae"]
-    """The largest activation of each."""
-
-
-class SparseAutoencoder(nn.Module):
+class SparseAutoencoder(Readable):
     """A dictionary of d_sae latents over rows of width d_in.
 
     With u = input_norm(x) * input_scale:
@@ -62,7 +51,6 @@ class SparseAutoencoder(nn.Module):
             raise TypeError(f"config must be an SAEConfig, got {type(config).__name__}")
         self.config = config
         self.provenance: Mapping[str, Any] = {}
-        self._stats: LatentStats | Callable[[], LatentStats | None] | None = None
         d_in, d_sae, d_out = config.d_in, config.d_sae, config.width_out
         self.enc_rows = nn.Parameter(torch.zeros(d_sae, d_in))
         self.dec_rows = nn.Parameter(torch.zeros(d_sae, d_out))
@@ -93,24 +81,6 @@ class SparseAutoencoder(nn.Module):
         where = f", of {place}" + (f" to {written}" if written else "") if place else ""
         out = "" if config.width_out == config.d_in else f", d_out={config.width_out}"
         return f"{config.activation!r}, d_in={config.d_in}, d_sae={config.d_sae}{out}{where}"
-
-    @property
-    def stats(self) -> LatentStats | None:
-        """What `sae evaluate` counted of its latents, if it did; read when first asked for."""
-        if not callable(self._stats):
-            return self._stats
-        stats = self._stats()
-        if stats is not None:
-            self._stats = stats
-        return stats
-
-    @stats.setter
-    def stats(self, stats: LatentStats | Callable[[], LatentStats | None] | None) -> None:
-        d_sae = self.config.d_sae
-        n = d_sae if stats is None or callable(stats) else len(stats.max_activation)
-        if n != d_sae:
-            raise MonosemaError(f"stats must be of a dictionary with d_sae={d_sae}, got {n}")
-        self._stats = stats
 
     @property
     def hook_point(self) -> str:
@@ -192,19 +162,35 @@ class SparseAutoencoder(nn.Module):
         divisor = norms.clamp_min(torch.finfo(norms.dtype).tiny)
         return EncoderWeights(rows, bias, b_in, threshold, norms=divisor)
 
-    def encode(self, x: Float[Tensor, "*rows d_in"]) -> Latents:
+    def encode(
+        self, x: Float[Tensor, "*rows d_in"], read_out: ReadOutName | None = None
+    ) -> Latents:
         """Sparse activations of rows in the model's units.
 
         The rows may stand in any axes, as (example, pos, d_in) does; the latents then do as well.
 
+        Args:
+            x: The rows.
+            read_out: "linear", by the encoder alone, or "refined" (`sae.read_out`); linear unless
+                the dictionary is one that `reading("refined")` gave.
+
         Raises:
             TypeError: If x is no tensor.
-            ValueError: If the rows are not d_in wide.
+            ValueError: If the rows are not d_in wide, or the refined read-out was never set.
         """
-        latents = self.encode_scaled(self.scaled(_flat(x, "x")))
+        u, read_by = self.scaled(_flat(x, "x")), checked(read_out or self.read_by)
+        latents = self.encode_scaled(u) if read_by == "linear" else self._encode_refined(u)
         if x.dim() == 2:
             return latents
         return Latents(*(part.view(*x.shape[:-1], part.shape[1]) for part in latents))
+
+    def _encode_refined(self, u: Float[Tensor, "batch d_in"]) -> Latents:
+        read_out = self.require_read_out()
+        return encode_refined(self.config.activation, u, self.encoder(), self.decoder(), read_out)
+
+    def decoder(self) -> Decoder:
+        """What takes latents back to the rows that they were read from, for `sae.read_out`."""
+        return Decoder(self.dec_rows, self.b_dec, self.config.scale_out / self.config.input_scale)
 
     def encode_scaled(self, u: Float[Tensor, "batch d_in"]) -> Latents:
         """Sparse activations of rows in the dictionary's units."""
@@ -212,7 +198,11 @@ class SparseAutoencoder(nn.Module):
 
     def encode_dense(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
         """The same activations as dense rows; only for those who need all of d_sae."""
-        dense = self.encode_dense_scaled(self.scaled(_flat(x, "x")))
+        if self.read_by == "refined":
+            latents = self.encode(_flat(x, "x"))
+            dense = activations.to_dense(latents, self.config.d_sae)
+        else:
+            dense = self.encode_dense_scaled(self.scaled(_flat(x, "x")))
         return dense if x.dim() == 2 else dense.view(*x.shape[:-1], dense.shape[1])
 
     def encode_dense_scaled(self, u: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
@@ -281,7 +271,7 @@ class SparseAutoencoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         """Reconstruction of rows, both in the model's units and in the same axes."""
-        is_sparse = self.config.activation.facts.trains == "sparse"
+        is_sparse = self.config.activation.facts.trains == "sparse" or self.read_by == "refined"
         return self.decode(self.encode(x) if is_sparse else self.encode_dense(x), x)
 
     def output_norm(self, x: Float[Tensor, "batch d_in"]) -> TokenNorm:

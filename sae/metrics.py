@@ -5,6 +5,7 @@ were cut into batches. Every class has `update` (a batch of rows) and `merge` (w
 or shard counted).
 """
 
+import hashlib
 import math
 from pathlib import Path
 from typing import TypeVar
@@ -18,8 +19,18 @@ from torch import Tensor
 from activations_cache import seals
 from monosema.checks import MonosemaError
 from sae.autoencoder import Latents
+from sae.read_out import ReadOut, ReadOutName
 
-__all__ = ["FVU", "Agreement", "Firing", "L0Histogram", "ce_recovered", "fvu", "fvu_uncentred"]
+__all__ = [
+    "FVU",
+    "Agreement",
+    "Firing",
+    "L0Histogram",
+    "ce_recovered",
+    "fvu",
+    "fvu_uncentred",
+    "stats_file",
+]
 
 STATS = "stats.safetensors"
 """Name of the file that `Firing.save` writes beside a dictionary's weights."""
@@ -209,7 +220,9 @@ class Firing:
         self.n_fired += other.n_fired
         self.max_activation = torch.maximum(self.max_activation, other.max_activation)
 
-    def save(self, directory: str | Path, weights_sha256: str | None = None) -> Path:
+    def save(
+        self, directory: str | Path, weights_sha256: str | None = None, name: str = STATS
+    ) -> Path:
         """Write `stats.safetensors` into a dictionary's directory and return its path.
 
         It holds float32 `max_activation` and `density`, int64 `n_fired`, each (d_sae,), and the
@@ -218,8 +231,9 @@ class Firing:
         Args:
             directory: Where it goes.
             weights_sha256: Of the weights; of those in the directory when absent.
+            name: Of the file; another one for latents that are read otherwise (`stats_file`).
         """
-        path = Path(directory) / STATS
+        path = Path(directory) / name
         tensors = {
             "max_activation": self.max_activation,
             "density": self.density,
@@ -227,22 +241,25 @@ class Firing:
             "n_rows": torch.tensor(self.n_rows),
         }
         metadata = {"sae_sha256": weights_sha256 or _weights_sha256(path.parent)}
-        seals.write(path.parent, {STATS: safetensors.torch.save(tensors, metadata)})
+        seals.write(path.parent, {name: safetensors.torch.save(tensors, metadata)})
         return path
 
     @classmethod
-    def read(cls, directory: str | Path, weights_sha256: str | None = None) -> "Firing":
+    def read(
+        cls, directory: str | Path, weights_sha256: str | None = None, name: str = STATS
+    ) -> "Firing":
         """Read what `save` wrote.
 
         Args:
             directory: Where it is.
             weights_sha256: As for `save`.
+            name: As for `save`.
 
         Raises:
             FileNotFoundError: If the directory holds no statistics.
             ValueError: If they are damaged, or were made for other weights than are there.
         """
-        path = Path(directory) / STATS
+        path = Path(directory) / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} must exist, got no such file; run `sae evaluate`")
         seals.require_whole(path, advice="run `sae evaluate` again to make it anew")
@@ -285,6 +302,19 @@ class Firing:
     def dead_density_bound(self) -> float:
         """Rule of three: with 95 % confidence a silent latent fires in fewer than 3/n of rows."""
         return _ratio(3, self.n_rows)
+
+
+def stats_file(
+    read_by: ReadOutName, weights_sha256: str, read_out: ReadOut | None
+) -> tuple[str, str]:
+    """The name of the file of statistics for one way of reading, and the hash that it is of.
+
+    Refined latents depend on the weights and on what the read-out was set to.
+    """
+    if read_by == "linear":
+        return STATS, weights_sha256
+    of = f"{weights_sha256} {read_out.sha256 if read_out else None}"
+    return f"{read_by}_{STATS}", hashlib.sha256(of.encode()).hexdigest()
 
 
 def ce_recovered(ce_base: Figure, ce_spliced: Figure, ce_ablated: Figure) -> Figure:

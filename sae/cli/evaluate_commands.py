@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae.cli import console
-from sae.cli.request import ForceOption, refuse_without_cache, run_to
+from sae.cli.request import ForceOption, ReadOutOption, of_run, refuse_without_cache, run_to
 
 if TYPE_CHECKING:
     from sae.run.measuring import MeasureRequest
@@ -59,17 +59,19 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
     structure: StructureOption = False,
     baselines: Annotated[bool, typer.Option(help="Measure baselines beside them.")] = True,
     force: ForceOption = False,
+    read_out: ReadOutOption = "linear",
 ) -> None:
     """Measure dictionaries on held-out rows: those of a config, or any with --cache."""
     if cache is None:
         refuse_without_cache(targets[0].rpartition("=")[2])
-        run_to("evaluate", targets[0], targets[1:])
+        run_to("evaluate", targets[0], [*targets[1:], *of_run(read_out)])
         return
     from sae.run.measuring import measure, write_record
     from sae.run.page import write_evaluation
 
     request = _request(targets, cache, hook_point, (model, contexts, images), probe, structure)
-    measured = measure(request._replace(baselines=baselines, force=force), console.step)
+    request = request._replace(baselines=baselines, force=force, read_out=read_out)
+    measured = measure(request, console.step)
     console.parts(measured.sections)
     if json is not None:
         write_record(json, measured.record)
@@ -100,12 +102,13 @@ def compare(  # noqa: PLR0913
         float | None, typer.Option("--l0", min=0.5, help="Compare at this L0; else at the median.")
     ] = None,
     force: ForceOption = False,
+    read_out: ReadOutOption = "linear",
 ) -> None:
     """Hold groups of dictionaries against each other at equal L0, with ties and Pareto plots."""
     from sae.run.comparing import compare_groups, write_comparison
 
     request = _request(targets, cache, hook_point, (model, contexts, images), probe, structure)
-    comparison = compare_groups(request._replace(force=force), l0, console.step)
+    comparison = compare_groups(request._replace(force=force, read_out=read_out), l0, console.step)
     console.parts(comparison.sections)
     for kind, path in write_comparison(comparison, out).items():
         console.say(f"{kind}: {path}")

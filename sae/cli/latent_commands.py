@@ -6,18 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae.cli import console
-from sae.cli.request import ForceOption, run_to
-from sae.config import is_config
+from sae.cli.request import (
+    ForceOption,
+    Overrides,
+    ReadOutOption,
+    of_run,
+    refuse_without_cache,
+    run_to,
+)
+from sae.config import ConfigError, is_config, load_overrides
+from sae.explain.config import ExplainConfig
 from sae.run.config import RunConfig, browsed_config
+from sae.steer.config import FindRequest, SteerRequest
 
 if TYPE_CHECKING:
     from sae.browser.server import PromptView
-
-
-from sae.cli.request import Overrides, refuse_without_cache
-from sae.config import ConfigError, load_overrides
-from sae.explain.config import ExplainConfig
-from sae.steer.config import FindRequest, SteerRequest
 
 
 def browse(  # noqa: PLR0913
@@ -31,6 +34,7 @@ def browse(  # noqa: PLR0913
     out: Annotated[str | None, typer.Option(help="Folder to write; RUN/browse.")] = None,
     cache: Annotated[str | None, typer.Option(help="DICT: the cache it was explained on.")] = None,
     force: ForceOption = False,
+    read_out: ReadOutOption = "linear",
     serve: Annotated[bool, typer.Option("--serve", help="Show it on a local address.")] = False,
     host: Annotated[str, typer.Option(help="Of the server; others need --token.")] = "127.0.0.1",
     port: Annotated[
@@ -46,14 +50,14 @@ def browse(  # noqa: PLR0913
     config = browsed_config(run)
     is_yaml = is_config(run)
     if is_yaml:
-        run_to("browse", run, None)
+        run_to("browse", run, of_run(read_out))
     from sae.run.browsing import INDEX, browser_folder, write_browser
 
     folder = browser_folder(run, config, out)
     is_there = is_yaml or (serve and (folder / INDEX).is_file())
     if out or not is_there:
         with console.step("browse") as progress:
-            write_browser(run, config, folder, cache, progress, force=force)
+            write_browser(run, config, folder, cache, progress, force=force, read_out=read_out)
         console.say(f"page: {(folder / INDEX).resolve()}")
     if serve:
         _serve(folder, (host, port, token), _prompts(config))
@@ -114,6 +118,7 @@ def explain(  # noqa: PLR0913
         bool, typer.Option("--dry-run", help="Estimate a model's answers, ask nothing.")
     ] = False,
     force: ForceOption = False,
+    read_out: ReadOutOption = "linear",
 ) -> None:
     """Label latents and score the labels: those of a run, or with --cache of any dictionary.
 
@@ -134,7 +139,8 @@ def explain(  # noqa: PLR0913
         if wrong:
             raise ConfigError(f"{wrong} must come with --cache CACHE, got none")
         refuse_without_cache(config)
-        run_to("explain", config, [*(overrides or []), *(f"explain.{key}" for key in given)])
+        given = [f"explain.{key}" for key in given]
+        run_to("explain", config, [*(overrides or []), *given, *of_run(read_out)])
         return
     checked = load_overrides(ExplainConfig, [*(overrides or []), *given])
     if dry_run and checked.autointerp is None:
@@ -142,7 +148,7 @@ def explain(  # noqa: PLR0913
     from sae.run.explaining import ExplainRequest, estimate, explain_dictionary
     from sae.run.label_tables import estimate_facts, explanation_parts
 
-    request = ExplainRequest(config, cache, hook_point, out, across, force)
+    request = ExplainRequest(config, cache, hook_point, out, across, force, read_out)
     if dry_run and checked.autointerp is not None:
         with console.step("estimate") as progress:
             cost = estimate(request, checked, progress)
@@ -169,6 +175,7 @@ def steer(  # noqa: PLR0913  (options are parameters)
     ] = False,
     output: Annotated[str | None, typer.Option(help="Directory of a sweep's results.")] = None,
     force: ForceOption = False,
+    read_out: ReadOutOption = "linear",
 ) -> None:
     """Generate with latents changed: of a run's config after explaining, or of a dictionary.
 
@@ -178,6 +185,7 @@ def steer(  # noqa: PLR0913  (options are parameters)
     if is_config(path):
         given = {"--latent": latent, "--prompt": prompt, "--model": model}
         given |= {"--chat": chat, "--sweep": sweep, "--force": force}
+        given |= {"--read-out": read_out != "linear"}
         if used := [name for name, value in given.items() if value]:
             raise ConfigError(f"{used[0]} must stand beside a dictionary, got the config {path}")
         run_to("steer", path, overrides)
@@ -185,12 +193,15 @@ def steer(  # noqa: PLR0913  (options are parameters)
     named = {"latents": latent or [], "prompts": prompt, "model": model, "output": output}
     options = {key: value for key, value in named.items() if value is not None}
     options |= {key: True for key, is_set in (("chat", chat), ("force", force)) if is_set}
+    options |= {"read_out": read_out} if read_out != "linear" else {}
     request = load_overrides(SteerRequest, overrides or [], {**options, "sweep": sweep})
     from sae.run.context import with_differences
     from sae.run.steering import continuations, placed_in_model, sweep_latent
 
     where = (request.model, request.dtype, request.hook_point)
-    dictionary, loaded, differs = placed_in_model(path, *where, force=request.force)
+    dictionary, loaded, differs = placed_in_model(
+        path, *where, force=request.force, read_out=request.read_out
+    )
     if sweep:
         with console.step("sweep") as progress:
             swept = sweep_latent(path, dictionary, loaded, request, progress)

@@ -18,6 +18,7 @@ from sae.cli.cache_commands import verify
 from sae.cli.evaluate_commands import app as scaling_app
 from sae.cli.evaluate_commands import compare, evaluate
 from sae.cli.latent_commands import browse, explain, find, steer
+from sae.cli.refine_command import refine
 from sae.cli.release_commands import convert, inspect, push, releases, verify_release
 from sae.cli.request import ConfigArgument, Overrides, run_to, with_json
 from sae.config import ConfigError, config_file
@@ -86,7 +87,7 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 for command in (evaluate, releases, browse):
     app.command()(command)
-for command in (compare, explain, find, steer, verify, inspect, convert, push):
+for command in (compare, explain, find, refine, steer, verify, inspect, convert, push):
     app.command()(with_json(command))
 app.command(name="verify-release")(with_json(verify_release))
 

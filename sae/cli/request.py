@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -35,6 +35,16 @@ ForceOption = Annotated[
     bool,
     typer.Option("--force", help="Go on with another model or hook point; the result names it."),
 ]
+
+ReadOutOption = Annotated[
+    Literal["linear", "refined"],
+    typer.Option("--read-out", help="How latents are read: by the encoder alone, or refined."),
+]
+
+
+def of_run(read_out: str) -> list[str]:
+    """The override of a run's config that says how latents are read."""
+    return [] if read_out == "linear" else [f"read_out={read_out}"]
 
 
 def with_json(command: Callable[..., None]) -> Callable[..., None]:

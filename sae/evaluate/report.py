@@ -6,7 +6,7 @@ Groups of dictionaries at equal L0: figures of seeds and sweeps brought to one L
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class EvaluationReport:
     """The EvaluateConfig."""
     downstream: Downstream | None = None
     """What classes of images are told by, where the cache is of images with classes."""
+    read_out: dict[str, str] = field(default_factory=dict)
+    """How dictionaries are read that are not read linearly, by name."""
 
     def spliced(self, name: str) -> Substitution:
         """Where the effect of a dictionary with intact special positions stands."""

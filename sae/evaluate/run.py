@@ -88,6 +88,7 @@ def evaluate(
         firing={name: summary(of_one) for name, of_one in firing.items()},
         substitution=substitution,
         config=asdict(config),
+        read_out={n: d.read_by for n, d in dictionaries.items() if d.read_by != "linear"},
     )
     return Evaluation(report, firing)
 

@@ -18,7 +18,7 @@ from activations_cache import seals
 from monosema.checks import MonosemaError
 from sae.autoencoder import SparseAutoencoder
 from sae.cross_layer import CrossLayerTranscoder
-from sae.metrics import STATS, Firing
+from sae.metrics import Firing, stats_file
 from sae.pretrained import (
     catalogue,
     circuit_tracer,
@@ -46,6 +46,7 @@ from sae.pretrained.files import PICKLED, Files, Stated, parse_json
 from sae.pretrained.foreign import DictionaryFormatError
 from sae.pretrained.monosema_format import save
 from sae.pretrained.origin import Origin, origin_of
+from sae.read_out import READ_OUTS, ReadOut, ReadOutName
 
 FORMATS: dict[str, ModuleType] = {
     module.FORMAT: module
@@ -150,7 +151,10 @@ def _describe(dictionary: SparseAutoencoder, found: "_DictionaryFiles", reading:
     if isinstance(point, str) and not dictionary.config.inputs:
         dictionary.at(point)
     if (files.latents is None and files.path.is_dir()) or not is_ours:
-        dictionary.stats = partial(_stats_of, files, is_ours)
+        dictionary.read_out = partial(_read_out_of, files, is_ours)
+        for read_by in READ_OUTS:
+            stats = partial(_stats_of, files, is_ours, dictionary, read_by)
+            dictionary.set_stats(stats, read_by)
 
 
 def _measured_on(files: Files) -> dict[str, Any]:
@@ -165,30 +169,52 @@ def _measured_on(files: Files) -> dict[str, Any]:
     return {key: record[key] for key in ("hook_point", "model") if record.get(key)}
 
 
-def _stats_of(files: Files, is_ours: bool) -> Firing | None:
-    digest = None if is_ours else weights_sha256(files.sha256)
-    home = files.root if digest is None else hub.dictionaries() / digest
-    return Firing.read(home, digest) if (home / STATS).is_file() else None
+def _home(files: Files, is_ours: bool) -> tuple[Path, str]:
+    """Where what was learned of a dictionary lies, and the hash of its weights."""
+    if is_ours:
+        return files.root, seals.sha256(files.root / monosema_format.WEIGHTS)
+    digest = weights_sha256(files.sha256)
+    return hub.dictionaries() / digest, digest
+
+
+def _read_out_of(files: Files, is_ours: bool) -> ReadOut | None:
+    home, digest = _home(files, is_ours)
+    return monosema_format.load_read_out(home, digest)
+
+
+def _stats_of(
+    files: Files, is_ours: bool, dictionary: SparseAutoencoder, read_by: ReadOutName
+) -> Firing | None:
+    home, digest = _home(files, is_ours)
+    name, digest = stats_file(read_by, digest, dictionary.read_out)
+    return Firing.read(home, digest, name) if (home / name).is_file() else None
 
 
 def keep_measured(
-    path: str | Path, source: Source, firing: Firing, hook_point: str, model: Mapping[str, str]
+    path: str | Path,
+    source: Source,
+    dictionary: SparseAutoencoder,
+    firing: Firing,
+    hook_point: str,
+    model: Mapping[str, str],
 ) -> Path:
     """Keep what an evaluation learned of a dictionary, for steering and for the browser.
 
     Args:
         path: As for `load`.
         source: What it was read from.
+        dictionary: The same, as it was read.
         firing: Its statistics.
         hook_point: Where it was measured.
         model: Path and dtype of the model that it was measured on.
     """
     home = hub.directory_of(path, source)
-    if home == Path(path):
-        return firing.save(home)
-    record = {"source": source.source_path, "hook_point": hook_point, "model": dict(model)}
-    seals.write(home, {MEASURED: (json.dumps(record, indent=1) + "\n").encode()})
-    return firing.save(home, source.weights_sha256)
+    if home != Path(path):
+        record = {"source": source.source_path, "hook_point": hook_point, "model": dict(model)}
+        seals.write(home, {MEASURED: (json.dumps(record, indent=1) + "\n").encode()})
+    digest, read_out = source.weights_sha256, dictionary.read_out
+    name, digest = stats_file(dictionary.read_by, digest, read_out)
+    return firing.save(home, digest, name)
 
 
 class _DictionaryFiles(NamedTuple):

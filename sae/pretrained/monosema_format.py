@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 from activations_cache import seals
@@ -23,7 +24,8 @@ from sae.architecture import (
 from sae.autoencoder import SparseAutoencoder
 from sae.pretrained.canonical import Reading, Weights, empty, in_memory
 from sae.pretrained.files import Files
-from sae.pretrained.foreign import DictionaryFormatError, Fields
+from sae.pretrained.foreign import DictionaryFormatError, Fields, one_line
+from sae.read_out import ReadOut
 
 FORMAT = "monosema"
 CHECKED_AGAINST = "itself"
@@ -31,6 +33,8 @@ FORMAT_VERSION = 1
 WEIGHTS = "sae.safetensors"
 CONFIG = "config.json"
 PROVENANCE = "provenance.json"
+READ_OUT = "read_out.safetensors"
+"""What the refined read-out needs, where it was set."""
 CONFIG_KEYS = {
     "format", "format_version", "d_in", "d_sae", "d_out", "activation", "b_in", "input_scale",
 }  # fmt: skip
@@ -66,8 +70,53 @@ def save(
     made_by = dictionary.provenance if provenance is None else provenance
     record = {**made_by, "sae_sha256": hashlib.sha256(weights).hexdigest()}
     seals.write(path, {WEIGHTS: weights, PROVENANCE: _json(record)})
+    if dictionary.read_out is not None:
+        save_read_out(dictionary.read_out, path, str(record["sae_sha256"]))
+    elif (path / READ_OUT).is_file():
+        seals.remove(path, [READ_OUT])
     seals.write(path, {CONFIG: _json(config)})
     return path
+
+
+def save_read_out(read_out: ReadOut, directory: Path, weights_sha256: str) -> Path:
+    """Write what the refined read-out needs beside a dictionary, with the hash of its weights."""
+    known = {"margin": repr(read_out.margin), "made_from": json.dumps(dict(read_out.made_from))}
+    data = to_safetensors(
+        {"tau": read_out.tau.detach().float().cpu().contiguous()},
+        {**known, "sae_sha256": weights_sha256},
+    )
+    seals.write(directory, {READ_OUT: data})
+    return directory / READ_OUT
+
+
+def load_read_out(directory: Path, weights_sha256: str) -> ReadOut | None:
+    """Read what `save_read_out` wrote; None where there is nothing.
+
+    Raises:
+        DictionaryFormatError: If it is damaged, or was made for other weights.
+    """
+    path, again = directory / READ_OUT, "run `sae refine` again"
+    if not path.is_file():
+        return None
+    try:
+        seals.require_whole(path, advice=again)
+    except DamagedFileError as error:
+        raise DictionaryFormatError(str(error)) from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            known, tau = file.metadata() or {}, file.get_tensor("tau")
+        made_from = json.loads(known.get("made_from", "{}"))
+        read_out = ReadOut(tau=tau, margin=float(known.get("margin", "nan")), made_from=made_from)
+    except (SafetensorError, ValueError) as error:
+        raise DictionaryFormatError(
+            f"{path} must be a refined read-out, got: {one_line(error)}; {again}"
+        ) from error
+    if known.get("sae_sha256") != weights_sha256:
+        raise DictionaryFormatError(
+            f"{path} must be made for the weights of the dictionary (sha256 {weights_sha256}), got "
+            f"{known.get('sae_sha256')}; {again}"
+        )
+    return read_out
 
 
 def fits(files: Files) -> bool:

@@ -70,6 +70,7 @@ def push(
         monosema_format.CONFIG,
         monosema_format.PROVENANCE,
         STATISTICS,
+        monosema_format.READ_OUT,
     ]
     files: dict[str, Path | bytes] = {n: path / n for n in names if (path / n).is_file()}
     files[CARD] = card_text(loaded, card, provenance(path), repo).encode()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sae.run.finding import find
     from sae.run.measuring import evaluate
     from sae.run.pipeline import job, train
+    from sae.run.refining import distil, refine
     from sae.run.releases import convert, inspect, push, verify_release
     from sae.run.steering import steer
 
@@ -22,6 +23,7 @@ __all__ = [
     "cache",
     "compare",
     "convert",
+    "distil",
     "evaluate",
     "explain",
     "find",
@@ -30,6 +32,7 @@ __all__ = [
     "job",
     "model",
     "push",
+    "refine",
     "steer",
     "train",
     "verify",
@@ -41,6 +44,7 @@ _HOME = {
     "cache": "caches",
     "compare": "comparing",
     "convert": "releases",
+    "distil": "refining",
     "evaluate": "measuring",
     "explain": "explaining",
     "find": "finding",
@@ -49,6 +53,7 @@ _HOME = {
     "job": "pipeline",
     "model": "caches",
     "push": "releases",
+    "refine": "refining",
     "steer": "steering",
     "train": "pipeline",
     "verify": "caches",

@@ -39,6 +39,7 @@ from sae.explain.tables import (
     read_summary,
 )
 from sae.neighbours import nearest
+from sae.read_out import ReadOutName
 from sae.run.browse_latents import (
     BrowseContext,
     BrowsedDictionary,
@@ -266,7 +267,12 @@ def _curves(run: Run) -> tuple[Curve, ...]:
 
 
 def site_of_dictionary(
-    path: str | Path, cache_path: str | Path | None, report: Progress, *, force: bool = False
+    path: str | Path,
+    cache_path: str | Path | None,
+    report: Progress,
+    *,
+    force: bool = False,
+    read_out: ReadOutName = "linear",
 ) -> Site:
     """A dictionary that `sae explain` labelled; with its cache, also what needs texts and model.
 
@@ -286,9 +292,11 @@ def site_of_dictionary(
     context, hook = BrowseContext(None, None, None), next(iter(points), "")
     if cache_path is not None:
         cache = activations_cache.open(cache_path)
-        one = fitted(path, cache, force=force)
+        one = fitted(path, cache, force=force, read_out=read_out)
         dictionary, hook, differs = one.dictionary, one.hook_point, one.differs
         context = _context_of(cache, report)
+    else:
+        dictionary = dictionary.reading(read_out)
     name = Path(path).name
     subject = BrowsedDictionary(name, dictionary, home, explained, hook)
     model = dictionary.provenance.get("model", "")
@@ -298,6 +306,7 @@ def site_of_dictionary(
         ("model", str(model)),
         ("dictionary", str(path)),
         ("hook point", hook),
+        ("read-out", "refined" if dictionary.read_by == "refined" else ""),
         ("forced", "; ".join(differs)),
     ]
     return Site(
@@ -323,6 +332,7 @@ def browse(
     out: str | Path | None = None,
     cache: str | Path | None = None,
     force: bool = False,
+    read_out: ReadOutName = "linear",
     progress: Progress = silent,
 ) -> Path:
     """Write the feature browser of a run, or of a dictionary with its labels.
@@ -332,6 +342,7 @@ def browse(
         out: Folder to write; `browse` in the run or the dictionary when absent.
         cache: Of a dictionary: the cache it was explained on.
         force: Take a cache of another model or place too; the page names what differs.
+        read_out: How a dictionary's latents are read: "linear" or "refined".
         progress: Called in every stage.
 
     Returns:
@@ -342,7 +353,7 @@ def browse(
     """
     config = browsed_config(path)
     folder = browser_folder(path, config, out)
-    write_browser(path, config, folder, cache, progress, force=force)
+    write_browser(path, config, folder, cache, progress, force=force, read_out=read_out)
     return folder / INDEX
 
 
@@ -361,10 +372,11 @@ def write_browser(
     progress: Progress = silent,
     *,
     force: bool = False,
+    read_out: ReadOutName = "linear",
 ) -> None:
     """Write the site of a run, or of the dictionary at the path, into a folder."""
     site = (
-        site_of_dictionary(path, cache, progress, force=force)
+        site_of_dictionary(path, cache, progress, force=force, read_out=read_out)
         if config is None
         else site_of_run(Run(config), progress)
     )

@@ -3,11 +3,11 @@
 import re
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from activations_cache.checks import PACKAGE, locate, require_extra, require_reader
 from activations_cache.config import CacheConfig
-from monosema.checks import MonosemaError
+from monosema.checks import LATER, MonosemaError
 from sae.evaluate.config import EvaluateConfig
 from sae.explain.config import ExplainConfig
 from sae.steer.config import SteerConfig
@@ -98,6 +98,8 @@ class RunConfig(_Output):
     """Labels without an LLM."""
     steer: SteerConfig = field(default_factory=SteerConfig)
     """The steering example."""
+    read_out: Literal["linear", "refined"] = field(default="linear", metadata=LATER)
+    """How latents are read after training: by the encoder alone, or refined (`sae.read_out`)."""
 
     def __post_init__(self) -> None:
         """Check the parts against each other."""

@@ -22,10 +22,12 @@ from sae import pretrained
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.evaluate.probe_tasks import check_hook_point
-from sae.pretrained import Source
+from sae.pretrained import Source, monosema_format
 from sae.pretrained.hub import directory_of
 from sae.pretrained.origin import Difference, Origin, origin_of
+from sae.read_out import ReadOutName, checked
 from sae.run.config import RunConfig
+from sae.run.read_outs import ROWS, set_read_out
 
 CacheOrPath = ActivationCache | str | Path
 """A cache, or its path."""
@@ -94,6 +96,17 @@ class FittedDictionary(NamedTuple):
         """Return a cache as the dictionary reads it."""
         return cache.concatenated(self.inputs)
 
+    def refined(
+        self, cache: ActivationCache, n: int = ROWS, seed: int = 0, progress: Progress = silent
+    ) -> Path | None:
+        """Set the refined read-out on training rows; return its file, if it has a place."""
+        where = (self.rows_of(cache), self.hook_point)
+        read_out = set_read_out(self.dictionary, *where, n, seed, progress)
+        if self.path is None or self.source is None:
+            return None
+        home, digest = directory_of(self.path, self.source), self.source.weights_sha256
+        return monosema_format.save_read_out(read_out, home, digest)
+
 
 class Run:
     """What the steps of one run share; slow things are loaded when a step first needs them."""
@@ -149,7 +162,11 @@ class Run:
     def fitted(self) -> dict[str, FittedDictionary]:
         """The same with the hook points that they read, compared with the cache."""
         path = self.path("train")
-        return {name: fitted(path / name, self.cache) for name in self.config.train.saes}
+        read_out = self.config.read_out
+        return {
+            name: fitted(path / name, self.cache, read_out=read_out)
+            for name in self.config.train.saes
+        }
 
     def is_frozen(self, name: str) -> bool:
         """Whether an entry of `saes:` is a frozen baseline."""
@@ -248,6 +265,7 @@ def fitted(
     *,
     force: bool = False,
     name: str = "",
+    read_out: ReadOutName | None = None,
 ) -> FittedDictionary:
     """Load a dictionary and compare its origin with a cache: the one place where that is done.
 
@@ -260,6 +278,8 @@ def fitted(
         hook_point: A stream of the cache.
         force: Go on where the origin differs; `differs` then says in what.
         name: How it is called; its path when empty.
+        read_out: How its latents are read; as the dictionary is when absent. A refined read-out
+            that was never set is set on rows of the cache, and written.
 
     Raises:
         TypeError: If it is of another class.
@@ -286,7 +306,11 @@ def fitted(
                 f"got {width}; name the hook point it was trained on"
             )
     where = (path, source, inputs, outputs)
-    return FittedDictionary(name, dictionary, *where, dictionary.provenance, differs)
+    one = FittedDictionary(name, dictionary, *where, dictionary.provenance, differs)
+    read_out = checked(read_out or dictionary.read_by)
+    if read_out == "refined" and dictionary.read_out is None:
+        one.refined(cache)
+    return one._replace(dictionary=dictionary.reading(read_out))
 
 
 def _place(

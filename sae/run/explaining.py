@@ -30,6 +30,7 @@ from sae.explain.rule_scores import score_rules_of
 from sae.explain.run import Explained
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import WITH_TOOLS, Subject, Tools
+from sae.read_out import ReadOutName
 from sae.run.config import refuse_unread
 from sae.run.context import (
     CacheOrPath,
@@ -65,6 +66,8 @@ class ExplainRequest(NamedTuple):
     """A narrower dictionary, whose latents are the parents."""
     force: bool = False
     """Whether a dictionary of another model or place is explained as well."""
+    read_out: ReadOutName | None = None
+    """How its latents are read; as the dictionary is when absent."""
 
 
 class DictionaryExplanation(NamedTuple):
@@ -97,6 +100,7 @@ def explain(  # noqa: PLR0913
     out: str | Path | None = None,
     narrow: DictionaryOrPath | None = None,
     force: bool = False,
+    read_out: ReadOutName | None = None,
     progress: Progress = silent,
 ) -> DictionaryExplanation:
     """Label a dictionary's latents and score the labels.
@@ -113,13 +117,14 @@ def explain(  # noqa: PLR0913
         out: Where the files go.
         narrow: A narrower dictionary: which of its latents were split?
         force: Explain a dictionary of another model or place too; the result names what differs.
+        read_out: "linear" or "refined"; as the dictionary is read when absent.
         progress: Called in every step.
 
     Raises:
         TypeError: If an argument is of another class.
         ValueError: If the dictionary does not fit the cache.
     """
-    request = ExplainRequest(dictionary, cache, hook_point, out, narrow, force)
+    request = ExplainRequest(dictionary, cache, hook_point, out, narrow, force, read_out)
     return explain_dictionary(request, config or ExplainConfig(), steps_to(progress))
 
 
@@ -179,7 +184,7 @@ def _parts(request: ExplainRequest, config: ExplainConfig) -> Parts:
         known = ", ".join(cache.hook_points)
         raise ConfigError(f"--hook-point must be one of {known}, got {hook!r}")
     refuse_unread("explain", config, of_images=holds_images(cache))
-    one = fitted(request.dictionary, cache, hook, force=force)
+    one = fitted(request.dictionary, cache, hook, force=force, read_out=request.read_out)
     if request.narrow is None:
         return cache, one, None
     narrow = fitted(request.narrow, cache, one.hook_point, force=force)
@@ -211,6 +216,7 @@ def _record_origin(out: Path, cache: ActivationCache, one: FittedDictionary) -> 
         "inputs": one.inputs,
         "outputs": one.outputs,
         "differs": one.differs,
+        "read_out": one.dictionary.read_by,
     }
     seals.write(out, {ORIGIN: (json.dumps(record, indent=1) + "\n").encode()})
 
@@ -310,10 +316,12 @@ def tools_for(
 
 
 def digest_of(dictionary: SparseAutoencoder) -> str:
-    """A hash of a dictionary's configuration and parameters."""
+    """A hash of a dictionary's configuration and parameters, and of a refined read-out."""
     digest = hashlib.sha256(repr(dictionary.config).encode())
     for name, parameter in dictionary.state_dict().items():
         digest.update(name.encode() + parameter.detach().cpu().contiguous().numpy().tobytes())
+    if dictionary.read_by == "refined":
+        digest.update(dictionary.require_read_out().sha256.encode())
     return digest.hexdigest()
 
 

@@ -52,7 +52,9 @@ def find_latents_of(
     if request.near is not None:
         return _near(path, request.near, request)
     where = (request.model, request.dtype, request.hook_point)
-    placed, loaded, differs = placed_in_model(path, *where, force=request.force)
+    placed, loaded, differs = placed_in_model(
+        path, *where, force=request.force, read_out=request.read_out
+    )
     ways = _by_texts if request.prompt is None else _behind
     matches = ways(placed, loaded, request, steps)
     note = with_differences(matches.table.note, {str(path): differs} if differs else {})

@@ -31,6 +31,7 @@ from sae.evaluate.run import held_out_rows
 from sae.evaluate.sparse_probe import Survey, survey
 from sae.pretrained import Source
 from sae.pretrained.loading import keep_measured
+from sae.read_out import ReadOutName
 from sae.run.context import (
     CacheOrPath,
     DictionaryOrPath,
@@ -89,6 +90,8 @@ class MeasureRequest(NamedTuple):
     """Whether stability over seeds, description length and meta-score are measured."""
     force: bool = False
     """Whether dictionaries of another model or place are measured as well."""
+    read_out: ReadOutName | None = None
+    """How their latents are read; as each dictionary is when absent."""
 
 
 class MeasuredDictionary(NamedTuple):
@@ -155,6 +158,7 @@ def evaluate(  # noqa: PLR0913
     baselines: bool = True,
     structure: bool = False,
     force: bool = False,
+    read_out: ReadOutName | None = None,
     progress: Progress = silent,
 ) -> Measurement:
     """Measure dictionaries on held-out rows; `.report` has the figures, `.sections` the tables.
@@ -170,6 +174,7 @@ def evaluate(  # noqa: PLR0913
         baselines: Measure untrained rivals as well.
         structure: Measure stability over seeds, description length and meta-score as well.
         force: Measure dictionaries of another model or place too; the result names what differs.
+        read_out: "linear" or "refined"; as each dictionary is read when absent.
         progress: Called in every step.
 
     Raises:
@@ -178,8 +183,9 @@ def evaluate(  # noqa: PLR0913
     """
     spliced = SplicedInto(contexts, images) if model else None
     request = MeasureRequest(
-        targets_of(dictionaries), cache, hook_point, spliced, probe, baselines, structure, force
-    )
+        targets_of(dictionaries), cache, hook_point, spliced, probe, baselines, structure, force,
+        read_out,
+    )  # fmt: skip
     return measure(request, steps_to(progress))
 
 
@@ -206,7 +212,9 @@ def measure(request: MeasureRequest, steps: Steps = silent_steps) -> Measurement
     held_out_rows(cache)
     if request.probe:
         common_labels(cache)
-    entries = load_entries(request.targets, cache, request.hook_point, force=request.force)
+    entries = load_entries(
+        request.targets, cache, request.hook_point, force=request.force, read_out=request.read_out
+    )
     hook_point = _hook_point(entries, request.hook_point)
     trained = {name: entry.dictionary for name, entry in entries.items()}
     dictionaries = dict(trained)
@@ -258,7 +266,7 @@ def _report(
     for name, entry in entries.items():
         path, source = entry.path, entry.source
         if path is not None and source is not None and not entry.differs:  # the unit of steering
-            keep_measured(path, source, result.firing[name], hook_point, where)
+            keep_measured(path, source, entry.dictionary, result.firing[name], hook_point, where)
     return report
 
 
@@ -302,6 +310,7 @@ def load_entries(
     hook_point: str | None = None,
     *,
     force: bool = False,
+    read_out: ReadOutName | None = None,
 ) -> dict[str, MeasuredDictionary]:
     """Load dictionaries and refuse those of another model or place, unless that is forced."""
     recipes: dict[str, str] = {}
@@ -309,7 +318,9 @@ def load_entries(
     for name, target in zip(_names(targets), targets, strict=True):
         is_loaded = isinstance(target.dictionary, SparseAutoencoder)
         called = name if is_loaded else str(target.dictionary)
-        one = fitted(target.dictionary, cache, hook_point, force=force, name=called)
+        one = fitted(
+            target.dictionary, cache, hook_point, force=force, name=called, read_out=read_out
+        )
         recipe, seed = _recipe_and_seed(one.provenance)
         group = target.group or recipes.setdefault(recipe or name, name)
         n_before = sum(entry.group == group for entry in entries.values())

@@ -24,6 +24,7 @@ from sae.explain.logit_lens import promoted_tokens
 from sae.explain.tables import LATENTS, LatentRecord, read_latents
 from sae.pretrained import load as load_dictionary
 from sae.pretrained.origin import origin_of, require_model
+from sae.read_out import ReadOutName
 from sae.run.context import Run, Section, at_places, pieces_of, with_differences, wrong_class
 from sae.steer.choice import Candidate, SteerSubject, choose_latent, target_tokens
 from sae.steer.config import SteerRequest, latent_change
@@ -92,7 +93,7 @@ class LatentSweep(NamedTuple):
         return Section(f"{self.title}; promoted: {promoted}", table)
 
 
-def steer(
+def steer(  # noqa: PLR0913
     model: nn.Module | LoadedModel,
     dictionary: SparseAutoencoder | str | Path,
     latents: Mapping[int, str | float],
@@ -101,6 +102,7 @@ def steer(
     positions: Positions = "all",
     first_position: int = 1,
     force: bool = False,
+    read_out: ReadOutName | None = None,
 ) -> Steering:
     """Return a context in which the model runs with latents changed.
 
@@ -113,6 +115,7 @@ def steer(
         positions: Which tokens are changed.
         first_position: Positions below this one are left as they are.
         force: Steer another model, or at another place, than the dictionary's; a warning names it.
+        read_out: "linear" or "refined"; as the dictionary is read when absent.
 
     Raises:
         TypeError: If an argument is of another class.
@@ -124,7 +127,7 @@ def steer(
         raise wrong_class("model", "be a model or what load_model returns", model, "load it first")
     if not isinstance(latents, Mapping):
         raise wrong_class("latents", "be changes by number", latents, 'such as {123: "10x"}')
-    where, differs = placed(dictionary, hook_point, force=force)
+    where, differs = placed(dictionary, hook_point, force=force, read_out=read_out)
     if isinstance(model, LoadedModel):
         path = str(model.provenance.get("path", ""))
         differs += require_model(where, model.identity, path, force=force)
@@ -140,6 +143,7 @@ def placed(
     hook_point: str | None = None,
     *,
     force: bool = False,
+    read_out: ReadOutName | None = None,
 ) -> tuple[SparseAutoencoder, tuple[str, ...]]:
     """Return a dictionary that knows the one place where it belongs, and what differs if forced.
 
@@ -152,6 +156,7 @@ def placed(
         raise wrong_class(
             "dictionary", "be a dictionary or the path of one", dictionary, "see sae.load"
         )
+    dictionary = dictionary.reading(read_out or dictionary.read_by)
     config, differs = dictionary.config, ()
     if hook_point is not None:
         differs = origin_of(config, dictionary.provenance).places((hook_point,))
@@ -191,13 +196,14 @@ def placed_in_model(
     hook_point: str | None,
     *,
     force: bool = False,
+    read_out: ReadOutName | None = None,
 ) -> PlacedInModel:
     """Load a dictionary and the model that it belongs to, or if forced another one.
 
     Raises:
         ValueError: If the model is not known and not named, or if it is another one.
     """
-    dictionary, differs = placed(path, hook_point, force=force)
+    dictionary, differs = placed(path, hook_point, force=force, read_out=read_out)
     made_from = dictionary.provenance.get("model", {})
     name = model or made_from.get("path")
     if name is None:

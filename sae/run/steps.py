@@ -21,7 +21,7 @@ from sae.explain.config import AutointerpConfig
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import Subject
 from sae.explain.tables import SUMMARY
-from sae.metrics import STATS
+from sae.metrics import STATS, stats_file
 from sae.pretrained.monosema_format import CONFIG, PROVENANCE, WEIGHTS
 from sae.run.browsing import site_of_run
 from sae.run.context import Run
@@ -69,7 +69,10 @@ def evaluate(run: Run, report: Progress) -> None:
         mask_token=mask_token, progress=report,
     )  # fmt: skip
     for name in run.dictionaries:
-        evaluation.firing[name].save(run.path("train") / name)
+        where, one = run.path("train") / name, run.dictionaries[name]
+        digest = seals.sha256(where / WEIGHTS)
+        stats, digest = stats_file(one.read_by, digest, one.read_out)
+        evaluation.firing[name].save(where, digest, stats)
     measured = evaluation.report
     if run.of_images:
         measured = with_downstream(measured, dictionaries, run.cache, run.vision, config, report)
@@ -156,7 +159,8 @@ def train_files(run: Run) -> list[Path]:
 
 def evaluate_files(run: Run) -> list[Path]:
     """The report, and the statistics next to the dictionaries."""
-    stats = [run.path("train") / name / STATS for name in run.config.train.saes]
+    name_of = STATS if run.config.read_out == "linear" else f"{run.config.read_out}_{STATS}"
+    stats = [run.path("train") / name / name_of for name in run.config.train.saes]
     return [run.path("evaluate") / REPORT, *stats]
 
 

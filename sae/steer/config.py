@@ -221,6 +221,8 @@ class SteerRequest(SweepConfig):
     """Where the dictionary reads, if its files do not say so."""
     force: bool = False
     """Whether another model or place than the dictionary's is taken; the result names it."""
+    read_out: Literal["linear", "refined"] = "linear"
+    """How the dictionary's latents are read (`sae.read_out`)."""
     neutral: str | None = None
     """A .txt or .jsonl file of text that has nothing to do with the latent; glosses when absent."""
     n_neutral: int = 16
@@ -276,6 +278,8 @@ class FindRequest:
     """Where the dictionary reads, if its files do not say so."""
     force: bool = False
     """Whether another model or place than the dictionary's is taken; the result names it."""
+    read_out: Literal["linear", "refined"] = "linear"
+    """How the dictionary's latents are read (`sae.read_out`)."""
 
     def __post_init__(self) -> None:
         """Check that one thing is asked for."""

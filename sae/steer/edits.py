@@ -27,14 +27,15 @@ def latent_reader(dictionary: SparseAutoencoder, latents: Int[Tensor, " k"]) -> 
 
     Where each latent is decided by itself (ReLU, JumpReLU, gated, and BatchTopK with its
     threshold) only their rows of the encoder are read: k d_in products per row of the stream in
-    the place of d_sae d_in. Under TopK the others decide too, so all are encoded.
+    the place of d_sae d_in. Under TopK and in a refined read-out the others decide too, so all are
+    encoded.
 
     Args:
         dictionary: The weights are taken as they are now.
         latents: Numbers; a latent may come more than once.
     """
     activation = dictionary.config.activation
-    if activation.facts.choice in ("none", "batch"):
+    if activation.facts.choice in ("none", "batch") and dictionary.read_by == "linear":
         weights = _of_latents(dictionary.encoder(), latents)
         return lambda x: activations.encode_dense(activation, dictionary.scaled(x), weights)
 
@@ -168,10 +169,11 @@ class Edit:
 
 def _maximum(placed: SparseAutoencoder, latent: int) -> float:
     if placed.stats is None:
+        option = "" if placed.read_by == "linear" else f" --read-out {placed.read_by}"
         raise MonosemaError(
             "stats must be given for a value in units of a latent's maximum, got None; "
-            "run `sae evaluate DICT --cache CACHE`, then steer by the dictionary's path or name, "
-            "or give a plain number"
+            f"run `sae evaluate DICT --cache CACHE{option}`, then steer by the dictionary's path "
+            "or name, or give a plain number"
         )
     maximum = float(placed.stats.max_activation[latent])
     if maximum == 0:
