@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from activations_cache import io
@@ -100,6 +100,10 @@ class ModelSource:
             exclude_tokens=packed.exclude_tokens,
             request=request_of(config),
         )
+
+    def keep(self, numbers: Int[Tensor, " kept"], why: str) -> None:
+        """Forget all examples but these; `why` tells the rest from the whole."""
+        self.examples, self.plan = self.examples.some(numbers), self.plan.only(len(numbers), why)
 
     def __call__(self, numbers: range) -> Mapping[str, Float[Tensor, "example pos _"]]:
         """Run the model on some examples."""

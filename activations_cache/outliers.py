@@ -89,12 +89,18 @@ def bounded(
         hook_points: Those at which a row may not be so large.
         times_median: The limit, over the median norm of the training rows.
     """
-    limits = {}
-    for name in hook_points:
-        quantiles = cache[name].statistics.norm_quantiles
-        if quantiles["1"] > times_median * quantiles["0.5"] > 0:
-            limits[name] = times_median * quantiles["0.5"]
-    return BoundedCache(cache, limits) if limits else cache
+    found = limits(cache, hook_points, times_median)
+    largest = {name: cache[name].statistics.norm_quantiles["1"] for name in found}
+    found = {name: limit for name, limit in found.items() if largest[name] > limit}
+    return BoundedCache(cache, found) if found else cache
+
+
+def limits(
+    cache: ActivationCache, hook_points: Sequence[str], times_median: float
+) -> dict[str, float]:
+    """Return so many times the median norm of the training rows, by hook point if it is not 0."""
+    medians = {name: cache[name].statistics.norm_quantiles["0.5"] for name in hook_points}
+    return {name: times_median * median for name, median in medians.items() if median > 0}
 
 
 def looked_at(

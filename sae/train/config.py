@@ -1,14 +1,12 @@
 """How dictionaries are trained, as frozen configs; no torch here.
 
-Where the weights begin, as frozen configs; no torch here.
-
 Where the figures of a training run go, as frozen configs; no torch here.
 """
 
 import functools
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from monosema.checks import LATER, at_least, positive, require
 from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK
@@ -28,7 +26,15 @@ from sae.train.loss_config import (
     Tanh,
 )
 from sae.train.loss_term import OwnLoss, Term
-from sae.train.optim_config import Adam, Optimizer, Resample, ScheduleFree, decay
+from sae.train.optim_config import (
+    Adam,
+    Init,
+    Optimizer,
+    Resample,
+    ScheduleFree,
+    Tied,
+    decay,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,50 +51,6 @@ class Wandb:
     def __post_init__(self) -> None:
         """Check names."""
         require(bool(self.project), "project", "name a project", self.project)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Initial:
-    """What all ways to begin share: the bias, and the length of the rows."""
-
-    bias: Literal["mean", "median"] = "mean"
-    """Where b_dec begins: the rows' mean, or their geometric median, which outliers hardly move."""
-    norms: tuple[float, ...] = ()
-    """Norms of the first rows that are tried: that of least error takes decoder_norm's place."""
-    n_rows: int = 4096
-    """Rows of the cache that are looked at, drawn by the seed; not needed for mean alone."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        for norm in self.norms:
-            positive("norms", norm)
-        require(len({*self.norms}) == len(self.norms), "norms", "name each once", self.norms)
-        at_least("n_rows", self.n_rows, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tied(_Initial):
-    """Random decoder directions, the encoder their transpose; what is meant without a kind."""
-
-    IMPLIED: ClassVar[bool] = True
-
-    kind: Literal["tied"] = "tied"
-    """Tells the ways to begin apart."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataPoints(_Initial):
-    """Decoder directions of rows of the cache less the bias, the encoder their transpose.
-
-    Where there are fewer rows than latents, the others are random. Rows that are predicted from
-    others give the decoder, those that are read the encoder.
-    """
-
-    kind: Literal["data_points"] = "data_points"
-    """Tells the ways to begin apart."""
-
-
-Init = Tied | DataPoints
 
 
 __all__ = ["L0", "L1", "Adam", "AuxK", "DictionaryConfig", "TrainConfig"]
@@ -336,6 +298,7 @@ def term_classes() -> dict[str, tuple[type[Term], ...]]:
 
 TAKEN = ("checkpoints", "logs")
 """Directories that lie beside those of the dictionaries."""
+BUFFER_ROWS = 131_072
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
@@ -351,6 +314,12 @@ class TrainConfig:
     """Passes over the rows."""
     seed: int = 0
     """Decides the order of the rows and the first weights."""
+    source: Literal["cache", "live"] = field(default="cache", metadata=LATER)
+    """Where rows come from: the cache, or the model at once, beside a small cache to measure on."""
+    n_rows: int | None = field(default=None, metadata=LATER)
+    """Rows of an epoch of a live source, none of them in the cache."""
+    buffer_rows: int | None = field(default=None, metadata=LATER)
+    """Rows of a live source in memory; a half is shuffled while the other fills; 131,072."""
     max_norm: float | None = field(default=10.0, metadata=LATER)
     """Rows larger than so many times the median norm are left out; null keeps all."""
     precision: Literal["fp32", "bf16", "auto"] = "auto"
@@ -379,8 +348,28 @@ class TrainConfig:
             rule = f"be at most batch={self.batch}"
             parts = entry.accumulate
             require(parts <= self.batch, f"saes.{name}.accumulate", rule, parts)
+        self._check_source()
         at_least("seed", self.seed, 0)
         if self.max_norm is not None:
             at_least("max_norm", self.max_norm, 1)
         positive("checkpoint_seconds", self.checkpoint_seconds)
         positive("rank_timeout_seconds", self.rank_timeout_seconds)
+
+    @property
+    def buffer(self) -> int:
+        """Rows of a live source in memory."""
+        return BUFFER_ROWS if self.buffer_rows is None else self.buffer_rows
+
+    def _check_source(self) -> None:
+        """Check what is of a live source alone."""
+        if self.source == "cache":
+            for name in ("n_rows", "buffer_rows"):
+                rule = "be absent where train.source is not 'live'"
+                require(getattr(self, name) is None, name, rule, getattr(self, name))
+            return
+        rule = "be given beside source 'live'"
+        require(self.n_rows is not None, "n_rows", rule, self.n_rows)
+        at_least("n_rows", self.n_rows or 0, self.batch)
+        at_least("buffer_rows", self.buffer, 2 * self.batch)
+        rule = "be 1 beside source 'live', where each process runs the model on its own examples"
+        require(self.latent_shards == 1, "latent_shards", rule, self.latent_shards)
