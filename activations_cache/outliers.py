@@ -56,7 +56,7 @@ class BoundedCache(ActivationCache):
 
     def __init__(self, cache: ActivationCache, limits: dict[str, float]) -> None:
         vars(self).update(vars(cache))
-        self._rows_of, self._whole, self._limits = {}, cache, limits
+        self._rows_of, self._whole, self.limits = {}, cache, limits
         every = cache.rows(TRAINING_SPLITS)
         kept = self.rows(TRAINING_SPLITS)
         left_out = every[~torch.isin(every, kept)]
@@ -74,7 +74,7 @@ class BoundedCache(ActivationCache):
 
     def _is_kept(self, rows: Int64[Tensor, " row"]) -> Bool[Tensor, " row"]:
         kept = torch.ones(len(rows), dtype=torch.bool)
-        for name, limit in self._limits.items():
+        for name, limit in self.limits.items():
             kept &= self._whole[name].norms(rows) <= limit
         return kept
 
@@ -101,6 +101,19 @@ def limits(
     """Return so many times the median norm of the training rows, by hook point if it is not 0."""
     medians = {name: cache[name].statistics.norm_quantiles["0.5"] for name in hook_points}
     return {name: times_median * median for name, median in medians.items() if median > 0}
+
+
+def within(
+    cache: ActivationCache, hook_points: Sequence[str], times_median: float | None
+) -> ActivationCache:
+    """Return the cache without rows of any split above the limit that held in a training.
+
+    It is returned as it is where no row of any split is so large.
+    """
+    if times_median is None:
+        return cache
+    kept = BoundedCache(cache, limits(cache, hook_points, times_median))
+    return kept if len(kept.rows()) < len(cache.rows()) else cache
 
 
 def looked_at(

@@ -9,9 +9,9 @@ compiling and the checkpoint at the end are outside. The next rows are read by a
 beside the step; where no core is free for it, the clock and the process's CPU time have its work in
 them, and on a machine that others use, theirs. The CPU time of the thread that trains has neither.
 
-With `--live` rows come from SmolLM2 at once: `bare` runs the truncated model and then the steps, one
-after the other in one thread; `loop` is `train.source: live`, whose model runs in a thread beside
-the steps. Both are timed from the end of the first forward to the end of the last step.
+With `--live` rows come from SmolLM2 at once: `bare` runs the truncated model and then the steps,
+one after the other in one thread; `loop` is `train.source: live`, whose model runs in a thread
+beside the steps. Both are timed from the end of the first forward to the end of the last step.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def measure_live(folder: Path, rounds: int, n_steps: int, made_by: CacheConfig) 
     hook_point, batch = made_by.hook_points[0], 4 * BATCH
     config = TrainConfig(
         saes={"topk": ENTRY}, batch=batch, precision="fp32", source="live",
-        n_rows=n_steps * batch, buffer_rows=max(4 * batch, n_steps * batch // 4),
+        n_rows=n_steps * batch, buffer_rows=16 * batch,
     )  # fmt: skip
     wanted = replace(made_by, n_rows=made_by.n_rows + n_steps * batch)
     source = stream_beside(cache, wanted, None, silent)
@@ -154,7 +154,7 @@ def measure_live(folder: Path, rounds: int, n_steps: int, made_by: CacheConfig) 
     return {
         "source": "live",
         "shape": {"batch": batch, "d_in": cache.d_model(hook_point), "d_sae": ENTRY.d_sae},
-        "buffer_rows": config.buffer,
+        "buffer_rows": config.buffer_rows,
         "bare_step_ms": 1e3 * min(one.clock for one, _ in pairs) / n_steps,
         "bare_step_cpu_ms": 1e3 * min(one.cpu for one, _ in pairs) / n_steps,
         "ratio_clock": _spread([loop.clock / one.clock for one, loop in pairs]),

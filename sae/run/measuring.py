@@ -36,6 +36,7 @@ from sae.run.context import (
     DictionaryOrPath,
     Section,
     Steps,
+    as_trained,
     fitted,
     holds_images,
     load_model_of,
@@ -209,6 +210,7 @@ def measure(request: MeasureRequest, steps: Steps = silent_steps) -> Measurement
         common_labels(cache)
     entries = load_entries(request.targets, cache, request.hook_point, force=request.force)
     hook_point = _hook_point(entries, request.hook_point)
+    cache = as_trained({n: entry.dictionary for n, entry in entries.items()}, cache, hook_point)
     trained = {name: entry.dictionary for name, entry in entries.items()}
     dictionaries = dict(trained)
     if request.baselines:

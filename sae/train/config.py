@@ -28,6 +28,7 @@ from sae.train.loss_config import (
 from sae.train.loss_term import OwnLoss, Term
 from sae.train.optim_config import (
     Adam,
+    EndToEnd,
     Init,
     Optimizer,
     Resample,
@@ -71,6 +72,8 @@ class DictionaryConfig:
     """Hook points that are predicted; those that are read when empty."""
     skip: bool = False
     """A trained path from the input to the output beside the latents, where these are others."""
+    cross_layer: bool = field(default=False, metadata=LATER)
+    """Latents in a block per input: each reads one, and writes to its output and those after it."""
     activation: Activation = _TOPK
     """Which latents fire."""
     b_in: Literal["none", "b_dec", "own"] = "b_dec"
@@ -115,6 +118,8 @@ class DictionaryConfig:
     """The optimiser and its schedule."""
     init: Init = _TIED
     """Where the weights begin."""
+    end_to_end: EndToEnd | None = field(default=None, metadata=LATER)
+    """A short end of the training by what the model predicts; not with a schedule of a loss."""
     resample: Resample | None = None
     """Dead latents begin again from rows that are reconstructed badly."""
     ema: float | None = None
@@ -164,6 +169,10 @@ class DictionaryConfig:
         for what in whole:
             rule = f"be 1 beside {what}, which looks at the whole batch"
             require(self.accumulate == 1, "accumulate", rule, self.accumulate)
+        if self.end_to_end is not None:
+            for name in ("p_anneal", "control", "refine", "resample"):
+                value = getattr(self, name)
+                require(value is None, name, "be absent beside end_to_end", value)
         rule = f"be absent beside frozen {self.frozen!r}, which it would move"
         require(self.resample is None or self.frozen == "none", "resample", rule, self.resample)
         rule = "be 'mean' beside input_norm"
@@ -223,6 +232,26 @@ class DictionaryConfig:
         require(not other or self.b_in != "b_dec", "b_in", rule, self.b_in)
         rule = "be 'none' beside outputs"
         require(not other or self.input_norm == "none", "input_norm", rule, self.input_norm)
+        if self.cross_layer:
+            self._check_cross_layer()
+
+    def _check_cross_layer(self) -> None:
+        """Check what follows from weights that are 0 and stay so."""
+        n, rule = (
+            len(self.inputs),
+            "name as many hook points as inputs, at least 2, for cross_layer",
+        )
+        require(n > 1 and len(self.outputs) == n, "outputs", rule, self.outputs)
+        rule = f"be a multiple of its {n} inputs for cross_layer"
+        require(self.d_sae % n == 0, "d_sae", rule, self.d_sae)
+        for name, allowed in (
+            *(("skip", False), ("unit_norm", False), ("frozen", "none"), ("resample", None)),
+            *(("init", _TIED), ("init_from", None), ("matryoshka", None)),
+        ):
+            value = getattr(self, name)
+            require(value == allowed, name, f"be {allowed!r} beside cross_layer", value)
+        kind = self.optimizer.kind
+        require(kind != "muon", "optimizer.kind", "not be 'muon' beside cross_layer", kind)
 
     def _check_refine(self) -> None:
         """Refining needs what is read to be what is predicted, and one set of latents."""
@@ -298,7 +327,6 @@ def term_classes() -> dict[str, tuple[type[Term], ...]]:
 
 TAKEN = ("checkpoints", "logs")
 """Directories that lie beside those of the dictionaries."""
-BUFFER_ROWS = 131_072
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
@@ -318,8 +346,8 @@ class TrainConfig:
     """Where rows come from: the cache, or the model at once, beside a small cache to measure on."""
     n_rows: int | None = field(default=None, metadata=LATER)
     """Rows of an epoch of a live source, none of them in the cache."""
-    buffer_rows: int | None = field(default=None, metadata=LATER)
-    """Rows of a live source in memory; a half is shuffled while the other fills; 131,072."""
+    buffer_rows: int = field(default=131_072, metadata=LATER)
+    """Rows of a live source in memory; a half is shuffled while the other fills."""
     max_norm: float | None = field(default=10.0, metadata=LATER)
     """Rows larger than so many times the median norm are left out; null keeps all."""
     precision: Literal["fp32", "bf16", "auto"] = "auto"
@@ -355,21 +383,17 @@ class TrainConfig:
         positive("checkpoint_seconds", self.checkpoint_seconds)
         positive("rank_timeout_seconds", self.rank_timeout_seconds)
 
-    @property
-    def buffer(self) -> int:
-        """Rows of a live source in memory."""
-        return BUFFER_ROWS if self.buffer_rows is None else self.buffer_rows
-
     def _check_source(self) -> None:
         """Check what is of a live source alone."""
         if self.source == "cache":
-            for name in ("n_rows", "buffer_rows"):
-                rule = "be absent where train.source is not 'live'"
-                require(getattr(self, name) is None, name, rule, getattr(self, name))
+            rule = "be absent where train.source is not 'live'"
+            require(self.n_rows is None, "n_rows", rule, self.n_rows)
+            is_default = self.buffer_rows == TrainConfig.buffer_rows
+            require(is_default, "buffer_rows", rule, self.buffer_rows)
             return
         rule = "be given beside source 'live'"
         require(self.n_rows is not None, "n_rows", rule, self.n_rows)
         at_least("n_rows", self.n_rows or 0, self.batch)
-        at_least("buffer_rows", self.buffer, 2 * self.batch)
+        at_least("buffer_rows", self.buffer_rows, 2 * self.batch)
         rule = "be 1 beside source 'live', where each process runs the model on its own examples"
         require(self.latent_shards == 1, "latent_shards", rule, self.latent_shards)

@@ -15,15 +15,17 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 
 from activations_cache import io
-from activations_cache.config import TRAINING_SPLITS
+from activations_cache.config import TRAINING_SPLITS, CacheConfig
 from activations_cache.outliers import looked_at
 from monosema.checks import MonosemaError, Progress, silent
+from sae.autoencoder import SparseAutoencoder
 from sae.config import digest, to_dict
 from sae.pretrained.monosema_format import save
 from sae.train import checkpoint, curves
 from sae.train.checkpoint import Saver
 from sae.train.column_layout import reads
 from sae.train.config import TrainConfig
+from sae.train.end_to_end import fine_tuned, require_contexts
 from sae.train.hook_points import Sites, sites
 from sae.train.initialise import new_autoencoder
 from sae.train.launch import joined, local_rank, requeue
@@ -133,6 +135,8 @@ def _train(
     points = dict.fromkeys(p for s in where.values() for p in (*s.inputs, *s.outputs))
     cache = looked_at(cache, tuple(points), config.max_norm)
     precision = resolve_precision(config.precision)
+    ends = any(entry.end_to_end for entry in config.saes.values())
+    made_by = require_contexts(cache, ranks.world.size) if ends else None
     _require_memory(cache, config, where, precision, ranks)
     source, live = cache, {}
     if config.source == "live":
@@ -183,9 +187,10 @@ def _train(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+    finished = _finished(steps, cache, made_by, config.seed, progress)
     if n_left_out := getattr(source, "n_left_out", 0):
         provenance["rows_left_out"] = {"max_norm": config.max_norm, "n": n_left_out}
-    _save(steps, where, path, provenance)
+    _save(steps, finished, where, path, provenance)
     ranks.require_same(total_steps, "the number of steps")  # and all is there when one returns
     return {name: path / name for name in steps}
 
@@ -203,14 +208,42 @@ def _require_batch(
         raise MonosemaError(f"train.batch must {rule}, got {config.batch}; raise it")
 
 
+def _finished(
+    steps: dict[str, TrainStep],
+    cache: "ActivationCache",
+    made_by: CacheConfig | None,
+    seed: int,
+    progress: Progress,
+) -> dict[str, tuple[SparseAutoencoder, dict[str, float]]]:
+    """Train the dictionaries whose entries end so by what the model of the cache predicts."""
+    if made_by is None:
+        return {}
+    from activations_cache.builder import load_on_device
+
+    model = load_on_device(made_by, progress).model
+    tuned = {name: step for name, step in steps.items() if step.config.end_to_end is not None}
+    return {
+        name: fine_tuned(
+            step.whole(), step.config, cache, model,
+            seed=seed, precision="bf16" if step.bf16 else "fp32", progress=progress,
+        )
+        for name, step in tuned.items()
+    }  # fmt: skip
+
+
 def _save(
-    steps: dict[str, TrainStep], where: dict[str, Sites], path: Path, provenance: dict[str, Any]
+    steps: dict[str, TrainStep],
+    finished: dict[str, tuple[SparseAutoencoder, dict[str, float]]],
+    where: dict[str, Sites],
+    path: Path,
+    provenance: dict[str, Any],
 ) -> None:
-    """Write every dictionary; the first process does."""
+    """Write every dictionary, as its steps or the end of its training left it."""
     for name, step in steps.items():
-        whole = step.whole()
+        whole, end = finished.get(name) or (step.whole(), None)
         if step.ranks.is_first:
             own = {"hook_points": where[name].inputs, "recipe": asdict(step.config)}
+            own |= {} if end is None else {"end_to_end": end}
             save(whole, path / name, {**provenance, **own})
 
 

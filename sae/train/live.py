@@ -54,7 +54,7 @@ def live_rows(
     from activations_cache.live import ActivationStream, stream_beside
 
     made_by = require_live(cache)
-    require_buffer(config.buffer, row_bytes(cache, hook_points))
+    require_buffer(config.buffer_rows, row_bytes(cache, hook_points))
     n_known = len(cache.rows(TRAINING_SPLITS))
     assert config.n_rows is not None, "the config was checked"
     wanted = replace(made_by, n_rows=n_known + config.n_rows)
@@ -66,7 +66,7 @@ def live_rows(
     return ActivationStream(
         source,
         made_by.contexts_per_forward,
-        buffer_rows=config.buffer,
+        buffer_rows=config.buffer_rows,
         limits={} if config.max_norm is None else limits(cache, hook_points, config.max_norm),
         share=(ranks.rows.rank, ranks.rows.size),
         n_rows=config.n_rows,
@@ -124,6 +124,6 @@ def record_of(stream: "ActivationStream", config: TrainConfig, ranks: Ranks) -> 
     """
     return {
         "rows": stream.fingerprint,
-        "buffer_rows": config.buffer,
+        "buffer_rows": config.buffer_rows,
         "processes": ranks.rows.size,
     }

@@ -198,3 +198,25 @@ class DataPoints(_Initial):
 
 
 Init = Tied | DataPoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEnd:
+    """Contexts of the cache are read once more, and the model goes on from the reconstruction."""
+
+    n_rows: int
+    """Rows of this part of the training, at least."""
+    lr: float = 1e-4
+    """Learning rate of its own Adam, which falls to 0."""
+    coefficient: float | None = None
+    """Weight of the KL of the predictions; by default it is as large as the loss on rows."""
+    contexts: int = 4
+    """Contexts per step."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("n_rows", self.n_rows, 1)
+        at_least("contexts", self.contexts, 1)
+        positive("lr", self.lr)
+        if self.coefficient is not None:
+            positive("coefficient", self.coefficient)

@@ -159,7 +159,7 @@ def test_the_source_and_the_buffer_belong_to_the_run(cache, recorded, monkeypatc
         replace(CONFIG, buffer_rows=950),
         replace(CONFIG, n_rows=N_ROWS + 100),
         replace(CONFIG, max_norm=None),
-        replace(CONFIG, source="cache", n_rows=None, buffer_rows=None),
+        replace(CONFIG, source="cache", n_rows=None, buffer_rows=131_072),
     ]
     assert len({identity(config) for config in changed}) == len(changed)
 
@@ -217,6 +217,10 @@ def test_a_text_that_ends_early_costs_one_line_and_no_cache(cache, tmp_path):
         ({"n_rows": BATCH - 1}, "n_rows must be at least 61, got 60"),
         ({"buffer_rows": 100}, "buffer_rows must be at least 122, got 100"),
         ({"latent_shards": 2}, "latent_shards must be 1 beside source 'live'"),
+        (
+            {"source": "cache", "n_rows": None},
+            r"buffer_rows must be absent where train\.source is not 'live', got 620",
+        ),
         ({"source": "cache"}, r"n_rows must be absent where train\.source is not 'live', got 1300"),
     ],
 )
