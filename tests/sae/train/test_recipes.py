@@ -36,6 +36,7 @@ SOURCES = {
     "cross_layer": "Lindsey et al. 2025",
     "crosscoder": "October 2024",
     "default": "2503.17547",
+    "end_to_end": "2503.17272",
     "gated": "2404.16014",
     "jumprelu_gemma_scope": "2408.05147",
     "matryoshka_batchtopk": "2503.17547",
