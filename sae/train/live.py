@@ -15,7 +15,7 @@ from activations_cache.config import TRAINING_SPLITS, CacheConfig
 from activations_cache.layout import STORAGE, has_scale
 from activations_cache.outliers import limits
 from activations_cache.shared_text import forget
-from monosema.checks import MonosemaError, Progress
+from monosema.checks import MonosemaError, Progress, at_least
 from sae.config import from_dict
 from sae.train.config import TrainConfig
 from sae.train.memory import free_on_cpu
@@ -55,6 +55,8 @@ def live_rows(
 
     made_by = require_live(cache)
     require_buffer(config.buffer_rows, row_bytes(cache, hook_points))
+    least = 2 * made_by.contexts_per_forward * cache.manifest.plan.rows_per_example
+    at_least("train.buffer_rows", config.buffer_rows, least)  # before a model is loaded
     n_known = len(cache.rows(TRAINING_SPLITS))
     assert config.n_rows is not None, "the config was checked"
     wanted = replace(made_by, n_rows=n_known + config.n_rows)

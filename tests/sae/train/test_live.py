@@ -182,6 +182,8 @@ def test_the_memory_of_the_buffer_is_stated_and_one_that_is_too_large_is_refused
     assert live.row_bytes(cache, cache.hook_points) == size * 2 * 23
     live.require_buffer(1 << 20, 256)
     assert "the buffer of 1,048,576 rows takes 256.0 MiB" in caplog.messages
+    with pytest.raises(ValueError, match=r"train\.buffer_rows must be at least 300, got 200"):
+        train(cache, replace(CONFIG, buffer_rows=200), tmp_path / "run")
     huge = replace(CONFIG, buffer_rows=1 << 50)
     rule = r"train\.buffer_rows must fit into memory, .* GiB free, got 1,125,899,906,842,624 rows"
     with pytest.raises(ValueError, match=rule):
