@@ -191,7 +191,7 @@ def fine_tuned(
     chosen = list(_contexts(gives_row, settings, seed))
     made = copy.deepcopy(autoencoder)
     rows_step = TrainStep(made, _over(entry, settings), len(chosen), precision=precision)
-    point = made.config.hook_point if made.config.inputs else cache.hook_points[0]
+    point = cache.hook_points[0]  # for a dictionary that records none
     step = EndToEndStep(rows_step, model, point, coefficient=settings.coefficient, skip_positions=0)
     kl, device = [], made.dec_rows.device
     for n, contexts in enumerate(chosen, start=1):

@@ -311,12 +311,8 @@ def _identity(
     found.pop("max_norm", None)
     if live or getattr(cache, "n_left_out", 0):  # else the rows are those of every limit
         found["max_norm"] = config.max_norm
-    return digest({
-        "cache": cache.fingerprint,
-        "train": found,
-        "precision": precision,
-        **(live or {}),
-    })
+    made_from = {"cache": cache.fingerprint, "train": found, "precision": precision}
+    return digest(made_from | dict(live or {}))
 
 
 def _fit(module: SAEModule, rows: CacheRows, made: list[Logger]) -> None:
