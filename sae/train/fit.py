@@ -178,15 +178,8 @@ def _train(
                 f"{module.n_steps}; run `sae verify`"
             )
         saver.save(module.n_steps, module.full_state())
-    provenance = {
-        **_made_from(cache),
-        **live,
-        "seed": config.seed,
-        "rows": total_steps * config.batch,
-        "precision": precision,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
+    provenance = {**_made_from(cache), **live, "rows": total_steps * config.batch}
+    provenance |= {"seed": config.seed, "precision": precision, **_surroundings()}
     finished = _finished(steps, cache, made_by, config.seed, progress)
     if n_left_out := getattr(source, "n_left_out", 0):
         provenance["rows_left_out"] = {"max_norm": config.max_norm, "n": n_left_out}
@@ -251,6 +244,11 @@ def _made_from(cache: "ActivationCache") -> dict[str, Any]:
     """The cache, its model and the length of its contexts, for the provenance."""
     context = cache.manifest.plan.context
     return {"cache": cache.fingerprint, "model": _model_of(cache), "context": context}
+
+
+def _surroundings() -> dict[str, Any]:
+    """What computes, for the provenance."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def _model_of(cache: "ActivationCache") -> dict[str, Any]:
