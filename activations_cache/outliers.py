@@ -112,8 +112,14 @@ def within(
     """
     if times_median is None:
         return cache
-    kept = BoundedCache(cache, limits(cache, hook_points, times_median))
-    return kept if len(kept.rows()) < len(cache.rows()) else cache
+    found, hold = limits(cache, hook_points, times_median), cache.rows(("hold",))
+    found = {
+        name: limit
+        for name, limit in found.items()
+        if cache[name].statistics.norm_quantiles["1"] > limit
+        or bool((cache[name].norms(hold) > limit).any())
+    }
+    return BoundedCache(cache, found) if found else cache
 
 
 def looked_at(
