@@ -7,7 +7,7 @@ window of consecutive permuted blocks. So a batch mixes rows from everywhere, wh
 at a time stays within a window, and going on from any position needs no state.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,6 +21,13 @@ from monosema.checks import MonosemaError
 
 _BLOCKS = 0
 """Stream number of the permutation of blocks; window w has stream number w + 1."""
+
+
+class Window(NamedTuple):
+    """Blocks whose rows are mixed with each other."""
+
+    epoch: int
+    number: int
 
 
 class RowOrder:
@@ -52,7 +59,7 @@ class RowOrder:
         self._seed = seed
         # Bounded caches of pure functions: neighbours in the order share an epoch and a window.
         self._epoch = lru_cache(maxsize=2)(self._epoch_uncached)
-        self._window_rows = lru_cache(maxsize=2)(self._window_rows_uncached)
+        self.window_rows = lru_cache(maxsize=2)(self._window_rows_uncached)
 
     def __len__(self) -> int:
         """Return the number of rows in an epoch."""
@@ -60,16 +67,27 @@ class RowOrder:
 
     def take(self, start: int, stop: int) -> Int64[np.ndarray, " row"]:
         """Return the rows at the positions from start to stop, counted over all epochs."""
-        parts = []
+        spans = self.spans(start, stop)
+        parts = [self.window_rows(*window)[inside] for window, inside in spans]
+        return np.concatenate(parts) if parts else self.rows[:0]
+
+    def spans(self, start: int, stop: int) -> list[tuple[Window, slice]]:
+        """Return the windows that lie between two positions, and which of their rows do."""
+        found = []
         while start < stop:
             epoch, position = divmod(start, len(self))
             bounds = self._epoch(epoch)[1]
             window = int(np.searchsorted(bounds, position, side="right")) - 1
-            end = min(stop - start, int(bounds[window + 1]) - position)
+            n = min(stop - start, int(bounds[window + 1]) - position)
             first = position - int(bounds[window])
-            parts.append(self._window_rows(epoch, window)[first : first + end])
-            start += end
-        return np.concatenate(parts) if parts else self.rows[:0]
+            found.append((Window(epoch, window), slice(first, first + n)))
+            start += n
+        return found
+
+    def after(self, window: Window) -> Window:
+        """Return the window that follows another one, maybe in the next epoch."""
+        is_last = window.number + 2 == len(self._windows)
+        return Window(window.epoch + 1, 0) if is_last else Window(window.epoch, window.number + 1)
 
     def blocks(self, epoch: int, window: int) -> Int64[np.ndarray, " block"]:
         """Return the numbers of the blocks of a window."""
@@ -153,21 +171,21 @@ def count_batches(n_rows: int, *, batch: int, start: int = 0, epochs: int = 1) -
 
 
 def read_batches(
-    order: RowOrder,
+    take: Callable[[int, int], Int64[np.ndarray, " row"]],
     read: Callable[[Int64[np.ndarray, " row"]], Float[Tensor, "batch d_in"]],
     *,
     batch: int,
     numbers: range,
     part: slice = ALL,
     at_once: int = READ_AT_ONCE,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield the batches with the given numbers; a thread reads the next ones meanwhile.
 
     Small batches are read several at a time, as views of the same memory. The thread ends with the
     iterator, also when that is closed or dropped early.
 
     Args:
-        order: Which row stands where.
+        take: Says which rows stand at the positions from one to another.
         read: Gives the rows' activations.
         batch: Rows per batch.
         numbers: Which batches, counted from the first of the first epoch.
@@ -179,7 +197,7 @@ def read_batches(
     def fetch(some: range) -> list[Batch]:
         if not some:
             return []
-        found = [order.take(number * batch + first, number * batch + last) for number in some]
+        found = [take(number * batch + first, number * batch + last) for number in some]
         x = read(np.concatenate(found))
         # From pinned memory a copy to the device runs beside the training step.
         x = x.pin_memory() if torch.cuda.is_available() else x

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from activations_cache import io
@@ -82,7 +82,7 @@ class ModelSource:
         self._hook_points = config.hook_points
         self._way: Way | None
         self._way, self._is_causal = way_of(loaded.model, apart=packed.segments is not None)
-        self.examples = _examples(packed)
+        self.examples, self._skipped = _examples(packed), packed.skipped
         self._special = special_ids(loaded.tokenizer)
         self.plan = Plan(
             made_from={
@@ -106,6 +106,10 @@ class ModelSource:
             request=request_of(config),
         )
 
+    def keep(self, numbers: Int[Tensor, " kept"], why: str) -> None:
+        """Forget all examples but these; `why` tells the rest from the whole."""
+        self.examples, self.plan = self.examples.some(numbers), self.plan.only(len(numbers), why)
+
     def __call__(self, numbers: range) -> Mapping[str, Float[Tensor, "example pos _"]]:
         """Run the model on some examples."""
         device = self._loaded.model.device
@@ -126,7 +130,8 @@ class ModelSource:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         occurring = np.unique(self.examples.tokens.numpy()).tolist()
         special = [token for token in occurring if token in self._special]
-        return {"model": self._loaded.provenance, "device": name, "special_tokens": special}
+        found = {"model": self._loaded.provenance, "device": name, "special_tokens": special}
+        return found | ({"skipped_records": self._skipped} if self._skipped else {})
 
 
 def load_on_device(config: CacheConfig, progress: Progress) -> AnyModel:
@@ -190,8 +195,9 @@ def request_of(config: CacheConfig) -> dict[str, Any]:
     if not config.exclude_tokens:  # as it was before there was such a key
         del given["exclude_tokens"]
     for source in given.get("text", {}).get("sources", ()):
-        if not source["special_tokens"]:
-            del source["special_tokens"]
+        for key in ("special_tokens", "shuffle_buffer"):
+            if not source[key]:
+                del source[key]
     return {
         "config": json.loads(json.dumps(given)),
         "files": {path: _stamp(path) for path in paths if _is_local(path)},

@@ -236,6 +236,8 @@ class TextSource:
     """Split of a dataset, as its authors call it."""
     n_documents: int | None = None
     """Only the first so many records are read."""
+    shuffle_buffer: int | None = dataclasses.field(default=None, metadata=LATER)
+    """Records of a stream from the hub that are shuffled as they come; its files are, too."""
     special_tokens: bool = dataclasses.field(default=False, metadata=LATER)
     """Whether names of special tokens in the text are read as such; otherwise they are split."""
 
@@ -251,6 +253,9 @@ class TextSource:
         require(bool(self.part), "part", "not be empty", self.part)
         if self.n_documents is not None:
             at_least("n_documents", self.n_documents, 1)
+        if self.shuffle_buffer is not None:
+            at_least("shuffle_buffer", self.shuffle_buffer, 1)
+            require(is_dataset, "shuffle_buffer", only, self.shuffle_buffer)
         positive("share", self.share)
         require(bool(self.field), "field", "not be empty", self.field)
         require(self.label is None or not is_plain, "label", "be absent for plain text", self.label)

@@ -22,7 +22,14 @@ from jaxtyping import Int64
 
 from activations_cache.checks import DiskFullError, Progress
 from activations_cache.config import SPLITS, TextConfig, TextSource
-from activations_cache.documents import KINDS, Document, documents, is_open_ended, source_name
+from activations_cache.documents import (
+    KINDS,
+    Document,
+    Skipped,
+    documents,
+    is_open_ended,
+    source_name,
+)
 
 MEMORY_BYTES = 1 << 24
 """The text of a source with fewer bytes stays in memory."""
@@ -51,7 +58,7 @@ class Corpus:
         self, source: TextSource, name: str, config: TextConfig, n_characters: int,
         progress: Progress, texts: IO[bytes],
     ) -> None:  # fmt: skip
-        self._source, self._name, self._config, self._progress = source, name, config, progress
+        self._source, self.name, self._config, self._progress = source, name, config, progress
         self._texts = texts
         self.is_open_ended = is_open_ended(source)
         """Whether more can be read than was."""
@@ -65,7 +72,9 @@ class Corpus:
         self._ended = True
         self._texts.seek(0)
         seed = self._config.seed
-        for place, document in enumerate(documents(self._source, self._name)):
+        self.skipped = Skipped(self._source)
+        """Records without a text."""
+        for place, document in enumerate(documents(self._source, self.name, self.skipped)):
             if n_characters is not None and n_training >= n_characters:
                 self._ended = False
                 break
@@ -117,7 +126,7 @@ class Corpus:
 
     def id(self, place: int) -> str:
         """Return the name of a document."""
-        return f"{self._name}:{self._numbers[place]}"
+        return f"{self.name}:{self._numbers[place]}"
 
     def label(self, place: int) -> str | None:
         """Return the label of a document."""

@@ -27,7 +27,7 @@ from pyarrow import ArrowInvalid, parquet
 from activations_cache.checks import DATASET, locate
 from activations_cache.config import ImageSource, TextSource, text_format
 from activations_cache.loading import one_line
-from monosema.checks import MonosemaError
+from monosema.checks import MonosemaError, require
 
 ATTEMPTS = 5
 """How often a stream is opened without a new record before it is given up."""
@@ -120,12 +120,16 @@ def _open(source: Source, *, streaming: bool, start: int = 0) -> Any:
             result = datasets.load_from_disk(name)
             records = result[source.part] if isinstance(result, dict) else result
         else:
+            is_stream = streaming and not Path(name).is_dir()
             records = datasets.load_dataset(
-                name,
-                source.subset,
-                split=source.part,
-                streaming=streaming and not Path(name).is_dir(),
+                name, source.subset, split=source.part, streaming=is_stream
             )
+            n = source.shuffle_buffer if isinstance(source, TextSource) else None
+            if n is not None:
+                rule = "be absent for a directory, which has an order of its own"
+                require(is_stream, "shuffle_buffer", rule, n)
+                # The same order for every start; the files of a stream are shuffled as well.
+                records = records.shuffle(seed=0, buffer_size=n)
     except DatasetNotFoundError as error:
         raise _NotFoundError(f"{source.path} must be a dataset, got {one_line(error)}") from error
     except KeyError as error:
@@ -163,18 +167,21 @@ class Document:
     """What the text stands for: itself, messages in JSON, or ids in decimal."""
 
 
-def documents(source: TextSource, name: str | None = None) -> Iterator[Document]:
+def documents(
+    source: TextSource, name: str | None = None, skipped: "Skipped | None" = None
+) -> Iterator[Document]:
     """Read the documents of a source in the order of the file; empty ones are left out.
 
     Args:
         source: The file.
         name: What their ids begin with; the file name without suffixes if it is absent.
+        skipped: Counts the records without a text.
 
     Raises:
         FileNotFoundError: If there is no such file or package.
         ValueError: If the file cannot be read, a record lacks a field, or no document is found.
     """
-    name, result, skipped = name or source_name(source.path), False, _Skipped(source)
+    name, result, skipped = name or source_name(source.path), False, skipped or Skipped(source)
     try:
         records = islice(_records(source, skipped), source.n_documents)
         for number, record in enumerate(records):
@@ -199,22 +206,25 @@ class _Record(NamedTuple):
     kind: Kind = "text"
 
 
-class _Skipped:
+class Skipped:
     """Counts the records without a text."""
 
     def __init__(self, source: TextSource) -> None:
-        self._source, self._n, self._first = source, 0, 0
+        """Count from 0."""
+        self._source, self.n, self.first = source, 0, 0
 
     def add(self, number: int) -> None:
-        self._first = self._first or number
-        self._n += 1
+        """Count the record with this number, from 1 on."""
+        self.first = self.first or number
+        self.n += 1
 
     def log(self) -> None:
-        if self._n:
-            what = "1 record has" if self._n == 1 else f"{self._n:,} records have"
+        """Say how many there are."""
+        if self.n:
+            what = "1 record has" if self.n == 1 else f"{self.n:,} records have"
             _log.warning(
                 "%s: %s nothing in field %r and gives no document, the first is record %d",
-                self._source.path, what, self._source.field, self._first,
+                self._source.path, what, self._source.field, self.first,
             )  # fmt: skip
 
 
@@ -233,7 +243,7 @@ def _kind(source: TextSource) -> str:
     return "dataset" if source.path.startswith(DATASET) else text_format(source.path)
 
 
-def _records(source: TextSource, skipped: _Skipped) -> Iterator[_Record | None]:
+def _records(source: TextSource, skipped: Skipped) -> Iterator[_Record | None]:
     kind = _kind(source)
     if kind == "dataset":
         yield from _of_rows(dataset_rows(source), source, skipped)
@@ -252,7 +262,7 @@ def _records(source: TextSource, skipped: _Skipped) -> Iterator[_Record | None]:
 
 
 def _of_rows(
-    rows: Iterable[Mapping[str, object]], source: TextSource, skipped: _Skipped
+    rows: Iterable[Mapping[str, object]], source: TextSource, skipped: Skipped
 ) -> Iterator[_Record | None]:
     for number, row in enumerate(rows, start=1):
         if number == 1:  # later records may lack a field, but a wrong name shows here

@@ -10,7 +10,7 @@ The images that a finished cache was made from, read again from where they lay.
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from activations_cache.config import SPLITS, CacheConfig, ImagesConfig, ImageSou
 from activations_cache.hooks import capture
 from activations_cache.image_sources import open_store
 from activations_cache.images import (
+    ImageRecord,
     PickedImages,
     pick,
     read_images,
@@ -91,6 +92,18 @@ class ImageRows:
             label_names=self._picked.label_names,
             request=request,
         )
+
+    @property
+    def records(self) -> Sequence[ImageRecord]:
+        """What is known of each image."""
+        return self._picked.records
+
+    def keep(self, numbers: Int[Tensor, " kept"], why: str) -> None:
+        """Forget all images but these; `why` tells the rest from the whole."""
+        self.examples, self.plan = self.examples.some(numbers), self.plan.only(len(numbers), why)
+        kept = numbers.tolist()
+        records, places = ([all_[n] for n in kept] for all_ in (self.records, self._picked.places))
+        self._picked = replace(self._picked, records=records, places=places)
 
     def __call__(self, numbers: range) -> Mapping[str, Float[Tensor, "example pos _"]]:
         """Run the model on some images."""

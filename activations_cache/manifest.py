@@ -5,7 +5,7 @@ when every shard is there, so a directory with a manifest is a complete cache.
 """
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,11 @@ class Plan:
     def fingerprint(self) -> str:
         """SHA-256 of the identity's canonical JSON."""
         return fingerprint(self.identity)
+
+    def only(self, n_examples: int, why: str) -> "Plan":
+        """Return the plan of some of the examples; `why` becomes part of the identity."""
+        made_from = {**self.made_from, "examples": why}
+        return replace(self, n_examples=n_examples, made_from=made_from)
 
     def examples_of(self, shard: int) -> range:
         """Return the numbers of the examples that a shard covers."""

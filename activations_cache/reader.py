@@ -3,7 +3,7 @@
 Row numbers, and the rows of one hook point behind them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -257,7 +257,7 @@ class ActivationCache:
         start: int = 0,
         epochs: int = 1,
         part: slice = ALL,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """Yield shuffled batches: each valid row of the splits once per epoch.
 
         The order is a pure function of seed, epoch and position. Epochs follow each other without
@@ -284,8 +284,8 @@ class ActivationCache:
             parts = [hook.gather(numbers) for hook in hooks]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-        numbers = range(start, total)
-        return read_batches(row_order(rows, seed), read, batch=batch, numbers=numbers, part=part)
+        take, numbers = row_order(rows, seed).take, range(start, total)
+        return read_batches(take, read, batch=batch, numbers=numbers, part=part)
 
     @property
     def n_bytes(self) -> int:

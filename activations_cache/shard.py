@@ -1,7 +1,7 @@
 """The rows of one shard while they are made: cast, checked, counted, then turned into files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,12 @@ class Examples:
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.tokens)
+
+    def some(self, numbers: Int[Tensor, " some"]) -> "Examples":
+        """Return some of the examples, in this order."""
+        tensors = ("tokens", "split", "source", "label", "segment")
+        given = {name: getattr(self, name) for name in tensors}
+        return replace(self, **{n: t[numbers] for n, t in given.items() if t is not None})
 
     def positions(self, numbers: slice | Int[Tensor, " some"]) -> Int[Tensor, "some pos"]:
         """Return where the tokens of some examples stand, each counted within its segment."""

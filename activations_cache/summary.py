@@ -159,7 +159,7 @@ class BoundedCache(ActivationCache):
 
     def __init__(self, cache: ActivationCache, limits: dict[str, float]) -> None:
         vars(self).update(vars(cache))
-        self._rows_of, self._whole, self._limits = {}, cache, limits
+        self._rows_of, self._whole, self.limits = {}, cache, limits
         every = cache.rows(TRAINING_SPLITS)
         rows_left = self.rows(TRAINING_SPLITS)
         left_out = every[~torch.isin(every, rows_left)]
@@ -179,7 +179,7 @@ class BoundedCache(ActivationCache):
 
     def _is_usual(self, rows: Int64[Tensor, " row"]) -> Bool[Tensor, " row"]:
         is_usual = torch.ones(len(rows), dtype=torch.bool)
-        for name, limit in self._limits.items():
+        for name, limit in self.limits.items():
             is_usual &= self._whole[name].norms(rows) <= limit
         return is_usual
 
@@ -194,12 +194,37 @@ def bounded(
         hook_points: Those at which a row may not be so large.
         times_median: The limit, over the median norm of the training rows.
     """
-    limits = {}
-    for name in hook_points:
-        quantiles = cache[name].statistics.norm_quantiles
-        if quantiles["1"] > times_median * quantiles["0.5"] > 0:
-            limits[name] = times_median * quantiles["0.5"]
-    return BoundedCache(cache, limits) if limits else cache
+    above = limits(cache, hook_points, times_median)
+    largest = {name: cache[name].statistics.norm_quantiles["1"] for name in above}
+    above = {name: limit for name, limit in above.items() if largest[name] > limit}
+    return BoundedCache(cache, above) if above else cache
+
+
+def limits(
+    cache: ActivationCache, hook_points: Sequence[str], times_median: float
+) -> dict[str, float]:
+    """Return so many times the median norm of the training rows, by hook point if it is not 0."""
+    medians = {name: cache[name].statistics.norm_quantiles["0.5"] for name in hook_points}
+    return {name: times_median * median for name, median in medians.items() if median > 0}
+
+
+def within(
+    cache: ActivationCache, hook_points: Sequence[str], times_median: float | None
+) -> ActivationCache:
+    """Return the cache without rows of any split above the limit that held in a training.
+
+    It is returned as it is where no row of any split is so large.
+    """
+    if times_median is None:
+        return cache
+    hold = cache.rows(("hold",))
+    above = {
+        name: limit
+        for name, limit in limits(cache, hook_points, times_median).items()
+        if cache[name].statistics.norm_quantiles["1"] > limit
+        or bool((cache[name].norms(hold) > limit).any())
+    }
+    return BoundedCache(cache, above) if above else cache
 
 
 def looked_at(

@@ -16,7 +16,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from tempfile import SpooledTemporaryFile
 from typing import NamedTuple
@@ -190,6 +190,8 @@ class PackedText:
     """Ids that give no row."""
     identity: dict[str, object]
     """A hash of the contents, and the configuration that led to them."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Records without a text by source, where there are any."""
 
 
 def pack(
@@ -368,6 +370,7 @@ def _assemble(
         source_names=source_names(config),
         exclude_tokens=given.exclude_tokens,
         identity=_identity(config, tensors),
+        skipped={c.name: c.skipped.n for c in corpora if c.skipped.n},
     )
 
 
@@ -388,7 +391,8 @@ def _identity(config: TextConfig, tensors: dict[str, np.ndarray]) -> dict[str, o
     for source, name in zip(settings["sources"], source_names(config), strict=True):
         source["path"] = name  # the same text wherever it lies
         source["share"] = float(source["share"])
-        if not source["special_tokens"]:  # the key is newer than many caches
-            del source["special_tokens"]
+        for key in ("special_tokens", "shuffle_buffer"):  # they are newer than many caches
+            if not source[key]:
+                del source[key]
     settings["sources"] = list(settings["sources"])
     return {"text_sha256": digest.hexdigest(), "separator": SEPARATOR, **settings}

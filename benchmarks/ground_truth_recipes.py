@@ -53,10 +53,10 @@ def others() -> Iterable[tuple[str, str]]:
     """File and name of every entry of configs/ that reads and predicts the rows of a single stream.
 
     Entries that name hook points are those of transcoders and crosscoders and what stands beside
-    them: a world has one stream.
+    them: a world has one stream. What ends by a model's predictions has no model here.
     """
     for path in sorted(CONFIGS.glob("*.yaml")):
-        if path.stem == "default" or path.stem.startswith("demo"):
+        if path.stem in ("default", "end_to_end") or path.stem.startswith("demo"):
             continue
         for name, entry in load(RunConfig, path).train.saes.items():
             if entry.frozen == "none" and not entry.inputs and not entry.outputs:

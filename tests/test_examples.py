@@ -8,6 +8,7 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "examples"
 SAYS = {
     "concept_embedding": "recovered",
+    "cross_layer_and_end_to_end": "the model loses",
     "explain_with_vllm": "5 labelled, 0 failed; detection 0.",
     "gemma_scope_and_steer": "2x norm: 'the sister was in the garden",
     "hyperdimensional_probe": "3 pairs in 1024 dimensions: 100% recalled",

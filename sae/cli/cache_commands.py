@@ -84,7 +84,8 @@ def hook_points(
 @with_json
 def import_(
     array: Annotated[
-        str, typer.Argument(metavar="ARRAY", help=".npy, .safetensors[::NAME] or a Zarr array.")
+        str,
+        typer.Argument(metavar="ARRAY", help=".npy, .safetensors[::NAME], Zarr, or vLLM's files."),
     ],
     path: Annotated[str, typer.Argument(metavar="CACHE", help="The new cache's directory.")],
     hook_point: Annotated[str, typer.Option(help="How the rows are called.")] = "embedding:out",

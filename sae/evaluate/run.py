@@ -13,6 +13,7 @@ from activations_cache.config import SPLITS, TRAINING_SPLITS
 from activations_cache.isolation import pieces_of
 from activations_cache.probe import record_of
 from activations_cache.reader import ActivationCache
+from activations_cache.summary import BoundedCache
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.reconstruction import firing_statistics, measure_reconstruction, summary
@@ -47,7 +48,8 @@ def evaluate(
 
     Args:
         dictionaries: By name; "zero" and "mean" are taken.
-        cache: Made from the model at the hook point.
+        cache: Made from the model at the hook point; rows that `summary.within` leaves out are
+            not measured, and the stream there stays the model's own.
         hook_point: Which stream.
         model: The language model that the cache was made from, in evaluation mode. Nothing is
             spliced without one, or into one that predicts neither the next token nor masked ones.
@@ -126,6 +128,7 @@ def held_out(cache: ActivationCache, hook_point: str, config: EvaluateConfig) ->
         mean=cache[hook_point].mean,
         means={point: cache[point].mean for point in cache.hook_points},
         exclude_tokens=cache.manifest.plan.exclude_tokens,
+        limits=cache.limits if isinstance(cache, BoundedCache) else {},
     )
 
 

@@ -49,6 +49,8 @@ class EvaluationContexts(NamedTuple):
     exclude_tokens: tuple[int, ...] = ()
     """Tokens that give no row; at them the stream stays the model's own, and nothing is scored."""
 
+    limits: Mapping[str, float] = MappingProxyType({})
+    """Norms by hook point; where the stream is larger it stays the model's own."""
     mask_token: int | None = None
     """What hides the tokens that a masked model predicts; None for one that predicts the next."""
 
@@ -227,7 +229,7 @@ def _tasks(
         }
     n_contexts = len(held_out.tokens)
     for name, each in rows.items():
-        replacements = {point: _keeping(fn, held_out, streams) for point, fn in each.items()}
+        replacements = {p: _keeping(fn, held_out, streams, p) for p, fn in each.items()}
         yield _Task("intact", name, replacements, n_contexts)
     if config.n_contexts_special:
         for name, each in rows.items():
@@ -243,14 +245,17 @@ def _reconstructed(dictionary: SparseAutoencoder) -> Replacement:
 
 
 def _keeping(
-    replacement: Replacement, held_out: EvaluationContexts, streams: _Streams
+    replacement: Replacement, held_out: EvaluationContexts, streams: _Streams, hook_point: str
 ) -> Replacement:
-    first = held_out.skip_positions
+    first, limit = held_out.skip_positions, held_out.limits.get(hook_point)
 
     def replace(stream: Float[Tensor, "example pos d_model"]) -> Float[Tensor, "example pos _"]:
         given = torch.cat([stream[:, :first], replacement(stream)[:, first:]], 1)
         if held_out.exclude_tokens:
-            return torch.where(streams.excluded.to(stream.device)[..., None], stream, given)
+            given = torch.where(streams.excluded.to(stream.device)[..., None], stream, given)
+        if limit is not None:
+            is_large = stream.float().norm(dim=-1, keepdim=True) > limit
+            given = torch.where(is_large, stream, given)
         return given
 
     return replace

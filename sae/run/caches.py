@@ -225,7 +225,7 @@ def import_rows(
     """Turn an array of rows (embeddings, say) into a cache.
 
     Args:
-        array: .npy, .safetensors[::NAME] or a Zarr array.
+        array: .npy, .safetensors[::NAME], a Zarr array, or a directory of vLLM's hidden states.
         out: The cache's directory.
         hook_point: How the rows are called.
         dtype: Number format of the rows.

@@ -117,7 +117,13 @@ class RunConfig(_Output):
             raise MonosemaError(
                 f"steer.dictionary must be one that reads and predicts one hook point, got {name!r}"
             )
-        if self.train.batch > self.cache.n_rows:
+        if self.train.source == "live" and not self.cache.data.hold:
+            part = "images" if of_images else "text"
+            raise MonosemaError(
+                f"cache.{part}.hold must be above 0 beside train.source 'live', which is measured "
+                f"on what is held out, got {self.cache.data.hold}"
+            )
+        if self.train.source == "cache" and self.train.batch > self.cache.n_rows:
             raise MonosemaError(
                 f"train.batch must be at most cache.n_rows={self.cache.n_rows}, "
                 f"got {self.train.batch}"

@@ -37,6 +37,7 @@ from sae.run.context import (
     DictionaryOrPath,
     Section,
     Steps,
+    as_trained,
     fitted,
     holds_images,
     load_model_of,
@@ -216,6 +217,7 @@ def measure(request: MeasureRequest, steps: Steps = silent_steps) -> Measurement
         request.targets, cache, request.hook_point, force=request.force, read_out=request.read_out
     )
     hook_point = _hook_point(entries, request.hook_point)
+    cache = as_trained({n: entry.dictionary for n, entry in entries.items()}, cache, hook_point)
     trained = {name: entry.dictionary for name, entry in entries.items()}
     dictionaries = dict(trained)
     if request.baselines:

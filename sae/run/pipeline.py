@@ -194,7 +194,7 @@ def estimate_time(config: RunConfig) -> TimeEstimate:
     from sae.train.fit import resolve_precision  # Lightning: seconds, where nothing is trained
 
     rate = _flops_per_second(resolve_precision(config.train.precision))
-    rows = config.cache.n_rows * config.train.epochs
+    rows = (config.train.n_rows or config.cache.n_rows) * config.train.epochs
     # Without the model its width is unknown; the reference shape's width serves.
     per_latent = 2.0 * ENCODER_SHAPE[1] * rows / rate
     seconds = sum(

@@ -24,7 +24,7 @@ from sae.explain.tables import SUMMARY
 from sae.metrics import STATS, stats_file
 from sae.pretrained.monosema_format import CONFIG, PROVENANCE, WEIGHTS
 from sae.run.browsing import site_of_run
-from sae.run.context import Run
+from sae.run.context import Run, as_trained
 from sae.run.explaining import digest_of, promoted_strings, tools_for
 from sae.run.images import check_splits, explain_pictures, with_downstream
 from sae.run.measuring import baselines
@@ -64,8 +64,9 @@ def evaluate(run: Run, report: Progress) -> None:
     model, mask_token = None, None
     if not run.of_images:
         model, mask_token = run.loaded.model, run.loaded.mask_token
+    kept = as_trained(dictionaries, run.cache, run.hook_point, run.config.train.max_norm)
     evaluation = measure(
-        dictionaries, run.cache, run.hook_point, model, config,
+        dictionaries, kept, run.hook_point, model, config,
         mask_token=mask_token, progress=report,
     )  # fmt: skip
     for name in run.dictionaries:

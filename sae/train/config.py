@@ -1,14 +1,12 @@
 """How dictionaries are trained, as frozen configs; no torch here.
 
-Where the weights begin, as frozen configs; no torch here.
-
 Where the figures of a training run go, as frozen configs; no torch here.
 """
 
 import functools
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from monosema.checks import LATER, at_least, positive, require
 from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK
@@ -28,7 +26,16 @@ from sae.train.loss_config import (
     Tanh,
 )
 from sae.train.loss_term import OwnLoss, Term
-from sae.train.optim_config import Adam, Optimizer, Resample, ScheduleFree, decay
+from sae.train.optim_config import (
+    Adam,
+    EndToEnd,
+    Init,
+    Optimizer,
+    Resample,
+    ScheduleFree,
+    Tied,
+    decay,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,50 +52,6 @@ class Wandb:
     def __post_init__(self) -> None:
         """Check names."""
         require(bool(self.project), "project", "name a project", self.project)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Initial:
-    """What all ways to begin share: the bias, and the length of the rows."""
-
-    bias: Literal["mean", "median"] = "mean"
-    """Where b_dec begins: the rows' mean, or their geometric median, which outliers hardly move."""
-    norms: tuple[float, ...] = ()
-    """Norms of the first rows that are tried: that of least error takes decoder_norm's place."""
-    n_rows: int = 4096
-    """Rows of the cache that are looked at, drawn by the seed; not needed for mean alone."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        for norm in self.norms:
-            positive("norms", norm)
-        require(len({*self.norms}) == len(self.norms), "norms", "name each once", self.norms)
-        at_least("n_rows", self.n_rows, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tied(_Initial):
-    """Random decoder directions, the encoder their transpose; what is meant without a kind."""
-
-    IMPLIED: ClassVar[bool] = True
-
-    kind: Literal["tied"] = "tied"
-    """Tells the ways to begin apart."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataPoints(_Initial):
-    """Decoder directions of rows of the cache less the bias, the encoder their transpose.
-
-    Where there are fewer rows than latents, the others are random. Rows that are predicted from
-    others give the decoder, those that are read the encoder.
-    """
-
-    kind: Literal["data_points"] = "data_points"
-    """Tells the ways to begin apart."""
-
-
-Init = Tied | DataPoints
 
 
 __all__ = ["L0", "L1", "Adam", "AuxK", "DictionaryConfig", "TrainConfig"]
@@ -109,6 +72,8 @@ class DictionaryConfig:
     """Hook points that are predicted; those that are read when empty."""
     skip: bool = False
     """A trained path from the input to the output beside the latents, where these are others."""
+    cross_layer: bool = field(default=False, metadata=LATER)
+    """Latents in a block per input: each reads one, and writes to its output and those after it."""
     activation: Activation = _TOPK
     """Which latents fire."""
     b_in: Literal["none", "b_dec", "own"] = "b_dec"
@@ -153,6 +118,8 @@ class DictionaryConfig:
     """The optimiser and its schedule."""
     init: Init = _TIED
     """Where the weights begin."""
+    end_to_end: EndToEnd | None = field(default=None, metadata=LATER)
+    """A short end of the training by what the model predicts; not with a schedule of a loss."""
     resample: Resample | None = None
     """Dead latents begin again from rows that are reconstructed badly."""
     ema: float | None = None
@@ -202,6 +169,10 @@ class DictionaryConfig:
         for what in whole:
             rule = f"be 1 beside {what}, which looks at the whole batch"
             require(self.accumulate == 1, "accumulate", rule, self.accumulate)
+        if self.end_to_end is not None:
+            for name in ("p_anneal", "control", "refine", "resample"):
+                value = getattr(self, name)
+                require(value is None, name, "be absent beside end_to_end", value)
         rule = f"be absent beside frozen {self.frozen!r}, which it would move"
         require(self.resample is None or self.frozen == "none", "resample", rule, self.resample)
         rule = "be 'mean' beside input_norm"
@@ -261,6 +232,26 @@ class DictionaryConfig:
         require(not other or self.b_in != "b_dec", "b_in", rule, self.b_in)
         rule = "be 'none' beside outputs"
         require(not other or self.input_norm == "none", "input_norm", rule, self.input_norm)
+        if self.cross_layer:
+            self._check_cross_layer()
+
+    def _check_cross_layer(self) -> None:
+        """Check what follows from weights that are 0 and stay so."""
+        n, rule = (
+            len(self.inputs),
+            "name as many hook points as inputs, at least 2, for cross_layer",
+        )
+        require(n > 1 and len(self.outputs) == n, "outputs", rule, self.outputs)
+        rule = f"be a multiple of its {n} inputs for cross_layer"
+        require(self.d_sae % n == 0, "d_sae", rule, self.d_sae)
+        for name, allowed in (
+            *(("skip", False), ("unit_norm", False), ("frozen", "none"), ("resample", None)),
+            *(("init", _TIED), ("init_from", None), ("matryoshka", None)),
+        ):
+            value = getattr(self, name)
+            require(value == allowed, name, f"be {allowed!r} beside cross_layer", value)
+        kind = self.optimizer.kind
+        require(kind != "muon", "optimizer.kind", "not be 'muon' beside cross_layer", kind)
 
     def _check_refine(self) -> None:
         """Refining needs what is read to be what is predicted, and one set of latents."""
@@ -351,6 +342,12 @@ class TrainConfig:
     """Passes over the rows."""
     seed: int = 0
     """Decides the order of the rows and the first weights."""
+    source: Literal["cache", "live"] = field(default="cache", metadata=LATER)
+    """Where rows come from: the cache, or the model at once, beside a small cache to measure on."""
+    n_rows: int | None = field(default=None, metadata=LATER)
+    """Rows of an epoch of a live source, none of them in the cache."""
+    buffer_rows: int = field(default=131_072, metadata=LATER)
+    """Rows of a live source in memory; a half is shuffled while the other fills."""
     max_norm: float | None = field(default=10.0, metadata=LATER)
     """Rows larger than so many times the median norm are left out; null keeps all."""
     precision: Literal["fp32", "bf16", "auto"] = "auto"
@@ -379,8 +376,24 @@ class TrainConfig:
             rule = f"be at most batch={self.batch}"
             parts = entry.accumulate
             require(parts <= self.batch, f"saes.{name}.accumulate", rule, parts)
+        self._check_source()
         at_least("seed", self.seed, 0)
         if self.max_norm is not None:
             at_least("max_norm", self.max_norm, 1)
         positive("checkpoint_seconds", self.checkpoint_seconds)
         positive("rank_timeout_seconds", self.rank_timeout_seconds)
+
+    def _check_source(self) -> None:
+        """Check what is of a live source alone."""
+        if self.source == "cache":
+            rule = "be absent where train.source is not 'live'"
+            require(self.n_rows is None, "n_rows", rule, self.n_rows)
+            is_default = self.buffer_rows == TrainConfig.buffer_rows
+            require(is_default, "buffer_rows", rule, self.buffer_rows)
+            return
+        rule = "be given beside source 'live'"
+        require(self.n_rows is not None, "n_rows", rule, self.n_rows)
+        at_least("n_rows", self.n_rows or 0, self.batch)
+        at_least("buffer_rows", self.buffer_rows, 2 * self.batch)
+        rule = "be 1 beside source 'live', where each process runs the model on its own examples"
+        require(self.latent_shards == 1, "latent_shards", rule, self.latent_shards)

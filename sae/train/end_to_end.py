@@ -4,18 +4,28 @@ Karvonen 2025 (arXiv 2503.17272) adds it to the loss on rows for a short end of 
 et al. 2024 (arXiv 2405.12241) train by it from the start.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from activations_cache.config import TRAINING_SPLITS, CacheConfig
 from activations_cache.hooks import Edit, edit
 from activations_cache.probe import require_next_token
-from monosema.checks import MonosemaError, require
+from monosema.checks import MonosemaError, Progress, require, silent
+from sae.autoencoder import SparseAutoencoder
+from sae.config import from_dict
+from sae.train.config import DictionaryConfig
 from sae.train.forward.common import Forward
+from sae.train.optim_config import Adam, EndToEnd
 from sae.train.step import StepMetrics, TrainStep
+
+if TYPE_CHECKING:
+    from activations_cache import ActivationCache
 
 
 class EndToEndMetrics(NamedTuple):
@@ -64,11 +74,20 @@ class EndToEndStep:
         self.coefficient, self.skip_positions = coefficient, skip_positions
         self.read, self.predicted = step.autoencoder.config.sites(hook_point)
 
-    def __call__(self, input_ids: Int[Tensor, "example pos"]) -> EndToEndMetrics:
-        """Train on these contexts; a token id below 0 is padding at the end."""
+    def __call__(
+        self,
+        input_ids: Int[Tensor, "example pos"],
+        gives_row: Bool[Tensor, "example pos"] | None = None,
+    ) -> EndToEndMetrics:
+        """Train on these contexts; a token id below 0 is padding at the end.
+
+        `gives_row` says where the stream does not stay the model's own; without it everywhere but
+        in padding and at the first positions.
+        """
         mask = (input_ids >= 0) & (torch.arange(input_ids.shape[1]) >= self.skip_positions).to(
             input_ids.device
         )
+        mask = mask if gives_row is None else mask & gives_row
         streams: dict[str, Tensor] = {}
         with torch.no_grad():
             watch = {p: _watch(streams, p) for p in (*self.read, *self.predicted)}
@@ -120,3 +139,99 @@ def _put(rows: Float[Tensor, "row _"], mask: Bool[Tensor, "example pos"]) -> Edi
         return new
 
     return put
+
+
+def require_contexts(cache: "ActivationCache", n_processes: int) -> CacheConfig:
+    """Return what a cache was made from, if dictionaries can be trained on its contexts.
+
+    Raises:
+        MonosemaError: If it is of images, names no model, or mixes documents that see nothing of
+            each other, or if several processes train.
+    """
+    recorded = cache.manifest.plan.request.get("config", {})
+    what, rule = f"{cache.path}", "beside end_to_end"
+    if not recorded.get("model") or not recorded.get("text"):
+        raise MonosemaError(f"{what} must be of a language model's texts {rule}, got another one")
+    if cache.examples.segment is not None:
+        raise MonosemaError(f"{what} must have attention 'context' {rule}, got 'document'")
+    require(n_processes == 1, "processes", f"be 1 {rule}", n_processes)
+    return from_dict(CacheConfig, recorded, what)
+
+
+def fine_tuned(
+    autoencoder: SparseAutoencoder,
+    entry: DictionaryConfig,
+    cache: "ActivationCache",
+    model: nn.Module,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    progress: Progress = silent,
+) -> tuple[SparseAutoencoder, dict[str, float]]:
+    """Train a copy of a dictionary by what the model predicts, as `entry.end_to_end` says.
+
+    Args:
+        autoencoder: What was trained on rows.
+        entry: How it was; its schedules are over.
+        cache: Its contexts are read; rows that it has not, or leaves out, stay the model's own.
+        model: The cache's, on the dictionary's device.
+        seed: Of the order of the contexts.
+        precision: As of TrainStep.
+        progress: Called after each step.
+
+    Returns:
+        The dictionary, and the KL of its first and of its last steps.
+    """
+    settings = entry.end_to_end
+    assert settings is not None, "only entries that ask for it come here"
+    rows = cache.refs(cache.rows(TRAINING_SPLITS))
+    tokens = cache.examples.tokens
+    gives_row = torch.zeros(tokens.shape, dtype=torch.bool)
+    gives_row[rows.example, rows.position] = True
+    chosen = list(_contexts(gives_row, settings, seed))
+    made = copy.deepcopy(autoencoder)
+    rows_step = TrainStep(made, _over(entry, settings), len(chosen), precision=precision)
+    point = cache.hook_points[0]  # for a dictionary that records none
+    step = EndToEndStep(rows_step, model, point, coefficient=settings.coefficient, skip_positions=0)
+    kl, device = [], made.dec_rows.device
+    for n, contexts in enumerate(chosen, start=1):
+        found = step(tokens[contexts].to(device), gives_row[contexts].to(device))
+        kl.append(float(found.kl))
+        progress(n, len(chosen), "steps end to end")
+    some = max(len(kl) // 10, 1)
+    first, last = (sum(part) / some for part in (kl[:some], kl[-some:]))
+    return rows_step.whole(), {"kl_first": first, "kl_last": last, "steps": len(chosen)}
+
+
+def _contexts(
+    gives_row: Bool[Tensor, "example pos"], settings: EndToEnd, seed: int
+) -> Iterator[Int[Tensor, " context"]]:
+    """Yield the contexts of each step, in another order each time they are over."""
+    n_rows = gives_row.sum(dim=1)
+    known = n_rows.nonzero().flatten()
+    generator = torch.Generator().manual_seed(seed)
+    done = 0
+    while True:
+        order = known[torch.randperm(len(known), generator=generator)]
+        for contexts in order.split(settings.contexts):
+            yield contexts
+            done += int(n_rows[contexts].sum())
+            if done >= settings.n_rows:
+                return
+
+
+def _over(entry: DictionaryConfig, settings: EndToEnd) -> DictionaryConfig:
+    """The same losses as they are once their schedules are over, and a rate that falls to 0."""
+    ends = {name: replace(term, ramp=0.0) for name, term in entry.terms.items() if _rises(term)}
+    if entry.l0 is not None:
+        ends["l0"] = replace(entry.l0, ramp=0.0, threshold_lr=None)
+    if entry.tanh is not None:
+        ends["tanh"] = replace(entry.tanh, ramp=0.0, threshold_lr=None)
+    if getattr(entry.matryoshka, "until", None) is not None:
+        ends["matryoshka"] = None
+    optimizer = Adam(lr=settings.lr, decay=0.9)
+    return replace(entry, k_anneal=None, accumulate=1, optimizer=optimizer, end_to_end=None, **ends)
+
+
+def _rises(term: object) -> bool:
+    return hasattr(term, "ramp")

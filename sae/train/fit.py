@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +15,21 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 
 from activations_cache import io
-from activations_cache.config import TRAINING_SPLITS
+from activations_cache.config import TRAINING_SPLITS, CacheConfig
 from activations_cache.summary import looked_at
 from monosema.checks import MonosemaError, Progress, silent
+from sae.autoencoder import SparseAutoencoder
 from sae.config import digest, to_dict
 from sae.pretrained.monosema_format import save
 from sae.train import checkpoint, curves
 from sae.train.checkpoint import Saver
 from sae.train.column_layout import reads
 from sae.train.config import TrainConfig
+from sae.train.end_to_end import fine_tuned, require_contexts
 from sae.train.hook_points import Sites, sites
 from sae.train.initialise import new_autoencoder
 from sae.train.launch import joined, local_rank, requeue
+from sae.train.live import live_rows, record_of
 from sae.train.loggers import loggers, require_wandb
 from sae.train.memory import estimate, free_on_cpu, require_memory
 from sae.train.module import SAEModule
@@ -36,7 +39,7 @@ from sae.train.step import TrainStep
 from sae.train.throughput import Meter
 
 if TYPE_CHECKING:
-    from activations_cache import ActivationCache
+    from activations_cache import ActivationCache, ActivationStream
     from activations_cache.batches import Batch
 
 CHECKPOINTS = "checkpoints"
@@ -52,27 +55,30 @@ tensors, a killed run left logs behind; the last one is about Lightning's own co
 
 
 class CacheRows:
-    """The rows of `cache.batches` from a given step on."""
+    """The rows of `batches` of a cache or a stream, from a given step on."""
 
     def __init__(
-        self, cache: "ActivationCache", hook_points: tuple[str, ...], config: TrainConfig
+        self,
+        cache: "ActivationCache | ActivationStream",
+        hook_points: tuple[str, ...],
+        config: TrainConfig,
     ) -> None:
         """Take what decides the order of the rows; `start` and `part` are set before the loop."""
         self.cache, self.hook_points, self.config = cache, hook_points, config
         self.start, self.part = 0, slice(None)
         self.meter: Meter | None = None
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Generator[torch.Tensor]:
         """Yield tensors (batch, width), each row once per epoch, in the order of the seed."""
-        batches = iter(self._batches())
-        while True:
-            with contextlib.nullcontext() if self.meter is None else self.meter.timed():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch.x
+        with contextlib.closing(self._batches()) as batches:
+            while True:
+                with contextlib.nullcontext() if self.meter is None else self.meter.timed():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield batch.x
 
-    def _batches(self) -> "Iterator[Batch]":
+    def _batches(self) -> "Generator[Batch]":
         config = self.config
         return self.cache.batches(
             self.hook_points,
@@ -128,11 +134,18 @@ def _train(
     where = sites(config.saes, cache.hook_points)
     points = dict.fromkeys(p for s in where.values() for p in (*s.inputs, *s.outputs))
     cache = looked_at(cache, tuple(points), config.max_norm)
-    total_steps = cache.n_batches(batch=config.batch, epochs=config.epochs)
-    _require_batch(cache, config, total_steps, ranks)
     precision = resolve_precision(config.precision)
-    identity = _identity(cache, config, precision)
+    ends = any(entry.end_to_end for entry in config.saes.values())
+    made_by = require_contexts(cache, ranks.world.size) if ends else None
     _require_memory(cache, config, where, precision, ranks)
+    source, live = cache, {}
+    if config.source == "live":
+        place = path / CHECKPOINTS
+        source = live_rows(cache, config, tuple(points), place, ranks, progress)
+        live = {"live": record_of(source, config, ranks)}
+    total_steps = source.n_batches(batch=config.batch, epochs=config.epochs)
+    _require_batch(source, config, total_steps, ranks)
+    identity = _identity(cache, config, precision, live)
     steps = {
         name: TrainStep(
             new_autoencoder(cache, where[name], entry, config.seed).to(device()),
@@ -144,7 +157,7 @@ def _train(
         for name, entry in config.saes.items()
     }
     read = reads(where, {point: cache.d_model(point) for point in cache.hook_points})
-    rows = CacheRows(cache, read.hook_points, config)
+    rows = CacheRows(source, read.hook_points, config)
     rows.part = ranks.rows.share(config.batch)
     saver = Saver(path / CHECKPOINTS, identity, config, ranks, progress)
     rows.meter = meter = Meter(steps, config.batch, config.log_every, ranks)
@@ -165,23 +178,18 @@ def _train(
                 f"{module.n_steps}; run `sae verify`"
             )
         saver.save(module.n_steps, module.full_state())
-    provenance = {
-        **_made_from(cache),
-        "seed": config.seed,
-        "rows": total_steps * config.batch,
-        "precision": precision,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    if n_left_out := getattr(cache, "n_left_out", 0):
+    provenance = {**_made_from(cache), **live, "rows": total_steps * config.batch}
+    provenance |= {"seed": config.seed, "precision": precision, **_surroundings()}
+    finished = _finished(steps, cache, made_by, config.seed, progress)
+    if n_left_out := getattr(source, "n_left_out", 0):
         provenance["rows_left_out"] = {"max_norm": config.max_norm, "n": n_left_out}
-    _save(steps, where, path, provenance)
+    _save(steps, finished, where, path, provenance)
     ranks.require_same(total_steps, "the number of steps")  # and all is there when one returns
     return {name: path / name for name in steps}
 
 
 def _require_batch(
-    cache: "ActivationCache", config: TrainConfig, total_steps: int, ranks: Ranks
+    cache: "ActivationCache | ActivationStream", config: TrainConfig, total_steps: int, ranks: Ranks
 ) -> None:
     """Refuse a batch that the cache cannot fill, or that leaves a process without a row."""
     if total_steps < 1:
@@ -193,14 +201,42 @@ def _require_batch(
         raise MonosemaError(f"train.batch must {rule}, got {config.batch}; raise it")
 
 
+def _finished(
+    steps: dict[str, TrainStep],
+    cache: "ActivationCache",
+    made_by: CacheConfig | None,
+    seed: int,
+    progress: Progress,
+) -> dict[str, tuple[SparseAutoencoder, dict[str, float]]]:
+    """Train the dictionaries whose entries end so by what the model of the cache predicts."""
+    if made_by is None:
+        return {}
+    from activations_cache.builder import load_on_device
+
+    model = load_on_device(made_by, progress).model
+    tuned = {name: step for name, step in steps.items() if step.config.end_to_end is not None}
+    return {
+        name: fine_tuned(
+            step.whole(), step.config, cache, model,
+            seed=seed, precision="bf16" if step.bf16 else "fp32", progress=progress,
+        )
+        for name, step in tuned.items()
+    }  # fmt: skip
+
+
 def _save(
-    steps: dict[str, TrainStep], where: dict[str, Sites], path: Path, provenance: dict[str, Any]
+    steps: dict[str, TrainStep],
+    finished: dict[str, tuple[SparseAutoencoder, dict[str, float]]],
+    where: dict[str, Sites],
+    path: Path,
+    provenance: dict[str, Any],
 ) -> None:
-    """Write every dictionary; the first process does."""
+    """Write every dictionary, as its steps or the end of its training left it."""
     for name, step in steps.items():
-        whole = step.whole()
+        whole, end = finished.get(name) or (step.whole(), None)
         if step.ranks.is_first:
             own = {"hook_points": where[name].inputs, "recipe": asdict(step.config)}
+            own |= {} if end is None else {"end_to_end": end}
             save(whole, path / name, {**provenance, **own})
 
 
@@ -208,6 +244,11 @@ def _made_from(cache: "ActivationCache") -> dict[str, Any]:
     """The cache, its model and the length of its contexts, for the provenance."""
     context = cache.manifest.plan.context
     return {"cache": cache.fingerprint, "model": _model_of(cache), "context": context}
+
+
+def _surroundings() -> dict[str, Any]:
+    """What computes, for the provenance."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def _model_of(cache: "ActivationCache") -> dict[str, Any]:
@@ -255,15 +296,21 @@ def _require_memory(
     require_memory(sum(needed.values()), free, ", ".join(needed), device().type)
 
 
-def _identity(cache: "ActivationCache", config: TrainConfig, precision: str) -> str:
+def _identity(
+    cache: "ActivationCache",
+    config: TrainConfig,
+    precision: str,
+    live: Mapping[str, Any] | None = None,
+) -> str:
     """Digest of what is trained on what; not by how many processes, nor what is logged."""
     found = to_dict(config, all_keys=False)
     for name in ("latent_shards", "rank_timeout_seconds", "log_every", "wandb"):
         del found[name]
     found.pop("max_norm", None)
-    if getattr(cache, "n_left_out", 0):  # else the rows are those of every limit
+    if live or getattr(cache, "n_left_out", 0):  # else the rows are those of every limit
         found["max_norm"] = config.max_norm
-    return digest({"cache": cache.fingerprint, "train": found, "precision": precision})
+    made_from = {"cache": cache.fingerprint, "train": found, "precision": precision}
+    return digest(made_from | dict(live or {}))
 
 
 def _fit(module: SAEModule, rows: CacheRows, made: list[Logger]) -> None:
@@ -282,9 +329,12 @@ def _fit(module: SAEModule, rows: CacheRows, made: list[Logger]) -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        batches = iter(rows)
         try:
-            trainer.fit(module, itertools.repeat(iter(rows)))
+            trainer.fit(module, itertools.repeat(batches))
         except Stopped:
             raise
         except SystemExit as stop:  # Lightning's answer to Ctrl-C, which says nothing
             raise KeyboardInterrupt from stop
+        finally:
+            batches.close()  # or a model goes on running for nobody

@@ -26,9 +26,9 @@ from collections.abc import Callable
 from torch.nn.functional import normalize
 
 from sae import pretrained
-from sae.train.config import DataPoints
 from sae.train.forward.common import Moment, Rows
 from sae.train.forward.run import forward
+from sae.train.optim_config import DataPoints
 
 UNIT = 1e-3
 """By how much the norm of a decoder row may differ from 1 to be kept there."""

@@ -1,4 +1,4 @@
-"""How the weights move: optimisers with their schedules, as frozen configs; no torch here."""
+"""How weights begin and move: optimisers and their schedules, as frozen configs; no torch."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -154,3 +154,69 @@ class Resample:
 def decay(name: str, value: float) -> None:
     """Require a decay: at least 0 and below 1."""
     require(0 <= value < 1, name, "be at least 0 and below 1", value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Initial:
+    """What all ways to begin share: the bias, and the length of the rows."""
+
+    bias: Literal["mean", "median"] = "mean"
+    """Where b_dec begins: the rows' mean, or their geometric median, which outliers hardly move."""
+    norms: tuple[float, ...] = ()
+    """Norms of the first rows that are tried: that of least error takes decoder_norm's place."""
+    n_rows: int = 4096
+    """Rows of the cache that are looked at, drawn by the seed; not needed for mean alone."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for norm in self.norms:
+            positive("norms", norm)
+        require(len({*self.norms}) == len(self.norms), "norms", "name each once", self.norms)
+        at_least("n_rows", self.n_rows, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tied(_Initial):
+    """Random decoder directions, the encoder their transpose; what is meant without a kind."""
+
+    IMPLIED: ClassVar[bool] = True
+
+    kind: Literal["tied"] = "tied"
+    """Tells the ways to begin apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPoints(_Initial):
+    """Decoder directions of rows of the cache less the bias, the encoder their transpose.
+
+    Where there are fewer rows than latents, the others are random. Rows that are predicted from
+    others give the decoder, those that are read the encoder.
+    """
+
+    kind: Literal["data_points"] = "data_points"
+    """Tells the ways to begin apart."""
+
+
+Init = Tied | DataPoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEnd:
+    """Contexts of the cache are read once more, and the model goes on from the reconstruction."""
+
+    n_rows: int
+    """Rows of this part of the training, at least."""
+    lr: float = 1e-4
+    """Learning rate of its own Adam, which falls to 0."""
+    coefficient: float | None = None
+    """Weight of the KL of the predictions; by default it is as large as the loss on rows."""
+    contexts: int = 4
+    """Contexts per step."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("n_rows", self.n_rows, 1)
+        at_least("contexts", self.contexts, 1)
+        positive("lr", self.lr)
+        if self.coefficient is not None:
+            positive("coefficient", self.coefficient)

@@ -3,8 +3,6 @@
 The forward and the backward pass of a batch, whole or in parts that fit into memory.
 
 BatchTopK's threshold, which follows what the batches say of it.
-
-Baselines in which a random part never learns, or hardly (arXiv 2602.14111).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from monosema.checks import MonosemaError
 from sae.architecture import SAEConfig
@@ -24,43 +21,12 @@ from sae.train.diagnostics import Watch
 from sae.train.forward.common import Forward, Moment, Power, Rows, WeightedLoss
 from sae.train.forward.run import forward
 from sae.train.forward.sharded import require_shardable
+from sae.train.held import anchor_of, blank_, blank_gradients_, freeze, keep_near_
 from sae.train.latent_shards import gradient_norm, of_latents, part_of, sum_gradients, whole_of
 from sae.train.optim import EMA, ScheduleFreeAdam, normalise_rows_, optimizer_of, with_means
 from sae.train.ranks import ALONE, GlobalBatch, Ranks, batch_of, mean_figures
 from sae.train.resample import candidates_of, is_due, resample_
 from sae.train.schedule import automatic_rate, holds_decoder, rate_factor
-
-NEAR = 0.8
-"""Cosine below which no row of a softly frozen decoder may fall with its first direction."""
-
-
-def freeze(autoencoder: SparseAutoencoder, frozen: str) -> None:
-    """Let the decoder's or the encoder's rows take no gradient, in place."""
-    autoencoder.dec_rows.requires_grad_(frozen != "decoder")
-    autoencoder.enc_rows.requires_grad_(frozen != "encoder")
-
-
-def anchor_of(
-    autoencoder: SparseAutoencoder, config: DictionaryConfig
-) -> Float[Tensor, "d_sae d_out"] | None:
-    """The directions that a softly frozen decoder stays near to: those that it has now."""
-    if config.frozen != "soft_decoder":
-        return None
-    return normalize(autoencoder.dec_rows.detach())
-
-
-@torch.no_grad()
-def keep_near_(
-    dec_rows: Float[Tensor, "d_sae d_out"], anchor: Float[Tensor, "d_sae d_out"]
-) -> None:
-    """Turn rows that strayed back to a cosine of NEAR with their anchor, norms kept, in place."""
-    norms = dec_rows.norm(dim=1, keepdim=True)
-    unit = normalize(dec_rows)
-    cosine = (unit * anchor).sum(dim=1, keepdim=True)
-    aside = normalize(unit - cosine * anchor)
-    turned = norms * (NEAR * anchor + (1 - NEAR**2) ** 0.5 * aside)
-    dec_rows.copy_(torch.where(cosine < NEAR, turned, dec_rows))
-
 
 THRESHOLD_BATCHES = 100
 """BatchTopK's threshold is a mean over about so many batches, or the last 20th of a short run."""
@@ -199,6 +165,8 @@ class TrainStep:
         d_sae = autoencoder.config.d_sae
         device = autoencoder.enc_rows.device
         self.silent_rows = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        if config.cross_layer:
+            blank_(autoencoder)
         freeze(autoencoder, config.frozen)
         self.anchor = anchor_of(autoencoder, config)
         self.learned = {n: p for n, p in autoencoder.named_parameters() if p.requires_grad}
@@ -251,6 +219,8 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         found = backward(self.autoencoder, self.config, rows, moment, loss_of)
         sum_gradients(self.learned, self.ranks)
+        if self.config.cross_layer:
+            blank_gradients_(self.autoencoder)
         norm = gradient_norm(self.learned, self.ranks)
         figures = torch.stack([found.loss, found.error, found.l0])
         loss, error, l0 = mean_figures(figures, batch.share, self.ranks)

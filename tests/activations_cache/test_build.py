@@ -13,7 +13,7 @@ import activations_cache
 from activations_cache import builder, io
 from activations_cache.builder import build, rank_of_this_process
 from activations_cache.checks import CacheFormatError, DiskFullError, NonFiniteError
-from activations_cache.config import CacheConfig
+from activations_cache.config import CacheConfig, TextSource
 from activations_cache.hooks import capture
 from activations_cache.models import LoadedModel
 from activations_cache.reader import ActivationCache
@@ -229,3 +229,23 @@ def test_a_model_that_gives_nan_is_refused(
     monkeypatch.setattr(builder.ModelSource, "__call__", broken)
     with pytest.raises(NonFiniteError, match=r"rows must be finite in float32, up to 0\.01%"):
         build(tiny_cache_config, tmp_path / "cache")
+
+
+def test_records_without_text_are_named_in_the_provenance(
+    tiny_cache_config: CacheConfig, tiny_records: Path, tmp_path: Path
+):
+    lines = tiny_records.read_text().splitlines()
+    some = [*lines[:300], '{"gloss": null}', *lines[300:], '{"gloss": null}']
+    (tmp_path / "some.jsonl").write_text("\n".join(some) + "\n")
+    source = TextSource(path=str(tmp_path / "some.jsonl"), field="gloss")
+    text = replace(tiny_cache_config.text, sources=(source,))
+    built = activations_cache.build(
+        replace(tiny_cache_config, text=text, n_rows=200), tmp_path / "cache"
+    )
+    assert built.manifest.provenance["skipped_records"] == {"some": 2}
+    source = TextSource(path=str(tiny_records), field="gloss")
+    whole = replace(tiny_cache_config.text, sources=(source,))
+    other = activations_cache.build(
+        replace(tiny_cache_config, text=whole, n_rows=200), tmp_path / "whole"
+    )
+    assert "skipped_records" not in other.manifest.provenance

@@ -15,7 +15,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 import activations_cache
 from activations_cache import builder, io
 from activations_cache.builder import build
-from activations_cache.checks import CacheFormatError
+from activations_cache.checks import CacheFormatError, silent
 from activations_cache.config import (
     CacheConfig,
     ImagePreprocessing,
@@ -25,7 +25,7 @@ from activations_cache.config import (
 )
 from activations_cache.hooks import sites
 from activations_cache.images import IMAGE_TABLE, read_images, read_skipped
-from activations_cache.live import stream
+from activations_cache.live import ActivationStream, stream, stream_beside
 from activations_cache.reader import ActivationCache
 
 SIZE, PATCH, D_MODEL, N_PATCHES = 21, 7, 22, 9
@@ -289,6 +289,25 @@ def test_the_stream_without_a_disk_gives_the_same_rows(cache: ActivationCache, c
     batch = next(live.batches(batch=31, seed=5))
     expected = torch.cat([cache[name][batch.rows] for name in cache.hook_points], dim=1)
     assert torch.equal(batch.x, expected)
+
+
+def test_images_to_train_on_beside_a_cache_are_none_of_it(config: CacheConfig, tmp_path: Path):
+    small = build(replace(config, n_rows=N_PATCHES * 5), tmp_path / "cache")
+    source = stream_beside(small, config, None, silent)
+    known = {record.sha256 for record in read_images(small)}
+    names = [record.sha256 for record in source.records]
+    assert len(names) == 17 - 5 == len(source.examples) == source.plan.n_examples
+    assert not known & {*names}
+    whole, n = build(config, tmp_path / "whole"), config.contexts_per_forward
+    places = [[r.sha256 for r in read_images(whole)].index(name) for name in names]
+    rows = next(ActivationStream(source, n, buffer_rows=999).batches(batch=99, seed=5))
+    refs = whole.refs(whole.rows())
+    for row, x in zip(rows.rows.tolist(), rows.x, strict=True):
+        shard, offset = divmod(row, source.plan.rows_per_shard)
+        number, position = divmod(offset, N_PATCHES)
+        here = (refs.example == places[2 * shard + number]).nonzero()[position, 0]
+        expected = [whole[name][whole.rows()[here : here + 1]] for name in whole.hook_points]
+        assert torch.allclose(x, torch.cat(expected, dim=1)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_damaged_table_is_refused_and_written_again(config: CacheConfig, tmp_path: Path):

@@ -7,6 +7,7 @@ import pytest
 import safetensors.numpy
 import torch
 import zarr
+from safetensors.torch import save_file
 
 from activations_cache.checks import CacheFormatError
 from activations_cache.importing import import_array
@@ -97,3 +98,59 @@ def test_bad_input_is_named(tmp_path: Path):
     np.save(tmp_path / "objects.npy", np.array([{}, {}]), allow_pickle=True)
     with pytest.raises(ValueError, match="Python objects"):
         import_array(tmp_path / "objects.npy", tmp_path / "cache")
+
+
+LAYERS = ("model.layers.3:out", "model.layers.7:out")
+
+
+def as_requests(path: Path, n_layers: int = 2, n: int = 41) -> dict[int, dict[str, torch.Tensor]]:
+    """What a server wrote: a file per request; the last one has the tokens of the first."""
+    generator, made = torch.Generator().manual_seed(3), {}
+    path.mkdir()
+    for number in range(n):
+        n_tokens = 2 + number % 7
+        states = torch.randn(n_tokens, n_layers, 5, generator=generator).bfloat16()
+        ids = torch.randint(97, (n_tokens,), generator=generator)
+        made[number] = {"hidden_states": states, "token_ids": ids}
+    made[n - 1] = {name: tensor.clone() for name, tensor in made[0].items()}
+    for number, tensors in made.items():
+        save_file(tensors, path / f"request-{number:03d}.safetensors")
+        (path / f"request-{number:03d}.safetensors.lock").touch()
+    return made
+
+
+def test_hidden_states_of_requests_are_examples(tmp_path: Path):
+    made = as_requests(tmp_path / "states")
+    cache = import_array(
+        tmp_path / "states", tmp_path / "cache", hook_point=",".join(LAYERS), dtype="bfloat16"
+    )
+    assert cache.hook_points == LAYERS
+    assert cache.n_rows == sum(len(one["token_ids"]) - 1 for one in made.values())
+    refs = cache.refs(cache.rows())
+    for layer, name in enumerate(LAYERS):
+        for row, x in enumerate(cache[name][cache.rows()]):
+            one = made[int(refs.example[row])]
+            position = int(refs.position[row])
+            assert position >= 1
+            assert torch.equal(x, one["hidden_states"][position, layer].float())
+            assert int(refs.token[row]) == int(one["token_ids"][position])
+    assert set(cache.examples.split.tolist()) == {0, 1, 2}
+    assert cache.examples.split[0] == cache.examples.split[40]
+    assert cache.verify() == []
+
+
+def test_requests_that_do_not_fit_are_named(tmp_path: Path):
+    as_requests(tmp_path / "states")
+    given = (tmp_path / "states", tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"000\.safetensors must hold hidden_states \(token, 1 l"):
+        import_array(*given, hook_point=LAYERS[0])
+    one = tmp_path / "states" / "request-007.safetensors"
+    save_file({"hidden_states": torch.zeros(3, 2, 4), "token_ids": torch.zeros(3)}, one)
+    with pytest.raises(ValueError, match=r"007\.safetensors must hold .*, 5\) and token_ids"):
+        import_array(*given, hook_point=",".join(LAYERS))
+    one.write_bytes(one.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"007\.safetensors must be a whole safetensors file"):
+        import_array(*given, hook_point=",".join(LAYERS))
+    as_requests(tmp_path / "others", n=3)
+    with pytest.raises(ValueError, match="hook_points must have the form"):
+        import_array(tmp_path / "others", tmp_path / "cache", hook_point="a,b")

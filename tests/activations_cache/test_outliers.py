@@ -9,13 +9,14 @@ import torch
 
 from activations_cache.importing import import_array
 from activations_cache.reader import ActivationCache
-from activations_cache.summary import bounded, looked_at, share_of_largest
+from activations_cache.summary import bounded, limits, looked_at, share_of_largest, within
 
 
 def _cache(path: Path, *, large: bool) -> tuple[ActivationCache, np.ndarray]:
     rows = np.random.default_rng(0).normal(size=(3001, 7)).astype(np.float32) + 1
     if large:
         rows[::500] *= 100
+    path.mkdir(exist_ok=True)
     np.save(path / "x.npy", rows)
     return import_array(path / "x.npy", path / "cache", dtype="float32"), rows
 
@@ -58,3 +59,18 @@ def test_one_line_says_what_the_largest_rows_hold_and_what_to_do(
     assert f"{rows_left.n_left_out} rows above 10 times the median norm are left out" in first
     assert "train.max_norm: 10 leaves them out" in second
     assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_rows_of_any_split_are_within_the_limit_that_held_in_a_training(tmp_path: Path):
+    cache, _ = _cache(tmp_path, large=True)
+    (hook,) = cache.hook_points
+    kept = within(cache, (hook,), 10.0)
+    limit = limits(cache, (hook,), 10.0)[hook]
+    for split in ("explain", "score", "hold"):
+        rows = cache.rows((split,))
+        left = rows[cache[hook].norms(rows) <= limit]
+        assert torch.equal(kept.rows((split,)), left)
+    assert len(cache.rows()) - len(kept.rows()) == 7
+    assert within(cache, (hook,), None) is cache
+    alike, _ = _cache(tmp_path / "alike", large=False)
+    assert within(alike, alike.hook_points, 10.0) is alike

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import activations_cache
-from activations_cache import io, live
+from activations_cache import io
+from activations_cache.batches import Batch
 from activations_cache.checks import NonFiniteError
 from activations_cache.config import CacheConfig
 from activations_cache.live import ActivationStream
@@ -34,9 +35,9 @@ class CountingModel(LinearModel):
         return super().__call__(numbers)
 
 
-@pytest.fixture
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "WINDOW_ROWS", 5 * 32)
+def stream_of(model: CountingModel, **options) -> ActivationStream:
+    """Forwards of 2 examples, windows of 5 forwards."""
+    return ActivationStream(model, 2, **({"buffer_rows": 2 * 5 * 32} | options))
 
 
 @pytest.fixture
@@ -58,8 +59,8 @@ def test_a_stream_gives_the_rows_of_the_cache(
         assert torch.equal(batch.x, torch.cat(both, dim=1))
 
 
-def test_each_row_comes_once_per_epoch(model: CountingModel, small_windows: None):
-    stream = ActivationStream(model, 2)
+def test_each_row_comes_once_per_epoch(model: CountingModel):
+    stream = stream_of(model)
     wanted = stream.rows(("explain", "score"))
     rows = torch.cat([b.rows for b in stream.batches(batch=27, seed=5, epochs=2)])
     assert len(wanted) == 1296
@@ -68,10 +69,10 @@ def test_each_row_comes_once_per_epoch(model: CountingModel, small_windows: None
     assert not torch.equal(rows[:1296], rows[1296:])
 
 
-def test_going_on_at_every_batch_gives_the_same_rest(model: CountingModel, small_windows: None):
-    stream = ActivationStream(model, 2)
+def test_going_on_at_every_batch_gives_the_same_rest(model: CountingModel):
+    stream = stream_of(model)
 
-    def batches(start: int) -> list[activations_cache.live.Batch]:
+    def batches(start: int) -> list[Batch]:
         return list(stream.batches(["a.2:in"], batch=101, seed=9, start=start, epochs=2))
 
     whole = batches(0)
@@ -85,14 +86,15 @@ def test_going_on_at_every_batch_gives_the_same_rest(model: CountingModel, small
 
 
 def test_the_model_runs_once_per_example_and_epoch_and_only_ahead_of_need(
-    model: CountingModel, small_windows: None
+    model: CountingModel,
 ):
-    stream = ActivationStream(model, 2)
+    stream = stream_of(model)
     batches = stream.batches(batch=16, seed=0)
     for n_used, _ in enumerate(batches, start=1):
-        # One window of 5 forwards of 2 examples is mixed, one batch is read ahead.
-        assert model.n_read * 16 <= n_used * 16 + 16 + 2 * (5 * 32) + 4 * 16
-    assert model.n_read <= 101
+        # One window of 5 forwards of 2 examples is mixed while the next one is read; two batches
+        # are ahead of the one that is used.
+        assert model.n_read * 16 <= (n_used + 2) * 16 + 2 * (5 * 32) + 4 * 16
+    assert model.n_read <= 101 + 2 * 5  # the first window of an epoch that nobody asks for
     model.n_read = 0
     next(iter(stream.batches(batch=16, seed=0, start=70)))
     assert model.n_read <= 2 * 2 * 5
@@ -104,19 +106,77 @@ def test_rows_are_mixed_within_a_window(model: CountingModel):
     assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.1
 
 
-def test_a_row_that_is_not_finite_ends_the_stream(model: CountingModel):
-    class Poisoned(CountingModel):
-        def __call__(self, numbers: range) -> dict[str, torch.Tensor]:
-            given = super().__call__(numbers)
-            if 7 in numbers:
-                given["a.1:out"][numbers.index(7), 3, 0] = math.inf
-            return given
+class Poisoned(CountingModel):
+    """Gives numbers that are not finite at position 3 of some examples."""
 
-    stream = ActivationStream(Poisoned(model.plan), 2)
-    with pytest.raises(
-        NonFiniteError, match="got one that is not at position 3 of example 7; build"
-    ):
-        list(stream.batches(batch=16, seed=0))
+    poisoned = (7,)
+
+    def __call__(self, numbers: range) -> dict[str, torch.Tensor]:
+        given = super().__call__(numbers)
+        for example in set(self.poisoned) & set(numbers):
+            given["a.1:out"][numbers.index(example), 3, 0] = math.inf
+        return given
+
+
+def test_in_the_place_of_a_row_that_is_not_finite_stands_another_one(model: CountingModel):
+    clean = stream_of(model)
+    known = {b: x for one in clean.batches(batch=1, seed=0) for b, x in [(int(one.rows), one.x)]}
+    stream = stream_of(Poisoned(model.plan))
+    found = list(stream.batches(batch=16, seed=0))
+    expected = list(clean.batches(batch=16, seed=0))
+    rows, wanted = (torch.cat([b.rows for b in some]) for some in (found, expected))
+    assert int((rows != wanted).sum()) == 1
+    assert stream.n_left_out == 1
+    for one in found:
+        assert torch.equal(one.x, torch.cat([known[int(row)] for row in one.rows]))
+
+
+def test_too_many_rows_that_are_not_finite_end_the_stream(model: CountingModel):
+    poisoned = Poisoned(model.plan)
+    poisoned.poisoned = tuple(range(101))
+    rule = r"rows must be finite, up to 0\.01% of \d+ rows, got \d+ that are not; try another"
+    with pytest.raises(NonFiniteError, match=rule):
+        list(stream_of(poisoned).batches(batch=16, seed=0))
+
+
+def test_rows_above_a_limit_are_left_out_and_counted(model: CountingModel):
+    every = list(stream_of(model).batches(["a.1:out"], batch=16, seed=0))
+    norms = torch.cat([b.x for b in every]).norm(dim=1)
+    limit = float(norms.sort().values[-20]) - 1e-4
+    stream = stream_of(model, limits={"a.1:out": limit})
+    kept = list(stream.batches(["a.1:out"], batch=16, seed=0))
+    assert len(kept) == len(every)
+    assert float(torch.cat([b.x for b in kept]).norm(dim=1).max()) <= limit
+    same = torch.cat([b.rows for b in kept]) == torch.cat([b.rows for b in every])
+    assert torch.equal(same, norms <= limit)
+    assert stream.n_left_out == 20
+    with pytest.raises(ValueError, match="rows must not be larger than max_norm allows, got none"):
+        list(stream_of(model, limits={"a.1:out": 0.0}).batches(batch=16, seed=0))
+
+
+def test_processes_share_the_examples_and_start_again_at_their_end(model: CountingModel):
+    alone = stream_of(model)
+    n_rows = 1600
+    parts = [
+        list(stream_of(model, share=(rank, 3), n_rows=n_rows).batches(batch=20, seed=4, part=part))
+        for rank, part in enumerate((slice(0, 6), slice(6, 13), slice(13, 20)))
+    ]
+    assert [len(part) for part in parts] == [n_rows // 20] * 3
+    assert [len(part[0].rows) for part in parts] == [6, 7, 7]
+    seen = [set(torch.cat([b.rows for b in part]).tolist()) for part in parts]
+    assert not seen[0] & seen[1]
+    assert set().union(*seen) <= set(alone.rows().tolist())
+    assert seen[1] | seen[2] | seen[0] >= set(alone.rows(("explain", "score")).tolist())
+    with pytest.raises(ValueError, match="processes must be at most 70, one for each forward"):
+        stream_of(model, share=(70, 99)).batches(batch=20, seed=4)
+
+
+def test_an_iterator_that_is_dropped_does_not_run_the_model_to_the_end_of_a_window():
+    model = CountingModel(synthetic_plan(HOOKS, n_examples=4001))
+    batches = ActivationStream(model, 2, buffer_rows=2 * 1000 * 32).batches(batch=16, seed=0)
+    next(batches)
+    batches.close()
+    assert model.n_read < 2 * 2000
 
 
 @pytest.mark.parametrize(
@@ -132,3 +192,8 @@ def test_an_argument_out_of_range_is_refused_at_once(
 ):
     with pytest.raises(ValueError, match=message):
         ActivationStream(model, 2).batches(**({"batch": 10, "seed": 0} | arguments))
+
+
+def test_a_buffer_that_holds_no_two_forwards_is_refused(model: CountingModel):
+    with pytest.raises(ValueError, match="buffer_rows must be at least 64, two forwards of 2 exam"):
+        ActivationStream(model, 2, buffer_rows=63)

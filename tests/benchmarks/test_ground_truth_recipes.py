@@ -6,7 +6,8 @@ def test_the_recipes_are_those_of_a_single_stream():
     found = [*others()]
     assert ("batchtopk", "batchtopk") in found
     assert ("msae_clip", "msae-uw") in found
-    not_here = {"default", "demo", "demo_vision", "transcoder_skip", "crosscoder"}
+    several = {"transcoder_skip", "crosscoder", "cross_layer"}
+    not_here = {"default", "demo", "demo_vision", "end_to_end", *several}
     assert not {file for file, _ in found} & not_here
     for file, name in found:
         entry = recipe(file, name, d_sae=211, k=3, batch=256)

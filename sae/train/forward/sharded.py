@@ -40,7 +40,8 @@ def require_shardable(config: DictionaryConfig, n_shards: int, losses: Sequence[
             f"d_sae must be a multiple of latent_shards={n_shards}, got {config.d_sae}; round it up"
         )
     terms = {name: term for name, term in config.terms.items() if not term.facts.is_sharded}
-    others = {"resample": config.resample, "losses": [*config.losses, *losses]}
+    others = {"resample": config.resample, "cross_layer": config.cross_layer}
+    others["losses"] = [*config.losses, *losses]
     for name, value in (terms | others).items():
         if value:
             raise MonosemaError(

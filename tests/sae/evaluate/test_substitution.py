@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+from activations_cache.hooks import capture
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
@@ -206,3 +207,17 @@ def test_a_masked_model_does_not_see_padding(masked_model, masked, batch):
     expected, n = masked_loss(masked_model, given, chosen_by_seed(given, config))
     assert result.n_tokens == n
     assert result.ce_base.value == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_stream_above_a_limit_stays_the_models_own(masked_model, masked):
+    def zero(limit: float):
+        given = masked._replace(limits={MASKED_POINT: limit})
+        return measure_substitution({}, masked_model, MASKED_POINT, given, CONFIG)["intact"].zero
+
+    free = measure_substitution({}, masked_model, MASKED_POINT, masked, CONFIG)["intact"].zero
+    assert zero(1e9).ce == free.ce
+    assert zero(0.0).ce_increase.value == pytest.approx(0, abs=1e-6)
+
+    with capture(masked_model, [MASKED_POINT]) as run:
+        norms = run(masked.tokens.clamp_min(0))[MASKED_POINT].norm(dim=-1)
+    assert 0 != zero(float(norms.median())).ce_increase.value != free.ce_increase.value

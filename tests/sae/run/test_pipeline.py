@@ -7,7 +7,7 @@ import pytest
 import sae
 from activations_cache import io
 from activations_cache.checks import CacheBusyError
-from sae.config import dump, load_overrides
+from sae.config import ConfigError, dump, load_overrides, to_dict
 from sae.run.config import RunConfig
 from sae.run.context import Run
 from sae.run.pipeline import MARKER, pending_steps
@@ -91,3 +91,25 @@ def test_damaged_curves_are_not_taken_for_right_ones(config, tmp_path, caplog):
     assert f"{logged} is not as it was written" in caplog.text
     assert not logged.exists()
     assert undone(config) == []
+
+
+LIVE = ["train.source=live", "train.n_rows=2000", "train.buffer_rows=2000", "cache.n_rows=500"]
+
+
+def test_a_run_trains_from_the_live_model_and_measures_on_its_small_cache(config, tmp_path):
+    live = load_overrides(RunConfig, LIVE, to_dict(config))
+    result = sae.run.job(live, "evaluate")
+    training = len(Run(live).cache.rows(("explain", "score")))
+    assert 500 <= training < 700
+    provenance = json.loads((result.dictionaries["topk"] / "provenance.json").read_text())
+    assert provenance["rows"] == 2000 // 127 * 127
+    assert result.report.reconstruction["topk"].fvu < 1
+    assert undone(live) == []
+    assert undone(config, "cache") == ["cache"]
+
+
+def test_a_live_run_without_held_out_documents_is_refused_before_anything_runs(config):
+    nothing = ["cache.text.explain=0.7", "cache.text.score=0.3", "cache.text.hold=0"]
+    rule = r"cache\.text\.hold must be above 0 beside train\.source 'live'.*, got 0"
+    with pytest.raises(ConfigError, match=rule):
+        load_overrides(RunConfig, [*LIVE, *nothing], to_dict(config))

@@ -4,8 +4,9 @@ import torch
 from sae.architecture import JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import Adam, DictionaryConfig
+from sae.train.held import NEAR, keep_near_
 from sae.train.loss_config import L0, L1, AuxK
-from sae.train.step import NEAR, TrainStep, keep_near_
+from sae.train.step import TrainStep
 
 FORMS = {
     "topk": {"activation": TopK(k=3), "auxk": AuxK(coefficient=0.5), "dead_after_tokens": 150},

@@ -10,10 +10,11 @@ from activations_cache.config import TRAINING_SPLITS
 from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import ReLU, TopK
 from sae.autoencoder import SparseAutoencoder
-from sae.train.config import L1, DataPoints, DictionaryConfig, Tied, TrainConfig
+from sae.train.config import L1, DictionaryConfig, TrainConfig
 from sae.train.fit import train
 from sae.train.hook_points import sites
 from sae.train.initialise import geometric_median, new_autoencoder, refine_
+from sae.train.optim_config import DataPoints, Tied
 
 ENTRY = DictionaryConfig(d_sae=23, activation=TopK(k=3))
 

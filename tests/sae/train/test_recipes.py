@@ -33,8 +33,10 @@ SOURCES = {
     "anthropic_2024_04": "April 2024",
     "anthropic_2025_01": "January 2025",
     "batchtopk": "2412.06410",
+    "cross_layer": "Lindsey et al. 2025",
     "crosscoder": "October 2024",
     "default": "2503.17547",
+    "end_to_end": "2503.17272",
     "gated": "2404.16014",
     "jumprelu_gemma_scope": "2408.05147",
     "matryoshka_batchtopk": "2503.17547",
@@ -43,6 +45,12 @@ SOURCES = {
     "transcoder_skip": "2501.18823",
 }
 OF_THEIR_OWN = {
+    "cross_layer": (
+        "model.layers.15.mlp:out",
+        *(f"model.layers.{layer}.mlp:in" for layer in (14, 15, 16)),
+        "model.layers.14.mlp:out",
+        "model.layers.16.mlp:out",
+    ),
     "crosscoder": ("model.layers.15:out", "model.layers.7:out", "model.layers.23:out"),
     "transcoder_skip": ("model.layers.15.mlp:out", "model.layers.15.mlp:in"),
 }
@@ -60,10 +68,14 @@ def entries(file: str) -> dict[str, DictionaryConfig]:
                 part = getattr(part, key, None)
             if part is not None:
                 overrides.append(f"train.saes.{name}.{path}={value}")
+        if entry.cross_layer:
+            overrides.append(f"train.saes.{name}.d_sae={D_SAE - D_SAE % len(entry.inputs)}")
     return dict(load(RunConfig, CONFIGS / f"{file}.yaml", overrides).train.saes)
 
 
 ENTRIES = {f"{file}:{name}": entry for file in FILES for name, entry in entries(file).items()}
+LEARNED = {name: entry for name, entry in ENTRIES.items() if not entry.cross_layer}
+"""Those of which a part may be frozen."""
 every_entry = pytest.mark.parametrize("config", ENTRIES.values(), ids=ENTRIES)
 
 
@@ -86,7 +98,11 @@ def form(config: DictionaryConfig) -> SAEConfig:
     )
     if not config.outputs:
         return config.architecture(D_IN, 0.5, inputs=inputs)
-    outputs = (Slice(hook_point=config.outputs[0], width=D_OUT),)
+    n = len(config.outputs)
+    widths = [D_OUT // n] * (n - 1)
+    widths.append(D_OUT - sum(widths))
+    places = zip(config.outputs, widths, strict=True)
+    outputs = tuple(Slice(hook_point=p, width=w) for p, w in places)
     return config.architecture(
         D_IN, 0.5, d_out=D_OUT, output_scale=0.5, inputs=inputs, outputs=outputs
     )
@@ -128,7 +144,7 @@ def test_a_recipe_learns_as_much_with_products_in_bf16(config, planted):
     assert abs(curves[0][-1] - curves[1][-1]) < 0.05 * curves[0][0]
 
 
-@every_entry
+@pytest.mark.parametrize("config", LEARNED.values(), ids=LEARNED)
 def test_a_recipe_keeps_a_frozen_decoder_and_skips_rows_that_are_not_finite(config, planted):
     rows = [given(config, x) for x in planted(4)]
     step = step_of(dataclasses.replace(config, frozen="decoder"))
