@@ -76,7 +76,7 @@ long: docs $(STAMPS)/chromium ## Run the long tests, and build the site
 # What is killed, damaged, cut off, made unreadable or refused; its long forms are figures.
 FAULTS := tests/faults tests/activations_cache/test_text_properties.py tests/architecture/test_locks.py \
 	tests/sae/config/test_properties.py tests/sae/cli/test_hook_points_run.py \
-	tests/sae/explain/llm/test_caller.py tests/sae/explain/llm/test_endpoint.py \
+	tests/sae/cli/test_run.py tests/sae/explain/llm/test_caller.py tests/sae/explain/llm/test_endpoint.py \
 	tests/sae/pretrained/test_loading.py tests/sae/pretrained/test_malice.py \
 	tests/sae/pretrained/test_pickled.py tests/sae/train/test_identity.py tests/sae/train/test_launch.py \
 	tests/sae/train/test_numbers.py tests/sae/train/test_sharded.py tests/sae/train/test_sigterm.py \

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import jaxtyping
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
+CONF = BeartypeConf(violation_type=TypeError)  # what Python raises for a wrong argument
 _scope = jaxtyping.jaxtyped  # with "context", a scope in which a dimension's name has one size
 
 
@@ -42,7 +43,7 @@ def _checked_function(function: Callable[..., Any]) -> Callable[..., Any]:
         return function  # made in each call of another one; or it gives values after its scope
     hints = {n: _resolved(hint, function) for n, hint in function.__annotations__.items()}
     function.__annotations__ = hints
-    checked = beartype(function)
+    checked = beartype(function, conf=CONF)
     if not any(map(_has_shape, hints.values())):
         return checked
 

@@ -155,6 +155,7 @@ def test_a_changed_part_is_made_again_and_the_parts_before_it_are_not(
     assert not first.W_dec.equal(second.W_dec)
 
 
+@pytest.mark.long  # its short form, of the library alone, is in tests/faults/test_train_crash.py
 def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bits(config, labelled, tmp_path):
     arguments = [str(config), f"cache_path={config.parent / 'run' / 'cache'}",
                  "train.checkpoint_seconds=0.05", "train.epochs=20"]  # fmt: skip
