@@ -77,7 +77,7 @@ from sae.explain.llm.store import AnswerCache
 from sae.explain.llm.caller import Caller
 from sae.explain.config import LLMConfig
 from sae.explain.llm.openai_client import OpenAIClient
-from sae.explain.pipeline import Plan, explain_all
+from sae.explain.pipeline import ExplainPlan, explain_all
 from sae.explain.windows import LatentWindows, Window
 
 url, path, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -91,9 +91,9 @@ config = LLMConfig(model="m", base_url=url, timeout_s=1.0, retries=20, attempts=
                    backoff_s=0.01, give_up_after=40, **json.loads(sys.argv[4]))
 async def run():
     caller = Caller(OpenAIClient(config), config, AnswerCache(__import__("pathlib").Path(path)))
-    return await explain_all(latents, Plan(LLMExplainer(), (), 2, 0), caller)
-found = asyncio.run(run())
-print(json.dumps([[f.status, f.explanation and f.explanation.text, f.reason] for f in found]))
+    return await explain_all(latents, ExplainPlan(LLMExplainer(), (), 2, 0), caller)
+results = asyncio.run(run())
+print(json.dumps([[f.status, f.explanation and f.explanation.text, f.reason] for f in results]))
 """
 
 
