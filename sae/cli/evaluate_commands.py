@@ -66,7 +66,8 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
         refuse_without_cache(targets[0].rpartition("=")[2])
         run_to("evaluate", targets[0], [*targets[1:], *of_run(read_out)])
         return
-    from sae.run.measuring import measure, write_record
+    from sae.evaluate.report import write_record
+    from sae.run.measuring import measure
     from sae.run.page import write_evaluation
 
     request = _request(targets, cache, hook_point, (model, contexts, images), probe, structure)

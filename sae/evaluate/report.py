@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from activations_cache import seals
+from activations_cache import io, seals
 from monosema.checks import MonosemaError
 from sae.evaluate.downstream import Accuracy, Downstream
 from sae.evaluate.reconstruction import FiringSummary, Reconstruction
@@ -195,3 +195,9 @@ def pareto(points: Sequence[ParetoPoint], *, smaller_is_better: bool) -> list[Pa
         ):
             front.append(point)
     return front
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write JSON; nan becomes null."""
+    text = json.dumps(plain(record), indent=1, allow_nan=False)
+    io.write_files({path: (text + "\n").encode()})

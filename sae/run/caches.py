@@ -1,6 +1,6 @@
 """Caches: build one, check one, look at one, import an array, list a model's hook points."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +21,9 @@ from activations_cache.manifest import MANIFEST
 from activations_cache.models import LoadedModel
 from activations_cache.probe import record_of
 from activations_cache.recompute import recompute
-from activations_cache.summary import HookSummary, summarise
+from activations_cache.summary import HookSummary, summarise, within
 from activations_cache.vision import LoadedVisionModel, load_any_model
+from sae.autoencoder import SparseAutoencoder
 from sae.run.context import CacheOrPath, FactTable, Steps, model_of, opened, steps_to, wrong_class
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -232,3 +233,20 @@ def import_rows(
         progress: Called while rows are copied.
     """
     return import_array(str(array), str(out), hook_point=hook_point, dtype=dtype, progress=progress)
+
+
+def as_trained(
+    dictionaries: Mapping[str, SparseAutoencoder],
+    cache: ActivationCache,
+    hook_point: str,
+    max_norm: float | None = None,
+) -> ActivationCache:
+    """Return a cache without the rows that are too large for the training of dictionaries.
+
+    Without a limit it is the least of those that their provenance records.
+    """
+    recorded = (d.provenance.get("rows_left_out") or {} for d in dictionaries.values())
+    known = [part["max_norm"] for part in recorded if part.get("max_norm")]
+    sites = (d.config.sites(hook_point) for d in dictionaries.values())
+    points = sorted({point for sides in sites for side in sides for point in side})
+    return within(cache, points, max_norm or min(known, default=None))

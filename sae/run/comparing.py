@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from activations_cache.checks import Progress, silent
 from sae.browser import ResultTable
-from sae.evaluate.report import ParetoPoint, at_equal_l0, pareto
+from sae.evaluate.report import ParetoPoint, at_equal_l0, pareto, write_record
 from sae.run.context import CacheOrPath, DictionaryOrPath, Section, Steps, silent_steps, steps_to
 from sae.run.measuring import (
     MeasuredDictionary,
@@ -18,7 +18,6 @@ from sae.run.measuring import (
     SplicedInto,
     measure,
     targets_of,
-    write_record,
 )
 from sae.run.page import ParetoPanel, Series, plot, write_page
 from sae.run.studies import Figure, figures

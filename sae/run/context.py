@@ -16,7 +16,6 @@ from activations_cache import ActivationCache
 from activations_cache.checks import MonosemaError, Progress, WrongClassError, silent
 from activations_cache.config import ModelConfig
 from activations_cache.models import LoadedModel, load_model
-from activations_cache.summary import within
 from activations_cache.tokens import Pieces
 from activations_cache.vision import LoadedVisionModel, load_any_model, load_vision_model
 from sae import pretrained
@@ -252,23 +251,6 @@ def loaded_dictionary(dictionary: DictionaryOrPath) -> SparseAutoencoder:
     raise wrong_class(
         "dictionary", "be a SparseAutoencoder or the path of one", dictionary, "see sae.load"
     )
-
-
-def as_trained(
-    dictionaries: Mapping[str, SparseAutoencoder],
-    cache: ActivationCache,
-    hook_point: str,
-    max_norm: float | None = None,
-) -> ActivationCache:
-    """Return a cache without the rows that are too large for the training of dictionaries.
-
-    Without a limit it is the least of those that their provenance records.
-    """
-    recorded = (d.provenance.get("rows_left_out") or {} for d in dictionaries.values())
-    known = [part["max_norm"] for part in recorded if part.get("max_norm")]
-    sites = (d.config.sites(hook_point) for d in dictionaries.values())
-    points = sorted({point for sides in sites for side in sides for point in side})
-    return within(cache, points, max_norm or min(known, default=None))
 
 
 def wrong_class(what: str, rule: str, got: object, advice: str) -> WrongClassError:

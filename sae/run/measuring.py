@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from activations_cache import ActivationCache, io
+from activations_cache import ActivationCache
 from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.config import TRAINING_SPLITS
 from activations_cache.models import LoadedModel
@@ -25,19 +25,19 @@ from sae.browser import ResultTable
 from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.probe_tasks import check_hook_point, common_labels
 from sae.evaluate.reconstruction import measure_reconstruction
-from sae.evaluate.report import EvaluationReport, plain
+from sae.evaluate.report import EvaluationReport
 from sae.evaluate.run import evaluate as evaluate_all
 from sae.evaluate.run import held_out_rows
 from sae.evaluate.sparse_probe import Survey, survey
 from sae.pretrained import Source
 from sae.pretrained.loading import keep_measured
 from sae.read_out import ReadOutName
+from sae.run.caches import as_trained
 from sae.run.context import (
     CacheOrPath,
     DictionaryOrPath,
     Section,
     Steps,
-    as_trained,
     fitted,
     holds_images,
     load_model_of,
@@ -393,9 +393,3 @@ def baselines(
         f"random, k={k}": random_dictionary(first, l0, generator),
         "permuted decoder": permuted_decoder(first, generator),
     }
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write JSON; nan becomes null."""
-    text = json.dumps(plain(record), indent=1, allow_nan=False)
-    io.write_files({path: (text + "\n").encode()})

@@ -24,7 +24,8 @@ from sae.explain.tables import SUMMARY
 from sae.metrics import STATS, stats_file
 from sae.pretrained.monosema_format import CONFIG, PROVENANCE, WEIGHTS
 from sae.run.browsing import site_of_run
-from sae.run.context import Run, as_trained
+from sae.run.caches import as_trained
+from sae.run.context import Run
 from sae.run.explaining import digest_of, promoted_strings, tools_for
 from sae.run.images import check_splits, explain_pictures, with_downstream
 from sae.run.measuring import baselines
