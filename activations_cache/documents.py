@@ -121,7 +121,7 @@ def _open(source: Source, *, streaming: bool, start: int = 0) -> Any:
             records = result[source.part] if isinstance(result, dict) else result
         else:
             is_stream = streaming and not Path(name).is_dir()
-            records = datasets.load_dataset(
+            records: Any = datasets.load_dataset(
                 name, source.subset, split=source.part, streaming=is_stream
             )
             n = source.shuffle_buffer if isinstance(source, TextSource) else None

@@ -7,7 +7,7 @@ et al. 2024 (arXiv 2405.12241) train by it from the start.
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -222,7 +222,8 @@ def _contexts(
 
 def _over(entry: DictionaryConfig, settings: EndToEnd) -> DictionaryConfig:
     """The same losses as they are once their schedules are over, and a rate that falls to 0."""
-    ends = {name: replace(term, ramp=0.0) for name, term in entry.terms.items() if _rises(term)}
+    terms: dict[str, Any] = dict(entry.terms)
+    ends = {n: replace(term, ramp=0.0) for n, term in terms.items() if hasattr(term, "ramp")}
     if entry.l0 is not None:
         ends["l0"] = replace(entry.l0, ramp=0.0, threshold_lr=None)
     if entry.tanh is not None:
@@ -231,7 +232,3 @@ def _over(entry: DictionaryConfig, settings: EndToEnd) -> DictionaryConfig:
         ends["matryoshka"] = None
     optimizer = Adam(lr=settings.lr, decay=0.9)
     return replace(entry, k_anneal=None, accumulate=1, optimizer=optimizer, end_to_end=None, **ends)
-
-
-def _rises(term: object) -> bool:
-    return hasattr(term, "ramp")
