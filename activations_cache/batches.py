@@ -23,7 +23,7 @@ _BLOCKS = 0
 """Stream number of the permutation of blocks; window w has stream number w + 1."""
 
 
-class Window(NamedTuple):
+class RowWindow(NamedTuple):
     """Blocks whose rows are mixed with each other."""
 
     epoch: int
@@ -71,7 +71,7 @@ class RowOrder:
         parts = [self.window_rows(*window)[inside] for window, inside in spans]
         return np.concatenate(parts) if parts else self.rows[:0]
 
-    def spans(self, start: int, stop: int) -> list[tuple[Window, slice]]:
+    def spans(self, start: int, stop: int) -> list[tuple[RowWindow, slice]]:
         """Return the windows that lie between two positions, and which of their rows do."""
         found = []
         while start < stop:
@@ -80,14 +80,18 @@ class RowOrder:
             window = int(np.searchsorted(bounds, position, side="right")) - 1
             n = min(stop - start, int(bounds[window + 1]) - position)
             first = position - int(bounds[window])
-            found.append((Window(epoch, window), slice(first, first + n)))
+            found.append((RowWindow(epoch, window), slice(first, first + n)))
             start += n
         return found
 
-    def after(self, window: Window) -> Window:
+    def after(self, window: RowWindow) -> RowWindow:
         """Return the window that follows another one, maybe in the next epoch."""
         is_last = window.number + 2 == len(self._windows)
-        return Window(window.epoch + 1, 0) if is_last else Window(window.epoch, window.number + 1)
+        return (
+            RowWindow(window.epoch + 1, 0)
+            if is_last
+            else RowWindow(window.epoch, window.number + 1)
+        )
 
     def blocks(self, epoch: int, window: int) -> Int64[np.ndarray, " block"]:
         """Return the numbers of the blocks of a window."""

@@ -296,12 +296,19 @@ def _json(record: dict[str, Any]) -> bytes:
 
 
 def require_complete(path: Path, manifest: Manifest, records: Mapping[int, ShardRecord]) -> None:
-    """Refuse records that leave out a file or a hook point, or have more rows than fit."""
+    """Refuse records that leave out a file or a hook point, or whose sizes are not the plan's."""
     layout = layout_of(manifest.plan)
     lost = {arrays.mean.file(0) for arrays in layout.hooks.values()} - manifest.files.keys()
     for shard, record in records.items():
         lost |= {spec.file(shard) for spec in layout.per_shard()} - record.files.keys()
         lost |= layout.hooks.keys() - record.hooks.keys()
+        lost |= {
+            f"{spec.file(shard)} of {spec.chunk_bytes:,} bytes"
+            for spec in layout.per_shard()
+            if not spec.is_compressed
+            and record.files.get(spec.file(shard), {}).get("bytes", spec.chunk_bytes)
+            != spec.chunk_bytes
+        }
         if record.valid_rows > manifest.plan.rows_per_shard:
             lost.add(f"room for {record.valid_rows:,} rows in shard {shard}")
     if lost:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from activations_cache.batches import ALL, Batch, RowOrder, Window, count_batches, read_batches
+from activations_cache.batches import ALL, Batch, RowOrder, RowWindow, count_batches, read_batches
 from activations_cache.builder import (
     ModelSource,
     RowSource,
@@ -319,9 +319,9 @@ class _Buffer:
     ) -> None:
         self._order, self._submit, self._left_out = order, submit, left_out
         self._progress = progress
-        self._runs: dict[Window, dict[int, Future[_Run]]] = {}
-        self._rows: dict[Window, Int64[np.ndarray, " row"]] = {}
-        self._taken: list[Window] = []
+        self._runs: dict[RowWindow, dict[int, Future[_Run]]] = {}
+        self._rows: dict[RowWindow, Int64[np.ndarray, " row"]] = {}
+        self._taken: list[RowWindow] = []
 
     def take(self, start: int, stop: int) -> Int64[np.ndarray, " row"]:
         """Return the rows at some positions; others stand in the place of those left out."""
@@ -351,7 +351,7 @@ class _Buffer:
         assert out is not None, "what was taken was run"
         return out
 
-    def _rows_of(self, window: Window) -> Int64[np.ndarray, " row"]:
+    def _rows_of(self, window: RowWindow) -> Int64[np.ndarray, " row"]:
         """Return the rows of a window in their order, once the model has given all of them."""
         if window in self._rows:
             return self._rows[window]

@@ -20,7 +20,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from sae.evaluate.ground_truth.generator import rows as rows_of
 from torch import Tensor
 
 from benchmarks.ground_truth_recipes import at_l0, new_step, others, recipe
@@ -42,6 +41,7 @@ from sae.evaluate.ground_truth import (
     table_text,
 )
 from sae.evaluate.ground_truth.run import CHANCE, COLUMNS, figure
+from sae.evaluate.ground_truth.world import rows as rows_of
 from sae.run.read_outs import ROWS, distilled, fit_read_out
 from sae.run.refining import ROWS_TO_DISTIL
 from sae.train.config import Adam, AuxK, DictionaryConfig

@@ -58,3 +58,21 @@ Behind " · " may stand what changes, and on further lines what is shown below, 
 
 def silent(done: int, total: int, unit: str) -> None:
     """Report nothing; what a function uses when its caller passed no progress."""
+
+
+LONGEST = 1000
+"""Characters of a message: a hostile file must not fill the terminal."""
+
+
+class DictionaryFormatError(MonosemaError):
+    """A dictionary on disk that is missing, damaged or not what it says, said in one line."""
+
+    def __init__(self, message: str) -> None:
+        """Take a message, of which only what can be printed is kept."""
+        super().__init__(printable(message, LONGEST))
+
+
+def printable(text: str, longest: int) -> str:
+    """Return a text in one line without control characters, its middle cut if it is too long."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return line if len(line) <= longest else f"{line[: longest // 2]} ... {line[-longest // 2 :]}"

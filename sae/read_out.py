@@ -115,7 +115,7 @@ class Decoder(NamedTuple):
         return norms.clamp_min(torch.finfo(norms.dtype).tiny ** 0.5)[indices]
 
 
-class Candidates(NamedTuple):
+class Refinable(NamedTuple):
     """Latents that fire in the second encoding, before any of them is left out."""
 
     near: Csr
@@ -127,14 +127,14 @@ class Candidates(NamedTuple):
     lengths: Float[Tensor, " entry"]
     """p_i of each."""
 
-    def above(self, tau: Float[Tensor, " d_sae"]) -> "Candidates":
+    def above(self, tau: Float[Tensor, " d_sae"]) -> "Refinable":
         """Those whose p_i exceeds the latent's tau."""
         return self.part(self.lengths > tau.to(self.lengths)[self.near.indices[self.place]])
 
-    def part(self, kept: Bool[Tensor, " entry"]) -> "Candidates":
+    def part(self, kept: Bool[Tensor, " entry"]) -> "Refinable":
         """Some of them."""
         fields = (part[kept] for part in self[1:])
-        return Candidates(self.near, *fields)
+        return Refinable(self.near, *fields)
 
     @property
     def latents(self) -> Csr:
@@ -150,7 +150,7 @@ def candidates(
     weights: EncoderWeights,
     decoder: Decoder,
     margin: float,
-) -> Candidates:
+) -> Refinable:
     """Encode rows, encode what is near to firing again, and measure what each latent is left.
 
     Args:
@@ -164,9 +164,9 @@ def candidates(
     with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
         none = near.values.new_zeros(0)
 
-        def firing(h: Float[Tensor, " entry"], wider: float) -> Candidates:
+        def firing(h: Float[Tensor, " entry"], wider: float) -> Refinable:
             place = _fires(activation, h, near, weights, wider).nonzero().squeeze(1)
-            return Candidates(near, place, _acts(h[place], near.indices[place], weights), none)
+            return Refinable(near, place, _acts(h[place], near.indices[place], weights), none)
 
         left = decoder.left(u, firing(near.values, 1.0).latents)
         more = _products(left * (STEP / decoder.scale), weights.enc_rows, near)

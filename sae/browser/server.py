@@ -227,12 +227,12 @@ class _Handler(BaseHTTPRequestHandler):
             raise missing
         try:
             file = (self.server.folder / name).resolve()
+            inside = file.is_relative_to(self.server.folder) and file.suffix in _TYPES
+            if inside and file.is_file():  # which raises for a name that is too long
+                return file
         except (OSError, ValueError):
             raise missing from None
-        inside = file.is_relative_to(self.server.folder) and file.suffix in _TYPES
-        if not inside or not file.is_file():
-            raise missing
-        return file
+        raise missing
 
     def _prompt(self, query: dict[str, list[str]]) -> None:
         prompts = self.server.prompts

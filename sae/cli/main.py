@@ -17,8 +17,7 @@ from sae.cli.cache_commands import app as cache_app
 from sae.cli.cache_commands import verify
 from sae.cli.evaluate_commands import app as scaling_app
 from sae.cli.evaluate_commands import compare, evaluate
-from sae.cli.latent_commands import browse, explain, find, steer
-from sae.cli.refine_command import refine
+from sae.cli.latent_commands import browse, explain, find, refine, steer
 from sae.cli.release_commands import convert, inspect, push, releases, verify_release
 from sae.cli.request import ConfigArgument, Overrides, run_to, with_json
 from sae.config import ConfigError, config_file

@@ -73,8 +73,7 @@ def evaluate(
     )
     for name, of_one in measured.items():
         firing[name].merge(of_one.firing)
-    substitution = {}
-    loss = None if model is None else record_of(model).loss
+    substitution, loss = {}, None if model is None else record_of(model).loss
     if model is not None and (loss == "next token" or (loss and mask_token is not None)):
         context = held_out(cache, hook_point, config)
         if loss == "masked token":

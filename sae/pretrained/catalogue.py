@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae.pretrained.foreign import DictionaryFormatError
+from monosema.checks import DictionaryFormatError
 from sae.pretrained.hook_names import module_path
 
 DATA = Path(__file__).with_name("releases.json.gz")

@@ -20,25 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from monosema.checks import MonosemaError
+from monosema.checks import DictionaryFormatError, printable
 from sae.pretrained import pickled_child
-
-LONGEST = 1000
-"""Characters of a message: a hostile file must not fill the terminal."""
-
-
-class DictionaryFormatError(MonosemaError):
-    """A dictionary on disk that is missing, damaged or not what it says, said in one line."""
-
-    def __init__(self, message: str) -> None:
-        """Take a message, of which only what can be printed is kept."""
-        super().__init__(printable(message, LONGEST))
-
-
-def printable(text: str, longest: int) -> str:
-    """Return a text in one line without control characters, its middle cut if it is too long."""
-    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
-    return line if len(line) <= longest else f"{line[: longest // 2]} ... {line[-longest // 2 :]}"
 
 
 def one_line(error: Exception) -> str:

@@ -161,6 +161,16 @@ def test_an_identity_that_cannot_be_is_refused(tmp_path: Path, key: str, value: 
         activations_cache.open(tmp_path)
 
 
+@pytest.mark.parametrize("width", [8, 1 << 31])
+def test_a_width_that_the_files_have_not_is_refused_before_rows_are_read(tmp_path, width):
+    by_the_document(tmp_path)
+    record = json.loads((tmp_path / "manifest.json").read_bytes())["record"]
+    record["identity"]["hook_points"][HOOK] = width
+    (tmp_path / "manifest.json").write_bytes(sealed(record))
+    with pytest.raises(CacheFormatError, match=f"got no {HOOK}/acts.* of {5 * width * 2:,} bytes"):
+        activations_cache.open(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_zarr_and_tensorstore_read_what_the_reader_reads(tmp_path: Path, dtype: str):
     plan = synthetic_plan({"a.1:out": 7, "a.2:in": 5}, n_examples=23, dtype=dtype)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,10 +55,10 @@ def test_each_source_is_read_by_one_process_and_the_cache_is_the_same(
     whole = build(config, tmp_path / "whole")
     log = tmp_path / "log"
 
-    def logged(source: TextSource, name: str) -> Iterator[Document]:
+    def logged(source: TextSource, name: str, *skipped: Any) -> Iterator[Document]:
         with log.open("a") as file:
             file.write(f"{name}\n")
-        return documents(source, name)
+        return documents(source, name, *skipped)
 
     monkeypatch.setattr(corpus, "documents", logged)
     assert build_in_ranks(N_RANKS, config, tmp_path / "cache") == [0] * N_RANKS

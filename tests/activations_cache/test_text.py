@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -268,9 +269,9 @@ def test_a_source_larger_than_memory_is_read_once_and_packed_the_same(
 ):
     n_read = []
 
-    def counted(source: TextSource, name: str) -> Iterator[Document]:
+    def counted(source: TextSource, name: str, *skipped: Any) -> Iterator[Document]:
         n_read.append(name)
-        return documents(source, name)
+        return documents(source, name, *skipped)
 
     in_memory = pack(tiny_text_config, tiny_tokenizer, n_rows=9001)
     monkeypatch.setattr(corpus, "documents", counted)

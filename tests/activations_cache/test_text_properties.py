@@ -73,7 +73,7 @@ def documents_of(lengths: list[int]) -> list[Document]:
 
 def check(case: dict, monkeypatch: pytest.MonkeyPatch) -> bool:
     documents = documents_of(case["lengths"])
-    monkeypatch.setattr(corpus, "documents", lambda source, name: iter(documents))
+    monkeypatch.setattr(corpus, "documents", lambda *_: iter(documents))
     skip, context = case["skip"], case["context"]
     config = TextConfig(
         sources=(TextSource(path="d.txt"),), context=context, attention=case["attention"],

@@ -25,6 +25,7 @@ MORE = (
     "/index.html%00.js", "/data/index.js%00", "/data/index", "/data/index.js/..", "/.hidden.js",
     "/data/.hidden.js", "/CON", "/~root/.bashrc", "/%", "/%ff", "/data/index.js%20", "/index.htm",
     "file:///etc/passwd", "/data/d0/latents/99999.js", "/api", "/api/", "/api/prompt/x",
+    f"/{300 * 'x'}.js",
 )  # fmt: skip
 TRAVERSALS = [f"/{head}{up}/{target}" for head, up, target in product(HEADS, UPS, TARGETS)]
 

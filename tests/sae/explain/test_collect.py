@@ -23,7 +23,7 @@ CONFIG = WindowConfig(
 
 
 @pytest.fixture(scope="module")
-def found(planted, identity_dictionary):
+def result(planted, identity_dictionary):
     dictionary = identity_dictionary(planted.cache.acts.shape[2])
     state = collect(dictionary, planted.cache, HOOK, CONFIG)
     return state, Assembler(state, planted.cache.examples.tokens.numpy(), planted.strings)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from sae.evaluate.ground_truth.ceilings import set_true_decoder
-from sae.evaluate.ground_truth.generator import rows as rows_of
 
 from sae.architecture import BatchTopK, JumpReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.ground_truth import TIERS, evaluate, make_world
+from sae.evaluate.ground_truth.scores import set_true_decoder
+from sae.evaluate.ground_truth.world import rows as rows_of
 from sae.run.read_outs import distilled, figures, fit_read_out, usual_lengths, valley
 
 K, N = 7, 6000
