@@ -39,7 +39,7 @@ _PLACES = {
     "ImageSource": ("config", "ImageSource"),
     "ImagesConfig": ("config", "ImagesConfig"),
     "ModelConfig": ("config", "ModelConfig"),
-    "Pieces": ("pieces", "Pieces"),
+    "Pieces": ("tokens", "Pieces"),
     "TextConfig": ("config", "TextConfig"),
     "TextSource": ("config", "TextSource"),
     "build": ("builder", "build"),
