@@ -3,17 +3,17 @@
 Every document goes to one split by a hash of its text, so copies of a text never meet across
 splits, whichever file they are in. The documents of one split are put in the order of another
 hash. So every document is looked at once, before the first one is packed. Its text is written to a
-temporary file meanwhile (of a small source: to memory) and read from there when it is needed; in
-memory stay 26 bytes of each document.
+temporary file meanwhile (of a small source: to memory) and read from there when it is needed. What
+is known of each document lies in such files too, so that memory does not grow with their number.
 
 A stream whose length nobody knows may have no end. It is read only as far as its documents give
 the rows that are wanted, and further where they prove too few; their order is again by the hash.
 """
 
 import hashlib
+import struct
 import tempfile
-from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, NamedTuple
 
@@ -37,6 +37,40 @@ CHARACTERS_PER_TOKEN = 8
 """A guess, on the safe side for most languages: how much of an endless stream is read first."""
 
 _REPORT_EVERY = 256
+_CHUNK = 1 << 17  # records in memory at once
+_SORTED = 1 << 19  # of a split, while they are put in order
+_RECORD = struct.Struct("<QqqIibb")
+_FIELDS = np.dtype([
+    ("order", "<u8"), ("start", "<i8"), ("length", "<i8"), ("number", "<u4"), ("label", "<i4"),
+    ("split", "i1"), ("kind", "i1"),
+])  # fmt: skip
+
+
+class _Table:
+    """Records of one size in a file."""
+
+    def __init__(self, file: IO[bytes], dtype: np.dtype) -> None:
+        self._file, self._dtype, self._n = file, dtype, 0
+
+    def __len__(self) -> int:
+        return self._n
+
+    def clear(self) -> None:
+        self._file.seek(0)
+        self._n = 0
+
+    def append(self, records: bytes) -> None:
+        self._file.write(records)
+        self._n += len(records) // self._dtype.itemsize
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        self._file.seek(begin * self._dtype.itemsize)
+        return np.frombuffer(self._file.read((end - begin) * self._dtype.itemsize), self._dtype)
+
+    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the number of the first record of each chunk, and the chunk."""
+        for begin in range(0, self._n, _CHUNK):
+            yield begin, self.read(begin, min(begin + _CHUNK, self._n))
 
 
 class Corpus:
@@ -48,7 +82,7 @@ class Corpus:
         config: Its seed and fractions deal the documents to the splits.
         n_characters: Wanted of explain and score together, where the stream is endless.
         progress: Called with the number of documents that were looked at.
-        texts: Where their text is written to.
+        spool: Opens a temporary file for their text, and for what is known of them.
 
     Raises:
         DiskFullError: If the temporary file of the text does not fit.
@@ -56,47 +90,43 @@ class Corpus:
 
     def __init__(
         self, source: TextSource, name: str, config: TextConfig, n_characters: int,
-        progress: Progress, texts: IO[bytes],
+        progress: Progress, spool: Callable[[], IO[bytes]],
     ) -> None:  # fmt: skip
         self._source, self.name, self._config, self._progress = source, name, config, progress
-        self._texts = texts
+        self._texts, self._spool, self._table = spool(), spool, _Table(spool(), _FIELDS)
         self.is_open_ended = is_open_ended(source)
         """Whether more can be read than was."""
         self._look(n_characters if self.is_open_ended else None)
 
     def _look(self, n_characters: int | None) -> None:
-        split, order, start = array("b"), array("Q"), array("q")
-        number, label, kind = array("I"), array("i"), array("b")
         known: dict[str | None, int] = {None: -1}
-        end = n_training = 0
+        start = n_training = 0
         self._ended = True
         self._texts.seek(0)
-        seed = self._config.seed
+        self._table.clear()
+        seed, n_hold = self._config.seed, SPLITS.index("hold")
         self.skipped = Skipped(self._source)
         """Records without a text."""
         for place, document in enumerate(documents(self._source, self.name, self.skipped)):
             if n_characters is not None and n_training >= n_characters:
                 self._ended = False
                 break
-            split.append(split_of(document, self._config))
-            order.append(int.from_bytes(hashed(seed, "order", document.text)))
-            start.append(end)
-            end += self._write(document)
-            number.append(int(document.id.rpartition(":")[2]))
-            label.append(known.setdefault(document.label, len(known) - 1))
-            kind.append(KINDS.index(document.kind))
-            n_training += len(document.text) * (split[-1] < SPLITS.index("hold"))
+            split, text = split_of(document, self._config), document.text.encode()
+            order = int.from_bytes(hashed(seed, "order", document.text))
+            number = int(document.id.rpartition(":")[2])
+            label = known.setdefault(document.label, len(known) - 1)
+            kind = KINDS.index(document.kind)
+            self._write(text, _RECORD.pack(order, start, len(text), number, label, split, kind))
+            start += len(text)
+            n_training += len(document.text) * (split < n_hold)
             if place % _REPORT_EVERY == 0:
                 self._progress(place + 1, 0, "documents looked at")
-        start.append(end)
-        self._order, self._split = np.array(order, np.uint64), np.array(split, np.int8)
-        self._start, self._kind = np.array(start, np.int64), np.array(kind, np.int8)
-        self._numbers, self._labels = np.array(number, np.uint32), np.array(label, np.int32)
         self.label_names = tuple(name for name in known if name is not None)
 
-    def _write(self, document: Document) -> int:
+    def _write(self, text: bytes, record: bytes) -> None:
         try:
-            return self._texts.write(document.text.encode())
+            self._texts.write(text)
+            self._table.append(record)
         except OSError as error:
             where = tempfile.gettempdir()
             raise DiskFullError(
@@ -113,24 +143,39 @@ class Corpus:
 
     def of(self, split: int) -> "Documents":
         """Return the documents of one split in their order."""
-        places = np.flatnonzero(self._split == split)
-        places = places[np.argsort(self._order[places], kind="stable")]
+        # One range of the hashes after the other, so that few of them are sorted at once.
+        places, n_ranges = (
+            _Table(self._spool(), np.dtype(np.int64)),
+            len(self._table) // _SORTED + 1,
+        )
+        for number in range(n_ranges):
+            orders, here = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+            for begin, chunk in self._table.chunks():
+                ranges = (chunk["order"] >> np.uint64(32)) * np.uint64(n_ranges) >> np.uint64(32)
+                chosen = np.flatnonzero((chunk["split"] == split) & (ranges == number))
+                orders.append(chunk["order"][chosen])
+                here.append(begin + chosen)
+            order = np.argsort(np.concatenate(orders), kind="stable")
+            places.append(np.concatenate(here)[order].tobytes())
         return Documents(self, places)
 
     def __getitem__(self, place: int) -> Document:
         """Return a document by its place in the source."""
-        begin, end = self._start[place : place + 2].tolist()
-        self._texts.seek(begin)
-        text = self._texts.read(end - begin).decode()
-        return Document(self.id(place), text, self.label(place), KINDS[self._kind[place]])
+        record = self._record(place)
+        self._texts.seek(record["start"])
+        text = self._texts.read(int(record["length"])).decode()
+        return Document(self.id(place), text, self.label(place), KINDS[record["kind"]])
+
+    def _record(self, place: int) -> np.void:
+        return self._table.read(place, place + 1)[0]
 
     def id(self, place: int) -> str:
         """Return the name of a document."""
-        return f"{self.name}:{self._numbers[place]}"
+        return f"{self.name}:{self._record(place)['number']}"
 
     def label(self, place: int) -> str | None:
         """Return the label of a document."""
-        number = int(self._labels[place])
+        number = int(self._record(place)["label"])
         return None if number < 0 else self.label_names[number]
 
 
@@ -139,12 +184,21 @@ class Documents:
     """The documents of one source and split, in their order."""
 
     corpus: Corpus
-    places: Int64[np.ndarray, " document"]
-    """Where each stands in the source."""
+    _places: _Table
+
+    def __len__(self) -> int:
+        """Count them."""
+        return len(self._places)
 
     def __iter__(self) -> Iterator[Document]:
         """Read one after the other."""
-        return (self.corpus[place] for place in self.places.tolist())
+        for _, places in self._places.chunks():
+            for place in places.tolist():
+                yield self.corpus[place]
+
+    def place(self, number: int) -> int:
+        """Return where one of them stands in the source."""
+        return int(self._places.read(number, number + 1)[0])
 
 
 class Bucket(NamedTuple):
@@ -177,12 +231,12 @@ def names_and_labels(
     used: Int64[np.ndarray, " document"], corpora: list[Corpus], buckets: list[Bucket]
 ) -> tuple[tuple[str, ...], list[str | None]]:
     """Return the names and the labels of documents that are numbered over all buckets."""
-    sizes = [len(bucket.documents.places) for bucket in buckets]
+    sizes = [len(bucket.documents) for bucket in buckets]
     ends = np.cumsum(sizes)
     bucket_of = np.searchsorted(ends, used, "right").tolist()
     inside = (used - (ends - sizes)[bucket_of]).tolist()
     found = [
-        (corpora[buckets[b].source], int(buckets[b].documents.places[i]))
+        (corpora[buckets[b].source], buckets[b].documents.place(i))
         for b, i in zip(bucket_of, inside, strict=True)
     ]
     names = tuple(corpus.id(place) for corpus, place in found)

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from tempfile import SpooledTemporaryFile
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -222,13 +222,14 @@ def pack(
     given = _Given(config, Encoder(tokenizer, n_ids), skip_positions, tuple(exclude_tokens))
     report, n_characters = progress or silent, CHARACTERS_PER_TOKEN * n_rows
     with ExitStack() as open_files:
+
+        def spool() -> IO[bytes]:
+            return open_files.enter_context(SpooledTemporaryFile(MEMORY_BYTES))
+
         corpora = [
-            Corpus(
-                source, name, config, n_characters, report,
-                open_files.enter_context(SpooledTemporaryFile(MEMORY_BYTES)),
-            )
+            Corpus(source, name, config, n_characters, report, spool)
             for source, name in zip(config.sources, source_names(config), strict=True)
-        ]  # fmt: skip
+        ]
         while True:
             try:
                 return _packed(given, corpora, n_rows, report)
@@ -376,7 +377,7 @@ def _assemble(
 
 def _owners_in_every(buckets: list[Bucket], parts: list[Part]) -> np.ndarray:
     """Return the owners of all parts as indices into the documents of all buckets."""
-    offsets = np.cumsum([0] + [len(bucket.documents.places) for bucket in buckets])[:-1]
+    offsets = np.cumsum([0] + [len(bucket.documents) for bucket in buckets])[:-1]
     return np.concatenate([
         np.where(part.owners < 0, -1, part.owners + offset)
         for part, offset in zip(parts, offsets, strict=True)

