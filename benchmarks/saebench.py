@@ -28,11 +28,14 @@ def stand_in(work: Path) -> Path:
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     import sae
     import stand_ins
-    from activations_cache import ModelConfig
+    from activations_cache import ModelConfig, TextConfig, TextSource
 
     os.chdir(work)
     model = ModelConfig(path=stand_ins.language_model(), dtype="float32")
-    cache = sae.run.cache(model, "text.txt", "model.layers.1:out", n_rows=6000, out="cache")
+    text = TextConfig(
+        sources=(TextSource(path="text.txt", document_pattern="CHAPTER "),), context=64
+    )
+    cache = sae.run.cache(model, text, "model.layers.1:out", n_rows=6000, out="cache")
     return sae.run.train(cache, k=8, d_sae=128, out="train")["topk"].resolve()
 
 

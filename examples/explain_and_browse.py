@@ -22,13 +22,13 @@ else:
     text = TextConfig(
         sources=(TextSource(path="text.txt", document_pattern="CHAPTER "),), context=64
     )
-    cache = sae.run.cache(model, text, "model.layers.1:out", n_rows=8_000, out="cache")
-    dictionary = sae.run.train(cache, k=4, d_sae=64, out="train")["topk"]
+    cache = sae.run.cache(model, text, "model.layers.1:out", n_rows=4_000, out="cache")
+    dictionary = sae.run.train(cache, k=4, d_sae=48, out="train")["topk"]
 
 # %%
 # How often each latent fires, and its largest activation, are counted on held-out rows. They are
 # the unit of steering, and a dictionary shows them.
-measured = sae.run.evaluate(dictionary, cache, contexts=8)
+measured = sae.run.evaluate(dictionary, cache, contexts=2)
 sae.load(dictionary)
 
 # %%
@@ -38,10 +38,10 @@ measured
 # %%
 # One label for each latent, and how well it tells on other documents where the latent fires. 0.5 is
 # chance. `beats_null` is the share of the latents whose label does better than exchanged ones.
-explained = sae.run.explain(dictionary, cache, ExplainConfig(min_firings=10, n_baseline=16))
+explained = sae.run.explain(dictionary, cache, ExplainConfig(min_firings=10, n_baseline=8))
 summary = explained.labels.summary
-print(f"{summary.n_scored} of {summary.n_latents} latents scored, AUC {summary.auc.value:.2f}; "
-      f"{summary.beats_null.value:.0%} beat their null")  # fmt: skip
+print(f"{summary.n_scored} of {summary.n_latents} latents scored, AUC {summary.auc.mean:.2f}; "
+      f"{summary.beats_null.mean:.0%} beat their null")  # fmt: skip
 explained
 
 # %%

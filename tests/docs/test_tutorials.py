@@ -8,7 +8,7 @@ import pytest
 PRINTED = {
     "train_on_a_model": r"learned: FVU 0\.\d+.*\nfrozen: FVU ",
     "gemma_scope_and_steer": r"2x norm: 'the sister was in the garden",
-    "explain_and_browse": r"\d+ of 64 latents scored, AUC 0\.\d\d; \d+% beat their null",
+    "explain_and_browse": r"\d+ of 48 latents scored, AUC 0\.\d\d; \d+% beat their null",
 }
 SHOWN = {
     "train_on_a_model": ["learned", "BatchTopK(kind=", "fire in a row"],
