@@ -43,6 +43,9 @@ FRAMED = re.compile(r'src="http://127\.0\.0\.1:\d+/"')
 """A browser that was served while its cell ran."""
 
 
+NOTE = re.compile(r"<div><small>.*?</small></div>")
+
+
 class Output(NamedTuple):
     """What a cell printed, and what its last value shows, as HTML if it has any."""
 
@@ -129,8 +132,11 @@ def relinked(markdown: str, page: str) -> str:
     def turn(match: re.Match[str]) -> str:
         name, path, anchor = match.groups()
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source_of_page), path))
-        if target in pages:
-            way = posixpath.relpath(pages[target], posixpath.dirname(page) or ".")
+        at_site = pages.get(target)
+        if at_site is None and target.startswith("docs/") and (ROOT / target).is_file():
+            at_site = target.removeprefix("docs/")  # a picture
+        if at_site is not None:
+            way = posixpath.relpath(at_site, posixpath.dirname(page) or ".")
             return f"{name}({way}{anchor or ''})"
         elsewhere = not target.startswith("docs/") and (ROOT / target).exists()
         return name[1:-1] if elsewhere else match[0]  # MkDocs says what leads nowhere
@@ -197,7 +203,7 @@ def tutorial(script: str, cells: list[Cell] | None = None) -> str:
     """A script as a page: its docstring, and its cells, with what they show if they were run."""
     head = script.partition("\n# %%")[0]
     title, _, text = (ast.get_docstring(ast.parse(head)) or "").partition("\n")
-    parts = [f"# {title.rstrip('.')}", text.strip()]
+    parts = [f"# {title.rstrip('.')}", text.strip("\n")]
     for cell in cells or cells_of(script):
         parts += [cell.text, f"```python\n{cell.code}\n```" if cell.code else ""]
         if cell.output is not None:
@@ -206,7 +212,9 @@ def tutorial(script: str, cells: list[Cell] | None = None) -> str:
 
 
 def _as_page(output: Output) -> list[str]:
-    shown = FRAMED.sub('src="browse/index.html"', output.shown)
+    shown = output.shown
+    if FRAMED.search(shown):  # the server is gone, and its address with it; the pages are here
+        shown = FRAMED.sub('src="browse/index.html"', NOTE.sub("", shown))
     if not output.is_html and shown:
         shown = f"```\n{shown}\n```"
     printed = f"```\n{output.printed.rstrip()}\n```" if output.printed.strip() else ""
@@ -235,7 +243,7 @@ def _as_outputs(output: Output) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     if output.printed:
         results.append({"output_type": "stream", "name": "stdout", "text": output.printed})
-    if output.shown:
+    if output.shown and not FRAMED.search(output.shown):  # what was served is gone
         kind = "text/html" if output.is_html else "text/plain"
         data = {"output_type": "display_data", "metadata": {}, "data": {kind: output.shown}}
         results.append(data)

@@ -22,7 +22,7 @@ else:
     text = TextConfig(
         sources=(TextSource(path="text.txt", document_pattern="CHAPTER "),), context=64
     )
-    cache = sae.run.cache(model, text, "model.layers.1:out", n_rows=4_000, out="cache")
+    cache = sae.run.cache(model, text, "model.layers.1:out", n_rows=4_000, out="cache").path
     dictionary = sae.run.train(cache, k=4, d_sae=48, out="train")["topk"]
 
 # %%
@@ -50,5 +50,5 @@ sae.run.find(dictionary, near=3, n=5)
 
 # %%
 # The feature browser in the cell. It is a folder of pages, which opens without a server as well.
-browser = sae.run.show(dictionary, cache=cache if given else "cache", height=640)
+browser = sae.run.show(dictionary, cache=cache, height=640)
 browser

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sae.autoencoder import Latents, SparseAutoencoder
 
-MOST_ROWS = 50
+MOST_ROWS = 25
 """Of a table; a cell is no place for thousands."""
 
 N_STRONGEST = 10
@@ -118,7 +118,8 @@ def latents(shown: "Latents") -> str:
 
 
 def _framed(title: str, body: str, note: str) -> str:
-    return f"<div>{_line('b', title)}<table>{body}</table>{_line('small', note)}</div>"
+    wide = f'<div style="overflow-x:auto"><table>{body}</table></div>'
+    return f"<div>{_line('b', title)}{wide}{_line('small', note)}</div>"
 
 
 def _row(kind: str, cells: Sequence[str]) -> str:
