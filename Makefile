@@ -1,8 +1,11 @@
 # Needs Python >= 3.11, git and make; the tests, and a GPU, a C++ compiler. All else goes into .venv.
 PYTHON ?= python3
 WORKERS ?= 2
-# The release whose list of public dictionaries is taken.
+# The release whose list of public dictionaries is taken, and which reads what is exported.
 SAE_LENS ?= 6.54.12
+SAE_BENCH ?= 0.6.0
+# A dictionary for `make saebench`; without one a small one is trained.
+DICT ?=
 ARGS ?=
 # A package index that has torch for this machine; empty means pip's own settings.
 TORCH_INDEX_URL ?=
@@ -35,7 +38,7 @@ UNLOCKED := -W default::DeprecationWarning -W default::PendingDeprecationWarning
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help catalogue demo demo-small demo-vision test lint long faults mutants repeats docs oldest newest lock gpu \
+.PHONY: help catalogue peers saebench demo demo-small demo-vision test lint long faults mutants repeats docs oldest newest lock gpu \
 	install install-dev environment compiler clean distclean
 
 help: ## Show this text
@@ -105,6 +108,25 @@ catalogue: install-dev ## Make the list of public dictionaries anew from SAELens
 	@$(BIN)/python -m pip download -q --no-deps -d build 'sae-lens==$(SAE_LENS)'
 	@$(BIN)/python -m benchmarks.catalogue build/sae_lens-$(SAE_LENS)-py3-none-any.whl
 
+# Packages of the environment of the tests stand behind those of this one, where they have no other version.
+peers: install-dev ## Let SAELens, sparsify, dictionary_learning and circuit-tracer read exports, and compare
+	@locks/venv.sh .venv-peers $(PYTHON)
+	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' >"$$(.venv-peers/bin/python -c \
+		'import site; print(site.getsitepackages()[0])')/tests.pth"
+	@locks/install.sh .venv-peers/bin/python 'sae-lens==$(SAE_LENS)'
+	@locks/install.sh .venv-peers/bin/python --no-deps eai-sparsify==1.3.3 dictionary-learning==0.1.0 \
+		circuit-tracer==0.5.0
+	@.venv-peers/bin/python -m pytest -p no:cacheprovider -m long --timeout 3600 $(ARGS) \
+		tests/sae/pretrained/test_with_libraries.py
+
+# SAEBench needs numpy < 2, so it has an environment without this project, and files go between.
+saebench: install-dev ## Run two evaluations of SAEBench, without a network: make saebench DICT=runs/demo/train/topk
+	@locks/venv.sh .venv-saebench $(PYTHON)
+	@locks/install.sh .venv-saebench/bin/python 'sae-bench==$(SAE_BENCH)'
+	@rm -rf build/saebench
+	@$(BIN)/python -m benchmarks.saebench prepare build/saebench $(if $(DICT),--dictionary $(DICT))
+	@.venv-saebench/bin/python benchmarks/saebench.py evaluate build/saebench
+
 docs: install-dev ## Build the site into build/site; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo 'site: build/site/index.html'
@@ -142,7 +164,7 @@ clean: ## Remove caches and build products; runs/ and .venv stay
 	@find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
 distclean: clean ## Remove .venv and the other environments as well
-	@rm -rf .venv .venv-lock .venv-oldest .venv-newest
+	@rm -rf .venv .venv-lock .venv-oldest .venv-newest .venv-peers .venv-saebench
 
 environment:
 	@locks/venv.sh .venv $(PYTHON) $(if $(filter file,$(origin PYTHON)),,asked)

@@ -8,16 +8,15 @@ says what was read; run `sae verify-release` on a release before you trust it.
 """
 
 # %%
-import sys
-
 import torch
 
 import sae
 import stand_ins
 from activations_cache import ModelConfig, load_model
-from sae.steer import Edit, Splice, Steering
+from sae.steer import Edit, Splice, Steering, SweepConfig, Target
+from sae.steer.sweep import sweep
 
-given = sys.argv[1:]
+given = stand_ins.arguments()
 model, hook_point, release = given or (
     stand_ins.language_model(), "model.layers.1:out", stand_ins.gemma_scope(),
 )  # fmt: skip
@@ -28,7 +27,7 @@ model, hook_point, release = given or (
 dictionary = sae.load(release, format="gemma_scope").at(hook_point)
 loaded = load_model(ModelConfig(path=model, dtype="float32"))
 prompt = loaded.tokenizer("the sister was in the garden", return_tensors="pt")
-print(dictionary.config.activation, dictionary.W_dec.shape)
+dictionary
 
 # %%
 # h' = h + (g(f) - f) d: what the dictionary does not reconstruct stays in the stream. Strengths are
@@ -43,6 +42,18 @@ for strength in ("0.5x norm", "2x norm"):
     [count] = steering.counts
     print(f"{strength}: {loaded.tokenizer.decode(steered[0])!r}; the stream moved by "
           f"{count.relative_size:.2f} of its norm on {count.n_chosen} tokens")  # fmt: skip
+steering
+
+# %%
+# Many strengths at once, each beside a random direction that moves the stream by as much: what is
+# gained in the tokens that the latent stands for, and what it costs on a neutral text.
+neutral = loaded.tokenizer(["the letter was in the carriage"], return_tensors="pt")["input_ids"]
+stands_for = loaded.tokenizer("music", return_tensors="pt")["input_ids"][0]
+target = Target(loaded.model, loaded.tokenizer, dictionary, 7, stands_for)
+strengths = SweepConfig(
+    strengths=(0.5, 1.0, 2.0), unit="norm", prompts=("the sister was",), max_new_tokens=8
+)
+sweep(target, neutral, strengths)
 
 # %%
 # With the error kept, a dictionary without edits changes nothing; without it, the model lives on

@@ -9,18 +9,15 @@ seconds; its figures mean nothing.
 
 # %%
 # `capture` takes any module path, with `:out` or `:in`; `sae cache hook-points MODEL` lists them.
-import sys
-
 import activations_cache
 import sae
 import stand_ins
-from activations_cache import CacheConfig, ModelConfig, TextConfig, TextSource, load_model
+from activations_cache import CacheConfig, ModelConfig, TextConfig, TextSource
 from sae.architecture import BatchTopK
-from sae.evaluate import EvaluateConfig, evaluate
 from sae.train import DictionaryConfig, TrainConfig, train
 from sae.train.config import AuxK
 
-given = sys.argv[1:]
+given = stand_ins.arguments()
 model, corpus, hook_point = given or (stand_ins.language_model(), "text.txt", "model.layers.2:out")
 
 # %%
@@ -54,10 +51,18 @@ paths = train(cache, TrainConfig(saes=entries, batch=256, epochs=4), "train")
 # %%
 # Held-out rows, and the model with each dictionary spliced in. FVU is centred per dimension; read
 # the rise of the cross-entropy in nats, not the share that is recovered.
-dictionaries = {name: sae.load(path) for name, path in paths.items()}
-language_model = load_model(config.model).model
-found = evaluate(dictionaries, cache, hook_point, language_model, EvaluateConfig(n_contexts=8))
-for name, figures in found.report.reconstruction.items():
-    spliced = found.report.spliced(name).dictionaries[name]
+measured = sae.run.evaluate(paths, cache, contexts=8, baselines=False)
+for name, figures in measured.report.reconstruction.items():
+    spliced = measured.report.spliced(name).dictionaries[name]
     print(f"{name}: FVU {figures.fvu:.3f}, L0 {figures.l0:.1f}, "
           f"cross-entropy +{spliced.ce_increase.value:.4f} nats")  # fmt: skip
+measured
+
+# %%
+# The dictionary as it lies on the disk, and what it says of some rows.
+dictionary = sae.load(paths["learned"])
+dictionary
+
+# %%
+rows = cache[hook_point][cache.rows(("hold",))[:256]]
+dictionary.encode(rows)

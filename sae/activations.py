@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from monosema.checks import MonosemaError
+from sae import notebook
 from sae.architecture import Activation, BatchTopK, Gated, GroupMax, JumpReLU, ReLU, TopK
 from sae_kernels import (
     Csr,
@@ -34,6 +35,9 @@ class Latents(NamedTuple):
         order = self.values.detach().flatten().argsort(descending=True, stable=True)
         fires = order[self.values.flatten()[order] > 0]
         return list(dict.fromkeys(self.indices.flatten()[fires].tolist()))[:n]
+
+    def _repr_html_(self) -> str:
+        return notebook.latents(self)
 
 
 class Magnitude(NamedTuple):

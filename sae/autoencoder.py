@@ -8,7 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from monosema.checks import MonosemaError
-from sae import activations
+from sae import activations, notebook
 from sae.activations import EncoderWeights, Latents, Magnitude
 from sae.architecture import Gated, SAEConfig, Slice
 from sae.read_out import Decoder, Readable, ReadOutName, checked, encode_refined
@@ -81,6 +81,9 @@ class SparseAutoencoder(Readable):
         where = f", of {place}" + (f" to {written}" if written else "") if place else ""
         out = "" if config.width_out == config.d_in else f", d_out={config.width_out}"
         return f"{config.activation!r}, d_in={config.d_in}, d_sae={config.d_sae}{out}{where}"
+
+    def _repr_html_(self) -> str:
+        return notebook.dictionary(self)
 
     @property
     def hook_point(self) -> str:

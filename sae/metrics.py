@@ -35,6 +35,9 @@ __all__ = [
 STATS = "stats.safetensors"
 """Name of the file that `Firing.save` writes beside a dictionary's weights."""
 
+COUNT_AGAIN = "`sae evaluate DICT --cache CACHE`"
+"""What makes it, for messages."""
+
 Figure = TypeVar("Figure", float, Tensor)
 
 
@@ -261,22 +264,20 @@ class Firing:
         """
         path = Path(directory) / name
         if not path.is_file():
-            raise FileNotFoundError(f"{path} must exist, got no such file; run `sae evaluate`")
-        seals.require_whole(path, advice="run `sae evaluate` again to make it anew")
+            raise FileNotFoundError(f"{path} must exist, got no such file; run {COUNT_AGAIN}")
+        seals.require_whole(path, advice=f"run {COUNT_AGAIN} again to make it anew")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 max_activation = file.get_tensor("max_activation")
                 n_fired, n_rows = file.get_tensor("n_fired"), file.get_tensor("n_rows")
         except safetensors.SafetensorError as error:
-            raise MonosemaError(
-                f"{path} must be whole, got: {error}; run `sae evaluate`"
-            ) from error
+            raise MonosemaError(f"{path} must be whole, got: {error}; run {COUNT_AGAIN}") from error
         found = weights_sha256 or _weights_sha256(path.parent)
         if metadata.get("sae_sha256") != found:
             raise MonosemaError(
                 f"{path} must be made for the weights of the dictionary (sha256 {found}), "
-                f"got {metadata.get('sae_sha256')}; run `sae evaluate`"
+                f"got {metadata.get('sae_sha256')}; run {COUNT_AGAIN}"
             )
         firing = cls(len(n_fired))
         firing.n_rows = int(n_rows)

@@ -10,18 +10,19 @@ SAYS = {
     "concept_embedding": "recovered",
     "cross_layer_and_end_to_end": "the model loses",
     "explain_with_vllm": "5 labelled, 0 failed; detection 0.",
-    "gemma_scope_and_steer": "2x norm: 'the sister was in the garden",
     "hyperdimensional_probe": "3 pairs in 1024 dimensions: 100% recalled",
     "custom_parts": "detection 1.00",
     "steer": "recovered 100%",
-    "train_on_a_model": "frozen: FVU",
     "train_on_images": "latent ",
     "train_tiny": "recovered",
 }
 
+AS_NOTEBOOKS = {"explain_and_browse", "gemma_scope_and_steer", "train_on_a_model"}
+"""Those that the site shows with their outputs; tests/docs/test_tutorials.py runs them."""
+
 
 def test_every_example_is_here():
-    assert {path.stem for path in FOLDER.glob("*.py")} == set(SAYS)
+    assert {path.stem for path in FOLDER.glob("*.py")} == set(SAYS) | AS_NOTEBOOKS
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # as Python itself shows them: no errors

@@ -4,6 +4,7 @@ Nothing here knows anything of the world; it only lets every line of a tutorial 
 """
 
 import json
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +28,11 @@ from sae.explain.llm.corpus_text import read_items
 
 WORDS = ("river", "stone", "letter", "winter", "garden", "sister", "carriage", "music", "supper",
          "window", "horse", "promise", "the", "a", "was", "and", "of", "to", "in")  # fmt: skip
+
+
+def arguments() -> list[str]:
+    """What a tutorial was called with; nothing in a notebook, whose arguments are Jupyter's."""
+    return [] if "ipykernel" in sys.argv[0] else sys.argv[1:]
 
 
 def text(path: str = "text.txt", n_chapters: int = 60) -> str:

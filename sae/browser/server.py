@@ -77,6 +77,7 @@ class BrowserServer(ThreadingHTTPServer):
         port: The same; 0 takes a free one.
         token: What a request must know; needed for every host but this machine.
         prompts: The view in which a text is read; none when absent.
+        in_frames: Whether other pages may show it in a frame, as a notebook does.
 
     Raises:
         ValueError: If there is no browser in the folder, or a token is missing or too short.
@@ -92,6 +93,7 @@ class BrowserServer(ThreadingHTTPServer):
         *,
         token: str | None = None,
         prompts: PromptView | None = None,
+        in_frames: bool = False,
     ) -> None:
         """Listen; `serve_forever` answers."""
         if not (folder / INDEX).is_file():
@@ -108,6 +110,7 @@ class BrowserServer(ThreadingHTTPServer):
             )
         self.folder, self.token, self.prompts = folder.resolve(), token, prompts
         self.host = host
+        self.policy = POLICY if in_frames else f"{POLICY}; frame-ancestors 'none'"
         self.reading = Lock()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
@@ -265,7 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Security-Policy", f"{POLICY}; frame-ancestors 'none'")
+        self.send_header("Content-Security-Policy", self.server.policy)
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Referrer-Policy", "no-referrer")
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from activations_cache.checks import require
+from sae import notebook
 from sae.browser.latent import (
     Latent,
     require_finite,
@@ -36,6 +37,9 @@ class ResultTable:
         n = len(self.columns)
         for row in self.rows:
             require(len(row) == n, "rows", f"have one cell per column ({n})", row)
+
+    def _repr_html_(self) -> str:
+        return notebook.table("", self.columns, self.rows, self.note)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ app = typer.Typer(
 
 
 @app.command(name=_BUILD)
+@with_json
 def build(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Run the model over the data and store its hook points; the word `build` may be left out."""
     checked = checked_config(CacheRunConfig, config, overrides)
@@ -74,6 +75,7 @@ def hook_points(
 
     with console.step("load") as progress:
         listing = list_hook_points(model, progress)
+    console.data(lambda: {"points": dict(listing.points), "record": dict(listing.record)})
     for name, note in listing.points:
         console.say(f"{name}  # {note}" if note else name)
     for subject, said in listing.record:

@@ -5,7 +5,7 @@ import json
 import logging
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -89,7 +89,8 @@ class Record:
 
     def __init__(self) -> None:
         """Collect from now on; lines and bars go to stderr meanwhile."""
-        self.shown: dict[str, list[Any]] = {"tables": [], "facts": [], "texts": [], "lines": []}
+        kinds = ("tables", "facts", "texts", "lines")
+        self.shown: dict[str, Any] = {**{kind: [] for kind in kinds}, "data": None}
 
 
 _record: Record | None = None
@@ -235,6 +236,20 @@ def say(line: str) -> None:
         _record.shown["lines"].append(Text.from_markup(line).plain)
         return
     OUT.print(line, soft_wrap=True)
+
+
+def written(text: str) -> None:
+    """Print a text as it is, for a file."""
+    if _record is not None:
+        _record.shown["lines"] += text.splitlines()
+        return
+    typer.echo(text, nl=False)
+
+
+def data(make: Callable[[], object]) -> None:
+    """Add to the JSON object, if there is one, what a command knows beyond what it shows."""
+    if _record is not None:
+        _record.shown["data"] = make()
 
 
 def table(title: str, shown: "ResultTable") -> None:

@@ -53,7 +53,9 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
     model: ModelOption = True,
     contexts: ContextsOption = 24,
     images: ImagesOption = 2000,
-    json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", help="Write all figures here, as JSON.")
+    ] = None,
     page: Annotated[Path | None, typer.Option("--page", help="Write them here as HTML.")] = None,
     probe: ProbeOption = 0,
     structure: StructureOption = False,
@@ -66,7 +68,7 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
         refuse_without_cache(targets[0].rpartition("=")[2])
         run_to("evaluate", targets[0], [*targets[1:], *of_run(read_out)])
         return
-    from sae.evaluate.report import write_record
+    from sae.evaluate.report import plain, write_record
     from sae.run.measuring import measure
     from sae.run.page import write_evaluation
 
@@ -74,9 +76,10 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
     request = request._replace(baselines=baselines, force=force, read_out=read_out)
     measured = measure(request, console.step)
     console.parts(measured.sections)
-    if json is not None:
-        write_record(json, measured.record)
-        console.say(f"figures: {json}")
+    console.data(lambda: plain(measured.record))
+    if figures is not None:
+        write_record(figures, measured.record)
+        console.say(f"figures: {figures}")
     if page is not None:
         write_evaluation(page, measured)
         console.say(f"page: {page}")
@@ -106,11 +109,13 @@ def compare(  # noqa: PLR0913
     read_out: ReadOutOption = "linear",
 ) -> None:
     """Hold groups of dictionaries against each other at equal L0, with ties and Pareto plots."""
+    from sae.evaluate.report import plain
     from sae.run.comparing import compare_groups, write_comparison
 
     request = _request(targets, cache, hook_point, (model, contexts, images), probe, structure)
     comparison = compare_groups(request._replace(force=force, read_out=read_out), l0, console.step)
     console.parts(comparison.sections)
+    console.data(lambda: plain(comparison.record))
     for kind, path in write_comparison(comparison, out).items():
         console.say(f"{kind}: {path}")
 

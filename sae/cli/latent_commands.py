@@ -16,7 +16,7 @@ from sae.cli.request import (
 )
 from sae.config import ConfigError, is_config, load_overrides
 from sae.explain.config import ExplainConfig
-from sae.run.config import RunConfig, browsed_config
+from sae.run.config import browsed_config
 from sae.steer.config import FindRequest, SteerRequest
 
 if TYPE_CHECKING:
@@ -60,19 +60,9 @@ def browse(  # noqa: PLR0913
             write_browser(run, config, folder, cache, progress, force=force, read_out=read_out)
         console.say(f"page: {(folder / INDEX).resolve()}")
     if serve:
-        _serve(folder, (host, port, token), _prompts(config))
+        from sae.run.serving import prompt_view
 
-
-def _prompts(config: RunConfig | None) -> "PromptView | None":
-    if config is None or config.cache.images is not None:
-        return None
-    from sae.browser.server import PromptView
-    from sae.run.browse_latents import PromptReader
-    from sae.run.context import Run
-
-    run = Run(config)
-    shown = [name for name in config.train.saes if not run.is_frozen(name)]
-    return PromptView(PromptReader(run), {f"d{i}": name for i, name in enumerate(shown)})
+        _serve(folder, (host, port, token), prompt_view(config))
 
 
 def _serve(

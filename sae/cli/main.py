@@ -84,9 +84,10 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     run_to(Step.TRAIN, config, overrides)
 
 
-for command in (evaluate, releases, browse):
-    app.command()(command)
-for command in (compare, explain, find, refine, steer, verify, inspect, convert, push):
+for command in (
+    evaluate, compare, explain, find, refine, steer, browse, verify, inspect, convert, push,
+    releases,
+):  # fmt: skip
     app.command()(with_json(command))
 app.command(name="verify-release")(with_json(verify_release))
 
@@ -123,9 +124,10 @@ def recipes(
 ) -> None:
     """List the recipes that come with the package, or write one out: sae recipes demo > my.yaml."""
     if name is not None:
-        typer.echo(config_file(name).read_text(encoding="utf-8"), nl=False)
+        console.written(config_file(name).read_text(encoding="utf-8"))
         return
     known = recipe_lines()
+    console.data(lambda: known)
     width = max(map(len, known))
     for recipe, line in known.items():
         console.say(escape(f"{recipe:<{width}}  {line}"))

@@ -1,6 +1,5 @@
 """`sae inspect`, `sae convert`, `sae push`, `sae verify-release` and `sae releases`."""
 
-from json import dumps
 from typing import Annotated
 
 import typer
@@ -112,15 +111,11 @@ def releases(
             metavar="[WORDS]...", help="A part of a name, layer_20, 16k; each must fit."
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print all that is known, as JSON.")] = False,
 ) -> None:
     """List public dictionaries by name, e.g. sae releases gemma-2-2b layer_20 16k; no network."""
     from sae.browser import ResultTable
     from sae.pretrained import catalogue
 
-    if json:
-        entries = catalogue.search(words or [])
-        typer.echo(dumps([{"name": e.name} | e._asdict() for e in entries], indent=1))
-        return
     columns, rows, note = catalogue.table(words or [])
     console.table("public dictionaries", ResultTable(columns, rows, note))
+    console.data(lambda: [{"name": e.name} | e._asdict() for e in catalogue.search(words or [])])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from activations_cache.checks import MonosemaError, Progress, silent
+from sae import notebook
 from sae.autoencoder import SparseAutoencoder
 from sae.baselines import baseline_dictionary
 from sae.explain.atlas import words_with_a_latent
@@ -52,6 +53,23 @@ class Explained:
     """examples.parquet, if it was written."""
     baselines: Mapping[str, Summary] = field(default_factory=dict)
     """The same figures of latents that nobody trained, where files were written."""
+
+    def _repr_html_(self) -> str:
+        scored = np.flatnonzero(np.array(self.status) == "scored")
+        auc = self.scores.auc[scored]
+        rows = [
+            (
+                str(latent),
+                self.labels.text(latent, self.names),
+                f"{self.scores.auc[latent]:.3f}",
+                f"{self.activity.density[latent]:.2%}",
+                f"{self.activity.max_activation[latent]:.3g}",
+            )
+            for latent in scored[np.argsort(-auc, kind="stable")].tolist()
+        ]
+        columns = ("latent", "label", "AUC", "fires", "largest")
+        note = f"{len(scored):,} of {len(self.status):,} latents fire often enough to be scored"
+        return notebook.table("Labels, the best first", columns, rows, note)
 
 
 def explain(

@@ -114,7 +114,8 @@ class Files:
         if not self.allow_pt:
             raise DictionaryFormatError(
                 f"{self.root / name} must not be a pickled file, got one; pass allow_pt=True to "
-                "read it in a confined process, or write it as ours by `sae convert --allow-pt`"
+                "read it in a confined process, or write it as ours by "
+                f"`sae convert {self.root} TARGET --allow-pt`"
             )
         if name not in self._pickled:
             self._pickled[name] = foreign.read(self._open(name), start=start)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sae.run.pipeline import job, train
     from sae.run.refining import distil, refine
     from sae.run.releases import convert, inspect, push, verify_release
+    from sae.run.serving import show
     from sae.run.steering import steer
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "model",
     "push",
     "refine",
+    "show",
     "steer",
     "train",
     "verify",
@@ -54,6 +56,7 @@ _HOME = {
     "model": "caches",
     "push": "releases",
     "refine": "refining",
+    "show": "serving",
     "steer": "steering",
     "train": "pipeline",
     "verify": "caches",

@@ -52,6 +52,9 @@ class DictionaryComparison(NamedTuple):
         verdicts = _section(self.verdicts, self.measurement, self.l0)
         return [*self.measurement.sections, verdicts]
 
+    def _repr_html_(self) -> str:
+        return "".join(section._repr_html_() for section in self.sections)
+
     @property
     def record(self) -> dict[str, Any]:
         """What is written as JSON."""

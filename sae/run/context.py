@@ -18,7 +18,7 @@ from activations_cache.config import ModelConfig
 from activations_cache.models import LoadedModel, load_model
 from activations_cache.tokens import Pieces
 from activations_cache.vision import LoadedVisionModel, load_any_model, load_vision_model
-from sae import pretrained
+from sae import notebook, pretrained
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.evaluate.probe_tasks import check_hook_point
@@ -58,6 +58,9 @@ class Section(NamedTuple):
     title: str
     table: ResultTable
 
+    def _repr_html_(self) -> str:
+        return notebook.table(self.title, self.table.columns, self.table.rows, self.table.note)
+
 
 class FactTable(NamedTuple):
     """A titled list of names and what they stand for."""
@@ -65,6 +68,9 @@ class FactTable(NamedTuple):
     title: str
     rows: list[tuple[str, str]]
     note: str = ""
+
+    def _repr_html_(self) -> str:
+        return notebook.facts(*self)
 
 
 class FittedDictionary(NamedTuple):

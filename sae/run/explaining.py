@@ -46,7 +46,7 @@ from sae.run.context import (
     silent_steps,
     steps_to,
 )
-from sae.run.images import explain_pictures
+from sae.run.images import explain_pictures, image_label_table
 
 N_PROMPTS, PROMPT_TOKENS, N_PROMOTED = 8, 16, 10
 N_TOKENS = 10
@@ -85,6 +85,11 @@ class DictionaryExplanation(NamedTuple):
     """Summary of the labels by a language model, if the config names one."""
     differs: tuple[str, ...] = ()
     """In what the cache differs from what the dictionary was trained on; only where forced."""
+
+    def _repr_html_(self) -> str:
+        if isinstance(self.labels, ExplainedImages):
+            return image_label_table(self.labels)._repr_html_()
+        return self.labels._repr_html_()
 
 
 Parts = tuple[ActivationCache, FittedDictionary, SparseAutoencoder | None]

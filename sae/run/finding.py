@@ -13,7 +13,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.config import load_overrides
 from sae.pretrained import load as load_dictionary
-from sae.run.context import Steps, pieces_of, silent_steps, steps_to, with_differences
+from sae.run.context import Section, Steps, pieces_of, silent_steps, steps_to, with_differences
 from sae.run.steering import placed_in_model
 from sae.steer.attribution import agreement, attribute, integrated_gradients, logit_difference
 from sae.steer.config import FindRequest
@@ -28,6 +28,9 @@ class LatentMatches(NamedTuple):
     """Cosines, scores of texts, or gradient times activation."""
     title: str
     table: ResultTable
+
+    def _repr_html_(self) -> str:
+        return Section(self.title, self.table)._repr_html_()
 
 
 def find(dictionary: str | Path, progress: Progress = silent, **request: object) -> LatentMatches:

@@ -146,6 +146,9 @@ class Measurement(NamedTuple):
         figures = {"report": self.report, "probes": self.probes, "structure": self.structure}
         return figures | {"differs": self.differs}
 
+    def _repr_html_(self) -> str:
+        return "".join(section._repr_html_() for section in self.sections)
+
 
 def evaluate(  # noqa: PLR0913
     dictionaries: DictionaryOrPath | Sequence[DictionaryOrPath] | Mapping[str, DictionaryOrPath],

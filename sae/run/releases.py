@@ -55,6 +55,9 @@ class VerifiedRelease(NamedTuple):
     section: Section
     """The same as a table."""
 
+    def _repr_html_(self) -> str:
+        return self.section._repr_html_()
+
 
 def convert(
     source: str | Path,

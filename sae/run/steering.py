@@ -18,6 +18,7 @@ from activations_cache.config import SPLITS, ModelConfig, TextSource
 from activations_cache.documents import documents
 from activations_cache.models import LoadedModel, Tokenizer, load_model
 from activations_cache.probe import readout
+from sae import notebook
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.explain.logit_lens import promoted_tokens
@@ -32,7 +33,7 @@ from sae.steer.edits import Edit
 from sae.steer.generation import generate
 from sae.steer.positions import Positions
 from sae.steer.steering import Steering
-from sae.steer.sweep import Point, Sweep, Target, plot, sweep
+from sae.steer.sweep import CELLS, Sweep, Target, plot, sweep
 
 GLOSSES = TextSource(path="package://sae/demo_data/wordnet_glosses.jsonl.gz", field="gloss")
 EVERY = 997
@@ -64,6 +65,13 @@ class SteeredText(NamedTuple):
     relative_size: float
     """Mean size of the change, in norms of the stream."""
 
+    def _repr_html_(self) -> str:
+        note = (
+            f"ran on {self.n_chosen} tokens and changed {self.n_changed}, by "
+            f"{self.relative_size:.2f} of the stream's norm"
+        )
+        return notebook.texts(self.prompt, [("base", self.base), ("steered", self.steered)], note)
+
 
 class LatentSweep(NamedTuple):
     """What many strengths of one latent do."""
@@ -84,13 +92,20 @@ class LatentSweep(NamedTuple):
         picture = plot(self.points, self.title, self.unit)
         record = json.dumps(asdict(self.points) | {"differs": self.differs}, indent=1).encode()
         io.write_files({output / "sweep.png": picture, output / "sweep.json": record})
-        columns = ("arm", self.unit, "gain", "KL", "top-1", "perplexity", "repeated", "moved")
-        rows = tuple(_row(point) for point in self.points.points)
+        files = ", ".join([f"{output}/sweep.png", ".csv", ".json"])
+        return self._section(f"{self.points.verdict}; {files}")
+
+    def _section(self, note: str) -> Section:
+        columns = tuple(self.unit if name == "strength" else name for name in CELLS)
+        rows = tuple(point.cells for point in self.points.points)
         promoted = " ".join(map(repr, self.promoted))
         differs = {f"latent {self.latent}": self.differs} if self.differs else {}
-        note = with_differences(_sweep_note(self.points, output), differs)
-        table = ResultTable(columns, rows, note)
+        table = ResultTable(columns, rows, with_differences(note, differs))
         return Section(f"{self.title}; promoted: {promoted}", table)
+
+    def _repr_html_(self) -> str:
+        drawn = notebook.picture(plot(self.points, self.title, self.unit), self.title)
+        return self._section(self.points.verdict)._repr_html_() + drawn
 
 
 def steer(  # noqa: PLR0913
@@ -260,31 +275,6 @@ def sweep_latent(
     pieces = pieces_of(loaded)
     promoted = [pieces[token] for token in tokens.tolist()]
     return LatentSweep(latent, points, title, f"x {request.unit}", promoted)
-
-
-def _row(point: Point) -> tuple[str, ...]:
-    return (
-        point.arm,
-        f"{point.strength:g}",
-        f"{point.target_gain:+.2f}",
-        f"{point.kl_neutral:.3f}",
-        f"{point.top1_agreement:.2f}",
-        f"{point.perplexity:.1f}",
-        f"{point.repeated:.2f}{' loop' if point.is_loop else ''}",
-        f"{point.n_moved:.1f}",
-    )
-
-
-def _sweep_note(points: Sweep, output: Path) -> str:
-    """The strength that a sweep chooses, with what the model writes at it."""
-    best = points.best
-    if best is None:
-        return f"no strength keeps KL within {points.max_kl:g}; {output}"
-    return (
-        f"the largest strength with KL <= {points.max_kl:g} is {best.strength:g}"
-        f"{', which loops' if best.is_loop else ''}: {best.text!r} (base: {points.base!r}); "
-        f"{output}/sweep.png, .csv, .json"
-    )
 
 
 def _promoted(

@@ -16,6 +16,7 @@ from activations_cache.models import Tokenizer
 from activations_cache.probe import record_of, require_next_token
 from activations_cache.reading import given_cache
 from monosema.checks import MonosemaError
+from sae import notebook
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,9 @@ class Generation:
     def all_tokens(self) -> tuple[int, ...]:
         """Token ids of prompt and continuation."""
         return self.prompt_tokens + self.tokens
+
+    def _repr_html_(self) -> str:
+        return notebook.texts(self.prompt, [("", self.text)])
 
 
 def generate(

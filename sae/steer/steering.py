@@ -16,6 +16,7 @@ from activations_cache.prompts import Prompts, prompts_of
 from activations_cache.reading import inner_model, takes_tokens
 from activations_cache.trial import attempt
 from monosema.checks import MonosemaError
+from sae import notebook
 from sae.steer.edits import Change, Edit, EditedRows, LatentEdits, Patch, Push, Splice
 from sae.steer.positions import Positions, check_positions, chosen
 
@@ -178,6 +179,20 @@ class Steering:
                 f"{' and '.join(_with_strength(applied) for _, applied in self._applied)}; lower "
                 f"the strength, or run the model in float32"
             )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                c.name,
+                *(f"{n:,}" for n in (c.n_seen, c.n_chosen, c.n_changed)),
+                str(round(c.relative_size, 3)),
+            )
+            for c in self.counts
+        ]
+        columns = ("change", "tokens", "chosen", "changed", "mean |h' - h| / |h|")
+        policy = "a mask" if isinstance(self.positions, Tensor) else str(self.positions)
+        note = f"positions: {policy}, from {self.first_position} on"
+        return notebook.table("Steering", columns, rows, note)
 
     @property
     def n_tokens(self) -> int:

@@ -22,6 +22,7 @@ from activations_cache import io
 from activations_cache.checks import Progress, silent
 from activations_cache.hooks import capture
 from activations_cache.models import Tokenizer
+from sae import notebook
 from sae.autoencoder import SparseAutoencoder
 from sae.steer.attribution import random_direction
 from sae.steer.config import SweepConfig
@@ -67,6 +68,24 @@ class Point:
     text: str
     """Continuation of the first prompt."""
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """A row of a table with the headings `CELLS`."""
+        return (
+            self.arm,
+            f"{self.strength:g}",
+            f"{self.target_gain:+.2f}",
+            f"{self.kl_neutral:.3f}",
+            f"{self.top1_agreement:.2f}",
+            f"{self.perplexity:.1f}",
+            f"{self.repeated:.2f}{' loop' if self.is_loop else ''}",
+            f"{self.n_moved:.1f}",
+        )
+
+
+CELLS = ("arm", "strength", "gain", "KL", "top-1", "perplexity", "repeated", "moved")
+"""What the cells of a point are."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
@@ -90,6 +109,20 @@ class Sweep:
         """The largest strength by size with kl_neutral <= max_kl; of two as large the positive."""
         within = [p for p in self.of_arm(LATENT) if p.kl_neutral <= self.max_kl]
         return max(within, key=lambda p: (abs(p.strength), p.strength), default=None)
+
+    @property
+    def verdict(self) -> str:
+        """The strength that is chosen, with what the model writes at it."""
+        best = self.best
+        if best is None:
+            return f"no strength keeps KL within {self.max_kl:g}"
+        return (
+            f"the largest strength with KL <= {self.max_kl:g} is {best.strength:g}"
+            f"{', which loops' if best.is_loop else ''}: {best.text!r} (base: {self.base!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        return notebook.table("", CELLS, [point.cells for point in self.points], self.verdict)
 
     def write_csv(self, path: Path) -> None:
         """Write a row for each point."""

@@ -37,6 +37,12 @@ def test_links_of_files_from_other_folders_and_to_the_folder_above(site):
     assert site.relinked("[x](../docs/cache.md)", "tutorials/steer.md") == "[x](../cache.md)"
 
 
+def test_pictures_are_where_the_site_has_them(site):
+    picture = "![x](docs/pictures/overview.svg)"
+    assert site.relinked(picture, "readme.md") == "![x](pictures/overview.svg)"
+    assert site.relinked("![x](results/smollm2.png)", "results.md") == "![x](results/smollm2.png)"
+
+
 def test_a_script_becomes_a_page(site):
     assert site.tutorial(SCRIPT) == (
         "# Do a thing\n\nMore of it.\n\nSome words\non two lines.\n\n```python\nx = 1\n```\n\n"

@@ -143,3 +143,19 @@ def test_every_command_shows_its_help(words, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert " ".join((*words, "[OPTIONS]")) in shown
     assert "--help" in shown
+
+
+def test_every_command_takes_json_but_the_benchmarks_which_write_their_own():
+    def commands(group, path=()):
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from commands(command, (*path, name))
+            else:
+                yield " ".join((*path, name)), command
+
+    without = {
+        name
+        for name, command in commands(typer.main.get_command(main.app))
+        if not any(p.opts == ["--json"] and p.is_flag for p in command.params)
+    }
+    assert without == {"bench"}

@@ -61,7 +61,7 @@ def test_one_table_with_the_baselines_beside_the_dictionary(monkeypatch, capsys,
     wide = paths(trained)[0]
     figures = trained / "figures.json"
     code = sae(
-        monkeypatch, "evaluate", wide, "--cache", str(trained / "cache"), "--json", str(figures),
+        monkeypatch, "evaluate", wide, "--cache", str(trained / "cache"), "--figures", str(figures),
         "--probe", "1", "--page", str(trained / "page.html"),
     )  # fmt: skip
     out = capsys.readouterr().out
@@ -95,6 +95,11 @@ def test_seeds_of_a_recipe_are_one_group_and_differences_are_judged(monkeypatch,
     assert sae(monkeypatch, "compare", *arguments) == 0
     out = capsys.readouterr().out
     record = json.loads((out_path / "compare.json").read_text())
+    short = (*paths(trained)[:2], *cache, "--out", str(trained / "short"), "--no-model", "--json")
+    assert sae(monkeypatch, "compare", *short) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["data"] == json.loads((trained / "short" / "compare.json").read_text())
+    assert shown["tables"][0]["rows"]
     groups = record["groups"]
     assert len(set(groups.values())) == 2
     assert groups["run0/train/wide"] == groups["run1/train/wide"] == "run0/train/wide"

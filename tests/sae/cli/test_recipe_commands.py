@@ -42,8 +42,10 @@ def test_recipes_are_listed_with_one_line_each(sae):
 def test_recipes_are_listed_as_json(sae):
     code, out, _ = sae("recipes", "--json")
     assert code == 0
-    lines = json.loads(out)["lines"]
-    assert {line.split(None, 1)[0] for line in lines} == recipes().keys()
+    assert json.loads(out)["data"] == recipes()
+    code, out, _ = sae("recipes", "demo", "--json")
+    assert code == 0
+    assert json.loads(out)["lines"] == (RECIPES / "demo.yaml").read_text().splitlines()
 
 
 def test_a_recipe_is_written_out_as_it_is(sae):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import activations_cache
 import sae as library
@@ -199,3 +199,49 @@ def test_from_python_by_name(run, cache, tiny_model):
     with steer(tiny_model, NAME, {3: "2x"}) as steering, torch.no_grad():
         tiny_model.model(torch.tensor([[1, 2, 3]]))
     assert steering.counts[0].n_chosen == 2
+
+
+def test_a_refined_read_out_works_after_what_the_error_says(run, cache, tiny_model_config):
+    arguments = (
+        "steer", NAME, "--latent", "7=2.5", "--prompt", "Aba cede", "max_new_tokens=4",
+        "--model", tiny_model_config.path, "dtype=float32", "--read-out", "refined",
+    )  # fmt: skip
+    code, _, err = run(*arguments)
+    assert code == 1
+    followed(run, err, "run", DICT=NAME, CACHE=f"{cache} --rows 300")
+    assert run(*arguments)[0] == 0
+
+
+def test_statistics_of_other_weights_are_counted_again_as_the_error_says(run, cache, tmp_path):
+    measure = ("evaluate", NAME, "--cache", cache, "--no-model", "--no-baselines")
+    assert run(*measure)[0] == 0
+    (stats,) = (tmp_path / "user" / "dictionaries").glob("*/stats.safetensors")
+    tensors = load_file(stats)
+    save_file(tensors, stats, {"sae_sha256": "0" * 64})
+    with pytest.raises(ValueError, match="must be made for the weights") as error:
+        Firing.read(stats.parent, stats.parent.name)
+    followed(run, str(error.value), "run", DICT=NAME, CACHE=f"{cache} --no-model --no-baselines")
+    assert Firing.read(stats.parent, stats.parent.name).n_rows > 0
+
+
+def test_ids_are_listed_by_the_command_that_the_error_names(run):
+    release = NAME.partition(":")[0]
+    code, _, err = run("inspect", f"{release}:blocks.99.hook_resid_post")
+    assert code == 1
+    assert "blocks.1.hook_resid_post" in followed(run, err, "and")
+
+
+def test_a_pickle_is_written_as_ours_by_the_command_that_the_error_names(run, tmp_path):
+    record = {"dict_class": "AutoEncoderTopK", "activation_dim": D, "dict_size": F, "k": 3}
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"trainer": record, "buffer": {}}))
+    state = {
+        "encoder.weight": torch.eye(F, D), "encoder.bias": torch.zeros(F), "b_dec": torch.zeros(D),
+        "decoder.weight": torch.eye(D, F), "k": torch.tensor(3), "threshold": torch.tensor(-1.0),
+    }  # fmt: skip
+    torch.save(state, folder / "ae.pt")
+    code, _, err = run("inspect", folder)
+    assert code == 1
+    followed(run, err, "ours by", TARGET=tmp_path / "ours")
+    assert library.load(tmp_path / "ours").config.d_sae == F

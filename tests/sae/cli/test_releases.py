@@ -170,7 +170,9 @@ def test_the_list_of_releases(sae, capsys):
     assert sae("releases", "gemma-2-2b", "layer_20", "16k", "res-canonical") == 0
     assert "gemma-scope-2b-pt-res-canonical:layer_20/width_16k/canonical" in capsys.readouterr().out
     assert sae("releases", "qwen-scope", "layer_3", "--json") == 0
-    entries = json.loads(capsys.readouterr().out)
+    shown = json.loads(capsys.readouterr().out)
+    entries = shown["data"]
+    assert [row["name"] for row in shown["tables"][0]["rows"]] == [e["name"] for e in entries]
     assert {entry["hook_name"] for entry in entries} == {"blocks.3.hook_resid_post"}
     assert {"repo", "path", "format", "model", "l0", "name"} <= entries[0].keys()
     assert sae("releases") == 0

@@ -1,7 +1,4 @@
-"""What the libraries themselves save, encode and decode, where they are installed.
-
-pip install sae-lens eai-sparsify dictionary-learning; then `pytest -m long` on this file.
-"""
+"""What the libraries themselves save, encode and decode, where they are installed: `make peers`."""
 
 import json
 

@@ -84,7 +84,7 @@ def test_a_cache_is_the_command_s(folder, cache, model, text, tmp_path):
 def test_figures_are_those_of_evaluate(cache, dictionary, tmp_path):
     measured = run.evaluate(dictionary, cache, contexts=3)
     file = tmp_path / "report.json"
-    arguments = (dictionary, "--cache", cache.path, "--contexts", 3, "--json", file)
+    arguments = (dictionary, "--cache", cache.path, "--contexts", 3, "--figures", file)
     assert command("evaluate", *arguments) == 0
     assert json.loads(file.read_text()) == as_json(measured.record)
     again = run.evaluate({"topk": library.load(dictionary)}, cache.path, contexts=3)

@@ -195,7 +195,7 @@ def test_the_command_and_its_option(path, cache, capsys, tmp_path):
     figures = tmp_path / "figures.json"
     code, _ = command(
         capsys, "evaluate", path, "--cache", cache.path, "--no-model", "--no-baselines",
-        "--read-out", "refined", "--json", figures,
+        "--read-out", "refined", "--figures", figures,
     )  # fmt: skip
     assert code == 0
     assert json.loads(figures.read_text())["report"]["read_out"] == {"topk": "refined"}
