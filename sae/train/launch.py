@@ -24,6 +24,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
+from activations_cache.shared_text import require_launched
 from monosema.checks import MonosemaError
 from sae.train.ranks import RankError, Ranks, connect
 
@@ -81,6 +82,7 @@ def requeue() -> None:
 def _launcher() -> ClusterEnvironment | None:
     if TorchElasticEnvironment.detect():  # first: torchrun may run inside of SLURM
         return TorchElasticEnvironment()
+    require_launched()
     return SLURMEnvironment() if SLURMEnvironment.detect() else None
 
 

@@ -16,7 +16,6 @@ MOST_FILES = 256
 SMALLEST = 80
 """Lines below which a file needs a reason."""
 SMALL = {
-    "activations_cache/shared_text.py": "here alone processes wait for one another",
     "monosema/checks.py": "the one module below all packages",
     "sae/cli/__main__.py": "Python's name for `python -m sae.cli`",
     "sae/cross_layer.py": "several autoencoders, below their training",
