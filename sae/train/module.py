@@ -301,6 +301,7 @@ class SAEModule(lightning.LightningModule):
                 "begin without it"
             )
         self.load_full_state(found["n_steps"], found["state"])
+        checkpoint["state_dict"] = self.state_dict()  # the first process's latents are in the file
 
     def save(
         self, path: str | Path, finished: Finished | None = None, **more: Any

@@ -304,35 +304,41 @@ def ends(processes):
     return codes, [said.read_text()[-900:] if said.exists() else "" for said in processes.values()]
 
 
-@pytest.mark.parametrize(
-    ("strategy", "shards"),
-    [("ddp", 1), ("ddp", 2), ("model parallel", 1)],
-)
+@pytest.mark.parametrize(("strategy", "shards"), [("ddp", 1), ("ddp", 2), ("mesh", 1)])
 def test_processes_of_a_trainer_share_rows_or_latents(
     cache, whole, tmp_path, in_processes, strategy, shards
 ):
-    """The result is that of one process; a checkpoint in the middle goes on."""
+    """The result is that of one process, also where a run goes on in its middle."""
 
     def work():
-        mesh = ModelParallelStrategy(
-            data_parallel_size=1, tensor_parallel_size=2, save_distributed_checkpoint=False
-        )
-        flags = PLAIN | {
-            "devices": 2, "enable_checkpointing": True,
-            "strategy": "ddp" if strategy == "ddp" else mesh,
-        }  # fmt: skip
-        for ckpt_path in (None, tmp_path / "last.ckpt"):
-            keep = ModelCheckpoint(tmp_path, every_n_train_steps=5, filename="last")
+        for attempt in ("once", "resumed"):
+            flags, ckpt_path = {"devices": 2, "strategy": "ddp"}, None
+            if strategy == "mesh":
+                mesh = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+                flags["strategy"] = mesh
+                flags["callbacks"] = [Checkpoints(tmp_path / "ours")]
+            else:
+                keep = ModelCheckpoint(tmp_path, every_n_train_steps=5, filename="last")
+                flags |= {"callbacks": [keep], "enable_checkpointing": True}
+                ckpt_path = tmp_path / "last.ckpt" if attempt == "resumed" else None
             module = SAEModule(SAES, latent_shards=shards)
-            trainer = lightning.Trainer(**flags, callbacks=[keep])
+            trainer = lightning.Trainer(**PLAIN | flags)
             trainer.fit(module, ActivationDataModule(cache, batch=101), ckpt_path=ckpt_path)
             axes = (module.ranks.rows.size, module.ranks.latents.size)
             assert axes == ((2, 1) if strategy == "ddp" and shards == 1 else (1, 2))
-            module.save(tmp_path / ("resumed" if ckpt_path else "once"))
+            module.save(tmp_path / attempt)
 
-    running = in_processes(2, work)
-    codes, said = ends(running)
+    if strategy == "mesh":  # what one process began goes on in two
+        with pytest.raises(ConnectionError):
+            fit(cache, callbacks=[Checkpoints(tmp_path / "ours", seconds=1e-9), StopAt(5)])
+    codes, said = ends(in_processes(2, work))
     assert codes == [0, 0], "\n".join(said)
     for attempt in ("once", "resumed"):
         ours = {name: sae.load(tmp_path / attempt / name).state_dict() for name in SAES}
         require_equal(ours, whole, tolerance=1e-5)
+
+
+def test_lightning_s_checkpoints_are_refused_where_it_cannot_load_them(cache):
+    mesh = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    with pytest.raises(MonosemaError, match="enable_checkpointing must be False beside Model"):
+        fit(cache, strategy=mesh, enable_checkpointing=True)
