@@ -128,14 +128,16 @@ def go_on(trainer: lightning.Trainer, n_steps: int, rows: "TrainingRows") -> Non
     n_passes, within = divmod(n_steps - 1, per_pass)
     turn = n_turns - -(-(per_pass - within - 1) // at_once)
     count(trainer, n_steps)
-    for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
-        progress.ready = progress.started = n_passes + 1
-        progress.processed = progress.completed = n_passes
+    begun = {"ready": n_passes + 1, "started": n_passes + 1}
+    ended = {"processed": n_passes, "completed": n_passes}
+    loop.epoch_progress.load_state_dict({"total": begun | ended, "current": begun | ended})
+    counts = [
+        {"ready": n, "started": n, "processed": n, "completed": n - 1}
+        for n in (n_passes * n_turns + turn, turn)
+    ]
     batches = loop.epoch_loop.batch_progress
-    for tracker, n in ((batches.total, n_passes * n_turns + turn), (batches.current, turn)):
-        tracker.ready = tracker.started = tracker.processed = n
-        tracker.completed = n - 1
-    batches.is_last_batch = turn == n_turns
+    is_last = turn == n_turns
+    batches.load_state_dict({"total": counts[0], "current": counts[1], "is_last_batch": is_last})
     loop.epoch_loop._batches_that_stepped = batches.total.ready - 1
     loop.load_state_dict(loop.state_dict())  # which says that it goes on
 
@@ -147,6 +149,7 @@ def require_flags(trainer: lightning.Trainer) -> None:
         MonosemaError: If there is one.
     """
     strategy, precision = trainer.strategy, str(trainer.precision)
+    overfit, callbacks = vars(trainer)["overfit_batches"], vars(trainer)["callbacks"]
     known = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
     parts = "saes.NAME.accumulate cuts a batch into parts"
     mean = "saes.NAME.ema keeps a mean of the weights"
@@ -163,7 +166,7 @@ def require_flags(trainer: lightning.Trainer) -> None:
             "weights stay in fp32; bf16-mixed is train.precision bf16",
         ),
         "overfit_batches": (
-            not trainer.overfit_batches, "be 0", trainer.overfit_batches,
+            not overfit, "be 0", overfit,
             "limit_train_batches shortens a pass",
         ),
         "strategy": (
@@ -176,7 +179,7 @@ def require_flags(trainer: lightning.Trainer) -> None:
         (GradientAccumulationScheduler, parts),
         (StochasticWeightAveraging, mean),
     ):
-        absent = not any(isinstance(one, kind) for one in trainer.callbacks)
+        absent = not any(isinstance(one, kind) for one in callbacks)
         flags[f"callbacks with {kind.__name__}"] = (absent, "be absent", "one", instead)
     for name, (holds, rule, value, instead) in flags.items():
         if not holds:

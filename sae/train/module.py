@@ -161,7 +161,7 @@ class SAEModule(lightning.LightningModule):
             precision=precision,
             ranks=ranks,
             device=device,
-            log_every=trainer.log_every_n_steps or int(n_steps),
+            log_every=vars(trainer)["log_every_n_steps"] or int(n_steps),
         )
         if isinstance(trainer.strategy, DDPStrategy):
             self._leave_gradients_alone()

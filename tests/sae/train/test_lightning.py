@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import os
+from typing import Any
 
 import lightning
 import pytest
@@ -102,13 +103,14 @@ def test_a_trainer_gives_what_the_command_gives(cache, whole, tmp_path):
 
 def test_epochs_and_limits_shorten_and_lengthen_the_schedules(cache):
     n = cache.n_batches(batch=101)
-    for flags, total in (
+    cases: list[tuple[dict[str, Any], int]] = [
         ({"max_epochs": 3}, 3 * n),
         ({"max_epochs": -1, "max_steps": 2 * n + 1}, 2 * n + 1),
         ({"max_epochs": 2, "limit_train_batches": 4}, 8),
         ({"limit_train_batches": 0.5}, n // 2),
         ({"fast_dev_run": 3}, 3),
-    ):
+    ]
+    for flags, total in cases:
         trainer, module = fit(cache, **flags)
         assert (trainer.global_step, module.n_steps, module.total_steps) == (total,) * 3, flags
 
@@ -148,7 +150,7 @@ class StopAt(lightning.Callback):
     def __init__(self, step):
         self.step = step
 
-    def on_train_batch_end(self, trainer, *args):
+    def on_train_batch_end(self, trainer, *args, **named):
         if trainer.global_step == self.step:
             raise ConnectionError("the machine is gone")
 
@@ -312,7 +314,8 @@ def test_processes_of_a_trainer_share_rows_or_latents(
 
     def work():
         for attempt in ("once", "resumed"):
-            flags, ckpt_path = {"devices": 2, "strategy": "ddp"}, None
+            flags: dict[str, Any] = {"devices": 2, "strategy": "ddp"}
+            ckpt_path = None
             if strategy == "mesh":
                 mesh = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
                 flags["strategy"] = mesh
