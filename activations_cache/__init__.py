@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from activations_cache.batches import RowDataset as RowDataset
+    from activations_cache.batches import as_dataset as as_dataset
     from activations_cache.builder import build as build
     from activations_cache.checks import CacheFormatError as CacheFormatError
     from activations_cache.config import CacheConfig as CacheConfig
@@ -40,8 +42,10 @@ _PLACES = {
     "ImagesConfig": ("config", "ImagesConfig"),
     "ModelConfig": ("config", "ModelConfig"),
     "Pieces": ("tokens", "Pieces"),
+    "RowDataset": ("batches", "RowDataset"),
     "TextConfig": ("config", "TextConfig"),
     "TextSource": ("config", "TextSource"),
+    "as_dataset": ("batches", "as_dataset"),
     "build": ("builder", "build"),
     "capture": ("hooks", "capture"),
     "edit": ("hooks", "edit"),

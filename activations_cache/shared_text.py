@@ -2,12 +2,15 @@
 
 The first process packs it and writes it beside the locks of the cache; the others wait and read it.
 It stays until the cache is complete, so that a build that goes on need not read the corpus again.
+
+Whether the tasks of a SLURM job can find each other.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from safetensors.torch import load, save
 from activations_cache import io
 from activations_cache.text import PackedText
 from activations_cache.writer import LOCKS
+from monosema.checks import MonosemaError
 
 _FILE, _RECORD = "text.safetensors", "text.json"
 _TENSORS = ("tokens", "split", "source", "documents", "segments", "labels")
@@ -74,3 +78,33 @@ def _read(directory: Path, digest: str) -> PackedText | None:
     for name, entry in record["entries"].items():
         entries[name] = tuple(entry) if isinstance(entry, list) else entry
     return PackedText(**entries)
+
+
+def require_launched() -> None:
+    """Refuse tasks of SLURM that would not find each other, before anything is waited for.
+
+    Raises:
+        MonosemaError: If there are several, and they were not started by srun, or not per node.
+    """
+    n_tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if n_tasks == 1 or "WORLD_SIZE" in os.environ:  # torchrun says who is who
+        return
+    is_step = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    is_shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if is_shell and not is_step:
+        return
+    if not is_step:
+        raise MonosemaError(
+            f"the {n_tasks} tasks of a SLURM job must be started by srun, got one process beside "
+            "it; write srun before the command, or ask for one task"
+        )
+    if is_shell:
+        raise MonosemaError(
+            f"{n_tasks} tasks of SLURM must have a job name that is no shell's, got "
+            f"{os.environ['SLURM_JOB_NAME']!r}; srun --job-name=train"
+        )
+    if "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise MonosemaError(
+            f"tasks of SLURM must be asked for per node, got --ntasks={n_tasks}; use "
+            "--nodes=N --ntasks-per-node=M, one task for each GPU of a node"
+        )

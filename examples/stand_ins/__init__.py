@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -106,6 +106,44 @@ def gemma_scope(root: str = "release", d_in: int = 48, d_sae: int = 1024) -> str
         b_dec=np.zeros(d_in, np.float32), threshold=np.full(d_sae, 0.02, np.float32),
     )  # fmt: skip
     return str(path)
+
+
+class RandomStudy:
+    """A study as Optuna has it, whose choices are drawn at random."""
+
+    def __init__(self, seed: int) -> None:
+        self.dice = np.random.default_rng(seed)
+        self.trials: list[tuple[float, dict[str, float]]] = []
+
+    def optimize(self, objective: Callable[["RandomTrial"], float], n_trials: int) -> None:
+        """Try so many choices."""
+        for _ in range(n_trials):
+            trial = RandomTrial(self.dice)
+            self.trials.append((objective(trial), trial.params))
+
+    @property
+    def best_value(self) -> float:
+        """The smallest value."""
+        return min(value for value, _ in self.trials)
+
+    @property
+    def best_params(self) -> dict[str, float]:
+        """The choice that gave it."""
+        return next(params for value, params in self.trials if value == self.best_value)
+
+
+class RandomTrial:
+    """One choice."""
+
+    def __init__(self, dice: np.random.Generator) -> None:
+        self.dice, self.params = dice, dict[str, float]()
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        """A number between two others."""
+        ends = np.log([low, high]) if log else np.array([low, high])
+        drawn = float(self.dice.uniform(*ends))
+        self.params[name] = float(np.exp(drawn)) if log else drawn
+        return self.params[name]
 
 
 @contextmanager

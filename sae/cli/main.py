@@ -19,7 +19,7 @@ from sae.cli.evaluate_commands import app as scaling_app
 from sae.cli.evaluate_commands import compare, evaluate
 from sae.cli.latent_commands import browse, explain, find, refine, steer
 from sae.cli.release_commands import convert, inspect, push, releases, verify_release
-from sae.cli.request import ConfigArgument, Overrides, run_to, with_json
+from sae.cli.request import ConfigArgument, Overrides, PartOption, run_to, with_json
 from sae.config import ConfigError, config_file
 from sae.config import recipes as recipe_lines
 
@@ -79,9 +79,9 @@ def run(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 @app.command()
 @with_json
-def train(config: ConfigArgument, overrides: Overrides = None) -> None:
+def train(config: ConfigArgument, overrides: Overrides = None, part: PartOption = None) -> None:
     """Train the config's dictionaries side by side, after the cache."""
-    run_to(Step.TRAIN, config, overrides)
+    run_to(Step.TRAIN, config, overrides, part)
 
 
 for command in (
@@ -161,5 +161,5 @@ def _requeue() -> None:
     from activations_cache.builder import rank_of_this_process
     from sae.train.launch import requeue
 
-    if rank_of_this_process()[0] == 0:
+    if rank_of_this_process()[0] == 0 or troubles.in_array():
         requeue()

@@ -13,7 +13,7 @@ import typer
 from sae.cli import console
 from sae.config import config_file, is_config, load
 from sae.config.recipes import for_another_model
-from sae.run.config import CacheRunConfig, RunConfig, require_installed
+from sae.run.config import CacheRunConfig, RunConfig, part_of, require_installed
 
 if TYPE_CHECKING:
     from sae.run.context import Run
@@ -29,6 +29,15 @@ JsonOption = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.saes.topk.d_sae=9216."),
+]
+
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        metavar="I/N",
+        help="Each Nth dictionary, from the Ith on, into OUTPUT/part-I-of-N; for array jobs.",
+    ),
 ]
 
 ForceOption = Annotated[
@@ -90,9 +99,10 @@ def refuse_without_cache(text: str) -> None:
         raise typer.BadParameter(f"--cache must be given for a dictionary, got none for {text}")
 
 
-def run_to(last: str, config: str, overrides: list[str] | None) -> None:
+def run_to(last: str, config: str, overrides: list[str] | None, part: str | None = None) -> None:
     """Check a config, then do its steps up to the named one; torch loads only after the check."""
     checked = checked_config(RunConfig, config, overrides)
+    checked = checked if part is None else part_of(checked, part)
     from activations_cache.builder import rank_of_this_process
     from sae.run.context import Run
     from sae.run.pipeline import run_steps

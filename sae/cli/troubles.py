@@ -74,6 +74,12 @@ def in_slurm() -> bool:
     return "SLURM_JOB_ID" in os.environ
 
 
+def in_array() -> bool:
+    """Whether the ranks are the tasks of an array job, each of which SLURM starts again alone."""
+    n_tasks = os.environ.get("SLURM_ARRAY_TASK_COUNT")
+    return n_tasks is not None and os.environ.get("WORLD_SIZE") == n_tasks
+
+
 def _words(problem: BaseException) -> str:
     text = problem.args[0] if isinstance(problem, KeyError) and problem.args else problem
     return str(text) or type(problem).__name__

@@ -1,7 +1,7 @@
 """What `sae run` reads: one file with a part per step."""
 
 import re
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,6 +128,33 @@ class RunConfig(_Output):
                 f"train.batch must be at most cache.n_rows={self.cache.n_rows}, "
                 f"got {self.train.batch}"
             )
+
+
+def part_of(config: RunConfig, part: str) -> RunConfig:
+    """Return the run of some of the dictionaries, on the cache that all parts share.
+
+    Args:
+        config: The run of all of them.
+        part: "I/N": each Nth dictionary, from the Ith one on.
+
+    Raises:
+        MonosemaError: If the text is no such part, or no dictionary is in it.
+    """
+    saes, found = config.train.saes, re.fullmatch(r"0*([1-9]\d*)/0*([1-9]\d*)", part)
+    number, n_parts = map(int, found.groups()) if found else (1, 0)
+    if not 1 <= number <= n_parts <= len(saes):
+        raise MonosemaError(
+            f"--part must be I/N with I from 1 to N and N at most the {len(saes)} dictionaries, "
+            f"got {part!r}; in an array job it is $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
+        )
+    names = [*saes][number - 1 :: n_parts]
+    output = Path(config.output)
+    return replace(
+        config,
+        output=str(output / f"part-{number}-of-{n_parts}"),
+        cache_path=config.cache_path or str(output / "cache"),
+        train=replace(config.train, saes={name: saes[name] for name in names}),
+    )
 
 
 def require_installed(config: CacheRunConfig | RunConfig) -> None:

@@ -17,6 +17,7 @@ import torch
 from activations_cache import io, seals
 from activations_cache.builder import rank_of_this_process
 from activations_cache.checks import Progress, silent
+from activations_cache.shared_text import require_launched
 from sae import train as training  # imports Lightning when it trains
 from sae.architecture import TopK
 from sae.browser import ResultTable
@@ -91,6 +92,8 @@ def pending_steps(run: Run, last: str) -> Iterator[Pending]:
     with contextlib.ExitStack() as held:
         identity = ""
         steps_of_run = _steps_to(run, last)
+        if any(step.name == "train" for step in steps_of_run):
+            require_launched()
         for number, step in enumerate(steps_of_run, start=1):
             if rank > 0 and step.name not in SHARED:
                 return  # what follows is the first process's alone

@@ -5,12 +5,25 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sae.train.config import DictionaryConfig, TrainConfig
+    from sae.train.data_module import ActivationDataModule
     from sae.train.fit import train
+    from sae.train.module import Checkpoints, SAEModule
     from sae.train.step import TrainStep
 
-__all__ = ["DictionaryConfig", "TrainConfig", "TrainStep", "train"]
+__all__ = [
+    "ActivationDataModule",
+    "Checkpoints",
+    "DictionaryConfig",
+    "SAEModule",
+    "TrainConfig",
+    "TrainStep",
+    "train",
+]
 
 _HOME = {
+    "ActivationDataModule": "sae.train.data_module",
+    "Checkpoints": "sae.train.module",
+    "SAEModule": "sae.train.module",
     "DictionaryConfig": "sae.train.config",
     "TrainConfig": "sae.train.config",
     "TrainStep": "sae.train.step",

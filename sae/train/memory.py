@@ -10,13 +10,21 @@ Refining holds a second gradient of the encoder while it adds them up, and the r
 Peaks measured on a CPU agree within 15 % (tests/sae/train/test_memory.py).
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from monosema.checks import MonosemaError
 from sae.train.config import DictionaryConfig
+from sae.train.hook_points import sites
 from sae.train.loss_term import COMPOSED, Sizes
 from sae.train.optim_config import Adam
+
+if TYPE_CHECKING:
+    import torch
+
+    from activations_cache import ActivationCache
+    from sae.train.ranks import Ranks
 
 FLOAT = 4
 MIB = 1 << 20
@@ -123,6 +131,41 @@ def _held(config: DictionaryConfig, precision: str) -> tuple[float, float]:
     if precision not in facts.one_op:
         return COMPOSED if not facts.one_op else COMPOSED_PLAIN, 0.0
     return 1.0, facts.pieces
+
+
+def require_room(
+    saes: Mapping[str, DictionaryConfig],
+    cache: "ActivationCache",
+    hook_points: Sequence[str],
+    batch: int,
+    precision: str,
+    ranks: "Ranks",
+    device: "torch.device",
+) -> None:
+    """Refuse dictionaries of a cache that this process cannot hold.
+
+    Raises:
+        ValueError: If there are any; it names both numbers.
+    """
+    on_gpu, needed = device.type == "cuda", 0
+    for name, where in sites(saes, hook_points).items():
+        needed += estimate(
+            saes[name],
+            sum(map(cache.d_model, where.inputs)),
+            -(-batch // ranks.rows.size),
+            d_out=sum(map(cache.d_model, where.predicted)),
+            precision=precision,
+            shards=ranks.latents.size,
+            on_gpu=on_gpu,
+        ).total
+    free = _free_on_gpu(device) if on_gpu else free_on_cpu()
+    require_memory(needed, free, ", ".join(saes), device.type)
+
+
+def _free_on_gpu(device: "torch.device") -> int:
+    import torch  # sizes alone need none
+
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def require_memory(needed: int, free: int, what: str, where: str) -> None:

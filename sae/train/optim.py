@@ -10,7 +10,7 @@ Schedule-free Adam (Defazio et al. 2024, arXiv 2405.15682).
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, assert_never
 
 import torch
@@ -289,3 +289,23 @@ class ScheduleFreeAdam(Optimizer):
     def means(self) -> dict[Tensor, Tensor]:
         """The averaged weights by parameter: what is worth saving."""
         return {parameter: state["x"] for parameter, state in self.state.items()}
+
+
+class OneOptimizer(Optimizer):
+    """What Lightning sees of the steps' optimisers: their rates, and that a step is done."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        """Show the parameter groups of all of them."""
+        super().__init__([group for one in optimizers for group in one.param_groups], {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Nothing: the steps took it already."""
+        if closure is not None:
+            closure()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the state of the steps is in the checkpoint already."""
+        return {"state": {}, "param_groups": []}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing, as there is nothing in it."""

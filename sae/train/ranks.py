@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from monosema.checks import MonosemaError
 from sae.losses import batch_variance
@@ -213,14 +213,26 @@ def _device() -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
-def connect(latent_shards: int = 1) -> Ranks:
+def connect(latent_shards: int = 1, mesh: DeviceMesh | None = None) -> Ranks:
     """Lay the processes of torch's process group out as a mesh; alone if there is none.
 
     Neighbours in rank hold the parts of one dictionary, because they talk most.
 
+    Args:
+        latent_shards: Processes that share one dictionary.
+        mesh: One that is there, of rows and latents in this order.
+
     Raises:
-        ValueError: If their number is not a multiple of `latent_shards`.
+        ValueError: If their number is not a multiple of `latent_shards`, or the mesh has another.
     """
+    if mesh is not None:
+        shards = mesh.size(1)
+        if latent_shards not in (1, shards):
+            raise MonosemaError(
+                f"latent_shards must be the second size of the device mesh, {shards}, got "
+                f"{latent_shards}; leave it out"
+            )
+        latent_shards = shards
     size = dist.get_world_size() if dist.is_initialized() else 1
     if size % latent_shards != 0:
         raise MonosemaError(
@@ -230,10 +242,11 @@ def connect(latent_shards: int = 1) -> Ranks:
     if size == 1:
         return ALONE
     shape = (size // latent_shards, latent_shards)
-    mesh = init_device_mesh(_device().type, shape, mesh_dim_names=("rows", "latents"))
+    names = ("rows", "latents")
+    mesh = mesh or init_device_mesh(_device().type, shape, mesh_dim_names=names)
     return Ranks(
-        _axis(mesh.get_group("rows")) if shape[0] > 1 else _ONE,
-        _axis(mesh.get_group("latents")) if shape[1] > 1 else _ONE,
+        _axis(mesh.get_group(0)) if shape[0] > 1 else _ONE,
+        _axis(mesh.get_group(1)) if shape[1] > 1 else _ONE,
         Axis(None, dist.get_rank(), size),
     )
 

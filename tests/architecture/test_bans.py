@@ -34,6 +34,7 @@ UNSAFE_BY_REVIEW = {"sae/pretrained/pickled_child.py": {"torch.load"}}
 READS_ENVIRONMENT = {
     "activations_cache/builder.py": "the rank and the device that a launcher gave this process",
     "activations_cache/conversion.py": "where converted models are kept",
+    "activations_cache/shared_text.py": "the tasks that SLURM started",
     "sae/cli/__init__.py": "how threads wait, set before torch is imported",
     "sae/cli/troubles.py": "values of keys, so that they stand in no report; SLURM's job",
 }

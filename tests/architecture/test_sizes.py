@@ -16,7 +16,6 @@ MOST_FILES = 256
 SMALLEST = 80
 """Lines below which a file needs a reason."""
 SMALL = {
-    "activations_cache/shared_text.py": "here alone processes wait for one another",
     "monosema/checks.py": "the one module below all packages",
     "sae/cli/__main__.py": "Python's name for `python -m sae.cli`",
     "sae/cross_layer.py": "several autoencoders, below their training",
@@ -25,7 +24,6 @@ SMALL = {
     "sae/pretrained/openai.py": "one file per format",
     "sae/pretrained/qwen_scope.py": "one file per format",
     "sae/pretrained/saev.py": "one file per format",
-    "sae/train/column_layout.py": "needs torch, which `hook_points.py` must not load",
     "sae/train/forward/run.py": "chooses among the forward passes, so it stands above all of them",
     "sae/train/hook_points.py": "read before torch is loaded",
     "sae/train/loggers.py": "one of the few files that may know Lightning",

@@ -10,7 +10,9 @@ import time
 import pytest
 import torch
 
+from activations_cache.shared_text import require_launched
 from activations_cache.testing import synthetic_plan, write_synthetic
+from monosema.checks import MonosemaError
 from sae import pretrained
 from sae.architecture import BatchTopK, TopK
 from sae.train.config import AuxK, DictionaryConfig, TrainConfig
@@ -133,10 +135,53 @@ def test_slurm_is_asked_to_start_the_job_again(tmp_path, monkeypatch, caplog):
 def test_the_launch_files_are_shell_and_start_the_command(repository):
     folder = repository / "configs" / "cluster"
     files = sorted(folder.iterdir())
-    assert [f.name for f in files] == ["one_node.sh", "slurm.sbatch", "slurm_torchrun.sbatch"]
+    names = ["array.sbatch", "one_node.sh", "slurm.sbatch", "slurm_torchrun.sbatch"]
+    assert [f.name for f in files] == names
     for file in files:
         subprocess.run(["bash", "-n", str(file)], check=True)
-        assert 'sae.cli train "$@"' in file.read_text()
+        assert 'sae.cli train "$@"' in file.read_text() or file.name == "array.sbatch"
+    for file in files:
+        if file.suffix == ".sbatch":
+            assert "\n#SBATCH --signal=USR1@120\n" in file.read_text()
+            assert "\n##SBATCH --partition=" in file.read_text()
+
+
+TASKS = {
+    "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_JOB_NAME": "sae-train",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_NUM_TASKS": None}, "the 2 tasks of a SLURM job must be started by srun"),
+        ({"SLURM_NTASKS_PER_NODE": None}, "tasks of SLURM must be asked for per node, got --ntask"),
+        ({"SLURM_JOB_NAME": "interactive"}, "2 tasks of SLURM must have a job name that is no sh"),
+        ({"SLURM_JOB_NAME": "bash", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": None}, None),
+        ({"SLURM_NTASKS_PER_NODE": None, "WORLD_SIZE": "2"}, None),
+    ],
+)
+def test_tasks_that_cannot_meet_are_one_line(monkeypatch, change, message):
+    for name, value in (TASKS | change).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    if message is None:
+        require_launched()
+        return
+    with pytest.raises(MonosemaError) as refused:
+        require_launched()
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_training_of_tasks_that_cannot_meet_ends_at_once(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(MonosemaError, match="must be started by srun"):
+        train(cache, CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.long

@@ -18,7 +18,7 @@ from activations_cache.reader import ActivationCache
 from activations_cache.testing import synthetic_plan, write_synthetic
 from activations_cache.writer import CacheWriter
 from sae.architecture import BatchTopK, TopK
-from sae.train import fit, live
+from sae.train import checkpoint, live
 from sae.train.config import AuxK, DictionaryConfig, TrainConfig
 from sae.train.fit import train
 from sae.train.signals import Stopped
@@ -149,7 +149,7 @@ def test_the_source_and_the_buffer_belong_to_the_run(cache, recorded, monkeypatc
         def found(_root, value):
             raise Found(value)
 
-        monkeypatch.setattr(fit.checkpoint, "load_newest", found)
+        monkeypatch.setattr(checkpoint, "load_newest", found)
         with pytest.raises(Found) as said:
             train(cache, config, tmp_path / "run")
         return str(said.value)

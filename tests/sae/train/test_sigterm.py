@@ -10,7 +10,7 @@ import pytest
 
 from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import BatchTopK, TopK
-from sae.train import checkpoint, fit, step, throughput
+from sae.train import checkpoint, module, step, throughput
 from sae.train.config import AuxK, DictionaryConfig, TrainConfig
 from sae.train.fit import train
 from sae.train.module import SAEModule
@@ -125,7 +125,7 @@ def test_before_the_first_step_and_after_the_last_a_signal_ends_the_process_at_o
         time.sleep(30)
 
     def start():
-        terminated_at(monkeypatch, fit, "new_autoencoder", 2, tmp_path / "marker")
+        terminated_at(monkeypatch, module, "new_autoencoder", 2, tmp_path / "marker")
         train(cache, CONFIG, tmp_path / "begun")
 
     for work in (start, training_then_evaluation):

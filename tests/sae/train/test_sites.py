@@ -7,8 +7,8 @@ from activations_cache.config import CacheConfig, ModelConfig, TextConfig, TextS
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, Slice, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.run.config import RunConfig
-from sae.train.column_layout import reads
 from sae.train.config import DictionaryConfig, TrainConfig
+from sae.train.data_module import reads
 from sae.train.forward.common import Moment, Rows
 from sae.train.forward.run import forward
 from sae.train.hook_points import Sites, sites
