@@ -129,7 +129,9 @@ def pwcca(x: Float[Tensor, "row d_in"], y: Float[Tensor, "other d_out"]) -> floa
     """Canonical correlations weighted by how much of x each direction accounts for.
 
     weight_i = sum_j |<h_i, x_j>| over the columns x_j, h_i the i-th canonical variate of x (Morcos
-    et al. 2018, arXiv 1806.05759). Not symmetric: the weights are those of x.
+    et al. 2018, arXiv 1806.05759). Not symmetric: the weights are those of x. The authors' code
+    (google/svcca, `compute_pwcca`) weighs by projections of what it has cut down to the kept
+    directions and gives other values, such as 0.7491 where the paper's formula gives 0.7231.
 
     Raises:
         ValueError: If the sides do not have the same rows, or too few of them.

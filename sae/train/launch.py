@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +64,16 @@ def requeue() -> None:
 def _launcher() -> ClusterEnvironment | None:
     if TorchElasticEnvironment.detect():  # first: torchrun may run inside of SLURM
         return TorchElasticEnvironment()
-    return SLURMEnvironment() if SLURMEnvironment.detect() else None
+    if not SLURMEnvironment.detect():
+        return None
+    try:
+        return SLURMEnvironment()
+    except RuntimeError as error:
+        n = os.environ.get("SLURM_NTASKS")
+        raise MonosemaError(
+            f"a SLURM job must set --ntasks-per-node, got --ntasks={n} alone; start it with "
+            "--ntasks-per-node=N, one task for each GPU of a node"
+        ) from error
 
 
 def _join(environment: ClusterEnvironment, timeout: datetime.timedelta) -> None:
