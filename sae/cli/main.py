@@ -16,8 +16,8 @@ from sae.cli import console, troubles
 from sae.cli.cache_commands import app as cache_app
 from sae.cli.cache_commands import verify
 from sae.cli.evaluate_commands import app as scaling_app
-from sae.cli.evaluate_commands import compare, evaluate
-from sae.cli.latent_commands import browse, explain, find, refine, steer
+from sae.cli.evaluate_commands import compare, evaluate, similar
+from sae.cli.latent_commands import browse, concepts, explain, find, refine, steer
 from sae.cli.release_commands import convert, inspect, push, releases, verify_release
 from sae.cli.request import ConfigArgument, Overrides, run_to, with_json
 from sae.config import ConfigError, config_file
@@ -90,7 +90,9 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 for command in (evaluate, releases, browse):
     app.command()(command)
-for command in (compare, explain, find, refine, steer, verify, inspect, convert, push):
+for command in (
+    compare, similar, concepts, explain, find, refine, steer, verify, inspect, convert, push,
+):  # fmt: skip
     app.command()(with_json(command))
 app.command(name="verify-release")(with_json(verify_release))
 

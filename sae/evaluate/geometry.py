@@ -8,6 +8,7 @@ IIS: how much of a representation's accuracy survives when only a few concepts m
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -176,6 +177,33 @@ def nearest_distances(x: Float64[Tensor, "row d_in"]) -> Float64[Tensor, "row 2"
             two[i] = others.topk(2, largest=False).values
         results.append(two.sqrt())
     return torch.cat(results)
+
+
+class Shape(NamedTuple):
+    """The shape of one set of rows in a few figures."""
+
+    width: int
+    rankme: float
+    """Effective rank of the rows as they are."""
+    dimension: float
+    """TwoNN's intrinsic dimension; nan where too few rows differ."""
+    kurtosis: float
+    """Median over the columns; 3 for a Gaussian."""
+    outliers: int
+    """Columns of 6 times the root mean square of the median one; 0 where that is 0."""
+
+
+def shape_of(x: Float[Tensor, "row d_in"]) -> Shape:
+    """Effective rank, intrinsic dimension, heavy tails and outliers of rows."""
+    try:
+        dimension = two_nn(x).dimension
+    except MonosemaError:
+        dimension = math.nan
+    try:
+        n_outliers = len(outlier_dimensions(x).dimensions)
+    except MonosemaError:
+        n_outliers = 0
+    return Shape(x.shape[1], rankme(x), dimension, float(kurtosis(x).nanmedian()), n_outliers)
 
 
 class Rarity(NamedTuple):

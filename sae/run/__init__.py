@@ -10,18 +10,21 @@ if TYPE_CHECKING:
     from sae.run.browsing import browse
     from sae.run.caches import cache, hook_points, model, verify
     from sae.run.comparing import compare
+    from sae.run.concept_sets import concepts
     from sae.run.explaining import explain
     from sae.run.finding import find
     from sae.run.measuring import evaluate
     from sae.run.pipeline import job, train
     from sae.run.refining import distil, refine
     from sae.run.releases import convert, inspect, push, verify_release
+    from sae.run.spaces import similar
     from sae.run.steering import steer
 
 __all__ = [
     "browse",
     "cache",
     "compare",
+    "concepts",
     "convert",
     "distil",
     "evaluate",
@@ -33,6 +36,7 @@ __all__ = [
     "model",
     "push",
     "refine",
+    "similar",
     "steer",
     "train",
     "verify",
@@ -43,6 +47,7 @@ _HOME = {
     "browse": "browsing",
     "cache": "caches",
     "compare": "comparing",
+    "concepts": "concept_sets",
     "convert": "releases",
     "distil": "refining",
     "evaluate": "measuring",
@@ -54,6 +59,7 @@ _HOME = {
     "model": "caches",
     "push": "releases",
     "refine": "refining",
+    "similar": "spaces",
     "steer": "steering",
     "train": "pipeline",
     "verify": "caches",
