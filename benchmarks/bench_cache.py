@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of reading, of text")
     parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=DEFAULT_CASES)
-    parser.add_argument("--dry", action="store_true", help="append nothing")
+    parser.add_argument("--record", action="store_true", help="append to results/cache.jsonl")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, rows = Path(name), []
@@ -267,7 +267,7 @@ def main() -> None:
         print(f"{row['case']:<28} {row['ratio']:.3f} x the time of {row['base']}, {speeds}")
     absent = [name for name in PEERS if facts["versions"][name] == "not installed"]
     print(f"not installed and so not compared: {', '.join(absent) or 'none'}")
-    if not given.dry:
+    if given.record:
         print(append("cache", [facts | row for row in rows]))
 
 

@@ -256,6 +256,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     for name, value in zip("ndmk", (4096, 512, 16384, 32), strict=True):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--record", action="store_true", help="append to results/cpu_step.jsonl")
     return parser.parse_args()
 
 
@@ -274,8 +275,8 @@ def main() -> None:
     results = [row(n, steps[n][0], seconds, shape) | {"peak_mb": memory.get(n)} for n in seconds]
     facts = surroundings(PEERS) | {"bf16_speedup": round(bf16_speedup(), 2)}
     facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    path = append("cpu_step", [facts | one for one in results])
-    print(f"{path} has {len(results)} rows more")
+    if options.record:
+        print(append("cpu_step", [facts | one for one in results]))
 
 
 def row(

@@ -27,6 +27,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path)
+    parser.add_argument("--record", action="store_true", help="append to results/")
     arguments = parser.parse_args()
     files = sorted((arguments.run / "explain").glob("*/summary.json"))
     labels = {file.parent.name: json.loads(file.read_text()) for file in files}
@@ -55,7 +56,8 @@ def main() -> None:
                 for what, d in result.items():
                     ends = f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
                     print(f"{name} less {rival}: {what}: {ends}: {d['verdict']}")
-    append("image_labels", [{**surroundings(), **row} for row in rows])
+    if arguments.record:
+        print(append("image_labels", [{**surroundings(), **row} for row in rows]))
 
 
 def row_of(name: str, summary: dict[str, Any]) -> dict[str, Any]:

@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--permutations", type=int, default=199)
     parser.add_argument("--baseline", type=int, default=576, help="random directions, and neurons")
     parser.add_argument("--out", default="runs/labels", help="where the labels themselves go")
+    parser.add_argument("--record", action="store_true", help="append to results/labels.jsonl")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     result = measured(arguments)
@@ -169,7 +170,8 @@ def main() -> None:
                 ends = f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
                 print(f"{name}: {what}: {ends}: {d['verdict']}")
     about = {"seed": arguments.seed, "permutations": arguments.permutations}
-    append("labels", [{**surroundings(), **about, **row} for row in rows])
+    if arguments.record:
+        print(append("labels", [{**surroundings(), **about, **row} for row in rows]))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", nargs="?", default="demo", help="a recipe's name or a file")
     parser.add_argument("--times", type=int, default=3, help="how often; medians are recorded")
-    parser.add_argument("--no-record", action="store_true", help="append no row to the results")
+    parser.add_argument("--record", action="store_true", help="append to results/run.jsonl")
     options = parser.parse_args()
     runs = []
     for turn in range(1, options.times + 1):
@@ -50,7 +50,7 @@ def main() -> None:
         "load": [run["load"] for run in runs],
     }
     print("median:", line(median))
-    if not options.no_record:
+    if options.record:
         print(append("run", [row]))
 
 

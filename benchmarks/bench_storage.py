@@ -101,7 +101,7 @@ def main() -> None:
     )
     parser.add_argument("cache", type=Path, help="a finished bfloat16 cache with one hook point")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dry", action="store_true", help="append nothing")
+    parser.add_argument("--record", action="store_true", help="append to results/storage.jsonl")
     given = parser.parse_args()
     cache = activations_cache.open(given.cache)
     assert cache.manifest.plan.dtype == "bfloat16", cache.manifest.plan.dtype
@@ -130,7 +130,7 @@ def main() -> None:
             },
         }
     print(row)
-    if not given.dry:
+    if given.record:
         print(append("storage", [surroundings(("numcodecs",)) | row]))
 
 

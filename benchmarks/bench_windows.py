@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("dictionary", metavar="DICT")
     parser.add_argument("--cache", required=True)
     parser.add_argument("--rows", type=int, default=131_072)
+    parser.add_argument("--record", action="store_true", help="append to results/windows.jsonl")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cache = activations_cache.open(arguments.cache)
@@ -120,7 +121,8 @@ def main() -> None:
         "bytes_at_a_quarter": sizes[0], "bytes": sizes[-1],
     }  # fmt: skip
     print(row)
-    append("windows", [{**surroundings(), **row}])
+    if arguments.record:
+        print(append("windows", [{**surroundings(), **row}]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How long a reader waits for the browser of 65,536 latents: first paint, table, search, order.
 
-`python -m benchmarks.browser [--latents N] [--rounds N] [--dry]` writes an example folder of that
-size, opens it from the disk in headless Chromium and appends a row to `results/browser.jsonl`.
+`python -m benchmarks.browser [--latents N] [--rounds N] [--record]` writes an example folder of
+that size, opens it from the disk in headless Chromium and times it.
 Each round starts with an empty memory; the operating system's file cache is warm.
 """
 
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=65_536)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="an example that is there already")
-    parser.add_argument("--dry", action="store_true", help="append no row")
+    parser.add_argument("--record", action="store_true", help="append to results/browser.jsonl")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         page = asked.folder and asked.folder / "index.html"
@@ -112,7 +112,7 @@ def main() -> None:
         result = measure(page, asked.rounds, asked.latents * 3 // 5)
     row = {"case": "browser", "latents": asked.latents, "folder_mb": round(size / 1e6, 1),
            "write_s": seconds, "rounds": asked.rounds, "ms": result}  # fmt: skip
-    if not asked.dry:
+    if asked.record:
         append("browser", [surroundings() | row])
     for name, values in result.items():
         print(f"{name:22} {values['median']:8.1f} ms, at most {values['max']:.1f}")

@@ -1,7 +1,7 @@
 """`sae evaluate`, `sae compare` and `sae scaling`; torch loads after the request is read."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -117,6 +117,48 @@ def compare(  # noqa: PLR0913
     console.parts(comparison.sections)
     console.data(lambda: plain(comparison.record))
     for kind, path in write_comparison(comparison, out).items():
+        console.say(f"{kind}: {path}")
+
+
+def similar(  # noqa: PLR0913
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CACHE|CACHE::HOOK_POINT|DICT...", help="Of a CACHE all its hook points."
+        ),
+    ],
+    cache: Annotated[
+        str | None, typer.Option("--cache", metavar="CACHE", help="What DICTs are read on.")
+    ] = None,
+    measure: Annotated[
+        list[str] | None, typer.Option(help="One of the measures; repeatable; all when absent.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=4, help="Rows at most.")] = 2000,
+    permutations: Annotated[int, typer.Option(min=1, help="Of the null.")] = 200,
+    draws: Annotated[int, typer.Option(min=1, help="Of the intervals.")] = 200,
+    neighbours: Annotated[int, typer.Option(min=1, help="Of cknna.")] = 10,
+    pool: Annotated[
+        Literal["row", "example"], typer.Option(help="Compare rows, or means of examples.")
+    ] = "row",
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    out: Annotated[Path, typer.Option(help="For figures and heat maps.")] = Path("similar"),
+) -> None:
+    """Compare sets of rows: layers, caches, dictionaries' latents, by eight measures.
+
+    Measures: cka, cknna, rsa, "distance correlation", svcca, pwcca, procrustes, matching. Each
+    stands beside an interval and what it is when rows are exchanged.
+    """
+    from sae.run.spaces import SimilarRequest, similar_spaces
+
+    request = SimilarRequest(
+        tuple(targets), cache, rows, permutations=permutations, draws=draws,
+        neighbours=neighbours, pool=pool, seed=seed,
+    )  # fmt: skip
+    if measure:
+        request = request._replace(measures=tuple(measure))  # pyright: ignore[reportArgumentType]
+    similarity = similar_spaces(request, console.step)
+    console.parts(similarity.sections)
+    for kind, path in similarity.write(out).items():
         console.say(f"{kind}: {path}")
 
 

@@ -17,7 +17,7 @@ from sae.cli.request import (
 from sae.config import ConfigError, is_config, load_overrides
 from sae.explain.config import ExplainConfig
 from sae.run.config import browsed_config
-from sae.steer.config import FindRequest, SteerRequest
+from sae.steer.config import ConceptsRequest, FindRequest, SteerRequest
 
 if TYPE_CHECKING:
     from sae.browser.server import PromptView
@@ -230,6 +230,37 @@ def find(  # noqa: PLR0913
 
     matches = find_latents_of(path, request, console.step)
     console.table(matches.title, matches.table)
+
+
+def concepts(  # noqa: PLR0913
+    path: Annotated[str, typer.Argument(metavar="DICT", help="A dictionary.")],
+    overrides: Overrides = None,
+    sets: Annotated[
+        str | None, typer.Option("--concepts", help="A folder or a file of records.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What the model continues; repeatable.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="The token whose logit is asked.")] = None,
+    model: Annotated[str | None, typer.Option(help="If the dictionary does not name it.")] = None,
+    force: ForceOption = False,
+    out: Annotated[Path, typer.Option("--out", help="For the figures.")] = Path("concepts"),
+) -> None:
+    """Test by TCAV whether a next token's logit moves along concepts, on stream and latents.
+
+    A folder has NAME.txt (a text per line) or NAME/ (a text per file); records have the field
+    `concept` (label=FIELD). KEY=VALUE: prompt_file=FILE against=" Rome" sets=119 texts=30
+    random=FILE random_field=text sides=greater level=0.05 hook_point=PLACE dtype=float32.
+    """
+    named = {"concepts": sets, "prompts": prompt, "target": target, "model": model}
+    options = {key: value for key, value in named.items() if value is not None}
+    options |= {"force": True} if force else {}
+    request = load_overrides(ConceptsRequest, overrides or [], options)
+    from sae.run.concept_sets import concepts_of
+
+    tested = concepts_of(path, request, console.step)
+    console.parts([tested.section])
+    console.say(f"figures: {tested.write(out)}")
 
 
 def refine(

@@ -16,8 +16,8 @@ from sae.cli import console, troubles
 from sae.cli.cache_commands import app as cache_app
 from sae.cli.cache_commands import verify
 from sae.cli.evaluate_commands import app as scaling_app
-from sae.cli.evaluate_commands import compare, evaluate
-from sae.cli.latent_commands import browse, explain, find, refine, steer
+from sae.cli.evaluate_commands import compare, evaluate, similar
+from sae.cli.latent_commands import browse, concepts, explain, find, refine, steer
 from sae.cli.release_commands import convert, inspect, push, releases, verify_release
 from sae.cli.request import ConfigArgument, Overrides, PartOption, run_to, with_json
 from sae.config import ConfigError, config_file
@@ -35,20 +35,24 @@ app = typer.Typer(
 
 Bench = Literal[
     "auto", "gpu", "cpu", "cache", "storage", "loop", "labels", "image-labels", "windows",
-    "browser", "run",
+    "browser", "run", "ground-truth", "compare-recipes",
 ]  # fmt: skip
-MODULES: dict[Bench, str] = {
-    "gpu": "benchmarks.gpu_suite",
-    "cpu": "benchmarks.bench_cpu_step",
-    "cache": "benchmarks.bench_cache",
-    "storage": "benchmarks.bench_storage",
-    "loop": "benchmarks.bench_loop",
-    "labels": "benchmarks.bench_labels",
-    "image-labels": "benchmarks.bench_image_labels",
-    "windows": "benchmarks.bench_windows",
-    "browser": "benchmarks.browser",
-    "run": "benchmarks.bench_run",
+MODULES: dict[Bench, tuple[str, str]] = {
+    "gpu": ("benchmarks.gpu_suite", "every kernel and whole steps on a CUDA device"),
+    "cpu": ("benchmarks.bench_cpu_step", "training steps against their products"),
+    "cache": ("benchmarks.bench_cache", "building and reading a cache, beside peers"),
+    "storage": ("benchmarks.bench_storage", "int8 and zstd: size, error, what is trained on it"),
+    "loop": ("benchmarks.bench_loop", "the training loop against its bare steps"),
+    "labels": ("benchmarks.bench_labels", "labels without a language model, beside baselines"),
+    "image-labels": ("benchmarks.bench_image_labels", "labels of image latents by folders"),
+    "windows": ("benchmarks.bench_windows", "the pass that collects windows"),
+    "browser": ("benchmarks.browser", "the feature browser in Chromium"),
+    "run": ("benchmarks.bench_run", "a whole run, step by step"),
+    "ground-truth": ("benchmarks.ground_truth", "what recipes find of known features"),
+    "compare-recipes": ("benchmarks.compare_recipes", "tables of what `sae compare` measured"),
 }
+"""The module of each benchmark, and what it measures."""
+
 ROOT = Path(__file__).resolve().parents[2]
 PASSED_ON = {"ignore_unknown_options": True}
 """Settings of the command: options that it does not know are the benchmark's."""
@@ -85,8 +89,8 @@ def train(config: ConfigArgument, overrides: Overrides = None, part: PartOption 
 
 
 for command in (
-    evaluate, compare, explain, find, refine, steer, browse, verify, inspect, convert, push,
-    releases,
+    evaluate, compare, similar, concepts, explain, find, refine, steer, browse, verify, inspect,
+    convert, push, releases,
 ):  # fmt: skip
     app.command()(with_json(command))
 app.command(name="verify-release")(with_json(verify_release))
@@ -94,18 +98,29 @@ app.command(name="verify-release")(with_json(verify_release))
 
 @app.command(context_settings=PASSED_ON)
 def bench(
-    name: Annotated[Bench, typer.Argument(help="auto: gpu where there is one, else cpu.")] = "auto",
+    name: Annotated[
+        Bench | None,
+        typer.Argument(help="None: a list; auto: gpu where there is one, else cpu."),
+    ] = None,
     options: Annotated[
         list[str] | None, typer.Argument(metavar="[OPTION]...", help="Those of the benchmark.")
     ] = None,
 ) -> None:
-    """Measure kernels, steps, caches, the browser; e.g. sae bench cpu --rounds 5."""
+    """Measure kernels, steps, caches, the browser; e.g. sae bench cpu --rounds 5.
+
+    Nothing is written into the checkout without --record.
+    """
     if not (ROOT / "benchmarks").is_dir():
         raise ConfigError(
             f"sae bench must run from a source checkout, got the installed package in {ROOT}; "
             "clone the repository and run `make install`"
         )
-    module = MODULES[_here() if name == "auto" else name]
+    if name is None:
+        width = max(map(len, MODULES))
+        for known, (_, measures) in MODULES.items():
+            console.say(escape(f"{known:<{width}}  {measures}"))
+        return
+    module, _ = MODULES[_here() if name == "auto" else name]
     raise typer.Exit(subprocess.call([sys.executable, "-m", module, *(options or ())], cwd=ROOT))
 
 

@@ -3,20 +3,27 @@
 Concept bottlenecks: an answer from predicted concepts alone, and what correcting them gives.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from scipy import stats
+from jaxtyping import Bool, Float, Float64, Int
 from sklearn.linear_model import LogisticRegression
 from sklearn.tree import DecisionTreeClassifier
 from torch import Tensor
 
+from activations_cache.checks import Progress, silent
 from monosema.checks import MonosemaError
 from sae.evaluate.probe_tasks import Units, check_two_classes, columns, mean_difference
+
+TIE = 1e-12
+"""Scores that differ by less are equal: they are means of shares, which are rounded."""
+
+Sides = Literal["greater", "both"]
+"""Whether a concept may be significant for a score above chance alone, or for one below as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +33,11 @@ class TCAV:
     score: float
     """Share of the inputs at which the answer grows along the concept, mean over random sets."""
     random: float
-    """The same for directions between two random sets."""
+    """The same of the random sets, each taken as the concept; mean."""
     p: float
-    """Of a two-sided Welch t-test between the scores of both; nan where neither varies."""
+    """Rank of the score among theirs: no smaller than 1 / (random sets + 1)."""
     significant: bool
-    """Whether p, times the number of concepts tested (Bonferroni), is below 0.05."""
+    """Whether p, times the number of concepts tested (Bonferroni), is at most the level."""
 
 
 def concept_vector(
@@ -44,11 +51,16 @@ def concept_vector(
     if len(concept) == 0 or len(other) == 0:
         raise MonosemaError(f"both sides must have rows, got {len(concept)} and {len(other)}")
     x = torch.cat([concept, other]).detach().double()
-    scale = (x - x.mean(dim=0)).square().mean().sqrt().clamp_min(torch.finfo(x.dtype).tiny)
-    y = torch.arange(len(x)) < len(concept)
+    x = x - x.mean(dim=0)
+    x = x / x.square().mean().sqrt().clamp_min(torch.finfo(x.dtype).tiny)
+    y = (torch.arange(len(x)) < len(concept)).numpy()
     model = LogisticRegression(C=0.1, max_iter=1000)
-    model.fit(((x - x.mean(dim=0)) / scale).numpy(), y.numpy())
-    return torch.nn.functional.normalize(torch.from_numpy(model.coef_[0]), dim=0)
+    if x.shape[1] <= len(x):
+        normal = torch.from_numpy(model.fit(x.numpy(), y).coef_[0])
+    else:  # the normal lies in the span of the rows, which has fewer dimensions
+        u, sizes, axes = torch.linalg.svd(x, full_matrices=False)
+        normal = torch.from_numpy(model.fit((u * sizes).numpy(), y).coef_[0]) @ axes
+    return torch.nn.functional.normalize(normal, dim=0)
 
 
 def gradients(
@@ -64,46 +76,75 @@ def tcav_score(gradient: Float[Tensor, "row d_in"], vector: Float[Tensor, " d_in
     return float((gradient.double() @ vector.double() > 0).double().mean())
 
 
+def sets_needed(n_concepts: int, level: float = 0.05, sides: Sides = "both") -> int:
+    """Random sets from which on a concept can be significant at all."""
+    return math.ceil(n_concepts * (2 if sides == "both" else 1) / level - 1e-9) - 1
+
+
 def tcav(
-    concept: Float[Tensor, "row d_in"],
+    concepts: Mapping[str, Float[Tensor, "row d_in"]],
     random_sets: Sequence[Float[Tensor, "other d_in"]],
     gradient: Float[Tensor, "class d_in"],
     *,
-    n_concepts: int = 1,
-) -> TCAV:
-    """Kim et al. 2018 (arXiv 1711.11279) on any layer's rows.
+    level: float = 0.05,
+    sides: Sides = "both",
+    progress: Progress = silent,
+) -> dict[str, TCAV]:
+    """Kim et al. 2018 (arXiv 1711.11279) on any layer's rows, with a null that holds.
 
-    The score of the concept against every random set is held against those of pairs of random sets;
-    one set alone would call almost every direction significant.
+    A concept's score is the mean over its classifiers against every random set. Each random set is
+    taken as the concept in the same way, against the other random sets and the concept; p is the
+    rank of the concept's score among these. The published test takes the scores of one concept
+    for independent, though all share its rows: with 20 sets it calls a third of random concepts
+    significant. Give all sets as many rows as the concepts have, or their scores are no null.
 
     Args:
-        concept: Rows of inputs that show the concept.
+        concepts: Rows of inputs that show each concept.
         random_sets: Rows of several random sets of inputs, at least 4.
         gradient: Of the answer, at the rows of the class's inputs (`gradients`).
-        n_concepts: How many concepts are tested, for Bonferroni's correction.
+        level: Of the test, before Bonferroni's correction for the number of concepts.
+        sides: Whether a score below chance counts as well.
+        progress: Called after each set's classifiers.
 
     Raises:
-        ValueError: If there are fewer than 4 random sets.
+        ValueError: If there are fewer than 4 random sets or the level is not in 0..1.
     """
     if len(random_sets) < 4:
         raise MonosemaError(f"random_sets must be at least 4, got {len(random_sets)}")
-    concept_scores = [tcav_score(gradient, concept_vector(concept, other)) for other in random_sets]
-    ring = zip(random_sets, [*random_sets[1:], random_sets[0]], strict=True)
-    chance = [tcav_score(gradient, concept_vector(a, b)) for a, b in ring]
-    score, random = sum(concept_scores) / len(concept_scores), sum(chance) / len(chance)
-    p = _p_value(concept_scores, chance)
-    return TCAV(score=score, random=random, p=p, significant=p * n_concepts < 0.05)
+    if not 0 < level < 1:
+        raise MonosemaError(f"level must be above 0 and below 1, got {level}")
+    n, total = len(random_sets), len(random_sets) + len(concepts)
+    scores = torch.zeros(n, n, dtype=torch.float64)
+    for i, one in enumerate(random_sets):
+        for j in range(i):
+            scores[i, j], scores[j, i] = _both_ways(gradient, concept_vector(one, random_sets[j]))
+        progress(i + 1, total, "sets")
+    results = {}
+    for done, (name, rows) in enumerate(concepts.items(), start=n + 1):
+        pairs = [_both_ways(gradient, concept_vector(rows, other)) for other in random_sets]
+        along, against = torch.tensor(pairs, dtype=torch.float64).unbind(dim=1)
+        null = (scores.sum(dim=1) + against) / n
+        p = _rank(float(along.mean()), null, sides)
+        results[name] = TCAV(
+            score=float(along.mean()), random=float(null.mean()), p=p,
+            significant=p * len(concepts) <= level,
+        )  # fmt: skip
+        progress(done, total, "sets")
+    return results
 
 
-def _p_value(a: list[float], b: list[float]) -> float:
-    """Welch's test, or that of the side that varies against the constant of the other."""
-    constant_a, constant_b = len(set(a)) == 1, len(set(b)) == 1
-    if constant_a and constant_b:
-        return float("nan") if a[0] == b[0] else 0.0
-    if constant_a or constant_b:
-        varies, constant = (b, a[0]) if constant_a else (a, b[0])
-        return float(np.asarray(stats.ttest_1samp(varies, constant))[1])
-    return float(np.asarray(stats.ttest_ind(a, b, equal_var=False))[1])
+def _both_ways(
+    gradient: Float[Tensor, "class d_in"], vector: Float[Tensor, " d_in"]
+) -> tuple[float, float]:
+    """The score along a vector, and that along its opposite."""
+    slope = gradient.double() @ vector.double()
+    return float((slope > 0).double().mean()), float((slope < 0).double().mean())
+
+
+def _rank(score: float, null: Float64[Tensor, " set"], sides: Sides) -> float:
+    above, below = (1 + int((null >= score - TIE).sum())), (1 + int((null <= score + TIE).sum()))
+    n = len(null) + 1
+    return above / n if sides == "greater" else min(1.0, 2 * min(above, below) / n)
 
 
 class ConceptBottleneck:

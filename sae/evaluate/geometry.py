@@ -8,6 +8,7 @@ IIS: how much of a representation's accuracy survives when only a few concepts m
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -93,8 +94,11 @@ def modality_gap(
     return float((sides[0].mean(dim=0) - sides[1].mean(dim=0)).norm())
 
 
-CELLS_AT_ONCE = 1 << 24
-"""float64 differences that are held at once."""
+CELLS_AT_ONCE = 1 << 22
+"""float64 numbers that are held at once."""
+
+N_CANDIDATES = 4
+"""Rows whose distances are taken from differences, for each row."""
 
 
 class IntrinsicDimension(NamedTuple):
@@ -112,7 +116,8 @@ def two_nn(x: Float[Tensor, "row d_in"], *, discard: float = 0.1) -> IntrinsicDi
     """Slope of -log(1 - F(mu)) on log mu through the origin, mu = r2 / r1 (Facco et al. 2017).
 
     Distances come from differences in float64: those from matrix products lose the small ones,
-    which decide here. The known bias is downwards: 8.8 for a uniform cube of 10 dimensions.
+    which decide here. Memory grows with the rows, not with their square. The known bias is
+    downwards: 8.8 for a uniform cube of 10 dimensions.
 
     Args:
         x: Rows.
@@ -137,7 +142,10 @@ def two_nn(x: Float[Tensor, "row d_in"], *, discard: float = 0.1) -> IntrinsicDi
 
 
 def nearest_distances(x: Float64[Tensor, "row d_in"]) -> Float64[Tensor, "row 2"]:
-    """Distances of each row to the two nearest others.
+    """Distances of each row to the two nearest others, from differences.
+
+    A matrix product says which rows come into question. Where its rounding leaves open whether one
+    more does, the row is compared with all others.
 
     Raises:
         ValueError: If there are fewer than 3 rows.
@@ -145,14 +153,57 @@ def nearest_distances(x: Float64[Tensor, "row d_in"]) -> Float64[Tensor, "row 2"
     n, d_in = x.shape
     if n < 3:
         raise MonosemaError(f"x must have at least 3 rows, got {n}")
-    step = max(1, CELLS_AT_ONCE // (n * d_in))
+    x = centred(x)
+    squares = x.square().sum(dim=1)
+    largest = squares.max()
+    n_candidates = min(N_CANDIDATES, n - 1)
+    step = max(1, CELLS_AT_ONCE // max(n, n_candidates * d_in))
     results = []
     for start in range(0, n, step):
-        squares = (x[start : start + step, None] - x).square().sum(dim=2)
-        indices = torch.arange(start, min(start + step, n))
-        squares[indices - start, indices] = torch.inf
-        results.append(squares.topk(2, dim=1, largest=False).values.sqrt())
+        rows = torch.arange(start, min(start + step, n))
+        estimate = torch.addmm(squares[None], x[rows], x.T, alpha=-2)
+        estimate[torch.arange(len(rows)), rows] = torch.inf
+        near = estimate.topk(n_candidates, dim=1, largest=False)
+        exact = torch.cdist(
+            x[rows, None], x[near.indices], compute_mode="donot_use_mm_for_euclid_dist"
+        )[:, 0].square()
+        two = exact.topk(2, dim=1, largest=False).values
+        rounding = 4 * d_in * torch.finfo(x.dtype).eps * (squares[rows] + largest)
+        farthest = near.values[:, -1] + squares[rows]
+        is_open = (two[:, 1] > 0) & (farthest - rounding < two[:, 1]) & (n_candidates < n - 1)
+        for i in is_open.nonzero().flatten().tolist():
+            others = (x - x[rows[i]]).square().sum(dim=1)
+            others[rows[i]] = torch.inf
+            two[i] = others.topk(2, largest=False).values
+        results.append(two.sqrt())
     return torch.cat(results)
+
+
+class Shape(NamedTuple):
+    """The shape of one set of rows in a few figures."""
+
+    width: int
+    rankme: float
+    """Effective rank of the rows as they are."""
+    dimension: float
+    """TwoNN's intrinsic dimension; nan where too few rows differ."""
+    kurtosis: float
+    """Median over the columns; 3 for a Gaussian."""
+    outliers: int
+    """Columns of 6 times the root mean square of the median one; 0 where that is 0."""
+
+
+def shape_of(x: Float[Tensor, "row d_in"]) -> Shape:
+    """Effective rank, intrinsic dimension, heavy tails and outliers of rows."""
+    try:
+        dimension = two_nn(x).dimension
+    except MonosemaError:
+        dimension = math.nan
+    try:
+        n_outliers = len(outlier_dimensions(x).dimensions)
+    except MonosemaError:
+        n_outliers = 0
+    return Shape(x.shape[1], rankme(x), dimension, float(kurtosis(x).nanmedian()), n_outliers)
 
 
 class Rarity(NamedTuple):

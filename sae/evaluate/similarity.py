@@ -13,7 +13,7 @@ import math
 from typing import Literal, NamedTuple, assert_never
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int64
 from scipy import stats
 from torch import Tensor
 
@@ -55,7 +55,7 @@ def cknna(x: Float[Tensor, "row d_in"], y: Float[Tensor, "other d_out"], k: int 
     if not 1 <= k < len(pair.x):
         raise MonosemaError(f"k must be in 1..{len(pair.x) - 1} for {len(pair.x)} rows, got {k}")
     kernels = [centred(rows) @ centred(rows).T for rows in pair]
-    near = [_nearest(kernel, k) for kernel in kernels]
+    near = [neighbours(kernel, k)[1] for kernel in kernels]
     both = near[0] & near[1]
     masks = (both, near[0], near[1])
     products = zip(_products(*kernels), masks, strict=True)
@@ -87,10 +87,12 @@ def _aligned(between: float, of_x: float, of_y: float) -> float:
     return between / math.sqrt(product) if product > 0 else math.nan
 
 
-def _nearest(kernel: Float64[Tensor, "row row"], k: int) -> Bool[Tensor, "row row"]:
-    """Which columns are the k largest of a row, itself left out."""
-    others = kernel.clone().fill_diagonal_(-math.inf)
-    return torch.zeros_like(kernel, dtype=torch.bool).scatter_(1, others.topk(k).indices, True)
+def neighbours(
+    kernel: Float64[Tensor, "row row"], k: int
+) -> tuple[Int64[Tensor, "row k"], Bool[Tensor, "row row"]]:
+    """The k largest columns of each row, itself left out: their numbers, and which they are."""
+    near = kernel.clone().fill_diagonal_(-math.inf).topk(k).indices
+    return near, torch.zeros_like(kernel, dtype=torch.bool).scatter_(1, near, True)
 
 
 SMALL = 1e-10
@@ -121,7 +123,7 @@ def svcca(
     if not 0 < variance <= 1:
         raise MonosemaError(f"variance must be above 0 and at most 1, got {variance}")
     pair = paired(x, y)
-    _, correlations, _ = _canonical(_basis(pair.x, variance), _basis(pair.y, variance))
+    _, correlations, _ = canonical(basis_of(pair.x, variance), basis_of(pair.y, variance))
     return float(correlations.mean())
 
 
@@ -129,20 +131,23 @@ def pwcca(x: Float[Tensor, "row d_in"], y: Float[Tensor, "other d_out"]) -> floa
     """Canonical correlations weighted by how much of x each direction accounts for.
 
     weight_i = sum_j |<h_i, x_j>| over the columns x_j, h_i the i-th canonical variate of x (Morcos
-    et al. 2018, arXiv 1806.05759). Not symmetric: the weights are those of x.
+    et al. 2018, arXiv 1806.05759). Not symmetric: the weights are those of x. The authors' code
+    (google/svcca, `compute_pwcca`) weighs by projections of what it has cut down to the kept
+    directions and gives other values, such as 0.7491 where the paper's formula gives 0.7231.
 
     Raises:
         ValueError: If the sides do not have the same rows, or too few of them.
     """
     pair = paired(x, y)
-    basis = _basis(pair.x, 1.0)
-    left, correlations, _ = _canonical(basis, _basis(pair.y, 1.0))
+    basis = basis_of(pair.x, 1.0)
+    left, correlations, _ = canonical(basis, basis_of(pair.y, 1.0))
     variates = basis.q @ left  # (row, k)
     weights = (variates.T @ basis.rows).abs().sum(dim=1)
     return float((weights * correlations).sum() / weights.sum())
 
 
-def _basis(rows: Float64[Tensor, "row d_in"], variance: float) -> Basis:
+def basis_of(rows: Float64[Tensor, "row d_in"], variance: float) -> Basis:
+    """The fewest principal components with a share of the variance."""
     rows = centred(rows)
     u, sizes, _ = torch.linalg.svd(rows, full_matrices=False)
     share = sizes.square().cumsum(0) / sizes.square().sum()
@@ -152,7 +157,12 @@ def _basis(rows: Float64[Tensor, "row d_in"], variance: float) -> Basis:
     return Basis(u[:, :n_components], rows)
 
 
-def _canonical(x: Basis, y: Basis) -> tuple[Tensor, Tensor, Tensor]:
+def canonical(x: Basis, y: Basis) -> tuple[Tensor, Tensor, Tensor]:
+    """Directions of x, correlations and directions of y, as a singular value decomposition.
+
+    Raises:
+        ValueError: If rows do not outnumber the directions of both sides.
+    """
     n_rows, n_directions = len(x.q), x.q.shape[1] + y.q.shape[1]
     if min(x.q.shape[1], y.q.shape[1]) == 0 or n_rows <= n_directions:
         raise MonosemaError(
@@ -255,12 +265,14 @@ def distance_correlation(
         ValueError: If the sides do not have the same rows, or fewer than 4.
     """
     pair = paired(x, y, at_least=4)
-    a, b = (_centred(dissimilarities(rows), debiased) for rows in pair)
+    a, b = (doubly_centred(dissimilarities(rows), debiased) for rows in pair)
     norm = float((a * a).sum() * (b * b).sum())
     return float((a * b).sum()) / math.sqrt(norm) if norm > 0 else math.nan
 
 
-def _centred(distance: Float64[Tensor, "row row"], debiased: bool) -> Float64[Tensor, "row row"]:
+def doubly_centred(
+    distance: Float64[Tensor, "row row"], debiased: bool
+) -> Float64[Tensor, "row row"]:
     """Rows and columns of mean 0; debiased over the entries beside the diagonal alone."""
     if not debiased:
         means = distance.mean(dim=0)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sae.run.browsing import browse
     from sae.run.caches import cache, hook_points, model, verify
     from sae.run.comparing import compare
+    from sae.run.concept_sets import concepts
     from sae.run.explaining import explain
     from sae.run.finding import find
     from sae.run.measuring import evaluate
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
     from sae.run.refining import distil, refine
     from sae.run.releases import convert, inspect, push, verify_release
     from sae.run.serving import show
+    from sae.run.spaces import similar
     from sae.run.steering import steer
 
 __all__ = [
     "browse",
     "cache",
     "compare",
+    "concepts",
     "convert",
     "distil",
     "evaluate",
@@ -34,6 +37,7 @@ __all__ = [
     "model",
     "push",
     "refine",
+    "similar",
     "show",
     "steer",
     "train",
@@ -45,6 +49,7 @@ _HOME = {
     "browse": "browsing",
     "cache": "caches",
     "compare": "comparing",
+    "concepts": "concept_sets",
     "convert": "releases",
     "distil": "refining",
     "evaluate": "measuring",
@@ -57,6 +62,7 @@ _HOME = {
     "push": "releases",
     "refine": "refining",
     "show": "serving",
+    "similar": "spaces",
     "steer": "steering",
     "train": "pipeline",
     "verify": "caches",

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,6 +144,8 @@ def explain_dictionary(
     if out is None:
         if client is not None:
             raise ConfigError("out must be given for labels by a language model, got none")
+        if unread := [name for name in ("rules", "atlas") if getattr(config, name) is not None]:
+            raise ConfigError(f"out must be given for {unread[0]}, which writes files, got none")
         return _explained(parts, config, None, client, steps)
     with io.only_one(out / ".explain.lock", f"the labels in {out}"):
         _record_origin(out, *parts[:2])
@@ -258,17 +261,37 @@ def without_llm(
         )
     if out is None:
         return DictionaryExplanation(None, labels)
-    with steps("rules") as progress:
-        rules = score_rules_of(
-            subject, labels.labels, labels.names, config.rules or RuleConfig(), out,
-            identity=identity, progress=progress,
-        )  # fmt: skip
-    with steps("atlas") as progress:
-        atlas = draw_atlas(
-            dictionary, cache, hook, config.atlas or AtlasConfig(), out,
-            narrow=narrow, progress=progress,
-        )  # fmt: skip
+    wanted = replace(
+        config, rules=config.rules or RuleConfig(), atlas=config.atlas or AtlasConfig()
+    )
+    rules, atlas = rules_and_atlas(subject, labels, wanted, out, identity, narrow, steps)
     return DictionaryExplanation(out, labels, rules, atlas)
+
+
+def rules_and_atlas(
+    subject: Subject,
+    labels: Explained,
+    config: ExplainConfig,
+    out: Path,
+    identity: dict[str, object],
+    narrow: SparseAutoencoder | None = None,
+    steps: Steps = silent_steps,
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Execute the labels as rules and draw the map, each if the config has it; the summaries."""
+    rules = atlas = None
+    if config.rules is not None:
+        with steps("rules") as progress:
+            rules = score_rules_of(
+                subject, labels.labels, labels.names, config.rules, out,
+                identity=identity, progress=progress,
+            )  # fmt: skip
+    if config.atlas is not None:
+        with steps("atlas") as progress:
+            atlas = draw_atlas(
+                subject.dictionary, subject.cache, subject.hook_point, config.atlas, out,
+                narrow=narrow, progress=progress,
+            )  # fmt: skip
+    return rules, atlas
 
 
 def tools_for(

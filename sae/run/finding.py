@@ -109,8 +109,8 @@ def _behind(
     assert request.target is not None
     require_next_token(loaded.model, "to say what a prediction depends on")
     ids = torch.tensor([loaded.tokenizer(request.prompt)["input_ids"]])
-    target = _token(loaded, request.target)
-    against = None if request.against is None else _token(loaded, request.against)
+    target = token_of(loaded, request.target)
+    against = None if request.against is None else token_of(loaded, request.against)
     metric = logit_difference(target, against)
     first = {"first_position": request.first_position}
     attributed = attribute(loaded.model, placed, ids, metric, **first)
@@ -136,7 +136,12 @@ def _behind(
     return LatentMatches(latents, scores, title, ResultTable(columns, tuple(rows), note))
 
 
-def _token(loaded: LoadedModel, text: str) -> int:
+def token_of(loaded: LoadedModel, text: str) -> int:
+    """The one token that a text is.
+
+    Raises:
+        ValueError: If it is none or several.
+    """
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise MonosemaError(

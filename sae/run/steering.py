@@ -27,7 +27,13 @@ from sae.pretrained import load as load_dictionary
 from sae.pretrained.origin import origin_of, require_model
 from sae.read_out import ReadOutName
 from sae.run.context import Run, Section, at_places, pieces_of, with_differences, wrong_class
-from sae.steer.choice import Candidate, SteerSubject, choose_latent, target_tokens
+from sae.steer.choice import (
+    Candidate,
+    NothingToSteerError,
+    SteerSubject,
+    choose_latent,
+    target_tokens,
+)
 from sae.steer.config import SteerRequest, latent_change
 from sae.steer.edits import Edit
 from sae.steer.generation import generate
@@ -188,8 +194,8 @@ def placed(
         site = dictionary.provenance.get("source", {}).get("site", {})
         said = ", ".join(f"{key} {value}" for key, value in site.items()) or "nothing of it"
         raise MonosemaError(
-            f"hook_point must be given for a dictionary whose files say {said}, got none; name a "
-            "place such as model.layers.7:out"
+            f"hook_point must be given for a dictionary whose files say {said}, got none; name its "
+            "place with hook_point=PLACE, such as hook_point=model.layers.N:out for block N"
         )
     assert dictionary.config.hook_point_out  # one place is read, and one is predicted
     return dictionary, tuple(map(str, differs))
@@ -337,7 +343,7 @@ def _steerable(run: Run) -> str:
         config = dictionary.config
         if not run.is_frozen(name) and not config.outputs and len(config.inputs) < 2:
             return name
-    raise MonosemaError(
+    raise NothingToSteerError(
         "train.saes must have a dictionary that reads and predicts one hook point to steer by, "
         f"got {', '.join(run.dictionaries)}; add one, or end with `sae explain`"
     )

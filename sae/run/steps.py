@@ -17,7 +17,6 @@ from sae.browser import write_site
 from sae.evaluate.report import write_json
 from sae.evaluate.run import evaluate as measure
 from sae.explain.autointerp import client_of, label_with_llm
-from sae.explain.config import AutointerpConfig
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import Subject
 from sae.explain.tables import SUMMARY
@@ -25,11 +24,12 @@ from sae.metrics import STATS, stats_file
 from sae.pretrained.monosema_format import CONFIG, PROVENANCE, WEIGHTS
 from sae.run.browsing import site_of_run
 from sae.run.caches import as_trained
-from sae.run.context import Run
-from sae.run.explaining import digest_of, promoted_strings, tools_for
+from sae.run.context import Run, steps_to
+from sae.run.explaining import digest_of, promoted_strings, rules_and_atlas, tools_for
 from sae.run.images import check_splits, explain_pictures, with_downstream
 from sae.run.measuring import baselines
 from sae.run.steering import steering_example
+from sae.steer.choice import NothingToSteerError
 from sae.train.curves import LOGS, draw
 
 REPORT = "report.json"
@@ -98,35 +98,32 @@ def explain(run: Run, report: Progress) -> dict[str, Any]:
             config, hook = run.config.explain, one.hook_point
             explain_pictures(one.dictionary, run.cache, hook, config, path, report_named)
             continue
-        explain_latents(
-            one.dictionary,
-            one.rows_of(run.cache),
-            one.hook_point,
-            run.pieces,
-            run.config.explain,
-            path,
-            progress=report_named,
-        )
-        if run.config.explain.autointerp is not None and not run.is_frozen(name):
-            llm = run.config.explain.autointerp
-            summaries[name] = explain_by_llm(run, name, llm, report_named)
+        summary = explain_texts(run, name, report_named)
+        if summary is not None:
+            summaries[name] = summary
     return summaries
 
 
-def explain_by_llm(
-    run: Run, name: str, config: AutointerpConfig, report: Progress
-) -> dict[str, Any]:
-    """Label one dictionary by a language model as well."""
-    one, path, strings = run.fitted[name], run.path("explain") / name, run.pieces
-    tools = tools_for(run.config.explain, one, run.cache, run.loaded)
+def explain_texts(run: Run, name: str, report: Progress) -> dict[str, Any] | None:
+    """Label one dictionary; return the summary of the labels by a language model, if it has any."""
+    config, one, path = run.config.explain, run.fitted[name], run.path("explain") / name
+    rows, hook, strings = one.rows_of(run.cache), one.hook_point, run.pieces
+    labels = explain_latents(
+        one.dictionary, rows, hook, strings, config, path, progress=report
+    )  # fmt: skip
+    llm = None if run.is_frozen(name) else config.autointerp
+    if llm is None and config.rules is None and config.atlas is None:
+        return None
+    subject = Subject(
+        one.dictionary, rows, hook, strings, tools_for(config, one, run.cache, run.loaded)
+    )
+    identity = {"cache": run.cache.fingerprint, "dictionary": digest_of(one.dictionary)}
+    rules_and_atlas(subject, labels, config, path, identity, steps=steps_to(report))
+    if llm is None:
+        return None
+    promoted = promoted_strings(one.dictionary, run.loaded.model, strings, llm)
     return label_with_llm(
-        Subject(one.dictionary, one.rows_of(run.cache), one.hook_point, strings, tools),
-        config,
-        path,
-        client_of(config),
-        promoted=promoted_strings(one.dictionary, run.loaded.model, strings, config),
-        identity={"cache": run.cache.fingerprint, "dictionary": digest_of(one.dictionary)},
-        progress=report,
+        subject, llm, path, client_of(llm), promoted=promoted, identity=identity, progress=report
     )
 
 
@@ -134,7 +131,11 @@ def steer(run: Run, report: Progress) -> None:
     """Generate with and without one labelled latent turned up; not where nothing is continued."""
     record = record_of(run.loaded.model)
     if record.predicts_next:
-        example = steering_example(run, report)
+        try:
+            example = steering_example(run, report)
+        except NothingToSteerError as error:  # an example costs no run its pages
+            _log.warning("no steering example: %s", error)
+            example = {"shown": None, "reason": str(error)}
     else:
         reason = f"{record.name} does not predict the next token, so no text is continued"
         _log.warning("%s", reason)

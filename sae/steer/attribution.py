@@ -80,7 +80,7 @@ def attribute(
         first_position: Positions below this one have no scores.
     """
     seen = see(model, placed, input_ids, first_position)
-    gradient, value = _gradient(model, placed, seen.ids, metric, torch.zeros(1))
+    gradient, value = gradient_at(model, placed, seen.ids, metric, torch.zeros(1))
     return Attribution(seen.latents, _along(placed, seen, gradient[0]), value[0])
 
 
@@ -108,13 +108,13 @@ def ablation_effects(
     """
     progress, effects = progress or silent, []
     seen = see(model, placed, input_ids, 0)
-    base, _ = _metric(model, placed, seen.ids, metric, torch.zeros(1))
+    base, _ = metric_at(model, placed, seen.ids, metric, torch.zeros(1))
     for start in range(0, len(entries), at_once):
         part = entries[start : start + at_once]
         taken = torch.stack([_contribution(placed, seen, *entry) for entry in part])
         moved = torch.zeros(len(part), *seen.x.shape[:1], taken.shape[1]).to(taken)
         moved[range(len(part)), [position for position, _ in part]] = -taken
-        result, _ = _metric(model, placed, seen.ids.expand(len(part), -1), metric, moved)
+        result, _ = metric_at(model, placed, seen.ids.expand(len(part), -1), metric, moved)
         effects.append(base[0] - result)
         progress(start + len(part), len(entries), "ablations")
     return torch.cat(effects)
@@ -207,12 +207,12 @@ def integrated_gradients(
     whole = (seen.latents.values[:, :, None] * directions).sum(dim=1) * seen.size  # (pos, d_out)
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(n_steps))
     off = (1 - (nodes + 1) / 2).to(whole)[:, None, None] * -whole
-    gradient, _ = _gradient(model, placed, seen.ids.expand(n_steps, -1), metric, off)
+    gradient, _ = gradient_at(model, placed, seen.ids.expand(n_steps, -1), metric, off)
     mean = ((weights / 2).to(gradient)[:, None, None] * gradient).sum(dim=0)
     scores = _along(placed, seen, mean)
     ends = torch.stack([torch.zeros_like(whole), -whole])
     with torch.no_grad():
-        result, _ = _metric(model, placed, seen.ids.expand(2, -1), metric, ends)
+        result, _ = metric_at(model, placed, seen.ids.expand(2, -1), metric, ends)
     difference = float(result[0] - result[1])
     attribution = Attribution(seen.latents, scores, float(result[0]))
     return PathAttribution(attribution, float(scores.sum()), difference)
@@ -260,7 +260,7 @@ def _contribution(
     return f * placed.direction(latent) * seen.size[position]
 
 
-def _metric(
+def metric_at(
     model: nn.Module,
     placed: SparseAutoencoder,
     ids: Int[Tensor, "example pos"],
@@ -281,15 +281,16 @@ def _metric(
     return metric(logits), leaves[0]
 
 
-def _gradient(
+def gradient_at(
     model: nn.Module,
     placed: SparseAutoencoder,
     ids: Int[Tensor, "example pos"],
     metric: Metric,
     moved: Float[Tensor, "*example"],
 ) -> tuple[Float[Tensor, "example pos d_out"], list[float]]:
+    """The metric's gradient at the dictionary's output, and the metric of each example."""
     with torch.enable_grad():
-        result, leaf = _metric(model, placed, ids, metric, moved)
+        result, leaf = metric_at(model, placed, ids, metric, moved)
         (gradient,) = torch.autograd.grad(result.sum(), leaf)
     return gradient, result.detach().tolist()
 

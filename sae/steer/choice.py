@@ -54,6 +54,10 @@ class Candidate:
     """Ids of the tokens that steering should bring (see `target_tokens`)."""
 
 
+class NothingToSteerError(MonosemaError):
+    """No latent is fit to be steered as an example."""
+
+
 def named(candidates: Sequence[Candidate], latent: int) -> list[Candidate]:
     """The candidate of this number.
 
@@ -70,7 +74,7 @@ def fit_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those with a good label of several words that fire neither seldom nor everywhere.
 
     Raises:
-        ValueError: If there are none.
+        NothingToSteerError: If there are none.
     """
     low, high = DENSITY
     is_fit = (
@@ -79,7 +83,7 @@ def fit_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     )
     fit = [candidate for candidate, holds in zip(candidates, is_fit, strict=True) if holds]
     if not fit:
-        raise MonosemaError(
+        raise NothingToSteerError(
             f"candidates must have one with AUC >= {MIN_AUC}, density in {low:g}..{high:g} and "
             f"{MIN_TARGETS} target tokens, got none among {len(candidates)}; name a latent"
         )

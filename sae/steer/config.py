@@ -293,6 +293,62 @@ class FindRequest:
         at_least("first_position", self.first_position, 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConceptsRequest:
+    """What `sae concepts DICT` tests: whether an answer of the model moves along concepts."""
+
+    concepts: str
+    """A folder (NAME.txt: a text per line; NAME/: a text per file), or records with labels."""
+    prompts: tuple[str, ...] = ()
+    """Inputs whose next token is asked for."""
+    prompt_file: str | None = None
+    """A .txt, .jsonl or .parquet file of more of them."""
+    target: str
+    """The token whose logit is the answer."""
+    against: str | None = None
+    """A token whose logit is taken off."""
+    field: str = "text"
+    """Field of a record that holds its text."""
+    label: str = "concept"
+    """Field of a record that names its concept."""
+    random: str | None = None
+    """A .txt, .jsonl or .parquet file of texts for random sets; WordNet's glosses when absent."""
+    random_field: str = "text"
+    """Field of its records that holds the text."""
+    sets: int = 40
+    """Random sets."""
+    texts: int = 30
+    """Texts of a set at most; all sets have as many as the smallest concept."""
+    sides: Literal["greater", "both"] = "both"
+    """Whether a score below chance counts as well."""
+    level: float = 0.05
+    """Of the test, before the correction for the number of concepts."""
+    first_position: int = 1
+    """Positions below this one, the attention sinks, do not count."""
+    seed: int = 0
+    """Decides which texts are in which random set."""
+    model: str | None = None
+    """Directory, .gguf, package:// or hub id; what the dictionary was trained on when absent."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of the model; as in training when absent."""
+    hook_point: str | None = None
+    """Where the dictionary reads, if its files do not say so."""
+    force: bool = False
+    """Whether another model or place than the dictionary's is taken; the result names it."""
+    read_out: Literal["linear", "refined"] = "linear"
+    """How the dictionary's latents are read (`sae.read_out`)."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        given = bool(self.prompts) or self.prompt_file is not None
+        require(given, "prompts", "hold at least two texts", self.prompts)
+        require(all(self.prompts), "prompts", "not be empty", self.prompts)
+        at_least("sets", self.sets, 4)
+        at_least("texts", self.texts, 2)
+        at_least("first_position", self.first_position, 0)
+        require(0 < self.level < 1, "level", "be above 0 and below 1", self.level)
+
+
 def latent_change(text: str) -> tuple[int, dict[str, Any]]:
     """Read NUMBER=CHANGE as the number of a latent and the words that `Edit` takes.
 

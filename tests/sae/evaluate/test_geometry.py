@@ -42,6 +42,20 @@ def test_distances_are_exact_where_products_lose_them():
     assert nearest_distances(x)[0].tolist() == pytest.approx([1e-7, 3e-7], rel=1e-4)
 
 
+@pytest.mark.parametrize("shape", ["one cloud", "far clusters", "many equal rows"])
+def test_distances_equal_those_of_all_differences(draw, shape):
+    """Candidates come from products: clusters far apart are where products lose the near rows."""
+    x = {
+        "one cloud": draw(211, 13),
+        "far clusters": (1e8 * draw(7, 5)).repeat_interleave(31, 0) + 1e-3 * draw(217, 5, seed=1),
+        "many equal rows": draw(211, 3).round(),
+    }[shape].double()
+    x = x - x.mean(0)
+    distance = (x[:, None] - x).square().sum(2).sqrt().fill_diagonal_(math.inf)
+    expected = distance.topk(2, dim=1, largest=False).values
+    assert torch.allclose(nearest_distances(x), expected, rtol=1e-12, atol=0)
+
+
 def test_duplicates_are_left_out_and_counted(draw):
     x = draw(101, 3)
     result = two_nn(torch.cat([x, x[:7]]))

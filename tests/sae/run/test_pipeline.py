@@ -113,3 +113,19 @@ def test_a_live_run_without_held_out_documents_is_refused_before_anything_runs(c
     rule = r"cache\.text\.hold must be above 0 beside train\.source 'live'.*, got 0"
     with pytest.raises(ConfigError, match=rule):
         load_overrides(RunConfig, [*LIVE, *nothing], to_dict(config))
+
+
+def test_rules_and_map_of_a_config_are_made_and_no_example_costs_no_page(config, caplog):
+    given = ["explain.rules.n_latents=3", "explain.rules.windows.tokens=8", "explain.min_firings=5",
+             "explain.rules.min_windows=2", "explain.atlas.plane=pca", "explain.n_baseline=0",
+             "evaluate.n_contexts=2", "evaluate.n_contexts_special=1"]  # fmt: skip
+    result = sae.run.job(load_overrides(RunConfig, given, to_dict(config)))
+    explained = result.output / "explain" / "topk"
+    assert json.loads((explained / "rules.json").read_text())["config"]["n_latents"] == 3
+    assert json.loads((explained / "atlas.json").read_text())["config"]["plane"] == "pca"
+    steering = json.loads((result.output / "steer" / "steering.json").read_text())
+    assert steering["shown"] is None
+    assert "candidates must have one with AUC" in steering["reason"]
+    assert "no steering example" in caplog.text
+    assert result.page.is_file()
+    assert undone(load_overrides(RunConfig, given, to_dict(config)), "browse") == []
