@@ -16,7 +16,8 @@ import torch
 from jaxtyping import BFloat16, Float, Int, UInt8
 from torch import Tensor
 
-from sae_kernels.launch import KernelError, check_floating, check_shape, choose
+from sae_kernels import blocks
+from sae_kernels.launch import KernelError, check_floating, check_shape, choose, workspace
 
 BLOCK = 256
 """Neighbours in a row that share a scale."""
@@ -110,6 +111,7 @@ def _levels(signed: bool, device: torch.device) -> Float[Tensor, " level"]:
 Norm = Literal["none", "unit", "max"]
 
 CHUNK = 1 << 18  # elements of a matrix stepped at a time, so that the passes meet them in the cache
+PASSING = 32  # bytes for each element that those passes hold at once
 
 
 class _Settings(NamedTuple):
@@ -145,6 +147,12 @@ class _AdamRows(NamedTuple):
         rows, grad, exp_avg, exp_avg_sq = (t[start : start + n_rows] for t in self[:4])
         shadow = None if self.shadow is None else self.shadow[start : start + n_rows]
         return _AdamRows(rows, grad, exp_avg, exp_avg_sq, shadow)
+
+
+def _rows_at_a_time(rows: Float[Tensor, "d_sae d_out"]) -> int:
+    """Choose how many rows the passes go over together."""
+    n_elements = workspace(rows.device, PASSING * CHUNK) // PASSING
+    return max(1, n_elements // max(1, rows.shape[1]))
 
 
 def _renorm_(rows: Float[Tensor, "d_sae d_out"], norm: Norm) -> None:
@@ -191,8 +199,8 @@ def _prepared(
 
 def _step_torch(whole: _AdamRows, s: _Settings) -> None:
     """Step some rows at a time with torch's fused Adam, which leaves them in the cache."""
-    d_sae, width = whole.rows.shape
-    n_rows = max(1, CHUNK // max(1, width))
+    d_sae = len(whole.rows)
+    n_rows = _rows_at_a_time(whole.rows)
     space = torch.empty_like(whole.rows[:n_rows])
     step = torch.tensor(float(s.step), device=space.device)
     for start in range(0, d_sae, n_rows):
@@ -243,8 +251,8 @@ def _step_packed(
     t: _AdamRows, s: _Settings, states: _States, step: Callable[[_AdamRows, _Settings], None]
 ) -> None:
     """Step some rows at a time with states of 32 bits, which are packed again."""
-    d_sae, width = t.rows.shape
-    n_rows = max(1, CHUNK // max(1, width))
+    d_sae = len(t.rows)
+    n_rows = _rows_at_a_time(t.rows)
     mixed = random.Random(f"adam {states.seed} {s.step}").getrandbits(32)  # the CPU takes 32 bits
     generator = torch.Generator(t.rows.device).manual_seed(mixed)
     for start in range(0, d_sae, n_rows):
@@ -375,4 +383,7 @@ def latent_adam_(  # noqa: PLR0913
     s = _Settings(lr, *betas, eps, weight_decay, step, project, norm, clip)  # pyright: ignore[reportArgumentType]
     first, second = (None, None) if scales is None else scales
     states = _States(Packed(exp_avg, first), Packed(exp_avg_sq, second), seed)
-    _dispatch(_AdamRows(rows, grad, rows, rows, shadow), s, states, choose(rows, backend))
+    name = choose(rows, backend)
+    if backend is None and rows.dim() == 2 and rows.shape[1] > blocks.MAX_ROW:
+        name = "torch"  # no program of Triton's holds so wide a row
+    _dispatch(_AdamRows(rows, grad, rows, rows, shadow), s, states, name)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_kernels import blocks
-from sae_kernels.launch import KernelError
+from sae_kernels.launch import KernelError, launch
 
 NORMS = {"none": 0, "unit": 1, "max": 2}
 
@@ -112,10 +112,11 @@ def latent_adam_(
     if not rows.numel():
         return
     block = blocks.whole_row(width)
-    _latent_adam_kernel[d_sae,](
+    launch(
+        _latent_adam_kernel, (d_sae,), rows,
         rows, grad, exp_avg, exp_avg_sq, rows if shadow is None else shadow,
         rows if clip is None else clip, width,
         lr / bias1, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, 1 / bias2,
         PROJECT=project, NORM=NORMS[norm], CLIP=clip is not None, SHADOW=shadow is not None,
-        WIDTH=block.width, num_warps=block.warps, enable_fp_fusion=True,
+        WIDTH=block.width, num_warps=block.warps,
     )  # fmt: skip

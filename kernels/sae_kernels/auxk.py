@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_kernels.grads import accumulator
-from sae_kernels.launch import KernelError, check_floating, check_shape, choose
+from sae_kernels.launch import KernelError, check_floating, check_shape, choose, workspace
 from sae_kernels.product import product_dtype
 from sae_kernels.select import CHUNK, topk_select
 
@@ -76,7 +76,7 @@ class _DenseAuxK(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             x, enc_rows, dec_rows = x.to(low), enc_rows.to(low), dec_rows.to(low)
             spare = torch.empty(len(x), len(enc_rows), dtype=low, device=x.device)
-            n_rows = max(1, CHUNK // len(enc_rows))
+            n_rows = max(1, workspace(x.device, 4 * CHUNK) // (4 * len(enc_rows)))
             for some, result in zip(x.split(n_rows), spare.split(n_rows), strict=True):
                 pre = (some @ enc_rows.T).to(dtype).add_(b_enc)
                 result.copy_(_largest(pre, k))

@@ -151,7 +151,7 @@ class ProductTile(NamedTuple):
 
 
 MAX_FUSED_WIDTH = 1536  # beyond, the library's product gains more than one pass over `pre` costs
-WORKSPACE_BYTES = 1 << 30  # of pre-activations at a time: enough rows to keep the product busy
+WORKSPACE_BYTES = 1 << 30  # worked on at a time on a GPU: enough rows to keep a product busy
 
 
 def product(arch: int) -> ProductTile:

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from sae_kernels import blocks
+from sae_kernels.launch import launch
 
 
 class DecodeMSE(NamedTuple):
@@ -142,11 +143,12 @@ def _weighted_rows(
     if not out.numel():
         return
     block = blocks.weighted_rows(width)
-    _weighted_rows_kernel[batch, triton.cdiv(width, block.width)](
+    launch(
+        _weighted_rows_kernel, (batch, triton.cdiv(width, block.width)), out,
         values, indices, indices if row_ptr is None else row_ptr, indices.shape[-1], dec_rows,
         width, out,
         CSR=row_ptr is not None, ENTRIES=block.entries, WIDTH=block.width,
-        num_warps=block.warps, enable_fp_fusion=True,
+        num_warps=block.warps,
     )  # fmt: skip
 
 
@@ -163,10 +165,11 @@ def _row_products(
     k = indices.shape[-1]
     block = blocks.row_products(width, k)
     splits = triton.cdiv(k, block.entries) if row_ptr is None else blocks.CSR_SPLITS
-    _row_products_kernel[batch, splits](
+    launch(
+        _row_products_kernel, (batch, splits), out,
         grad, dec_rows, width, indices, indices if row_ptr is None else row_ptr, k, out,
         CSR=row_ptr is not None, ENTRIES=block.entries, WIDTH=block.width,
-        num_warps=block.warps, enable_fp_fusion=True,
+        num_warps=block.warps,
     )  # fmt: skip
     return out
 
@@ -267,11 +270,12 @@ def decode_mse(
     d_values = torch.empty(batch, k, dtype=torch.float32, device=values.device)
     if batch:
         block = blocks.decode_mse(width, k)
-        _decode_mse_kernel[batch,](
+        launch(
+            _decode_mse_kernel, (batch,), values,
             values, indices, k, dec_rows, width, dec_rows if b_dec is None else b_dec, target,
             float(scale), x_hat, row_loss, grad, d_values,
             BIAS=b_dec is not None, ENTRIES=block.entries, WIDTH=block.width,
-            num_warps=block.warps, enable_fp_fusion=True,
+            num_warps=block.warps,
         )  # fmt: skip
     return DecodeMSE(x_hat, row_loss, grad, d_values)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sae_kernels import blocks
 from sae_kernels.decode_triton import arch_of, interprets
-from sae_kernels.launch import WeightGrads
+from sae_kernels.launch import WeightGrads, launch
 
 
 class Sorted(NamedTuple):
@@ -150,15 +150,17 @@ def _sum_segments(
     block = blocks.segments(n_entries, width, 2 if as_is else 4, arch_of(rows))
     n_blocks = -(-n_entries // block.entries)
     edges = torch.empty(n_blocks, 2, width, **options)
-    _segments_kernel[n_blocks, block.splits](
+    launch(
+        _segments_kernel, (n_blocks, block.splits), out,
         parts.latents, parts.entries, n_entries, weights, rows, parts.k, width, out, edges,
         ENTRIES=block.entries, WIDTH=block.width, PRECISION="tf32x3", UPCAST=not as_is,
-        num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
+        num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip
     slab = min(blocks.FINISH_WIDTH, blocks.next_pow2(width))
-    _finish_kernel[d_sae, triton.cdiv(width, slab)](
+    launch(
+        _finish_kernel, (d_sae, triton.cdiv(width, slab)), out,
         parts.starts, edges, width, out,
-        ENTRIES=block.entries, WIDTH=slab, num_warps=4, enable_fp_fusion=True,
+        ENTRIES=block.entries, WIDTH=slab, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -192,9 +194,10 @@ def weight_grads(
     b_enc = torch.empty(d_sae, dtype=torch.float32, device=values.device)
     n_fired = torch.empty(d_sae, dtype=torch.int64, device=values.device)
     if d_sae:
-        _sums_kernel[d_sae,](
+        launch(
+            _sums_kernel, (d_sae,), b_enc,
             parts.starts, parts.entries, values, d_values, b_enc, n_fired,
-            BLOCK=blocks.SUM_ENTRIES, num_warps=1, enable_fp_fusion=True,
+            BLOCK=blocks.SUM_ENTRIES, num_warps=1,
         )  # fmt: skip
     dec_rows = _sum_segments(parts, values, grad_out)
     return WeightGrads(dec_rows, _sum_segments(parts, d_values, x), b_enc, n_fired)

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from sae_kernels import blocks
+from sae_kernels.launch import launch
 
 FLOATS = {
     torch.float32: (32, 0x7F800000),
@@ -163,10 +164,11 @@ def group_maxima(source: TopKRows, size: int) -> Int[Tensor, "batch group"]:
     n_groups = -(-n // size)
     maxima = torch.empty(batch, n_groups, dtype=torch.int32, device=source.rows.device)
     block = blocks.maxima(n_groups, size)
-    _group_max_kernel[batch, triton.cdiv(n_groups, block.groups)](
+    launch(
+        _group_max_kernel, (batch, triton.cdiv(n_groups, block.groups)), maxima,
         source.rows, n, maxima if source.bias is None else source.bias, maxima, n_groups,
         **source.launch(), SIZE=size, GROUPS=block.groups,
-        num_warps=block.warps, enable_fp_fusion=True,
+        num_warps=block.warps,
     )  # fmt: skip
     return maxima
 
@@ -202,11 +204,12 @@ def pick(
         groups = torch.empty(batch, k, dtype=torch.int32, device=indices.device)
         pick(TopKRows(maxima, source.bits, 0), k, groups)
     block = blocks.picker(k * size or n)
-    _pick_kernel[batch,](
+    launch(
+        _pick_kernel, (batch,), indices,
         source.rows, n, indices if source.bias is None else source.bias, groups,
         indices if values is None else _as_integers(values), indices, k, int(relu),
         **source.launch(), SIZE=size, BLOCK=block.block, WITH_VALUES=values is not None,
-        num_warps=block.warps, enable_fp_fusion=True,
+        num_warps=block.warps,
     )  # fmt: skip
 
 

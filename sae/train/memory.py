@@ -24,8 +24,8 @@ FIXED = 5 * MIB
 """Small tensors and the allocator's own."""
 CHUNK = 16 * MIB
 """What `sae_kernels` works on at a time in a CPU's memory."""
-GPU_WORKSPACE = 256 * MIB
-"""What it works on at a time on a GPU."""
+GPU_WORKSPACE = 1024 * MIB
+"""What it works on at a time on a GPU: `sae_kernels.blocks.WORKSPACE_BYTES`."""
 COMPOSED_PLAIN = 4.0
 """Dense matrices that ReLU holds in bf16, where torch differentiates the kernel's own terms."""
 DEAD = 0.2

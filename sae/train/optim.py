@@ -139,7 +139,7 @@ class LatentAdam(Adam):
         names = ("exp_avg", "exp_avg_sq")
         dtype = self.dtype if self.dtype != torch.float32 else rows.dtype
         start = {name: torch.zeros_like(rows.data, dtype=dtype) for name in names}
-        start["step"] = torch.tensor(0.0)
+        start["step"] = torch.tensor(0.0, device=rows.device)
         if dtype == torch.uint8:
             shape = (len(rows), adam.n_blocks(rows.shape[1]))
             start |= {f"{name}_scale": rows.data.new_zeros(shape) for name in names}
@@ -260,8 +260,8 @@ class ScheduleFreeAdam(Optimizer):
         of, is_unit = self.settings, y is self.unit_rows
         state = self.state[y]
         if not state:
-            state["step"] = torch.tensor(0.0)
-            state["weight"] = torch.tensor(0.0, dtype=torch.float64)
+            state["step"] = torch.tensor(0.0, device=y.device)
+            state["weight"] = torch.tensor(0.0, dtype=torch.float64, device=y.device)
             state["z"], state["x"] = y.detach().clone(), y.detach().clone()
             state["exp_avg_sq"] = torch.zeros_like(y)
         z, x, square = state["z"], state["x"], state["exp_avg_sq"]

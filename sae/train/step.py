@@ -328,8 +328,7 @@ class TrainStep:
             own = {k.removeprefix(moments): v for k, v in state.items() if k.startswith(moments)}
             if own:
                 self.optimizer.state[parameter] = {
-                    k: v.clone().to(parameter.device if v.dim() else v.device)
-                    for k, v in own.items()
+                    k: v.clone().to(parameter.device) for k, v in own.items()
                 }
         for name, buffer in self.autoencoder.named_buffers():
             buffer.copy_(state[f"buffer.{name}"])

@@ -202,3 +202,12 @@ def test_bad_arguments_are_refused(shipped, normal):
         bare(rows, grad, m, v, 1, lr=float("nan"))
     with pytest.raises(ValueError, match="backend must be one of"):
         bare(rows, grad, m, v, 1, lr=0.1, backend="fast")
+
+
+def test_rows_that_no_program_holds_are_stepped_by_torch(normal, monkeypatch):
+    monkeypatch.setattr(adam, "choose", lambda _, backend: backend or "triton")
+    width = adam.blocks.MAX_ROW + 1
+    rows, grad = normal(3, width), normal(3, width, seed=1)
+    expected = run(rows, [grad], "torch", lr=0.1, norm="unit", project=True)
+    got = run(rows, [grad], None, lr=0.1, norm="unit", project=True)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
