@@ -178,12 +178,13 @@ def weighted_rows(
     values: Float[Tensor, "batch k"],
     indices: Int[Tensor, "batch k"],
     dec_rows: Float[Tensor, "d_sae d_out"],
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "batch d_out"]:
     """Compute `out[n] = sum over i of values[n, i] * dec_rows[indices[n, i]]`.
 
-    Contiguous tensors; the result has the dtype of `dec_rows`.
+    Contiguous tensors; the result has the dtype of `dec_rows` where no other is given.
     """
-    out = dec_rows.new_empty(len(values), dec_rows.shape[1])
+    out = dec_rows.new_empty(len(values), dec_rows.shape[1], dtype=dtype)
     _weighted_rows(values, indices, None, dec_rows, out)
     return out
 
@@ -202,9 +203,10 @@ def csr_weighted_rows(
     indices: Int[Tensor, " entry"],
     row_ptr: Int[Tensor, " end"],
     dec_rows: Float[Tensor, "d_sae d_out"],
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "batch d_out"]:
     """Compute `weighted_rows` for entries in compressed sparse rows (batch + 1 pointers)."""
-    out = dec_rows.new_empty(len(row_ptr) - 1, dec_rows.shape[1])
+    out = dec_rows.new_empty(len(row_ptr) - 1, dec_rows.shape[1], dtype=dtype)
     _weighted_rows(values, indices, row_ptr, dec_rows, out)
     return out
 
@@ -226,6 +228,7 @@ def _unfused_mse(
     b_dec: Float[Tensor, " d_out"] | None,
     target: Float[Tensor, "batch d_out"],
     scale: float,
+    dtype: torch.dtype | None,
 ) -> DecodeMSE:
     made = torch.empty(target.shape, dtype=torch.float32, device=target.device)
     _weighted_rows(values, indices, None, dec_rows, made)
@@ -233,8 +236,8 @@ def _unfused_mse(
     error = made - target
     slope = 2 * scale * error
     products = row_products(slope, dec_rows, indices)
-    dtype = dec_rows.dtype
-    return DecodeMSE(made.to(dtype), (error * error).sum(1), slope.to(dtype), products)
+    low = dec_rows.dtype
+    return DecodeMSE(made.to(dtype or low), (error * error).sum(1), slope.to(low), products)
 
 
 def decode_mse(
@@ -244,6 +247,7 @@ def decode_mse(
     b_dec: Float[Tensor, " d_out"] | None,
     target: Float[Tensor, "batch d_out"],
     scale: float,
+    dtype: torch.dtype | None = None,
 ) -> DecodeMSE:
     """Decode and take the gradients of `scale * sum((x_hat - target)^2)` with one gather.
 
@@ -256,6 +260,7 @@ def decode_mse(
         b_dec: bias (d_out,).
         target: what x_hat should be (batch, d_out).
         scale: of the loss, known beforehand.
+        dtype: that of x_hat, where it is not the one of `dec_rows`.
 
     Returns:
         x_hat and its gradient in the dtype of `dec_rows`; `row_loss = sum((x_hat - target)^2)`,
@@ -264,8 +269,9 @@ def decode_mse(
     batch, k = values.shape
     width = dec_rows.shape[1]
     if k > blocks.MAX_FUSED_K:
-        return _unfused_mse(values, indices, dec_rows, b_dec, target, scale)
-    x_hat, grad = dec_rows.new_empty(batch, width), dec_rows.new_empty(batch, width)
+        return _unfused_mse(values, indices, dec_rows, b_dec, target, scale, dtype)
+    x_hat = dec_rows.new_empty(batch, width, dtype=dtype)
+    grad = dec_rows.new_empty(batch, width)
     row_loss = torch.empty(batch, dtype=torch.float32, device=values.device)
     d_values = torch.empty(batch, k, dtype=torch.float32, device=values.device)
     if batch:

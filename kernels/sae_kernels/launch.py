@@ -1,5 +1,6 @@
 """The choice of backend, and the argument checks that the ops share."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -31,6 +32,13 @@ class WeightGrads(NamedTuple):
 def workspace(device: torch.device, on_cpu: int) -> int:
     """Say how many bytes are worked on at a time: what a CPU's caches like, or a GPU's many."""
     return on_cpu if device.type == "cpu" else blocks.WORKSPACE_BYTES
+
+
+def on_device(numbers: Sequence[float], device: torch.device) -> Shaped[Tensor, " number"]:
+    """Put some numbers on a device, filled in there: a copy from the host would wait for it."""
+    if device.type == "cpu":
+        return torch.tensor(numbers)
+    return torch.cat([torch.full((1,), number, device=device) for number in numbers])
 
 
 def launch(

@@ -53,7 +53,7 @@ class Product(NamedTuple):
         if x.dtype == out.dtype:
             torch.addmm(self.bias, x, self.rows.T, out=out)
         elif x.is_cuda:
-            out.copy_(torch.mm(x, self.rows.T, out_dtype=out.dtype)).add_(self.bias)
+            torch.mm(x, self.rows.T, out_dtype=out.dtype, out=out).add_(self.bias)
         else:  # a CPU has no product of bfloat16 into float32: it is rounded once in between
             out.copy_(torch.mm(x, self.rows.T)).add_(self.bias)
 

@@ -252,3 +252,38 @@ def topk_select(
         values, indices = values.gather(1, order), indices.gather(1, order)
         values = values.relu() if relu else values
     return values, indices
+
+
+def keys_of(floats: Float[Tensor, " entry"]) -> Int[Tensor, " entry"]:
+    """Map float32 to int32 of the same order, as the kernels do."""
+    bits = floats.view(torch.int32)
+    largest = (1 << 31) - 1
+    key = torch.where(bits < 0, bits ^ largest, bits)
+    return torch.where(key == -1, 0, key).masked_fill(floats.isnan(), largest)
+
+
+def first_of_largest(keys: Int[Tensor, " entry"], k: int) -> Int[Tensor, " k"]:
+    """Name the k largest of all keys, ascending, of equal ones the first, without a wait."""
+    kth = keys.topk(k, sorted=False).values.min()
+    above, tied = keys > kth, keys == kth
+    picked = above | (tied & (tied.cumsum(0, dtype=torch.int32) <= k - above.sum()))
+    return picked.nonzero_static(size=k).squeeze(1)
+
+
+def best_of_batch(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, " k"]:
+    """Name, ascending, the places of the k largest in the flattened, contiguous float32 `pre`.
+
+    By the groups' maxima, as in a row: the groups of all rows stand in the order of their places.
+    """
+    source, n = source_of(pre), pre.shape[1]
+    size = blocks.batch_group_size(pre.numel(), k)
+    maxima = group_maxima(source, size)
+    best = first_of_largest(maxima.flatten(), k)
+    if size == 1:
+        return best
+    row, group = best // maxima.shape[1], best % maxima.shape[1]
+    column = group[:, None] * size + torch.arange(size, device=pre.device)
+    place = row[:, None] * n + column.clamp_max(n - 1)
+    keys = keys_of(pre.flatten()[place.flatten()]).view(place.shape)
+    keys = keys.masked_fill(column >= n, -(1 << 31))
+    return place.flatten()[first_of_largest(keys.flatten(), k)]

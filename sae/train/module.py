@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 import lightning
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.train.checkpoint import Saver
@@ -16,6 +16,44 @@ from sae.train.throughput import Meter
 
 MOMENT = 0.1
 """Seconds after which Lightning has its turn again: it takes a third of a millisecond."""
+MOST_IN_A_ROW = 3
+"""Steps in a row that are not finite, after which a run ends."""
+
+
+class Failures:
+    """Counts, where the dictionaries are, the steps in a row in which one was not finite.
+
+    The host looks when it looks at other figures, so a GPU is not waited for after each step.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        """Take the dictionaries' names; nothing has failed yet."""
+        self.names = names
+        self.state: Int[Tensor, " figure"] | None = None
+
+    def see(self, metrics: Mapping[str, StepMetrics], n_steps: int) -> None:
+        """Take a step in: how many in a row failed, at which the third did, and whose it was."""
+        bad = torch.stack([metrics[name].finite == 0 for name in self.names])
+        if self.state is None:
+            self.state = bad.new_zeros(2 + len(self.names), dtype=torch.int64)
+        in_a_row = (self.state[:1] + 1) * bad.any()
+        now = torch.cat([in_a_row, torch.full_like(in_a_row, n_steps), bad.long()])
+        is_third = (in_a_row >= MOST_IN_A_ROW) & (self.state[1] == 0)
+        self.state = torch.where(is_third, now, torch.cat([in_a_row, self.state[1:]]))
+
+    def require_few(self) -> None:
+        """Look, and refuse to go on after three in a row.
+
+        Raises:
+            FloatingPointError: If there were three.
+        """
+        _, at, *bad = (0, 0) if self.state is None else self.state.tolist()
+        if at:
+            named = ", ".join(name for name, is_bad in zip(self.names, bad, strict=True) if is_bad)
+            raise FloatingPointError(
+                f"the loss of {named} must be finite, got three steps in a row that are not, up "
+                f"to step {at}; lower optimizer.lr or check the cache"
+            )
 
 
 class SAEModule(lightning.LightningModule):
@@ -48,7 +86,7 @@ class SAEModule(lightning.LightningModule):
         self.columns = columns
         self.meter = meter
         self.n_steps = 0
-        self.skipped = 0
+        self.failures = Failures(tuple(steps))
 
     def configure_optimizers(self) -> None:
         """None: the TrainSteps hold the optimisers."""
@@ -77,19 +115,12 @@ class SAEModule(lightning.LightningModule):
             with self.meter.timed(name):
                 metrics[name] = step(*self.columns[name].pick(x))
         self.n_steps += 1
-        self._require_finite(metrics)
+        self.failures.see(metrics, self.n_steps)
+        if is_due or self.device.type == "cpu":
+            self.failures.require_few()
         if is_due:
             self._log(metrics)
         self.after_step(self.n_steps, self.total_steps, self.full_state)
-
-    def _require_finite(self, metrics: dict[str, StepMetrics]) -> None:
-        bad = [name for name, m in metrics.items() if not bool(m.finite)]
-        self.skipped = self.skipped + 1 if bad else 0
-        if self.skipped == 3:
-            raise FloatingPointError(
-                f"the loss of {', '.join(bad)} must be finite, got three steps in a row that are "
-                f"not, up to step {self.n_steps}; lower optimizer.lr or check the cache"
-            )
 
     def _log(self, metrics: dict[str, StepMetrics]) -> None:
         figures = self.meter.read(metrics, self.n_steps, self.total_steps)

@@ -1,15 +1,24 @@
 """What a GPU is spared, seen on a CPU: waits of the host, and what lies or is cut as a CPU's."""
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from sae.architecture import TopK
+from sae.architecture import Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
-from sae.train.config import Adam, DictionaryConfig
+from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig
+from sae.train.diagnostics import Watch
+from sae.train.forward.common import DeadBound
+from sae.train.loss_config import Control, PreAct
 from sae.train.memory import GPU_WORKSPACE
+from sae.train.module import Failures
 from sae.train.optim_config import Muon, ScheduleFree
-from sae.train.step import TrainStep
+from sae.train.step import StepMetrics, TrainStep
 from sae_kernels.blocks import WORKSPACE_BYTES
+from tests.golden.recipes import rows
+from tests.sae.train import gpu_branches, test_recipes
 
 D_IN, D_SAE, BATCH = 13, 53, 101
 OPTIMISERS = [Adam(), Adam(states="bfloat16"), Adam(states="int8"), Muon(), ScheduleFree()]
@@ -38,3 +47,125 @@ def test_a_resumed_state_lies_where_its_parameter_lies(optimizer):
 
 def test_the_estimate_counts_the_kernels_workspace():
     assert GPU_WORKSPACE == WORKSPACE_BYTES
+
+
+def counted_step(step: TrainStep, given: Callable, monkeypatch) -> gpu_branches.Counted:
+    """What a step in the middle of a run launches and waits for, and what follows it."""
+    step.looks = False
+    step.watch, failures = Watch(step.autoencoder, step.ranks), Failures(("one",))
+    data = [x[:7] for x in rows()[:3]]
+    step.n_steps = step.total_steps // 2
+    step(*given(data[0]))
+    step.silent_rows[:5] = 1 << 40
+    step.bound = DeadBound()
+    step(*given(data[1]))
+    with gpu_branches.counted(monkeypatch) as found:
+        metrics = step(*given(data[2]))
+        failures.see({"one": metrics}, step.n_steps)
+    assert bool(metrics.finite)
+    return found
+
+
+SPARSE = ("topk", "batchtopk", "groupmax")
+RECIPES = [
+    pytest.param(
+        config,
+        id=name,
+        marks=[pytest.mark.long]
+        if config.activation.kind in SPARSE and name not in ("default:default",)
+        else [],
+    )
+    for name, config in test_recipes.ENTRIES.items()
+]
+
+
+@pytest.mark.parametrize("config", RECIPES)
+def test_the_host_waits_for_nothing_in_a_step(config, monkeypatch):
+    gpu_branches.branches_of_a_gpu(monkeypatch)
+    step = test_recipes.step_of(config)
+    found = counted_step(step, lambda x: test_recipes.given(config, x), monkeypatch)
+    assert dict(found.waits) == {}
+    assert found.ops.total() < 600
+
+
+def test_a_wait_is_seen(monkeypatch):
+    with gpu_branches.counted(monkeypatch) as found:
+        bool(torch.ones(3).any())
+        torch.ones(3)[torch.ones(3) > 0]
+        torch.tensor([1, 2])
+        torch.ones(3) + 1
+    assert sum(found.waits.values()) == 3
+
+
+D = {"d_sae": D_SAE, "dead_after_tokens": 3 * BATCH}
+KINDS = {
+    "topk": DictionaryConfig(activation=TopK(k=3), auxk=AuxK(), ema=0.9, **D),
+    "frozen": DictionaryConfig(activation=TopK(k=3), frozen="soft_decoder", **D),
+    "jumprelu": DictionaryConfig(
+        activation=JumpReLU(threshold=0.1, bandwidth=0.3), l0=L0(coefficient=0.1),
+        preact=PreAct(coefficient=0.01), **D,
+    ),
+    "control": DictionaryConfig(
+        activation=ReLU(), l1=L1(coefficient=0.3), control=Control(target=4.0, rate=0.1),
+        unit_norm=False, **D,
+    ),
+    "gated": DictionaryConfig(activation=Gated(), l1=L1(coefficient=0.3), **D),
+    **{
+        getattr(optimizer, "states", optimizer.kind): DictionaryConfig(
+            activation=TopK(k=3), optimizer=optimizer, **D
+        )
+        for optimizer in OPTIMISERS[1:]
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+def test_a_step_that_the_host_does_not_look_at_is_the_same(config):
+    """Also after batches that are not finite, which change nothing but the count."""
+    seeing, blind = step_of(config, total=12), step_of(config, total=12)
+    blind.looks = False
+    few_bits = getattr(config.optimizer, "states", "float32") != "float32"
+    # a bound on the dead makes other products, which are rounded otherwise
+    near = {"rtol": 1e-4, "atol": 1e-5} if config.auxk or config.preact else {"rtol": 0, "atol": 0}
+    for number, x in enumerate(rows()[:12]):
+        given = torch.full_like(x, math.nan) if number in (0, 5, 6) else x
+        before = {name: value.clone() for name, value in blind.state_dict().items()}
+        one, other = seeing(given), blind(given)
+        assert float(other.finite) == float(one.finite) == float(number not in (0, 5, 6))
+        if not float(one.finite):
+            after = blind.state_dict()
+            changed = [n for n, v in before.items() if not torch.equal(v, after[n])]
+            assert changed == ["n_steps"]
+        elif not few_bits:  # whose noise goes by the steps that were tried
+            torch.testing.assert_close(other.loss, one.loss, **near)
+    if not few_bits:
+        torch.testing.assert_close(blind.state_dict(), seeing.state_dict(), **near)
+
+
+def test_the_bound_on_the_dead_holds_until_the_host_looks_again(monkeypatch):
+    silent, bound, looks = torch.arange(0, 5300, 100), DeadBound(), []
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda t: looks.append(1) or t.item())
+    for n_steps in range(130):
+        most = bound.of(silent, 40_000, n_steps, 101)
+        assert int((silent >= 40_000).sum().item()) <= most
+        silent += 101
+        silent[n_steps % 53] = 0
+    assert len(looks) == 3
+    assert bound.of(silent, 40_000, 130, 102) <= 53
+    assert len(looks) == 4, "more rows in a step than were reckoned with"
+
+
+def metrics_of(finite: float) -> StepMetrics:
+    return StepMetrics(*torch.zeros(5), torch.tensor(finite))
+
+
+def test_three_failures_in_a_row_are_told_when_the_host_looks():
+    failures = Failures(("one", "two"))
+    for number, finite in enumerate([1.0, 0.0, 0.0, 1.0, 0.0, 0.0], start=1):
+        failures.see({"one": metrics_of(1.0), "two": metrics_of(finite)}, number)
+    failures.require_few()
+    failures.see({"one": metrics_of(1.0), "two": metrics_of(0.0)}, 7)
+    failures.see({"one": metrics_of(1.0), "two": metrics_of(1.0)}, 8)
+    rule = "the loss of two must be finite, got three steps in a row that are not, up to step 7"
+    with pytest.raises(FloatingPointError, match=rule):
+        failures.require_few()
