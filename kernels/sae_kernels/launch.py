@@ -34,11 +34,14 @@ def workspace(device: torch.device, on_cpu: int) -> int:
     return on_cpu if device.type == "cpu" else blocks.WORKSPACE_BYTES
 
 
-def on_device(numbers: Sequence[float], device: torch.device) -> Shaped[Tensor, " number"]:
+def on_device(
+    numbers: Sequence[int] | Sequence[float], device: torch.device
+) -> Shaped[Tensor, " number"]:
     """Put some numbers on a device, filled in there: a copy from the host would wait for it."""
+    dtype = torch.int64 if isinstance(numbers[0], int) else torch.float64
     if device.type == "cpu":
-        return torch.tensor(numbers)
-    return torch.cat([torch.full((1,), number, device=device) for number in numbers])
+        return torch.tensor(numbers, dtype=dtype)
+    return torch.cat([torch.full((1,), number, dtype=dtype, device=device) for number in numbers])
 
 
 def launch(

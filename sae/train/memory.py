@@ -95,7 +95,9 @@ def estimate(  # noqa: PLR0913
     terms = sum(term.memory(sizes) for term in (*config.terms.values(), *config.losses))
     passing = int(SOFT * weights) if config.frozen == "soft_decoder" else 0
     passing += int(UPDATES.get(config.optimizer.kind, 0.0) * trained)
-    copies = weights // 4 if precision == "bf16" else 0  # of the encoder, in half as many bytes
+    # of the encoder, in half as many bytes; of the decoder as well where the kernels read both
+    reads_both = on_gpu and config.activation.facts.trains == "sparse"
+    copies = weights // (2 if reads_both else 4) if precision == "bf16" else 0
     chunk = GPU_WORKSPACE if on_gpu else CHUNK
     return Memory(
         weights,

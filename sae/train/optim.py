@@ -11,17 +11,17 @@ Schedule-free Adam (Defazio et al. 2024, arXiv 2405.15682).
 
 import copy
 from collections.abc import Mapping
-from typing import Any, assert_never
+from typing import Any, Protocol, assert_never
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import BFloat16, Bool, Float, Int
 from torch import Tensor
 from torch.optim import Muon, Optimizer
 from torch.optim.adam import Adam
 
 from sae.autoencoder import SparseAutoencoder
 from sae.train import optim_config
-from sae_kernels import latent_adam_
+from sae_kernels import latent_adam_, launch
 from sae_kernels.adam_states import n_blocks
 
 
@@ -66,6 +66,14 @@ def optimizer_of(
             assert_never(settings)
 
 
+class Shadows(Protocol):
+    """Copies of matrices in 16 bits, which are written with them."""
+
+    def to_write(self, rows: Float[Tensor, "d_sae width"]) -> BFloat16[Tensor, "..."] | None:
+        """The copy of this matrix, if there is one."""
+        ...
+
+
 class LatentAdam(Adam):
     """Fused Adam; rows of `unit_rows` stay at norm 1 and only turn.
 
@@ -89,13 +97,18 @@ class LatentAdam(Adam):
         self.found_inf: Float[Tensor, ""] | None = None
         self.unit_rows = unit_rows
         self.dtype = DTYPES[settings.states]
-        small = self.dtype != torch.float32
+        self.clip: Float[Tensor, ""] | None = None
+        self.shadows: Shadows | None = None
         self.matrices: list[tuple[torch.nn.Parameter, dict[str, Any]]] = [
             (p, group)
             for group in self.param_groups
             for p in group["params"]
-            if p is unit_rows or (p.dim() == 2 and small)
+            if p is unit_rows or (p.dim() == 2 and self._goes_by_rows(p))
         ]
+
+    def _goes_by_rows(self, matrix: torch.nn.Parameter) -> bool:
+        """Whether the states have fewer bits, or the device a kernel that does all in one pass."""
+        return self.dtype != torch.float32 or launch.choose(matrix, None) == "triton"
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -103,6 +116,9 @@ class LatentAdam(Adam):
         grads = [p.grad for p, _ in self.matrices]
         for parameter, _ in self.matrices:
             parameter.grad = None  # Adam passes over what has no gradient
+        if self.clip is not None:
+            rest = [p.grad for group in self.param_groups for p in group["params"]]
+            torch._foreach_mul_([grad for grad in rest if grad is not None], self.clip)
         super().step(closure)
         for seed, (parameter, group) in enumerate(self.matrices):
             parameter.grad = grads[seed]
@@ -138,6 +154,8 @@ class LatentAdam(Adam):
             scales=(state["exp_avg_scale"], state["exp_avg_sq_scale"]) if packed else None,
             seed=seed,
             skip=skip,
+            clip=self.clip,
+            shadow=None if self.shadows is None else self.shadows.to_write(rows),
         )
 
     def _start(self, rows: torch.nn.Parameter) -> dict[str, Tensor]:

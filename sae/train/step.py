@@ -1,7 +1,5 @@
 """TrainStep: forward, losses, backward, clipping, optimiser, schedules, dead-latent tracking.
 
-The forward and the backward pass of a batch, whole or in parts that fit into memory.
-
 BatchTopK's threshold, which follows what the batches say of it.
 """
 
@@ -18,6 +16,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.losses import Loss
 from sae.train.config import DictionaryConfig
 from sae.train.diagnostics import Watch
+from sae.train.forward import fused
 from sae.train.forward.common import (
     DeadBound,
     Forward,
@@ -27,11 +26,18 @@ from sae.train.forward.common import (
     Taken,
     WeightedLoss,
 )
-from sae.train.forward.run import forward
+from sae.train.forward.run import backward
 from sae.train.forward.sharded import require_shardable
 from sae.train.held import anchor_of, blank_, blank_gradients_, freeze, keep_near_
 from sae.train.latent_shards import gradient_norm, of_latents, part_of, sum_gradients, whole_of
-from sae.train.optim import EMA, ScheduleFreeAdam, normalise_rows_, optimizer_of, with_means
+from sae.train.optim import (
+    EMA,
+    LatentAdam,
+    ScheduleFreeAdam,
+    normalise_rows_,
+    optimizer_of,
+    with_means,
+)
 from sae.train.ranks import ALONE, GlobalBatch, Ranks, batch_of, mean_figures
 from sae.train.resample import candidates_of, is_due, resample_
 from sae.train.schedule import automatic_rate, holds_decoder, rate_factor
@@ -60,52 +66,6 @@ def follow_(
     moved = start + rate * (seen - start)
     says = seen.isfinite() if taken is None else seen.isfinite() & taken
     threshold.copy_(torch.where(says, moved, threshold))
-
-
-def backward(
-    autoencoder: SparseAutoencoder,
-    config: DictionaryConfig,
-    rows: Rows,
-    moment: Moment,
-    loss_of: Callable[[Forward], Float[Tensor, ""]] | None = None,
-) -> Forward:
-    """Add the gradients of these rows' part of the loss to the parameters; return their figures.
-
-    All terms that may be accumulated are means over rows, so the parts weigh as their rows do.
-    `loss_of` makes another loss of what the forward pass found, where all rows are one part.
-    """
-    if loss_of is not None:
-        found = forward(autoencoder, config, rows, moment)
-        loss = loss_of(found)
-        (loss * moment.share).backward()
-        return found._replace(loss=loss.detach(), error=found.error.detach(), l0=found.l0.detach())
-    u_parts, v_parts = (r.tensor_split(config.accumulate) for r in rows)
-    parts = list(map(Rows, u_parts, v_parts))
-    shares = [len(part.u) / len(rows.u) for part in parts]
-    first = _part(autoencoder, config, parts[0], moment, shares[0])
-    for part, share in zip(parts[1:], shares[1:], strict=True):
-        other = _part(autoencoder, config, part, moment, share)
-        first = first._replace(
-            loss=first.loss + other.loss,
-            error=first.error + other.error,
-            n_fired=first.n_fired + other.n_fired,
-            l0=first.l0 + other.l0,
-        )
-    return first
-
-
-def _part(
-    autoencoder: SparseAutoencoder,
-    config: DictionaryConfig,
-    rows: Rows,
-    moment: Moment,
-    share: float,
-) -> Forward:
-    """One part; loss, error and L0 are its share of the whole batch's."""
-    found = forward(autoencoder, config, rows, moment)
-    (found.loss * (share * moment.share)).backward()
-    loss, error, l0 = (f.detach() * share for f in (found.loss, found.error, found.l0))
-    return found._replace(loss=loss, error=error, l0=l0)
 
 
 class StepMetrics(NamedTuple):
@@ -181,7 +141,7 @@ class TrainStep:
         d_sae = autoencoder.config.d_sae
         device = autoencoder.enc_rows.device
         self.looks = device.type == "cpu"
-        self.bound = DeadBound()
+        self.bound, self.shadows = DeadBound(), fused.Shadows()
         self.silent_rows = torch.zeros(d_sae, dtype=torch.int64, device=device)
         if config.cross_layer:
             blank_(autoencoder)
@@ -195,6 +155,8 @@ class TrainStep:
                 normalise_rows_(unit)
         learns = unit is not None and unit.requires_grad
         self.optimizer = optimizer_of(self._groups(), config.optimizer, unit if learns else None)
+        if isinstance(self.optimizer, LatentAdam):
+            self.optimizer.shadows = self.shadows
         self.ema = None if config.ema is None else EMA(self.learned, config.ema)
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -236,7 +198,7 @@ class TrainStep:
         most = self._most_dead(batch.n_rows)
         moment = Moment(*place, self.ranks, batch.n_rows, batch.share, self.losses, most)
         self.optimizer.zero_grad(set_to_none=True)
-        found = backward(self.autoencoder, self.config, rows, moment, loss_of)
+        found = backward(self.autoencoder, self.config, rows, moment, loss_of, self.shadows)
         sum_gradients(self.learned, self.ranks)
         if self.config.cross_layer:
             blank_gradients_(self.autoencoder)
@@ -248,9 +210,7 @@ class TrainStep:
             taken = None if self.looks else finite
             if self.watch is not None:
                 self.watch.see(found, rows, batch.n_rows, taken)
-            clip = self.config.optimizer.clip
-            if clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.params, clip, norm)
+            self._clip(norm)
             self._update(found, batch, taken)
             self._resample(rows, taken)
         self.n_steps += 1
@@ -269,6 +229,16 @@ class TrainStep:
         own = self.autoencoder
         own = with_means(own, means, self.config.unit_norm) if means else own
         return own if self.ranks.latents.size == 1 else whole_of(own, self.form, self.ranks)
+
+    def _clip(self, norm: Float[Tensor, ""]) -> None:
+        """Bring the gradients' norm down; on a GPU Adam does so while it reads them."""
+        clip = self.config.optimizer.clip
+        if clip is None:
+            return
+        if isinstance(self.optimizer, LatentAdam) and not self.looks:
+            self.optimizer.clip = (clip / (norm + 1e-6)).clamp(max=1.0)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self.params, clip, norm)
 
     def _update(self, found: Forward, batch: GlobalBatch, taken: Taken) -> None:
         settings = self.config.optimizer

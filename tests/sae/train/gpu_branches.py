@@ -5,7 +5,7 @@ import importlib
 import pkgutil
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,12 @@ NO_KERNEL = (
 """Operations that launch nothing."""
 
 
+def filled_in(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
+    """Do what `launch.on_device` does where the device is a GPU."""
+    dtype = torch.int64 if isinstance(numbers[0], int) else torch.float64
+    return torch.cat([torch.full((1,), n, dtype=dtype, device=device) for n in numbers])
+
+
 def branches_of_a_gpu(patch: pytest.MonkeyPatch) -> None:
     """Let every op take the path that it takes for CUDA tensors."""
     names = [module.name for module in pkgutil.iter_modules(sae_kernels.__path__)]
@@ -44,13 +50,7 @@ def branches_of_a_gpu(patch: pytest.MonkeyPatch) -> None:
             if hasattr(module, name):
                 patch.setattr(module, name, lambda *_: None)
         if hasattr(module, "on_device"):
-            patch.setattr(
-                module,
-                "on_device",
-                lambda numbers, device: torch.cat([
-                    torch.full((1,), number, device=device) for number in numbers
-                ]),
-            )
+            patch.setattr(module, "on_device", filled_in)
     auxk = sys.modules["sae_kernels.auxk"]
     patch.setattr(auxk, "_largest", lambda v, k: auxk._keep(v, auxk.topk_select(v, k).indices))
 

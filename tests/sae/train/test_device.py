@@ -6,16 +6,19 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sae.architecture import Gated, JumpReLU, ReLU, TopK
+from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig
 from sae.train.diagnostics import Watch
+from sae.train.forward import run
 from sae.train.forward.common import DeadBound
-from sae.train.loss_config import Control, PreAct
+from sae.train.forward.fused import Shadows
+from sae.train.loss_config import Control, FixedPrefixes, PreAct, Refine
 from sae.train.memory import GPU_WORKSPACE
 from sae.train.module import Failures
 from sae.train.optim_config import Muon, ScheduleFree
 from sae.train.step import StepMetrics, TrainStep
+from sae_kernels import launch
 from sae_kernels.blocks import WORKSPACE_BYTES
 from tests.golden.recipes import rows
 from tests.sae.train import gpu_branches, test_recipes
@@ -86,6 +89,78 @@ def test_the_host_waits_for_nothing_in_a_step(config, monkeypatch):
     found = counted_step(step, lambda x: test_recipes.given(config, x), monkeypatch)
     assert dict(found.waits) == {}
     assert found.ops.total() < 600
+
+
+FUSED = {
+    "topk": {"activation": TopK(k=3), "auxk": AuxK()},
+    "batchtopk": {"activation": BatchTopK(k=3)},
+    "prefixes": {
+        "activation": BatchTopK(k=3), "matryoshka": FixedPrefixes(ends=(5, 17), until=0.7),
+        "refine": Refine(steps=2, rate=0.5, until=0.9, held_until=0.95), "auxk": AuxK(),
+    },
+    "frozen": {"activation": TopK(k=3), "frozen": "decoder", "accumulate": 2},
+    "free": {"activation": TopK(k=3), "unit_norm": False, "b_in": "own"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", FUSED.values(), ids=FUSED)
+def test_the_fused_pass_gives_what_the_one_by_autograd_gives(fields, monkeypatch):
+    """Every gradient and figure of some steps, in float32, by the kernels in the interpreter."""
+    config = DictionaryConfig(d_sae=D_SAE, dead_after_tokens=1000, **fields)
+    seen = {}
+    monkeypatch.setattr(Watch, "see", lambda self, found, *_: seen.update({self: found}))
+    plain = step_of(config, total=4)
+    with monkeypatch.context() as patch:
+        gpu_branches.branches_of_a_gpu(patch)
+        fused = step_of(config, total=4)
+    fused.looks = False
+    fused.silent_rows[:9] = 1000
+    for x in (x[:7] for x in rows()[:2]):
+        plain.load_state_dict(fused.state_dict())  # Adam magnifies what is rounded otherwise
+        for step in (plain, fused):
+            step.watch = Watch(step.autoencoder, step.ranks)
+        expected = plain(x)
+        with monkeypatch.context() as patch:
+            gpu_branches.branches_of_a_gpu(patch)
+            patch.setattr(run, "forward", None)
+            got = fused(x)
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-6)
+        ours, right = seen[fused.watch], seen[plain.watch]
+        assert torch.equal(ours.n_fired, right.n_fired)
+        torch.testing.assert_close(ours.y, right.y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.threshold, right.threshold, rtol=1e-5, atol=1e-6)
+        # of matrices Adam reads the gradients as they are, and clips them itself
+        clip = min(1.0, 1 / (float(expected.grad_norm) + 1e-6))
+        for name, parameter in plain.learned.items():
+            ours, right = fused.learned[name].grad, parameter.grad
+            ours = ours * clip if ours.dim() == 2 else ours
+            assert (ours - right).norm() < 2e-5 * right.norm(), name
+        for name, right in plain.state_dict().items():
+            ours = fused.state_dict()[name].double()
+            assert (ours - right).norm() <= 1e-3 * right.double().norm(), name
+
+
+def test_copies_follow_whoever_changes_the_weights():
+    matrix, shadows = torch.nn.Parameter(torch.ones(5, 3)), Shadows()
+    assert shadows.to_write(matrix) is None
+    first = shadows.of(matrix)
+    assert shadows.of(matrix) is first is shadows.to_write(matrix)
+    with torch.no_grad():
+        matrix[2] = 7.0
+    assert torch.equal(shadows.of(matrix), matrix.bfloat16())
+
+
+def test_the_optimiser_writes_the_copies(monkeypatch):
+    config = DictionaryConfig(d_sae=D_SAE, activation=TopK(k=3))
+    monkeypatch.setattr(launch, "choose", lambda _, backend: backend or "triton")
+    step = step_of(config)  # its matrices go by rows, as on a GPU, by torch's operations
+    monkeypatch.undo()
+    matrices = (step.autoencoder.enc_rows, step.autoencoder.dec_rows)
+    before = [step.shadows.of(matrix) for matrix in matrices]
+    step(torch.randn(BATCH, D_IN))
+    for matrix, copy in zip(matrices, before, strict=True):
+        assert step.shadows.of(matrix) is copy
+        assert torch.equal(copy, matrix.bfloat16())
 
 
 def test_a_wait_is_seen(monkeypatch):
