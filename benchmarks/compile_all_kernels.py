@@ -111,6 +111,18 @@ def _csr(width: int, dtype: torch.dtype) -> Iterator[KernelCall]:
     yield KernelCall(f"csr_row_products width={width} {dtype}", products)
 
 
+def _fused(width: int, k: int, batch: int = BATCH) -> Iterator[KernelCall]:
+    """Yield what the fused step launches: copies of 16 bits against rows and sums of 32."""
+    table, target = _floats(65536, width, dtype=torch.bfloat16), _floats(batch, width)
+    values, indices, name = _floats(batch, k), _integers(batch, k), f"width={width} k={k}"
+    latents, single = (values, indices, table), torch.float32
+    mse = partial(decode_triton.decode_mse, *latents, _floats(width), target, 0.5, single)
+    yield KernelCall(f"fused decode_mse {name}", mse)
+    flat, row_ptr = (_floats(batch * k), _integers(batch * k)), _integers(4 * batch + 1)
+    pieces = partial(decode_triton.csr_weighted_rows, *flat, row_ptr, table, single)
+    yield KernelCall(f"fused pieces {name}", pieces)
+
+
 def _grads(width: int, k: int, dtype: torch.dtype, batch: int = BATCH) -> KernelCall:
     values, indices = _floats(batch, k), _integers(batch, k)
     rows = _floats(batch, width, dtype=dtype)
@@ -132,8 +144,8 @@ def _adam(width: int, norm: str) -> KernelCall:
         beta2=0.999,
         eps=1e-8,
         weight_decay=0.0,
-        bias1=0.1,
-        bias2=0.001,
+        step=_floats(),
+        skip=_floats() if full else None,
         project=full,
         norm=norm,
         clip=_floats() if full else None,
@@ -154,6 +166,8 @@ def cases() -> list[KernelCall]:
         *_decode(2304, 64, single),
         *_decode(4096, 128, half),
         *_csr(768, half),
+        *_fused(768, 32),
+        *_fused(2304, 64),
         _grads(768, 32, half),
         _grads(2304, 64, single),
         _adam(768, "max"),

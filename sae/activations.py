@@ -111,14 +111,6 @@ def ungated(latents: Latents, weights: EncoderWeights) -> Latents:
     return latents._replace(values=latents.values / weights.norms[latents.indices])
 
 
-def encode_training(
-    activation: Activation, u: Float[Tensor, "batch d_in"], weights: EncoderWeights
-) -> Latents:
-    """What training sees of the sparse kinds: BatchTopK chooses among all rows together."""
-    is_batch = isinstance(activation, BatchTopK)
-    return encode_batch(activation, u, weights) if is_batch else encode(activation, u, weights)
-
-
 def encode_batch(
     activation: BatchTopK, u: Float[Tensor, "batch d_in"], weights: EncoderWeights
 ) -> Latents:

@@ -8,9 +8,14 @@ from torch.nn import functional
 
 from benchmarks.gpu_suite.case import Case, Inputs, Shape, Variant, relative, rows_checked
 from benchmarks.gpu_suite.ops import Draw
-from sae_kernels import adam_triton, decode_triton, encode_triton, grads_triton
+from sae.architecture import TopK
+from sae.autoencoder import SparseAutoencoder
+from sae.train import optim_config as config_of
+from sae.train.config import DictionaryConfig
+from sae.train.step import TrainStep
+from sae_kernels import adam_triton
 
-LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
+LR, BETAS, EPS, CLIP = 1e-3, (0.9, 0.999), 1e-8, 1.0
 
 
 def step_rows(
@@ -26,8 +31,8 @@ def step_rows(
         beta2=BETAS[1],
         eps=EPS,
         weight_decay=0.0,
-        bias1=1 - BETAS[0] ** step,
-        bias2=1 - BETAS[1] ** step,
+        step=torch.full((), float(step), device=rows.device),
+        skip=None,
         project=unit,
         norm="unit" if unit else "none",
         clip=None,
@@ -120,36 +125,26 @@ def _adam(parameters: tuple[Tensor, ...]) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=LR, fused=True, capturable=parameters[0].is_cuda)
 
 
-class OurStep:
-    """Encode, decode, both gradients and the optimiser by kernels; nothing of (batch, d_sae)."""
+class ProductStep:
+    """`sae.train.TrainStep`, which is what `sae train` runs: with clipping, figures and all."""
 
     def __init__(self, s: Shape, dtype: torch.dtype, device: str) -> None:
-        self.shape, self.weights = s, StepWeights.draw(s, device)
-        self.shadows = [rows.to(dtype) for rows in self.weights[:2]]
-        self.states = [
-            (torch.zeros_like(rows), torch.zeros_like(rows)) for rows in self.weights[:2]
-        ]
-        self.biases = _adam(self.weights[2:])
-        self.n_steps = 0  # what it is when a CUDA graph is captured stays in the graph
+        config = DictionaryConfig(
+            activation=TopK(k=s.k),
+            d_sae=s.d_sae,
+            optimizer=config_of.Adam(lr=LR, clip=CLIP, warmup=0.0, decay=0.0),
+        )
+        dictionary = SparseAutoencoder(config.architecture(s.d_model)).to(device)
+        with torch.no_grad():
+            drawn = StepWeights.draw(s, device)
+            dictionary.enc_rows.copy_(drawn.enc_rows)
+            dictionary.dec_rows.copy_(drawn.dec_rows)
+        precision = "fp32" if dtype == torch.float32 else "bf16"
+        self.step = TrainStep(dictionary, config, 1 << 20, precision=precision)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Take one step; return the squared error of each row before it."""
-        s, (enc_rows, dec_rows, b_enc, b_dec) = self.shape, self.weights
-        self.n_steps += 1
-        centred = (x.float() - b_dec).to(x.dtype)
-        values, indices = encode_triton.encode_topk(centred, self.shadows[0], b_enc, s.k, True)
-        scale = 1.0 / x.numel()
-        made = decode_triton.decode_mse(values, indices, self.shadows[1], b_dec, x, scale)
-        d_values = made.d_values.masked_fill_(values <= 0, 0.0)
-        grads = grads_triton.weight_grads(
-            values, d_values, indices, made.grad_x_hat, centred, s.d_sae
-        )
-        b_enc.grad = grads.b_enc
-        b_dec.grad = made.grad_x_hat.sum(0, dtype=torch.float32) - grads.b_enc @ enc_rows
-        step_rows(enc_rows, grads.enc_rows, self.states[0], self.n_steps, self.shadows[0], False)
-        step_rows(dec_rows, grads.dec_rows, self.states[1], self.n_steps, self.shadows[1], True)
-        self.biases.step()
-        return made.row_loss
+        """Take one step; return the mean squared error before it."""
+        return self.step(x).loss
 
 
 class PlainStep:
@@ -170,32 +165,34 @@ class PlainStep:
             values, indices = pre.topk(self.shape.k, dim=1)
             acts = torch.zeros_like(pre).scatter(1, indices, values.relu())
             x_hat = functional.linear(acts, dec_rows.T, b_dec)
-        row_loss = (x_hat.float() - x.float()).square().sum(1)
-        (row_loss.sum() / x.numel()).backward()
+        loss = (x_hat.float() - x.float()).square().sum(1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
         grad = dec_rows.grad
         assert grad is not None
         with torch.no_grad():
             grad -= dec_rows * (grad * dec_rows).sum(1, keepdim=True)
             self.adam.step()
             dec_rows.div_(torch.linalg.vector_norm(dec_rows, dim=1, keepdim=True))
-        return row_loss.detach()
+        return loss.detach()
 
 
-STEPS = {"triton": OurStep, "dense autocast": PlainStep}
+STEPS = {"TrainStep": ProductStep, "dense autocast": PlainStep}
 
 
 def step_error(s: Shape, dtype: torch.dtype, device: str, name: str) -> float:
     """The first step's loss against float64 on some rows; infinite where training does not help."""
-    step = STEPS[name](s, dtype, device)
     x = Draw(1, device).normal(s.batch, s.d_model, dtype=dtype)
-    picked = rows_checked(s.batch).to(device)
-    rows, given = StepWeights.draw(s, device).dec_rows.double(), x[picked].double()
-    values, indices = (given @ rows.T).topk(s.k, dim=1)
+    given = x[rows_checked(s.batch).to(device)]
+    rows, right = StepWeights.draw(s, device).dec_rows.double(), given.double()
+    values, indices = (right @ rows.T).topk(s.k, dim=1)
     x_hat = torch.einsum("nk,nkd->nd", values.relu(), rows[indices])
-    error = relative(step(x)[picked], (x_hat - given).square().sum(1))
-    first, last = float(step(x).sum()), 0.0
+    loss = STEPS[name](s, dtype, device)(given)
+    error = relative(loss, (x_hat - right).square().sum(1).mean())
+    step = STEPS[name](s, dtype, device)
+    first, last = float(step(x)), 0.0
     for _ in range(5):
-        last = float(step(x).sum())
+        last = float(step(x))
     return error if last < first else float("inf")
 
 

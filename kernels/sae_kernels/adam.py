@@ -1,115 +1,22 @@
-"""Adam over latent-major weights in one pass: projection, step, norm, 16-bit copy of the rows.
+"""Adam over latent-major weights in one pass: projection, step, norm, 16-bit copy of the rows."""
 
-Adam's two states in 16 or 8 bits, rounded at random so that small changes are not lost.
-
-Rounding to the nearest would stop a mean that follows slowly: at beta2 = 0.999 the second state
-changes by about a thousandth a step, and neighbours in bfloat16 differ by four.
-"""
-
-import functools
 import math
 import random
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import BFloat16, Float, Int, UInt8
+from jaxtyping import BFloat16, Float, UInt8
 from torch import Tensor
 
-from sae_kernels.launch import KernelError, check_floating, check_shape, choose
-
-BLOCK = 256
-"""Neighbours in a row that share a scale."""
-
-
-class Packed(NamedTuple):
-    """A state of some rows: numbers in bfloat16, or codes of 8 bits with a scale for each block."""
-
-    numbers: Float[Tensor, "d_sae d_out"] | UInt8[Tensor, "d_sae d_out"]
-    scales: Float[Tensor, "d_sae block"] | None
-
-    def chunk(self, start: int, n_rows: int) -> "Packed":
-        """Some rows of it, which share its memory."""
-        rows = slice(start, start + n_rows)
-        return Packed(self.numbers[rows], None if self.scales is None else self.scales[rows])
-
-
-def n_blocks(width: int) -> int:
-    """Scales of a row of so many numbers."""
-    return -(-width // BLOCK)
-
-
-def unpack(state: Packed, *, signed: bool) -> Float[Tensor, "d_sae d_out"]:
-    """The state in float32; of the unsigned one, 8 bits hold the root."""
-    if state.scales is None:
-        return state.numbers.float()
-    width = state.numbers.shape[1]
-    scales = state.scales.repeat_interleave(BLOCK, dim=1)[:, :width]
-    result = _levels(signed, state.numbers.device)[state.numbers.int()] * scales
-    return result if signed else result.square()
-
-
-def pack_(
-    state: Packed, new: Float[Tensor, "d_sae d_out"], generator: torch.Generator, *, signed: bool
-) -> None:
-    """Write new values into a state, in place."""
-    if state.scales is None:
-        state.numbers.copy_(rounded(new, generator))
-        return
-    values = new if signed else new.sqrt()
-    d_sae, width = values.shape
-    blocks = torch.nn.functional.pad(values, (0, state.scales.shape[1] * BLOCK - width))
-    largest = blocks.view(d_sae, -1, BLOCK).abs().amax(dim=2)
-    state.scales.copy_(largest)
-    unit = largest.clamp_min(torch.finfo(largest.dtype).tiny)
-    parts = values / unit.repeat_interleave(BLOCK, dim=1)[:, :width]
-    state.numbers.copy_(_coded(parts, generator, signed=signed))
-
-
-def rounded(
-    values: Float[Tensor, "*shape"], generator: torch.Generator
-) -> BFloat16[Tensor, "*shape"]:
-    """Round float32 up or down to bfloat16, with the chances that keep the expectation."""
-    bits = values.view(torch.int32)
-    noise = torch.randint(
-        1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device
-    )
-    cut = ((bits + noise) & -(1 << 16)).view(torch.float32)
-    return torch.where(values.isfinite(), cut, values).bfloat16()
-
-
-def _coded(
-    parts: Float[Tensor, "d_sae d_out"], generator: torch.Generator, *, signed: bool
-) -> Int[Tensor, "d_sae d_out"]:
-    """Numbers of levels, one of the two around each value; of roots, only 0 itself becomes 0.
-
-    A second moment of 0 beside a first one that is not would make a step without bounds.
-    """
-    levels = _levels(signed, parts.device)
-    above = torch.bucketize(parts, levels).clamp_(1, len(levels) - 1)
-    low, high = levels[above - 1], levels[above]
-    chance = torch.rand(parts.shape, generator=generator, device=parts.device)
-    code = above - (chance * (high - low) >= parts - low).int()
-    return code if signed else code.maximum((parts > 0).to(code.dtype))
-
-
-@functools.cache
-def _levels(signed: bool, device: torch.device) -> Float[Tensor, " level"]:
-    """The 256 rising levels of the dynamic tree (Dettmers et al. 2022, arXiv 2110.02861, 2.1).
-
-    Each power of ten from 1e-6 to 1 has twice as many levels as the one below, evenly.
-    """
-    results = [0.0, 1.0]
-    for exponent in range(7):
-        n = 2**exponent if signed else 2 ** (exponent + 1)
-        middles = [(0.1 + 0.9 * (i + 0.5) / n) * 10.0 ** (exponent - 6) for i in range(n)]
-        results += [*middles, *(-m for m in middles)] if signed else middles
-    return torch.tensor(sorted(results), device=device)
-
+from sae_kernels import blocks
+from sae_kernels.adam_states import Packed, n_blocks, pack_, unpack
+from sae_kernels.launch import KernelError, check_floating, check_shape, choose, workspace
 
 Norm = Literal["none", "unit", "max"]
 
 CHUNK = 1 << 18  # elements of a matrix stepped at a time, so that the passes meet them in the cache
+PASSING = 32  # bytes for each element that those passes hold at once
 
 
 class _Settings(NamedTuple):
@@ -118,10 +25,21 @@ class _Settings(NamedTuple):
     beta2: float
     eps: float
     weight_decay: float
-    step: int
+    step: int | Float[Tensor, ""]
     project: bool
     norm: Norm
     clip: Float[Tensor, ""] | None
+    skip: Float[Tensor, ""] | None
+
+    def number(self) -> int | Float[Tensor, ""]:
+        """The number of the step, in float64 where the device knows it."""
+        return self.step.double() if isinstance(self.step, Tensor) else self.step
+
+    def on(self, device: torch.device) -> Float[Tensor, ""]:
+        """The number of the step on the device."""
+        if isinstance(self.step, Tensor):
+            return self.step
+        return torch.full((), float(self.step), device=device)
 
 
 class _States(NamedTuple):
@@ -147,25 +65,36 @@ class _AdamRows(NamedTuple):
         return _AdamRows(rows, grad, exp_avg, exp_avg_sq, shadow)
 
 
-def _renorm_(rows: Float[Tensor, "d_sae d_out"], norm: Norm) -> None:
+def _rows_at_a_time(rows: Float[Tensor, "d_sae d_out"]) -> int:
+    """Choose how many rows the passes go over together."""
+    n_elements = workspace(rows.device, PASSING * CHUNK) // PASSING
+    return max(1, n_elements // max(1, rows.shape[1]))
+
+
+def _renorm_(
+    rows: Float[Tensor, "d_sae d_out"], norm: Norm, skip: Float[Tensor, ""] | None = None
+) -> None:
     """Bring rows to norm 1 (a row of zeros stays), or those above norm 1 down to it."""
     if norm == "none":
         return
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    rows.div_(norms.clamp_min_(1.0 if norm == "max" else torch.finfo(rows.dtype).tiny))
+    norms.clamp_min_(1.0 if norm == "max" else torch.finfo(rows.dtype).tiny)
+    rows.div_(norms if skip is None else norms.masked_fill_(skip > 0, 1.0))
 
 
 def _step_reference(t: _AdamRows, s: _Settings) -> None:
     """Write Adam out, one equation a line (Kingma and Ba 2015; decay by Loshchilov and Hutter)."""
+    if s.skip is not None and bool(s.skip):
+        return
     grad = t.grad if s.clip is None else t.grad * s.clip
     if s.project:
         along = (grad * t.rows).sum(1, keepdim=True) / t.rows.square().sum(1, keepdim=True)
         grad = grad - t.rows * along.nan_to_num()
     t.exp_avg.mul_(s.beta1).add_(grad * (1 - s.beta1))
     t.exp_avg_sq.mul_(s.beta2).add_(grad.square() * (1 - s.beta2))
-    denominator = (t.exp_avg_sq / (1 - s.beta2**s.step)).sqrt() + s.eps
+    denominator = (t.exp_avg_sq / (1 - s.beta2 ** s.number())).sqrt() + s.eps
     t.rows.mul_(1 - s.lr * s.weight_decay)
-    t.rows.sub_(s.lr * (t.exp_avg / (1 - s.beta1**s.step)) / denominator)
+    t.rows.sub_(s.lr * (t.exp_avg / (1 - s.beta1 ** s.number())) / denominator)
     _renorm_(t.rows, s.norm)
 
 
@@ -191,10 +120,10 @@ def _prepared(
 
 def _step_torch(whole: _AdamRows, s: _Settings) -> None:
     """Step some rows at a time with torch's fused Adam, which leaves them in the cache."""
-    d_sae, width = whole.rows.shape
-    n_rows = max(1, CHUNK // max(1, width))
+    d_sae = len(whole.rows)
+    n_rows = _rows_at_a_time(whole.rows)
     space = torch.empty_like(whole.rows[:n_rows])
-    step = torch.tensor(float(s.step), device=space.device)
+    step = s.on(space.device)
     for start in range(0, d_sae, n_rows):
         t = whole.chunk(start, n_rows)
         torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
@@ -211,8 +140,9 @@ def _step_torch(whole: _AdamRows, s: _Settings) -> None:
             eps=s.eps,
             amsgrad=False,
             maximize=False,
+            found_inf=s.skip,
         )
-        _renorm_(t.rows, s.norm)
+        _renorm_(t.rows, s.norm, s.skip)
         if t.shadow is not None:
             t.shadow.copy_(t.rows)
 
@@ -230,8 +160,8 @@ def _step_triton(t: _AdamRows, s: _Settings) -> None:
         beta2=s.beta2,
         eps=s.eps,
         weight_decay=s.weight_decay,
-        bias1=1 - s.beta1**s.step,
-        bias2=1 - s.beta2**s.step,
+        step=s.on(t.rows.device),
+        skip=s.skip,
         project=s.project,
         norm=s.norm,
         clip=s.clip,
@@ -243,9 +173,10 @@ def _step_packed(
     t: _AdamRows, s: _Settings, states: _States, step: Callable[[_AdamRows, _Settings], None]
 ) -> None:
     """Step some rows at a time with states of 32 bits, which are packed again."""
-    d_sae, width = t.rows.shape
-    n_rows = max(1, CHUNK // max(1, width))
-    mixed = random.Random(f"adam {states.seed} {s.step}").getrandbits(32)  # the CPU takes 32 bits
+    d_sae = len(t.rows)
+    n_rows = _rows_at_a_time(t.rows)
+    number = states.seed if isinstance(s.step, Tensor) else f"{states.seed} {s.step}"
+    mixed = random.Random(f"adam {number}").getrandbits(32)  # the CPU takes 32 bits
     generator = torch.Generator(t.rows.device).manual_seed(mixed)
     for start in range(0, d_sae, n_rows):
         first, second = (state.chunk(start, n_rows) for state in states[:2])
@@ -254,8 +185,8 @@ def _step_packed(
             exp_avg=unpack(first, signed=True), exp_avg_sq=unpack(second, signed=False)
         )
         step(part, s)
-        pack_(first, part.exp_avg, generator, signed=True)
-        pack_(second, part.exp_avg_sq, generator, signed=False)
+        pack_(first, part.exp_avg, generator, signed=True, skip=s.skip)
+        pack_(second, part.exp_avg_sq, generator, signed=False, skip=s.skip)
 
 
 def _check_packed(t: _AdamRows, s: _Settings, states: _States) -> None:
@@ -287,7 +218,8 @@ def _check(t: _AdamRows, s: _Settings) -> None:
     if t.shadow is not None and t.shadow.dtype != torch.bfloat16:
         raise TypeError(f"shadow must have the dtype torch.bfloat16, got {t.shadow.dtype}")
     check_shape("clip", s.clip)
-    if s.step < 1:
+    check_shape("skip", s.skip)
+    if not isinstance(s.step, Tensor) and s.step < 1:
         raise KernelError(f"step must be at least 1, got {s.step}; the first step is number 1")
     if s.norm not in get_args(Norm):
         raise KernelError(f"norm must be one of 'none', 'unit', 'max', got {s.norm!r}")
@@ -324,7 +256,7 @@ def latent_adam_(  # noqa: PLR0913
     grad: Float[Tensor, "d_sae d_out"],
     exp_avg: Float[Tensor, "d_sae d_out"] | UInt8[Tensor, "d_sae d_out"],
     exp_avg_sq: Float[Tensor, "d_sae d_out"] | UInt8[Tensor, "d_sae d_out"],
-    step: int,
+    step: int | Float[Tensor, ""],
     *,
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -336,6 +268,7 @@ def latent_adam_(  # noqa: PLR0913
     shadow: BFloat16[Tensor, "d_sae d_out"] | None = None,
     scales: tuple[Float[Tensor, "d_sae block"], Float[Tensor, "d_sae block"]] | None = None,
     seed: int = 0,
+    skip: Float[Tensor, ""] | None = None,
     backend: str | None = None,
 ) -> None:
     """Take one step of Adam in place, with what a dictionary does around it, in one pass.
@@ -354,7 +287,8 @@ def latent_adam_(  # noqa: PLR0913
         grad: their gradient, which is left as it is.
         exp_avg: first state, contiguous.
         exp_avg_sq: second state, contiguous.
-        step: number of this step, from 1 on.
+        step: number of this step, from 1 on; a float32 scalar tensor where the device alone knows
+            it, and states of fewer bits then need another `seed` at each step.
         lr: learning rate.
         betas: decay of the two states.
         eps: what is added to the denominator.
@@ -366,13 +300,17 @@ def latent_adam_(  # noqa: PLR0913
         shadow: copy of the rows in bfloat16 that is brought up to date.
         scales: those of both states (d_sae, blocks of 256), where they are uint8.
         seed: decides, with the number of the step, how states of fewer bits are rounded.
+        skip: a scalar tensor; where it is not 0 everything stays as it is.
         backend: a forced backend; the fastest one by default.
 
     Raises:
         ValueError: if shapes, devices, strides or settings do not fit.
         TypeError: if the dtypes do not fit.
     """
-    s = _Settings(lr, *betas, eps, weight_decay, step, project, norm, clip)  # pyright: ignore[reportArgumentType]
+    s = _Settings(lr, *betas, eps, weight_decay, step, project, norm, clip, skip)  # pyright: ignore[reportArgumentType]
     first, second = (None, None) if scales is None else scales
     states = _States(Packed(exp_avg, first), Packed(exp_avg_sq, second), seed)
-    _dispatch(_AdamRows(rows, grad, rows, rows, shadow), s, states, choose(rows, backend))
+    name = choose(rows, backend)
+    if backend is None and rows.dim() == 2 and rows.shape[1] > blocks.MAX_ROW:
+        name = "torch"  # no program of Triton's holds so wide a row
+    _dispatch(_AdamRows(rows, grad, rows, rows, shadow), s, states, name)

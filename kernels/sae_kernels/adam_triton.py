@@ -4,6 +4,7 @@
 # pyright: reportCallIssue=false
 # Kernels take what they need one by one, and a launch takes num_warps besides.
 
+import math
 from typing import no_type_check
 
 import triton
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_kernels import blocks
-from sae_kernels.launch import KernelError
+from sae_kernels.launch import KernelError, launch
 
 NORMS = {"none": 0, "unit": 1, "max": 2}
 
@@ -29,19 +30,33 @@ def _renormed(rows, NORM: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _one_less_exp(x):
+    """Compute 1 - exp(x) for x <= 0, near 0 by the series, where the difference loses digits."""
+    x = tl.maximum(x, -100.0)
+    series = 1 + x / 7 * (1 + x / 8 * (1 + x / 9))
+    series = 1 + x / 4 * (1 + x / 5 * (1 + x / 6 * series))
+    series = -x * (1 + x / 2 * (1 + x / 3 * series))
+    return tl.where(x > -0.5, series, 1 - tl.exp(x))
+
+
+@triton.jit
+@no_type_check
 def _latent_adam_kernel(
-    rows, grad, exp_avg, exp_avg_sq, shadow, clip, width,
-    lr, beta1, new1, beta2, new2, eps, decay, unbias2,
+    rows, grad, exp_avg, exp_avg_sq, shadow, clip, skip, step, width,
+    lr, beta1, new1, log1, beta2, new2, log2, eps, decay,
     PROJECT: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr, SHADOW: tl.constexpr,
-    WIDTH: tl.constexpr,
+    SKIP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Step one row a program.
 
-    `lr` has the correction of the first moment in it, `unbias2` is that of the second, `decay` is
-    what the row is multiplied by, and `new1`, `new2` are 1 - beta1 and 1 - beta2.
+    `decay` is what the row is multiplied by, `new1`, `new2` are 1 - beta1 and 1 - beta2, and
+    `log1`, `log2` the logarithms of the betas. A step that is skipped reads and writes nothing.
     """
     column = tl.arange(0, WIDTH)
-    inside = column < width
+    inside = column < (tl.where(tl.load(skip) > 0, 0, width) if SKIP else width)
+    number = tl.maximum(tl.load(step).to(tl.float32), 1.0)  # 0 before the first that is taken
+    rate = lr / _one_less_exp(number * log1)
+    unbias2 = 1.0 / _one_less_exp(number * log2)
     place = tl.program_id(0).to(tl.int64) * width + column
     row = tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
     slope = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
@@ -54,13 +69,18 @@ def _latent_adam_kernel(
         slope -= row * (tl.sum(slope * row, axis=0) / length)
     mean = beta1 * mean + new1 * slope
     square = beta2 * square + new2 * slope * slope
-    row = decay * row - lr * mean / (tl.sqrt(square * unbias2) + eps)
+    row = decay * row - rate * mean / (tl.sqrt(square * unbias2) + eps)
     row = _renormed(row, NORM)
     tl.store(rows + place, row, mask=inside)
     tl.store(exp_avg + place, mean, mask=inside)
     tl.store(exp_avg_sq + place, square, mask=inside)
     if SHADOW:
         tl.store(shadow + place, row, mask=inside)
+
+
+def _log(beta: float) -> float:
+    """Take the logarithm of a decay; of 0 one that no power brings back."""
+    return math.log(beta) if beta > 0 else -1e4
 
 
 def latent_adam_(
@@ -74,8 +94,8 @@ def latent_adam_(
     beta2: float,
     eps: float,
     weight_decay: float,
-    bias1: float,
-    bias2: float,
+    step: Float[Tensor, ""],
+    skip: Float[Tensor, ""] | None,
     project: bool,
     norm: str,
     clip: Float[Tensor, ""] | None,
@@ -93,8 +113,8 @@ def latent_adam_(
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in AdamW.
-        bias1: `1 - beta1**step`.
-        bias2: `1 - beta2**step`.
+        step: number of the step, on the device.
+        skip: where it is not 0, on the device, everything stays as it is.
         project: take the part of the gradient along the row out.
         norm: "none", "unit" (every row has norm 1) or "max" (at most 1).
         clip: what the gradient is multiplied by, on the device.
@@ -112,10 +132,12 @@ def latent_adam_(
     if not rows.numel():
         return
     block = blocks.whole_row(width)
-    _latent_adam_kernel[d_sae,](
+    launch(
+        _latent_adam_kernel, (d_sae,), rows,
         rows, grad, exp_avg, exp_avg_sq, rows if shadow is None else shadow,
-        rows if clip is None else clip, width,
-        lr / bias1, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, 1 / bias2,
+        rows if clip is None else clip, step if skip is None else skip, step, width,
+        lr, beta1, 1 - beta1, _log(beta1), beta2, 1 - beta2, _log(beta2), eps,
+        1 - lr * weight_decay,
         PROJECT=project, NORM=NORMS[norm], CLIP=clip is not None, SHADOW=shadow is not None,
-        WIDTH=block.width, num_warps=block.warps, enable_fp_fusion=True,
+        SKIP=skip is not None, WIDTH=block.width, num_warps=block.warps,
     )  # fmt: skip

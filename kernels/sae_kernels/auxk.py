@@ -1,7 +1,7 @@
 """The dead latents' reconstruction, for the AuxK loss of Gao et al. (arXiv 2406.04093, A.2)."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_kernels.grads import accumulator
-from sae_kernels.launch import KernelError, check_floating, check_shape, choose
+from sae_kernels.launch import KernelError, check_floating, check_shape, choose, workspace
 from sae_kernels.product import product_dtype
 from sae_kernels.select import CHUNK, topk_select
 
@@ -58,6 +58,21 @@ def _largest(v: Float[Tensor, "batch d_sae"], k: int) -> Float[Tensor, "batch d_
     return v.relu().masked_fill_(dropped, 0.0)
 
 
+class FewLatents(NamedTuple):
+    """The latents that are worked with: the dead ones, and after them some that are not."""
+
+    ids: Int[Tensor, " row"]
+    is_dead: Bool[Tensor, " row"] | None
+
+
+def few_of(dead: Bool[Tensor, " d_sae"], most: int | None) -> FewLatents:
+    """Name the dead latents; where `most` bounds their number nothing is waited for."""
+    if most is None:
+        return FewLatents(dead.nonzero().squeeze(1), None)
+    ids = dead.nonzero_static(size=most, fill_value=0).squeeze(1)
+    return FewLatents(ids, torch.arange(most, device=ids.device) < dead.sum())
+
+
 class _DenseAuxK(torch.autograd.Function):
     """Encode and decode with the given latents alone; dense products, three of them backward."""
 
@@ -68,6 +83,7 @@ class _DenseAuxK(torch.autograd.Function):
         enc_rows: Float[Tensor, "d_sae d_in"],
         b_enc: Float[Tensor, " d_sae"],
         dec_rows: Float[Tensor, "d_sae d_out"],
+        is_dead: Bool[Tensor, " d_sae"] | None,
         k: int,
     ) -> Float[Tensor, "batch d_out"]:
         """Multiply in the dtype of the product, without autocast inside; select in float32."""
@@ -76,9 +92,11 @@ class _DenseAuxK(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             x, enc_rows, dec_rows = x.to(low), enc_rows.to(low), dec_rows.to(low)
             spare = torch.empty(len(x), len(enc_rows), dtype=low, device=x.device)
-            n_rows = max(1, CHUNK // len(enc_rows))
+            n_rows = max(1, workspace(x.device, 4 * CHUNK) // (4 * len(enc_rows)))
             for some, result in zip(x.split(n_rows), spare.split(n_rows), strict=True):
                 pre = (some @ enc_rows.T).to(dtype).add_(b_enc)
+                if is_dead is not None:
+                    pre.masked_fill_(~is_dead, -math.inf)
                 result.copy_(_largest(pre, k))
             ctx.save_for_backward(x, enc_rows, dec_rows, spare)
             return (spare @ dec_rows).to(ctx.dtypes[1])
@@ -97,7 +115,7 @@ class _DenseAuxK(torch.autograd.Function):
             d_x = (d_pre @ enc_rows).to(of_x) if ctx.needs_input_grad[0] else None
             d_enc_rows, d_dec_rows = (d_pre.T @ x).to(of_rows), (spare.T @ grad).to(of_rows)
             d_b_enc = d_pre.sum(dim=0, dtype=accumulator(spare.dtype)).to(of_rows)
-        return d_x, d_enc_rows, d_b_enc, d_dec_rows, None
+        return d_x, d_enc_rows, d_b_enc, d_dec_rows, None, None
 
 
 def _auxk_torch(
@@ -105,12 +123,12 @@ def _auxk_torch(
     enc_rows: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     dec_rows: Float[Tensor, "d_sae d_out"],
-    dead: Int[Tensor, " row"],
+    few: FewLatents,
     k: int,
 ) -> Float[Tensor, "batch d_out"]:
     """Gather the rows of the dead latents, so that all products are over them alone."""
-    rows = (t.index_select(0, dead) for t in (enc_rows, b_enc, dec_rows))
-    return _DenseAuxK.apply(x, *rows, k)  # pyright: ignore[reportReturnType]
+    rows = (t.index_select(0, few.ids) for t in (enc_rows, b_enc, dec_rows))
+    return _DenseAuxK.apply(x, *rows, few.is_dead, k)  # pyright: ignore[reportReturnType]
 
 
 def auxk(  # noqa: PLR0913
@@ -122,6 +140,7 @@ def auxk(  # noqa: PLR0913
     k_aux: int,
     *,
     b_in: Float[Tensor, " d_in"] | None = None,
+    most: int | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "batch d_out"]:
     """Reconstruct with the k_aux largest dead latents of each row: what they say of the residual.
@@ -138,6 +157,7 @@ def auxk(  # noqa: PLR0913
         dead: True for the latents that are dead (d_sae,).
         k_aux: how many, at least 1; all dead latents where they are fewer.
         b_in: what is subtracted from x (d_in,).
+        most: a number that the dead latents do not exceed; with it the device is not waited for.
         backend: a forced backend; the fastest one by default.
 
     Returns:
@@ -160,13 +180,13 @@ def auxk(  # noqa: PLR0913
     if k_aux < 1:
         raise KernelError(f"k_aux must be at least 1, got {k_aux}")
     name = choose(x, backend)
-    ids = dead.nonzero().flatten()
-    if not len(ids):
+    few = few_of(dead, most)
+    if not len(few.ids):
         return dec_rows.new_zeros(len(x), dec_rows.shape[1])
     x = x if b_in is None else x - b_in
-    k = min(k_aux, len(ids))
+    k = min(k_aux, len(few.ids))
     if name == "reference":
         x_hat = auxk_reference(x, enc_rows, b_enc, dec_rows, dead, k)
     else:
-        x_hat = _auxk_torch(x, enc_rows, b_enc, dec_rows, ids, k)
+        x_hat = _auxk_torch(x, enc_rows, b_enc, dec_rows, few, k)
     return x_hat.to(dec_rows.dtype)

@@ -52,6 +52,15 @@ def group_size(n: int, k: int) -> int | None:
     return None if n <= MAX_KEYS and 2 * k * size >= n else size
 
 
+def batch_group_size(n: int, k: int) -> int:
+    """Choose how many neighbours share a group when k of all n are selected; 1 for no groups.
+
+    There are never fewer groups than are chosen, also where those at the rows' ends are short.
+    """
+    size = clamp(1 << round(math.log2(n / k) / 2), MIN_GROUP, MAX_GROUP)
+    return 1 if 2 * k * size >= n else size
+
+
 class Maxima(NamedTuple):
     """How many groups one program takes the maxima of."""
 
@@ -151,7 +160,7 @@ class ProductTile(NamedTuple):
 
 
 MAX_FUSED_WIDTH = 1536  # beyond, the library's product gains more than one pass over `pre` costs
-WORKSPACE_BYTES = 1 << 30  # of pre-activations at a time: enough rows to keep the product busy
+WORKSPACE_BYTES = 1 << 30  # worked on at a time on a GPU: enough rows to keep a product busy
 
 
 def product(arch: int) -> ProductTile:

@@ -45,23 +45,28 @@ def weighted_rows(
     table: Float[Tensor, "d_sae d_out"],
     row_ptr: Int[Tensor, " bound"] | None = None,
     backend: Backend = "torch",
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "batch d_out"]:
-    """Compute `out[n] = sum over i of weights[n, i] * table[indices[n, i]]`, one bag a row."""
+    """Compute `out[n] = sum over i of weights[n, i] * table[indices[n, i]]`, one bag a row.
+
+    In the dtype of the table, or in the given one.
+    """
     table = table.contiguous()
     if backend == "triton":
         from sae_kernels import decode_triton
 
         weights, indices = weights.contiguous(), indices.contiguous()
         if row_ptr is None:
-            return decode_triton.weighted_rows(weights, indices, table)
-        return decode_triton.csr_weighted_rows(weights, indices, row_ptr.contiguous(), table)
-    return torch.embedding_bag(
+            return decode_triton.weighted_rows(weights, indices, table, dtype)
+        return decode_triton.csr_weighted_rows(weights, indices, row_ptr.contiguous(), table, dtype)
+    result = torch.embedding_bag(
         table,
         indices.flatten(),
         _starts(indices, row_ptr),
         mode=0,
         per_sample_weights=weights.to(table.dtype).flatten(),
     )[0]
+    return result if dtype is None else result.to(dtype)
 
 
 def row_products(
@@ -131,7 +136,7 @@ class _SparseDecode(torch.autograd.Function):
         return d_values, None, d_rows, None, None
 
 
-def _check_row_ptr(row_ptr: Shaped[Tensor, "..."], n_entries: int) -> None:
+def check_row_ptr(row_ptr: Shaped[Tensor, "..."], n_entries: int) -> None:
     """Refuse bounds that do not rise from 0 to the number of entries; read on a CPU only."""
     check_shape("row_ptr", row_ptr, None)
     if row_ptr.dtype.is_floating_point or row_ptr.dtype == torch.bool:
@@ -191,7 +196,7 @@ def sparse_decode(
     check_shape("b_dec", b_dec, dec_rows.shape[1])
     check_indices(indices, len(dec_rows))
     if row_ptr is not None:
-        _check_row_ptr(row_ptr, len(values))
+        check_row_ptr(row_ptr, len(values))
         row_ptr = row_ptr.long()
     with torch.autocast(values.device.type, enabled=False):
         name = choose(values, backend)

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from sae_kernels import blocks
+from sae_kernels.launch import launch
 
 
 class DecodeMSE(NamedTuple):
@@ -142,11 +143,12 @@ def _weighted_rows(
     if not out.numel():
         return
     block = blocks.weighted_rows(width)
-    _weighted_rows_kernel[batch, triton.cdiv(width, block.width)](
+    launch(
+        _weighted_rows_kernel, (batch, triton.cdiv(width, block.width)), out,
         values, indices, indices if row_ptr is None else row_ptr, indices.shape[-1], dec_rows,
         width, out,
         CSR=row_ptr is not None, ENTRIES=block.entries, WIDTH=block.width,
-        num_warps=block.warps, enable_fp_fusion=True,
+        num_warps=block.warps,
     )  # fmt: skip
 
 
@@ -163,10 +165,11 @@ def _row_products(
     k = indices.shape[-1]
     block = blocks.row_products(width, k)
     splits = triton.cdiv(k, block.entries) if row_ptr is None else blocks.CSR_SPLITS
-    _row_products_kernel[batch, splits](
+    launch(
+        _row_products_kernel, (batch, splits), out,
         grad, dec_rows, width, indices, indices if row_ptr is None else row_ptr, k, out,
         CSR=row_ptr is not None, ENTRIES=block.entries, WIDTH=block.width,
-        num_warps=block.warps, enable_fp_fusion=True,
+        num_warps=block.warps,
     )  # fmt: skip
     return out
 
@@ -175,12 +178,13 @@ def weighted_rows(
     values: Float[Tensor, "batch k"],
     indices: Int[Tensor, "batch k"],
     dec_rows: Float[Tensor, "d_sae d_out"],
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "batch d_out"]:
     """Compute `out[n] = sum over i of values[n, i] * dec_rows[indices[n, i]]`.
 
-    Contiguous tensors; the result has the dtype of `dec_rows`.
+    Contiguous tensors; the result has the dtype of `dec_rows` where no other is given.
     """
-    out = dec_rows.new_empty(len(values), dec_rows.shape[1])
+    out = dec_rows.new_empty(len(values), dec_rows.shape[1], dtype=dtype)
     _weighted_rows(values, indices, None, dec_rows, out)
     return out
 
@@ -199,9 +203,10 @@ def csr_weighted_rows(
     indices: Int[Tensor, " entry"],
     row_ptr: Int[Tensor, " end"],
     dec_rows: Float[Tensor, "d_sae d_out"],
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "batch d_out"]:
     """Compute `weighted_rows` for entries in compressed sparse rows (batch + 1 pointers)."""
-    out = dec_rows.new_empty(len(row_ptr) - 1, dec_rows.shape[1])
+    out = dec_rows.new_empty(len(row_ptr) - 1, dec_rows.shape[1], dtype=dtype)
     _weighted_rows(values, indices, row_ptr, dec_rows, out)
     return out
 
@@ -223,6 +228,7 @@ def _unfused_mse(
     b_dec: Float[Tensor, " d_out"] | None,
     target: Float[Tensor, "batch d_out"],
     scale: float,
+    dtype: torch.dtype | None,
 ) -> DecodeMSE:
     made = torch.empty(target.shape, dtype=torch.float32, device=target.device)
     _weighted_rows(values, indices, None, dec_rows, made)
@@ -230,8 +236,8 @@ def _unfused_mse(
     error = made - target
     slope = 2 * scale * error
     products = row_products(slope, dec_rows, indices)
-    dtype = dec_rows.dtype
-    return DecodeMSE(made.to(dtype), (error * error).sum(1), slope.to(dtype), products)
+    low = dec_rows.dtype
+    return DecodeMSE(made.to(dtype or low), (error * error).sum(1), slope.to(low), products)
 
 
 def decode_mse(
@@ -241,6 +247,7 @@ def decode_mse(
     b_dec: Float[Tensor, " d_out"] | None,
     target: Float[Tensor, "batch d_out"],
     scale: float,
+    dtype: torch.dtype | None = None,
 ) -> DecodeMSE:
     """Decode and take the gradients of `scale * sum((x_hat - target)^2)` with one gather.
 
@@ -253,6 +260,7 @@ def decode_mse(
         b_dec: bias (d_out,).
         target: what x_hat should be (batch, d_out).
         scale: of the loss, known beforehand.
+        dtype: that of x_hat, where it is not the one of `dec_rows`.
 
     Returns:
         x_hat and its gradient in the dtype of `dec_rows`; `row_loss = sum((x_hat - target)^2)`,
@@ -261,17 +269,19 @@ def decode_mse(
     batch, k = values.shape
     width = dec_rows.shape[1]
     if k > blocks.MAX_FUSED_K:
-        return _unfused_mse(values, indices, dec_rows, b_dec, target, scale)
-    x_hat, grad = dec_rows.new_empty(batch, width), dec_rows.new_empty(batch, width)
+        return _unfused_mse(values, indices, dec_rows, b_dec, target, scale, dtype)
+    x_hat = dec_rows.new_empty(batch, width, dtype=dtype)
+    grad = dec_rows.new_empty(batch, width)
     row_loss = torch.empty(batch, dtype=torch.float32, device=values.device)
     d_values = torch.empty(batch, k, dtype=torch.float32, device=values.device)
     if batch:
         block = blocks.decode_mse(width, k)
-        _decode_mse_kernel[batch,](
+        launch(
+            _decode_mse_kernel, (batch,), values,
             values, indices, k, dec_rows, width, dec_rows if b_dec is None else b_dec, target,
             float(scale), x_hat, row_loss, grad, d_values,
             BIAS=b_dec is not None, ENTRIES=block.entries, WIDTH=block.width,
-            num_warps=block.warps, enable_fp_fusion=True,
+            num_warps=block.warps,
         )  # fmt: skip
     return DecodeMSE(x_hat, row_loss, grad, d_values)
 

@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_kernels.launch import KernelError, check_floating, check_shape, choose
+from sae_kernels.launch import KernelError, check_floating, check_shape, choose, workspace
 
-CHUNK_BYTES = 1 << 24  # of (batch, d_sae) worked on at a time
+CHUNK_BYTES = 1 << 24  # of (batch, d_sae) worked on at a time on a CPU
 
 
 class DenseStep(NamedTuple):
@@ -62,8 +62,10 @@ def _window(
     return ((pre - threshold).abs() < bandwidth / 2).to(pre.dtype)
 
 
-def _chunks(batch: int, row_bytes: int) -> list[slice]:
-    n_rows = max(1, CHUNK_BYTES // max(1, row_bytes))
+def _chunks(spare: Float[Tensor, "batch d_sae"]) -> list[slice]:
+    """Cut the batch into rows worked on at a time, by the device's measure."""
+    batch, d_sae = spare.shape
+    n_rows = max(1, workspace(spare.device, CHUNK_BYTES) // max(1, d_sae * spare.element_size()))
     return [slice(start, min(start + n_rows, batch)) for start in range(0, batch, n_rows)]
 
 
@@ -97,7 +99,7 @@ class _DenseStep(torch.autograd.Function):
         batch, d_sae = len(x), len(enc_rows)
         spare, x_hat = x.new_empty(batch, d_sae), x.new_empty(batch, dec_rows.shape[1])
         total, fired = torch.zeros_like(b_enc), torch.zeros_like(b_enc)
-        chunks = _chunks(batch, d_sae * x.element_size())
+        chunks = _chunks(spare)
         space = _spaces(spare, chunks, 2)
         for rows in chunks:
             pre = torch.addmm(b_enc, x[rows], enc_rows.T, out=spare[rows])
@@ -153,7 +155,7 @@ def _add_chunks(
 ) -> None:
     """Go back through the activation, some rows at a time, and add up what the weights get."""
     x, enc_rows, dec_rows, threshold, spare, _ = ctx.saved_tensors
-    chunks = _chunks(len(x), spare.shape[1] * spare.element_size())
+    chunks = _chunks(spare)
     space = _spaces(spare, chunks, 1 if threshold is None else 4)
     for rows in chunks:
         acts, out = spare[rows], d_x_hat[rows]

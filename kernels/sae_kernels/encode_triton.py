@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae_kernels import blocks
 from sae_kernels.decode_triton import arch_of, interprets
+from sae_kernels.launch import launch
 from sae_kernels.select_triton import FLOATS, order_key, pick, source_of
 
 
@@ -93,11 +94,12 @@ def fused_product(
     block = blocks.product(arch_of(x))
     bits, infinity = FLOATS[pre.dtype]
     n_tiles = triton.cdiv(batch, block.rows) * triton.cdiv(d_sae, block.latents)
-    _product_kernel[n_tiles,](
+    launch(
+        _product_kernel, (n_tiles,), x,
         x, rows, bias, pre, maxima, batch, d_sae, width, n_groups,
         BITS=bits, INFINITY=infinity, SIZE=size,
         ROWS=block.rows, LATENTS=block.latents, DEPTH=block.depth, UPCAST=interprets(),
-        num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
+        num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip
     return maxima
 

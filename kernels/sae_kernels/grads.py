@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_kernels.launch import (
@@ -24,6 +24,7 @@ from sae_kernels.launch import (
 class Segments(NamedTuple):
     """The entries of sparse latents in the order of their latents, and the batch row of each."""
 
+    latents: Int[Tensor, " entry"]
     entries: Int[Tensor, " entry"]
     rows: Int[Tensor, " entry"]
     lengths: Int[Tensor, " d_sae"]
@@ -33,6 +34,15 @@ class Segments(NamedTuple):
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Name the dtype in which sums of `dtype` are formed: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def counts(
+    numbers: Int[Tensor, "..."], n: int, counted: Bool[Tensor, "..."] | None = None
+) -> Int[Tensor, " n"]:
+    """Count how often each number below n occurs; `torch.bincount` would wait for the device."""
+    flat = numbers.flatten().long()
+    ones = torch.ones_like(flat) if counted is None else counted.flatten().long()
+    return flat.new_zeros(n).scatter_add_(0, flat, ones)
 
 
 class Entries:
@@ -58,13 +68,13 @@ class Entries:
         """The entries by latent; those of one latent stay in the order of the batch."""
         flat = self.indices.flatten()
         # int32 halves the passes of the radix sort
-        order = torch.sort(flat.int(), stable=True).indices
-        lengths = torch.bincount(flat, minlength=self.d_sae)
+        latents, order = torch.sort(flat.int(), stable=True)
+        lengths = counts(flat, self.d_sae)
         if self.row_ptr is None:
             rows = order // max(1, self.indices.shape[1])
         else:
             rows = rows_of(self.row_ptr, len(flat))[order]
-        return Segments(order, rows, lengths, lengths.cumsum(0) - lengths)
+        return Segments(latents, order, rows, lengths, lengths.cumsum(0) - lengths)
 
 
 def rows_of(row_ptr: Int[Tensor, " bound"], n_entries: int) -> Int[Tensor, " entry"]:
@@ -80,13 +90,21 @@ def segment_product(
     backend: Backend = "torch",
 ) -> Float[Tensor, "d_sae d_out"]:
     """Compute `out[j] = sum of weights[n, i] * rows[n]` over the entries (n, i) of latent j."""
-    if backend == "triton" and entries.row_ptr is None:
+    return product_of(entries.segments, weights, rows, backend)
+
+
+def product_of(
+    parts: Segments,
+    weights: Float[Tensor, "batch k"] | Float[Tensor, " entry"],
+    rows: Float[Tensor, "batch d_out"],
+    backend: Backend,
+) -> Float[Tensor, "d_sae d_out"]:
+    """Do the same with entries that are sorted already."""
+    dtype = accumulator(rows.dtype)
+    if backend == "triton":
         from sae_kernels import grads_triton
 
-        return grads_triton.segment_product(
-            entries.indices.contiguous(), weights.contiguous(), rows.contiguous(), entries.d_sae
-        )
-    parts, dtype = entries.segments, accumulator(rows.dtype)
+        return grads_triton.segment_product(parts, weights.flatten(), rows.contiguous())
     return torch.embedding_bag(
         rows.to(dtype).contiguous(),
         parts.rows,
@@ -100,7 +118,13 @@ def segment_sum(
     entries: Entries, weights: Float[Tensor, "batch k"] | Float[Tensor, " entry"]
 ) -> Float[Tensor, " d_sae"]:
     """Compute `out[j] = sum of weights[n, i]` over the entries (n, i) of latent j."""
-    parts = entries.segments
+    return sum_of(entries.segments, weights)
+
+
+def sum_of(
+    parts: Segments, weights: Float[Tensor, "batch k"] | Float[Tensor, " entry"]
+) -> Float[Tensor, " d_sae"]:
+    """Do the same with entries that are sorted already."""
     ordered = weights.to(accumulator(weights.dtype)).flatten()[parts.entries]
     return torch.segment_reduce(ordered, "sum", lengths=parts.lengths, unsafe=True)
 
@@ -108,7 +132,7 @@ def segment_sum(
 def _count_fired(
     values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"], d_sae: int
 ) -> Int[Tensor, " d_sae"]:
-    return torch.bincount(indices[values != 0], minlength=d_sae)
+    return counts(indices, d_sae, values != 0)
 
 
 def sparse_weight_grads_reference(

@@ -20,16 +20,8 @@ from torch import Tensor
 
 from sae_kernels import blocks
 from sae_kernels.decode_triton import arch_of, interprets
-from sae_kernels.launch import WeightGrads
-
-
-class Sorted(NamedTuple):
-    """Entries in the order of their latents: `entry = row * k + column`, and where runs start."""
-
-    latents: Int[Tensor, " entry"]
-    entries: Int[Tensor, " entry"]
-    starts: Int[Tensor, " end"]
-    k: int
+from sae_kernels.grads import Entries, Segments
+from sae_kernels.launch import WeightGrads, launch
 
 
 @triton.jit
@@ -42,10 +34,10 @@ def _weighted_segments(latent, weight, rows, PRECISION: tl.constexpr, UPCAST: tl
     return tl.dot(same.to(rows.dtype), rows, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["n_entries", "k"])
+@triton.jit(do_not_specialize=["n_entries"])
 @no_type_check
 def _segments_kernel(
-    latents, entries, n_entries, weights, rows, k, width, out, edges,
+    latents, entries, row_of, n_entries, weights, rows, width, out, edges,
     ENTRIES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sum the runs of a block of entries; programs: (block, share of its columns).
@@ -63,7 +55,7 @@ def _segments_kernel(
     after_block = tl.load(latents + first + ENTRIES, mask=first + ENTRIES < n_entries, other=-2)
     entry = tl.load(entries + slot, mask=given, other=0)
     weight = tl.load(weights + entry, mask=given, other=0.0).to(tl.float32)
-    row = (entry // k).to(tl.int64)
+    row = tl.load(row_of + slot, mask=given, other=0).to(tl.int64)
 
     is_last = (latent != after) | (tl.arange(0, ENTRIES) == ENTRIES - 1)
     is_last = is_last & (latent >= 0)
@@ -128,19 +120,14 @@ def _sums_kernel(starts, entries, values, d_values, sums, fired, BLOCK: tl.const
     tl.store(fired + latent, tl.sum(count, axis=0))
 
 
-def sort_entries(indices: Int[Tensor, "batch k"], d_sae: int) -> Sorted:
-    """Sort the entries by latent; those of one latent stay in the order of the batch."""
-    latents, entries = torch.sort(indices.flatten().int(), stable=True)
-    bounds = torch.arange(d_sae + 1, dtype=torch.int32, device=indices.device)
-    starts = torch.searchsorted(latents, bounds)
-    return Sorted(latents, entries, starts, indices.shape[1])
-
-
-def _sum_segments(
-    parts: Sorted, weights: Float[Tensor, "batch k"], rows: Float[Tensor, "batch d_out"]
+def segment_product(
+    parts: Segments, weights: Float[Tensor, " entry"], rows: Float[Tensor, "batch d_out"]
 ) -> Float[Tensor, "d_sae d_out"]:
-    """Compute `out[j] = sum of weights[n, i] * rows[n]` over the entries (n, i) of latent j."""
-    n_entries, width, d_sae = len(parts.latents), rows.shape[1], len(parts.starts) - 1
+    """Compute `out[j] = sum of weights[e] * rows[row of e]` over the entries of latent j.
+
+    In float32, from contiguous tensors; weights are rounded to bfloat16 where the rows are.
+    """
+    n_entries, width, d_sae = len(parts.latents), rows.shape[1], len(parts.lengths)
     options = {"dtype": torch.float32, "device": rows.device}
     if not n_entries or not width:
         return torch.zeros(d_sae, width, **options)
@@ -150,30 +137,47 @@ def _sum_segments(
     block = blocks.segments(n_entries, width, 2 if as_is else 4, arch_of(rows))
     n_blocks = -(-n_entries // block.entries)
     edges = torch.empty(n_blocks, 2, width, **options)
-    _segments_kernel[n_blocks, block.splits](
-        parts.latents, parts.entries, n_entries, weights, rows, parts.k, width, out, edges,
+    launch(
+        _segments_kernel, (n_blocks, block.splits), out,
+        parts.latents, parts.entries, parts.rows, n_entries, weights, rows, width, out, edges,
         ENTRIES=block.entries, WIDTH=block.width, PRECISION="tf32x3", UPCAST=not as_is,
-        num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
+        num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip
     slab = min(blocks.FINISH_WIDTH, blocks.next_pow2(width))
-    _finish_kernel[d_sae, triton.cdiv(width, slab)](
-        parts.starts, edges, width, out,
-        ENTRIES=block.entries, WIDTH=slab, num_warps=4, enable_fp_fusion=True,
+    launch(
+        _finish_kernel, (d_sae, triton.cdiv(width, slab)), out,
+        _bounds(parts), edges, width, out,
+        ENTRIES=block.entries, WIDTH=slab, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def segment_product(
-    indices: Int[Tensor, "batch k"],
-    weights: Float[Tensor, "batch k"],
-    rows: Float[Tensor, "batch d_out"],
-    d_sae: int,
-) -> Float[Tensor, "d_sae d_out"]:
-    """Compute `out[j] = sum of weights[n, i] * rows[n]` over the entries with index j, in float32.
+class SegmentSums(NamedTuple):
+    """Of each latent the sum of the gradients of its values, and how often it fired."""
 
-    Contiguous tensors. Weights are rounded to bfloat16 where the rows are bfloat16.
-    """
-    return _sum_segments(sort_entries(indices, d_sae), weights, rows)
+    b_enc: Float[Tensor, " d_sae"]
+    n_fired: Int[Tensor, " d_sae"]
+
+
+def segment_sums(
+    parts: Segments, values: Float[Tensor, " entry"], d_values: Float[Tensor, " entry"]
+) -> SegmentSums:
+    """Add `d_values` up and count `values != 0` over the entries of each latent."""
+    d_sae = len(parts.lengths)
+    b_enc = torch.empty(d_sae, dtype=torch.float32, device=values.device)
+    n_fired = torch.empty(d_sae, dtype=torch.int64, device=values.device)
+    if d_sae:
+        launch(
+            _sums_kernel, (d_sae,), b_enc,
+            _bounds(parts), parts.entries, values, d_values, b_enc, n_fired,
+            BLOCK=blocks.SUM_ENTRIES, num_warps=1,
+        )  # fmt: skip
+    return SegmentSums(b_enc, n_fired)
+
+
+def _bounds(parts: Segments) -> Int[Tensor, " end"]:
+    """Where the run of each latent starts, and where the last one ends."""
+    return torch.nn.functional.pad(parts.lengths.cumsum(0), (1, 0))
 
 
 def weight_grads(
@@ -188,13 +192,8 @@ def weight_grads(
 
     Contiguous tensors. Weights are rounded to bfloat16 where the rows are bfloat16.
     """
-    parts = sort_entries(indices, d_sae)
-    b_enc = torch.empty(d_sae, dtype=torch.float32, device=values.device)
-    n_fired = torch.empty(d_sae, dtype=torch.int64, device=values.device)
-    if d_sae:
-        _sums_kernel[d_sae,](
-            parts.starts, parts.entries, values, d_values, b_enc, n_fired,
-            BLOCK=blocks.SUM_ENTRIES, num_warps=1, enable_fp_fusion=True,
-        )  # fmt: skip
-    dec_rows = _sum_segments(parts, values, grad_out)
-    return WeightGrads(dec_rows, _sum_segments(parts, d_values, x), b_enc, n_fired)
+    parts = Entries(indices, d_sae).segments
+    values, d_values = values.flatten(), d_values.flatten()
+    dec_rows = segment_product(parts, values, grad_out)
+    sums = segment_sums(parts, values, d_values)
+    return WeightGrads(dec_rows, segment_product(parts, d_values, x), *sums)

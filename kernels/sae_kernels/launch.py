@@ -1,11 +1,14 @@
 """The choice of backend, and the argument checks that the ops share."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+from sae_kernels import blocks
 
 Backend = Literal["reference", "torch", "triton"]
 
@@ -24,6 +27,29 @@ class WeightGrads(NamedTuple):
     enc_rows: Float[Tensor, "d_sae d_in"]
     b_enc: Float[Tensor, " d_sae"]
     n_fired: Int[Tensor, " d_sae"]
+
+
+def workspace(device: torch.device, on_cpu: int) -> int:
+    """Say how many bytes are worked on at a time: what a CPU's caches like, or a GPU's many."""
+    return on_cpu if device.type == "cpu" else blocks.WORKSPACE_BYTES
+
+
+def on_device(
+    numbers: Sequence[int] | Sequence[float], device: torch.device
+) -> Shaped[Tensor, " number"]:
+    """Put some numbers on a device, filled in there: a copy from the host would wait for it."""
+    dtype = torch.int64 if isinstance(numbers[0], int) else torch.float64
+    if device.type == "cpu":
+        return torch.tensor(numbers, dtype=dtype)
+    return torch.cat([torch.full((1,), number, dtype=dtype, device=device) for number in numbers])
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], like: Shaped[Tensor, "..."], *args: Any, **options: Any
+) -> None:
+    """Launch a Triton kernel on the GPU that `like` is on, which need not be the current one."""
+    with torch.cuda.device_of(like):
+        kernel[grid](*args, enable_fp_fusion=True, **options)
 
 
 def _interprets() -> bool:

@@ -14,8 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_kernels.decode import row_products, weighted_rows
-from sae_kernels.grads import Entries, accumulator, segment_product
+from sae_kernels.decode import (
+    check_row_ptr,
+    row_products,
+    sparse_decode_reference,
+    weighted_rows,
+)
+from sae_kernels.grads import Entries, accumulator, rows_of, segment_product
 from sae_kernels.launch import (
     Backend,
     KernelError,
@@ -23,6 +28,7 @@ from sae_kernels.launch import (
     check_indices,
     check_shape,
     choose,
+    on_device,
 )
 
 
@@ -48,50 +54,66 @@ class _Errors(NamedTuple):
     d_pieces: Float[Tensor, "piece d_out"]
 
 
-def sparse_decode_mse_reference(
-    values: Float[Tensor, "batch k"],
-    indices: Int[Tensor, "batch k"],
+def sparse_decode_mse_reference(  # noqa: PLR0913
+    values: Float[Tensor, "batch k"] | Float[Tensor, " entry"],
+    indices: Int[Tensor, "batch k"] | Int[Tensor, " entry"],
     dec_rows: Float[Tensor, "d_sae d_out"],
     b_dec: Float[Tensor, " d_out"] | None,
     target: Float[Tensor, "batch d_out"],
     scale: float,
     ends: tuple[int, ...],
+    row_ptr: Int[Tensor, " bound"] | None = None,
 ) -> DecodeLoss:
     """Decode each prefix by itself and compare; for torch's own autograd."""
     dtype = accumulator(dec_rows.dtype)
     x_hat, errors = target, []
     for end in ends:
-        prefix_values = values.to(dec_rows.dtype) * (indices < end)
-        x_hat = (prefix_values[:, :, None] * dec_rows[indices.long()]).sum(1)
+        x_hat = sparse_decode_reference(values * (indices < end), indices, dec_rows, row_ptr)
         x_hat = x_hat if b_dec is None else x_hat + b_dec
         errors.append((x_hat.to(dtype) - target.to(dtype)).square().sum(1))
     row_loss = torch.stack(errors, 1)
     return DecodeLoss(scale * row_loss.sum(), x_hat.detach(), row_loss.detach())
 
 
-def _pieces(indices: Int[Tensor, "batch k"], ends: tuple[int, ...]) -> Int[Tensor, " bound"]:
+def pieces_of(
+    indices: Int[Tensor, "batch k"] | Int[Tensor, " entry"],
+    ends: tuple[int, ...],
+    row_ptr: Int[Tensor, " bound"] | None,
+) -> Int[Tensor, " piece_bound"]:
     """Bound the entries of each row and prefix, in the order of the entries."""
+    if row_ptr is not None:  # entries of later rows have larger keys
+        d_sae = ends[-1]
+        starts = torch.arange(len(row_ptr) - 1, device=indices.device)[:, None] * d_sae
+        keys = rows_of(row_ptr, len(indices)) * d_sae + indices
+        limits = starts + on_device(ends, indices.device)
+        return torch.nn.functional.pad(torch.searchsorted(keys, limits).flatten(), (1, 0))
     batch, k = indices.shape
-    limits = torch.tensor(ends, device=indices.device).expand(batch, -1).contiguous()
+    limits = on_device(ends, indices.device).expand(batch, -1).contiguous()
     stops = torch.searchsorted(indices.contiguous(), limits)
     stops += torch.arange(batch, device=indices.device)[:, None] * k
     return torch.nn.functional.pad(stops.flatten(), (1, 0))
 
 
-def _errors(
+def errors_of(
     pieces: Float[Tensor, "piece d_out"],
     b_dec: Float[Tensor, " d_out"] | None,
     target: Float[Tensor, "batch d_out"],
-    options: _Options,
+    scales: tuple[float, ...],
 ) -> _Errors:
-    """Add the pieces of each row up, compare with the target, and add the errors up backwards."""
-    n_prefixes, dtype = len(options.ends or [0]), accumulator(pieces.dtype)
+    """Add the pieces of each row up, compare with the target, and add the errors up backwards.
+
+    The errors count by the scales of their prefixes.
+    """
+    n_prefixes, dtype = len(scales), accumulator(pieces.dtype)
     x_hat = pieces.unflatten(0, (len(target), n_prefixes))
     x_hat = x_hat.cumsum(1, dtype=dtype).to(pieces.dtype) if n_prefixes > 1 else x_hat
     x_hat = x_hat if b_dec is None else x_hat + b_dec
     error = x_hat.to(dtype) - target.to(dtype)[:, None]
     row_loss = torch.linalg.vector_norm(error, dim=2).square_()
-    error *= 2 * options.scale
+    if len(set(scales)) == 1:
+        error *= 2 * scales[0]
+    else:
+        error *= 2 * on_device(scales, error.device).to(dtype)[:, None]
     if n_prefixes > 1:
         error = error.flip(1).cumsum(1).flip(1)
     return _Errors(x_hat[:, -1], row_loss, error.flatten(0, 1))
@@ -99,19 +121,20 @@ def _errors(
 
 class _DecodeMse(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: Any,
-        values: Float[Tensor, "batch k"],
-        indices: Int[Tensor, "batch k"],
+        values: Float[Tensor, "batch k"] | Float[Tensor, " entry"],
+        indices: Int[Tensor, "batch k"] | Int[Tensor, " entry"],
         dec_rows: Float[Tensor, "d_sae d_out"],
         b_dec: Float[Tensor, " d_out"] | None,
         target: Float[Tensor, "batch d_out"],
+        row_ptr: Int[Tensor, " bound"] | None,
         options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
         scale, ends, backend = options
         shape = values.shape
-        d_values = row_ptr = None
-        if backend == "triton" and ends is None:
+        d_values = None
+        if backend == "triton" and ends is None and row_ptr is None:
             from sae_kernels import decode_triton
 
             bias = None if b_dec is None else b_dec.contiguous()
@@ -126,15 +149,17 @@ class _DecodeMse(torch.autograd.Function):
             row_loss = row_loss[:, None]
         else:
             if ends is not None:
-                row_ptr = _pieces(indices, ends)
+                row_ptr = pieces_of(indices, ends, row_ptr)
                 values, indices = values.flatten(), indices.flatten()
             pieces = weighted_rows(values, indices, dec_rows, row_ptr, backend)
-            x_hat, row_loss, d_pieces = _errors(pieces, b_dec, target, options)
+            x_hat, row_loss, d_pieces = errors_of(
+                pieces, b_dec, target, (scale,) * len(ends or [0])
+            )
             if ctx.needs_input_grad[0]:
                 low = d_pieces.to(dec_rows.dtype)
                 d_values = row_products(low, dec_rows, indices, row_ptr, backend)
         ctx.save_for_backward(values, indices, dec_rows, row_ptr, d_pieces, d_values)
-        ctx.options, ctx.shape, ctx.target_dtype = options, shape, target.dtype
+        ctx.options, ctx.shape, ctx.target = options, shape, (len(target), target.dtype)
         ctx.mark_non_differentiable(x_hat, row_loss)
         return scale * row_loss.sum(), x_hat, row_loss
 
@@ -153,14 +178,20 @@ class _DecodeMse(torch.autograd.Function):
             d_rows = segment_product(entries, values * d_loss, d_pieces, ctx.options.backend)
             d_rows = d_rows.to(dec_rows.dtype)
         if needs_bias or needs_target:  # the first piece is part of every prefix
+            batch, dtype = ctx.target
             n_prefixes = len(ctx.options.ends or [0])
-            first = d_pieces.unflatten(0, (ctx.shape[0], n_prefixes))[:, 0] * d_loss
+            first = d_pieces.unflatten(0, (batch, n_prefixes))[:, 0] * d_loss
             d_bias = first.sum(0).to(dec_rows.dtype) if needs_bias else None
-            d_target = -first.to(ctx.target_dtype) if needs_target else None
-        return d_values if needs_values else None, None, d_rows, d_bias, d_target, None
+            d_target = -first.to(dtype) if needs_target else None
+        return d_values if needs_values else None, None, d_rows, d_bias, d_target, None, None
 
 
-def _check_prefixes(prefixes: Sequence[int], indices: Int[Tensor, "batch k"], d_sae: int) -> None:
+def _check_prefixes(
+    prefixes: Sequence[int],
+    indices: Int[Tensor, "batch k"] | Int[Tensor, " entry"],
+    row_ptr: Int[Tensor, " bound"] | None,
+    d_sae: int,
+) -> None:
     ends = list(prefixes)
     rises = all(low < high for low, high in zip([0, *ends], ends, strict=False))
     if not ends or not rises or ends[-1] != d_sae:
@@ -168,7 +199,10 @@ def _check_prefixes(prefixes: Sequence[int], indices: Int[Tensor, "batch k"], d_
             f"prefixes must rise from at least 1 to d_sae={d_sae}, got {ends}; the last prefix is "
             "the whole dictionary"
         )
-    if indices.device.type == "cpu" and bool((indices.diff(dim=1) < 0).any()):
+    falls = indices.diff(dim=-1) < 0
+    if row_ptr is not None:  # where a row begins it may
+        falls &= rows_of(row_ptr, len(indices)).diff() == 0
+    if indices.device.type == "cpu" and bool(falls.any()):
         raise KernelError(
             "indices must ascend within a row for prefixes, got some that fall; sort them as "
             "topk_select does without `sorted`"
@@ -176,14 +210,15 @@ def _check_prefixes(prefixes: Sequence[int], indices: Int[Tensor, "batch k"], d_
 
 
 def sparse_decode_mse(  # noqa: PLR0913
-    values: Float[Tensor, "batch k"],
-    indices: Int[Tensor, "batch k"],
+    values: Float[Tensor, "batch k"] | Float[Tensor, " entry"],
+    indices: Int[Tensor, "batch k"] | Int[Tensor, " entry"],
     dec_rows: Float[Tensor, "d_sae d_out"],
     b_dec: Float[Tensor, " d_out"] | None,
     target: Float[Tensor, "batch d_out"],
     *,
     scale: float,
     prefixes: Sequence[int] | None = None,
+    row_ptr: Int[Tensor, " bound"] | None = None,
     backend: str | None = None,
 ) -> DecodeLoss:
     """Decode and compare with the target, and compute the gradients in the same pass.
@@ -201,6 +236,8 @@ def sparse_decode_mse(  # noqa: PLR0913
         scale: factor of the loss, 1 / batch for the mean over rows.
         prefixes: ends of the prefixes, rising up to d_sae; by default all latents alone. The
             prefixes' reconstructions are all held at once.
+        row_ptr: bounds of the rows' entries, where values and indices are (entry,), as in
+            `sparse_decode`.
         backend: a forced backend; the fastest one by default.
 
     Returns:
@@ -216,22 +253,26 @@ def sparse_decode_mse(  # noqa: PLR0913
     check_floating(target=target)
     if values.dtype != accumulator(dec_rows.dtype):
         check_floating(values=values, dec_rows=dec_rows)
-    check_shape("values", values, None, None)
+    check_shape("values", values, *([None] if row_ptr is not None else [None, None]))
     check_shape("indices", indices, *values.shape)
     check_shape("dec_rows", dec_rows, None, None)
     d_sae, d_out = dec_rows.shape
     check_shape("b_dec", b_dec, d_out)
-    check_shape("target", target, len(values), d_out)
+    check_shape("target", target, len(values) if row_ptr is None else len(row_ptr) - 1, d_out)
     check_indices(indices, d_sae)
+    if row_ptr is not None:
+        check_row_ptr(row_ptr, len(values))
+        row_ptr = row_ptr.long()
     if prefixes is not None:
-        _check_prefixes(prefixes, indices, d_sae)
+        _check_prefixes(prefixes, indices, row_ptr, d_sae)
     ends = None if prefixes is None else tuple(prefixes)
     with torch.autocast(values.device.type, enabled=False):
         name = choose(values, backend)
         if name == "reference":
             return sparse_decode_mse_reference(
-                values, indices, dec_rows, b_dec, target, scale, ends or (d_sae,)
+                values, indices, dec_rows, b_dec, target, scale, ends or (d_sae,), row_ptr
             )
         options = _Options(scale, ends, name)
-        results = _DecodeMse.apply(values, indices.long(), dec_rows, b_dec, target, options)
+        latents = (values, indices.long())
+        results = _DecodeMse.apply(*latents, dec_rows, b_dec, target, row_ptr, options)
         return DecodeLoss(*results)

@@ -14,12 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from sae_kernels.decode import weighted_rows
 from sae_kernels.grads import Entries, accumulator, segment_product, segment_sum
-from sae_kernels.launch import Backend, check_floating, check_shape
+from sae_kernels.launch import Backend, check_floating, check_shape, workspace
 
 # Pre-activations held at a time on a CPU, which loses more to page faults and cache misses on a
-# larger workspace than the matrix product gains from it. Other devices take more at a time.
+# larger workspace than the matrix product gains from it.
 WORKSPACE_BYTES = 1 << 25
-LARGER_WORKSPACE = 8
 
 
 class SelectedPre(NamedTuple):
@@ -41,11 +40,11 @@ class Product(NamedTuple):
         """Go through the pre-activations some rows at a time, always in the same memory."""
         batch, d_sae = len(self.x), len(self.rows)
         dtype, device = self.bias.dtype, self.bias.device
-        space = WORKSPACE_BYTES * (1 if device.type == "cpu" else LARGER_WORKSPACE)
+        space = workspace(device, WORKSPACE_BYTES)
         n_rows = max(1, min(batch, space // (d_sae * dtype.itemsize)))
-        workspace = torch.empty(n_rows, d_sae, dtype=dtype, device=device)
+        held = torch.empty(n_rows, d_sae, dtype=dtype, device=device)
         for start in range(0, batch, n_rows):
-            pre = workspace[: batch - start]
+            pre = held[: batch - start]
             rows = slice(start, start + len(pre))
             self._multiply(self.x[rows], pre)
             yield rows, pre
@@ -54,7 +53,7 @@ class Product(NamedTuple):
         if x.dtype == out.dtype:
             torch.addmm(self.bias, x, self.rows.T, out=out)
         elif x.is_cuda:
-            out.copy_(torch.mm(x, self.rows.T, out_dtype=out.dtype)).add_(self.bias)
+            torch.mm(x, self.rows.T, out_dtype=out.dtype, out=out).add_(self.bias)
         else:  # a CPU has no product of bfloat16 into float32: it is rounded once in between
             out.copy_(torch.mm(x, self.rows.T)).add_(self.bias)
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_kernels.launch import check_floating, check_k, check_shape, choose
+from sae_kernels.launch import check_floating, check_k, check_shape, choose, workspace
 
 GROUP = 8  # latents a group: the fewest passes over (row, latent) pairs on an AVX-512 CPU
 CHUNK = 1 << 21  # pre-activations selected at a time, so that the passes meet them in the cache
@@ -145,7 +145,7 @@ def _topk_select_torch(
     pre: Float[Tensor, "batch d_sae"], k: int, relu: bool, by_value: bool
 ) -> TopKResult:
     batch, d_sae = pre.shape
-    n_rows = max(1, CHUNK // d_sae)
+    n_rows = max(1, workspace(pre.device, 4 * CHUNK) // (4 * d_sae))
     indices = torch.empty(batch, k, dtype=torch.int64, device=pre.device)
     for start in range(0, batch, n_rows):
         rows = slice(start, start + n_rows)

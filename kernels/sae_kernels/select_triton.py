@@ -20,6 +20,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from sae_kernels import blocks
+from sae_kernels.launch import launch
 
 FLOATS = {
     torch.float32: (32, 0x7F800000),
@@ -163,10 +164,11 @@ def group_maxima(source: TopKRows, size: int) -> Int[Tensor, "batch group"]:
     n_groups = -(-n // size)
     maxima = torch.empty(batch, n_groups, dtype=torch.int32, device=source.rows.device)
     block = blocks.maxima(n_groups, size)
-    _group_max_kernel[batch, triton.cdiv(n_groups, block.groups)](
+    launch(
+        _group_max_kernel, (batch, triton.cdiv(n_groups, block.groups)), maxima,
         source.rows, n, maxima if source.bias is None else source.bias, maxima, n_groups,
         **source.launch(), SIZE=size, GROUPS=block.groups,
-        num_warps=block.warps, enable_fp_fusion=True,
+        num_warps=block.warps,
     )  # fmt: skip
     return maxima
 
@@ -202,11 +204,12 @@ def pick(
         groups = torch.empty(batch, k, dtype=torch.int32, device=indices.device)
         pick(TopKRows(maxima, source.bits, 0), k, groups)
     block = blocks.picker(k * size or n)
-    _pick_kernel[batch,](
+    launch(
+        _pick_kernel, (batch,), indices,
         source.rows, n, indices if source.bias is None else source.bias, groups,
         indices if values is None else _as_integers(values), indices, k, int(relu),
         **source.launch(), SIZE=size, BLOCK=block.block, WITH_VALUES=values is not None,
-        num_warps=block.warps, enable_fp_fusion=True,
+        num_warps=block.warps,
     )  # fmt: skip
 
 
@@ -249,3 +252,38 @@ def topk_select(
         values, indices = values.gather(1, order), indices.gather(1, order)
         values = values.relu() if relu else values
     return values, indices
+
+
+def keys_of(floats: Float[Tensor, " entry"]) -> Int[Tensor, " entry"]:
+    """Map float32 to int32 of the same order, as the kernels do."""
+    bits = floats.view(torch.int32)
+    largest = (1 << 31) - 1
+    key = torch.where(bits < 0, bits ^ largest, bits)
+    return torch.where(key == -1, 0, key).masked_fill(floats.isnan(), largest)
+
+
+def first_of_largest(keys: Int[Tensor, " entry"], k: int) -> Int[Tensor, " k"]:
+    """Name the k largest of all keys, ascending, of equal ones the first, without a wait."""
+    kth = keys.topk(k, sorted=False).values.min()
+    above, tied = keys > kth, keys == kth
+    picked = above | (tied & (tied.cumsum(0, dtype=torch.int32) <= k - above.sum()))
+    return picked.nonzero_static(size=k).squeeze(1)
+
+
+def best_of_batch(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, " k"]:
+    """Name, ascending, the places of the k largest in the flattened, contiguous float32 `pre`.
+
+    By the groups' maxima, as in a row: the groups of all rows stand in the order of their places.
+    """
+    source, n = source_of(pre), pre.shape[1]
+    size = blocks.batch_group_size(pre.numel(), k)
+    maxima = group_maxima(source, size)
+    best = first_of_largest(maxima.flatten(), k)
+    if size == 1:
+        return best
+    row, group = best // maxima.shape[1], best % maxima.shape[1]
+    column = group[:, None] * size + torch.arange(size, device=pre.device)
+    place = row[:, None] * n + column.clamp_max(n - 1)
+    keys = keys_of(pre.flatten()[place.flatten()]).view(place.shape)
+    keys = keys.masked_fill(column >= n, -(1 << 31))
+    return place.flatten()[first_of_largest(keys.flatten(), k)]

@@ -169,6 +169,8 @@ def _keep_batch_topk(product: Product, k: int, relu: bool, backend: Backend) -> 
 
     An equal value of a later row loses, so that nothing else can belong to the answer.
     """
+    if backend == "triton":
+        return _batch_topk_on_gpu(product, k, relu)
     n_selected, bias = k * len(product.x), product.bias
     none = torch.zeros(0, dtype=torch.int64, device=bias.device)
     best, worst = _BestEntries(bias[:0], none, none), -math.inf
@@ -187,6 +189,25 @@ def _keep_batch_topk(product: Product, k: int, relu: bool, backend: Backend) -> 
         worst = float(best.values.nan_to_num(math.inf, math.inf, -math.inf).min())
     lengths = torch.bincount(best.rows, minlength=len(product.x))
     return SelectedPre(best.values.relu() if relu else best.values, best.indices, _bounds(lengths))
+
+
+def _batch_topk_on_gpu(product: Product, k: int, relu: bool) -> SelectedPre:
+    """Do the same with the shapes that are known beforehand, so that nothing is waited for."""
+    from sae_kernels import select_triton
+
+    batch, d_sae = len(product.x), len(product.bias)
+    values = product.bias[:0]
+    places = torch.zeros(0, dtype=torch.int64, device=values.device)
+    for rows, pre in product.chunks():
+        best = select_triton.best_of_batch(pre, min(k * batch, pre.numel()))
+        values = torch.cat([values, pre.flatten()[best]])
+        places = torch.cat([places, best + rows.start * d_sae])
+        if len(values) > k * batch:
+            kept = select_triton.first_of_largest(select_triton.keys_of(values), k * batch)
+            values, places = values[kept], places[kept]
+    bounds = torch.arange(batch + 1, device=values.device) * d_sae
+    row_ptr = torch.searchsorted(places, bounds)
+    return SelectedPre(values.relu() if relu else values, places % d_sae, row_ptr)
 
 
 def encode_batch_topk(

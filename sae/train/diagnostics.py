@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder
-from sae.train.forward.common import Forward, Rows
+from sae.train.forward.common import Forward, Rows, Taken
 from sae.train.latent_shards import of_latents
 from sae.train.ranks import Ranks
 
@@ -29,19 +29,20 @@ class Watch:
         d_sae, device = len(autoencoder.enc_rows), autoencoder.enc_rows.device
         self.n_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.moved = torch.zeros(d_sae, dtype=torch.bool, device=device)
-        self.n_rows = 0
+        self.n_rows = torch.zeros((), dtype=torch.int64, device=device)
         self.is_due = False
         self.figures: dict[str, float] = {}
 
     @torch.no_grad()
-    def see(self, found: Forward, rows: Rows, n_rows: int) -> None:
+    def see(self, found: Forward, rows: Rows, n_rows: int, taken: Taken = None) -> None:
         """Take a step in, between its backward pass and the clipping of its gradients."""
-        self.n_fired += found.n_fired
-        self.n_rows += n_rows
+        self.n_fired += found.n_fired if taken is None else taken * found.n_fired
+        self.n_rows += n_rows if taken is None else taken * n_rows
         if self.threshold == "per latent":
             grad = self.autoencoder.get_parameter("threshold").grad
-            self.moved |= self.moved if grad is None else grad != 0
-        if self.is_due:
+            moved = self.moved if grad is None else grad != 0
+            self.moved |= moved if taken is None else moved & taken
+        if self.is_due and (taken is None or bool(taken)):
             self.figures = {"shrinkage": self._shrinkage(found.y, rows), **self._grad_norms()}
 
     @torch.no_grad()
@@ -49,7 +50,7 @@ class Watch:
         """The figures since the last reading, and those of the last step; then begin anew."""
         n_fired = self.n_fired.clone()
         self.ranks.rows.sum_(n_fired)
-        density = self._whole(n_fired).double() / max(self.n_rows, 1)
+        density = self._whole(n_fired).double() / self.n_rows.clamp(min=1)
         found = {"shrinkage": math.nan, **self.figures, **_quantiles("density", density, DENSITIES)}
         if self.threshold == "one":
             found["threshold"] = float(self.autoencoder.get_buffer("threshold"))
@@ -59,7 +60,8 @@ class Watch:
             found["threshold_stuck"] = 1 - float(self._whole(self.moved).float().mean())
         self.n_fired.zero_()
         self.moved.zero_()
-        self.n_rows, self.is_due, self.figures = 0, False, {}
+        self.n_rows.zero_()
+        self.is_due, self.figures = False, {}
         return found
 
     def _shrinkage(self, y: Float[Tensor, "batch d_out"], rows: Rows) -> float:

@@ -11,7 +11,7 @@ the blocks, its losses are joint, and top-k chooses among all latents.
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -40,7 +40,9 @@ def anchor_of(
 
 @torch.no_grad()
 def keep_near_(
-    dec_rows: Float[Tensor, "d_sae d_out"], anchor: Float[Tensor, "d_sae d_out"]
+    dec_rows: Float[Tensor, "d_sae d_out"],
+    anchor: Float[Tensor, "d_sae d_out"],
+    taken: Bool[Tensor, ""] | None = None,
 ) -> None:
     """Turn rows that strayed back to a cosine of NEAR with their anchor, norms kept, in place."""
     norms = dec_rows.norm(dim=1, keepdim=True)
@@ -48,7 +50,8 @@ def keep_near_(
     cosine = (unit * anchor).sum(dim=1, keepdim=True)
     aside = normalize(unit - cosine * anchor)
     turned = norms * (NEAR * anchor + (1 - NEAR**2) ** 0.5 * aside)
-    dec_rows.copy_(torch.where(cosine < NEAR, turned, dec_rows))
+    strayed = cosine < NEAR if taken is None else (cosine < NEAR) & taken
+    dec_rows.copy_(torch.where(strayed, turned, dec_rows))
 
 
 def elsewhere(

@@ -5,7 +5,6 @@ Which flags of a Trainer can work, and how one is told where a run goes on.
 
 import datetime
 import logging
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -32,8 +32,8 @@ FIXED = 5 * MIB
 """Small tensors and the allocator's own."""
 CHUNK = 16 * MIB
 """What `sae_kernels` works on at a time in a CPU's memory."""
-GPU_WORKSPACE = 256 * MIB
-"""What it works on at a time on a GPU."""
+GPU_WORKSPACE = 1024 * MIB
+"""What it works on at a time on a GPU: `sae_kernels.blocks.WORKSPACE_BYTES`."""
 COMPOSED_PLAIN = 4.0
 """Dense matrices that ReLU holds in bf16, where torch differentiates the kernel's own terms."""
 DEAD = 0.2
@@ -103,7 +103,9 @@ def estimate(  # noqa: PLR0913
     terms = sum(term.memory(sizes) for term in (*config.terms.values(), *config.losses))
     passing = int(SOFT * weights) if config.frozen == "soft_decoder" else 0
     passing += int(UPDATES.get(config.optimizer.kind, 0.0) * trained)
-    copies = weights // 4 if precision == "bf16" else 0  # of the encoder, in half as many bytes
+    # of the encoder, in half as many bytes; of the decoder as well where the kernels read both
+    reads_both = on_gpu and config.activation.facts.trains == "sparse"
+    copies = weights // (2 if reads_both else 4) if precision == "bf16" else 0
     chunk = GPU_WORKSPACE if on_gpu else CHUNK
     return Memory(
         weights,

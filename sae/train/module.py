@@ -33,7 +33,7 @@ from sae.train.memory import require_room
 from sae.train.optim import OneOptimizer
 from sae.train.ranks import Ranks, connect
 from sae.train.step import StepMetrics, TrainStep
-from sae.train.throughput import Meter
+from sae.train.throughput import Failures, Meter
 
 if TYPE_CHECKING:
     from activations_cache import ActivationCache
@@ -73,7 +73,7 @@ class SAEModule(lightning.LightningModule):
         self.seed, self.latent_shards = seed, latent_shards
         self.steps: dict[str, TrainStep] = {}
         self.after_step: Saver | None = None
-        self.n_steps = self.total_steps = self.skipped = 0
+        self.n_steps = self.total_steps = 0
 
     def build(
         self,
@@ -112,6 +112,7 @@ class SAEModule(lightning.LightningModule):
             for name, entry in self.saes.items()
         }
         self.autoencoders = torch.nn.ModuleDict({n: s.autoencoder for n, s in self.steps.items()})
+        self.failures = Failures(tuple(self.steps))
         self.meter = Meter(self.steps, data.batch, log_every, ranks)
         read = reads(self.where, {point: data.cache.d_model(point) for point in data.hook_points})
         self.columns = read.columns
@@ -246,20 +247,13 @@ class SAEModule(lightning.LightningModule):
                 with self.meter.timed(name):
                     metrics[name] = step(*self.columns[name].pick(x))
         self.n_steps += 1
-        self._require_finite(metrics)
+        self.failures.see(metrics, self.n_steps)
+        if is_due or self.device.type == "cpu":
+            self.failures.require_few()
         figures = self._log(metrics) if is_due else {}
         if self.after_step is not None:
             self.after_step(self.n_steps, self.total_steps, self.full_state)
         return figures
-
-    def _require_finite(self, metrics: dict[str, StepMetrics]) -> None:
-        bad = [name for name, m in metrics.items() if not bool(m.finite)]
-        self.skipped = self.skipped + 1 if bad else 0
-        if self.skipped == 3:
-            raise FloatingPointError(
-                f"the loss of {', '.join(bad)} must be finite, got three steps in a row that are "
-                f"not, up to step {self.n_steps}; lower optimizer.lr or check the cache"
-            )
 
     def _log(self, metrics: dict[str, StepMetrics]) -> dict[str, float]:
         figures = self.meter.read(metrics, self.n_steps, self.total_steps)

@@ -11,17 +11,18 @@ Schedule-free Adam (Defazio et al. 2024, arXiv 2405.15682).
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, assert_never
+from typing import Any, Protocol, assert_never
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import BFloat16, Bool, Float, Int
 from torch import Tensor
 from torch.optim import Muon, Optimizer
 from torch.optim.adam import Adam
 
 from sae.autoencoder import SparseAutoencoder
 from sae.train import optim_config
-from sae_kernels import adam, latent_adam_
+from sae_kernels import latent_adam_, launch
+from sae_kernels.adam_states import n_blocks
 
 
 def normalise_rows_(rows: Float[Tensor, "d_sae d_out"]) -> None:
@@ -65,6 +66,14 @@ def optimizer_of(
             assert_never(settings)
 
 
+class Shadows(Protocol):
+    """Copies of matrices in 16 bits, which are written with them."""
+
+    def to_write(self, rows: Float[Tensor, "d_sae width"]) -> BFloat16[Tensor, "..."] | None:
+        """The copy of this matrix, if there is one."""
+        ...
+
+
 class LatentAdam(Adam):
     """Fused Adam; rows of `unit_rows` stay at norm 1 and only turn.
 
@@ -85,15 +94,21 @@ class LatentAdam(Adam):
         betas = (settings.beta1, settings.beta2)
         lr = settings.first_lr
         super().__init__(params, lr=lr, betas=betas, eps=settings.eps, fused=True)
+        self.found_inf: Float[Tensor, ""] | None = None
         self.unit_rows = unit_rows
         self.dtype = DTYPES[settings.states]
-        small = self.dtype != torch.float32
+        self.clip: Float[Tensor, ""] | None = None
+        self.shadows: Shadows | None = None
         self.matrices: list[tuple[torch.nn.Parameter, dict[str, Any]]] = [
             (p, group)
             for group in self.param_groups
             for p in group["params"]
-            if p is unit_rows or (p.dim() == 2 and small)
+            if p is unit_rows or (p.dim() == 2 and self._goes_by_rows(p))
         ]
+
+    def _goes_by_rows(self, matrix: torch.nn.Parameter) -> bool:
+        """Whether the states have fewer bits, or the device a kernel that does all in one pass."""
+        return self.dtype != torch.float32 or launch.choose(matrix, None) == "triton"
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -101,6 +116,9 @@ class LatentAdam(Adam):
         grads = [p.grad for p, _ in self.matrices]
         for parameter, _ in self.matrices:
             parameter.grad = None  # Adam passes over what has no gradient
+        if self.clip is not None:
+            rest = [p.grad for group in self.param_groups for p in group["params"]]
+            torch._foreach_mul_([grad for grad in rest if grad is not None], self.clip)
         super().step(closure)
         for seed, (parameter, group) in enumerate(self.matrices):
             parameter.grad = grads[seed]
@@ -117,14 +135,17 @@ class LatentAdam(Adam):
         state, is_unit = self.state[rows], rows is self.unit_rows
         if not state:
             state.update(self._start(rows))
-        state["step"] += 1
+        skip, seen = self.found_inf, state["step"]
+        seen += 1 if skip is None else 1 - skip
         packed = self.dtype == torch.uint8
+        # the device alone knows how many steps were taken: the noise goes by what was tried
+        seed += 0 if skip is None else len(self.matrices) * group["attempt"]
         latent_adam_(
             rows.data,
             grad,
             state["exp_avg"],
             state["exp_avg_sq"],
-            int(state["step"]),
+            int(seen) if skip is None else seen,
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
@@ -132,6 +153,9 @@ class LatentAdam(Adam):
             norm="unit" if is_unit else "none",
             scales=(state["exp_avg_scale"], state["exp_avg_sq_scale"]) if packed else None,
             seed=seed,
+            skip=skip,
+            clip=self.clip,
+            shadow=None if self.shadows is None else self.shadows.to_write(rows),
         )
 
     def _start(self, rows: torch.nn.Parameter) -> dict[str, Tensor]:
@@ -139,9 +163,9 @@ class LatentAdam(Adam):
         names = ("exp_avg", "exp_avg_sq")
         dtype = self.dtype if self.dtype != torch.float32 else rows.dtype
         start = {name: torch.zeros_like(rows.data, dtype=dtype) for name in names}
-        start["step"] = torch.tensor(0.0)
+        start["step"] = torch.zeros((), device=rows.device)
         if dtype == torch.uint8:
-            shape = (len(rows), adam.n_blocks(rows.shape[1]))
+            shape = (len(rows), n_blocks(rows.shape[1]))
             start |= {f"{name}_scale": rows.data.new_zeros(shape) for name in names}
         return start
 
@@ -158,11 +182,12 @@ class EMA:
         self.means = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
-    def update(self, n_steps: int) -> None:
-        """Take the weights in after step number `n_steps`, from 0 on."""
+    def update(self, n_steps: int, taken: Bool[Tensor, ""] | None = None) -> None:
+        """Take the weights in after step number `n_steps`, from 0 on, if that is taken."""
         rate = 1 - min(self.decay, (1 + n_steps) / (10 + n_steps))
         for name, parameter in self.parameters.items():
-            self.means[name].lerp_(parameter, rate)
+            mean = self.means[name]
+            mean.lerp_(parameter if taken is None else parameter.where(taken, mean), rate)
 
     @torch.no_grad()
     def restart(self, name: str, latents: Int[Tensor, " latent"]) -> None:
@@ -199,6 +224,7 @@ class LatentMuon(Adam):
     ) -> None:
         """Take Muon's settings; `unit_rows` is one of the params, (d_sae, d_out), or None."""
         super().__init__(params, lr=settings.first_lr, fused=True)
+        self.found_inf: Float[Tensor, ""] | None = None
         every = [p for group in self.param_groups for p in group["params"]]
         self.matrices = [p for p in every if p.dim() == 2]
         self.unit_rows = unit_rows
@@ -225,9 +251,20 @@ class LatentMuon(Adam):
         if unit is not None and unit.grad is not None:
             unit.grad = across(unit.grad, unit)
         self.muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        skips = None if self.found_inf is None else self.found_inf > 0
+        moved = [p for p in self.matrices if p.grad is not None]
+        before = [] if skips is None else [self._held_back(p, skips) for p in moved]
         self.muon.step()
         if unit is not None:
             normalise_rows_(unit)
+        for parameter, old in zip(moved, before, strict=skips is not None):
+            parameter.copy_(old.where(skips, parameter))
+
+    def _held_back(self, parameter: torch.nn.Parameter, skips: Bool[Tensor, ""]) -> Tensor:
+        """Let a skipped step leave the momentum as it is; return the weights before it."""
+        momentum = self.state[parameter].get("momentum_buffer", torch.zeros_like(parameter))
+        parameter.grad = momentum.where(skips, parameter.grad)
+        return parameter.detach().clone()
 
 
 class ScheduleFreeAdam(Optimizer):
@@ -246,6 +283,7 @@ class ScheduleFreeAdam(Optimizer):
         """Take the settings; `unit_rows` is one of the params, (d_sae, d_out), or None."""
         super().__init__(params, {"lr": settings.first_lr})
         self.settings = settings
+        self.found_inf: Float[Tensor, ""] | None = None
         self.unit_rows = unit_rows
 
     @torch.no_grad()
@@ -260,24 +298,28 @@ class ScheduleFreeAdam(Optimizer):
         of, is_unit = self.settings, y is self.unit_rows
         state = self.state[y]
         if not state:
-            state["step"] = torch.tensor(0.0)
-            state["weight"] = torch.tensor(0.0, dtype=torch.float64)
+            state["step"] = torch.zeros((), device=y.device)
+            state["weight"] = torch.zeros((), dtype=torch.float64, device=y.device)
             state["z"], state["x"] = y.detach().clone(), y.detach().clone()
             state["exp_avg_sq"] = torch.zeros_like(y)
         z, x, square = state["z"], state["x"], state["exp_avg_sq"]
-        state["step"] += 1
-        state["weight"] += lr**2
+        skip = self.found_inf
+        old = [] if skip is None else [t.detach().clone() for t in (z, x, square, y)]
+        state["step"] += 1 if skip is None else 1 - skip
+        state["weight"] += lr**2 if skip is None else lr**2 * (1 - skip).double()
         grad = across(grad, y) if is_unit else grad
         square.mul_(of.beta2).addcmul_(grad, grad, value=1 - of.beta2)
-        root = (square / (1 - of.beta2 ** float(state["step"]))).sqrt_().add_(of.eps)
+        root = (square / (1 - of.beta2 ** state["step"].double())).sqrt_().add_(of.eps)
         z.addcdiv_(grad, root, value=-lr)
         if is_unit:
             normalise_rows_(z)
-        x.lerp_(z, lr**2 / float(state["weight"]))
+        x.lerp_(z, (lr**2 / state["weight"]).to(x.dtype))
         y.copy_(x.lerp(z, 1 - of.beta1))
         if is_unit:
             normalise_rows_(x)
             normalise_rows_(y)
+        for now, before in zip((z, x, square, y), old, strict=skip is not None):
+            now.copy_(before.where(skip > 0, now))
 
     def restart(self, parameter: torch.nn.Parameter, latents: Int[Tensor, " latent"]) -> None:
         """Take the parameter's values for what was known of some latents' weights."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -135,16 +135,15 @@ class Ranks:
             return own
         return _Whole.apply(own, mean_figures(own, share, self))
 
-    def any(self, latents: Int[Tensor, " latent"], d_sae: int) -> Int[Tensor, " found"]:
-        """Numbers of the latents that any process of the axis of rows names."""
+    def any(self, latents: Bool[Tensor, " d_sae"]) -> Bool[Tensor, " d_sae"]:
+        """Which latents any process of the axis of rows marks."""
         if self.rows.size == 1:
             return latents
-        found = torch.zeros(d_sae, dtype=torch.int32, device=latents.device)
-        found[latents] = 1
+        found = latents.int()
         self.rows.reduce([found], dist.ReduceOp.MAX)
-        return found.nonzero().squeeze(1)
+        return found > 0
 
-    def smallest(self, scores: Float[Tensor, "batch k"]) -> Float[Tensor, ""]:
+    def smallest(self, scores: Float[Tensor, "..."]) -> Float[Tensor, ""]:
         """The smallest of all processes' scores above 0; inf without any."""
         found = scores.masked_fill(scores <= 0, torch.inf).min()
         self.world.reduce([found], dist.ReduceOp.MIN)

@@ -1,7 +1,5 @@
 """TrainStep: forward, losses, backward, clipping, optimiser, schedules, dead-latent tracking.
 
-The forward and the backward pass of a batch, whole or in parts that fit into memory.
-
 BatchTopK's threshold, which follows what the batches say of it.
 """
 
@@ -18,12 +16,28 @@ from sae.autoencoder import SparseAutoencoder
 from sae.losses import Loss
 from sae.train.config import DictionaryConfig
 from sae.train.diagnostics import Watch
-from sae.train.forward.common import Forward, Moment, Power, Rows, WeightedLoss
-from sae.train.forward.run import forward
+from sae.train.forward import fused
+from sae.train.forward.common import (
+    DeadBound,
+    Forward,
+    Moment,
+    Power,
+    Rows,
+    Taken,
+    WeightedLoss,
+)
+from sae.train.forward.run import backward
 from sae.train.forward.sharded import require_shardable
 from sae.train.held import anchor_of, blank_, blank_gradients_, freeze, keep_near_
 from sae.train.latent_shards import gradient_norm, of_latents, part_of, sum_gradients, whole_of
-from sae.train.optim import EMA, ScheduleFreeAdam, normalise_rows_, optimizer_of, with_means
+from sae.train.optim import (
+    EMA,
+    LatentAdam,
+    ScheduleFreeAdam,
+    normalise_rows_,
+    optimizer_of,
+    with_means,
+)
 from sae.train.ranks import ALONE, GlobalBatch, Ranks, batch_of, mean_figures
 from sae.train.resample import candidates_of, is_due, resample_
 from sae.train.schedule import automatic_rate, holds_decoder, rate_factor
@@ -38,60 +52,20 @@ def threshold_rate(total_steps: int) -> float:
 
 
 @torch.no_grad()
-def follow_(threshold: Float[Tensor, ""], seen: Float[Tensor, ""], rate: float) -> None:
+def follow_(
+    threshold: Float[Tensor, ""],
+    seen: Float[Tensor, ""],
+    rate: float,
+    taken: Taken = None,
+) -> None:
     """Move a running threshold towards the one of a batch, in place; the first is taken as it is.
 
     A batch in which nothing fires says nothing.
     """
     start = torch.where(threshold.isnan(), seen, threshold)
     moved = start + rate * (seen - start)
-    threshold.copy_(torch.where(seen.isfinite(), moved, threshold))
-
-
-def backward(
-    autoencoder: SparseAutoencoder,
-    config: DictionaryConfig,
-    rows: Rows,
-    moment: Moment,
-    loss_of: Callable[[Forward], Float[Tensor, ""]] | None = None,
-) -> Forward:
-    """Add the gradients of these rows' part of the loss to the parameters; return their figures.
-
-    All terms that may be accumulated are means over rows, so the parts weigh as their rows do.
-    `loss_of` makes another loss of what the forward pass found, where all rows are one part.
-    """
-    if loss_of is not None:
-        found = forward(autoencoder, config, rows, moment)
-        loss = loss_of(found)
-        (loss * moment.share).backward()
-        return found._replace(loss=loss.detach(), error=found.error.detach(), l0=found.l0.detach())
-    u_parts, v_parts = (r.tensor_split(config.accumulate) for r in rows)
-    parts = list(map(Rows, u_parts, v_parts))
-    shares = [len(part.u) / len(rows.u) for part in parts]
-    first = _part(autoencoder, config, parts[0], moment, shares[0])
-    for part, share in zip(parts[1:], shares[1:], strict=True):
-        other = _part(autoencoder, config, part, moment, share)
-        first = first._replace(
-            loss=first.loss + other.loss,
-            error=first.error + other.error,
-            n_fired=first.n_fired + other.n_fired,
-            l0=first.l0 + other.l0,
-        )
-    return first
-
-
-def _part(
-    autoencoder: SparseAutoencoder,
-    config: DictionaryConfig,
-    rows: Rows,
-    moment: Moment,
-    share: float,
-) -> Forward:
-    """One part; loss, error and L0 are its share of the whole batch's."""
-    found = forward(autoencoder, config, rows, moment)
-    (found.loss * (share * moment.share)).backward()
-    loss, error, l0 = (f.detach() * share for f in (found.loss, found.error, found.l0))
-    return found._replace(loss=loss, error=error, l0=l0)
+    says = seen.isfinite() if taken is None else seen.isfinite() & taken
+    threshold.copy_(torch.where(says, moved, threshold))
 
 
 class StepMetrics(NamedTuple):
@@ -118,6 +92,8 @@ class TrainStep:
     `step(x)` takes rows (batch, d_in) in the model's units and returns StepMetrics;
     `step(x, target)` takes also the rows (batch, d_out) that are predicted, where these are others.
     The result depends on the autoencoder, the config, the number of steps and the rows alone.
+    On a GPU the host waits for nothing in a step: what it would look at stays there, and whether
+    the step was taken is a mask over what it changes.
     """
 
     def __init__(
@@ -164,6 +140,8 @@ class TrainStep:
         self.watch: Watch | None = None
         d_sae = autoencoder.config.d_sae
         device = autoencoder.enc_rows.device
+        self.looks = device.type == "cpu"
+        self.bound, self.shadows = DeadBound(), fused.Shadows()
         self.silent_rows = torch.zeros(d_sae, dtype=torch.int64, device=device)
         if config.cross_layer:
             blank_(autoencoder)
@@ -177,6 +155,8 @@ class TrainStep:
                 normalise_rows_(unit)
         learns = unit is not None and unit.requires_grad
         self.optimizer = optimizer_of(self._groups(), config.optimizer, unit if learns else None)
+        if isinstance(self.optimizer, LatentAdam):
+            self.optimizer.shadows = self.shadows
         self.ema = None if config.ema is None else EMA(self.learned, config.ema)
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -215,9 +195,10 @@ class TrainStep:
         rows = Rows(u, u if target is None else self.autoencoder.scaled_out(target))
         batch = batch_of(rows.v, self.ranks)
         place = (self.n_steps, self.total_steps, self._dead, self.bf16, self.power)
-        moment = Moment(*place, self.ranks, batch.n_rows, batch.share, self.losses)
+        most = self._most_dead(batch.n_rows)
+        moment = Moment(*place, self.ranks, batch.n_rows, batch.share, self.losses, most)
         self.optimizer.zero_grad(set_to_none=True)
-        found = backward(self.autoencoder, self.config, rows, moment, loss_of)
+        found = backward(self.autoencoder, self.config, rows, moment, loss_of, self.shadows)
         sum_gradients(self.learned, self.ranks)
         if self.config.cross_layer:
             blank_gradients_(self.autoencoder)
@@ -225,14 +206,13 @@ class TrainStep:
         figures = torch.stack([found.loss, found.error, found.l0])
         loss, error, l0 = mean_figures(figures, batch.share, self.ranks)
         finite = loss.isfinite() & norm.isfinite()
-        if bool(finite):
+        if not self.looks or bool(finite):
+            taken = None if self.looks else finite
             if self.watch is not None:
-                self.watch.see(found, rows, batch.n_rows)
-            clip = self.config.optimizer.clip
-            if clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.params, clip, norm)
-            self._update(found, batch)
-            self._resample(rows)
+                self.watch.see(found, rows, batch.n_rows, taken)
+            self._clip(norm)
+            self._update(found, batch, taken)
+            self._resample(rows, taken)
         self.n_steps += 1
         dead = self.ranks.latents.mean(self._dead.float().mean())
         return StepMetrics(loss, error / batch.variance, l0, dead, norm, finite.float())
@@ -250,36 +230,56 @@ class TrainStep:
         own = with_means(own, means, self.config.unit_norm) if means else own
         return own if self.ranks.latents.size == 1 else whole_of(own, self.form, self.ranks)
 
-    def _update(self, found: Forward, batch: GlobalBatch) -> None:
+    def _clip(self, norm: Float[Tensor, ""]) -> None:
+        """Bring the gradients' norm down; on a GPU Adam does so while it reads them."""
+        clip = self.config.optimizer.clip
+        if clip is None:
+            return
+        if isinstance(self.optimizer, LatentAdam) and not self.looks:
+            self.optimizer.clip = (clip / (norm + 1e-6)).clamp(max=1.0)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self.params, clip, norm)
+
+    def _update(self, found: Forward, batch: GlobalBatch, taken: Taken) -> None:
         settings = self.config.optimizer
         factor = rate_factor(settings, self.n_steps, self.total_steps)
         auto = automatic_rate(self.config.d_sae, batch.n_rows, self.form.d_in)
         for group in self.optimizer.param_groups:
             base = auto if group["base_lr"] == "auto" else group["base_lr"]
-            group["lr"] = base * factor
+            group["lr"], group["attempt"] = base * factor, self.n_steps
         refine = self.config.refine
         if refine is not None and holds_decoder(refine, self.n_steps, self.total_steps):
             self.autoencoder.dec_rows.grad = None  # optimisers pass over it
+        self.optimizer.found_inf = None if taken is None else (~taken).float()
         self.optimizer.step()
         if self.anchor is not None:
-            keep_near_(self.autoencoder.dec_rows, self.anchor)
+            keep_near_(self.autoencoder.dec_rows, self.anchor, taken)
         if self.autoencoder.config.activation.facts.threshold == "per latent":
             with torch.no_grad():  # below 0 it would let negative pre-activations through
                 self.autoencoder.get_parameter("threshold").clamp_(min=0)
         if found.threshold is not None:
             running = self.autoencoder.get_buffer("threshold")
-            follow_(running, found.threshold, threshold_rate(self.total_steps))
-        self.power = found.power or self.power
-        self.silent_rows += batch.n_rows
-        fired = found.n_fired.nonzero().squeeze(1)
-        self.silent_rows[self.ranks.any(fired, len(self.silent_rows))] = 0
+            follow_(running, found.threshold, threshold_rate(self.total_steps), taken)
+        if found.power is not None:
+            self.power = self.power.followed_by(found.power, taken)
+        fired = self.ranks.any(found.n_fired > 0)
+        self.silent_rows += batch.n_rows if taken is None else taken * batch.n_rows
+        self.silent_rows.masked_fill_(fired if taken is None else fired & taken, 0)
         if self.ema is not None:
-            self.ema.update(self.n_steps)
+            self.ema.update(self.n_steps, taken)
 
-    def _resample(self, rows: Rows) -> None:
-        """After the steps at which it is due, begin dead latents again."""
+    def _most_dead(self, n_rows: int) -> int | None:
+        """A bound on the dead latents for losses that ask for it; None where the host may look."""
+        if self.looks or (self.config.auxk is None and self.config.preact is None):
+            return None
+        return self.bound.of(self.silent_rows, self.config.dead_after_tokens, self.n_steps, n_rows)
+
+    def _resample(self, rows: Rows, taken: Taken) -> None:
+        """After the steps at which it is due, begin dead latents again; then the host looks."""
         settings, n_steps = self.config.resample, self.n_steps + 1
         if settings is None or not is_due(settings, n_steps, self.total_steps):
+            return
+        if taken is not None and not bool(taken):
             return
         candidates = candidates_of(self.autoencoder, rows, self.ranks)
         latents = resample_(self.autoencoder, self._dead, candidates, settings, n_steps)
@@ -301,7 +301,7 @@ class TrainStep:
         if self.anchor is not None:
             state["anchor"] = self.anchor
         state["n_steps"] = torch.tensor(self.n_steps)
-        state["power"] = torch.tensor(self.power, dtype=torch.float64)
+        state["power"] = torch.tensor([float(part) for part in self.power], dtype=torch.float64)
         names: dict[Tensor, str] = {p: n for n, p in self.autoencoder.named_parameters()}
         for param, moments in self.optimizer.state.items():
             for key, value in moments.items():
@@ -328,8 +328,7 @@ class TrainStep:
             own = {k.removeprefix(moments): v for k, v in state.items() if k.startswith(moments)}
             if own:
                 self.optimizer.state[parameter] = {
-                    k: v.clone().to(parameter.device if v.dim() else v.device)
-                    for k, v in own.items()
+                    k: v.clone().to(parameter.device) for k, v in own.items()
                 }
         for name, buffer in self.autoencoder.named_buffers():
             buffer.copy_(state[f"buffer.{name}"])
@@ -338,7 +337,7 @@ class TrainStep:
         self.silent_rows.copy_(state["silent_rows"])
         if self.anchor is not None:
             self.anchor.copy_(state["anchor"])
-        self.n_steps = int(state["n_steps"])
+        self.n_steps, self.bound = int(state["n_steps"]), DeadBound()
         self.power = Power(*state["power"].tolist())
 
 

@@ -5,6 +5,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from sae.train.diagnostics import Watch
 from sae.train.ranks import Ranks
 from sae.train.step import StepMetrics, TrainStep
@@ -13,6 +17,8 @@ STUCK = 0.9
 """A share of JumpReLU's thresholds without a gradient from which on something is wrong."""
 PATIENCE = 3
 """Logged points at which that has to be so, one after the other, before it is said."""
+MOST_IN_A_ROW = 3
+"""Steps in a row that are not finite, after which a run ends."""
 
 logger = logging.getLogger(__name__)
 
@@ -115,3 +121,39 @@ class Meter:
 def _line(name: str, figures: Mapping[str, float]) -> str:
     fvu, l0, dead = (figures[f"{name}/{key}"] for key in ("fvu", "l0", "dead"))
     return f"{name}: FVU {fvu:.3f}, L0 {l0:.1f}, dead {dead:.1%}"
+
+
+class Failures:
+    """Counts, where the dictionaries are, the steps in a row in which one was not finite.
+
+    The host looks when it looks at other figures, so a GPU is not waited for after each step.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        """Take the dictionaries' names; nothing has failed yet."""
+        self.names = names
+        self.state: Int[Tensor, " figure"] | None = None
+
+    def see(self, metrics: Mapping[str, StepMetrics], n_steps: int) -> None:
+        """Take a step in: how many in a row failed, at which the third did, and whose it was."""
+        bad = torch.stack([metrics[name].finite == 0 for name in self.names])
+        if self.state is None:
+            self.state = bad.new_zeros(2 + len(self.names), dtype=torch.int64)
+        in_a_row = (self.state[:1] + 1) * bad.any()
+        now = torch.cat([in_a_row, torch.full_like(in_a_row, n_steps), bad.long()])
+        is_third = (in_a_row >= MOST_IN_A_ROW) & (self.state[1] == 0)
+        self.state = torch.where(is_third, now, torch.cat([in_a_row, self.state[1:]]))
+
+    def require_few(self) -> None:
+        """Look, and refuse to go on after three in a row.
+
+        Raises:
+            FloatingPointError: If there were three.
+        """
+        _, at, *bad = (0, 0) if self.state is None else self.state.tolist()
+        if at:
+            named = ", ".join(name for name, is_bad in zip(self.names, bad, strict=True) if is_bad)
+            raise FloatingPointError(
+                f"the loss of {named} must be finite, got three steps in a row that are not, up "
+                f"to step {at}; lower optimizer.lr or check the cache"
+            )

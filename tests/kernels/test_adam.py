@@ -202,3 +202,46 @@ def test_bad_arguments_are_refused(shipped, normal):
         bare(rows, grad, m, v, 1, lr=float("nan"))
     with pytest.raises(ValueError, match="backend must be one of"):
         bare(rows, grad, m, v, 1, lr=0.1, backend="fast")
+
+
+def test_rows_that_no_program_holds_are_stepped_by_torch(normal, monkeypatch):
+    monkeypatch.setattr(adam, "choose", lambda _, backend: backend or "triton")
+    width = adam.blocks.MAX_ROW + 1
+    rows, grad = normal(3, width), normal(3, width, seed=1)
+    expected = run(rows, [grad], "torch", lr=0.1, norm="unit", project=True)
+    got = run(rows, [grad], None, lr=0.1, norm="unit", project=True)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("norm", ["none", "unit"])
+def test_a_step_that_the_device_counts_or_skips(backend, norm, normal):
+    rows, grads = problem(normal)
+    options = {"lr": 0.03, "norm": norm, "project": norm == "unit", "backend": backend}
+    expected = run(rows, grads, **options)
+    taken, states = rows.clone(), [torch.zeros_like(rows), torch.zeros_like(rows)]
+    for t, grad in enumerate(grads, start=1):
+        number = torch.tensor(float(t))
+        before = [tensor.clone() for tensor in (taken, *states)]
+        nan, shadow = torch.full_like(grad, torch.nan), torch.zeros_like(rows).bfloat16()
+        skip = torch.tensor(1.0)
+        latent_adam_(taken, nan, *states, number - 1, skip=skip, shadow=shadow, **options)
+        assert all(torch.equal(*pair) for pair in zip(before, (taken, *states), strict=True))
+        latent_adam_(taken, grad, *states, number, skip=1 - skip, shadow=shadow, **options)
+        if backend != "triton":  # whose interpreter rounds otherwise than a GPU
+            assert torch.equal(shadow, taken.bfloat16())
+    for got, want in zip((taken, *states), expected, strict=True):
+        assert (got - want).norm() < 1e-6 * want.norm()
+
+
+@pytest.mark.parametrize("step", [1, 2, 10, 499, 500, 501, 1_000_000])
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999])
+def test_the_corrections_keep_their_digits_at_any_step(step, beta, normal):
+    rows, zeros = torch.zeros(2, 3), torch.zeros(2, 3)
+    latent_adam_(
+        rows, torch.ones(2, 3), zeros.clone(), zeros.clone(), step, lr=1.0, eps=1e-30,
+        betas=(beta, beta), backend="triton",
+    )  # fmt: skip
+    # the first moments of states of 0 are those of the gradient alone
+    right = (1 - beta) / (1 - beta**step) / ((1 - beta) / (1 - beta**step)) ** 0.5
+    torch.testing.assert_close(rows, torch.full_like(rows, -right), rtol=1e-6, atol=0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sae_kernels import adam, latent_adam_
-from sae_kernels.adam import Packed, n_blocks, pack_, rounded, unpack
+from sae_kernels.adam_states import Packed, n_blocks, pack_, rounded, unpack
 
 D_SAE, D_OUT = 29, 523  # three blocks of a row, the last one not full
 
@@ -109,3 +109,15 @@ def test_bad_states_are_refused(shipped, normal):
         bare(rows, grad, zeros[0], zeros[1].bfloat16(), 1, lr=0.1, scales=scales)
     with pytest.raises(TypeError, match="rows must be float32 beside states of fewer bits"):
         bare(rows.double(), grad.double(), *zeros, 1, lr=0.1, scales=scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
+def test_a_skipped_step_leaves_states_of_fewer_bits(dtype, normal):
+    rows, (zeros, scales) = normal(D_SAE, D_OUT), states(dtype)
+    options = {"lr": 0.1, "scales": scales, "norm": "unit"}
+    latent_adam_(rows, normal(D_SAE, D_OUT, seed=1), *zeros, 1, **options)
+    held = (rows, *zeros, *(scales or ()))
+    before = [tensor.clone() for tensor in held]
+    nan, number = torch.full_like(rows, torch.nan), torch.tensor(1.0)
+    latent_adam_(rows, nan, *zeros, number, skip=torch.tensor(1.0), seed=5, **options)
+    assert all(torch.equal(*pair) for pair in zip(before, held, strict=True))

@@ -212,3 +212,18 @@ def test_bad_arguments_are_refused(shipped, tensors):
         bare(x, enc_rows, b_enc, dec_rows.float(), dead, K_AUX)
     with pytest.raises(ValueError, match="backend must be one of"):
         bare(x, enc_rows, b_enc, dec_rows, dead, K_AUX, backend="fast")
+
+
+@pytest.mark.parametrize("most", [17, 20, D_SAE])
+def test_a_bound_on_the_dead_changes_nothing_and_spares_the_wait(most, tensors, monkeypatch):
+    floats, dead = tensors
+    results = []
+    for bound in (None, most):
+        inputs = [t.clone().requires_grad_() for t in floats]
+        with monkeypatch.context() as patch:
+            if bound is not None:
+                patch.setattr(torch.Tensor, "nonzero", None)
+            out = run(inputs, dead, most=bound)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for got, want in zip(*results, strict=True):
+        assert (got - want).abs().max() < 1e-12

@@ -1,11 +1,13 @@
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from sae_kernels import launch
+from sae_kernels import adam, blocks, dense, launch
 from sae_kernels.launch import check_floating, check_indices, check_k, check_shape, choose
 
 X = torch.zeros(5, 7)
@@ -134,3 +136,39 @@ def test_check_indices_refuses_what_names_no_latent():
 def test_check_indices_refuses_other_dtypes(dtype):
     with pytest.raises(TypeError, match=f"indices must be integers, got {dtype}"):
         check_indices(torch.zeros(5, 3, dtype=dtype), 23)
+
+
+def test_a_kernel_runs_on_the_gpu_of_its_tensors_and_is_launched_in_no_other_way(monkeypatch):
+    seen = []
+
+    class Guard:
+        def __init__(self, tensor):
+            seen.append(("on", tensor))
+
+        def __enter__(self):
+            seen.append("in")
+
+        def __exit__(self, *_):
+            seen.append("out")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: seen.append((grid, args, options))
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    launch.launch(Kernel(), (3, 5), X, 7, BLOCK=16)
+    ran = ((3, 5), (7,), {"BLOCK": 16, "enable_fp_fusion": True})
+    assert seen == [("on", X), "in", ran, "out"]
+    for path in Path(launch.__file__).parent.glob("*_triton.py"):
+        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        assert not [ast.unparse(f) for f in calls if isinstance(f, ast.Subscript)], path
+
+
+def test_what_is_worked_on_at_a_time_is_a_cpus_on_a_cpu_alone():
+    meta = torch.device("meta")  # any device that is no CPU
+    assert launch.workspace(torch.device("cpu"), 123) == 123
+    assert launch.workspace(meta, 123) == blocks.WORKSPACE_BYTES
+    wide = torch.empty(8192, 131_072, device=meta)
+    assert len(dense._chunks(wide)) == wide.nbytes // blocks.WORKSPACE_BYTES
+    assert adam._rows_at_a_time(torch.empty(7, 4096, device=meta)) == (1 << 30) // 32 // 4096
+    assert adam._rows_at_a_time(torch.empty(7, 4096)) == 64

@@ -207,3 +207,34 @@ def test_bad_arguments_are_refused(shipped, step):
         bare(values, indices, rows, bias.float(), target, scale=1.0)
     with pytest.raises(ValueError, match="backend must be one of"):
         bare(values, indices, rows, bias, target, scale=1.0, backend="fast")
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("prefixes", PREFIXES)
+def test_rows_of_any_length_give_what_padded_ones_give(backend, prefixes, step):
+    """Without the padding, and with a row that has nothing."""
+    indices, tensors = step
+    kept = torch.ones_like(indices, dtype=torch.bool)
+    kept[2, :2] = kept[5] = False
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    values = tensors[0].masked_fill(~kept, 0.0)
+    wide = [t.to(dtype).clone().requires_grad_() for t in (values, *tensors[1:])]
+    flat = [t.detach().clone().requires_grad_() for t in (wide[0][kept], *wide[1:])]
+    row_ptr = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
+    options = {"scale": 0.3, "prefixes": prefixes, "backend": backend}
+    expected = sparse_decode_mse(wide[0], indices, *wide[1:], **options)
+    result = sparse_decode_mse(flat[0], indices[kept], *flat[1:], row_ptr=row_ptr, **options)
+    torch.testing.assert_close(result, expected)
+    (3.0 * expected.loss).backward()
+    (3.0 * result.loss).backward()
+    torch.testing.assert_close(flat[0].grad, wide[0].grad[kept])
+    for got, want in zip(flat[1:], wide[1:], strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
+
+
+def test_entries_that_fall_within_a_row_are_refused(shipped, normal):
+    bare, rows, target = shipped(sparse_decode_mse), normal(7, 3), normal(2, 3)
+    options = {"scale": 1.0, "prefixes": (2, 7), "row_ptr": torch.tensor([0, 2, 4])}
+    bare(normal(4), torch.tensor([5, 6, 1, 2]), rows, None, target, **options)
+    with pytest.raises(ValueError, match="indices must ascend within a row for prefixes"):
+        bare(normal(4), torch.tensor([5, 6, 2, 1]), rows, None, target, **options)

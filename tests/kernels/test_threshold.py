@@ -7,11 +7,25 @@ from hypothesis import strategies as st
 
 from sae_kernels import (
     batch_topk,
+    blocks,
     encode_batch_topk,
     encode_threshold,
     encode_topk,
     product,
+    select_triton,
 )
+from sae_kernels import threshold as threshold_module
+from tests.kernels import hard_rows
+
+HARD = [
+    hard_rows.distinct,
+    hard_rows.integers,
+    hard_rows.equal,
+    hard_rows.negative,
+    hard_rows.nan_and_inf,
+    hard_rows.all_nan,
+    hard_rows.zeros_of_both_signs,
+]
 
 BACKENDS = ["reference", "torch"]
 BATCH, D_IN, D_SAE, K = 13, 7, 104, 5
@@ -297,3 +311,26 @@ def test_bad_arguments_are_refused(shipped, tensors, threshold):
         bare(x, enc_rows, b_enc, K, b_in=b_in.float())
     with pytest.raises(ValueError, match=r"pre must have the shape \(any, any\), got \(104,\)"):
         shipped(batch_topk)(b_enc, 1)
+
+
+@pytest.mark.parametrize("make", HARD)
+@pytest.mark.parametrize("k", [1, 4, 29])
+def test_the_path_of_a_gpu_selects_the_same_and_waits_for_nothing(make, k, normal, monkeypatch):
+    pre = make(normal(7, 117, dtype=torch.float64)).float()
+    expected = batch_topk(pre, k, backend="reference")
+    identity, none = torch.eye(7), torch.zeros(117)
+    chunks = [(slice(0, 3), pre[:3]), (slice(3, 7), pre[3:])]
+    monkeypatch.setattr(product.Product, "chunks", lambda _: iter(chunks))
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)  # whose shape the host would wait for
+    monkeypatch.setattr(torch.Tensor, "item", None)
+    rows = threshold_module._batch_topk_on_gpu(product.Product(identity, identity, none), k, True)
+    for got, want in zip(rows, expected, strict=True):
+        assert torch.equal(got.nan_to_num(7e30), want.nan_to_num(7e30))
+
+
+def test_the_path_of_a_gpu_takes_groups_where_they_pay_and_rows_end_in_short_ones(normal):
+    pre = normal(5, 1003)
+    assert blocks.batch_group_size(pre.numel(), 10) == 16
+    best = select_triton.best_of_batch(pre, 10)
+    assert torch.equal(best, pre.flatten().topk(10).indices.sort().values)
+    assert blocks.batch_group_size(40, 10) == 1

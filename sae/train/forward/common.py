@@ -3,7 +3,6 @@
 Terms of the loss that several forward passes have.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,14 +19,44 @@ from sae.train.ranks import ALONE, Ranks
 from sae.train.schedule import random_prefixes
 from sae_kernels import auxk as reconstruction_by_dead
 
+Taken = Bool[Tensor, ""] | None
+"""Whether a step is taken, where only the device knows; None where the host has looked: it is."""
+
 
 class Power(NamedTuple):
     """Where p-annealing stands."""
 
     p: float = 1.0
     """The power of the penalty."""
-    scale: float = 1.0
+    scale: float | Float[Tensor, ""] = 1.0
     """What its weight is multiplied by."""
+
+    def followed_by(self, new: "Power", taken: Taken) -> "Power":
+        """The new one, if the step is taken; where the power itself falls the host looks."""
+        if taken is None or (new.p != self.p and bool(taken)):
+            return new
+        if new.p != self.p or not isinstance(new.scale, Tensor):
+            return self
+        return Power(self.p, new.scale.where(taken, self.scale))
+
+
+class DeadBound:
+    """A bound on how many latents are dead, for some steps after one at which the host looked.
+
+    The host looks seldom: how many can be dead by then is known from how long they are silent.
+    """
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self.most, self.until, self.n_rows = 0, 0, 0
+
+    def of(self, silent: Int[Tensor, " d_sae"], dead_after: int, n_steps: int, n_rows: int) -> int:
+        """The bound at a step with so many rows; latents are dead after so many silent ones."""
+        if n_steps >= self.until or n_rows > self.n_rows:
+            ahead = min(max(dead_after // (8 * n_rows), 8), LOOK_EVERY)
+            self.most = int((silent + ahead * n_rows >= dead_after).sum())
+            self.until, self.n_rows = n_steps + ahead, n_rows
+        return self.most
 
 
 class Rows(NamedTuple):
@@ -58,6 +87,10 @@ class Forward(NamedTuple):
     """For p-annealing: where it stands now."""
 
 
+LOOK_EVERY = 64
+"""Steps at most between two at which the host looks how many latents are dead."""
+
+
 class WeightedLoss(NamedTuple):
     """A loss of the user's own, ready to be called."""
 
@@ -84,6 +117,8 @@ class Moment(NamedTuple):
     """This process's part of them."""
     losses: tuple[WeightedLoss, ...] = ()
     """Losses of the user's own."""
+    most_dead: int | None = None
+    """A number that the dead latents do not exceed; without it the host looks how many they are."""
 
 
 def autocast(device: torch.device, is_on: bool) -> torch.autocast:
@@ -115,7 +150,7 @@ def auxk(
 ) -> float | Float[Tensor, ""]:
     """How badly the dead latents reconstruct what y leaves, times the coefficient; 0 without."""
     settings, weights, dec_rows = config.auxk, autoencoder.encoder(), autoencoder.dec_rows
-    if settings is None or not bool(moment.dead.any()):
+    if settings is None or not may_be_dead(moment):
         return 0.0
     k = settings.k or max(rows.u.shape[1] // 2, 1)
     b_in = None if weights.b_in is None else weights.b_in.detach()
@@ -123,12 +158,24 @@ def auxk(
         dec_rows = dec_rows / weights.norms[:, None]
     with autocast(rows.u.device, moment.bf16 or settings.products == "bf16"):
         found = reconstruction_by_dead(
-            rows.u, weights.enc_rows, weights.b_enc, dec_rows, moment.dead, k, b_in=b_in
+            rows.u,
+            weights.enc_rows,
+            weights.b_enc,
+            dec_rows,
+            moment.dead,
+            k,
+            b_in=b_in,
+            most=moment.most_dead,
         )
     residual = (rows.v - y).detach()
     with autocast(rows.u.device, False):
         error = losses.squared_error(residual, found.to(residual.dtype))
-    return settings.coefficient * error
+    return settings.coefficient * error * (1 if moment.most_dead is None else moment.dead.any())
+
+
+def may_be_dead(moment: Moment) -> bool:
+    """Whether any latent may be dead."""
+    return bool(moment.dead.any()) if moment.most_dead is None else moment.most_dead > 0
 
 
 def own_losses(
@@ -159,6 +206,11 @@ def own_losses(
 
 def controlled(control: Control, found: Forward, moment: Moment) -> Forward:
     """The same with the penalty's new weight."""
-    l0, before = float(moment.ranks.mean(found.l0, moment.share)), moment.power
-    off = min(max(l0 / control.target - 1, -1.0), 1.0)
-    return found._replace(power=Power(before.p, before.scale * math.exp(control.rate * off)))
+    l0, before = moment.ranks.mean(found.l0, moment.share), moment.power
+    off = (l0.double() / control.target - 1).clamp(-1.0, 1.0)
+    return found._replace(power=Power(before.p, before.scale * (control.rate * off).exp()))
+
+
+def weighed(weight: float | Float[Tensor, ""], term: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """A term of the loss at its weight, which may be a figure on the device."""
+    return (weight.to(term.dtype) if isinstance(weight, Tensor) else weight) * term

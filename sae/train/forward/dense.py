@@ -20,6 +20,7 @@ from sae.train.forward.common import Forward, Moment, Power, Rows, autocast
 from sae.train.loss_config import PAnneal
 from sae.train.schedule import falling_p, ramp
 from sae_kernels import dense_autoencode
+from sae_kernels.auxk import few_of
 
 
 def forward(
@@ -89,16 +90,16 @@ def _composed(
     if config.tanh is not None:
         weight = ramp(moment.n_steps, moment.total_steps, config.tanh.ramp) * moment.power.scale
         found = losses.tanh_decoder_norm(acts, norms, config.tanh.scale)
-        loss = loss + config.tanh.coefficient * weight * found
+        loss = loss + common.weighed(config.tanh.coefficient * weight, found)
     elif config.p_anneal is not None:
         power = _annealed(config.p_anneal, moment, acts.detach(), norms.detach())
         weight = ramp(moment.n_steps, moment.total_steps, config.p_anneal.ramp) * power.scale
         found = losses.power_decoder_norm(acts, norms, power.p)
-        loss = loss + config.p_anneal.coefficient * weight * found
+        loss = loss + common.weighed(config.p_anneal.coefficient * weight, found)
     else:
         l1 = losses.l1_decoder_norm(acts, norms)
         loss = loss + penalty(config, moment, l1, l0)
-    if config.preact is not None and bool(moment.dead.any()):
+    if config.preact is not None and common.may_be_dead(moment):
         loss = loss + config.preact.coefficient * _distance(pre, weights, norms, moment)
     loss = loss + common.own_losses(autoencoder, rows, moment, y, acts)
     fires = acts.detach() > 0
@@ -181,8 +182,9 @@ def _distance(
 ) -> Float[Tensor, ""]:
     """How far the dead latents are below their thresholds, in units of the output."""
     assert weights.threshold is not None
-    dead = moment.dead.nonzero().squeeze(1)
+    dead, is_dead = few_of(moment.dead, moment.most_dead)
     of_dead = norms[dead] if weights.norms is None else norms.new_ones(len(dead))
+    of_dead = of_dead if is_dead is None else of_dead * is_dead
     return losses.pre_act_distance(pre[:, dead], weights.threshold[dead], of_dead)
 
 
@@ -192,11 +194,11 @@ def penalty(
     """The sparsity penalty that is asked for, at its weight of this moment."""
     if config.l1 is not None:
         weight = ramp(moment.n_steps, moment.total_steps, config.l1.ramp) * moment.power.scale
-        return config.l1.coefficient * weight * l1
+        return common.weighed(config.l1.coefficient * weight, l1)
     assert config.l0 is not None
     weight = ramp(moment.n_steps, moment.total_steps, config.l0.ramp) * moment.power.scale
     l0 = moment.ranks.mean(l0, moment.share)  # the target is that of the whole batch
-    return config.l0.coefficient * weight * losses.l0_penalty(l0, config.l0.target)
+    return common.weighed(config.l0.coefficient * weight, losses.l0_penalty(l0, config.l0.target))
 
 
 def gated_forward(
@@ -224,7 +226,8 @@ def gated_forward(
     guess = (torch.addmm(b_dec, gates, dec_rows) + past).to(u.dtype)
     penalty = losses.l1_decoder_norm(gates, autoencoder.decoder_norms())
     weight = config.l1.coefficient * ramp(moment.n_steps, moment.total_steps, config.l1.ramp)
-    loss = error + weight * moment.power.scale * penalty + losses.squared_error(v, guess)
+    weighed = common.weighed(weight * moment.power.scale, penalty)
+    loss = error + weighed + losses.squared_error(v, guess)
     loss = loss + common.own_losses(autoencoder, rows, moment, y, acts)
     fires = acts.detach() > 0
     l0 = fires.sum(dim=1).float().mean()

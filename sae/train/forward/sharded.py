@@ -25,6 +25,7 @@ from sae.train.forward.sparse import k_now, scores_of
 from sae.train.ranks import Axis
 from sae.train.schedule import ramp
 from sae_kernels import encode_topk, sparse_decode, topk_select
+from sae_kernels.grads import counts
 
 
 def require_shardable(config: DictionaryConfig, n_shards: int, losses: Sequence[Loss] = ()) -> None:
@@ -96,7 +97,7 @@ def _sparse(
     threshold = None
     if activation.facts.threshold == "one":
         threshold = moment.ranks.smallest(scores_of(latents, weights))
-    n_fired = latents.indices[fires].bincount(minlength=len(moment.dead))
+    n_fired = counts(latents.indices, len(moment.dead), fires)
     return Forward(loss, error, n_fired, l0, y.detach(), threshold)
 
 

@@ -4,19 +4,39 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae import activations, losses
-from sae.activations import EncoderWeights, Latents
-from sae.architecture import Activation, BatchTopK, TopK
+from sae import losses
+from sae.activations import EncoderWeights, Latents, from_csr, pad_silent
+from sae.architecture import Activation, BatchTopK, GroupMax, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
 from sae.train.forward import batch_topk, common
 from sae.train.forward.common import Forward, Moment, Rows, autocast
 from sae.train.loss_config import NestedK
 from sae.train.schedule import falling_k, is_refined, slack_now
-from sae_kernels import sparse_decode_mse, topk_select
+from sae_kernels import (
+    Csr,
+    encode_batch_topk,
+    encode_group_max,
+    encode_topk,
+    sparse_decode,
+    sparse_decode_mse,
+    topk_select,
+)
+from sae_kernels.grads import counts
+
+
+class Kept(NamedTuple):
+    """What the activation lets through: k of each row, or one entry after the other (CSR).
+
+    A latent whose activation is 0 stays where it is: it adds nothing, and no place is padded.
+    """
+
+    values: Float[Tensor, "batch k"] | Float[Tensor, " entry"]
+    indices: Int[Tensor, "batch k"] | Int[Tensor, " entry"]
+    row_ptr: Int[Tensor, " bound"] | None = None
 
 
 class _Decoded(NamedTuple):
@@ -40,21 +60,49 @@ def forward(
         return found._replace(threshold=smallest)
     assert isinstance(activation, TopK), activation
     wide = TopK(k=min(multi.times * activation.k, config.d_sae))
-    more = activations.encode(wide, u, weights)
-    latents = narrowed(more, activation.k, weights)
+    more = _chosen(wide, u, weights, moment)
+    latents = _narrowed(more, activation.k, weights)
     found = _losses(autoencoder, config, rows, moment, latents)
     with autocast(u.device, False):
-        error = losses.squared_error(rows.v, autoencoder.decode_scaled(more, u))
+        error = losses.squared_error(rows.v, _reconstructed(autoencoder, more, u))
     return found._replace(loss=found.loss + multi.coefficient * error)
 
 
 def _chosen(
     activation: Activation, u: Float[Tensor, "batch d_in"], weights: EncoderWeights, moment: Moment
-) -> Latents:
-    """The latents of these rows; BatchTopK compares them with the rows of the other processes."""
+) -> Kept:
+    """The latents of these rows; BatchTopK compares them with those of all other rows."""
+    of, b_in = (u, weights.enc_rows, weights.b_enc), weights.b_in
     if isinstance(activation, BatchTopK) and not moment.ranks.alone:
-        return batch_topk.batch_topk(u, weights, activation.k, moment.n_rows, moment.ranks)
-    return activations.encode_training(activation, u, weights)
+        return Kept(*batch_topk.batch_topk(u, weights, activation.k, moment.n_rows, moment.ranks))
+    match activation:
+        case BatchTopK(k=k):
+            kept = Kept(*encode_batch_topk(*of, k, b_in=b_in))
+        case GroupMax(k=k):
+            kept = Kept(*encode_group_max(*of, k, b_in=b_in))
+        case _:
+            assert isinstance(activation, TopK), activation
+            kept = Kept(*encode_topk(*of, activation.k, b_in=b_in))
+    if weights.norms is None:
+        return kept
+    return kept._replace(values=kept.values / weights.norms[kept.indices])
+
+
+def _reconstructed(
+    autoencoder: SparseAutoencoder, kept: Kept, u: Float[Tensor, "batch d_in"]
+) -> Float[Tensor, "batch d_out"]:
+    """What these latents give of rows in the dictionary's units."""
+    values, indices, row_ptr = kept
+    decoder = (autoencoder.dec_rows, autoencoder.b_dec)
+    y = sparse_decode(values, indices, *decoder, row_ptr=row_ptr)
+    return y + autoencoder.skipped(u) if autoencoder.config.skip else y
+
+
+def _shown(kept: Kept) -> Latents:
+    """The latents in the form in which others than the training step see them."""
+    values, indices, row_ptr = kept
+    flat = Latents(values, indices) if row_ptr is None else from_csr(Csr(values, indices, row_ptr))
+    return pad_silent(flat)
 
 
 def _refined(
@@ -66,7 +114,7 @@ def _refined(
         return u
     weights, activation, read = autoencoder.encoder(), k_now(config, moment), u
     for _ in range(config.refine.steps):
-        left = u - autoencoder.decode_scaled(_chosen(activation, read, weights, moment), u)
+        left = u - _reconstructed(autoencoder, _chosen(activation, read, weights, moment), u)
         read = read + config.refine.rate * left
     return read
 
@@ -82,13 +130,15 @@ def k_now(config: DictionaryConfig, moment: Moment) -> Activation:
     return replace(activation, k=round(k * slack_now(config.refine, *at)))
 
 
-def narrowed(latents: Latents, k: int, weights: EncoderWeights) -> Latents:
+def _narrowed(latents: Kept, k: int, weights: EncoderWeights) -> Kept:
     """The k largest of each row's latents; their order stays."""
     places = topk_select(scores_of(latents, weights), k).indices
-    return Latents(latents.values.gather(1, places), latents.indices.gather(1, places))
+    return Kept(latents.values.gather(1, places), latents.indices.gather(1, places))
 
 
-def scores_of(latents: Latents, weights: EncoderWeights) -> Float[Tensor, "batch k"]:
+def scores_of(
+    latents: Kept | Latents, weights: EncoderWeights
+) -> Float[Tensor, "batch k"] | Float[Tensor, " entry"]:
     """What the selection compares: activations, times the norms if it gates by them."""
     values = latents.values.detach()
     return values if weights.norms is None else values * weights.norms.detach()[latents.indices]
@@ -99,15 +149,16 @@ def _losses(
     config: DictionaryConfig,
     rows: Rows,
     moment: Moment,
-    latents: Latents,
+    latents: Kept,
 ) -> Forward:
     with autocast(rows.u.device, False):
         y, error, loss = _decode(autoencoder, config, rows, moment, latents)
     loss = loss + common.auxk(autoencoder, config, rows, moment, y)
-    loss = loss + common.own_losses(autoencoder, rows, moment, y, latents)
+    if moment.losses:
+        loss = loss + common.own_losses(autoencoder, rows, moment, y, _shown(latents))
     fires = latents.values > 0
-    n_fired = latents.indices[fires].bincount(minlength=config.d_sae)
-    return Forward(loss, error, n_fired, fires.sum(dim=1).float().mean(), y.detach())
+    n_fired = counts(latents.indices, config.d_sae, fires)
+    return Forward(loss, error, n_fired, fires.sum() / len(y), y.detach())
 
 
 def _decode(
@@ -115,7 +166,7 @@ def _decode(
     config: DictionaryConfig,
     rows: Rows,
     moment: Moment,
-    latents: Latents,
+    latents: Kept,
 ) -> _Decoded:
     """The reconstruction, its error, and the loss: that error, or the mean over the prefixes."""
     if isinstance(config.matryoshka, NestedK):
@@ -132,8 +183,8 @@ def _decode(
     return whole._replace(loss=torch.lerp(whole.loss, found.loss, share))
 
 
-def _whole(autoencoder: SparseAutoencoder, rows: Rows, latents: Latents) -> _Decoded:
-    y = autoencoder.decode_scaled(latents, rows.u)
+def _whole(autoencoder: SparseAutoencoder, rows: Rows, latents: Kept) -> _Decoded:
+    y = _reconstructed(autoencoder, latents, rows.u)
     error = losses.squared_error(rows.v, y)
     return _Decoded(y, error, error)
 
@@ -143,7 +194,7 @@ def _prefixes(
     config: DictionaryConfig,
     rows: Rows,
     moment: Moment,
-    latents: Latents,
+    latents: Kept,
 ) -> _Decoded:
     """The mean error of the prefixes, the whole dictionary being one of them."""
     assert config.matryoshka is not None
@@ -157,18 +208,18 @@ def _prefixes(
         rows.v - past,
         scale=1 / (len(rows.v) * len(ends)),
         prefixes=ends,
+        row_ptr=latents.row_ptr,
     )
     return _Decoded(found.x_hat + past, found.row_loss[:, -1].mean(), found.loss)
 
 
-def _nested(
-    autoencoder: SparseAutoencoder, nested: NestedK, rows: Rows, latents: Latents
-) -> _Decoded:
+def _nested(autoencoder: SparseAutoencoder, nested: NestedK, rows: Rows, latents: Kept) -> _Decoded:
     """The error with all k latents, and the weighted mean of those with fewer and with all."""
     weights, n = autoencoder.encoder(), len(nested.ks) + 1
-    levels = [*(narrowed(latents, k, weights) for k in nested.ks), latents]
-    y = [autoencoder.decode_scaled(level, rows.u) for level in levels]
+    levels = [*(_narrowed(latents, k, weights) for k in nested.ks), latents]
+    y = [_reconstructed(autoencoder, level, rows.u) for level in levels]
     errors = torch.stack([losses.squared_error(rows.v, one) for one in y])
-    shares = torch.arange(n, 0, -1) if nested.weights == "reverse" else torch.ones(n)
-    shares = shares.to(errors)
+    shares = torch.ones_like(errors)
+    if nested.weights == "reverse":
+        shares = torch.arange(n, 0, -1, dtype=errors.dtype, device=errors.device)
     return _Decoded(y[-1], errors[-1], (errors * shares).sum() / shares.sum())

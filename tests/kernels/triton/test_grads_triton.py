@@ -3,13 +3,19 @@
 import pytest
 import torch
 
-from sae_kernels import blocks
-from sae_kernels.grads_triton import segment_product, sort_entries, weight_grads
+from sae_kernels import blocks, grads_triton
+from sae_kernels.grads import Entries
+from sae_kernels.grads_triton import weight_grads
 
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}
 """Relative errors. Sums are float32 and interpreted rows are upcast, so the inputs are exact."""
 SHAPES = [(1, 1, 1, 1), (5, 3, 11, 23), (31, 7, 13, 67), (61, 5, 547, 37), (2, 61, 61, 5)]
 """Batch, k, d_sae, width: runs of 1 to 31 entries, also over the edges of blocks."""
+
+
+def segment_product(indices, weights, rows, d_sae):
+    parts = Entries(indices, d_sae).segments
+    return grads_triton.segment_product(parts, weights.flatten(), rows)
 
 
 def right_product(indices, weights, rows, d_sae):
@@ -84,10 +90,11 @@ def test_wide_rows_take_several_slabs(sparse, normal, error, monkeypatch):
 
 
 def test_the_sort_is_stable_and_knows_where_runs_start():
-    parts = sort_entries(torch.tensor([[1, 4], [0, 1], [1, 4]]), 6)
+    parts = Entries(torch.tensor([[1, 4], [0, 1], [1, 4]]), 6).segments
     assert parts.latents.tolist() == [0, 1, 1, 1, 4, 4]
     assert parts.entries.tolist() == [2, 0, 3, 4, 1, 5]
-    assert parts.starts.tolist() == [0, 1, 4, 4, 4, 6, 6]
+    assert parts.rows.tolist() == [1, 0, 1, 2, 0, 2]
+    assert grads_triton._bounds(parts).tolist() == [0, 1, 4, 4, 4, 6, 6]
 
 
 def test_an_index_may_repeat_in_a_row(normal, error):

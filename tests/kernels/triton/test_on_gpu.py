@@ -120,8 +120,8 @@ def test_adam_beside_its_definition(width, draw, error):
     w = w - 0.01 * g / (g.abs() + 1e-8)
     latent_adam_(
         rows, grad, mean, square, lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0,
-        bias1=0.1, bias2=0.001, project=True, norm="unit", clip=torch.tensor(0.5).cuda(),
-        shadow=shadow,
+        step=torch.ones((), device="cuda"), skip=None, project=True, norm="unit",
+        clip=torch.tensor(0.5).cuda(), shadow=shadow,
     )  # fmt: skip
     right = w / w.norm(dim=1, keepdim=True)
     assert error(rows, right) < 1e-5

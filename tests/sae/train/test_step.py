@@ -275,9 +275,9 @@ def test_the_threshold_follows_at_the_stated_rate(monkeypatch):
     ]  # fmt: skip
     seen, running, original = [], [], step_module.follow_
 
-    def follow_(threshold, found, rate):
+    def follow_(threshold, found, rate, taken):
         seen.append(float(found))
-        original(threshold, found, rate)
+        original(threshold, found, rate, taken)
         running.append(float(threshold))
 
     monkeypatch.setattr(step_module, "follow_", follow_)
