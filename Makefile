@@ -113,9 +113,9 @@ peers: install-dev ## Let SAELens, sparsify, dictionary_learning and circuit-tra
 	@locks/venv.sh .venv-peers $(PYTHON)
 	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' >"$$(.venv-peers/bin/python -c \
 		'import site; print(site.getsitepackages()[0])')/tests.pth"
-	@locks/install.sh .venv-peers/bin/python 'sae-lens==$(SAE_LENS)'
-	@locks/install.sh .venv-peers/bin/python --no-deps eai-sparsify==1.3.3 dictionary-learning==0.1.0 \
-		circuit-tracer==0.5.0
+	@locks/install.sh .venv-peers/bin/python 'sae-lens==$(SAE_LENS)' eai-sparsify==1.3.3 'python-socketio[client]'
+	@locks/install.sh .venv-peers/bin/python --no-deps dictionary-learning==0.1.0 nnsight==0.3.7 circuit-tracer==0.5.0
+	@.venv-peers/bin/python -c 'import sae_lens, sparsify, dictionary_learning, circuit_tracer'
 	@.venv-peers/bin/python -m pytest -p no:cacheprovider -m long --timeout 3600 $(ARGS) \
 		tests/sae/pretrained/test_with_libraries.py
 

@@ -6,10 +6,7 @@ What is shown is what the objects hold; nothing is computed that costs a pass ov
 import base64
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sae.autoencoder import Latents, SparseAutoencoder
+from typing import Any
 
 MOST_ROWS = 25
 """Of a table; a cell is no place for thousands."""
@@ -69,8 +66,11 @@ def frame(url: str, height: int, note: str) -> str:
     )
 
 
-def dictionary(shown: "SparseAutoencoder") -> str:
-    """What a dictionary is, where it belongs, and what was counted of its latents."""
+def dictionary(shown: Any) -> str:
+    """What a SparseAutoencoder is, where it belongs, and what was counted of its latents.
+
+    Its class stands above this module, and so does that of the latents.
+    """
     config, stats, made = shown.config, shown.stats, shown.provenance
     reads, predicts = (
         ", ".join(part.hook_point for part in parts) for parts in (config.inputs, config.outputs)
@@ -99,8 +99,8 @@ def dictionary(shown: "SparseAutoencoder") -> str:
     return facts(type(shown).__name__, [(name, text) for name, text in rows if text])
 
 
-def latents(shown: "Latents") -> str:
-    """How many rows and latents fire, and the latents of the largest activations."""
+def latents(shown: Any) -> str:
+    """Of Latents how many rows and latents fire, and the latents of the largest activations."""
     values, indices = shown.values.detach().flatten().cpu(), shown.indices.flatten().cpu()
     fires = values != 0
     n_rows = shown.values[..., 0].numel() if shown.values.shape[-1] else 0
