@@ -7,8 +7,9 @@ import pytest
 import sae
 from activations_cache import io
 from activations_cache.checks import CacheBusyError
+from monosema.checks import MonosemaError
 from sae.config import ConfigError, dump, load_overrides, to_dict
-from sae.run.config import RunConfig
+from sae.run.config import RunConfig, part_of
 from sae.run.context import Run
 from sae.run.pipeline import MARKER, pending_steps
 from tests.tiny import cache_record
@@ -113,3 +114,19 @@ def test_a_live_run_without_held_out_documents_is_refused_before_anything_runs(c
     rule = r"cache\.text\.hold must be above 0 beside train\.source 'live'.*, got 0"
     with pytest.raises(ConfigError, match=rule):
         load_overrides(RunConfig, [*LIVE, *nothing], to_dict(config))
+
+
+def test_the_parts_of_a_grid_have_each_dictionary_once_and_share_the_cache(config):
+    record = to_dict(config)
+    record["train"]["saes"]["topk"]["grid"] = {"activation.k": [3, 5, 7, 9, 11]}
+    whole = load_overrides(RunConfig, [], record)
+    parts = [part_of(whole, f"{number}/2") for number in (1, 2)]
+    names = [name for part in parts for name in part.train.saes]
+    assert sorted(names) == sorted(whole.train.saes)
+    assert [len(part.train.saes) for part in parts] == [3, 2]
+    assert {part.cache_path for part in parts} == {f"{whole.output}/cache"}
+    assert parts[1].output == f"{whole.output}/part-2-of-2"
+    assert part_of(whole, "005/5").train.saes.keys() == {"topk-k11"}
+    for wrong in ("0/2", "3/2", "1/6", "1", "one/2", "-1/2"):
+        with pytest.raises(MonosemaError, match="--part must be I/N with I from 1 to N and N at"):
+            part_of(whole, wrong)
