@@ -209,7 +209,8 @@ class ActivationDataModule(lightning.LightningDataModule):
         del stage
         if self.trainer is not None:
             axis = Axis(None, self.trainer.global_rank, self.trainer.world_size)
-            self.rows.part = axis.share(self.batch)
+            if axis.size > 1:  # or the part is that of processes which the Trainer does not know
+                self.rows.part = axis.share(self.batch)
             self.rows.n_passes = max(self.trainer.max_epochs or 1, 1)
 
     def train_dataloader(self) -> TrainingRows:
