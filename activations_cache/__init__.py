@@ -7,8 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from activations_cache.batches import RowDataset as RowDataset
-    from activations_cache.batches import as_dataset as as_dataset
     from activations_cache.builder import build as build
     from activations_cache.checks import CacheFormatError as CacheFormatError
     from activations_cache.config import CacheConfig as CacheConfig
@@ -25,6 +23,8 @@ if TYPE_CHECKING:
     from activations_cache.models import load_model as load_model
     from activations_cache.reader import ActivationCache as ActivationCache
     from activations_cache.reader import open_cache
+    from activations_cache.summary import RowDataset as RowDataset
+    from activations_cache.summary import as_dataset as as_dataset
     from activations_cache.tokens import Pieces as Pieces
 
     open = open_cache
@@ -42,10 +42,10 @@ _PLACES = {
     "ImagesConfig": ("config", "ImagesConfig"),
     "ModelConfig": ("config", "ModelConfig"),
     "Pieces": ("tokens", "Pieces"),
-    "RowDataset": ("batches", "RowDataset"),
+    "RowDataset": ("summary", "RowDataset"),
     "TextConfig": ("config", "TextConfig"),
     "TextSource": ("config", "TextSource"),
-    "as_dataset": ("batches", "as_dataset"),
+    "as_dataset": ("summary", "as_dataset"),
     "build": ("builder", "build"),
     "capture": ("hooks", "capture"),
     "edit": ("hooks", "edit"),

@@ -1,7 +1,5 @@
 """Shuffled batches of rows, the next ones read ahead by a thread.
 
-Views of a cache for loops that shuffle by themselves: of torch, and of Hugging Face.
-
 The order in which rows are read: a pure function of seed, epoch and position.
 
 Rows are cut into blocks of neighbours. The blocks are permuted, and then the rows inside each
@@ -9,24 +7,17 @@ window of consecutive permuted blocks. So a batch mixes rows from everywhere, wh
 at a time stays within a window, and going on from any position needs no state.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from activations_cache.config import SPLITS
 from monosema.checks import MonosemaError
-
-if TYPE_CHECKING:
-    import datasets
-
-    from activations_cache.reader import ActivationCache
 
 _BLOCKS = 0
 """Stream number of the permutation of blocks; window w has stream number w + 1."""
@@ -223,76 +214,3 @@ def read_batches(
             n = max(at_once // max(ready[0].x.nbytes, 1), 1)
             coming, rest = reader.submit(fetch, rest[:n]), rest[n:]
             yield from ready
-
-
-class RowDataset(Dataset[Tensor]):
-    """The rows of a cache for `torch.utils.data.DataLoader`, which shuffles and starts workers.
-
-    `cache.batches` reads in an order that is kind to the disk and goes on from any batch; this is
-    for loops that have a DataLoader already.
-    """
-
-    def __init__(
-        self,
-        cache: "ActivationCache",
-        hook_points: Sequence[str] = (),
-        splits: Sequence[str] = SPLITS,
-    ) -> None:
-        """Take a cache.
-
-        Args:
-            cache: It stays open.
-            hook_points: Which, side by side; all when empty.
-            splits: From which examples.
-        """
-        self.hooks = [cache[name] for name in hook_points or cache.hook_points]
-        self.rows = cache.rows(splits)
-        """The numbers of the rows, by their place in this view."""
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.rows)
-
-    def __getitem__(self, place: int) -> Float[Tensor, " d_in"]:
-        """Return a row."""
-        return self.__getitems__([place])[0]
-
-    def __getitems__(self, places: list[int]) -> list[Float[Tensor, " d_in"]]:
-        """Return several rows, read at once; a DataLoader asks for a batch so."""
-        numbers = self.rows[torch.tensor(places)]
-        return [*torch.cat([hook[numbers] for hook in self.hooks], dim=1)]
-
-
-def as_dataset(
-    cache: "ActivationCache",
-    hook_points: Sequence[str] = (),
-    splits: Sequence[str] = SPLITS,
-) -> "datasets.Dataset":
-    """Return a cache as a `datasets.Dataset` with a row for each row; nothing is copied.
-
-    Its columns are row, example, position, token, split, label where tokens have labels, and a
-    column of activations for each hook point, which is read when it is asked for.
-
-    Args:
-        cache: It stays open.
-        hook_points: Which; all when empty.
-        splits: From which examples.
-    """
-    import datasets  # takes a second, and few ask for it
-
-    hooks = {name: cache[name] for name in hook_points or cache.hook_points}
-    rows = cache.rows(splits)
-    refs = cache.refs(rows)
-    split = cache.examples.split[refs.example]
-    columns: dict[str, Any] = {"row": rows.numpy()}
-    columns |= {name: values.numpy() for name, values in refs._asdict().items()}
-    columns["split"] = [SPLITS[number] for number in split.tolist()]
-    if cache.label_names:
-        names = (*cache.label_names, None)  # the last one is that of -1
-        columns["label"] = [names[number] for number in cache.token_labels(rows).tolist()]
-
-    def read(some: dict[str, Any]) -> dict[str, Any]:
-        numbers = torch.tensor(some["row"])
-        return {**some, **{name: hook[numbers].numpy() for name, hook in hooks.items()}}
-
-    return datasets.Dataset.from_dict(columns).with_transform(read)

@@ -3,21 +3,28 @@
 A few rows of a hundred times the norm hold most of the sum of squares: attention sinks at tokens
 that nobody expects. They take the scale of all inputs and the direction of every step. So a
 training run looks at the norms first, and leaves such rows out.
+
+Views of a cache for loops that shuffle by themselves: of torch, and of Hugging Face.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from activations_cache.checks import Progress, silent
 from activations_cache.config import SPLITS, TRAINING_SPLITS
 from activations_cache.reader import ActivationCache, HookRows
+
+if TYPE_CHECKING:
+    import datasets
 
 SAMPLE_ROWS = 25_600
 """As many as RankMe's authors found enough for a stable rank."""
@@ -265,3 +272,76 @@ def share_of_largest(cache: ActivationCache, hook_point: str) -> float:
     n = max(1, round(LARGEST * len(square)))
     total = float(square.sum())
     return float(np.partition(square, -n)[-n:].sum()) / total if total else 0.0
+
+
+class RowDataset(Dataset[Tensor]):
+    """The rows of a cache for `torch.utils.data.DataLoader`, which shuffles and starts workers.
+
+    `cache.batches` reads in an order that is kind to the disk and goes on from any batch; this is
+    for loops that have a DataLoader already.
+    """
+
+    def __init__(
+        self,
+        cache: ActivationCache,
+        hook_points: Sequence[str] = (),
+        splits: Sequence[str] = SPLITS,
+    ) -> None:
+        """Take a cache.
+
+        Args:
+            cache: It stays open.
+            hook_points: Which, side by side; all when empty.
+            splits: From which examples.
+        """
+        self.hooks = [cache[name] for name in hook_points or cache.hook_points]
+        self.rows = cache.rows(splits)
+        """The numbers of the rows, by their place in this view."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Float[Tensor, " d_in"]:
+        """Return a row."""
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: list[int]) -> list[Float[Tensor, " d_in"]]:
+        """Return several rows, read at once; a DataLoader asks for a batch so."""
+        numbers = self.rows[torch.tensor(places)]
+        return [*torch.cat([hook[numbers] for hook in self.hooks], dim=1)]
+
+
+def as_dataset(
+    cache: ActivationCache,
+    hook_points: Sequence[str] = (),
+    splits: Sequence[str] = SPLITS,
+) -> "datasets.Dataset":
+    """Return a cache as a `datasets.Dataset` with a row for each row; nothing is copied.
+
+    Its columns are row, example, position, token, split, label where tokens have labels, and a
+    column of activations for each hook point, which is read when it is asked for.
+
+    Args:
+        cache: It stays open.
+        hook_points: Which; all when empty.
+        splits: From which examples.
+    """
+    import datasets  # takes a second, and few ask for it
+
+    hooks = {name: cache[name] for name in hook_points or cache.hook_points}
+    rows = cache.rows(splits)
+    refs = cache.refs(rows)
+    split = cache.examples.split[refs.example]
+    columns: dict[str, Any] = {"row": rows.numpy()}
+    columns |= {name: values.numpy() for name, values in refs._asdict().items()}
+    columns["split"] = [SPLITS[number] for number in split.tolist()]
+    if cache.label_names:
+        names = (*cache.label_names, None)  # the last one is that of -1
+        columns["label"] = [names[number] for number in cache.token_labels(rows).tolist()]
+
+    def read(some: dict[str, Any]) -> dict[str, Any]:
+        numbers = torch.tensor(some["row"])
+        return {**some, **{name: hook[numbers].numpy() for name, hook in hooks.items()}}
+
+    return datasets.Dataset.from_dict(columns).with_transform(read)

@@ -56,6 +56,6 @@ else:
     import optuna
 
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
-study.optimize(fvu, n_trials=12)
+study.optimize(fvu, n_trials=8)
 chosen = ", ".join(f"{name} {value:.3g}" for name, value in study.best_params.items())
 print(f"best of {len(study.trials)} trials: FVU {study.best_value:.3f} with {chosen}")

@@ -13,7 +13,7 @@ SAYS = {
     "hyperdimensional_probe": "3 pairs in 1024 dimensions: 100% recalled",
     "custom_parts": "detection 1.00",
     "steer": "recovered 100%",
-    "sweep_with_optuna": "best of 12 trials: FVU 0.",
+    "sweep_with_optuna": "best of 8 trials: FVU 0.",
     "train_on_images": "latent ",
     "train_tiny": "recovered",
 }

@@ -90,7 +90,7 @@ class TrainingRows:
         """Passes that are to come, as far as that is known."""
         self.meter: Meter | None = None
         self._open: Generator[Batch] | None = None
-        self._at = 0
+        self._at = self._end = 0
 
     @property
     def n_batches(self) -> int:
@@ -135,16 +135,17 @@ class TrainingRows:
 
     def _opened(self) -> "Generator[Batch]":
         """The batches from `next` on: those that are open, if they stand there."""
-        if self._open is None or self._at != self.next:
+        if self._open is None or self._at != self.next or self.next >= self._end:
             self.close()
             data = self.data
-            n_passes = max(self.n_passes, self.next // self.n_batches + 1)
+            epochs = data.epochs * max(self.n_passes, self.next // self.n_batches + 1)
+            self._end = self.source.n_batches(batch=data.batch, epochs=epochs)
             self._open = self.source.batches(
                 self.hook_points,
                 batch=data.batch,
                 seed=data.seed,
                 start=self.next,
-                epochs=data.epochs * n_passes,
+                epochs=epochs,
                 part=self.part,
             )
             self._at = self.next
@@ -208,7 +209,8 @@ class ActivationDataModule(lightning.LightningDataModule):
         del stage
         if self.trainer is not None:
             axis = Axis(None, self.trainer.global_rank, self.trainer.world_size)
-            self.rows.part = axis.share(self.batch)
+            if axis.size > 1:  # or the part is that of processes which the Trainer does not know
+                self.rows.part = axis.share(self.batch)
             self.rows.n_passes = max(self.trainer.max_epochs or 1, 1)
 
     def train_dataloader(self) -> TrainingRows:

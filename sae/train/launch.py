@@ -175,6 +175,11 @@ def require_flags(trainer: lightning.Trainer) -> None:
             "train.latent_shards splits what one device cannot hold",
         ),
     }  # fmt: skip
+    if isinstance(strategy, ModelParallelStrategy):
+        flags["enable_checkpointing"] = (
+            not trainer.checkpoint_callbacks, "be False beside ModelParallelStrategy", True,
+            "it loads DTensors alone, and sae.train.Checkpoints is for all",
+        )  # fmt: skip
     for kind, instead in (
         (GradientAccumulationScheduler, parts),
         (StochasticWeightAveraging, mean),

@@ -11,15 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 import activations_cache
 from activations_cache import io
 from activations_cache.batches import (
     BLOCK_ROWS,
-    RowDataset,
     RowOrder,
-    as_dataset,
     count_batches,
     permutation,
     read_batches,
@@ -260,33 +257,3 @@ def test_count_batches_is_what_a_loop_would_count():
         expected = n_rows * epochs // batch
         if expected:
             assert count_batches(n_rows, batch=batch, epochs=epochs) == expected
-
-
-def test_a_dataloader_of_torch_gives_each_row_once(tmp_path):
-    """With workers, shuffled by torch; a batch is read at once."""
-    plan = synthetic_plan({"a:out": 5, "b:out": 3}, n_examples=23)
-    cache = write_synthetic(tmp_path / "cache", plan)
-    view = RowDataset(cache, ("b:out", "a:out"), splits=("explain", "score"))
-    loader = DataLoader(view, batch_size=7, shuffle=True, num_workers=2)
-    found = torch.cat([*loader])
-    rows = cache.rows(("explain", "score"))
-    expected = torch.cat([cache["b:out"][rows], cache["a:out"][rows]], dim=1)
-    assert view[3].equal(expected[3])
-    assert not found.equal(expected)
-    assert sorted(found.tolist()) == sorted(expected.tolist())
-
-
-def test_a_cache_is_a_dataset_of_hugging_face(tmp_path):
-    cache = write_synthetic(tmp_path / "cache", synthetic_plan({"a:out": 5}, n_examples=23))
-    view = as_dataset(cache, splits=("score",))
-    rows = cache.rows(("score",))
-    assert len(view) == len(rows)
-    refs, some = cache.refs(rows), view[3:6]
-    assert torch.tensor(some["a:out"]).equal(cache["a:out"][rows[3:6]])
-    for name in ("example", "position", "token"):
-        assert some[name] == getattr(refs, name)[3:6].tolist()
-    numbers = cache.token_labels(rows)[3:6].tolist()
-    assert some["label"] == [cache.label_names[n] if n >= 0 else None for n in numbers]
-    assert set(view[:]["split"]) == {"score"}
-    kept = view.filter(lambda row: row["position"] == 2, load_from_cache_file=False)
-    assert {int(p) for p in kept[:]["position"]} == {2}

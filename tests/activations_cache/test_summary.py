@@ -5,9 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from activations_cache.importing import import_array
-from activations_cache.summary import MassiveDimension, effective_rank, summarise
+from activations_cache.summary import (
+    MassiveDimension,
+    RowDataset,
+    as_dataset,
+    effective_rank,
+    summarise,
+)
+from activations_cache.testing import synthetic_plan, write_synthetic
 
 
 @pytest.mark.parametrize("rank", [1, 5, 13])
@@ -58,3 +66,33 @@ def test_rows_of_zeros_have_a_page(tmp_path: Path):
     result = summarise(cache, "embedding:out")
     assert result.norm_counts == (result.n_sampled,)
     assert result.massive == ()
+
+
+def test_a_dataloader_of_torch_gives_each_row_once(tmp_path):
+    """With workers, shuffled by torch; a batch is read at once."""
+    plan = synthetic_plan({"a:out": 5, "b:out": 3}, n_examples=23)
+    cache = write_synthetic(tmp_path / "cache", plan)
+    view = RowDataset(cache, ("b:out", "a:out"), splits=("explain", "score"))
+    loader = DataLoader(view, batch_size=7, shuffle=True, num_workers=2)
+    found = torch.cat([*loader])
+    rows = cache.rows(("explain", "score"))
+    expected = torch.cat([cache["b:out"][rows], cache["a:out"][rows]], dim=1)
+    assert view[3].equal(expected[3])
+    assert not found.equal(expected)
+    assert sorted(found.tolist()) == sorted(expected.tolist())
+
+
+def test_a_cache_is_a_dataset_of_hugging_face(tmp_path):
+    cache = write_synthetic(tmp_path / "cache", synthetic_plan({"a:out": 5}, n_examples=23))
+    view = as_dataset(cache, splits=("score",))
+    rows = cache.rows(("score",))
+    assert len(view) == len(rows)
+    refs, some = cache.refs(rows), view[3:6]
+    assert torch.tensor(some["a:out"]).equal(cache["a:out"][rows[3:6]])
+    for name in ("example", "position", "token"):
+        assert some[name] == getattr(refs, name)[3:6].tolist()
+    numbers = cache.token_labels(rows)[3:6].tolist()
+    assert some["label"] == [cache.label_names[n] if n >= 0 else None for n in numbers]
+    assert set(view[:]["split"]) == {"score"}
+    kept = view.filter(lambda row: row["position"] == 2, load_from_cache_file=False)
+    assert {int(p) for p in kept[:]["position"]} == {2}

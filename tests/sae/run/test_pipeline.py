@@ -7,8 +7,9 @@ import pytest
 import sae
 from activations_cache import io
 from activations_cache.checks import CacheBusyError
+from monosema.checks import MonosemaError
 from sae.config import ConfigError, dump, load_overrides, to_dict
-from sae.run.config import RunConfig
+from sae.run.config import RunConfig, part_of
 from sae.run.context import Run
 from sae.run.pipeline import MARKER, pending_steps
 from tests.tiny import cache_record
@@ -129,3 +130,19 @@ def test_rules_and_map_of_a_config_are_made_and_no_example_costs_no_page(config,
     assert "no steering example" in caplog.text
     assert result.page.is_file()
     assert undone(load_overrides(RunConfig, given, to_dict(config)), "browse") == []
+
+
+def test_the_parts_of_a_grid_have_each_dictionary_once_and_share_the_cache(config):
+    record = to_dict(config)
+    record["train"]["saes"]["topk"]["grid"] = {"activation.k": [3, 5, 7, 9, 11]}
+    whole = load_overrides(RunConfig, [], record)
+    parts = [part_of(whole, f"{number}/2") for number in (1, 2)]
+    names = [name for part in parts for name in part.train.saes]
+    assert sorted(names) == sorted(whole.train.saes)
+    assert [len(part.train.saes) for part in parts] == [3, 2]
+    assert {part.cache_path for part in parts} == {f"{whole.output}/cache"}
+    assert parts[1].output == f"{whole.output}/part-2-of-2"
+    assert part_of(whole, "005/5").train.saes.keys() == {"topk-k11"}
+    for wrong in ("0/2", "3/2", "1/6", "1", "one/2", "-1/2"):
+        with pytest.raises(MonosemaError, match="--part must be I/N with I from 1 to N and N at"):
+            part_of(whole, wrong)

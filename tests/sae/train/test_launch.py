@@ -1,6 +1,7 @@
 """Training from a cache by several processes: one result, and nobody waits for the dead."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from sae.architecture import BatchTopK, TopK
 from sae.train.config import AuxK, DictionaryConfig, TrainConfig
 from sae.train.fit import train
 from sae.train.launch import requeue
+from sae.train.module import SAEModule
 
 SAES = {
     "topk": DictionaryConfig(d_sae=30, activation=TopK(k=3), auxk=AuxK(), dead_after_tokens=303),
@@ -79,6 +81,23 @@ def test_a_run_goes_on_with_other_processes_after_sigterm(cache, tmp_path, in_pr
         ours, theirs = (pretrained.load(tmp_path / p / name) for p in ("several", "one"))
         for key, tensor in theirs.state_dict().items():
             torch.testing.assert_close(ours.state_dict()[key], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_each_process_reads_its_own_rows(cache, tmp_path, in_processes, monkeypatch):
+    original = SAEModule.step
+
+    def step(self, x):
+        with (tmp_path / f"rows-{os.environ['RANK']}").open("a") as file:
+            file.write(f"{x.tolist()}\n")
+        return original(self, x)
+
+    monkeypatch.setattr(SAEModule, "step", step)
+    codes, said = ends(in_processes(2, lambda: train(cache, CONFIG, tmp_path / "run")))
+    assert codes == [0, 0], said
+    parts = [(tmp_path / f"rows-{rank}").read_text().splitlines() for rank in (0, 1)]
+    order = cache.batches(batch=101, seed=0, epochs=2)
+    for first, second, batch in zip(*parts, order, strict=True):
+        assert json.loads(first) + json.loads(second) == batch.x.tolist()
 
 
 @pytest.mark.parametrize(("number", "seconds"), [(signal.SIGKILL, 5), (signal.SIGSTOP, 5)])

@@ -48,6 +48,7 @@ PLAIN = {
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*logging interval:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
     # Of the state after the optimiser's step, which is the state that we want in a checkpoint.
     pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual:UserWarning"),
 ]
