@@ -268,6 +268,8 @@ class FindRequest:
     """Latents that are shown."""
     n_ablated: int = 64
     """Latents that are ablated to see how far attribution can be trusted."""
+    baselines: tuple[Literal["off", "zero", "mean", "sampled"], ...] = ("off",)
+    """Where integrated gradients begin (`sae.steer.paths`); the last two read neutral texts."""
     first_position: int = 1
     """Positions below this one, the attention sinks, do not count."""
     model: str | None = None
@@ -288,6 +290,10 @@ class FindRequest:
         require(bool(self.pos) or not self.neg, "neg", "stand beside pos", self.neg)
         given = self.prompt is None or self.target is not None
         require(given, "target", "name the token that is explained", self.target)
+        distinct = bool(self.baselines) and len(set(self.baselines)) == len(self.baselines)
+        require(distinct, "baselines", "name at least one, each once", self.baselines)
+        needed = self.prompt is not None or self.baselines == ("off",)
+        require(needed, "baselines", "stand beside prompt", self.baselines)
         for name in ("n", "n_ablated"):
             at_least(name, getattr(self, name), 1)
         at_least("first_position", self.first_position, 0)
