@@ -2,7 +2,6 @@
 
 import datetime
 import logging
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,9 +68,8 @@ def _launcher() -> ClusterEnvironment | None:
     try:
         return SLURMEnvironment()
     except RuntimeError as error:
-        n = os.environ.get("SLURM_NTASKS")
         raise MonosemaError(
-            f"a SLURM job must set --ntasks-per-node, got --ntasks={n} alone; start it with "
+            "a SLURM job must set --ntasks-per-node, got --ntasks alone; start it with "
             "--ntasks-per-node=N, one task for each GPU of a node"
         ) from error
 
