@@ -16,6 +16,8 @@ from sae.cli.request import ConfigArgument, Overrides, with_json
 from sae.config import config_file, load
 from sae.evaluate.config import ScalingConfig
 
+SPLICED_CONTEXTS, SPLICED_IMAGES = 24, 2000
+
 CacheOption = Annotated[
     str | None, typer.Option("--cache", metavar="CACHE", help="The cache they are measured on.")
 ]
@@ -51,8 +53,8 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
     cache: CacheOption = None,
     hook_point: HookOption = None,
     model: ModelOption = True,
-    contexts: ContextsOption = 24,
-    images: ImagesOption = 2000,
+    contexts: ContextsOption = SPLICED_CONTEXTS,
+    images: ImagesOption = SPLICED_IMAGES,
     figures: Annotated[
         Path | None, typer.Option("--figures", help="Write all figures here, as JSON.")
     ] = None,
@@ -97,8 +99,8 @@ def compare(  # noqa: PLR0913
     ],
     hook_point: HookOption = None,
     model: ModelOption = True,
-    contexts: ContextsOption = 24,
-    images: ImagesOption = 2000,
+    contexts: ContextsOption = SPLICED_CONTEXTS,
+    images: ImagesOption = SPLICED_IMAGES,
     out: Annotated[Path, typer.Option("--out", help="For plots and figures.")] = Path("compare"),
     probe: ProbeOption = 0,
     structure: StructureOption = False,
@@ -174,6 +176,8 @@ def _request(
 
     named = (target.rpartition("=") for target in targets)
     with_model, contexts, images = spliced
+    if not with_model and (contexts, images) != (SPLICED_CONTEXTS, SPLICED_IMAGES):
+        raise typer.BadParameter("--contexts and --images must come with --model, got --no-model")
     return MeasureRequest(
         tuple(MeasureTarget(path, group=group) for group, _, path in named),
         cache,

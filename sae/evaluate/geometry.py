@@ -179,7 +179,7 @@ def nearest_distances(x: Float64[Tensor, "row d_in"]) -> Float64[Tensor, "row 2"
     return torch.cat(results)
 
 
-class Shape(NamedTuple):
+class RowsShape(NamedTuple):
     """The shape of one set of rows in a few figures."""
 
     width: int
@@ -189,11 +189,11 @@ class Shape(NamedTuple):
     """TwoNN's intrinsic dimension; nan where too few rows differ."""
     kurtosis: float
     """Median over the columns; 3 for a Gaussian."""
-    outliers: int
-    """Columns of 6 times the root mean square of the median one; 0 where that is 0."""
+    outliers: int | None
+    """Columns of 6 times the root mean square of the median one; None where that is 0."""
 
 
-def shape_of(x: Float[Tensor, "row d_in"]) -> Shape:
+def shape_of(x: Float[Tensor, "row d_in"]) -> RowsShape:
     """Effective rank, intrinsic dimension, heavy tails and outliers of rows."""
     try:
         dimension = two_nn(x).dimension
@@ -202,8 +202,8 @@ def shape_of(x: Float[Tensor, "row d_in"]) -> Shape:
     try:
         n_outliers = len(outlier_dimensions(x).dimensions)
     except MonosemaError:
-        n_outliers = 0
-    return Shape(x.shape[1], rankme(x), dimension, float(kurtosis(x).nanmedian()), n_outliers)
+        n_outliers = None
+    return RowsShape(x.shape[1], rankme(x), dimension, float(kurtosis(x).nanmedian()), n_outliers)
 
 
 class Rarity(NamedTuple):

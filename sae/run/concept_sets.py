@@ -1,6 +1,5 @@
 """TCAV by command: whether an answer of the model moves along concepts, on stream and latents."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -11,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from activations_cache import io
 from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.config import TextSource
 from activations_cache.documents import documents
@@ -22,6 +20,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.config import load_overrides
 from sae.evaluate.concepts import TCAV, sets_needed, tcav
+from sae.evaluate.report import write_record
 from sae.run.context import Section, Steps, silent_steps, steps_to, with_differences
 from sae.run.finding import token_of
 from sae.run.steering import GLOSSES, placed_in_model
@@ -95,7 +94,7 @@ class ConceptTest(NamedTuple):
     def write(self, out: Path) -> Path:
         """Write all figures."""
         out.mkdir(parents=True, exist_ok=True)
-        io.write_files({out / FILE: json.dumps(self.record, indent=1).encode()})
+        write_record(out / FILE, self.record)
         return out / FILE
 
 

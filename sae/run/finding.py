@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.models import LoadedModel
@@ -14,9 +16,10 @@ from sae.browser import ResultTable
 from sae.config import load_overrides
 from sae.pretrained import load as load_dictionary
 from sae.run.context import Section, Steps, pieces_of, silent_steps, steps_to, with_differences
-from sae.run.steering import placed_in_model
-from sae.steer.attribution import agreement, attribute, integrated_gradients, logit_difference
+from sae.run.steering import neutral_tokens, placed_in_model
+from sae.steer.attribution import Metric, agreement, attribute, logit_difference, stream_of
 from sae.steer.config import FindRequest
+from sae.steer.paths import PathAttribution, agreements, integrated_gradients
 from sae.steer.search import Counting, find_latents, nearest_latents
 
 
@@ -114,7 +117,8 @@ def _behind(
     metric = logit_difference(target, against)
     first = {"first_position": request.first_position}
     attributed = attribute(loaded.model, placed, ids, metric, **first)
-    path = integrated_gradients(loaded.model, placed, ids, metric, **first)
+    with steps("paths") as progress:
+        paths = _paths(placed, loaded, ids, metric, request, progress)
     with steps("ablate") as progress:
         agreed = agreement(
             loaded.model, placed, ids, metric, n=request.n_ablated, progress=progress
@@ -123,17 +127,53 @@ def _behind(
     activations, indices = attributed.latents.values, attributed.latents.indices
     top, rows = attributed.top(request.n), []
     for position, latent, score in top:
-        f = float((activations[position] * (indices[position] == latent)).sum())
-        rows.append((f"{position} {strings[position]}", str(latent), f"{score:+.3f}", f"{f:.2f}"))
+        entry = indices[position] == latent
+        f = float((activations[position] * entry).sum())
+        along = [float((p.attribution.scores[position] * entry).sum()) for p in paths.values()]
+        figures = (f"{figure:+.3f}" for figure in (score, *along))
+        rows.append((f"{position} {strings[position]}", str(latent), *figures, f"{f:.2f}"))
+    agree = agreements(paths)
+    sums = (
+        f"{name}: {path.total:+.2f} of {path.difference:+.2f}, rank correlation {agree[name]:.2f}"
+        for name, path in paths.items()
+    )
     note = (
         f"logit {attributed.metric:+.2f}; over {agreed.n} ablations attribution correlates "
         f"{agreed.attribution:.2f} with the effect and activation {agreed.activation:.2f}; "
-        f"integrated gradients sum to {path.total:+.2f} of {path.difference:+.2f}"
+        f"integrated gradients by where they begin, with what they sum to and how their scores go "
+        f"along with the first: {'; '.join(sums)}"
     )
-    columns = ("position", "latent", "gradient x activation", "activation")
+    integrated = (f"IG, {name}" for name in paths)
+    columns = ("position", "latent", "gradient x activation", *integrated, "activation")
     latents, scores = tuple(entry[1] for entry in top), tuple(entry[2] for entry in top)
     title = f"{request.target!r} after {request.prompt!r}"
     return LatentMatches(latents, scores, title, ResultTable(columns, tuple(rows), note))
+
+
+def _paths(
+    placed: SparseAutoencoder,
+    loaded: LoadedModel,
+    ids: Int[Tensor, "example pos"],
+    metric: Metric,
+    request: FindRequest,
+    report: Progress,
+) -> dict[str, PathAttribution]:
+    """Integrated gradients from each baseline."""
+    rows, paths = None, {}
+    if {"mean", "sampled"} & set(request.baselines):
+        device = next(loaded.model.parameters()).device
+        parts = []
+        for text in neutral_tokens(loaded.tokenizer):
+            stream = stream_of(loaded.model, placed.hook_point, text[text >= 0][None].to(device))
+            parts.append(stream[0, request.first_position :].float())
+        rows = torch.cat(parts)
+    for baseline in request.baselines:
+        paths[baseline] = integrated_gradients(
+            loaded.model, placed, ids, metric, baseline=baseline, rows=rows,
+            first_position=request.first_position,
+        )  # fmt: skip
+        report(len(paths), len(request.baselines), "baselines")
+    return paths
 
 
 def token_of(loaded: LoadedModel, text: str) -> int:

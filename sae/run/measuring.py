@@ -33,6 +33,7 @@ from sae.pretrained import Source
 from sae.pretrained.loading import keep_measured
 from sae.read_out import ReadOutName
 from sae.run.caches import as_trained
+from sae.run.config import refuse_unread
 from sae.run.context import (
     CacheOrPath,
     DictionaryOrPath,
@@ -214,6 +215,10 @@ def measure(request: MeasureRequest, steps: Steps = silent_steps) -> Measurement
     if request.hook_point is not None:
         check_hook_point(cache, request.hook_point)
     held_out_rows(cache)
+    if request.spliced is not None:
+        n, images = request.spliced
+        asked = EvaluateConfig(n_contexts=n, n_contexts_special=min(8, n), n_images=images)
+        refuse_unread("evaluate", asked, of_images=holds_images(cache))
     if request.probe:
         common_labels(cache)
     entries = load_entries(

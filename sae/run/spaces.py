@@ -1,6 +1,5 @@
 """How alike sets of rows are: caches, hook points, layers of a model, dictionaries' latents."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,14 +12,15 @@ from jaxtyping import Float, Float64, Int, Int64
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from activations_cache import ActivationCache, io
+from activations_cache import ActivationCache
 from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.manifest import MANIFEST
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.config import ConfigError
-from sae.evaluate.geometry import Shape, shape_of
+from sae.evaluate.geometry import RowsShape, shape_of
 from sae.evaluate.probe_tasks import check_hook_point
+from sae.evaluate.report import write_record
 from sae.evaluate.spaces import MEASURES, Draws, MeasureName, Similarity, compare
 from sae.run.context import (
     DictionaryOrPath,
@@ -64,7 +64,7 @@ class SimilarRequest(NamedTuple):
 class SpaceSimilarity(NamedTuple):
     """Every pair of sets by every measure."""
 
-    spaces: dict[str, Shape]
+    spaces: dict[str, RowsShape]
     """The shape of each set."""
     constant: dict[str, int]
     """Columns of a dictionary that are the same in all rows, and left out."""
@@ -112,7 +112,7 @@ class SpaceSimilarity(NamedTuple):
         """Write all figures and a heat map of each measure; returns the files by their kind."""
         out.mkdir(parents=True, exist_ok=True)
         files = {"figures": out / FILE, "picture": out / PICTURE}
-        io.write_files({files["figures"]: json.dumps(self.record, indent=1).encode()})
+        write_record(files["figures"], self.record)
         draw(self, files["picture"])
         return files
 
@@ -369,7 +369,7 @@ def _spaces_section(similarity: SpaceSimilarity) -> Section:
             f"{one.rankme:.1f}",
             "-" if math.isnan(one.dimension) else f"{one.dimension:.1f}",
             f"{one.kurtosis:.2f}",
-            str(one.outliers),
+            "-" if one.outliers is None else str(one.outliers),
         )
         for (name, one), n in zip(
             similarity.spaces.items(), similarity.constant.values(), strict=True

@@ -275,7 +275,12 @@ def sweep_latent(
     tokens = _promoted(path, dictionary, loaded, latent)
     target = Target(loaded.model, loaded.tokenizer, dictionary, latent, tokens)
     config = replace(request, mode=mode)
-    points = sweep(target, _neutral(request, loaded.tokenizer), config, progress=progress)
+    points = sweep(
+        target,
+        neutral_tokens(loaded.tokenizer, request.neutral, request.n_neutral),
+        config,
+        progress=progress,
+    )
     # Tokens may have glyphs that no font has, so the title has none.
     title = f"latent {latent} of {Path(path).name} at {dictionary.config.hook_point_out}"
     pieces = pieces_of(loaded)
@@ -292,11 +297,13 @@ def _promoted(
     return promoted_tokens(alone, readout(loaded.model), None, N_TARGETS).promoted[0]
 
 
-def _neutral(request: SteerRequest, tokenizer: Tokenizer) -> Int[Tensor, "example pos"]:
-    """Neutral texts as token ids, -1 where one is short."""
-    source = TextSource(path=request.neutral) if request.neutral else GLOSSES
-    step = 1 if request.neutral else EVERY
-    texts = islice(documents(source), 0, step * request.n_neutral, step)
+def neutral_tokens(
+    tokenizer: Tokenizer, path: str | None = None, n: int = 16
+) -> Int[Tensor, "example pos"]:
+    """Neutral texts of a file, or glosses, as token ids, -1 where one is short."""
+    source = TextSource(path=path) if path else GLOSSES
+    step = 1 if path else EVERY
+    texts = islice(documents(source), 0, step * n, step)
     ids = [tokenizer(document.text)["input_ids"][:N_NEUTRAL_TOKENS] for document in texts]
     width = max(len(row) for row in ids)
     return torch.tensor([[*row, *[-1] * (width - len(row))] for row in ids])

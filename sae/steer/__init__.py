@@ -9,7 +9,6 @@ if TYPE_CHECKING:
         agreement,
         attribute,
         direct_logits,
-        integrated_gradients,
         logit_difference,
         mean_difference,
         random_direction,
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from sae.steer.config import SteerConfig, SweepConfig
     from sae.steer.edits import Edit, Patch, Push, Splice
     from sae.steer.generation import Effect, generate, measure_effect
+    from sae.steer.paths import integrated_gradients
     from sae.steer.positions import Patches
     from sae.steer.search import find_latents, nearest_latents
     from sae.steer.steering import Count, Steering
@@ -78,7 +78,7 @@ _HOME = {
     "direct_logits": "sae.steer.attribution",
     "find_latents": "sae.steer.search",
     "generate": "sae.steer.generation",
-    "integrated_gradients": "sae.steer.attribution",
+    "integrated_gradients": "sae.steer.paths",
     "logit_difference": "sae.steer.attribution",
     "mean_difference": "sae.steer.attribution",
     "measure_effect": "sae.steer.generation",

@@ -1,4 +1,4 @@
-"""Which latents a prediction depends on: by gradient, by ablation, along a path, and directly.
+"""Which latents a prediction depends on: by gradient, by ablation, and directly.
 
 attr_i = a_i (d_i . grad_x m) is the linear estimate of what ablating latent i at a position takes
 from a metric m of the logits (Templeton et al. 2024, "Scaling Monosemanticity", attribution). The
@@ -9,7 +9,6 @@ a stream that need no dictionary are here too: they are control arms for steerin
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
@@ -161,61 +160,6 @@ def agreement(
     effects = ablation_effects(model, placed, input_ids, metric, entries, progress=progress)
     scores, values = (t[position, place] for t in (result.scores, result.latents.values))
     return AttributionAgreement(_pearson(scores, effects), _pearson(values, effects), len(entries))
-
-
-class PathAttribution(NamedTuple):
-    """Integrated gradients, and how far they are from complete."""
-
-    attribution: Attribution
-    """Scores along the path."""
-    total: float
-    """Sum of all scores."""
-    difference: float
-    """The metric of the model as it is less that with all latents off: what the sum should be."""
-
-    @property
-    def gap(self) -> float:
-        """|total - difference| / |difference|: 0 where the path is followed exactly."""
-        return abs(self.total - self.difference) / max(abs(self.difference), 1e-12)
-
-
-def integrated_gradients(
-    model: nn.Module,
-    placed: SparseAutoencoder,
-    input_ids: Int[Tensor, "example pos"],
-    metric: Metric,
-    *,
-    n_steps: int = 16,
-    first_position: int = 1,
-) -> PathAttribution:
-    """Gradients averaged while all latents together go from off to what they are.
-
-    The stream is h - (1 - t) sum_i a_i d_i for t from 0 to 1, so biases and error term stay; the
-    average is taken by Gauss-Legendre (Sundararajan et al. 2017, arXiv 1703.01365).
-
-    Args:
-        model: A model in evaluation mode.
-        placed: The dictionary and where it reads and writes.
-        input_ids: One prompt.
-        metric: Of the logits.
-        n_steps: Points on the path; all in one forward.
-        first_position: Latents at positions below this one stay as they are.
-    """
-    seen = see(model, placed, input_ids, first_position)
-    directions = directions_of(placed, seen.latents.indices.flatten())
-    directions = directions.view(*seen.latents.indices.shape, -1)
-    whole = (seen.latents.values[:, :, None] * directions).sum(dim=1) * seen.size  # (pos, d_out)
-    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(n_steps))
-    off = (1 - (nodes + 1) / 2).to(whole)[:, None, None] * -whole
-    gradient, _ = gradient_at(model, placed, seen.ids.expand(n_steps, -1), metric, off)
-    mean = ((weights / 2).to(gradient)[:, None, None] * gradient).sum(dim=0)
-    scores = _along(placed, seen, mean)
-    ends = torch.stack([torch.zeros_like(whole), -whole])
-    with torch.no_grad():
-        result, _ = metric_at(model, placed, seen.ids.expand(2, -1), metric, ends)
-    difference = float(result[0] - result[1])
-    attribution = Attribution(seen.latents, scores, float(result[0]))
-    return PathAttribution(attribution, float(scores.sum()), difference)
 
 
 @torch.no_grad()

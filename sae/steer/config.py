@@ -7,7 +7,8 @@ What `sae steer DICT` and `sae find DICT` are asked for, as frozen configs; no t
 """
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 from activations_cache.checks import LATER, MonosemaError, at_least, require
@@ -240,8 +241,28 @@ class SteerRequest(SweepConfig):
             not self.sweep or len(self.latents) == 1, "latents", "be one to sweep", self.latents
         )
         at_least("n_neutral", self.n_neutral, 1)
+        if not self.sweep:
+            of_sweep = ("strengths", "unit", "mode", "max_kl", "seed", "neutral", "n_neutral")
+            _refuse_unread(self, (*of_sweep, "output"), "--sweep")
         for text in self.latents:
             latent_change(text)
+
+
+_LOADED = ("model", "dtype", "hook_point", "read_out", "first_position")
+_READ_BY = {
+    "pos": ("where", *_LOADED),
+    "near": ("among",),
+    "prompt": ("target", "against", "n_ablated", "baselines", *_LOADED),
+}
+"""What each way of finding latents reads, beside what all of them do."""
+
+
+def _refuse_unread(config: Any, names: Sequence[str], beside: str) -> None:
+    """Refuse what is set, though nothing would read it."""
+    defaults = {entry.name: entry.default for entry in fields(config)}
+    for name in names:
+        value = getattr(config, name)
+        require(value == defaults[name], name, f"stand beside {beside}, which reads it", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +289,8 @@ class FindRequest:
     """Latents that are shown."""
     n_ablated: int = 64
     """Latents that are ablated to see how far attribution can be trusted."""
+    baselines: tuple[Literal["off", "zero", "mean", "sampled"], ...] = ("off",)
+    """Where integrated gradients begin (`sae.steer.paths`); the last two read neutral texts."""
     first_position: int = 1
     """Positions below this one, the attention sinks, do not count."""
     model: str | None = None
@@ -288,6 +311,11 @@ class FindRequest:
         require(bool(self.pos) or not self.neg, "neg", "stand beside pos", self.neg)
         given = self.prompt is None or self.target is not None
         require(given, "target", "name the token that is explained", self.target)
+        distinct = bool(self.baselines) and len(set(self.baselines)) == len(self.baselines)
+        require(distinct, "baselines", "name at least one, each once", self.baselines)
+        for way, names in _READ_BY.items():
+            if way != asked[0]:
+                _refuse_unread(self, [n for n in names if n not in _READ_BY[asked[0]]], way)
         for name in ("n", "n_ablated"):
             at_least(name, getattr(self, name), 1)
         at_least("first_position", self.first_position, 0)

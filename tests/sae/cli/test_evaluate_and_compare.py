@@ -227,3 +227,21 @@ def test_dictionaries_of_other_models_and_places_are_refused(
     code, error = refused(monkeypatch, capsys, *arguments)
     assert code == 1
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--no-model", "--contexts", "5"), "--contexts and --images must come with --model"),
+        (
+            ("--images", "31"),
+            "evaluate.n_images must be absent where the cache is of texts, got 31",
+        ),
+    ],
+)
+def test_options_that_nothing_would_read_are_refused(
+    monkeypatch, capsys, trained, options, problem
+):
+    cache = ("--cache", str(trained / "cache"))
+    assert sae(monkeypatch, "evaluate", paths(trained)[0], *cache, *options) in {1, 2}
+    assert problem in " ".join(capsys.readouterr().err.split())

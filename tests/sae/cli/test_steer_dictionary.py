@@ -80,10 +80,13 @@ def test_find_by_texts_by_neighbours_and_behind_a_prediction(run, saved):
     assert code == 0
     assert "cosines of the decoder's rows" in out
     code, out, _ = run(
-        "find", saved, "--prompt", "Aba cede", "target=a", "against=e", "n_ablated=9"
-    )
+        "find", saved, "--prompt", "Aba cede", "target=a", "against=e", "n_ablated=9",
+        "baselines=[off, zero, mean, sampled]",
+    )  # fmt: skip
     assert code == 0
     assert "over 9 ablations attribution correlates" in out
+    assert "mean: " in out
+    assert all(f"IG, {name}" in out or name in out for name in ("off", "zero", "sampled"))
 
 
 @pytest.mark.parametrize(

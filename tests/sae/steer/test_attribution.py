@@ -12,9 +12,10 @@ from sae.steer.attribution import (
     agreement,
     attribute,
     direct_logits,
-    integrated_gradients,
     logit_difference,
+    see,
 )
+from sae.steer.paths import agreements, integrated_gradients
 from tests.families import make
 
 IDS = torch.randint(1, 37, (1, 7), generator=torch.Generator().manual_seed(2))
@@ -48,6 +49,41 @@ def test_integrated_gradients_of_a_linear_model_are_complete(model, before_the_h
     assert linear.gap < 1e-4
     coarse, fine = (integrated_gradients(model, placed, IDS, METRIC, n_steps=n) for n in (1, 512))
     assert fine.gap < 0.02 < coarse.gap
+
+
+@pytest.mark.parametrize("baseline", ["off", "zero", "mean", "sampled"])
+def test_every_baseline_is_complete_and_lists_what_latents_add_beyond_it(model, placed, baseline):
+    """From zeros a norm's gradient has no bound, so that the sum is off, which the gap says."""
+    rows = torch.randn(13, placed.config.d_in, generator=torch.Generator().manual_seed(3))
+    path = integrated_gradients(
+        model, placed, IDS, METRIC, baseline=baseline, rows=rows, n_steps=512, n_draws=3
+    )
+    assert (path.gap < 0.05) == (baseline != "zero")
+    assert abs(path.difference) > 1e-3
+    listed = float(path.attribution.scores.sum())
+    assert (listed == pytest.approx(path.total, rel=1e-3)) == (baseline == "off")
+    assert not path.attribution.scores[0].any()
+
+
+def test_a_latent_that_is_at_the_baseline_what_it_is_gets_nothing(model, before_the_head):
+    """The baseline of the prompt's own row: nothing changes on the path."""
+    row = see(model, before_the_head, IDS, 1).x[-1:]
+    path = integrated_gradients(
+        model, before_the_head, IDS, METRIC, baseline="mean", rows=row, n_steps=1
+    )
+    assert torch.allclose(path.attribution.scores[-1], torch.zeros(1), atol=1e-5)
+    with pytest.raises(ValueError, match="rows must be given for the baseline 'sampled', got none"):
+        integrated_gradients(model, before_the_head, IDS, METRIC, baseline="sampled")
+
+
+def test_baselines_agree_with_themselves(model, placed):
+    paths = {
+        name: integrated_gradients(model, placed, IDS, METRIC, baseline=name)
+        for name in ("off", "zero")
+    }
+    agreed = agreements(paths)
+    assert agreed["off"] == pytest.approx(1)
+    assert -1 <= agreed["zero"] < 1
 
 
 def test_ablation_takes_the_direction_out_at_one_position(model, placed, hook_point):

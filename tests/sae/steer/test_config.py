@@ -1,6 +1,20 @@
+import re
+
 import pytest
 
-from sae.steer.config import Ablate, Add, Cap, Clamp, Floor, Scale, SteerConfig, strength
+from sae.steer.config import (
+    Ablate,
+    Add,
+    Cap,
+    Clamp,
+    ConceptsRequest,
+    FindRequest,
+    Floor,
+    Scale,
+    SteerConfig,
+    SteerRequest,
+    strength,
+)
 
 
 @pytest.mark.parametrize(
@@ -18,11 +32,39 @@ from sae.steer.config import Ablate, Add, Cap, Clamp, Floor, Scale, SteerConfig,
         (SteerConfig, {"max_new_tokens": 0}, r"^max_new_tokens must be at least 1, got 0$"),
         (SteerConfig, {"n_candidates": 0}, r"^n_candidates must be at least 1, got 0$"),
         (SteerConfig, {"strength": float("inf")}, r"^strength must be a finite number, got inf$"),
+        (
+            ConceptsRequest,
+            {"concepts": "x", "target": "a"},
+            r"^prompts must hold at least two",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(make, fields, message):
     with pytest.raises(ValueError, match=message):
         make(**fields)
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "unread", "reader"),
+    [
+        (SteerRequest, {"latents": ("7=2x",)}, {"strengths": (1.0,)}, "--sweep"),
+        (SteerRequest, {"latents": ("7=2x",)}, {"unit": "norm"}, "--sweep"),
+        (SteerRequest, {"latents": ("7=2x",)}, {"output": "out"}, "--sweep"),
+        (FindRequest, {"near": 3}, {"where": "last"}, "pos"),
+        (FindRequest, {"near": 3}, {"model": "m"}, "pos"),
+        (FindRequest, {"near": 3}, {"n_ablated": 5}, "prompt"),
+        (FindRequest, {"pos": ("a",)}, {"among": "other"}, "near"),
+        (FindRequest, {"pos": ("a",)}, {"target": " b"}, "prompt"),
+        (FindRequest, {"pos": ("a",)}, {"baselines": ("zero",)}, "prompt"),
+        (FindRequest, {"prompt": "a", "target": " b"}, {"where": "last"}, "pos"),
+    ],
+)
+def test_a_setting_that_nothing_would_read_is_refused(make, given, unread, reader):
+    make(**given)
+    [(name, value)] = unread.items()
+    rule = re.escape(f"{name} must stand beside {reader}, which reads it, got {value!r}")
+    with pytest.raises(ValueError, match=rule):
+        make(**given, **unread)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import torch
 
 from sae.steer.attribution import (
     agreement,
-    integrated_gradients,
     logit_difference,
     mean_difference,
     random_direction,
@@ -13,6 +12,7 @@ from sae.steer.attribution import (
 )
 from sae.steer.config import SweepConfig
 from sae.steer.edits import Edit, Patch, Push
+from sae.steer.paths import integrated_gradients
 from sae.steer.search import Counting, find_latents, nearest_latents
 from sae.steer.steering import Steering
 from sae.steer.sweep import Target, sweep
