@@ -117,8 +117,9 @@ class LatentAdam(Adam):
         for parameter, _ in self.matrices:
             parameter.grad = None  # Adam passes over what has no gradient
         if self.clip is not None:
-            rest = [p.grad for group in self.param_groups for p in group["params"]]
-            torch._foreach_mul_([grad for grad in rest if grad is not None], self.clip)
+            for parameter in (p for group in self.param_groups for p in group["params"]):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.clip)
         super().step(closure)
         for seed, (parameter, group) in enumerate(self.matrices):
             parameter.grad = grads[seed]
