@@ -258,13 +258,16 @@ class LatentMuon(Adam):
         self.muon.step()
         if unit is not None:
             normalise_rows_(unit)
-        for parameter, old in zip(moved, before, strict=skips is not None):
-            parameter.copy_(old.where(skips, parameter))
+        if skips is not None:
+            for parameter, old in zip(moved, before, strict=True):
+                parameter.copy_(old.where(skips, parameter))
 
     def _held_back(self, parameter: torch.nn.Parameter, skips: Bool[Tensor, ""]) -> Tensor:
         """Let a skipped step leave the momentum as it is; return the weights before it."""
-        momentum = self.state[parameter].get("momentum_buffer", torch.zeros_like(parameter))
-        parameter.grad = momentum.where(skips, parameter.grad)
+        momentum, grad = self.state[parameter].get("momentum_buffer"), parameter.grad
+        assert grad is not None, "only what has a gradient is moved"
+        momentum = torch.zeros_like(grad) if momentum is None else momentum
+        parameter.grad = momentum.where(skips, grad)
         return parameter.detach().clone()
 
 
@@ -319,8 +322,9 @@ class ScheduleFreeAdam(Optimizer):
         if is_unit:
             normalise_rows_(x)
             normalise_rows_(y)
-        for now, before in zip((z, x, square, y), old, strict=skip is not None):
-            now.copy_(before.where(skip > 0, now))
+        if skip is not None:
+            for now, before in zip((z, x, square, y), old, strict=True):
+                now.copy_(before.where(skip > 0, now))
 
     def restart(self, parameter: torch.nn.Parameter, latents: Int[Tensor, " latent"]) -> None:
         """Take the parameter's values for what was known of some latents' weights."""

@@ -6,7 +6,6 @@ hands. Losses that it does not know go by way of `run.forward`.
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import BFloat16, Float
 from torch import Tensor
 
@@ -110,7 +109,7 @@ def backward(
     )
     _give(autoencoder, found, encoder.b_in)
     errors = found.row_loss.mean(dim=0)
-    loss = errors[-1] if ends is None else sum(map(torch.mul, errors, shares))
+    loss = errors @ launch.on_device(shares, errors.device).to(errors.dtype)
     aux = common.auxk(autoencoder, config, rows, moment, found.x_hat)
     if isinstance(aux, Tensor):
         (aux * weight).backward()
