@@ -182,7 +182,7 @@ def _summed_rows(
 
 def _gradients(
     step: _Step, terms: list[_Terms], d_first: Float[Tensor, "batch d_out"]
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sum up over all entries, which are sorted by latent once."""
     d_out, x = (_joined([part[i] for part in terms]) for i in (4, 6))
     n_out, n_in, out_at, in_at = 0, 0, [], []

@@ -247,7 +247,9 @@ def test_bad_arguments_are_refused(shipped, tensors):
 @pytest.mark.parametrize("relu", [True, False])
 def test_products_of_16_bits_round_what_is_multiplied_and_nothing_else(relu, tensors, normal):
     single = [t.float() for t in tensors]
-    single[6] += 1.0  # no pre-activation is so near that it fires on one side of a rounding alone
+    for place in (0, 1, 3):  # rounded already, so that the same latents fire
+        single[place] = single[place].bfloat16().float()
+    single[5].zero_()
     x, enc_rows, b_enc, dec_rows, b_dec, b_in, threshold = single
     low = torch.bfloat16
     pre = (x - b_in).to(low).float() @ enc_rows.to(low).float().T + b_enc
@@ -267,4 +269,4 @@ def test_products_of_16_bits_round_what_is_multiplied_and_nothing_else(relu, ten
         learns = [t for t in inputs if t.requires_grad]
         grads.append(torch.autograd.grad(objective(found, weights), learns))
     for got, want in zip(*grads, strict=True):
-        assert (got - want).norm() < 0.05 * want.norm()
+        assert (got - want).norm() < 0.01 * want.norm()

@@ -125,7 +125,7 @@ def _give(
     autoencoder: SparseAutoencoder, found: FusedStep, b_in: Float[Tensor, " d_in"] | None
 ) -> None:
     """Add the gradients to those that the parameters have; b_in may be b_dec."""
-    pairs = [
+    pairs: list[tuple[Tensor, Tensor]] = [
         (autoencoder.enc_rows, found.enc_rows),
         (autoencoder.b_enc, found.b_enc),
         (autoencoder.dec_rows, found.dec_rows),
