@@ -242,13 +242,11 @@ def dense_autoencode(  # noqa: PLR0913
         b_in: what is subtracted from x (d_in,); it may be b_dec itself.
         threshold: what a pre-activation must exceed (d_sae,); the ReLU without it.
         bandwidth: width of the rectangle around the threshold, above 0.
-        products: dtype to which what is multiplied is rounded; sums keep that of `x`, which it is
-            by default. The reference does not round.
+        products: dtype to which what is multiplied is rounded, `x`'s by default.
         backend: a forced backend; the fastest one by default.
 
     Returns:
-        x_hat (batch, d_out), l1, l0 and n_fired (d_sae,), all but the last in the dtype of `x`,
-        whatever autocast says.
+        x_hat, l1, l0 and n_fired, all but the last in the dtype of `x`, whatever autocast says.
 
     Raises:
         ValueError: if shapes, devices, the bandwidth or the backend do not fit.
@@ -266,7 +264,6 @@ def dense_autoencode(  # noqa: PLR0913
     check_shape("threshold", threshold, d_sae)
     if not bandwidth > 0:
         raise KernelError(f"bandwidth must be above 0, got {bandwidth}")
-    is_reference = choose(x, backend) == "reference"
     with torch.autocast(x.device.type, enabled=False):
         if b_in is not None:
             # Centring by a constant keeps the gradient of b_in out of a (batch, d_in) product: the
@@ -274,6 +271,6 @@ def dense_autoencode(  # noqa: PLR0913
             b_enc = b_enc - enc_rows.detach() @ (b_in - b_in.detach())
             x = x - b_in.detach()
         given = (x, enc_rows, b_enc, dec_rows, b_dec, threshold, bandwidth)
-        if is_reference:
+        if choose(x, backend) == "reference":
             return dense_autoencode_reference(*given)
         return DenseStep(*_DenseStep.apply(*given, products or x.dtype))

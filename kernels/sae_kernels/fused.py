@@ -83,7 +83,7 @@ class _Terms(NamedTuple):
     x: Float[Tensor, "batch d_in"]
 
 
-class _Step(NamedTuple):
+class _Pass(NamedTuple):
     """What does not change within a step."""
 
     weights: StepWeights
@@ -139,7 +139,7 @@ class _Compared(NamedTuple):
 
 
 def _compared(
-    step: _Step,
+    step: _Pass,
     kept: _Round,
     target: Float[Tensor, "batch d_out"],
     ends: tuple[int, ...] | None,
@@ -181,7 +181,7 @@ def _summed_rows(
 
 
 def _gradients(
-    step: _Step, terms: list[_Terms], d_first: Float[Tensor, "batch d_out"]
+    step: _Pass, terms: list[_Terms], d_first: Float[Tensor, "batch d_out"]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sum up over all entries, which are sorted by latent once."""
     d_out, x = (_joined([part[i] for part in terms]) for i in (4, 6))
@@ -204,6 +204,15 @@ def _gradients(
         product_of(writes, values, d_out, step.backend),
         d_first.sum(0, dtype=d_b_enc.dtype),
     )
+
+
+def _terms(kept: _Round, found: _Compared, has_pieces: bool) -> _Terms:
+    """Entries of what is compared; with prefixes each belongs to a piece of its row."""
+    rows = pieces = kept.rows()
+    if has_pieces and found.bounds is not None:
+        pieces = rows_of(found.bounds, len(rows))
+    entries = (kept.indices, kept.values, found.d_values)
+    return _Terms(*entries, pieces, found.d_pieces, rows, kept.x)
 
 
 def _checked(
@@ -247,8 +256,6 @@ def fused_topk_step(  # noqa: PLR0913
 ) -> FusedStep:
     """Encode, decode, compare and go back, of a TopK or BatchTopK dictionary.
 
-    What is multiplied has the dtype of the rows; sums, selection and errors are in the dtype of x.
-
     Args:
         x: what is read (batch, d_in), in float32 (float64 for the torch backend).
         target: what is predicted (batch, d_out).
@@ -267,7 +274,7 @@ def fused_topk_step(  # noqa: PLR0913
     """
     _checked(x, target, weights, k, len(rounds))
     name = choose(x, backend)
-    step = _Step(weights, k, of_batch, "torch" if name == "reference" else name)
+    step = _Pass(weights, k, of_batch, "torch" if name == "reference" else name)
     with torch.autocast(x.device.type, enabled=False):
         read, earlier = x, []
         for rate in rounds:
@@ -276,15 +283,7 @@ def fused_topk_step(  # noqa: PLR0913
         kept = step.encode(read)
         ends = None if prefixes is None else tuple(prefixes)
         found = _compared(step, kept, target, ends, tuple(scale * share for share in shares))
-        rows = kept.rows()
-        pieces = rows
-        if ends is not None and found.bounds is not None:
-            pieces = rows_of(found.bounds, len(rows))
-        terms = [
-            _Terms(
-                kept.indices, kept.values, found.d_values, pieces, found.d_pieces, rows, kept.x
-            )
-        ]  # fmt: skip
+        terms = [_terms(kept, found, ends is not None)]
         d_first = found.d_pieces.unflatten(0, (len(x), -1))[:, 0]
         d_read = step.back(found.d_values, kept) if earlier else x
         for rate, old in zip(reversed(rounds), reversed(earlier), strict=True):

@@ -66,7 +66,7 @@ def optimizer_of(
             assert_never(settings)
 
 
-class Shadows(Protocol):
+class Copies(Protocol):
     """Copies of matrices in 16 bits, which are written with them."""
 
     def to_write(self, rows: Float[Tensor, "d_sae width"]) -> BFloat16[Tensor, "..."] | None:
@@ -98,7 +98,7 @@ class LatentAdam(Adam):
         self.unit_rows = unit_rows
         self.dtype = DTYPES[settings.states]
         self.clip: Float[Tensor, ""] | None = None
-        self.shadows: Shadows | None = None
+        self.shadows: Copies | None = None
         self.matrices: list[tuple[torch.nn.Parameter, dict[str, Any]]] = [
             (p, group)
             for group in self.param_groups
@@ -226,6 +226,7 @@ class LatentMuon(Adam):
         """Take Muon's settings; `unit_rows` is one of the params, (d_sae, d_out), or None."""
         super().__init__(params, lr=settings.first_lr, fused=True)
         self.found_inf: Float[Tensor, ""] | None = None
+        self.shadows: Copies | None = None  # which it does not write
         every = [p for group in self.param_groups for p in group["params"]]
         self.matrices = [p for p in every if p.dim() == 2]
         self.unit_rows = unit_rows
@@ -288,6 +289,7 @@ class ScheduleFreeAdam(Optimizer):
         super().__init__(params, {"lr": settings.first_lr})
         self.settings = settings
         self.found_inf: Float[Tensor, ""] | None = None
+        self.shadows: Copies | None = None  # which it does not write
         self.unit_rows = unit_rows
 
     @torch.no_grad()
