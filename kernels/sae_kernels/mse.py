@@ -242,7 +242,7 @@ def sparse_decode_mse(  # noqa: PLR0913
         loss; x_hat of all latents in the dtype of `dec_rows`; row_loss, errors without `scale`.
 
     Raises:
-        ValueError: if shapes, devices, indices, prefixes or the backend do not fit (dtypes: TypeError).
+        ValueError: if shapes, devices, indices, prefixes or the backend do not fit.
     """
     for one in ({"values": values}, {"dec_rows": dec_rows, "b_dec": b_dec}, {"target": target}):
         check_floating(**one)
