@@ -273,14 +273,12 @@ def latent_adam_(  # noqa: PLR0913
 ) -> None:
     """Take one step of Adam in place, with what a dictionary does around it, in one pass.
 
-    In this order: the gradient times `clip`; less its component along the row (`project`); Adam
-    with decoupled weight decay (AdamW); the rows brought to their norm; the shadow written. The
-    states start as zeros. With betas[0] = 0 it is RMSprop with bias correction.
+    In this order: the gradient times `clip`, less its component along the row (`project`), AdamW
+    (RMSprop with betas[0] = 0), the rows to their norm, the shadow. The states start as zeros.
 
     Beside float32 rows the states may be bfloat16, or uint8 codes with a scale for each 256
     neighbours of a row, the second one as its root (block-wise dynamic quantisation, Dettmers et
     al. 2022, arXiv 2110.02861). Both are rounded at random, drawn from `seed` and `step` alone.
-    The Triton kernel takes states of 32 bits; the others run in torch's operations on any device.
 
     Args:
         rows: weights (d_sae, d_out) in float32 or float64, contiguous.
@@ -304,8 +302,7 @@ def latent_adam_(  # noqa: PLR0913
         backend: a forced backend; the fastest one by default.
 
     Raises:
-        ValueError: if shapes, devices, strides or settings do not fit.
-        TypeError: if the dtypes do not fit.
+        ValueError: if shapes, devices, strides or settings do not fit (dtypes: TypeError).
     """
     s = _Settings(lr, *betas, eps, weight_decay, step, project, norm, clip, skip)  # pyright: ignore[reportArgumentType]
     first, second = (None, None) if scales is None else scales

@@ -54,9 +54,6 @@ def _latent_adam_kernel(
     """
     column = tl.arange(0, WIDTH)
     inside = column < (tl.where(tl.load(skip) > 0, 0, width) if SKIP else width)
-    number = tl.maximum(tl.load(step).to(tl.float32), 1.0)  # 0 before the first that is taken
-    rate = lr / _one_less_exp(number * log1)
-    unbias2 = 1.0 / _one_less_exp(number * log2)
     place = tl.program_id(0).to(tl.int64) * width + column
     row = tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
     slope = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
@@ -69,6 +66,9 @@ def _latent_adam_kernel(
         slope -= row * (tl.sum(slope * row, axis=0) / length)
     mean = beta1 * mean + new1 * slope
     square = beta2 * square + new2 * slope * slope
+    number = tl.maximum(tl.load(step).to(tl.float32), 1.0)  # 0 before the first that is taken
+    rate = lr / _one_less_exp(number * log1)
+    unbias2 = 1.0 / _one_less_exp(number * log2)
     row = decay * row - rate * mean / (tl.sqrt(square * unbias2) + eps)
     row = _renormed(row, NORM)
     tl.store(rows + place, row, mask=inside)

@@ -74,6 +74,34 @@ def _spaces(spare: Tensor, chunks: list[slice], n: int) -> list[Tensor]:
     return [spare.new_empty(chunks[0].stop if chunks else 0, spare.shape[1]) for _ in range(n)]
 
 
+def _into(
+    out: Float[Tensor, "a c"],
+    left: Float[Tensor, "a b"],
+    right: Float[Tensor, "b c"],
+    bias: Float[Tensor, " c"] | None = None,
+) -> Float[Tensor, "a c"]:
+    """Write a product of operands of one dtype into `out`, where it is summed, and add the bias."""
+    if left.dtype == out.dtype:
+        if bias is None:
+            return torch.mm(left, right, out=out)
+        return torch.addmm(bias, left, right, out=out)
+    if left.is_cuda:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:  # a CPU sums products of bfloat16 in bfloat16 only
+        torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+    return out if bias is None else out.add_(bias)
+
+
+def _add_product(
+    total: Float[Tensor, "a c"], left: Float[Tensor, "a b"], right: Float[Tensor, "b c"]
+) -> None:
+    """Add a product to what is there; of operands of fewer bits it is first summed by itself."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(_into(torch.empty_like(total), left, right))
+
+
 class _Grads(NamedTuple):
     """Sums over the chunks, None where they are not asked for; x has its rows written instead."""
 
@@ -95,24 +123,26 @@ class _DenseStep(torch.autograd.Function):
         b_dec: Float[Tensor, " d_out"],
         threshold: Float[Tensor, " d_sae"] | None,
         bandwidth: float,
+        low: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch, d_sae = len(x), len(enc_rows)
+        few, encoder, decoder = x.to(low), enc_rows.to(low).T, dec_rows.to(low)
         spare, x_hat = x.new_empty(batch, d_sae), x.new_empty(batch, dec_rows.shape[1])
         total, fired = torch.zeros_like(b_enc), torch.zeros_like(b_enc)
         chunks = _chunks(spare)
         space = _spaces(spare, chunks, 2)
         for rows in chunks:
-            pre = torch.addmm(b_enc, x[rows], enc_rows.T, out=spare[rows])
+            pre = _into(spare[rows], few[rows], encoder, b_enc)
             acts, fires = (part[: len(pre)] for part in space)
             if threshold is None:
                 acts = pre.relu_()
             else:
                 torch.mul(pre, torch.gt(pre, threshold, out=fires), out=acts)  # NaN stays NaN
             total += acts.sum(0)
-            torch.addmm(b_dec, acts, dec_rows, out=x_hat[rows])
+            _into(x_hat[rows], acts.to(low), decoder, b_dec)
             fired += torch.ne(acts, 0, out=fires).sum(0)
         ctx.save_for_backward(x, enc_rows, dec_rows, threshold, spare, total)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth, ctx.low = bandwidth, low
         norms = torch.linalg.vector_norm(dec_rows, dim=1)
         l1, l0 = total @ norms / max(1, batch), fired.sum() / max(1, batch)
         fired = fired.long()
@@ -143,7 +173,7 @@ class _DenseStep(torch.autograd.Function):
         if grads.dec_rows is not None:  # a row of zeros has the gradient 0 of its norm, as in torch
             per_norm = torch.where(norms > 0, total * (d_l1 / batch) / norms, 0.0)
             grads.dec_rows.addcmul_(dec_rows, per_norm[:, None])
-        return *grads[:4], d_x_hat.sum(0) if needs[4] else None, grads.threshold, None
+        return *grads[:4], d_x_hat.sum(0) if needs[4] else None, grads.threshold, None, None
 
 
 def _add_chunks(
@@ -155,12 +185,13 @@ def _add_chunks(
 ) -> None:
     """Go back through the activation, some rows at a time, and add up what the weights get."""
     x, enc_rows, dec_rows, threshold, spare, _ = ctx.saved_tensors
+    few, encoder, decoder, outs = (t.to(ctx.low) for t in (x, enc_rows, dec_rows, d_x_hat))
     chunks = _chunks(spare)
     space = _spaces(spare, chunks, 1 if threshold is None else 4)
     for rows in chunks:
-        acts, out = spare[rows], d_x_hat[rows]
+        acts, out = spare[rows], outs[rows]
         d_pre, *rest = (part[: len(acts)] for part in space)
-        torch.addmm(d_penalty, out, dec_rows.T, out=d_pre)
+        _into(d_pre, out, decoder.T, d_penalty)
         if threshold is None:
             torch.ops.aten.threshold_backward.grad_input(d_pre, acts, 0, grad_input=d_pre)
         else:
@@ -173,12 +204,13 @@ def _add_chunks(
             grads.threshold.sub_(lost, alpha=1 / ctx.bandwidth)
             acts = torch.mul(acts, fires, out=above)
             d_pre.mul_(fires)
+        slopes = d_pre.to(ctx.low)
         if grads.dec_rows is not None:
-            grads.dec_rows.addmm_(acts.T, out)
+            _add_product(grads.dec_rows, acts.to(ctx.low).T, out)
         if grads.enc_rows is not None:
-            grads.enc_rows.addmm_(d_pre.T, x[rows])
+            _add_product(grads.enc_rows, slopes.T, few[rows])
         if grads.x is not None:
-            torch.mm(d_pre, enc_rows, out=grads.x[rows])
+            _into(grads.x[rows], slopes, encoder)
         grads.b_enc.add_(d_pre.sum(0))
 
 
@@ -192,6 +224,7 @@ def dense_autoencode(  # noqa: PLR0913
     b_in: Float[Tensor, " d_in"] | None = None,
     threshold: Float[Tensor, " d_sae"] | None = None,
     bandwidth: float = 0.001,
+    products: torch.dtype | None = None,
     backend: str | None = None,
 ) -> DenseStep:
     """Encode with ReLU or JumpReLU, decode, and add up the penalties, with one dense matrix held.
@@ -209,11 +242,11 @@ def dense_autoencode(  # noqa: PLR0913
         b_in: what is subtracted from x (d_in,); it may be b_dec itself.
         threshold: what a pre-activation must exceed (d_sae,); the ReLU without it.
         bandwidth: width of the rectangle around the threshold, above 0.
+        products: dtype to which what is multiplied is rounded, `x`'s by default.
         backend: a forced backend; the fastest one by default.
 
     Returns:
-        x_hat (batch, d_out), l1, l0 and n_fired (d_sae,), all but the last in the dtype of `x`,
-        whatever autocast says.
+        x_hat, l1, l0 and n_fired, all but the last in the dtype of `x`, whatever autocast says.
 
     Raises:
         ValueError: if shapes, devices, the bandwidth or the backend do not fit.
@@ -231,13 +264,13 @@ def dense_autoencode(  # noqa: PLR0913
     check_shape("threshold", threshold, d_sae)
     if not bandwidth > 0:
         raise KernelError(f"bandwidth must be above 0, got {bandwidth}")
-    run = _DenseStep.apply
-    if choose(x, backend) == "reference":
-        run = dense_autoencode_reference
     with torch.autocast(x.device.type, enabled=False):
         if b_in is not None:
             # Centring by a constant keeps the gradient of b_in out of a (batch, d_in) product: the
             # term added to the bias is zero and carries it as one matrix-vector product.
             b_enc = b_enc - enc_rows.detach() @ (b_in - b_in.detach())
             x = x - b_in.detach()
-        return DenseStep(*run(x, enc_rows, b_enc, dec_rows, b_dec, threshold, bandwidth))
+        given = (x, enc_rows, b_enc, dec_rows, b_dec, threshold, bandwidth)
+        if choose(x, backend) == "reference":
+            return dense_autoencode_reference(*given)
+        return DenseStep(*_DenseStep.apply(*given, products or x.dtype))

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from sae_kernels.decode import row_products, weighted_rows
@@ -22,7 +22,7 @@ from sae_kernels.encode import _keep_topk
 from sae_kernels.grads import Segments, accumulator, counts, product_of, rows_of, sum_of
 from sae_kernels.launch import Backend, KernelError, check_floating, check_k, check_shape, choose
 from sae_kernels.mse import errors_of, pieces_of
-from sae_kernels.product import Product, SelectedPre, centre, check_encoder
+from sae_kernels.product import Product, SelectedPre, centre
 from sae_kernels.threshold import _keep_batch_topk
 
 
@@ -83,7 +83,7 @@ class _Terms(NamedTuple):
     x: Float[Tensor, "batch d_in"]
 
 
-class _Step(NamedTuple):
+class _Pass(NamedTuple):
     """What does not change within a step."""
 
     weights: StepWeights
@@ -139,7 +139,7 @@ class _Compared(NamedTuple):
 
 
 def _compared(
-    step: _Step,
+    step: _Pass,
     kept: _Round,
     target: Float[Tensor, "batch d_out"],
     ends: tuple[int, ...] | None,
@@ -164,31 +164,55 @@ def _compared(
     return _Compared(x_hat, row_loss, d_pieces.to(rows.dtype), d_values, bounds)
 
 
+def _joined(parts: list[Shaped[Tensor, "..."]]) -> Shaped[Tensor, "..."]:
+    """Put tensors behind each other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _summed_rows(
+    weights: Float[Tensor, " d_sae"], rows: Float[Tensor, "d_sae d_in"]
+) -> Float[Tensor, " d_in"]:
+    """Compute `weights @ rows` in the dtype of the weights, without a wider copy of the rows."""
+    if rows.dtype == weights.dtype or not rows.is_cuda:
+        return weights @ rows.to(weights.dtype)
+    high = weights.to(rows.dtype)
+    both = torch.stack([high, (weights - high).to(rows.dtype)])  # what the rounding took off
+    return torch.mm(both, rows, out_dtype=weights.dtype).sum(0)
+
+
 def _gradients(
-    step: _Step, terms: list[_Terms], d_first: Float[Tensor, "batch d_out"]
-) -> tuple[Tensor, ...]:
+    step: _Pass, terms: list[_Terms], d_first: Float[Tensor, "batch d_out"]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sum up over all entries, which are sorted by latent once."""
-    d_out, x = (torch.cat([part[i] for part in terms]) for i in (4, 6))
+    d_out, x = (_joined([part[i] for part in terms]) for i in (4, 6))
     n_out, n_in, out_at, in_at = 0, 0, [], []
     for part in terms:
         out_at.append(part.out_at + n_out)
         in_at.append(part.in_at + n_in)
         n_out, n_in = n_out + len(part.d_out), n_in + len(part.x)
-    indices, values, d_values = (torch.cat([part[i].flatten() for part in terms]) for i in range(3))
+    indices, values, d_values = (_joined([part[i].flatten() for part in terms]) for i in range(3))
     d_sae = len(step.weights.enc_rows)
     latents, order = torch.sort(indices.int(), stable=True)
     lengths = counts(indices, d_sae)
-    reads = Segments(latents, order, torch.cat(in_at)[order], lengths, lengths.cumsum(0) - lengths)
-    writes = reads._replace(rows=torch.cat(out_at)[order])
+    reads = Segments(latents, order, _joined(in_at)[order], lengths, lengths.cumsum(0) - lengths)
+    writes = reads._replace(rows=_joined(out_at)[order])
     d_b_enc = sum_of(reads, d_values)
-    enc_rows = step.weights.enc_rows
     return (
         product_of(reads, d_values, x, step.backend),
         d_b_enc,
-        -(d_b_enc.to(enc_rows.dtype) @ enc_rows).to(d_b_enc.dtype),  # the sum of -d_x
+        -_summed_rows(d_b_enc, step.weights.enc_rows),  # the sum of -d_x
         product_of(writes, values, d_out, step.backend),
         d_first.sum(0, dtype=d_b_enc.dtype),
     )
+
+
+def _terms(kept: _Round, found: _Compared, has_pieces: bool) -> _Terms:
+    """Entries of what is compared; with prefixes each belongs to a piece of its row."""
+    rows = pieces = kept.rows()
+    if has_pieces and found.bounds is not None:
+        pieces = rows_of(found.bounds, len(rows))
+    entries = (kept.indices, kept.values, found.d_values)
+    return _Terms(*entries, pieces, found.d_pieces, rows, kept.x)
 
 
 def _checked(
@@ -201,8 +225,9 @@ def _checked(
     """Refuse tensors that do not fit each other."""
     check_floating(x=x, target=target, b_enc=weights.b_enc, b_in=weights.b_in, b_dec=weights.b_dec)
     check_floating(enc_rows=weights.enc_rows, dec_rows=weights.dec_rows)
-    dtype = weights.enc_rows.dtype
-    check_encoder(x.to(dtype), weights.enc_rows, weights.b_enc.to(dtype), None)
+    check_shape("enc_rows", weights.enc_rows, None, None)
+    check_shape("x", x, None, weights.enc_rows.shape[1])
+    check_shape("b_enc", weights.b_enc, len(weights.enc_rows))
     check_shape("b_in", weights.b_in, x.shape[1])
     check_shape("dec_rows", weights.dec_rows, len(weights.enc_rows), target.shape[1])
     check_shape("b_dec", weights.b_dec, target.shape[1])
@@ -231,8 +256,6 @@ def fused_topk_step(  # noqa: PLR0913
 ) -> FusedStep:
     """Encode, decode, compare and go back, of a TopK or BatchTopK dictionary.
 
-    What is multiplied has the dtype of the rows; sums, selection and errors are in the dtype of x.
-
     Args:
         x: what is read (batch, d_in), in float32 (float64 for the torch backend).
         target: what is predicted (batch, d_out).
@@ -251,7 +274,7 @@ def fused_topk_step(  # noqa: PLR0913
     """
     _checked(x, target, weights, k, len(rounds))
     name = choose(x, backend)
-    step = _Step(weights, k, of_batch, "torch" if name == "reference" else name)
+    step = _Pass(weights, k, of_batch, "torch" if name == "reference" else name)
     with torch.autocast(x.device.type, enabled=False):
         read, earlier = x, []
         for rate in rounds:
@@ -260,15 +283,7 @@ def fused_topk_step(  # noqa: PLR0913
         kept = step.encode(read)
         ends = None if prefixes is None else tuple(prefixes)
         found = _compared(step, kept, target, ends, tuple(scale * share for share in shares))
-        rows = kept.rows()
-        pieces = rows
-        if ends is not None and found.bounds is not None:
-            pieces = rows_of(found.bounds, len(rows))
-        terms = [
-            _Terms(
-                kept.indices, kept.values, found.d_values, pieces, found.d_pieces, rows, kept.x
-            )
-        ]  # fmt: skip
+        terms = [_terms(kept, found, ends is not None)]
         d_first = found.d_pieces.unflatten(0, (len(x), -1))[:, 0]
         d_read = step.back(found.d_values, kept) if earlier else x
         for rate, old in zip(reversed(rounds), reversed(earlier), strict=True):

@@ -45,7 +45,7 @@ def on_device(
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], like: Shaped[Tensor, "..."], *args: Any, **options: Any
+    kernel: Any, grid: tuple[Any, ...], like: Shaped[Tensor, "..."], *args: Any, **options: Any
 ) -> None:
     """Launch a Triton kernel on the GPU that `like` is on, which need not be the current one."""
     with torch.cuda.device_of(like):

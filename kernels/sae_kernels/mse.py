@@ -229,28 +229,23 @@ def sparse_decode_mse(  # noqa: PLR0913
 
     Args:
         values: latents (batch, k), dtypes as in `sparse_decode`.
-        indices: latents (batch, k) as integers in 0..d_sae-1; ascending where prefixes are given.
+        indices: latents (batch, k) in 0..d_sae-1; ascending where prefixes are given.
         dec_rows: one row per latent (d_sae, d_out).
         b_dec: bias (d_out,) of every prefix.
         target: what is reconstructed (batch, d_out).
         scale: factor of the loss, 1 / batch for the mean over rows.
-        prefixes: ends of the prefixes, rising up to d_sae; by default all latents alone. The
-            prefixes' reconstructions are all held at once.
-        row_ptr: bounds of the rows' entries, where values and indices are (entry,), as in
-            `sparse_decode`.
+        prefixes: ends of the prefixes, rising up to d_sae; by default all latents alone.
+        row_ptr: bounds of the rows' entries, where values and indices are (entry,).
         backend: a forced backend; the fastest one by default.
 
     Returns:
-        loss in float32 (float64 for float64); x_hat (batch, d_out) of all latents, in the dtype of
-        `dec_rows`; row_loss (batch, prefix), the squared errors without `scale`.
+        loss; x_hat of all latents in the dtype of `dec_rows`; row_loss, errors without `scale`.
 
     Raises:
-        ValueError: if shapes, devices, the indices, the prefixes or the backend do not fit.
-        TypeError: if the indices are no integers, or the others' dtypes do not fit.
+        ValueError: if shapes, devices, indices, prefixes or the backend do not fit.
     """
-    check_floating(values=values)
-    check_floating(dec_rows=dec_rows, b_dec=b_dec)
-    check_floating(target=target)
+    for one in ({"values": values}, {"dec_rows": dec_rows, "b_dec": b_dec}, {"target": target}):
+        check_floating(**one)
     if values.dtype != accumulator(dec_rows.dtype):
         check_floating(values=values, dec_rows=dec_rows)
     check_shape("values", values, *([None] if row_ptr is not None else [None, None]))
@@ -272,7 +267,5 @@ def sparse_decode_mse(  # noqa: PLR0913
             return sparse_decode_mse_reference(
                 values, indices, dec_rows, b_dec, target, scale, ends or (d_sae,), row_ptr
             )
-        options = _Options(scale, ends, name)
-        latents = (values, indices.long())
-        results = _DecodeMse.apply(*latents, dec_rows, b_dec, target, row_ptr, options)
-        return DecodeLoss(*results)
+        given = (values, indices.long(), dec_rows, b_dec, target, row_ptr)
+        return DecodeLoss(*_DecodeMse.apply(*given, _Options(scale, ends, name)))

@@ -104,7 +104,8 @@ def estimate(  # noqa: PLR0913
     passing = int(SOFT * weights) if config.frozen == "soft_decoder" else 0
     passing += int(UPDATES.get(config.optimizer.kind, 0.0) * trained)
     # of the encoder, in half as many bytes; of the decoder as well where the kernels read both
-    reads_both = on_gpu and config.activation.facts.trains == "sparse"
+    facts = config.activation.facts
+    reads_both = on_gpu and (facts.trains == "sparse" or precision in facts.one_op)
     copies = weights // (2 if reads_both else 4) if precision == "bf16" else 0
     chunk = GPU_WORKSPACE if on_gpu else CHUNK
     return Memory(

@@ -66,7 +66,7 @@ def optimizer_of(
             assert_never(settings)
 
 
-class Shadows(Protocol):
+class Copies(Protocol):
     """Copies of matrices in 16 bits, which are written with them."""
 
     def to_write(self, rows: Float[Tensor, "d_sae width"]) -> BFloat16[Tensor, "..."] | None:
@@ -98,7 +98,7 @@ class LatentAdam(Adam):
         self.unit_rows = unit_rows
         self.dtype = DTYPES[settings.states]
         self.clip: Float[Tensor, ""] | None = None
-        self.shadows: Shadows | None = None
+        self.shadows: Copies | None = None
         self.matrices: list[tuple[torch.nn.Parameter, dict[str, Any]]] = [
             (p, group)
             for group in self.param_groups
@@ -117,8 +117,9 @@ class LatentAdam(Adam):
         for parameter, _ in self.matrices:
             parameter.grad = None  # Adam passes over what has no gradient
         if self.clip is not None:
-            rest = [p.grad for group in self.param_groups for p in group["params"]]
-            torch._foreach_mul_([grad for grad in rest if grad is not None], self.clip)
+            for parameter in (p for group in self.param_groups for p in group["params"]):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.clip)
         super().step(closure)
         for seed, (parameter, group) in enumerate(self.matrices):
             parameter.grad = grads[seed]
@@ -225,6 +226,7 @@ class LatentMuon(Adam):
         """Take Muon's settings; `unit_rows` is one of the params, (d_sae, d_out), or None."""
         super().__init__(params, lr=settings.first_lr, fused=True)
         self.found_inf: Float[Tensor, ""] | None = None
+        self.shadows: Copies | None = None  # which it does not write
         every = [p for group in self.param_groups for p in group["params"]]
         self.matrices = [p for p in every if p.dim() == 2]
         self.unit_rows = unit_rows
@@ -257,13 +259,16 @@ class LatentMuon(Adam):
         self.muon.step()
         if unit is not None:
             normalise_rows_(unit)
-        for parameter, old in zip(moved, before, strict=skips is not None):
-            parameter.copy_(old.where(skips, parameter))
+        if skips is not None:
+            for parameter, old in zip(moved, before, strict=True):
+                parameter.copy_(old.where(skips, parameter))
 
     def _held_back(self, parameter: torch.nn.Parameter, skips: Bool[Tensor, ""]) -> Tensor:
         """Let a skipped step leave the momentum as it is; return the weights before it."""
-        momentum = self.state[parameter].get("momentum_buffer", torch.zeros_like(parameter))
-        parameter.grad = momentum.where(skips, parameter.grad)
+        momentum, grad = self.state[parameter].get("momentum_buffer"), parameter.grad
+        assert grad is not None, "only what has a gradient is moved"
+        momentum = torch.zeros_like(grad) if momentum is None else momentum
+        parameter.grad = momentum.where(skips, grad)
         return parameter.detach().clone()
 
 
@@ -284,6 +289,7 @@ class ScheduleFreeAdam(Optimizer):
         super().__init__(params, {"lr": settings.first_lr})
         self.settings = settings
         self.found_inf: Float[Tensor, ""] | None = None
+        self.shadows: Copies | None = None  # which it does not write
         self.unit_rows = unit_rows
 
     @torch.no_grad()
@@ -318,8 +324,9 @@ class ScheduleFreeAdam(Optimizer):
         if is_unit:
             normalise_rows_(x)
             normalise_rows_(y)
-        for now, before in zip((z, x, square, y), old, strict=skip is not None):
-            now.copy_(before.where(skip > 0, now))
+        if skip is not None:
+            for now, before in zip((z, x, square, y), old, strict=True):
+                now.copy_(before.where(skip > 0, now))
 
     def restart(self, parameter: torch.nn.Parameter, latents: Int[Tensor, " latent"]) -> None:
         """Take the parameter's values for what was known of some latents' weights."""

@@ -16,7 +16,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.losses import Loss
 from sae.train.config import DictionaryConfig
 from sae.train.diagnostics import Watch
-from sae.train.forward import fused
+from sae.train.forward import sparse
 from sae.train.forward.common import (
     DeadBound,
     Forward,
@@ -138,10 +138,9 @@ class TrainStep:
         self.n_steps = 0
         self.power = Power()
         self.watch: Watch | None = None
-        d_sae = autoencoder.config.d_sae
-        device = autoencoder.enc_rows.device
+        d_sae, device = autoencoder.config.d_sae, autoencoder.enc_rows.device
         self.looks = device.type == "cpu"
-        self.bound, self.shadows = DeadBound(), fused.Shadows()
+        self.bound, self.shadows = DeadBound(), sparse.Shadows()
         self.silent_rows = torch.zeros(d_sae, dtype=torch.int64, device=device)
         if config.cross_layer:
             blank_(autoencoder)
@@ -155,8 +154,7 @@ class TrainStep:
                 normalise_rows_(unit)
         learns = unit is not None and unit.requires_grad
         self.optimizer = optimizer_of(self._groups(), config.optimizer, unit if learns else None)
-        if isinstance(self.optimizer, LatentAdam):
-            self.optimizer.shadows = self.shadows
+        self.optimizer.shadows = self.shadows
         self.ema = None if config.ema is None else EMA(self.learned, config.ema)
 
     def _groups(self) -> list[dict[str, Any]]:

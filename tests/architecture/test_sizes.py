@@ -24,7 +24,6 @@ SMALL = {
     "sae/pretrained/openai.py": "one file per format",
     "sae/pretrained/qwen_scope.py": "one file per format",
     "sae/pretrained/saev.py": "one file per format",
-    "sae/train/forward/run.py": "chooses among the forward passes, so it stands above all of them",
     "sae/train/hook_points.py": "read before torch is loaded",
     "sae/train/loggers.py": "one of the few files that may know Lightning",
     "sae/train/signals.py": "what a scheduler says, whoever trains",

@@ -242,3 +242,31 @@ def test_bad_arguments_are_refused(shipped, tensors):
         bare(x, enc_rows, b_enc, dec_rows, b_dec.float())
     with pytest.raises(ValueError, match="backend must be one of"):
         bare(x, enc_rows, b_enc, dec_rows, b_dec, backend="fast")
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_products_of_16_bits_round_what_is_multiplied_and_nothing_else(relu, tensors, normal):
+    single = [t.float() for t in tensors]
+    for place in (0, 1, 3):  # rounded already, so that the same latents fire
+        single[place] = single[place].bfloat16().float()
+    single[5].zero_()
+    x, enc_rows, b_enc, dec_rows, b_dec, b_in, threshold = single
+    low = torch.bfloat16
+    pre = (x - b_in).to(low).float() @ enc_rows.to(low).float().T + b_enc
+    acts = pre.relu() if relu else pre * (pre > threshold)
+    x_hat = acts.to(low).float() @ dec_rows.to(low).float() + b_dec
+    weights = normal(BATCH, D_OUT, seed=8)
+    grads = []
+    for products in (low, None):
+        inputs = [t.clone().requires_grad_() for t in single]
+        if relu:
+            inputs[6].requires_grad_(False)
+        found = run(inputs, relu=relu, products=products)
+        if products is not None:
+            torch.testing.assert_close(found.x_hat, x_hat)
+            assert torch.equal(found.n_fired, (acts != 0).sum(0))
+            assert found.l0 == (acts != 0).sum() / BATCH
+        learns = [t for t in inputs if t.requires_grad]
+        grads.append(torch.autograd.grad(objective(found, weights), learns))
+    for got, want in zip(*grads, strict=True):
+        assert (got - want).norm() < 0.01 * want.norm()

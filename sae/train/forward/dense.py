@@ -45,8 +45,9 @@ def _fused(
     rows: Rows,
     moment: Moment,
 ) -> Forward:
-    """One op, in float32."""
+    """One op, in float32; on a GPU its products take bfloat16 where that is asked for."""
     weights, activation = autoencoder.encoder(), autoencoder.config.activation
+    few_bits = moment.bf16 and rows.u.device.type != "cpu"
     with autocast(rows.u.device, False):
         step = dense_autoencode(
             rows.u,
@@ -57,6 +58,7 @@ def _fused(
             b_in=weights.b_in,
             threshold=weights.threshold,
             bandwidth=activation.window,
+            products=torch.bfloat16 if few_bits else None,
         )
         y = step.x_hat + autoencoder.skipped(rows.u)
     error = losses.squared_error(rows.v, y)

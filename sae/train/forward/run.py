@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
-from sae.train.forward import dense, fused, sharded, sparse
+from sae.train.forward import dense, sharded, sparse
 from sae.train.forward.common import Forward, Moment, Rows, autocast, controlled
 
 
@@ -50,7 +50,7 @@ def backward(
     rows: Rows,
     moment: Moment,
     loss_of: Callable[[Forward], Float[Tensor, ""]] | None = None,
-    shadows: fused.Shadows | None = None,
+    shadows: sparse.Shadows | None = None,
 ) -> Forward:
     """Add the gradients of these rows' part of the loss to the parameters; return their figures.
 
@@ -84,12 +84,12 @@ def _part(
     rows: Rows,
     moment: Moment,
     share: float,
-    shadows: fused.Shadows | None,
+    shadows: sparse.Shadows | None,
 ) -> Forward:
     """One part; loss, error and L0 are its share of the whole batch's."""
     weight = share * moment.share
-    if shadows is not None and fused.fits(autoencoder, config, moment):
-        found = fused.backward(autoencoder, config, rows, moment, weight, shadows)
+    if shadows is not None and sparse.fits(autoencoder, config, moment):
+        found = sparse.backward(autoencoder, config, rows, moment, weight, shadows)
     else:
         found = forward(autoencoder, config, rows, moment)
         (found.loss * weight).backward()

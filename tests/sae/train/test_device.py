@@ -12,7 +12,7 @@ from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig
 from sae.train.diagnostics import Watch
 from sae.train.forward import run
 from sae.train.forward.common import DeadBound
-from sae.train.forward.fused import Shadows
+from sae.train.forward.sparse import Shadows
 from sae.train.loss_config import Control, FixedPrefixes, PreAct, Refine
 from sae.train.memory import GPU_WORKSPACE
 from sae.train.optim_config import Muon, ScheduleFree
