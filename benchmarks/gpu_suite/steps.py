@@ -104,7 +104,7 @@ def adam(s: Shape, device: str, unit: bool) -> Case:
     )
 
 
-class StepWeights(NamedTuple):
+class SuiteWeights(NamedTuple):
     """Parameters in float32 with the states of Adam, and the 16-bit copies."""
 
     enc_rows: Tensor
@@ -113,7 +113,7 @@ class StepWeights(NamedTuple):
     b_dec: Tensor
 
     @classmethod
-    def draw(cls, s: Shape, device: str) -> "StepWeights":
+    def draw(cls, s: Shape, device: str) -> "SuiteWeights":
         """Unit decoder rows, the encoder equal to them, no biases."""
         dec_rows = functional.normalize(Draw(0, device).normal(s.d_sae, s.d_model), dim=1)
         zeros = (torch.zeros(width, device=device) for width in (s.d_sae, s.d_model))
@@ -136,7 +136,7 @@ class ProductStep:
         )
         dictionary = SparseAutoencoder(config.architecture(s.d_model)).to(device)
         with torch.no_grad():
-            drawn = StepWeights.draw(s, device)
+            drawn = SuiteWeights.draw(s, device)
             dictionary.enc_rows.copy_(drawn.enc_rows)
             dictionary.dec_rows.copy_(drawn.dec_rows)
         precision = "fp32" if dtype == torch.float32 else "bf16"
@@ -152,7 +152,7 @@ class PlainStep:
 
     def __init__(self, s: Shape, dtype: torch.dtype, device: str) -> None:
         self.shape, self.dtype, self.device = s, dtype, device
-        self.weights = StepWeights(*(w.requires_grad_() for w in StepWeights.draw(s, device)))
+        self.weights = SuiteWeights(*(w.requires_grad_() for w in SuiteWeights.draw(s, device)))
         self.adam = _adam(self.weights)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def step_error(s: Shape, dtype: torch.dtype, device: str, name: str) -> float:
     """The first step's loss against float64 on some rows; infinite where training does not help."""
     x = Draw(1, device).normal(s.batch, s.d_model, dtype=dtype)
     given = x[rows_checked(s.batch).to(device)]
-    rows, right = StepWeights.draw(s, device).dec_rows.double(), given.double()
+    rows, right = SuiteWeights.draw(s, device).dec_rows.double(), given.double()
     values, indices = (right @ rows.T).topk(s.k, dim=1)
     x_hat = torch.einsum("nk,nkd->nd", values.relu(), rows[indices])
     loss = STEPS[name](s, dtype, device)(given)

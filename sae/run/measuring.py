@@ -66,11 +66,10 @@ class SplicedInto(NamedTuple):
 
 
 class MeasureTarget(NamedTuple):
-    """A dictionary to measure."""
+    """A dictionary to measure; without a name it is called by the end of its path that differs."""
 
     dictionary: DictionaryOrPath
     name: str = ""
-    """How it is called; the shortest end of its path that tells it apart when empty."""
     group: str = ""
     """Its recipe's name; told from its provenance when empty."""
 
@@ -97,11 +96,10 @@ class MeasureRequest(NamedTuple):
 
 
 class MeasuredDictionary(NamedTuple):
-    """A dictionary that is measured."""
+    """A dictionary that is measured; path and source are None for one that was passed as it is."""
 
     dictionary: SparseAutoencoder
     path: str | Path | None
-    """None for one that was passed as it is."""
     group: str
     """Its recipe, or what the request names."""
     seed: int
@@ -110,7 +108,6 @@ class MeasuredDictionary(NamedTuple):
     differs: tuple[str, ...] = ()
     """In what the cache differs from what it was trained on."""
     source: Source | None = None
-    """What it was read from; None for one that was passed as it is."""
 
 
 class Measurement(NamedTuple):
@@ -129,12 +126,12 @@ class Measurement(NamedTuple):
     def sections(self) -> list[Section]:
         """The one table with a row for each dictionary and baseline, and what was asked for."""
         table = image_table(self.report) if self.of_images else text_table(self.report)
-        noise = noise_table(members_of(self.entries), self.report)
         probes = None if self.probes is None else probe_table(self.probes)
-        more = {"seeds": noise, "k-sparse probing": probes, **self.structure}
-        table = replace(table, note=with_differences(table.note, self.differs))
-        tables = {self.report.hook_point: table, **more}
-        return [Section(title, table) for title, table in tables.items() if table is not None]
+        seeds = noise_table(members_of(self.entries), self.report)
+        more = {"seeds": seeds, "k-sparse probing": probes, **self.structure}
+        first = replace(table, note=with_differences(table.note, self.differs))
+        tables = {self.report.hook_point: first, **more}
+        return [Section(title, each) for title, each in tables.items() if each is not None]
 
     @property
     def differs(self) -> dict[str, tuple[str, ...]]:

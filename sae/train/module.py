@@ -4,6 +4,7 @@ It works in any Trainer beside an ActivationDataModule; `sae train` is one of th
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -229,7 +230,8 @@ class SAEModule(lightning.LightningModule):
             if figures:
                 self.log_dict(figures, logger=False, batch_size=len(batch))
             return
-        for x in batch:
+        # A pass that began in the middle has turns left when the last step is done.
+        for x in itertools.islice(batch, self.total_steps - self.n_steps):
             self.step(x.to(self.device, non_blocking=True))
         count(self.trainer, self.n_steps)
 

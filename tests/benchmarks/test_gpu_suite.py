@@ -138,7 +138,7 @@ def test_both_steps_take_the_same_steps():
     for seed in (3, 4, 5):
         x = ops.Draw(seed, "cpu").normal(3, 23)
         assert relative(ours(x), dense(x).double()) < 1e-4
-    start = steps.StepWeights.draw(SHAPE, "cpu")
+    start = steps.SuiteWeights.draw(SHAPE, "cpu")
     for name, other, before in zip(start._fields, dense.weights, start, strict=True):
         one = ours.step.autoencoder.get_parameter(name).detach()
         moved = other.detach().double() - before
