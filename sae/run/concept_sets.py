@@ -143,8 +143,10 @@ def concepts_of(
         with steps(f"test, {name}") as progress:
             tests.append(tcav(chosen, others, gradient[:, used], **how, progress=progress))
     needed = sets_needed(len(sets), request.level, request.sides)
-    counts = (n_texts, request.sets, len(prompts), needed, request.level)
-    return ConceptTest(*tests, *counts, differs)
+    stream, latents = tests
+    return ConceptTest(
+        stream, latents, n_texts, request.sets, len(prompts), needed, request.level, differs
+    )
 
 
 def concept_sets(path: str | Path, field: str = "text", label: str = "concept") -> dict[str, list]:
@@ -194,8 +196,8 @@ def _random_texts(
     source = GLOSSES
     if request.random is not None:
         is_plain = request.random.endswith(".txt")
-        field = {} if is_plain else {"field": request.random_field}
-        source = TextSource(path=request.random, **field)
+        field = TextSource.field if is_plain else request.random_field
+        source = TextSource(path=request.random, field=field)
     known = {text for texts in sets.values() for text in texts}
     candidates = [text for text in dict.fromkeys(_texts_of(source)) if text not in known]
     wanted = request.sets * n_texts

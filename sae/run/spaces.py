@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from jaxtyping import Float, Float64, Int, Int64
@@ -23,6 +23,7 @@ from sae.evaluate.probe_tasks import check_hook_point
 from sae.evaluate.report import write_record
 from sae.evaluate.spaces import MEASURES, Draws, MeasureName, Similarity, compare
 from sae.run.context import (
+    CacheOrPath,
     DictionaryOrPath,
     Section,
     Steps,
@@ -225,16 +226,14 @@ def _read(
 
 
 def _sides(request: SimilarRequest) -> list[_Side]:
-    names = iter(_names(request.targets))
     sides = []
-    for target in request.targets:
-        name = next(names)
+    for name, target in zip(_names(request.targets), request.targets, strict=True):
         if isinstance(target, str | Path) and PAIR in str(target):
             path, _, hook_point = str(target).partition(PAIR)
             cache = opened(path)
             check_hook_point(cache, hook_point)
             sides.append(_Side(name, cache, (hook_point,), None))
-        elif isinstance(target, ActivationCache) or _is_cache(target):
+        elif _is_cache(target):
             cache = opened(target)
             alone = len(request.targets) == 1
             sides += [
@@ -248,8 +247,7 @@ def _sides(request: SimilarRequest) -> list[_Side]:
             one = fitted(target, cache)
             sides.append(_Side(name, cache, one.inputs, one.dictionary))
         else:
-            rule = "be caches or dictionaries"
-            raise wrong_class("targets", rule, target, "or their paths")
+            raise wrong_class("targets", "be caches or dictionaries", target, "or their paths")
     return sides
 
 
@@ -262,8 +260,9 @@ def _names(targets: Sequence[Target]) -> list[str]:
     ]
 
 
-def _is_cache(target: Target) -> bool:
-    return isinstance(target, str | Path) and (Path(target) / MANIFEST).is_file()
+def _is_cache(target: Target) -> TypeGuard[CacheOrPath]:
+    is_path = isinstance(target, str | Path)
+    return isinstance(target, ActivationCache) or (is_path and (Path(target) / MANIFEST).is_file())
 
 
 def _require_same_rows(a: ActivationCache, b: ActivationCache, pool: Pool) -> None:

@@ -117,7 +117,10 @@ def explain_texts(run: Run, name: str, report: Progress) -> dict[str, Any] | Non
     subject = Subject(
         one.dictionary, rows, hook, strings, tools_for(config, one, run.cache, run.loaded)
     )
-    identity = {"cache": run.cache.fingerprint, "dictionary": digest_of(one.dictionary)}
+    identity: dict[str, object] = {
+        "cache": run.cache.fingerprint,
+        "dictionary": digest_of(one.dictionary),
+    }
     rules_and_atlas(subject, labels, config, path, identity, steps=steps_to(report))
     if llm is None:
         return None

@@ -10,9 +10,10 @@ import pytest
 
 from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import BatchTopK, TopK
-from sae.train import checkpoint, module, step, throughput
+from sae.train import checkpoint, module, throughput
 from sae.train.config import AuxK, DictionaryConfig, TrainConfig
 from sae.train.fit import train
+from sae.train.forward import run as forward
 from sae.train.module import SAEModule
 from sae.train.signals import Stopped
 
@@ -24,7 +25,7 @@ CONFIG = TrainConfig(
     saes=SAES, batch=101, epochs=2, precision="fp32", log_every=5, checkpoint_seconds=0.02
 )
 PHASES = {
-    "forward": (step, "forward", 9),
+    "forward": (forward, "forward", 9),
     "save": (checkpoint.io, "rename", 3),
     "verify": (checkpoint, "_read", 2),
     "remove": (checkpoint.shutil, "rmtree", 1),
