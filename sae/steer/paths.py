@@ -170,4 +170,4 @@ def agreements(paths: Mapping[str, PathAttribution]) -> dict[str, float]:
     ]
     if int(fires.sum()) < 3:
         return dict.fromkeys(paths, float("nan"))
-    return {name: float(stats.spearmanr(sides[0][1], side)[0]) for name, side in sides}
+    return {name: float(np.asarray(stats.spearmanr(sides[0][1], side))[0]) for name, side in sides}
