@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_kernels import blocks
-from sae_kernels.launch import KernelError, launch
+from sae_kernels.blocks import launch
+from sae_kernels.launch import KernelError
 
 NORMS = {"none": 0, "unit": 1, "max": 2}
 

@@ -1,4 +1,4 @@
-"""Block sizes of the Triton kernels, as plain functions of shape and dtype.
+"""Block sizes of the Triton kernels, as plain functions of shape and dtype, and their launch.
 
 Nothing is tuned at run time: the same shapes give the same kernels, hence the same bits. Counts
 that change from step to step (batch, k) reach the kernels as numbers and change the block sizes
@@ -6,7 +6,11 @@ only by powers of two, so that annealing k compiles a handful of kernels.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
 
 WARP = 32
 MAX_KEYS = 1 << 13  # selected by one program: 16 keys in the registers of each of 512 threads
@@ -177,3 +181,11 @@ def rows_at_a_time(batch: int, d_sae: int) -> int:
 def fuses(d_sae: int, width: int, itemsize: int, k: int) -> bool:
     """Tell whether an own product, with the maxima of groups in it, is expected to pay."""
     return itemsize == 2 and width <= MAX_FUSED_WIDTH and group_size(d_sae, k) is not None
+
+
+def launch(
+    kernel: Any, grid: tuple[Any, ...], like: Shaped[Tensor, "..."], *args: Any, **options: Any
+) -> None:
+    """Launch a Triton kernel on the GPU that `like` is on, which need not be the current one."""
+    with torch.cuda.device_of(like):
+        kernel[grid](*args, enable_fp_fusion=True, **options)

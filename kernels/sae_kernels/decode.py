@@ -14,14 +14,16 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_kernels.grads import Entries, accumulator, rows_of, segment_product
+from sae_kernels.grads import accumulator, segment_product
 from sae_kernels.launch import (
     Backend,
+    Entries,
     KernelError,
     check_floating,
     check_indices,
     check_shape,
     choose,
+    rows_of,
 )
 
 

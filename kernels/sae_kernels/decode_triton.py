@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from sae_kernels import blocks
-from sae_kernels.launch import launch
+from sae_kernels.blocks import launch
 
 
 class DecodeMSE(NamedTuple):

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_kernels import blocks
+from sae_kernels.blocks import launch
 from sae_kernels.decode_triton import arch_of, interprets
-from sae_kernels.launch import launch
 from sae_kernels.select_triton import FLOATS, order_key, pick, source_of
 
 

@@ -19,8 +19,18 @@ from torch import Tensor
 
 from sae_kernels.decode import row_products, weighted_rows
 from sae_kernels.encode import _keep_topk
-from sae_kernels.grads import Segments, accumulator, counts, product_of, rows_of, sum_of
-from sae_kernels.launch import Backend, KernelError, check_floating, check_k, check_shape, choose
+from sae_kernels.grads import accumulator, product_of, sum_of
+from sae_kernels.launch import (
+    Backend,
+    KernelError,
+    Segments,
+    check_floating,
+    check_k,
+    check_shape,
+    choose,
+    counts,
+    rows_of,
+)
 from sae_kernels.mse import errors_of, pieces_of
 from sae_kernels.product import Product, SelectedPre, centre
 from sae_kernels.threshold import _keep_batch_topk

@@ -4,83 +4,26 @@ The (row, latent) entries are sorted by latent once. Each latent is then a bag o
 weight gradient is the same operation as decoding: `torch.embedding_bag` with the latents as bags.
 """
 
-from functools import cached_property
-from typing import NamedTuple
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_kernels.launch import (
     Backend,
+    Entries,
+    Segments,
     WeightGrads,
     check_floating,
     check_indices,
     check_shape,
     choose,
+    counts,
 )
-
-
-class Segments(NamedTuple):
-    """The entries of sparse latents in the order of their latents, and the batch row of each."""
-
-    latents: Int[Tensor, " entry"]
-    entries: Int[Tensor, " entry"]
-    rows: Int[Tensor, " entry"]
-    lengths: Int[Tensor, " d_sae"]
-    starts: Int[Tensor, " d_sae"]
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Name the dtype in which sums of `dtype` are formed: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def counts(
-    numbers: Int[Tensor, "..."], n: int, counted: Bool[Tensor, "..."] | None = None
-) -> Int[Tensor, " n"]:
-    """Count how often each number below n occurs; `torch.bincount` would wait for the device."""
-    flat = numbers.flatten().long()
-    ones = torch.ones_like(flat) if counted is None else counted.flatten().long()
-    return flat.new_zeros(n).scatter_add_(0, flat, ones)
-
-
-class Entries:
-    """Which latent each entry of a batch names; they are sorted once, when first asked for.
-
-    `indices` is (batch, k), or (entry,) with `row_ptr`, where row n has the entries
-    `row_ptr[n]:row_ptr[n + 1]`.
-    """
-
-    def __init__(
-        self,
-        indices: Int[Tensor, "batch k"] | Int[Tensor, " entry"],
-        d_sae: int,
-        row_ptr: Int[Tensor, " bound"] | None = None,
-    ) -> None:
-        """Take the indices as they are; nothing is computed yet."""
-        self.indices = indices
-        self.d_sae = d_sae
-        self.row_ptr = row_ptr
-
-    @cached_property
-    def segments(self) -> Segments:
-        """The entries by latent; those of one latent stay in the order of the batch."""
-        flat = self.indices.flatten()
-        # int32 halves the passes of the radix sort
-        latents, order = torch.sort(flat.int(), stable=True)
-        lengths = counts(flat, self.d_sae)
-        if self.row_ptr is None:
-            rows = order // max(1, self.indices.shape[1])
-        else:
-            rows = rows_of(self.row_ptr, len(flat))[order]
-        return Segments(latents, order, rows, lengths, lengths.cumsum(0) - lengths)
-
-
-def rows_of(row_ptr: Int[Tensor, " bound"], n_entries: int) -> Int[Tensor, " entry"]:
-    """Name the batch row of each entry."""
-    batch = torch.arange(len(row_ptr) - 1, device=row_ptr.device)
-    return batch.repeat_interleave(row_ptr.diff(), output_size=n_entries)
 
 
 def segment_product(

@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_kernels import blocks
+from sae_kernels.blocks import launch
 from sae_kernels.decode_triton import arch_of, interprets
-from sae_kernels.grads import Entries, Segments
-from sae_kernels.launch import WeightGrads, launch
+from sae_kernels.launch import Entries, Segments, WeightGrads
 
 
 @triton.jit

@@ -1,11 +1,12 @@
-"""The choice of backend, and the argument checks that the ops share."""
+"""The choice of backend, the argument checks and the sorted entries that the ops share."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sae_kernels import blocks
@@ -44,12 +45,61 @@ def on_device(
     return torch.cat([torch.full((1,), number, dtype=dtype, device=device) for number in numbers])
 
 
-def launch(
-    kernel: Any, grid: tuple[Any, ...], like: Shaped[Tensor, "..."], *args: Any, **options: Any
-) -> None:
-    """Launch a Triton kernel on the GPU that `like` is on, which need not be the current one."""
-    with torch.cuda.device_of(like):
-        kernel[grid](*args, enable_fp_fusion=True, **options)
+class Segments(NamedTuple):
+    """The entries of sparse latents in the order of their latents, and the batch row of each."""
+
+    latents: Int[Tensor, " entry"]
+    entries: Int[Tensor, " entry"]
+    rows: Int[Tensor, " entry"]
+    lengths: Int[Tensor, " d_sae"]
+    starts: Int[Tensor, " d_sae"]
+
+
+def counts(
+    numbers: Int[Tensor, "..."], n: int, counted: Bool[Tensor, "..."] | None = None
+) -> Int[Tensor, " n"]:
+    """Count how often each number below n occurs; `torch.bincount` would wait for the device."""
+    flat = numbers.flatten().long()
+    ones = torch.ones_like(flat) if counted is None else counted.flatten().long()
+    return flat.new_zeros(n).scatter_add_(0, flat, ones)
+
+
+class Entries:
+    """Which latent each entry of a batch names; they are sorted once, when first asked for.
+
+    `indices` is (batch, k), or (entry,) with `row_ptr`, where row n has the entries
+    `row_ptr[n]:row_ptr[n + 1]`.
+    """
+
+    def __init__(
+        self,
+        indices: Int[Tensor, "batch k"] | Int[Tensor, " entry"],
+        d_sae: int,
+        row_ptr: Int[Tensor, " bound"] | None = None,
+    ) -> None:
+        """Take the indices as they are; nothing is computed yet."""
+        self.indices = indices
+        self.d_sae = d_sae
+        self.row_ptr = row_ptr
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The entries by latent; those of one latent stay in the order of the batch."""
+        flat = self.indices.flatten()
+        # int32 halves the passes of the radix sort
+        latents, order = torch.sort(flat.int(), stable=True)
+        lengths = counts(flat, self.d_sae)
+        if self.row_ptr is None:
+            rows = order // max(1, self.indices.shape[1])
+        else:
+            rows = rows_of(self.row_ptr, len(flat))[order]
+        return Segments(latents, order, rows, lengths, lengths.cumsum(0) - lengths)
+
+
+def rows_of(row_ptr: Int[Tensor, " bound"], n_entries: int) -> Int[Tensor, " entry"]:
+    """Name the batch row of each entry."""
+    batch = torch.arange(len(row_ptr) - 1, device=row_ptr.device)
+    return batch.repeat_interleave(row_ptr.diff(), output_size=n_entries)
 
 
 def _interprets() -> bool:

@@ -20,15 +20,17 @@ from sae_kernels.decode import (
     sparse_decode_reference,
     weighted_rows,
 )
-from sae_kernels.grads import Entries, accumulator, rows_of, segment_product
+from sae_kernels.grads import accumulator, segment_product
 from sae_kernels.launch import (
     Backend,
+    Entries,
     KernelError,
     check_floating,
     check_indices,
     check_shape,
     choose,
     on_device,
+    rows_of,
 )
 
 

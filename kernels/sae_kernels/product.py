@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_kernels.decode import weighted_rows
-from sae_kernels.grads import Entries, accumulator, segment_product, segment_sum
-from sae_kernels.launch import Backend, check_floating, check_shape, workspace
+from sae_kernels.grads import accumulator, segment_product, segment_sum
+from sae_kernels.launch import Backend, Entries, check_floating, check_shape, workspace
 
 # Pre-activations held at a time on a CPU, which loses more to page faults and cache misses on a
 # larger workspace than the matrix product gains from it.

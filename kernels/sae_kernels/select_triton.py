@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from sae_kernels import blocks
-from sae_kernels.launch import launch
+from sae_kernels.blocks import launch
 
 FLOATS = {
     torch.float32: (32, 0x7F800000),

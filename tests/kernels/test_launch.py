@@ -156,7 +156,7 @@ def test_a_kernel_runs_on_the_gpu_of_its_tensors_and_is_launched_in_no_other_way
             return lambda *args, **options: seen.append((grid, args, options))
 
     monkeypatch.setattr(torch.cuda, "device_of", Guard)
-    launch.launch(Kernel(), (3, 5), X, 7, BLOCK=16)
+    blocks.launch(Kernel(), (3, 5), X, 7, BLOCK=16)
     ran = ((3, 5), (7,), {"BLOCK": 16, "enable_fp_fusion": True})
     assert seen == [("on", X), "in", ran, "out"]
     for path in Path(launch.__file__).parent.glob("*_triton.py"):

@@ -25,7 +25,7 @@ from sae.train.forward.sparse import k_now, scores_of
 from sae.train.ranks import Axis
 from sae.train.schedule import ramp
 from sae_kernels import encode_topk, sparse_decode, topk_select
-from sae_kernels.grads import counts
+from sae_kernels.launch import counts
 
 
 def require_shardable(config: DictionaryConfig, n_shards: int, losses: Sequence[Loss] = ()) -> None:

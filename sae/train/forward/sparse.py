@@ -32,7 +32,7 @@ from sae_kernels import (
     topk_select,
 )
 from sae_kernels.fused import FusedStep, StepWeights
-from sae_kernels.grads import counts
+from sae_kernels.launch import counts
 
 
 class Kept(NamedTuple):

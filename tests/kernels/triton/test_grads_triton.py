@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sae_kernels import blocks, grads_triton
-from sae_kernels.grads import Entries
 from sae_kernels.grads_triton import weight_grads
+from sae_kernels.launch import Entries
 
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}
 """Relative errors. Sums are float32 and interpreted rows are upcast, so the inputs are exact."""

@@ -212,13 +212,13 @@ def test_a_refined_read_out_works_after_what_the_error_says(run, cache, tiny_mod
     assert run(*arguments)[0] == 0
 
 
-def test_statistics_of_other_weights_are_counted_again_as_the_error_says(run, cache, tmp_path):
+def test_damaged_statistics_are_counted_again_as_the_error_says(run, cache, tmp_path):
     measure = ("evaluate", NAME, "--cache", cache, "--no-model", "--no-baselines")
     assert run(*measure)[0] == 0
     (stats,) = (tmp_path / "user" / "dictionaries").glob("*/stats.safetensors")
     tensors = load_file(stats)
     save_file(tensors, stats, {"sae_sha256": "0" * 64})
-    with pytest.raises(ValueError, match="must be made for the weights") as error:
+    with pytest.raises(ValueError, match="it is damaged: run") as error:
         Firing.read(stats.parent, stats.parent.name)
     followed(run, str(error.value), "run", DICT=NAME, CACHE=f"{cache} --no-model --no-baselines")
     assert Firing.read(stats.parent, stats.parent.name).n_rows > 0
