@@ -269,7 +269,7 @@ def test_verify_reports_progress_and_finds_nothing_wrong(cache: ActivationCache)
 def test_the_facade_gives_functions_whatever_was_imported_before():
     for module in ("builder", "live", "reader", "hooks", "models"):
         import_module(f"activations_cache.{module}")
-    assert len(dir(activations_cache)) == 20
+    assert len(dir(activations_cache)) == 22
     for name in dir(activations_cache):
         assert callable(getattr(activations_cache, name))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
