@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from activations_cache.hooks import edit
 from sae.autoencoder import SparseAutoencoder
-from sae.explain.judges import Judge, Writer
+from sae.explain.judges import Judge, Score, Writer, scored
 from sae.explain.llm.chat import CallFailedError
-from sae.explain.score import Score, scored
 from sae.explain.windows import NEGATIVES, LatentWindows
 from sae.statistics import auc, wilson
 

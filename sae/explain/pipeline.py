@@ -7,11 +7,10 @@ from typing import Literal, TypeVar
 
 from activations_cache.checks import Progress, silent
 from sae.explain.explainers import Explanation, LLMExplainer
-from sae.explain.judges import Judge, LLMJudge
+from sae.explain.judges import Judge, LLMJudge, Score, Scorer
 from sae.explain.llm.caller import Caller, Tally, cancelled_on_exit, tallied
 from sae.explain.llm.chat import CallFailedError, ConstantClient, Request, Response
 from sae.explain.llm.store import Cost, estimate
-from sae.explain.score import Score, Scorer
 from sae.explain.windows import LatentWindows, Window, shuffled
 
 T = TypeVar("T")

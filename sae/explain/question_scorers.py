@@ -15,9 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from sae.explain.judges import Judge
+from sae.explain.judges import Judge, Score, ask, ask_in_batches, scored
 from sae.explain.llm.corpus_text import Item, item
-from sae.explain.score import Score, ask, ask_in_batches, scored
 from sae.explain.windows import NEGATIVES, LatentWindows, Window, seed_of, shuffled
 from sae.statistics import Interval, correlation, weighted_sum, wilson
 

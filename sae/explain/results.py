@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 
 from activations_cache import seals
 from sae.explain.held_out import N_STEPS, HeldOut
+from sae.explain.judges import Score
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import OPEN
 from sae.explain.pipeline import LatentOutcome
-from sae.explain.score import Score
 from sae.explain.scores import FLOOR, Mean, Scores, bootstrap_mean
 from sae.explain.tables import WRITING, as_json
 from sae.explain.windows import LatentWindows

@@ -14,11 +14,10 @@ from pathlib import Path
 from activations_cache.checks import Progress, silent
 from sae.explain.config import Kind, RuleConfig
 from sae.explain.explainers import Explanation
-from sae.explain.judges import Judge, RuleJudge, WordRule
+from sae.explain.judges import Judge, RuleJudge, Score, Scorer, WordRule
 from sae.explain.labels import Labels
 from sae.explain.pipeline import LatentOutcome, shuffled_windows
 from sae.explain.results import summarise, write_results
-from sae.explain.score import Score, Scorer
 from sae.explain.subject import Subject, chosen, scorers_of
 from sae.explain.windows import LatentWindows
 

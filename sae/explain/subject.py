@@ -17,6 +17,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.explain.assemble import Assembler
 from sae.explain.collect import collect, write_windows
 from sae.explain.config import ScorerName, WindowConfig
+from sae.explain.judges import Scorer
 from sae.explain.model_scorers import (
     Embed,
     Embedding,
@@ -28,7 +29,6 @@ from sae.explain.model_scorers import (
 )
 from sae.explain.question_scorers import Detection, Fuzzing, Intruder, Rubric, Simulation
 from sae.explain.reservoir import State
-from sae.explain.score import Scorer
 from sae.explain.text_at_rows import Cache
 from sae.explain.windows import shuffled
 

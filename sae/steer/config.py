@@ -209,11 +209,9 @@ def _finite(field: str, value: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerRequest(SweepConfig):
-    """What `sae steer DICT` does beside the options that have names of their own."""
+class _OnModel:
+    """What all that put a dictionary into a model are asked for."""
 
-    latents: tuple[str, ...]
-    """Each NUMBER=CHANGE: 10x (times its maximum), 0.5x norm, 4.5, +2x (added), *3, off."""
     model: str | None = None
     """Directory, .gguf, package:// or hub id; what the dictionary was trained on when absent."""
     dtype: Literal["bfloat16", "float32"] | None = None
@@ -224,6 +222,14 @@ class SteerRequest(SweepConfig):
     """Whether another model or place than the dictionary's is taken; the result names it."""
     read_out: Literal["linear", "refined"] = "linear"
     """How the dictionary's latents are read (`sae.read_out`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerRequest(SweepConfig, _OnModel):
+    """What `sae steer DICT` does beside the options that have names of their own."""
+
+    latents: tuple[str, ...]
+    """Each NUMBER=CHANGE: 10x (times its maximum), 0.5x norm, 4.5, +2x (added), *3, off."""
     neutral: str | None = None
     """A .txt or .jsonl file of text that has nothing to do with the latent; glosses when absent."""
     n_neutral: int = 16
@@ -266,7 +272,7 @@ def _refuse_unread(config: Any, names: Sequence[str], beside: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindRequest:
+class FindRequest(_OnModel):
     """What `sae find DICT` looks for: one of `pos`, `near`, and `prompt` with `target`."""
 
     pos: tuple[str, ...] = ()
@@ -293,16 +299,6 @@ class FindRequest:
     """Where integrated gradients begin (`sae.steer.paths`); the last two read neutral texts."""
     first_position: int = 1
     """Positions below this one, the attention sinks, do not count."""
-    model: str | None = None
-    """Directory, .gguf, package:// or hub id; what the dictionary was trained on when absent."""
-    dtype: Literal["bfloat16", "float32"] | None = None
-    """Of the model; as in training when absent."""
-    hook_point: str | None = None
-    """Where the dictionary reads, if its files do not say so."""
-    force: bool = False
-    """Whether another model or place than the dictionary's is taken; the result names it."""
-    read_out: Literal["linear", "refined"] = "linear"
-    """How the dictionary's latents are read (`sae.read_out`)."""
 
     def __post_init__(self) -> None:
         """Check that one thing is asked for."""
@@ -322,7 +318,7 @@ class FindRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConceptsRequest:
+class ConceptsRequest(_OnModel):
     """What `sae concepts DICT` tests: whether an answer of the model moves along concepts."""
 
     concepts: str
@@ -355,16 +351,6 @@ class ConceptsRequest:
     """Positions below this one, the attention sinks, do not count."""
     seed: int = 0
     """Decides which texts are in which random set."""
-    model: str | None = None
-    """Directory, .gguf, package:// or hub id; what the dictionary was trained on when absent."""
-    dtype: Literal["bfloat16", "float32"] | None = None
-    """Of the model; as in training when absent."""
-    hook_point: str | None = None
-    """Where the dictionary reads, if its files do not say so."""
-    force: bool = False
-    """Whether another model or place than the dictionary's is taken; the result names it."""
-    read_out: Literal["linear", "refined"] = "linear"
-    """How the dictionary's latents are read (`sae.read_out`)."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder
 from sae.train.forward.common import Forward, Rows, Taken
-from sae.train.latent_shards import of_latents
-from sae.train.ranks import Ranks
+from sae.train.ranks import Ranks, of_latents
 
 DENSITIES = {"q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 THRESHOLDS = {"q10": 0.1, "q50": 0.5, "q90": 0.9}

@@ -5,30 +5,28 @@ First weights that look at rows: data points as directions, a median as bias, a 
 Training that starts from the weights of a dictionary.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from activations_cache.config import TRAINING_SPLITS
 from monosema.checks import MonosemaError
+from sae import pretrained
 from sae.architecture import SAEConfig, Slice
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import DictionaryConfig
+from sae.train.forward.common import Moment, Rows
+from sae.train.forward.run import forward
 from sae.train.hook_points import Sites
+from sae.train.optim_config import DataPoints
 
 if TYPE_CHECKING:
     from activations_cache import ActivationCache
-from collections.abc import Callable
-
-from torch.nn.functional import normalize
-
-from sae import pretrained
-from sae.train.forward.common import Moment, Rows
-from sae.train.forward.run import forward
-from sae.train.optim_config import DataPoints
 
 UNIT = 1e-3
 """By how much the norm of a decoder row may differ from 1 to be kept there."""

@@ -28,8 +28,6 @@ from sae.train.forward.common import (
 )
 from sae.train.forward.run import backward
 from sae.train.forward.sharded import require_shardable
-from sae.train.held import anchor_of, blank_, blank_gradients_, freeze, keep_near_
-from sae.train.latent_shards import gradient_norm, of_latents, part_of, sum_gradients, whole_of
 from sae.train.optim import (
     EMA,
     LatentAdam,
@@ -38,9 +36,29 @@ from sae.train.optim import (
     optimizer_of,
     with_means,
 )
-from sae.train.ranks import ALONE, GlobalBatch, Ranks, batch_of, mean_figures
-from sae.train.resample import candidates_of, is_due, resample_
+from sae.train.ranks import (
+    ALONE,
+    GlobalBatch,
+    Ranks,
+    batch_of,
+    gradient_norm,
+    mean_figures,
+    of_latents,
+    part_of,
+    sum_gradients,
+    whole_of,
+)
 from sae.train.schedule import automatic_rate, holds_decoder, rate_factor
+from sae.train.weights import (
+    anchor_of,
+    blank_,
+    blank_gradients_,
+    candidates_of,
+    freeze,
+    is_resampling_due,
+    keep_near_,
+    resample_,
+)
 
 THRESHOLD_BATCHES = 100
 """BatchTopK's threshold is a mean over about so many batches, or the last 20th of a short run."""
@@ -275,7 +293,7 @@ class TrainStep:
     def _resample(self, rows: Rows, taken: Taken) -> None:
         """After the steps at which it is due, begin dead latents again; then the host looks."""
         settings, n_steps = self.config.resample, self.n_steps + 1
-        if settings is None or not is_due(settings, n_steps, self.total_steps):
+        if settings is None or not is_resampling_due(settings, n_steps, self.total_steps):
             return
         if taken is not None and not bool(taken):
             return

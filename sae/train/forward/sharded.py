@@ -19,8 +19,8 @@ from sae.architecture import BatchTopK, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.losses import Loss
 from sae.train.config import DictionaryConfig
-from sae.train.forward import batch_topk, dense
-from sae.train.forward.common import Forward, Moment, Rows, autocast
+from sae.train.forward import dense
+from sae.train.forward.common import Forward, Moment, Rows, autocast, batch_topk
 from sae.train.forward.sparse import k_now, scores_of
 from sae.train.ranks import Axis
 from sae.train.schedule import ramp
@@ -83,7 +83,7 @@ def _sparse(
     axis, weights, activation = moment.ranks.latents, autoencoder.encoder(), k_now(config, moment)
     if isinstance(activation, BatchTopK):
         of_all = (moment.n_rows, moment.ranks)
-        latents = batch_topk.batch_topk(rows.u, weights, activation.k, *of_all)
+        latents = batch_topk(rows.u, weights, activation.k, *of_all)
     else:
         assert isinstance(activation, TopK), activation
         latents = topk(rows.u, weights, activation.k, axis)

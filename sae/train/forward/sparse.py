@@ -16,7 +16,7 @@ from sae.activations import EncoderWeights, Latents, from_csr, pad_silent
 from sae.architecture import Activation, BatchTopK, GroupMax, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
-from sae.train.forward import batch_topk, common
+from sae.train.forward import common
 from sae.train.forward.common import Forward, Moment, Rows, autocast
 from sae.train.loss_config import NestedK
 from sae.train.schedule import falling_k, is_refined, slack_now
@@ -81,7 +81,7 @@ def _chosen(
     """The latents of these rows; BatchTopK compares them with those of all other rows."""
     of, b_in = (u, weights.enc_rows, weights.b_enc), weights.b_in
     if isinstance(activation, BatchTopK) and not moment.ranks.alone:
-        return Kept(*batch_topk.batch_topk(u, weights, activation.k, moment.n_rows, moment.ranks))
+        return Kept(*common.batch_topk(u, weights, activation.k, moment.n_rows, moment.ranks))
     match activation:
         case BatchTopK(k=k):
             kept = Kept(*encode_batch_topk(*of, k, b_in=b_in))

@@ -14,10 +14,10 @@ from sae.pretrained.loading import load, load_cross_layer, save_cross_layer
 from sae.train.config import L0, Adam, AuxK, DictionaryConfig, TrainConfig
 from sae.train.cross_layer import CrossLayerStep
 from sae.train.fit import train
-from sae.train.held import blank_, elsewhere
 from sae.train.loss_config import L1
 from sae.train.optim_config import Muon
 from sae.train.step import TrainStep
+from sae.train.weights import blank_, elsewhere
 
 BATCH, WIDTH, D_SAE, N = 31, 7, 23, 3
 SCALES = (0.5, 1.3, 2.0)

@@ -4,9 +4,9 @@ import torch
 from sae.architecture import JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import Adam, DictionaryConfig
-from sae.train.held import NEAR, keep_near_
 from sae.train.loss_config import L0, L1, AuxK
 from sae.train.step import TrainStep
+from sae.train.weights import NEAR, keep_near_
 
 FORMS = {
     "topk": {"activation": TopK(k=3), "auxk": AuxK(coefficient=0.5), "dead_after_tokens": 150},

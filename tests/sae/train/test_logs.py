@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import JumpReLU, TopK
-from sae.train import loggers
+from sae.train import fit
 from sae.train.config import L0, AuxK, DictionaryConfig, TrainConfig, Wandb
 from sae.train.curves import draw, read_curves
 from sae.train.fit import train
@@ -92,10 +92,10 @@ def test_wandb_is_one_more_logger_where_it_is_chosen(tmp_path, monkeypatch):
             made.append(settings)
 
     monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", Recorder)
-    assert len(loggers.loggers(tmp_path, 0, None, "0123456789abcdef0123")) == 2
+    assert len(fit.loggers(tmp_path, 0, None, "0123456789abcdef0123")) == 2
     assert made == []
     wanted = Wandb(project="dictionaries", offline=True)
-    assert len(loggers.loggers(tmp_path, 7, wanted, "0123456789abcdef0123")) == 3
+    assert len(fit.loggers(tmp_path, 7, wanted, "0123456789abcdef0123")) == 3
     [settings] = made
     assert settings["id"] == "0123456789abcdef"
     assert (settings["project"], settings["offline"]) == ("dictionaries", True)

@@ -7,7 +7,7 @@ from sae.activations import EncoderWeights, encode_batch, to_dense
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import Adam, DictionaryConfig
-from sae.train.forward import batch_topk
+from sae.train.forward import common
 from sae.train.loss_config import L0, L1, AuxK, FixedPrefixes, MultiTopK, PAnneal, Refine
 from sae.train.ranks import ALONE, Axis, connect
 from sae.train.step import StepMetrics, TrainStep
@@ -131,7 +131,7 @@ def test_ties_go_to_the_first_row_and_latent_of_all_ranks(in_ranks):
     def work():
         ranks = connect()
         weights = EncoderWeights(torch.ones(13, 1), torch.zeros(13), None)
-        found = batch_topk.batch_topk(rows[ranks.rows.share(10)], weights, 3, 10, ranks)
+        found = common.batch_topk(rows[ranks.rows.share(10)], weights, 3, 10, ranks)
         return {"acts": to_dense(found, 13)}
 
     assert torch.equal(torch.cat([r["acts"] for r in in_ranks(3, work)]), kept)
@@ -149,7 +149,7 @@ def test_a_rank_that_has_all_the_large_values_offers_more(in_ranks):
 
     def work():
         ranks = connect()
-        found = batch_topk.batch_topk(rows[ranks.rows.share(8)], weights, 7, 8, ranks)
+        found = common.batch_topk(rows[ranks.rows.share(8)], weights, 7, 8, ranks)
         return {"acts": to_dense(found, 29)}
 
     assert torch.equal(torch.cat([r["acts"] for r in in_ranks(2, work)]), expected)

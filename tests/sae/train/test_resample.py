@@ -4,7 +4,7 @@ import torch
 from sae.train.forward.common import Rows
 from sae.train.optim_config import Resample
 from sae.train.ranks import ALONE
-from sae.train.resample import candidates_of, is_due, resample_
+from sae.train.weights import candidates_of, is_resampling_due, resample_
 
 DEAD, BATCH = 17, 101
 KINDS = ["topk", "batchtopk", "relu", "jumprelu", "gated"]
@@ -21,8 +21,13 @@ def kill(step, *latents: int) -> None:
 
 def test_it_is_done_n_times_and_for_the_last_time_at_until():
     settings = Resample(n=4, until=0.5)
-    assert [n for n in range(201) if is_due(settings, n, 200)] == [25, 50, 75, 100]
-    assert [n for n in range(4) if is_due(Resample(n=9, until=1.0), n, 3)] == [0, 1, 2, 3]
+    assert [n for n in range(201) if is_resampling_due(settings, n, 200)] == [25, 50, 75, 100]
+    assert [n for n in range(4) if is_resampling_due(Resample(n=9, until=1.0), n, 3)] == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,9 +8,8 @@ from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import Adam, DictionaryConfig
 from sae.train.forward import sharded
-from sae.train.latent_shards import own_state, whole_state
 from sae.train.loss_config import L0, L1, AuxK, FixedPrefixes, MultiTopK
-from sae.train.ranks import ALONE, connect
+from sae.train.ranks import ALONE, connect, own_state, whole_state
 from sae.train.step import TrainStep
 
 D_IN, D_SAE, BATCH, STEPS = 13, 62, 101, 20
