@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sae.evaluate.config import EvaluateConfig
     from sae.evaluate.reconstruction import firing_statistics, measure_reconstruction
-    from sae.evaluate.report import EvaluationReport, read_json, write_json
-    from sae.evaluate.run import Evaluation, evaluate
+    from sae.evaluate.report import Evaluation, EvaluationReport, evaluate, read_json, write_json
     from sae.evaluate.substitution import measure_substitution
 
 __all__ = [
@@ -24,9 +23,9 @@ __all__ = [
 
 _HOME = {
     "EvaluateConfig": "sae.evaluate.config",
-    "Evaluation": "sae.evaluate.run",
+    "Evaluation": "sae.evaluate.report",
     "EvaluationReport": "sae.evaluate.report",
-    "evaluate": "sae.evaluate.run",
+    "evaluate": "sae.evaluate.report",
     "firing_statistics": "sae.evaluate.reconstruction",
     "measure_reconstruction": "sae.evaluate.reconstruction",
     "measure_substitution": "sae.evaluate.substitution",

@@ -25,9 +25,8 @@ from sae.browser import ResultTable
 from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.probe_tasks import check_hook_point, common_labels
 from sae.evaluate.reconstruction import measure_reconstruction
-from sae.evaluate.report import EvaluationReport
-from sae.evaluate.run import evaluate as evaluate_all
-from sae.evaluate.run import held_out_rows
+from sae.evaluate.report import EvaluationReport, held_out_rows
+from sae.evaluate.report import evaluate as evaluate_all
 from sae.evaluate.sparse_probe import Survey, survey
 from sae.pretrained import Source
 from sae.pretrained.loading import keep_measured

@@ -30,7 +30,7 @@ from sae.read_out import (
     candidates,
     require_refinable,
 )
-from sae.train.schedule import automatic_rate
+from sae.train.optim_config import automatic_rate
 
 ROWS, CHUNK = 16_384, 2048
 """Rows that a read-out is set on, and rows at once."""

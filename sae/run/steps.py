@@ -14,8 +14,8 @@ from activations_cache.manifest import MANIFEST
 from activations_cache.probe import record_of
 from sae import train as training  # imports Lightning when it trains
 from sae.browser import write_site
+from sae.evaluate.report import evaluate as measure
 from sae.evaluate.report import write_json
-from sae.evaluate.run import evaluate as measure
 from sae.explain.autointerp import client_of, label_with_llm
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import Subject

@@ -16,8 +16,7 @@ from sae.browser import ResultTable
 from sae.evaluate.config import ScalingConfig
 from sae.evaluate.config import plan as plan_runs
 from sae.evaluate.description_length import BATCH, DescriptionLength, description_length, meta_score
-from sae.evaluate.report import TOLERANCE, EvaluationReport
-from sae.evaluate.run import held_out_rows
+from sae.evaluate.report import TOLERANCE, EvaluationReport, held_out_rows
 from sae.evaluate.scaling.fit import FittedLaw, Laws, draw, fit_laws
 from sae.evaluate.scaling.runs import Fitted, read_runs
 from sae.evaluate.structure import Stability, stability

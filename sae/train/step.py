@@ -36,6 +36,7 @@ from sae.train.optim import (
     optimizer_of,
     with_means,
 )
+from sae.train.optim_config import automatic_rate, holds_decoder, rate_factor
 from sae.train.ranks import (
     ALONE,
     GlobalBatch,
@@ -48,7 +49,6 @@ from sae.train.ranks import (
     sum_gradients,
     whole_of,
 )
-from sae.train.schedule import automatic_rate, holds_decoder, rate_factor
 from sae.train.weights import (
     anchor_of,
     blank_,

@@ -13,8 +13,7 @@ import sae
 from activations_cache.config import CacheConfig
 from activations_cache.models import load_model
 from sae.config import load
-from sae.evaluate.report import read_json
-from sae.evaluate.run import evaluate
+from sae.evaluate.report import evaluate, read_json
 from sae.run.config import RunConfig
 from tests.exact import numerics
 

@@ -15,8 +15,8 @@ from sae.activations import EncoderWeights, Latents, from_csr, pad_silent, ungat
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
 from sae.train.loss_config import Control, FixedPrefixes, Matryoshka, RandomPrefixes
+from sae.train.optim_config import random_prefixes
 from sae.train.ranks import ALONE, Ranks
-from sae.train.schedule import random_prefixes
 from sae_kernels import Csr, encode_batch_topk
 from sae_kernels import auxk as reconstruction_by_dead
 

@@ -18,7 +18,7 @@ from sae.train.config import DictionaryConfig
 from sae.train.forward import common
 from sae.train.forward.common import Forward, Moment, Power, Rows, autocast
 from sae.train.loss_config import PAnneal
-from sae.train.schedule import falling_p, ramp
+from sae.train.optim_config import falling_p, ramp
 from sae_kernels import dense_autoencode
 from sae_kernels.auxk import few_of
 

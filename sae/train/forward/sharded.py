@@ -22,8 +22,8 @@ from sae.train.config import DictionaryConfig
 from sae.train.forward import dense
 from sae.train.forward.common import Forward, Moment, Rows, autocast, batch_topk
 from sae.train.forward.sparse import k_now, scores_of
+from sae.train.optim_config import ramp
 from sae.train.ranks import Axis
-from sae.train.schedule import ramp
 from sae_kernels import encode_topk, sparse_decode, topk_select
 from sae_kernels.launch import counts
 

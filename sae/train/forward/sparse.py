@@ -19,7 +19,7 @@ from sae.train.config import DictionaryConfig
 from sae.train.forward import common
 from sae.train.forward.common import Forward, Moment, Rows, autocast
 from sae.train.loss_config import NestedK
-from sae.train.schedule import falling_k, is_refined, slack_now
+from sae.train.optim_config import falling_k, is_refined, slack_now
 from sae_kernels import (
     Csr,
     encode_batch_topk,

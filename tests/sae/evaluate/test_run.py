@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae.evaluate import EvaluateConfig, evaluate, read_json, write_json
-from sae.evaluate.run import held_out
+from sae.evaluate.report import held_out
 from sae.run.tables import text_table
 from tests.families import make
 

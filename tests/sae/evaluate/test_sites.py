@@ -10,7 +10,7 @@ from sae.architecture import ReLU, SAEConfig, Slice
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.reconstruction import measure_reconstruction
-from sae.evaluate.run import held_out
+from sae.evaluate.report import held_out
 from sae.evaluate.substitution import measure_substitution
 from sae.metrics import fvu
 

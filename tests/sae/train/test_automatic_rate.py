@@ -11,7 +11,7 @@ from sae.autoencoder import SparseAutoencoder, initialise
 from sae.config import ConfigError, load
 from sae.run.config import RunConfig
 from sae.train.config import Adam, DictionaryConfig
-from sae.train.schedule import automatic_rate
+from sae.train.optim_config import automatic_rate
 from sae.train.step import TrainStep
 
 D_IN, D_SAE, BATCH, STEPS = 13, 409, 101, 5

@@ -1,7 +1,6 @@
 import pytest
 
-from sae.train.optim_config import Adam
-from sae.train.schedule import falling_k, falling_p, ramp, random_prefixes, warmup_decay
+from sae.train.optim_config import Adam, falling_k, falling_p, ramp, random_prefixes, warmup_decay
 
 
 def test_ramp_table():
