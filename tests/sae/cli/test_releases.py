@@ -64,7 +64,7 @@ def test_conversion_there_and_back(sae, dictionary, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--to", "saebench"), "decoder rows must be unit for a top-k"),
+        (("--to", "saebench"), "decoder rows must have one norm for a top-k"),
         (("--to", "other"), "--to must be one of"),
     ],
 )

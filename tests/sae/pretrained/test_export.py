@@ -113,6 +113,8 @@ FOLDED = [
     ("saebench", "gated", {}, False),
     ("saebench", "batchtopk", {}, False),
     ("saebench", "topk", {"gate_by_decoder_norm": True}, False),
+    ("saebench", "topk", {"unit": True, "input_scale": 0.3}, False),
+    ("saebench", "topk", {"unit": True, "input_scale": 0.3, "output_scale": 1.9}, False),
 ]
 
 
@@ -142,7 +144,7 @@ def test_what_has_to_be_folded_is_the_same_function(tmp_path, to, kind, form, ke
         ("sparsify", "topk", {"b_in": "none", "d_out": D_OUT}, "got d_out=11, d_in=7"),
         ("dictionary_learning", "relu", {"skip": True}, "got skip=True"),
         ("dictionary_learning", "topk", {"input_norm": "layer_norm"}, "got input_norm="),
-        ("saebench", "topk", {}, "decoder rows must be unit for a top-k"),
+        ("saebench", "topk", {}, "decoder rows must have one norm for a top-k"),
         ("saebench", "relu", {"b_in": "none", "d_out": D_OUT}, "got a transcoder"),
         ("other", "relu", {}, "the format must be one of"),
     ],
