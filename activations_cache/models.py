@@ -121,6 +121,22 @@ def files_of(config: ModelConfig, progress: Progress) -> tuple[Path, dict[str, s
     }
 
 
+def stream_width(config: ModelConfig, *, of_images: bool = False) -> int:
+    """Return the width of a model's residual stream, from its config; no weights are read.
+
+    Raises:
+        ModelError: If no config says it.
+    """
+    is_hub = not (config.path.startswith(PACKAGE) or Path(config.path).exists())
+    source = config.path if is_hub else files_of(config, silent)[0]
+    rule = f"model {config.path} must have a config.json that names its width"
+    with Refusing(rule, "build the cache first"), quiet():
+        options = {**_SAFELY, "local_files_only": not is_hub, "revision": config.revision}
+        names = AutoConfig.from_pretrained(source, **options)
+        tower = getattr(names, "vision_config", names) if of_images else names.get_text_config()
+        return int(tower.hidden_size)
+
+
 def _download(config: ModelConfig) -> Path:
     """Return the hub's files in its local cache; the hub's client shows its own bar."""
     try:

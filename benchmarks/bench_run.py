@@ -17,7 +17,8 @@ from typing import Any
 from benchmarks.rows import append, surroundings
 from sae.config import config_file, load
 from sae.run.config import RunConfig
-from sae.run.pipeline import MARKER, STEPS, estimate_time
+from sae.run.costs import estimate_time
+from sae.run.pipeline import MARKER, STEPS
 
 POLL_SECONDS = 0.2
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -62,7 +63,8 @@ def one_run(recipe: str) -> dict[str, Any]:
         the machine's product gave before; the machine's load average before.
     """
     load_average = round(os.getloadavg()[0], 2)
-    rate = estimate_time(load(RunConfig, config_file(recipe))).flops_per_second / 1e9
+    expected = estimate_time(load(RunConfig, config_file(recipe)))
+    rate = 0.0 if expected is None else expected.flops_per_second / 1e9
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "run"
         overrides = [f"output={output}", f"cache_path={output}/cache"]

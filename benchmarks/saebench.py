@@ -48,7 +48,7 @@ def prepare(dictionary: Path | None, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     work = work.resolve()
     path = stand_in(work) if dictionary is None else dictionary.resolve()
-    print(sae.run.convert(path, work / "dictionary", "saebench"))
+    sae.run.convert(path, work / "dictionary", "saebench")
     made_from = sae.load(path).provenance["model"]
     loaded = load_model(ModelConfig(path=made_from["path"], dtype="float32"))
     loaded.model.save_pretrained(work / "model")
@@ -81,12 +81,16 @@ def write(path: Path, rows: list[dict]) -> None:
 def evaluate(work: Path) -> None:
     """Run the core metrics and sparse probing, and print what they say."""
     os.chdir(work)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    # SAEBench's probes name one axis differently in a function and in what it calls; newer releases of
+    # jaxtyping refuse that.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "JAXTYPING_DISABLE": "1"}
     from sae_bench.evals.core.main import multiple_evals
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
     from sae_bench.evals.sparse_probing.main import run_eval
     from sae_lens import SAE
+    from transformer_lens.loading_from_pretrained import OFFICIAL_MODEL_NAMES
 
+    OFFICIAL_MODEL_NAMES.append("model")  # it reads a folder, but only under a name from its list
     dictionary = SAE.load_from_disk("dictionary")
     site = dictionary.cfg.metadata
     site.model_name = "model"

@@ -29,7 +29,7 @@ class Facts(NamedTuple):
     one_op: tuple[str, ...] = ()
     """The precisions in which one kernel does the whole step of a dense dictionary."""
     pieces: float = 1.0
-    """Pieces of the workspace that this kernel holds (`sae.train.memory`)."""
+    """Pieces of the workspace that this kernel holds (`sae.train.cost`)."""
 
 
 class Kind:

@@ -19,7 +19,15 @@ from sae.cli.evaluate_commands import app as scaling_app
 from sae.cli.evaluate_commands import compare, evaluate, similar
 from sae.cli.latent_commands import browse, concepts, explain, find, refine, steer
 from sae.cli.release_commands import convert, inspect, push, releases, verify_release
-from sae.cli.request import ConfigArgument, Overrides, PartOption, run_to, with_json
+from sae.cli.request import (
+    ConfigArgument,
+    EstimateOption,
+    Overrides,
+    PartOption,
+    run_to,
+    tell_cost,
+    with_json,
+)
 from sae.config import ConfigError, config_file
 from sae.config import recipes as recipe_lines
 
@@ -83,8 +91,16 @@ def run(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 @app.command()
 @with_json
-def train(config: ConfigArgument, overrides: Overrides = None, part: PartOption = None) -> None:
+def train(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    part: PartOption = None,
+    estimate: EstimateOption = None,
+) -> None:
     """Train the config's dictionaries side by side, after the cache."""
+    if estimate is not None:
+        tell_cost(config, overrides, estimate, part)
+        return
     run_to(Step.TRAIN, config, overrides, part)
 
 

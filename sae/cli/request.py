@@ -40,6 +40,15 @@ PartOption = Annotated[
     ),
 ]
 
+EstimateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--estimate",
+        metavar="GPUS",
+        help="Only tell what training takes on GPUs, such as 8xH200: time, memory, GPU hours.",
+    ),
+]
+
 ForceOption = Annotated[
     bool,
     typer.Option("--force", help="Go on with another model or hook point; the result names it."),
@@ -125,9 +134,24 @@ def run_to(last: str, config: str, overrides: list[str] | None, part: str | None
         console.say(f"page: {result.page}  ({time.monotonic() - began:.0f} s)")
 
 
+def tell_cost(config: str, overrides: list[str] | None, gpus: str, part: str | None = None) -> None:
+    """Print what training a config takes on GPUs; nothing is begun, and no package is missed."""
+    path = config_file(config)
+    checked = load(RunConfig, path, for_another_model(path, overrides or []))
+    from sae.run.costs import training_cost
+
+    cost = training_cost(checked if part is None else part_of(checked, part), gpus)
+    console.table(f"training on {gpus}", cost.table)
+    console.say(
+        f"{cost.n_rows:,} rows for each of {len(cost.steps)} dictionaries: "
+        f"{cost.seconds / 3600:,.2f} hours, {cost.gpu_hours:,.2f} GPU hours"
+    )
+
+
 def _do_steps(run: "Run", last: str) -> None:
+    from sae.run.costs import estimate_time
     from sae.run.label_tables import llm_facts
-    from sae.run.pipeline import SHARED, estimate_time, pending_steps
+    from sae.run.pipeline import SHARED, pending_steps
 
     is_estimated = False
     for step in pending_steps(run, last):
@@ -135,13 +159,12 @@ def _do_steps(run: "Run", last: str) -> None:
             console.skipped(step.name, step.path, step.place)
             continue
         if not is_estimated and step.name in SHARED:  # later there is nothing to train
-            time_needed, n = estimate_time(run.config), len(run.config.train.saes)
-            console.say(
-                f"[dim]{time_needed.n_threads} threads, "
-                f"{time_needed.flops_per_second / 1e9:,.0f} GFLOP/s: training about "
-                f"{max(time_needed.seconds / 60, 0.1):.1f} min for {n} dictionaries; every step "
-                "shows its own ETA[/]"
-            )
+            expected, n = estimate_time(run.config), len(run.config.train.saes)
+            if expected is not None:
+                console.say(
+                    f"[dim]{expected.where}: training about {max(expected.seconds / 60, 0.1):.1f} "
+                    f"min for {n} dictionaries; every step shows its own ETA[/]"
+                )
             is_estimated = True
         with console.step(step.name, step.place) as progress:
             summaries = step.do(progress)

@@ -141,9 +141,10 @@ def _saelens_kind(given: Plain, is_transcoder: bool) -> str:
 
 
 def _to_saebench(given: Plain, site: dict[str, str]) -> Written:
-    """SAELens' layout with unit decoder rows, which SAEBench reads."""
+    """SAELens' layout with unit decoder rows, which SAEBench reads; it gives the model's dtype."""
     if given.config.skip or given.config.width_out != given.config.d_in:
         raise DictionaryFormatError("saebench must be given an autoencoder, got a transcoder")
+    site = {key: value for key, value in site.items() if key != "model_dtype"}
     return _to_saelens(with_unit_rows(with_thresholds(given)), site)
 
 

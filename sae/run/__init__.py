@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sae.run.caches import cache, hook_points, model, verify
     from sae.run.comparing import compare
     from sae.run.concept_sets import concepts
+    from sae.run.costs import training_cost
     from sae.run.explaining import explain
     from sae.run.finding import find
     from sae.run.measuring import evaluate
@@ -41,6 +42,7 @@ __all__ = [
     "similar",
     "steer",
     "train",
+    "training_cost",
     "verify",
     "verify_release",
 ]
@@ -65,6 +67,7 @@ _HOME = {
     "similar": "spaces",
     "steer": "steering",
     "train": "pipeline",
+    "training_cost": "costs",
     "verify": "caches",
     "verify_release": "releases",
 }

@@ -27,7 +27,7 @@ from sae.evaluate.report import read_json
 from sae.explain.firings import CofiringPairs, cofiring, encode_rows
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.results import STEM
-from sae.explain.rule_scores import STEM as RULES
+from sae.explain.subject import STEM as RULES
 from sae.explain.tables import (
     EXAMPLES,
     EXPLAIN_AGAIN,

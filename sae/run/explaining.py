@@ -27,10 +27,9 @@ from sae.explain.llm.local_client import LocalClient
 from sae.explain.llm.store import Cost
 from sae.explain.logit_lens import promoted_tokens
 from sae.explain.model_scorers import amplified
-from sae.explain.rule_scores import score_rules_of
 from sae.explain.run import Explained
 from sae.explain.run import explain as explain_latents
-from sae.explain.subject import WITH_TOOLS, Subject, Tools
+from sae.explain.subject import WITH_TOOLS, Subject, Tools, score_rules_of
 from sae.read_out import ReadOutName
 from sae.run.config import refuse_unread
 from sae.run.context import (

@@ -6,13 +6,10 @@ A step whose result is there and fits is skipped.
 import contextlib
 import json
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from activations_cache import io, seals
 from activations_cache.builder import rank_of_this_process
@@ -173,50 +170,6 @@ def _undone(run: Run, step: _Step, identity: str) -> list[Path]:
 
 def _directories(path: Path, files: Iterable[str]) -> list[Path]:
     return list(dict.fromkeys((path / name).parent for name in files))
-
-
-ENCODER_SHAPE = (1024, 576, 4608)
-"""How many products of this shape a training step takes, sparse work and the optimiser included,
-is a fact of each activation (`sae.architecture`): measured on two cores for topk and relu, of the
-others by their count of products."""
-
-
-class TimeEstimate(NamedTuple):
-    """How long the training of a run will take on this machine."""
-
-    n_threads: int
-    """Of torch."""
-    flops_per_second: float
-    """Measured by one product."""
-    seconds: float
-    """Of the training."""
-
-
-def estimate_time(config: RunConfig) -> TimeEstimate:
-    """Estimate the time of a run's training from one timed product on this machine."""
-    from sae.train.fit import resolve_precision  # Lightning: seconds, where nothing is trained
-
-    rate = _flops_per_second(resolve_precision(config.train.precision))
-    rows = (config.train.n_rows or config.cache.n_rows) * config.train.epochs
-    # Without the model its width is unknown; the reference shape's width serves.
-    per_latent = 2.0 * ENCODER_SHAPE[1] * rows / rate
-    seconds = sum(
-        per_latent * entry.d_sae * entry.activation.facts.products
-        for entry in config.train.saes.values()
-    )
-    return TimeEstimate(torch.get_num_threads(), rate, seconds)
-
-
-def _flops_per_second(precision: str) -> float:
-    n, d, m = ENCODER_SHAPE
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    x, w = torch.ones(n, d, dtype=dtype), torch.ones(d, m, dtype=dtype)
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        torch.mm(x, w)
-        times.append(time.perf_counter() - began)
-    return 2.0 * n * d * m / min(times)
 
 
 class JobResult(NamedTuple):

@@ -25,12 +25,12 @@ from sae.config import digest, to_dict
 from sae.train import curves
 from sae.train.checkpoint import Saver
 from sae.train.config import TrainConfig, Wandb
+from sae.train.cost import require_room
 from sae.train.data_module import ActivationDataModule
 from sae.train.end_to_end import fine_tuned, require_contexts
 from sae.train.hook_points import sites
 from sae.train.launch import joined, local_rank, requeue
 from sae.train.live import live_rows, record_of
-from sae.train.memory import require_room
 from sae.train.module import SAEModule, take_up
 from sae.train.ranks import Ranks
 from sae.train.signals import Stopped

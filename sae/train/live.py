@@ -18,7 +18,7 @@ from activations_cache.summary import limits
 from monosema.checks import MonosemaError, Progress, at_least
 from sae.config import from_dict
 from sae.train.config import TrainConfig
-from sae.train.memory import free_on_cpu
+from sae.train.cost import free_on_cpu
 from sae.train.ranks import Ranks
 
 if TYPE_CHECKING:

@@ -25,11 +25,11 @@ from sae.pretrained.monosema_format import save
 from sae.train import checkpoint
 from sae.train.checkpoint import Saver
 from sae.train.config import DictionaryConfig, TrainConfig
+from sae.train.cost import require_room
 from sae.train.data_module import ActivationDataModule, reads
 from sae.train.hook_points import sites
 from sae.train.initialise import new_autoencoder
 from sae.train.launch import PRECISIONS, count, go_on, require_flags
-from sae.train.memory import require_room
 from sae.train.optim import OneOptimizer
 from sae.train.ranks import Ranks, connect, of_latents, own_state, whole_state
 from sae.train.step import StepMetrics, TrainStep

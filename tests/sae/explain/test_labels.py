@@ -9,8 +9,8 @@ import torch
 from sae.explain.config import ExplainConfig
 from sae.explain.firings import encode_rows
 from sae.explain.labels import fires_enough, make_labels, n_examples
-from sae.explain.rule_scores import rule_of
 from sae.explain.run import explain
+from sae.explain.subject import rule_of
 from sae.explain.text_at_rows import TextReader
 
 N_EX, N_POS = 151, 47

@@ -6,9 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sae.explain.config import ExplainConfig, RuleConfig, WindowConfig
-from sae.explain.rule_scores import score_rules_of
 from sae.explain.run import explain
-from sae.explain.subject import Subject
+from sae.explain.subject import Subject, score_rules_of
 
 HOOK = "model.layers.3:out"
 

@@ -20,7 +20,7 @@ from sae.explain.model_scorers import (
     by_source,
 )
 from sae.explain.question_scorers import Detection, Simulation
-from sae.explain.rule_scores import rule_of, score_rule
+from sae.explain.subject import rule_of, score_rule
 from sae.explain.windows import LatentWindows
 
 

@@ -10,9 +10,9 @@ from sae.architecture import TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train import fit
 from sae.train.config import L1, DictionaryConfig, TrainConfig
+from sae.train.cost import free_on_cpu
 from sae.train.fit import train
 from sae.train.loss_config import FixedPrefixes
-from sae.train.memory import free_on_cpu
 from sae.train.ranks import Axis, Ranks
 
 D_IN = 7

@@ -14,9 +14,9 @@ from sae.autoencoder import SparseAutoencoder, initialise
 from sae.config import ConfigError, load
 from sae.losses import StepTensors
 from sae.train.config import DictionaryConfig, TrainConfig
+from sae.train.cost import estimate
 from sae.train.loss_config import L0, L1, AuxK
 from sae.train.loss_term import OwnLoss
-from sae.train.memory import estimate
 from sae.train.optim_config import Adam
 from sae.train.ranks import Axis, Ranks
 from sae.train.step import TrainStep

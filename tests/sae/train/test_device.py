@@ -9,12 +9,12 @@ import torch
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig
+from sae.train.cost import GPU_WORKSPACE
 from sae.train.diagnostics import Watch
 from sae.train.forward import run
 from sae.train.forward.common import DeadBound
 from sae.train.forward.sparse import Shadows
 from sae.train.loss_config import Control, FixedPrefixes, PreAct, Refine
-from sae.train.memory import GPU_WORKSPACE
 from sae.train.optim_config import Muon, ScheduleFree
 from sae.train.step import StepMetrics, TrainStep
 from sae.train.throughput import Failures

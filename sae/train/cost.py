@@ -1,15 +1,19 @@
-"""How much memory training takes, from the config alone; no torch here.
+"""How much memory training takes, and how much time on a GPU, from the config alone; no torch here.
 
-With S the size of the trained weights in fp32, A that of a dense (batch, d_sae) matrix and X that
-of the rows: S each for weights and gradients, 2 S for Adam's moments (other optimisers: `MOMENTS`),
-S for a mean of the weights, 4 X for rows and reconstructions, and for the activations what the kind
-of dictionary holds at once: a piece of fixed size (sparse kinds), one A (ReLU and JumpReLU in one
-op), or about 7 A (the kinds that torch differentiates), A being that of one part where a batch is
-cut into parts. AuxK works with the dead latents alone, dense: it is counted for `DEAD` of them.
-Refining holds a second gradient of the encoder while it adds them up, and the rows of each round.
-Peaks measured on a CPU agree within 15 % (tests/sae/train/test_memory.py).
+Memory: with S the size of the trained weights in fp32, A that of a dense (batch, d_sae) matrix and
+X that of the rows: S each for weights and gradients, 2 S for Adam's moments (other optimisers:
+`MOMENTS`), S for a mean of the weights, 4 X for rows and reconstructions, and for the activations
+what the kind of dictionary holds at once: a piece of fixed size (sparse kinds), one A (ReLU and
+JumpReLU in one op), or about 7 A (the kinds that torch differentiates), A being that of one part
+where a batch is cut into parts. AuxK works with the dead latents alone, dense: it is counted for
+`DEAD` of them. Refining holds a second gradient of the encoder while it adds them up, and the rows
+of each round. Peaks measured on a CPU agree within 15 % (tests/sae/train/test_cost.py).
+
+Time: each part of a step at the rate that limits it, a product by the device's arithmetic and
+whatever passes over weights, rows or latents by its memory (`StepTime`). No GPU has confirmed it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -45,6 +49,40 @@ MOMENTS = {"float32": 2.0, "bfloat16": 1.0, "int8": 0.55, "muon": 1.0, "schedule
 UPDATES = {"muon": 1.0, "schedule_free": 1.0}
 """What it works with while it updates them, in the same units; torch's Adam is fused."""
 MEMORY_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+class Device(NamedTuple):
+    """What a GPU reaches: four fifths of its maker's bf16 rate, nine tenths of its memory's."""
+
+    flops: float
+    """Floating point operations per second of a bf16 product."""
+    bandwidth: float
+    """Bytes per second that a copy reads and writes."""
+    cache: float
+    """Bytes per second from the L2 cache."""
+    link: float
+    """Bytes per second to other GPUs of the machine, in one direction."""
+    memory: int
+    """GiB."""
+
+
+DEVICES = {
+    "A100": Device(250e12, 1.8e12, 3.5e12, 300e9, 80),
+    "H100": Device(790e12, 3.0e12, 5.5e12, 450e9, 80),
+    "H200": Device(790e12, 4.3e12, 5.5e12, 450e9, 141),
+    "B200": Device(1800e12, 7.2e12, 9.0e12, 900e9, 180),
+}
+"""By name; of the SXM forms."""
+FP32_PRODUCT = 12.0
+"""How many times as long a product in fp32 takes as one in bf16."""
+WEIGHT_BYTES = 72
+"""Bytes of traffic for each weight of the encoder and its twin in the decoder, all of a step."""
+LAUNCHES = {"sparse": 250, "dense": 150, "gated": 160}
+"""Kernels of a step, as tests/sae/train/test_device.py counts them for the recipes (150 to 280)."""
+LAUNCH_SECONDS = 6e-6
+"""What the host takes for each."""
+OWN_PRODUCT_WIDTH = 1536
+"""Width up to which our product, which selects as it goes, is faster than the library's."""
 
 
 class Memory(NamedTuple):
@@ -116,6 +154,99 @@ def estimate(  # noqa: PLR0913
         rows + int(held * dense + terms),
         int(pieces * min(chunk, dense)) + copies + passing + FIXED,
     )
+
+
+class StepTime(NamedTuple):
+    """Seconds of the parts of a training step on one GPU."""
+
+    products: float
+    """Of the encoder, and where latents are dense of the decoder and both gradients as well."""
+    selection: float
+    """Writing and reading the pre-activations, and choosing among them."""
+    rows: float
+    """Decoding, the error, and the gradients of what fired."""
+    weights: float
+    """Writing the gradients and the optimiser's step, with the 16-bit copies."""
+    exchange: float
+    """Sums over the other GPUs."""
+    launches: float
+    """What the host takes to launch all kernels, however small they are, while the GPU works."""
+
+    @property
+    def total(self) -> float:
+        """The longer of what the GPU takes, one part after the other, and what the host takes."""
+        return max(sum(self) - self.launches, self.launches)
+
+
+def step_seconds(  # noqa: PLR0913
+    config: DictionaryConfig,
+    d_in: int,
+    batch: int,
+    device: Device,
+    *,
+    d_out: int | None = None,
+    precision: str = "bf16",
+    n_gpus: int = 1,
+    shards: int = 1,
+) -> StepTime:
+    """Time of a step of one dictionary, by its arithmetic and its bytes.
+
+    Args:
+        config: What is trained.
+        d_in: Width of the rows that are read.
+        batch: Rows per step of all GPUs together.
+        device: What each GPU reaches.
+        d_out: Width of the rows that are predicted; d_in when absent.
+        precision: "bf16" or "fp32".
+        n_gpus: GPUs, one process on each.
+        shards: How many of them split the latents; the others split the rows.
+    """
+    d_out = d_in if d_out is None else d_out
+    d_sae, n = -(-config.d_sae // shards), -(-batch * shards // n_gpus)
+    number = 2 if precision == "bf16" else FLOAT
+    slower = 1.0 if precision == "bf16" else FP32_PRODUCT
+    product = 2 * n * d_sae * (d_in + d_out) / 2 / device.flops * slower
+    latents = n * d_sae / device.bandwidth
+    per_row = config.activation.per_row
+    if config.activation.facts.trains == "sparse" and per_row is not None:
+        rounds = 1 if config.refine is None else 1 + config.refine.steps
+        own = d_in <= OWN_PRODUCT_WIDTH and precision == "bf16"
+        products = rounds * product / (0.6 if own else 0.9)
+        selection = rounds * (FLOAT / 64 if own else 1.5 * FLOAT) * latents
+        entries = n * -(-per_row // shards)
+        rows = entries * (d_in + d_out) * number * (rounds / device.bandwidth + 1 / device.cache)
+        if config.auxk is not None:  # the dead latents' product there and back, twice
+            products += 4 * DEAD * product
+    else:
+        products, rows = 5 * product / 0.9, 0.0
+        selection = (2 * 5 + FLOAT * 3) * latents
+    weights = WEIGHT_BYTES * d_sae * (d_in + d_out) / 2 / device.bandwidth
+    of_rows, gradients = n_gpus // shards, FLOAT * d_sae * (d_in + d_out)
+    exchanged = _ring(of_rows) * gradients + _ring(shards) * FLOAT * n * d_out
+    launches = LAUNCHES[config.activation.facts.trains] * LAUNCH_SECONDS
+    return StepTime(products, selection, rows, weights, exchanged / device.link, launches)
+
+
+def _ring(n: int) -> float:
+    """How many times its size a tensor passes a link when n processes add it up."""
+    return 2 * (n - 1) / n
+
+
+def devices_of(text: str) -> tuple[int, str]:
+    """Read "8xH200" or "H200" as a number and the name of a GPU.
+
+    Raises:
+        ValueError: If it has another form, or the GPU is not among `DEVICES`.
+    """
+    found = re.fullmatch(r"(?:(\d+) *x *)?([A-Za-z]\w*)", text.strip())
+    name = found[2].upper() if found else ""
+    number = int(found[1] or 1) if found else 0
+    if number < 1 or name not in DEVICES:
+        raise MonosemaError(
+            f"the GPUs must be a number and one of {', '.join(DEVICES)}, such as 8xH200, got "
+            f"{text!r}"
+        )
+    return number, name
 
 
 def _moments(config: DictionaryConfig) -> float:

@@ -11,16 +11,16 @@ import pytest
 from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import Gated, JumpReLU, ReLU, TopK
 from sae.train.config import Adam, AuxK, DictionaryConfig, TrainConfig
+from sae.train.cost import DEVICES, estimate, free_on_cpu, step_seconds
 from sae.train.fit import train
 from sae.train.loss_config import L0, L1, Refine, Tanh
-from sae.train.memory import estimate, free_on_cpu
 from sae.train.optim_config import Muon, ScheduleFree
 
 MEASURE = """
 import json, sys, torch
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.step import TrainStep
-from tests.sae.train.test_memory import CASES, config_of
+from tests.sae.train.test_cost import CASES, config_of
 torch.set_num_threads(1)
 
 def memory(key):
@@ -154,3 +154,37 @@ def test_a_width_that_cannot_fit_is_refused_before_the_first_step(tmp_path):
     assert "wide" in str(e.value)
     assert "\n" not in str(e.value)
     assert not (tmp_path / "run").exists()
+
+
+SHAPES = [(768, 24576, 32), (768, 131072, 32), (2304, 65536, 64), (4096, 131072, 64)]
+
+
+@pytest.mark.parametrize(("d", "d_sae", "k"), SHAPES)
+def test_a_step_takes_no_less_than_its_product_and_its_weights(d, d_sae, k):
+    """The floor is one bf16 product and 60 bytes per weight pair; the model stays near to it."""
+    config = DictionaryConfig(d_sae=d_sae, activation=TopK(k=k))
+    step, device = step_seconds(config, d, 8192, DEVICES["H200"]), DEVICES["H200"]
+    floor = 2 * 8192 * d_sae * d / device.flops + 60 * d_sae * d / device.bandwidth
+    assert floor < step.total
+    assert step.total < (2.4 if d_sae == 24576 else 1.7) * floor
+
+
+def test_each_part_of_a_step_follows_what_it_stands_for():
+    def parts(kind, batch=4096, n_gpus=1, **named):
+        of = (config_of(kind, 1 << 16), 512, batch, DEVICES["H200"])
+        return step_seconds(*of, n_gpus=n_gpus, **named)
+
+    plain, double = parts("topk"), parts("topk", batch=8192)
+    assert double.products == pytest.approx(2 * plain.products)
+    assert double.weights == plain.weights
+    assert plain.exchange == 0
+    halved = parts("topk", batch=8192, n_gpus=2)
+    assert halved.products == pytest.approx(plain.products)
+    assert halved.exchange == pytest.approx(4 * (1 << 16) * 1024 / DEVICES["H200"].link)
+    split = parts("topk", n_gpus=2, shards=2)
+    assert split.weights == pytest.approx(plain.weights / 2)
+    assert 0 < split.exchange < halved.exchange
+    assert parts("topk", precision="fp32").products > 5 * plain.products
+    assert parts("refine").products == pytest.approx(4 * plain.products)
+    assert parts("relu").products > 3 * plain.products
+    assert step_seconds(config_of("topk", 64), 8, 64, DEVICES["A100"]).total == plain.launches
