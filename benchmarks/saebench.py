@@ -81,8 +81,8 @@ def write(path: Path, rows: list[dict]) -> None:
 def evaluate(work: Path) -> None:
     """Run the core metrics and sparse probing, and print what they say."""
     os.chdir(work)
-    # SAEBench's probes name one axis differently in a function and in what it calls; newer releases of
-    # jaxtyping refuse that.
+    # SAEBench's probes name one axis differently in a function and in what it calls, which newer
+    # releases of jaxtyping refuse.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "JAXTYPING_DISABLE": "1"}
     from sae_bench.evals.core.main import multiple_evals
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
