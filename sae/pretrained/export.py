@@ -149,7 +149,10 @@ def _to_saebench(given: Plain, site: dict[str, str]) -> Written:
 
 
 def _to_circuit_tracer(given: Plain, site: dict[str, str]) -> Written:
-    """One layer of a set of transcoders; the set is a directory with a file for every layer."""
+    """One layer of a set of transcoders; the set is a directory with a file for every layer.
+
+    Of a top-k there is no form: circuit-tracer 0.5.0 would read it as ReLU, without a word.
+    """
     read, predicted = site.get("hook_name", ""), site.get("hook_name_out", "")
     layer = re.match(r"blocks\.(\d+)\.", read)
     if layer is None or not predicted.startswith(layer[0]):
@@ -166,7 +169,7 @@ def _to_circuit_tracer(given: Plain, site: dict[str, str]) -> Written:
     given = centred_by(
         _without_negative_thresholds(with_thresholds(given), "circuit_tracer"), "none"
     )
-    kind = _named({ReLU: "relu", JumpReLU: "jump_relu", TopK: "topk"}, given, "circuit_tracer")
+    _named({ReLU: "relu", JumpReLU: "jump_relu"}, given, "circuit_tracer")
     weights = given.weights
     tensors = {
         "W_enc": weights.enc_rows,
@@ -183,8 +186,6 @@ def _to_circuit_tracer(given: Plain, site: dict[str, str]) -> Written:
         "feature_output_hook": predicted.removeprefix(layer[0]),
         "scan": site.get("model_name", ""),
     }
-    if isinstance(given.config.activation, TopK):
-        settings |= {"activation": kind, "k": given.config.activation.k}
     results = {name: t.contiguous().clone() for name, t in tensors.items() if t is not None}
     return {
         circuit_tracer.CONFIGS[0]: _yaml(settings),

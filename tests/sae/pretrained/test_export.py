@@ -226,7 +226,7 @@ def test_saelens_is_told_model_place_and_training(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "form"),
-    [("relu", {}), ("jumprelu", {"skip": True}), ("topk", {}), ("relu", {"b_in": "b_dec"})],
+    [("relu", {}), ("jumprelu", {"skip": True}), ("batchtopk", {}), ("relu", {"b_in": "b_dec"})],
 )
 def test_a_transcoder_in_circuit_tracer_s_layout(tmp_path, kind, form):
     dictionary = filled(kind, **{"b_in": "none"} | form)
@@ -235,7 +235,6 @@ def test_a_transcoder_in_circuit_tracer_s_layout(tmp_path, kind, form):
     assert 'model_kind: "transcoder_set"' in settings
     assert 'feature_input_hook: "mlp.hook_in"' in settings
     assert 'feature_output_hook: "hook_mlp_out"' in settings
-    assert ("k: 3" in settings) == (kind == "topk")
     read = sae.load(tmp_path / "layer_3.safetensors", format="circuit_tracer")
     same_function(read, dictionary)
 
@@ -246,6 +245,7 @@ def test_a_transcoder_in_circuit_tracer_s_layout(tmp_path, kind, form):
         ("relu", {}, "got 'none' and 'none'"),
         ("relu", TRAINED | {"hook_name_out": "blocks.4.hook_mlp_out"}, "in one block"),
         ("gated", TRAINED, "must be one of"),
+        ("topk", TRAINED, "must be one of .'relu', 'jumprelu'. to be written as circuit_tracer"),
     ],
 )
 def test_what_circuit_tracer_has_no_form_for(tmp_path, kind, site, message):
