@@ -3,6 +3,7 @@
 Debian: apt-get install slurmctld slurmd slurm-client munge
 """
 
+import getpass
 import json
 import os
 import re
@@ -104,6 +105,8 @@ def cluster(tmp_path, monkeypatch) -> Iterator[Path]:
         until(idle, path, "two idle nodes")
         yield path
     finally:
+        said("scancel", "--signal=KILL", "--full", "--state=RUNNING", f"--user={getpass.getuser()}")
+        time.sleep(1)  # what a failed test leaves must not go on
         for process in reversed(processes):
             process.terminate()
             process.wait(timeout=30)
