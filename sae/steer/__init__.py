@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sae.steer.config import SteerConfig, SweepConfig
     from sae.steer.edits import Edit, Patch, Push, Splice
     from sae.steer.generation import Effect, generate, measure_effect
-    from sae.steer.paths import integrated_gradients
+    from sae.steer.paths import MetricOfLatents, integrated_gradients
     from sae.steer.positions import Patches
     from sae.steer.search import find_latents, nearest_latents
     from sae.steer.steering import Count, Steering
@@ -30,6 +30,7 @@ __all__ = [
     "Count",
     "Edit",
     "Effect",
+    "MetricOfLatents",
     "Patch",
     "Patches",
     "Push",
@@ -62,6 +63,7 @@ _HOME = {
     "Count": "sae.steer.steering",
     "Edit": "sae.steer.edits",
     "Effect": "sae.steer.generation",
+    "MetricOfLatents": "sae.steer.paths",
     "Patch": "sae.steer.edits",
     "Patches": "sae.steer.positions",
     "Push": "sae.steer.edits",

@@ -1,5 +1,7 @@
 """Integrated gradients of latents: gradients averaged along a path to the stream as it is.
 
+And a prompt's metric as a module whose input is its latents, for captum and what else takes one.
+
 Where the path begins decides what it says (Sundararajan et al. 2017, arXiv 1703.01365; Sturmfels et
 al. 2020): a latent gets what it adds beyond what it has there. So several baselines stand side by
 side, and how far they agree.
@@ -40,6 +42,55 @@ class PathAttribution(NamedTuple):
     def gap(self) -> float:
         """|total - difference| / |difference|: 0 where the path is followed exactly."""
         return abs(self.total - self.difference) / max(abs(self.difference), 1e-12)
+
+
+class MetricOfLatents(nn.Module):
+    """A metric as a function of the activations of a prompt's latents; biases and error stay.
+
+    captum's methods take it as it is, and zeros are latents that are off:
+
+        f = MetricOfLatents(model, placed, ids, logit_difference(paris, rome))
+        scores = captum.attr.IntegratedGradients(f).attribute(f.activations)
+        position, latent = f.entries[int(scores.argmax())]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        placed: SparseAutoencoder,
+        input_ids: Int[Tensor, "example pos"],
+        metric: Metric,
+        *,
+        first_position: int = 1,
+    ) -> None:
+        """Read the prompt once.
+
+        Args:
+            model: A model in evaluation mode.
+            placed: The dictionary and where it reads and writes.
+            input_ids: One prompt.
+            metric: Of the logits.
+            first_position: Latents at positions below this one are not among the inputs.
+        """
+        super().__init__()
+        seen = see(model, placed, input_ids, first_position)
+        position, place = (seen.latents.values != 0).nonzero(as_tuple=True)
+        numbers = seen.latents.indices[position, place]
+        self._asked = (model, placed, seen.ids, metric)  # a tuple: their weights are not ours
+        self._position = position
+        self._added = directions_of(placed, numbers) * seen.size[position]
+        self.entries = list(zip(position.tolist(), numbers.tolist(), strict=True))
+        """Position and latent of each input."""
+        self.activations = seen.latents.values[position, place][None]
+        """The inputs as they are, (1, entry); the entries that fire."""
+
+    def forward(self, activations: Float[Tensor, "example entry"]) -> Float[Tensor, " example"]:
+        """The metric with these activations in the place of the prompt's own."""
+        model, placed, ids, metric = self._asked
+        change = (activations - self.activations)[:, :, None] * self._added
+        moved = change.new_zeros(len(change), ids.shape[1], change.shape[2])
+        moved = moved.index_add(1, self._position, change)
+        return metric_at(model, placed, ids.expand(len(change), -1), metric, moved)[0]
 
 
 class _Start(NamedTuple):

@@ -15,7 +15,7 @@ from sae.steer.attribution import (
     logit_difference,
     see,
 )
-from sae.steer.paths import agreements, integrated_gradients
+from sae.steer.paths import MetricOfLatents, agreements, integrated_gradients
 from tests.families import make
 
 IDS = torch.randint(1, 37, (1, 7), generator=torch.Generator().manual_seed(2))
@@ -84,6 +84,37 @@ def test_baselines_agree_with_themselves(model, placed):
     agreed = agreements(paths)
     assert agreed["off"] == pytest.approx(1)
     assert -1 <= agreed["zero"] < 1
+
+
+def test_what_takes_a_module_gets_the_same_scores_from_latents_as_inputs(model, placed):
+    """Gradient times input, one latent taken out, and a path from zeros, all from outside."""
+    f = MetricOfLatents(model, placed, IDS, METRIC)
+    a = f.activations.clone().requires_grad_()
+    assert f(a).item() == pytest.approx(METRIC(model(IDS).logits).item(), rel=1e-5)
+
+    (gradient,) = torch.autograd.grad(f(a).sum(), a)
+    ours = attribute(model, placed, IDS, METRIC)
+    where = {entry: i for i, entry in enumerate(f.entries)}
+    scores = torch.zeros_like(f.activations[0])
+    for position, latent, score in ours.top(int((ours.latents.values != 0).sum())):
+        scores[where[position, latent]] = score
+    torch.testing.assert_close((gradient * a)[0], scores, rtol=1e-4, atol=1e-5)
+
+    without = f.activations * (1 - torch.eye(len(f.entries)))
+    effects = ablation_effects(model, placed, IDS, METRIC, f.entries)
+    torch.testing.assert_close(f(f.activations) - f(without), effects, rtol=1e-3, atol=1e-4)
+
+    steps = ((torch.arange(200) + 0.5) / 200)[:, None].to(a) * a.detach()
+    (along,) = torch.autograd.grad(f(steps.requires_grad_()).sum(), steps)
+    path = integrated_gradients(model, placed, IDS, METRIC, n_steps=512)
+    assert float((along.mean(dim=0) * a.detach()).sum()) == pytest.approx(path.total, rel=1e-3)
+
+
+def test_a_batch_of_inputs_does_not_mix(model, placed):
+    f = MetricOfLatents(model, placed, IDS, METRIC)
+    inputs = torch.cat([f.activations, 0 * f.activations, 2 * f.activations])
+    torch.testing.assert_close(f(inputs), torch.cat([f(x[None]) for x in inputs]))
+    assert not list(f.parameters())
 
 
 def test_ablation_takes_the_direction_out_at_one_position(model, placed, hook_point):
