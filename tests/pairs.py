@@ -53,8 +53,8 @@ def clip(path: Path, words: Iterable[str], *, context: int = 13, **eyes: int) ->
     """Write a CLIP of random weights, whose texts are pooled at their end token."""
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = word_tokenizer(words, path, begins=True)
-    text: dict[str, Any] = {**WIDE, "vocab_size": len(tokenizer), "max_position_embeddings": context,
-            "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}  # fmt: skip
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": context}
+    text = {**WIDE, **size, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     torch.manual_seed(5)
     config = CLIPConfig(text_config=text, vision_config={**EYES, **eyes}, projection_dim=17)
     CLIPModel(config).save_pretrained(path)
@@ -66,9 +66,9 @@ def siglip(path: Path, words: Iterable[str], *, context: int = 13, width: int = 
     """Write a SigLIP of random weights, whose texts are pooled at their last position."""
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = word_tokenizer(words, path, begins=False)
-    text: dict[str, Any] = {**WIDE, "vocab_size": len(tokenizer), "max_position_embeddings": context,
-            "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 3,
-            "projection_size": width}  # fmt: skip
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": context}
+    text = {**WIDE, **size, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 3}
+    text["projection_size"] = width
     torch.manual_seed(5)
     SiglipModel(SiglipConfig(text_config=text, vision_config=EYES)).save_pretrained(path)
     file = path / "tokenizer_config.json"  # as the published files name it

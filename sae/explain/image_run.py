@@ -1,8 +1,8 @@
-"""Explain a dictionary of images: encode, label by classes, score on other images, write."""
+"""Explain a dictionary of images: encode, label by classes or words, score on others, write."""
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from sae.baselines import baseline_dictionary
 from sae.explain.config import ExplainConfig
 from sae.explain.examples import Context
 from sae.explain.image_firings import ImagePart, top_pictures
-from sae.explain.image_labels import Concepts, concepts_of, mutual_information
+from sae.explain.image_labels import ByClass, ByWords, Words, by_words, concepts_of
 from sae.explain.image_summary import ImageLabelScorer, ImageSummary, Scored
 from sae.explain.scores import Mean
 from sae.explain.tables import LatentRecord, write_tables
@@ -42,6 +42,8 @@ class Pictures:
     """What the image of each example is called."""
     n_patches: int
     """Patches of an image; row by row they are the first token numbers."""
+    words: Words | None = None
+    """Words and every image in one space; needed where the config asks for words."""
 
 
 class ExplainedImages(NamedTuple):
@@ -51,6 +53,8 @@ class ExplainedImages(NamedTuple):
     """Of its own latents."""
     untrained: dict[str, ImageSummary]
     """Of random directions and raw neurons that are as dense as its latents."""
+    words: Mapping[str, Any]
+    """What is recorded of the towers, where labels are words; else empty."""
 
 
 def explain_images(
@@ -62,7 +66,9 @@ def explain_images(
     *,
     progress: Progress | None = None,
 ) -> ExplainedImages:
-    """Label all latents by classes on the explain split and score the labels on the score split.
+    """Label all latents on the explain split and score the labels on the score split.
+
+    Labels are classes and groups of them, or with `images.words` words.
 
     Needs 4 bytes for each image and latent beside the firings.
 
@@ -79,16 +85,21 @@ def explain_images(
     """
     report = progress or silent
     cache, images = pictures.cache, config.images
-    concepts = concepts_of(cache.label_names, images.group_separator)
-    parts = [ImagePart(dictionary, cache, hook_point, s, report) for s in ("explain", "score")]
-    d_sae = parts[0].codes.d_sae
-    seen = [part.seen(0, d_sae) for part in parts]
-    result = ImageLabelScorer(seen[0], seen[1], concepts, images, config.seed).scored()
-    arms = _untrained(parts, pictures.cache, hook_point, concepts, config, report)
-    explained = ExplainedImages(result.summary, arms)
+    if images.words is None:
+        concepts_of(cache.label_names, images.group_separator)  # refused before rows are encoded
+    parts = [
+        ImagePart(dictionary, cache, hook_point, s, report, any_class=images.words is not None)
+        for s in ("explain", "score")
+    ]
+    said, d_sae = _said(parts, pictures, config), parts[0].codes.d_sae
+    result = ImageLabelScorer(parts[0].peaks, parts[1].peaks, said, images, config.seed).scored()
+    arms = _untrained(parts, pictures.cache, hook_point, said, config, report)
+    explained = ExplainedImages(
+        result.summary, arms, pictures.words.facts if pictures.words else {}
+    )
     if out_dir is None:
         return explained
-    records = (_record(result, parts, concepts, config, latent) for latent in range(d_sae))
+    records = (_record(result, parts, said, config, latent) for latent in range(d_sae))
     examples = _examples(parts, pictures, config, report)
     n_rows = {f"n_rows_{part.split}": part.codes.n_rows for part in parts}
     summary = {
@@ -96,17 +107,33 @@ def explain_images(
         **n_rows,
         "baselines": {name: _flat(arm) for name, arm in arms.items()},
         "config": dataclasses.asdict(config),
+        **({} if pictures.words is None else {"words": dict(pictures.words.facts)}),
     }
     n_examples = images.top_images + 5 * images.bucket_images
     write_tables(out_dir, records, examples, n_examples, summary)
     return explained
 
 
+def _said(
+    parts: Sequence[ImagePart], pictures: Pictures, config: ExplainConfig
+) -> ByClass | ByWords:
+    """What the labels may say, and which images of the two splits have it."""
+    cache, images = pictures.cache, config.images
+    if images.words is None:
+        concepts = concepts_of(cache.label_names, images.group_separator)
+        has = [concepts.has(part.classes) for part in parts]
+        return ByClass(concepts, (has[0], has[1]), images)
+    assert pictures.words is not None, "the caller embeds the words that the config names"
+    folders, numbers = (parts[1].classes, cache.label_names), [part.numbers for part in parts]
+    where = (numbers[0], numbers[1])
+    return by_words(pictures.words, where, folders, images, config.words_per_label)
+
+
 def _untrained(
     parts: Sequence[ImagePart],
     cache: Cache,
     hook_point: str,
-    concepts: Concepts,
+    said: ByClass | ByWords,
     config: ExplainConfig,
     report: Progress,
 ) -> dict[str, ImageSummary]:
@@ -121,11 +148,15 @@ def _untrained(
     rows = cache[hook_point][ids[:: max(1, len(ids) // SAMPLE)]].cpu()
     wanted = np.clip(density[places], 1 / len(rows), 0.5).tolist()
     untrained = baseline_dictionary(rows, n, wanted, config.seed)
-    on = [ImagePart(untrained, cache, hook_point, part.split, report) for part in parts]
+    any_class = config.images.words is not None
+    on = [
+        ImagePart(untrained, cache, hook_point, part.split, report, any_class=any_class)
+        for part in parts
+    ]
     results = {}
     for first, name in ((0, "random directions"), (n, "raw neurons")):
-        seen = [part.seen(first, first + n) for part in on]
-        judge = ImageLabelScorer(seen[0], seen[1], concepts, config.images, config.seed)
+        peaks = [part.peaks[:, first : first + n] for part in on]
+        judge = ImageLabelScorer(peaks[0], peaks[1], said, config.images, config.seed)
         results[name] = judge.scored().summary
     return results
 
@@ -143,15 +174,16 @@ def _examples(
 def _record(
     result: Scored,
     parts: Sequence[ImagePart],
-    concepts: Concepts,
+    said: ByClass | ByWords,
     config: ExplainConfig,
     latent: int,
 ) -> LatentRecord:
     labels, status = result.labels, result.status[latent]
-    best = int(labels.concept[config.images.method][latent]) if status == "scored" else -1
-    listed = _listed(result, latent, best, config)
+    best = int(labels.concept[said.method][latent]) if status == "scored" else -1
+    ranks = _listed(result, latent, best, config)
+    listed = [int(labels.order[latent, rank]) for rank in ranks]
     n_images, n_fired = parts[0].n_images, int((parts[0].peaks[:, latent] > 0).sum())
-    joint = [int(labels.joint[latent, i]) for i in listed]
+    joint = [int(labels.joint[latent, rank]) for rank in ranks]
     n_has = [int(labels.n_has[i]) for i in listed]
     each = list(zip(joint, n_has, strict=True))
     known = [mutual_information(j, n_fired, n, n_images) for j, n in each]
@@ -163,15 +195,15 @@ def _record(
     return LatentRecord(
         latent=latent,
         status=status,
-        label=concepts.names[best] if best >= 0 else "",
-        kind=concepts.kind(best) if best >= 0 else "",
-        words=tuple(concepts.names[i] for i in listed),
+        label=said.names[best] if best >= 0 else "",
+        kind=said.kind(best) if best >= 0 else "",
+        words=tuple(said.names[i] for i in listed),
         weights=tuple(weights),
         joint=tuple(joint),
         information=tuple(information for information, _ in known),
         npmi=tuple(npmi for _, npmi in known),
         gain=None,
-        p_value=float(labels.p_value[latent, best]) if best >= 0 else None,
+        p_value=float(labels.p_value[latent, ranks[0]]) if ranks else None,
         auc=_known(float(result.scores.auc[latent])),
         low=_known(float(result.scores.low[latent])),
         high=_known(float(result.scores.high[latent])),
@@ -185,15 +217,15 @@ def _record(
         p_held_out=_known(float(result.scores.p_value[latent])),
         auc_strong=None,
         p_strong=None,
-        **_curve(parts[1], concepts, best, latent),
+        **_curve(parts[1], said, best, latent),
     )
 
 
-def _curve(part: ImagePart, concepts: Concepts, best: int, latent: int) -> dict[str, Any]:
-    """Share of the images with the label's class by steps of the latent's peak, unseen images."""
+def _curve(part: ImagePart, said: ByClass | ByWords, best: int, latent: int) -> dict[str, Any]:
+    """Share of the images with what the label says by steps of the latent's peak, unseen images."""
     if best < 0:
         return {"curve": (), "curve_n": (), "base": None}
-    has, peaks = concepts.has(part.classes)[:, best], part.peaks[:, latent]
+    has, peaks = said.has[1][:, best], part.peaks[:, latent]
     step = np.ceil(peaks / max(float(peaks.max()), 1e-12) * N_STEPS).astype(int)
     inside = [has[step == i] for i in range(1, N_STEPS + 1)]
     shares = tuple(float(each.mean()) if len(each) else None for each in inside)
@@ -205,14 +237,29 @@ def _curve(part: ImagePart, concepts: Concepts, best: int, latent: int) -> dict[
 
 
 def _listed(result: Scored, latent: int, best: int, config: ExplainConfig) -> list[int]:
-    """The label's concept, then others that are certain too."""
+    """The rank of the label's concept, then of others that may stand beside it."""
     if best < 0:
         return []
-    labels = result.labels
-    certain = [
-        int(i) for i in labels.order[latent] if labels.p_value[latent, i] <= config.images.max_p
-    ]
-    return [best, *(i for i in certain if i != best)][: config.words_per_label]
+    order, listed = result.labels.order[latent], result.labels.listed[latent]
+    first = int(np.flatnonzero(order == best)[0])
+    others = [int(rank) for rank in np.flatnonzero(listed) if rank != first]
+    return [first, *others][: config.words_per_label]
+
+
+def mutual_information(joint: int, n_fired: int, n_has: int, n_images: int) -> tuple[float, float]:
+    """Of firing and having, over images: in nats, and NPMI (-1: never together)."""
+    table = np.array([
+        [joint, n_fired - joint],
+        [n_has - joint, n_images - n_fired - n_has + joint],
+    ]) / n_images  # fmt: skip
+    expected = np.outer(table.sum(axis=1), table.sum(axis=0))
+    there = table > 0
+    information = float((table[there] * np.log(table[there] / expected[there])).sum())
+    share = float(table[0, 0])
+    if share <= 0:
+        return information, -1.0
+    npmi = 1.0 if share == 1 else float(np.log(share / expected[0, 0]) / -np.log(share))
+    return information, npmi
 
 
 def _known(value: float) -> float | None:
