@@ -13,10 +13,14 @@ from PIL import Image, ImageDraw
 
 from activations_cache import CacheFormatError
 from activations_cache.testing import synthetic_plan, write_synthetic
+from sae import run as sae_run
 from sae.cli import main
 from sae.evaluate.report import read_json
 from sae.explain import read_latents
+from sae.explain.config import ExplainConfig, ImageLabelConfig, WordsConfig
+from sae.explain.image_run import ExplainedImages
 from sae.explain.tables import read_examples
+from tests import pairs
 
 CLASSES = ("dark-disc", "dark-square", "red-disc")
 N_EACH, SIDE = 41, 28
@@ -46,6 +50,11 @@ def packed(path: Path, classes=CLASSES, n=N_EACH, broken=0, once=()) -> Path:
                 entry.size = len(data)
                 archive.addfile(entry, io.BytesIO(data))
     return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MONOSEMA_CACHE", str(tmp_path / "user"))
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +257,78 @@ def test_what_is_of_images_is_refused_for_texts(config, run, tmp_path, capsys):
     code = sae("explain", run / "train" / "topk", "images.max_p=0.5", "--cache", synthetic.path)
     assert code == 1
     assert "explain.images must be absent where the cache is of texts, got one" in one_line(capsys)
+
+
+@pytest.fixture(scope="module")
+def tower(config) -> Path:
+    return pairs.clip(config.parent / "clip", ["dark red green disc square dot"])
+
+
+def test_words_of_a_text_tower_are_labels(run, tower, tmp_path, capsys):
+    words = tmp_path / "words.txt"
+    words.write_text("dark disc\ndark square\nred disc\ngreen dot\nred square\n")
+    given = [f"images.words.tower={tower}", f"images.words.concepts={words}"]
+    command = ["explain", run / "train" / "topk", "--cache", run / "cache", *given]
+    assert sae(*command, "--out", tmp_path / "out", "images.words.share=0.3") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "5 words by clip dissect of" in out
+    assert "over exchanged" in out
+    records = read_latents(tmp_path / "out" / "latents.parquet")
+    labelled = [record for record in records if record.status == "scored"]
+    assert {r.label for r in labelled} <= set(words.read_text().splitlines())
+    assert {r.kind for r in labelled} == {"image word"}
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["words"]["n_concepts"] == 5
+    assert 0 < summary["words"]["modality_gap"] <= 2
+    told = sae_run.explain(
+        run / "train" / "topk", run / "cache", out=tmp_path / "again",
+        config=ExplainConfig(images=ImageLabelConfig(
+            words=WordsConfig(tower=str(tower), concepts=str(words), share=0.3))),
+    )  # fmt: skip
+    assert isinstance(told.labels, ExplainedImages)
+    assert told.labels.summary.auc.mean == summary["auc"]["mean"]
+    assert told.labels.words == summary["words"]
+
+
+def test_a_run_labels_images_of_one_folder_by_words_and_shows_them(config, tower, tmp_path, capsys):
+    one = packed(tmp_path / "one.tar", CLASSES[:1], n=101)
+    words = tmp_path / "words.txt"
+    words.write_text("dark disc\nred square\ngreen dot\n")
+    record = json.loads(config.read_text())
+    record["output"] = str(tmp_path / "run")
+    record["cache"]["images"]["sources"] = [{"path": str(one)}]
+    record["train"]["epochs"] = 1
+    record["explain"]["images"] = {"words": {"tower": str(tower), "concepts": str(words)}}
+    file = tmp_path / "one.yaml"
+    wrong = "explain.images.words.tower=" + record["cache"]["model"]["path"]
+    file.write_text(json.dumps(record))
+    assert sae("run", file, wrong) == 1
+    assert "must have a tower for texts beside that for images, got ViTModel" in one_line(capsys)
+    assert not (tmp_path / "run" / "train").exists()
+    assert sae("run", file) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "3 words by clip dissect of" in out
+    assert re.search(r"topk-frozen: AUC of words less that of other latents' words [+-]\.?\d", out)
+    data = (tmp_path / "run" / "browse" / "data" / "d0" / "latents" / "0.js").read_text()
+    assert "permuted images score as well in " in data
+    assert '"label_kind":"image word"' in data
+
+
+def test_words_that_do_not_fit_are_refused_in_one_line(run, tower, tmp_path, capsys):
+    words = tmp_path / "words.txt"
+    command = ["explain", run / "train" / "topk", "--cache", run / "cache", "--out", tmp_path / "o"]
+    for given, message in {
+        f"images.words.tower={tmp_path / 'none'}": "none must be a directory, a *.gguf file",
+        f"images.words.concepts={words}": f"concepts must be an existing file, got {words}",
+        "images.words.method=wpmi": "images.words.method must be",
+        "images.method=soft_wpmi": "method must be absent where images.words is given, got",
+    }.items():
+        assert sae(*command, f"images.words.tower={tower}", given) in (1, 2)
+        assert message in one_line(capsys)
+    words.write_text("dark disc\n" + "dark " * 12 + "\n")
+    given = (f"images.words.tower={tower}", f"images.words.concepts={words}")
+    assert sae(*command, *given) == 1
+    assert "each text must have at most 13 tokens for" in one_line(capsys)
 
 
 def test_a_vision_model_is_no_model_of_text(run, capsys):
