@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -178,6 +179,29 @@ class Towers:
             result[part] = _of_images(self.model, pixels)
             progress(min(part.stop, len(examples)), len(examples), "images embedded")
         return result
+
+
+class ZeroShot(nn.Module):
+    """The tower for images, and a logit for each of some texts: scale x cosine.
+
+    Hook points are those of the tower alone, as `load_vision_model` has them. The result has the
+    logits of one position, as a language model's are those of its tokens.
+    """
+
+    def __init__(self, towers: Towers, texts: Float[Tensor, "word d_model"]) -> None:
+        """Take both; the weights are shared."""
+        super().__init__()
+        self.towers = towers
+        for name, part in cast(nn.Module, towers.model.vision_model).named_children():
+            self.add_module(name, part)
+        self.register_buffer("texts", texts.to(towers.device))
+
+    def forward(self, pixels: Float[Tensor, "example 3 size size"]) -> SimpleNamespace:
+        """Return the logits, (example, 1, word)."""
+        rows = cast(Any, self.towers.model).get_image_features(pixel_values=pixels)
+        rows = rows if isinstance(rows, Tensor) else rows.pooler_output
+        cosine = nn.functional.normalize(rows.float(), dim=1) @ cast(Tensor, self.texts).T
+        return SimpleNamespace(logits=(cosine * (self.towers.scale or 1.0))[:, None])
 
 
 def load_towers(config: ModelConfig, *, progress: Progress = silent) -> Towers:

@@ -237,6 +237,11 @@ def _lift(
     return float((share - (weight @ has / weight.sum())[concept]).mean())
 
 
+def spoken(name: str) -> str:
+    """A folder's name as words: "food-fruit" and "food_fruit" are "food fruit"."""
+    return " ".join(name.replace("-", " ").replace("_", " ").split())
+
+
 def text_cosine(
     directions: Float[Tensor, "d_sae d_model"],
     texts: Float[Tensor, "word d_model"],

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from monosema.checks import MonosemaError
 from sae.explain.config import ImageLabelConfig, Method, WordsConfig
-from sae.explain.image_firings import splice, text_cosine
+from sae.explain.image_firings import splice, spoken, text_cosine
 
 _WORDS_AT_ONCE = 2048
 _LEAST_P = 1e-7
@@ -338,8 +338,8 @@ def by_words(
     assert config.words is not None, "only called where there are words"
     has = tuple(_likeliest(words, numbers, config.words.share) for numbers in examples)
     classes, names = folders
-    number = {name.casefold(): i for i, name in enumerate(names)}
-    of_word = np.array([number.get(name.casefold(), -2) for name in words.names])
+    number = {spoken(name).casefold(): i for i, name in enumerate(names)}
+    of_word = np.array([number.get(spoken(name).casefold(), -2) for name in words.names])
     in_folder = classes[:, None] == of_word if (of_word >= 0).sum() > 1 else None
     seen = words.images[torch.from_numpy(examples[0])]
     return ByWords(

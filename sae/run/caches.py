@@ -37,6 +37,7 @@ from activations_cache.vision import LoadedVisionModel, load_any_model
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.geometry import modality_gap
 from sae.explain.config import WordsConfig
+from sae.explain.image_firings import spoken
 from sae.explain.image_labels import Words, concepts_of
 from sae.run.context import (
     CacheOrPath,
@@ -330,7 +331,8 @@ def words_of(cache: ActivationCache, config: WordsConfig | None, report: Progres
     """
     if config is None:
         return None
-    names = read_concepts(config.concepts, config.field) if config.concepts else cache.label_names
+    folders = list(dict.fromkeys(map(spoken, cache.label_names)))
+    names = read_concepts(config.concepts, config.field) if config.concepts else folders
     if len(names) < 2:
         raise MonosemaError(
             f"images.words.concepts must name a file where images lie in fewer than two folders, "

@@ -9,10 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
-from activations_cache import CacheFormatError
+import activations_cache
+from activations_cache import CacheFormatError, capture
+from activations_cache.config import ModelConfig
+from activations_cache.image_rows import CachedImages
 from activations_cache.testing import synthetic_plan, write_synthetic
+from activations_cache.towers import ZeroShot, load_towers
+from activations_cache.vision import load_vision_model
 from sae import run as sae_run
 from sae.cli import main
 from sae.evaluate.report import read_json
@@ -20,6 +26,9 @@ from sae.explain import read_latents
 from sae.explain.config import ExplainConfig, ImageLabelConfig, WordsConfig
 from sae.explain.image_run import ExplainedImages
 from sae.explain.tables import read_examples
+from sae.pretrained import load as load_dictionary
+from sae.run.context import model_of
+from sae.steer import Edit, Patches, Steering
 from tests import pairs
 
 CLASSES = ("dark-disc", "dark-square", "red-disc")
@@ -298,9 +307,11 @@ def test_a_run_labels_images_of_one_folder_by_words_and_shows_them(config, tower
     record["output"] = str(tmp_path / "run")
     record["cache"]["images"]["sources"] = [{"path": str(one)}]
     record["train"]["epochs"] = 1
+    wrong = "explain.images.words.tower=" + record["cache"]["model"]["path"]
+    record["cache"]["model"]["path"] = str(tower)  # its own patches
+    record["cache"]["hook_points"] = ["encoder.layers.0:out"]
     record["explain"]["images"] = {"words": {"tower": str(tower), "concepts": str(words)}}
     file = tmp_path / "one.yaml"
-    wrong = "explain.images.words.tower=" + record["cache"]["model"]["path"]
     file.write_text(json.dumps(record))
     assert sae("run", file, wrong) == 1
     assert "must have a tower for texts beside that for images, got ViTModel" in one_line(capsys)
@@ -312,6 +323,72 @@ def test_a_run_labels_images_of_one_folder_by_words_and_shows_them(config, tower
     data = (tmp_path / "run" / "browse" / "data" / "d0" / "latents" / "0.js").read_text()
     assert "permuted images score as well in " in data
     assert '"label_kind":"image word"' in data
+    pictures(tmp_path)
+    find = ["find", tmp_path / "run" / "train" / "topk", f"cache={tmp_path / 'run' / 'cache'}"]
+    assert sae(*find, "--prompt", tmp_path / "0.png", "target=dark disc", "against=green dot",
+               "baselines=[off, zero]", "n=4") == 0  # fmt: skip
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"'dark disc' for {tmp_path / '0.png'}" in out
+    assert re.search(r"row [1-4], column [1-4] .*off: \+?-?\d", out)
+    assert re.search(r"ablations attribution correlates 0?\.\d+ with the effect", out)
+    assert sae(*find, "--prompt", tmp_path / "0.png", "target=dark", "baselines=[mean]") == 1
+    assert "baselines must be off or zero for a picture, got mean" in one_line(capsys)
+    dictionary = load_dictionary(tmp_path / "run" / "train" / "topk").at("encoder.layers.0:out")
+    towers = load_towers(ModelConfig(path=str(tower), dtype="float32"))
+    model, pixels = ZeroShot(towers, towers.texts(["red", "dark"])), torch.zeros(2, 3, SIDE, SIDE)
+    base = model(pixels).logits
+    edits = [Edit(dictionary, latent=5, clamp=3.0)]
+    with Steering(model, edits, positions=Patches(n_prefix=1)) as steering:
+        steered = model(pixels).logits
+    assert steering.counts[0].n_chosen == 2 * 16
+    assert (steered - base).abs().min() > 1e-4
+
+
+def pictures(path: Path) -> list[Path]:
+    """Two dark discs, then two red squares."""
+    made = np.random.default_rng(5)
+    files = [path / f"{i}.png" for i in range(4)]
+    for file, name in zip(
+        files, ("dark-disc", "dark-disc", "red-square", "red-square"), strict=True
+    ):
+        file.write_bytes(drawing(name, made))
+    return files
+
+
+def test_latents_are_found_by_pictures(run, tmp_path, capsys):
+    files = pictures(tmp_path)
+    cache = activations_cache.open(run / "cache")
+    find = ["find", run / "train" / "topk", "n=67"]
+    both = [*find, "--pos", files[0], "--pos", files[1]]
+    assert sae(*both, "--neg", files[2], f"cache={cache.path}") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "fire in all of 2 pictures and in none of 1" in out
+    assert re.search(r"row [1-4], column [1-4]; row [1-4], column [1-4]", out)
+    matches = sae_run.find(
+        run / "train" / "topk", pos=tuple(map(str, files[:2])), neg=(str(files[2]),), n=67,
+        cache=str(cache.path),
+    )  # fmt: skip
+    tower, dictionary = load_vision_model(model_of(cache)), load_dictionary(run / "train" / "topk")
+    made = CachedImages(cache).preprocessing
+    peaks = []
+    for file in files[:3]:
+        with capture(tower.model, ["layers.1:out"]) as forward:
+            rows = forward(torch.from_numpy(made(Image.open(file)))[None])["layers.1:out"][0, 1:]
+        peaks.append(dictionary.encode_dense(rows).amax(dim=0) > 0)
+    expected = (peaks[0] & peaks[1] & ~peaks[2]).nonzero().flatten().tolist()
+    assert sorted(matches.latents) == expected
+    for given, message in {
+        ("where=last",): "where must be absent for pictures, got 'last'",
+        ("--neg", str(tmp_path / "no.png")): "a picture must be an existing file, got ",
+        ("--neg", str(run / "run.yaml")): "run.yaml must be a picture, got UnidentifiedImageError",
+        (): "preprocessing.mean must be given where the model comes without settings",
+    }.items():
+        where = [f"cache={cache.path}"] if given else []
+        assert sae(*both, *given, *where) == 1
+        assert message in one_line(capsys)
+    prompt = ["--prompt", str(files[0]), "target=dark"]
+    assert sae(*find, *prompt, f"cache={cache.path}") == 1
+    assert "must have a tower for texts beside that for images, got ViTModel" in one_line(capsys)
 
 
 def test_words_that_do_not_fit_are_refused_in_one_line(run, tower, tmp_path, capsys):
