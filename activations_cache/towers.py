@@ -6,6 +6,7 @@ pooling goes with, whether both sides are equally wide, whether texts are told a
 Embeddings are kept in the user's cache, one small file for each tower and list of texts or images.
 """
 
+import gzip
 import hashlib
 import json
 import math
@@ -354,7 +355,7 @@ def read_concepts(path: str, field: str = "text") -> list[str]:
     """Words or captions of a file, each once: a line of a .txt each, or a field of records.
 
     Args:
-        path: A .txt file, or .jsonl, .parquet or .arrow.
+        path: A .txt file, .jsonl or .parquet or .arrow (or these + .gz).
         field: Of a record.
 
     Raises:
@@ -362,13 +363,15 @@ def read_concepts(path: str, field: str = "text") -> list[str]:
         ValueError: If it cannot be read, or has fewer than two concepts.
     """
     texts: Iterable[str]
-    if path.endswith(".txt"):
+    if path.endswith((".txt", ".txt.gz")):
         file = Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"concepts must be an existing file, got {path}")
         try:
-            texts = file.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
+            data = file.read_bytes()
+            data = gzip.decompress(data) if path.endswith(".gz") else data
+            texts = data.decode("utf-8-sig").splitlines()
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
             raise MonosemaError(f"{path} must be text in UTF-8, got {one_line(error)}") from error
     else:
         texts = (document.text for document in documents(TextSource(path=path, field=field)))

@@ -311,10 +311,12 @@ def _behind_picture(
     words = [word for word in (request.target, request.against) if word is not None]
     model, pixels = ZeroShot(towers, towers.texts(words)), reader.pixels([request.prompt])
     metric = logit_difference(0, None if request.against is None else 1)
-    first = {"first_position": reader.n_prefix}
-    attributed = attribute(model, placed, pixels, metric, **first)
+    first = reader.n_prefix
+    attributed = attribute(model, placed, pixels, metric, first_position=first)
     paths = {
-        baseline: integrated_gradients(model, placed, pixels, metric, baseline=baseline, **first)
+        baseline: integrated_gradients(
+            model, placed, pixels, metric, baseline=baseline, first_position=first
+        )
         for baseline in request.baselines
     }
     with steps("ablate") as progress:

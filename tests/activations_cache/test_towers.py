@@ -1,5 +1,6 @@
 """Pairs of towers give texts and images what transformers gives them, or are refused by name."""
 
+import gzip
 import hashlib
 import json
 import shutil
@@ -156,6 +157,12 @@ def test_concepts_of_a_file_are_read_once_each(tmp_path):
     lines = [{"caption": "A dog."}, {"caption": "A cat.\nAsleep."}]
     records.write_text("\n".join(map(json.dumps, lines)))
     assert read_concepts(str(records), "caption") == ["A dog.", "A cat. Asleep."]
+    packed = tmp_path / "words.txt.gz"
+    packed.write_bytes(gzip.compress(b"red\nblue\n"))
+    assert read_concepts(str(packed)) == ["red", "blue"]
+    packed.write_bytes(b"red")
+    with pytest.raises(ValueError, match=r"words\.txt\.gz must be text in UTF-8, got BadGzipFile"):
+        read_concepts(str(packed))
     words.write_text("red\n\n")
     with pytest.raises(ValueError, match=r"at least two to be told apart, got 1 in .*words\.txt"):
         read_concepts(str(words))
