@@ -212,7 +212,9 @@ def steer(  # noqa: PLR0913  (options are parameters)
 def find(  # noqa: PLR0913
     path: Annotated[str, typer.Argument(metavar="DICT", help="A dictionary.")],
     overrides: Overrides = None,
-    pos: Annotated[list[str] | None, typer.Option(help="A text, or picture, in which it fires.")] = None,
+    pos: Annotated[
+        list[str] | None, typer.Option(help="A text, or picture, in which it fires.")
+    ] = None,
     neg: Annotated[list[str] | None, typer.Option(help="One in which it does not.")] = None,
     near: Annotated[int | None, typer.Option(help="Neighbours of this latent.")] = None,
     prompt: Annotated[str | None, typer.Option(help="With target=: what it depends on.")] = None,

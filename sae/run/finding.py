@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.config import ImagePreprocessing, ModelConfig
@@ -308,6 +308,7 @@ def _behind_picture(
         raise MonosemaError(f"baselines must be off or zero for a picture, got {unread[0]}")
     reader = _PictureReader(loaded, request)
     towers = load_towers(ModelConfig(path=loaded.provenance["path"], dtype="float32"))
+    nn.Module.to(towers.model, "cpu")  # where the dictionary is; there is but one picture
     words = [word for word in (request.target, request.against) if word is not None]
     model, pixels = ZeroShot(towers, towers.texts(words)), reader.pixels([request.prompt])
     metric = logit_difference(0, None if request.against is None else 1)
