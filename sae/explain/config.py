@@ -52,6 +52,8 @@ class ImageLabelConfig:
 
     words: WordsConfig | None = field(default=None, metadata=LATER)
     """Words of a text tower instead of classes; `method`, groups and `max_p` are not read then."""
+    captions: str | None = field(default=None, metadata=LATER)
+    """Records (.jsonl) with `image` and `text`: words of captions or reports instead of classes."""
     method: Literal["enrichment", "soft_wpmi"] = "enrichment"
     """What makes the labels of classes; the other one's score is reported beside it."""
     group_separator: str | None = None
@@ -75,10 +77,17 @@ class ImageLabelConfig:
         require(0 < self.max_p <= 1, "max_p", "lie above 0 and be at most 1", self.max_p)
         separator = self.group_separator
         require(separator != "", "group_separator", "not be empty", separator)
-        unread = {"method": "enrichment", "group_separator": None, "max_p": 0.05}
-        for name, default in unread.items() if self.words else ():
-            value, rule = getattr(self, name), "be absent where images.words is given"
-            require(value == default, name, rule, value)
+        unread = {"group_separator": None}
+        if self.words:
+            unread |= {"method": "enrichment", "max_p": 0.05, "captions": None}
+        for name, default in unread.items() if self.by_words else ():
+            what, value = "words" if self.words else "captions", getattr(self, name)
+            require(value == default, name, f"be absent where images.{what} is given", value)
+
+    @property
+    def by_words(self) -> bool:
+        """Whether labels are words, so that images need no classes."""
+        return self.words is not None or self.captions is not None
 
 
 CacheMode = Literal["read-write", "replay", "off"]
@@ -275,24 +284,17 @@ class AutointerpConfig:
 
     def __post_init__(self) -> None:
         """Check every field; ValueError names the first that is wrong."""
-        for name, least in {
-            "n_latents": 1,
-            "min_windows": 1,
-            "n_controls": 0,
-            "n_baseline": 0,
-        }.items():
-            require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
+        least = {"n_latents": 1, "min_windows": 1, "n_controls": 0, "n_baseline": 0}
+        for name, n in least.items():
+            require(getattr(self, name) >= n, name, f"be at least {n}", getattr(self, name))
         is_set = 0 < len(self.scorers) == len(set(self.scorers))
         require(is_set, "scorers", "be one or more scorers, each once", self.scorers)
         is_list = len(self.latents) == len(set(self.latents)) and min(self.latents, default=0) >= 0
         require(is_list, "latents", "be numbers of latents, each once", self.latents)
         for name in ("neuronpedia_model", "neuronpedia_layer"):
-            is_name = re.fullmatch(r"[\w.-]*", getattr(self, name)) and ".." not in getattr(
-                self, name
-            )
-            require(
-                bool(is_name), name, "be letters, digits, '-', '_' and '.'", getattr(self, name)
-            )
+            value, rule = getattr(self, name), "be letters, digits, '-', '_' and '.'"
+            is_name = re.fullmatch(r"[\w.-]*", value) and ".." not in value
+            require(bool(is_name), name, rule, value)
 
 
 @dataclass(frozen=True, kw_only=True)

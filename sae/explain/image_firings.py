@@ -8,9 +8,9 @@ Concepts by the direction of text embeddings: cosine with both modalities centre
 Windows of paired texts let an image latent be explained by the captions of its images.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -289,6 +289,15 @@ def splice(
     )  # fmt: skip
     model.fit(concepts.T.double().numpy(), z.T.double().numpy())
     return torch.from_numpy(model.coef_).reshape(len(z), len(concepts)).to(z)
+
+
+class Captions(NamedTuple):
+    """What was written about the images of a cache."""
+
+    texts: Sequence[str]
+    """One for each example of the cache."""
+    facts: Mapping[str, Any]
+    """What is recorded of them."""
 
 
 def caption_windows(latent: LatentWindows, captions: Sequence[str]) -> LatentWindows:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +11,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.baselines import baseline_dictionary
-from sae.explain.config import ExplainConfig
+from sae.explain.config import ExplainConfig, ImageLabelConfig
 from sae.explain.examples import Context
-from sae.explain.image_firings import ImagePart, top_pictures
-from sae.explain.image_labels import ByClass, ByWords, Words, by_words, concepts_of
+from sae.explain.image_firings import Captions, ImagePart, top_pictures
+from sae.explain.image_labels import (
+    ByClass,
+    ByWords,
+    Concepts,
+    Words,
+    by_words,
+    concepts_of,
+)
 from sae.explain.image_summary import ImageLabelScorer, ImageSummary, Scored
 from sae.explain.scores import Mean
 from sae.explain.tables import LatentRecord, write_tables
@@ -42,8 +51,8 @@ class Pictures:
     """What the image of each example is called."""
     n_patches: int
     """Patches of an image; row by row they are the first token numbers."""
-    words: Words | None = None
-    """Words and every image in one space; needed where the config asks for words."""
+    words: Words | Captions | None = None
+    """Words and every image in one space, or a caption of each; needed where the config says so."""
 
 
 class ExplainedImages(NamedTuple):
@@ -54,7 +63,7 @@ class ExplainedImages(NamedTuple):
     untrained: dict[str, ImageSummary]
     """Of random directions and raw neurons that are as dense as its latents."""
     words: Mapping[str, Any]
-    """What is recorded of the towers, where labels are words; else empty."""
+    """What is recorded of the towers or captions, where labels are words; else empty."""
 
 
 def explain_images(
@@ -68,7 +77,7 @@ def explain_images(
 ) -> ExplainedImages:
     """Label all latents on the explain split and score the labels on the score split.
 
-    Labels are classes and groups of them, or with `images.words` words.
+    Labels are classes and groups of them, or with `images.words` and `images.captions` words.
 
     Needs 4 bytes for each image and latent beside the firings.
 
@@ -85,18 +94,17 @@ def explain_images(
     """
     report = progress or silent
     cache, images = pictures.cache, config.images
-    if images.words is None:
+    if not images.by_words:
         concepts_of(cache.label_names, images.group_separator)  # refused before rows are encoded
     parts = [
-        ImagePart(dictionary, cache, hook_point, s, report, any_class=images.words is not None)
+        ImagePart(dictionary, cache, hook_point, s, report, any_class=images.by_words)
         for s in ("explain", "score")
     ]
     said, d_sae = _said(parts, pictures, config), parts[0].codes.d_sae
     result = ImageLabelScorer(parts[0].peaks, parts[1].peaks, said, images, config.seed).scored()
     arms = _untrained(parts, pictures.cache, hook_point, said, config, report)
-    explained = ExplainedImages(
-        result.summary, arms, pictures.words.facts if pictures.words else {}
-    )
+    facts = {**pictures.words.facts, "n_concepts": len(said.names)} if pictures.words else {}
+    explained = ExplainedImages(result.summary, arms, facts)
     if out_dir is None:
         return explained
     records = (_record(result, parts, said, config, latent) for latent in range(d_sae))
@@ -107,7 +115,7 @@ def explain_images(
         **n_rows,
         "baselines": {name: _flat(arm) for name, arm in arms.items()},
         "config": dataclasses.asdict(config),
-        **({} if pictures.words is None else {"words": dict(pictures.words.facts)}),
+        **({"words": facts} if facts else {}),
     }
     n_examples = images.top_images + 5 * images.bucket_images
     write_tables(out_dir, records, examples, n_examples, summary)
@@ -119,14 +127,43 @@ def _said(
 ) -> ByClass | ByWords:
     """What the labels may say, and which images of the two splits have it."""
     cache, images = pictures.cache, config.images
-    if images.words is None:
+    if isinstance(pictures.words, Captions):
+        return _by_captions(pictures.words, parts, images)
+    if pictures.words is None:
+        assert not images.by_words, "the caller reads what the config names"
         concepts = concepts_of(cache.label_names, images.group_separator)
         has = [concepts.has(part.classes) for part in parts]
         return ByClass(concepts, (has[0], has[1]), images)
-    assert pictures.words is not None, "the caller embeds the words that the config names"
     folders, numbers = (parts[1].classes, cache.label_names), [part.numbers for part in parts]
     where = (numbers[0], numbers[1])
     return by_words(pictures.words, where, folders, images, config.words_per_label)
+
+
+class _Written(Concepts):
+    """Words of captions."""
+
+    def kind(self, _concept: int) -> str:
+        """What a label is."""
+        return "image word"
+
+
+def _by_captions(
+    captions: Captions, parts: Sequence[ImagePart], images: ImageLabelConfig
+) -> ByClass:
+    """Words that at least `min_images` and at most half of the images to label from have."""
+    of_split = [
+        [set(re.findall(r"\w+", captions.texts[n].casefold())) for n in part.numbers.tolist()]
+        for part in parts
+    ]
+    counts, most = Counter(word for words in of_split[0] for word in words), len(of_split[0]) / 2
+    names = tuple(sorted(w for w, n in counts.items() if images.min_images <= n <= most))
+    if len(names) < 2:
+        raise MonosemaError(
+            f"captions must have at least two words that {images.min_images} to {most:.0f} of the "
+            f"images to label from have, got {len(names)}; write more, or lower images.min_images"
+        )
+    has = [np.array([[name in words for name in names] for words in part]) for part in of_split]
+    return ByClass(_Written(names, len(names), has[0]), (has[0], has[1]), images)
 
 
 def _untrained(
@@ -148,7 +185,7 @@ def _untrained(
     rows = cache[hook_point][ids[:: max(1, len(ids) // SAMPLE)]].cpu()
     wanted = np.clip(density[places], 1 / len(rows), 0.5).tolist()
     untrained = baseline_dictionary(rows, n, wanted, config.seed)
-    any_class = config.images.words is not None
+    any_class = config.images.by_words
     on = [
         ImagePart(untrained, cache, hook_point, part.split, report, any_class=any_class)
         for part in parts

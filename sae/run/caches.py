@@ -24,8 +24,10 @@ from activations_cache.config import (
     TextConfig,
     TextSource,
 )
+from activations_cache.documents import documents
 from activations_cache.hooks import noted_sites, sites
 from activations_cache.image_rows import CachedImages
+from activations_cache.images import read_images
 from activations_cache.importing import import_array
 from activations_cache.manifest import MANIFEST
 from activations_cache.models import LoadedModel
@@ -36,8 +38,8 @@ from activations_cache.towers import load_towers, read_concepts
 from activations_cache.vision import LoadedVisionModel, load_any_model
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.geometry import modality_gap
-from sae.explain.config import WordsConfig
-from sae.explain.image_firings import spoken
+from sae.explain.config import ImageLabelConfig, WordsConfig
+from sae.explain.image_firings import Captions, spoken
 from sae.explain.image_labels import Words, concepts_of
 from sae.run.context import (
     CacheOrPath,
@@ -320,17 +322,39 @@ def in_splits(cache: ActivationCache, splits: tuple[str, ...]) -> Bool[Tensor, "
     return torch.isin(cache.examples.split, wanted)
 
 
-def words_of(cache: ActivationCache, config: WordsConfig | None, report: Progress) -> Words | None:
-    """The words that labels may be and the images of a cache, embedded by a pair of towers.
-
-    Images that nothing is labelled or scored on are left at zero. None where no words are wanted.
+def words_of(
+    cache: ActivationCache, images: ImageLabelConfig, report: Progress
+) -> Words | Captions | None:
+    """What labels of words are made of; None where the config wants classes.
 
     Raises:
-        FileNotFoundError: If the towers, the concepts or the images are not there.
-        ValueError: If the towers do not fit, or there are fewer than two concepts.
+        FileNotFoundError: If the towers, the concepts, captions or images are not there.
+        ValueError: If the towers do not fit, there are fewer than two concepts, or an image has no
+            caption.
     """
-    if config is None:
-        return None
+    if images.captions is not None:
+        return _captions(cache, images.captions)
+    return None if images.words is None else _embedded(cache, images.words, report)
+
+
+def _captions(cache: ActivationCache, path: str) -> Captions:
+    source = TextSource(path=path, field="text", label="image")
+    known = {str(document.label): document.text for document in documents(source)}
+    names = [record.name for record in read_images(cache)]
+    if missing := [name for name in names if name not in known]:
+        raise MonosemaError(
+            f"{path} must have a record for each of {len(names)} images, got none for "
+            f"{len(missing)}, the first of them {missing[0]}; its field `image` is the name that "
+            "stands in images.jsonl of the cache"
+        )
+    return Captions([known[name] for name in names], {"captions": path})
+
+
+def _embedded(cache: ActivationCache, config: WordsConfig, report: Progress) -> Words:
+    """Words and the images of a cache, through the towers.
+
+    Images that nothing is labelled or scored on are left at zero.
+    """
     folders = list(dict.fromkeys(map(spoken, cache.label_names)))
     names = read_concepts(config.concepts, config.field) if config.concepts else folders
     if len(names) < 2:
@@ -351,7 +375,6 @@ def words_of(cache: ActivationCache, config: WordsConfig | None, report: Progres
         "tower": towers.name,
         "fingerprint": towers.fingerprint,
         "method": config.method,
-        "n_concepts": len(names),
         "padding": towers.padding,
         "logit_scale": towers.scale,
         "modality_gap": modality_gap(concepts.embeddings, seen),

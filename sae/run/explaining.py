@@ -159,7 +159,7 @@ def _explained(
     cache, one, narrow = parts
     if holds_images(cache):
         with steps("explain") as progress:
-            words = words_of(cache, config.images.words, progress)
+            words = words_of(cache, config.images, progress)
             where = (one.dictionary, cache, one.hook_point)
             labels = explain_pictures(*where, config, out, progress, words)
         return DictionaryExplanation(out, labels, differs=one.differs)

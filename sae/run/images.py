@@ -23,6 +23,7 @@ from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.downstream import AS_IT_IS, Downstream, Images, ReplacedStream, downstream
 from sae.evaluate.report import EvaluationReport
 from sae.explain.config import ExplainConfig
+from sae.explain.image_firings import Captions
 from sae.explain.image_labels import Words
 from sae.explain.image_run import ExplainedImages, Pictures, explain_images
 from sae.explain.image_summary import with_interval
@@ -99,7 +100,7 @@ def explain_pictures(
     config: ExplainConfig,
     path: Path | None,
     report: Progress,
-    words: Words | None = None,
+    words: Words | Captions | None = None,
 ) -> ExplainedImages:
     """Label a dictionary's latents by classes of a cache's images or by words; write the files.
 
@@ -110,7 +111,7 @@ def explain_pictures(
         config: How.
         path: Where the files go; none are written when absent.
         report: Called while it runs.
-        words: What `words_of` gives for `config.images.words`.
+        words: What `words_of` gives for `config.images`.
 
     Raises:
         ValueError: If the images have fewer than two classes, where classes are labels.
@@ -285,6 +286,8 @@ def _said(words: Mapping[str, Any]) -> str:
     """What the labels are, by what is recorded of the towers."""
     if not words:
         return "classes and groups of folders"
+    if "captions" in words:
+        return f"{words['n_concepts']:,} words of {words['captions']}"
     return (
         f"{words['n_concepts']:,} words by {words['method'].replace('_', ' ')} of {words['tower']} "
         f"(gap between texts and images {words['modality_gap']:.2f})"

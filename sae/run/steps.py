@@ -88,7 +88,7 @@ def explain(run: Run, report: Progress) -> dict[str, Any]:
         Summaries of the labels by a language model, by dictionary; empty where none was asked.
     """
     summaries: dict[str, Any] = {}
-    words = words_of(run.cache, run.config.explain.images.words, report)
+    words = words_of(run.cache, run.config.explain.images, report)
     for name, one in run.fitted.items():
         path = run.path("explain") / name
 
@@ -197,11 +197,11 @@ def check(run: Run, done: str, last: str) -> None:
     """Refuse what a step to come would refuse, before the steps between cost any time."""
     if done != "cache" or last == "train":
         return
-    words = run.config.explain.images.words
+    images = run.config.explain.images
     splits = ("hold",) if last == "evaluate" else SPLITS
-    check_splits(run.cache, splits, by_words=words is not None)
+    check_splits(run.cache, splits, by_words=images.by_words)
     is_labelled = all(
         (run.path("explain") / name / SUMMARY).is_file() for name in run.config.train.saes
     )
     if last != "evaluate" and not is_labelled:
-        words_of(run.cache, words, silent)  # embedded once: the step finds them again
+        words_of(run.cache, images, silent)  # embedded once: the step finds them again

@@ -16,6 +16,7 @@ import activations_cache
 from activations_cache import CacheFormatError, capture
 from activations_cache.config import ModelConfig
 from activations_cache.image_rows import CachedImages
+from activations_cache.images import read_images
 from activations_cache.testing import synthetic_plan, write_synthetic
 from activations_cache.towers import ZeroShot, load_towers
 from activations_cache.vision import load_vision_model
@@ -389,6 +390,22 @@ def test_latents_are_found_by_pictures(run, tmp_path, capsys):
     prompt = ["--prompt", str(files[0]), "target=dark"]
     assert sae(*find, *prompt, f"cache={cache.path}") == 1
     assert "must have a tower for texts beside that for images, got ViTModel" in one_line(capsys)
+
+
+def test_words_of_captions_are_labels(run, tmp_path, capsys):
+    file = tmp_path / "captions.jsonl"
+    records = read_images(activations_cache.open(run / "cache"))
+    lines = [{"image": r.name, "text": f"A {str(r.label).replace('-', ' ')}!"} for r in records]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    command = ["explain", run / "train" / "topk", "--cache", run / "cache", "--out", tmp_path / "o"]
+    assert sae(*command, f"images.captions={file}") == 0
+    assert "labels are 2 words of" in " ".join(capsys.readouterr().out.split())
+    labelled = read_latents(tmp_path / "o" / "latents.parquet")
+    told = [r for r in labelled if r.p_held_out is not None and r.p_held_out <= 0.01]
+    assert {r.label for r in told} == {"red", "square"}  # most pictures are dark, most are discs
+    file.write_text(json.dumps(lines[0]))
+    assert sae(*command, f"images.captions={file}") == 1
+    assert f"got none for {len(lines) - 1}, the first of them" in one_line(capsys)
 
 
 def test_words_that_do_not_fit_are_refused_in_one_line(run, tower, tmp_path, capsys):

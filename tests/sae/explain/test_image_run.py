@@ -11,6 +11,7 @@ import torch
 
 from sae.explain import image_labels
 from sae.explain.config import ExplainConfig, ImageLabelConfig, WordsConfig
+from sae.explain.image_firings import Captions
 from sae.explain.image_labels import Words, concepts_of
 from sae.explain.image_run import Pictures, explain_images
 from sae.explain.image_summary import aucs, held_out, with_interval
@@ -118,7 +119,7 @@ def test_planted_words_are_the_labels_and_exchanged_ones_are_not(
     assert summary.by_folders_over_exchanged.low > 0
     assert set(result.untrained) == {"random directions", "raw neurons"}
     written = json.loads((tmp_path / SUMMARY).read_text())
-    assert written["words"] == {"tower": "planted"}
+    assert written["words"] == {"tower": "planted", "n_concepts": 11}
 
 
 def test_words_need_no_classes_and_nothing_planted_is_chance(image_cache, identity_dictionary):
@@ -135,6 +136,27 @@ def test_words_need_no_classes_and_nothing_planted_is_chance(image_cache, identi
     assert chance.auc.mean == pytest.approx(0.5, abs=0.012)
     assert chance.over_exchanged.low < 0 < chance.over_exchanged.high
     assert chance.beats_null_shuffled.value <= 0.05
+
+
+def test_words_of_captions_are_the_labels(image_cache, identity_dictionary, tmp_path):
+    cache = image_cache()
+    what = [f"Number {i}, {cache.label_names[n]}." for i, n in enumerate(cache.label.tolist())]
+    cache.label[:] = -1
+    images = ImageLabelConfig(captions="captions.jsonl", permutations=199)
+    config = dataclasses.replace(CONFIG, images=images)
+    pictures = Pictures(cache, [""] * 499, 6, Captions(what, {"captions": "captions.jsonl"}))
+    result = explain_images(identity_dictionary(39), pictures, HOOK, config, tmp_path)
+    records = read_latents(tmp_path / LATENTS)
+    assert [r.label for r in records[:6]] == ["birds", "bugs", "cakes", "fruit", "stars", "animals"]
+    assert {r.kind for r in records[:6]} == {"image word"}
+    assert result.summary.over_exchanged.low > 0
+    # "number" is in all captions and tells nothing, 1 to 498 are in too few
+    assert result.words == {"captions": "captions.jsonl", "n_concepts": 7}
+    nothing = dataclasses.replace(pictures, words=Captions(["one", "two"] + [""] * 497, {}))
+    with pytest.raises(ValueError, match=r"two words that 5 to 132 of the images .*, got 0; write"):
+        explain_images(identity_dictionary(39), nothing, HOOK, config, None)
+    with pytest.raises(ValueError, match=r"must be absent where images\.captions is given"):
+        ImageLabelConfig(captions="a", group_separator="-")
 
 
 def test_exchanged_images_take_their_words_along(image_cache):
@@ -270,7 +292,8 @@ def test_wrong_settings_are_named(field, value, rule):
 
 
 @pytest.mark.parametrize(
-    "unread", [{"method": "soft_wpmi"}, {"group_separator": "-"}, {"max_p": 0.01}]
+    "unread",
+    [{"method": "soft_wpmi"}, {"group_separator": "-"}, {"max_p": 0.01}, {"captions": "a"}],
 )
 def test_what_is_of_classes_is_refused_beside_words(unread):
     rule = rf"{next(iter(unread))} must be absent where images\.words is given, got"
