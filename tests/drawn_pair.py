@@ -68,10 +68,11 @@ def _train(
     n_steps = epochs * (len(pixels) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=n_steps)
-    for step in range(n_steps):
-        if step % (len(pixels) // BATCH) == 0:
+    order = torch.zeros(0, dtype=torch.int64)
+    for _ in range(n_steps):
+        if len(order) < BATCH:
             order = torch.from_numpy(made.permutation(len(pixels)))
-        some = order[(step % (len(pixels) // BATCH)) * BATCH :][:BATCH]
+        some, order = order[:BATCH], order[BATCH:]
         moved = [pixels[i].roll(tuple(made.integers(-5, 6, 2).tolist()), (1, 2)) for i in some]
         batch = torch.stack([p.flip(2) if made.random() < 0.5 else p for p in moved])
         logits = model(pixel_values=batch, **texts).logits_per_image

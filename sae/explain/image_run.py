@@ -142,9 +142,9 @@ def _said(
 class _Written(Concepts):
     """Words of captions."""
 
-    def kind(self, _concept: int) -> str:
+    def kind(self, concept: int) -> str:
         """What a label is."""
-        return "image word"
+        return "image word" if concept >= 0 else ""
 
 
 def _by_captions(
@@ -152,7 +152,7 @@ def _by_captions(
 ) -> ByClass:
     """Words that at least `min_images` and at most half of the images to label from have."""
     of_split = [
-        [set(re.findall(r"\w+", captions.texts[n].casefold())) for n in part.numbers.tolist()]
+        [set(re.findall(r"\w+", captions.texts[int(n)].casefold())) for n in part.numbers.tolist()]
         for part in parts
     ]
     counts, most = Counter(word for words in of_split[0] for word in words), len(of_split[0]) / 2
