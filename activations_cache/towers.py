@@ -46,7 +46,7 @@ EQUAL = 1e-3
 _ADVICE = "pass a directory or hub id of CLIP or SigLIP as save_pretrained writes it"
 
 
-class Concepts(NamedTuple):
+class EmbeddedConcepts(NamedTuple):
     """What an image may show."""
 
     names: tuple[str, ...]
@@ -106,7 +106,7 @@ class Towers:
         templates: Sequence[str] = ("{}",),
         *,
         progress: Progress = silent,
-    ) -> Concepts:
+    ) -> EmbeddedConcepts:
         """Embeddings of concepts; with several templates the normalised mean over them.
 
         Args:
@@ -119,7 +119,7 @@ class Towers:
             for t in templates
         ]
         mean = torch.stack(each).mean(dim=0)
-        return Concepts(tuple(names), nn.functional.normalize(mean, dim=1))
+        return EmbeddedConcepts(tuple(names), nn.functional.normalize(mean, dim=1))
 
     def images(
         self,

@@ -225,7 +225,7 @@ class ByClass:
         return ImageLabels(concept, order, certain, p_value, joint, has.sum(axis=0))
 
 
-class Words(NamedTuple):
+class ImageWords(NamedTuple):
     """Words and images in one space."""
 
     names: tuple[str, ...]
@@ -317,7 +317,7 @@ def _first(scores: Float[Tensor, "d_sae word"], n: int) -> Int64[Tensor, "d_sae 
 
 
 def by_words(
-    words: Words,
+    words: ImageWords,
     examples: tuple[Int64[np.ndarray, " example"], Int64[np.ndarray, " other"]],
     folders: tuple[Int64[np.ndarray, " other"], tuple[str, ...]],
     config: ImageLabelConfig,
@@ -349,7 +349,7 @@ def by_words(
 
 
 def _likeliest(
-    words: Words, numbers: Int64[np.ndarray, " example"], share: float
+    words: ImageWords, numbers: Int64[np.ndarray, " example"], share: float
 ) -> Bool[np.ndarray, "example word"]:
     p = (10.0 * words.images[torch.from_numpy(numbers)] @ words.texts.T).softmax(dim=1)
     has = torch.zeros(p.shape, dtype=torch.bool)

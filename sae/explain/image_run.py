@@ -21,7 +21,7 @@ from sae.explain.image_labels import (
     ByClass,
     ByWords,
     Concepts,
-    Words,
+    ImageWords,
     by_words,
     concepts_of,
 )
@@ -51,7 +51,7 @@ class Pictures:
     """What the image of each example is called."""
     n_patches: int
     """Patches of an image; row by row they are the first token numbers."""
-    words: Words | Captions | None = None
+    words: ImageWords | Captions | None = None
     """Words and every image in one space, or a caption of each; needed where the config says so."""
 
 

@@ -40,7 +40,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.geometry import modality_gap
 from sae.explain.config import ImageLabelConfig, WordsConfig
 from sae.explain.image_firings import Captions, spoken
-from sae.explain.image_labels import Words, concepts_of
+from sae.explain.image_labels import ImageWords, concepts_of
 from sae.run.context import (
     CacheOrPath,
     FactTable,
@@ -324,7 +324,7 @@ def in_splits(cache: ActivationCache, splits: tuple[str, ...]) -> Bool[Tensor, "
 
 def words_of(
     cache: ActivationCache, images: ImageLabelConfig, report: Progress
-) -> Words | Captions | None:
+) -> ImageWords | Captions | None:
     """What labels of words are made of; None where the config wants classes.
 
     Raises:
@@ -350,7 +350,7 @@ def _captions(cache: ActivationCache, path: str) -> Captions:
     return Captions([known[name] for name in names], {"captions": path})
 
 
-def _embedded(cache: ActivationCache, config: WordsConfig, report: Progress) -> Words:
+def _embedded(cache: ActivationCache, config: WordsConfig, report: Progress) -> ImageWords:
     """Words and the images of a cache, through the towers.
 
     Images that nothing is labelled or scored on are left at zero.
@@ -379,4 +379,4 @@ def _embedded(cache: ActivationCache, config: WordsConfig, report: Progress) -> 
         "logit_scale": towers.scale,
         "modality_gap": modality_gap(concepts.embeddings, seen),
     }
-    return Words(concepts.names, concepts.embeddings, every, facts)
+    return ImageWords(concepts.names, concepts.embeddings, every, facts)

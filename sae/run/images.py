@@ -24,7 +24,7 @@ from sae.evaluate.downstream import AS_IT_IS, Downstream, Images, ReplacedStream
 from sae.evaluate.report import EvaluationReport
 from sae.explain.config import ExplainConfig
 from sae.explain.image_firings import Captions
-from sae.explain.image_labels import Words
+from sae.explain.image_labels import ImageWords
 from sae.explain.image_run import ExplainedImages, Pictures, explain_images
 from sae.explain.image_summary import with_interval
 from sae.explain.scores import Mean
@@ -100,7 +100,7 @@ def explain_pictures(
     config: ExplainConfig,
     path: Path | None,
     report: Progress,
-    words: Words | Captions | None = None,
+    words: ImageWords | Captions | None = None,
 ) -> ExplainedImages:
     """Label a dictionary's latents by classes of a cache's images or by words; write the files.
 

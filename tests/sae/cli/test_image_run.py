@@ -4,13 +4,11 @@ import io
 import json
 import re
 import sys
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import activations_cache
 from activations_cache import CacheFormatError, capture
@@ -31,35 +29,9 @@ from sae.pretrained import load as load_dictionary
 from sae.run.context import model_of
 from sae.steer import Edit, Patches, Steering
 from tests import pairs
+from tests.shapes import CLASSES, N_EACH, SIDE, packed, pictures
 
-CLASSES = ("dark-disc", "dark-square", "red-disc")
-N_EACH, SIDE = 41, 28
 TOPK = {"d_sae": 67, "activation": {"kind": "topk", "k": 3}, "dead_after_tokens": 2000}
-
-
-def drawing(name: str, made: np.random.Generator) -> bytes:
-    """A shape somewhere on a grey ground: its colour and its form are the class."""
-    image = Image.new("RGB", (SIDE, SIDE), (230, 230, 230))
-    left, top = (int(place) for place in made.integers(0, 14, 2))
-    colour, form = name.split("-")
-    draw = ImageDraw.Draw(image)
-    shape = draw.ellipse if form == "disc" else draw.rectangle
-    shape((left, top, left + 13, top + 13), {"dark": (20, 20, 60), "red": (230, 20, 20)}[colour])
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
-
-
-def packed(path: Path, classes=CLASSES, n=N_EACH, broken=0, once=()) -> Path:
-    made = np.random.default_rng(0)
-    with tarfile.open(path, "w") as archive:
-        for number in range(n):
-            for name in classes if number else (*classes, *once):
-                data = b"no picture" if number < broken else drawing(name, made)
-                entry = tarfile.TarInfo(f"{name}/{number}.png")
-                entry.size = len(data)
-                archive.addfile(entry, io.BytesIO(data))
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -343,17 +315,6 @@ def test_a_run_labels_images_of_one_folder_by_words_and_shows_them(config, tower
         steered = model(pixels).logits
     assert steering.counts[0].n_chosen == 2 * 16
     assert (steered - base).abs().min() > 1e-4
-
-
-def pictures(path: Path) -> list[Path]:
-    """Two dark discs, then two red squares."""
-    made = np.random.default_rng(5)
-    files = [path / f"{i}.png" for i in range(4)]
-    for file, name in zip(
-        files, ("dark-disc", "dark-disc", "red-square", "red-square"), strict=True
-    ):
-        file.write_bytes(drawing(name, made))
-    return files
 
 
 def test_latents_are_found_by_pictures(run, tmp_path, capsys):

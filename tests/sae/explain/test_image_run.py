@@ -12,7 +12,7 @@ import torch
 from sae.explain import image_labels
 from sae.explain.config import ExplainConfig, ImageLabelConfig, WordsConfig
 from sae.explain.image_firings import Captions
-from sae.explain.image_labels import Words, concepts_of
+from sae.explain.image_labels import ImageWords, concepts_of
 from sae.explain.image_run import Pictures, explain_images
 from sae.explain.image_summary import aucs, held_out, with_interval
 from sae.explain.tables import EXAMPLES, LATENTS, SUMMARY, read_examples, read_latents
@@ -77,14 +77,16 @@ def test_soft_wpmi_labels_by_classes_alone(explained):
     assert records[5].label in cache.label_names[:2]
 
 
-def words_for(cache, known=True, noise=0.3) -> Words:
+def words_for(cache, known=True, noise=0.3) -> ImageWords:
     """A word for each class and six that say nothing; images lie near the word of their class."""
     made = torch.Generator().manual_seed(3)
     names = (*(cache.label_names if known else [f"it is {n}" for n in range(5)]), *"uvwxyz")
     near = torch.eye(11)[cache.label] + noise * torch.randn(len(cache.label), 11, generator=made)
     unit = torch.nn.functional.normalize
     gap = 0.5 * torch.ones(11)  # between the two kinds of embeddings
-    return Words(names, unit(torch.eye(11) - gap, dim=1), unit(near, dim=1), {"tower": "planted"})
+    return ImageWords(
+        names, unit(torch.eye(11) - gap, dim=1), unit(near, dim=1), {"tower": "planted"}
+    )
 
 
 def by_words(method: Any = "clip_dissect", **options) -> ExplainConfig:
