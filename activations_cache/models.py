@@ -72,9 +72,9 @@ def load_model(config: ModelConfig, *, progress: Progress | None = None) -> Load
         if not hasattr(names.get_text_config(), "vocab_size"):
             rule = f"model {config.path} must be a language model"
             raise ModelError(f"{rule}, got {names.model_type}, which has no vocabulary")
-        tokenizer = _read_tokenizer(directory)
+        tokenizer = read_tokenizer(directory)
         spread = {"device_map": "auto"} if config.devices == "all" else {}
-        model = read_model(directory, config, _model_class(names), **spread)
+        model = read_model(directory, config, model_class_of(names), **spread)
     if config.compile:
         compile_blocks(model)
         identity["compiled"] = "blocks"
@@ -186,7 +186,12 @@ def _config_sha256(path: str, directory: Path) -> str:
     return _digest_of_json({key: entries[key] for key in entries if key not in _VOLATILE})
 
 
-def _read_tokenizer(directory: Path) -> Tokenizer:
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """Read the tokenizer of a model.
+
+    Raises:
+        ModelError: If it is not a fast one; what transformers raises for damaged files besides.
+    """
     tokenizer = AutoTokenizer.from_pretrained(directory, **_SAFELY)
     if not isinstance(tokenizer, Tokenizer):
         raise ModelError(f"the tokenizer must be a fast one, got {type(tokenizer).__name__}")
@@ -218,7 +223,12 @@ def read_model(
     return model.eval().requires_grad_(False)
 
 
-def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of transformers that a model's configuration names.
+
+    Raises:
+        ModelError: If it names none.
+    """
     names = config.architectures or ["none"]
     result = getattr(transformers, names[0], None)
     if not (isinstance(result, type) and issubclass(result, PreTrainedModel)):

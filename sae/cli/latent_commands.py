@@ -113,7 +113,8 @@ def explain(  # noqa: PLR0913
     """Label latents and score the labels: those of a run, or with --cache of any dictionary.
 
     With --cache the overrides are those of `explain:`, such as min_firings=50, of images
-    images.group_separator=-. Latents of images are labelled by the folders of the images.
+    images.group_separator=-. Latents of images are labelled by the folders of the images, or by
+    words: images.words.tower=CLIP_DIR images.words.concepts=words.txt.
 
     Labels by a language model: autointerp.llm.model=NAME, with autointerp.llm.kind=openai,
     openrouter, mistral, vllm, llama.cpp, ollama or local, autointerp.llm.base_url=URL for another
@@ -211,8 +212,10 @@ def steer(  # noqa: PLR0913  (options are parameters)
 def find(  # noqa: PLR0913
     path: Annotated[str, typer.Argument(metavar="DICT", help="A dictionary.")],
     overrides: Overrides = None,
-    pos: Annotated[list[str] | None, typer.Option(help="A text in which it fires.")] = None,
-    neg: Annotated[list[str] | None, typer.Option(help="A text in which it does not.")] = None,
+    pos: Annotated[
+        list[str] | None, typer.Option(help="A text, or picture, in which it fires.")
+    ] = None,
+    neg: Annotated[list[str] | None, typer.Option(help="One in which it does not.")] = None,
     near: Annotated[int | None, typer.Option(help="Neighbours of this latent.")] = None,
     prompt: Annotated[str | None, typer.Option(help="With target=: what it depends on.")] = None,
     model: Annotated[str | None, typer.Option(help="If the dictionary does not name it.")] = None,
@@ -220,7 +223,10 @@ def find(  # noqa: PLR0913
 ) -> None:
     """Find latents: by texts (--pos, --neg), near another one (--near), behind a prediction.
 
+    For a dictionary of images these are files of pictures, and target= is a word of CLIP's tower.
+
     KEY=VALUE: n=20 where=last among=OTHER_DICT target=" Paris" against=" Rome" hook_point=...
+    cache=CACHE for pictures.
     """
     named = {"pos": pos, "neg": neg, "near": near, "prompt": prompt, "model": model}
     options = {key: value for key, value in named.items() if value is not None}

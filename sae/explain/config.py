@@ -1,11 +1,4 @@
-"""How latents are labelled and scored; neither torch nor a third-party package here.
-
-Which windows are kept for every latent; standard library only.
-
-Which language model, how it is called, and what that may cost; standard library only.
-
-How latents of images are labelled and scored; neither torch nor a third-party package here.
-"""
+"""How latents of texts and images are explained; standard library only."""
 
 import math
 import re
@@ -13,18 +6,56 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from activations_cache.checks import at_least, positive, require
+from activations_cache.checks import LATER, at_least, positive, require
 
-Method = Literal["enrichment", "soft_wpmi"]
-"""What makes the labels: Fisher's test of classes and groups, or CLIP-Dissect over the classes."""
+WordMethod = Literal["clip_dissect", "text_direction", "splice"]
+"""What makes labels of words: soft-WPMI, the nearest text of a latent's images, or SpLiCE."""
+
+Method = Literal["enrichment", "soft_wpmi"] | WordMethod
+"""What makes the labels: Fisher's test of classes and groups, soft-WPMI over the classes, words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordsConfig:
+    """Labels that are words, through towers for texts and images that embed into one space."""
+
+    tower: str
+    """CLIP or SigLIP: a directory or hub id."""
+    revision: str | None = None
+    """Commit, tag or branch; only for a hub id."""
+    concepts: str | None = None
+    """A .txt with a word or caption a line, or .jsonl, .parquet; the folders' names when absent."""
+    field: str = "text"
+    """Of a record."""
+    templates: tuple[str, ...] = ("{}",)
+    """Texts with one {} each, such as "a photo of a {}"; the mean of the embeddings counts."""
+    method: WordMethod = "clip_dissect"
+    """What makes the labels; the others are scored beside it, SpLiCE only where it is named."""
+    share: float = 0.1
+    """An image counts as having a word if it is in this share of the images likeliest to."""
+    penalty: float = 0.25
+    """SpLiCE's on the weights: larger makes them sparser."""
+
+    def __post_init__(self) -> None:
+        """Check every field; ValueError names the first that is wrong."""
+        for name in ("tower", "field"):
+            require(bool(getattr(self, name)), name, "not be empty", getattr(self, name))
+        is_form = bool(self.templates) and all(t.count("{}") == 1 for t in self.templates)
+        require(is_form, "templates", "be texts with one {} each", self.templates)
+        require(0 < self.share <= 0.5, "share", "lie above 0 and be at most 0.5", self.share)
+        positive("penalty", self.penalty)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLabelConfig:
-    """Labels from the classes of images, and their scores on other images."""
+    """Labels from the classes of images, or words, and their scores on other images."""
 
-    method: Method = "enrichment"
-    """What makes the labels; the other one's score is reported beside it."""
+    words: WordsConfig | None = field(default=None, metadata=LATER)
+    """Words of a text tower instead of classes; `method`, groups and `max_p` are not read then."""
+    captions: str | None = field(default=None, metadata=LATER)
+    """Records (.jsonl) with `image` and `text`: words of captions or reports instead of classes."""
+    method: Literal["enrichment", "soft_wpmi"] = "enrichment"
+    """What makes the labels of classes; the other one's score is reported beside it."""
     group_separator: str | None = None
     """Classes that share what stands before it also make a group, such as "-" in animals-birds."""
     min_images: int = 5
@@ -46,6 +77,17 @@ class ImageLabelConfig:
         require(0 < self.max_p <= 1, "max_p", "lie above 0 and be at most 1", self.max_p)
         separator = self.group_separator
         require(separator != "", "group_separator", "not be empty", separator)
+        unread = {"group_separator": None}
+        if self.words:
+            unread |= {"method": "enrichment", "max_p": 0.05, "captions": None}
+        for name, default in unread.items() if self.by_words else ():
+            what, value = "words" if self.words else "captions", getattr(self, name)
+            require(value == default, name, f"be absent where images.{what} is given", value)
+
+    @property
+    def by_words(self) -> bool:
+        """Whether labels are words, so that images need no classes."""
+        return self.words is not None or self.captions is not None
 
 
 CacheMode = Literal["read-write", "replay", "off"]
@@ -242,24 +284,17 @@ class AutointerpConfig:
 
     def __post_init__(self) -> None:
         """Check every field; ValueError names the first that is wrong."""
-        for name, least in {
-            "n_latents": 1,
-            "min_windows": 1,
-            "n_controls": 0,
-            "n_baseline": 0,
-        }.items():
-            require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
+        least = {"n_latents": 1, "min_windows": 1, "n_controls": 0, "n_baseline": 0}
+        for name, n in least.items():
+            require(getattr(self, name) >= n, name, f"be at least {n}", getattr(self, name))
         is_set = 0 < len(self.scorers) == len(set(self.scorers))
         require(is_set, "scorers", "be one or more scorers, each once", self.scorers)
         is_list = len(self.latents) == len(set(self.latents)) and min(self.latents, default=0) >= 0
         require(is_list, "latents", "be numbers of latents, each once", self.latents)
         for name in ("neuronpedia_model", "neuronpedia_layer"):
-            is_name = re.fullmatch(r"[\w.-]*", getattr(self, name)) and ".." not in getattr(
-                self, name
-            )
-            require(
-                bool(is_name), name, "be letters, digits, '-', '_' and '.'", getattr(self, name)
-            )
+            value, rule = getattr(self, name), "be letters, digits, '-', '_' and '.'"
+            is_name = re.fullmatch(r"[\w.-]*", value) and ".." not in value
+            require(bool(is_name), name, rule, value)
 
 
 @dataclass(frozen=True, kw_only=True)

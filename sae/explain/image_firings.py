@@ -1,17 +1,20 @@
 """What latents do on the images of one split: on which patches, and their peak on each image.
 
-The pictures in which a latent fires most, and some of each step of its activation.
+The pictures in which a latent fires most, and some of each step of its activation; how often the
+strongest of them have its label.
 
 Concepts by the direction of text embeddings: cosine with both modalities centred, and SpLiCE.
+
+Windows of paired texts let an image latent be explained by the captions of its images.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from numpy.typing import NDArray
 from sklearn.linear_model import Lasso
 from torch import Tensor
@@ -21,7 +24,9 @@ from sae.autoencoder import SparseAutoencoder
 from sae.explain.config import ImageLabelConfig
 from sae.explain.examples import Context
 from sae.explain.firings import Codes, encode_rows
+from sae.explain.scores import Mean
 from sae.explain.text_at_rows import Cache
+from sae.explain.windows import LatentWindows, Window
 
 
 class PatchFiring(NamedTuple):
@@ -35,17 +40,8 @@ class PatchFiring(NamedTuple):
     """Activation."""
 
 
-class ImageEvidence(NamedTuple):
-    """What labels and scores are made of: images, their peaks and classes."""
-
-    peaks: Float32[np.ndarray, "example d_sae"]
-    """Largest activation of each latent on each image; 0 where it is silent."""
-    classes: Int64[np.ndarray, " example"]
-    """Number of each image's class."""
-
-
 class ImagePart:
-    """The images of a split that have a class, and all firings on them.
+    """The images of a split, and all firings on them.
 
     Args:
         dictionary: What encodes.
@@ -53,9 +49,10 @@ class ImagePart:
         hook_point: Which rows.
         split: Name of the split.
         progress: Called with the unit "rows encoded".
+        any_class: Whether images without a class count as well.
 
     Raises:
-        ValueError: If the split has no image with a class.
+        ValueError: If the split has no image, or none with a class.
     """
 
     def __init__(
@@ -65,15 +62,17 @@ class ImagePart:
         hook_point: str,
         split: str,
         progress: Progress,
+        *,
+        any_class: bool = False,
     ) -> None:
         self.split = split
         rows = cache.rows((split,))
         label = cache.token_labels(rows)
-        rows, label = rows[label >= 0], label[label >= 0]
+        if not any_class:
+            rows, label = rows[label >= 0], label[label >= 0]
         if len(rows) == 0:
-            raise MonosemaError(
-                f"split {split!r} must have images with a class, got none; build a larger cache"
-            )
+            what = "images" if any_class else "images with a class"
+            raise MonosemaError(f"split {split!r} must have {what}, got none; build a larger cache")
         refs = cache.refs(rows)
         order = torch.from_numpy(np.lexsort((_patch(refs), refs.example.numpy())))
         self._patch = _patch(refs)[order]
@@ -84,7 +83,7 @@ class ImagePart:
         """Numbers of the images in the cache."""
         self._image = image
         self.classes: NDArray[np.int64] = label[order].numpy()[first]
-        """Class of each image."""
+        """Class of each image; -1 for none."""
         self.codes: Codes = encode_rows(dictionary, cache[hook_point], rows[order], progress)
 
     @property
@@ -96,10 +95,6 @@ class ImagePart:
         """Where one latent fires."""
         rows, values = self.codes.of(latent)
         return PatchFiring(self._image[rows], self._patch[rows], values)
-
-    def seen(self, first: int, last: int) -> ImageEvidence:
-        """Peaks of the latents first, ..., last - 1, and the classes."""
-        return ImageEvidence(self.peaks[:, first:last], self.classes)
 
     @cached_property
     def peaks(self) -> Float32[np.ndarray, "example d_sae"]:
@@ -177,6 +172,76 @@ def _chosen(peaks: np.ndarray, config: ImageLabelConfig) -> np.ndarray:
     return np.concatenate(chosen)
 
 
+N_STRONGEST = 5
+"""So many images of the score split are a latent's strongest."""
+
+Z = 1.959964
+"""Half of a 95 % interval in standard errors."""
+
+NO_MEAN = Mean(float("nan"), float("nan"), float("nan"))
+"""Where there is nothing to take the mean of."""
+
+_RESAMPLES = 200
+
+
+class Strongest(NamedTuple):
+    """How often the images on which latents fire most have their labels, beyond chance."""
+
+    mean: Mean
+    """Mean over the latents; its interval is a bootstrap over images."""
+    resampled: Float64[np.ndarray, " resample"]
+    """The means of the resamples, which are the same images for every dictionary; empty where no
+    latent has a label."""
+
+
+def strongest(
+    peaks: Float32[np.ndarray, "example d_sae"],
+    has: Bool[np.ndarray, "example word"],
+    concept: Int64[np.ndarray, " d_sae"],
+    seed: int,
+) -> Strongest:
+    """Share of a latent's `N_STRONGEST` strongest images that its label names, less that of all.
+
+    Args:
+        peaks: Of every image.
+        has: Which concepts every image has.
+        concept: What each latent's label names; -1: none.
+        seed: Of the resamples.
+    """
+    latents = np.flatnonzero(concept >= 0)
+    if not len(latents):
+        return Strongest(NO_MEAN, np.zeros(0))
+    generator = np.random.default_rng(seed)
+    counts = generator.multinomial(len(peaks), np.full(len(peaks), 1 / len(peaks)), _RESAMPLES)
+    order = np.argsort(-peaks[:, latents], axis=0, kind="stable")[: 8 * N_STRONGEST]
+    fires = np.take_along_axis(peaks[:, latents], order, axis=0) > 0
+    right = has[order, concept[latents]]
+    rates = [_lift(weight, order, fires, right, has, concept[latents]) for weight in counts]
+    value = _lift(np.ones_like(counts[0]), order, fires, right, has, concept[latents])
+    half = Z * float(np.std(rates, ddof=1))
+    return Strongest(Mean(value, value - half, value + half), np.array(rates))
+
+
+def _lift(
+    weight: np.ndarray,
+    order: np.ndarray,
+    fires: np.ndarray,
+    right: np.ndarray,
+    has: np.ndarray,
+    concept: np.ndarray,
+) -> float:
+    """The mean over latents, where image i stands `weight[i]` times."""
+    fired_weight = weight[order] * fires
+    taken = np.clip(N_STRONGEST - (np.cumsum(fired_weight, axis=0) - fired_weight), 0, fired_weight)
+    share = (taken * right).sum(axis=0) / np.maximum(taken.sum(axis=0), 1)
+    return float((share - (weight @ has / weight.sum())[concept]).mean())
+
+
+def spoken(name: str) -> str:
+    """A folder's name as words: "food-fruit" and "food_fruit" are "food fruit"."""
+    return " ".join(name.replace("-", " ").replace("_", " ").split())
+
+
 def text_cosine(
     directions: Float[Tensor, "d_sae d_model"],
     texts: Float[Tensor, "word d_model"],
@@ -224,3 +289,34 @@ def splice(
     )  # fmt: skip
     model.fit(concepts.T.double().numpy(), z.T.double().numpy())
     return torch.from_numpy(model.coef_).reshape(len(z), len(concepts)).to(z)
+
+
+class Captions(NamedTuple):
+    """What was written about the images of a cache."""
+
+    texts: Sequence[str]
+    """One for each example of the cache."""
+    facts: Mapping[str, Any]
+    """What is recorded of them."""
+
+
+def caption_windows(latent: LatentWindows, captions: Sequence[str]) -> LatentWindows:
+    """The latent with each image replaced by its caption or report, and all of it marked.
+
+    This is the idea of SAE-Rad (Abdulaal et al. 2024, arXiv 2410.03334): explainers and the
+    detection scorer then work on images as they do on text. The activation of a caption is the
+    image's peak.
+
+    Args:
+        latent: Windows that are whole images.
+        captions: One text per example of the cache.
+    """
+
+    def captioned(window: Window) -> Window:
+        return Window(
+            window.example, 0, (captions[window.example],), (window.peak,), window.source,
+            window.bucket, window.inclusion,
+        )  # fmt: skip
+
+    explain, score = (tuple(map(captioned, part)) for part in (latent.explain, latent.score))
+    return LatentWindows(latent.latent, latent.max_activation, latent.density, explain, score)

@@ -1,13 +1,14 @@
-"""A class or group of classes for every latent, from the explain split alone, or no label.
+"""A class, a group of classes or a word for every latent, from the explain split alone, or none.
 
 Enrichment with p-values says which classes or attributes a latent prefers; soft weighted PMI of
-CLIP-Dissect (Oikarinen and Weng 2023, arXiv 2204.10965) compares concepts. Windows of paired texts
-let an image latent be explained by the captions of its images.
+CLIP-Dissect (Oikarinen and Weng 2023, arXiv 2204.10965) compares concepts. Words come from a tower
+for texts whose embeddings lie in one space with those of images.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,15 +17,21 @@ from scipy import stats
 from torch import Tensor
 
 from monosema.checks import MonosemaError
-from sae.explain.config import ImageLabelConfig, Method
-from sae.explain.windows import LatentWindows, Window
+from sae.explain.config import ImageLabelConfig, Method, WordsConfig
+from sae.explain.image_firings import splice, spoken, text_cosine
+
+_WORDS_AT_ONCE = 2048
+_LEAST_P = 1e-7
+"""The published code adds it to each probability before the logarithm."""
 
 
 class ConceptScores(NamedTuple):
-    """How well each concept fits each latent."""
+    """How well concepts fit each latent."""
 
-    score: Float[Tensor, "d_sae word"]
+    score: Float[Tensor, "d_sae rank"]
     """Larger is better; comparable within a latent only."""
+    concept: Int[Tensor, "d_sae rank"]
+    """Which concepts these are: the best first, or all in their order."""
     best: Int[Tensor, " d_sae"]
     """The best concept; -1 where there are too few firing images to say."""
     abstains: Bool[Tensor, " d_sae"]
@@ -39,22 +46,26 @@ def soft_wpmi(
     least: int = 5,
     temperature: float = 10.0,
     weight: float = 1.0,
+    n_best: int | None = None,
 ) -> ConceptScores:
-    """Score every concept for every latent.
+    """Score every concept for every latent, as the published code of CLIP-Dissect does.
 
     P = softmax over concepts of temperature x similarity; for the k = min(top, images that fire)
-    strongest images of a latent, with p falling linearly from 0.998 to 0.97:
-    score = sum_x log(1 + p_x (P_xm - 1)) - weight x log mean over latents of exp(that sum).
-    A latent that fires on fewer than `top` images would otherwise be described by images on which
-    it is silent.
+    strongest images of a latent, with p = 0.998 - 0.028 i / k for the image of rank i = 0, 1, ...:
+    score = sum_x log(1 + p_x (P_xm - 1) + 1e-7) - weight x log mean over latents of exp(that sum).
+
+    The published code always takes `top` images. A latent that fires on fewer would be described
+    by images on which it is silent, so only those on which it fires are taken here, and latents
+    that abstain are left out of the mean. Where each fires on `top` images the scores are equal.
 
     Args:
         activations: One figure per image and latent, such as the largest over patches.
-        similarity: Cosine of each of the same images and concept.
+        similarity: Cosine of each of the same images and concept; its dtype is computed in.
         top: Most images per latent.
         least: A latent with fewer firing images is not labelled.
         temperature: Sharpness of the softmax.
         weight: Lambda, how much a concept that fits all latents is held down.
+        n_best: Concepts that are returned of each latent, the best first; all when absent.
 
     Raises:
         ValueError: If there is only one concept, or the images differ in number.
@@ -64,20 +75,38 @@ def soft_wpmi(
         raise MonosemaError(f"concepts must be at least two to be told apart, got {n_concepts}")
     if len(activations) != n_images:
         raise MonosemaError(f"activations must be of {n_images} images, got {len(activations)}")
-    log_p = (temperature * similarity).softmax(dim=1)
+    probability = (temperature * similarity).softmax(dim=1)
     n_firing = (activations > 0).sum(dim=0)
-    k = n_firing.clamp(max=min(top, n_images))
-    strongest = activations.topk(min(top, n_images), dim=0).indices  # (k, d_sae)
-    fit = torch.zeros(activations.shape[1], n_concepts)
-    for latent in range(activations.shape[1]):
-        images = strongest[: k[latent], latent]
-        p = torch.linspace(0.998, 0.97, len(images))[:, None]
-        fit[latent] = torch.log1p(p * (log_p[images] - 1)).sum(dim=0)
     abstains = n_firing < least
-    used = fit[~abstains]
-    prior = used.logsumexp(dim=0) - math.log(max(len(used), 1)) if len(used) else 0.0
-    score = fit - weight * prior
-    return ConceptScores(score, torch.where(abstains, -1, score.argmax(dim=1)), abstains)
+    k = n_firing.clamp(max=min(top, n_images)).tolist()
+    strongest = activations.topk(min(top, n_images), dim=0).indices  # (k, d_sae)
+    kept: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, n_concepts, n_concepts if n_best is None else _WORDS_AT_ONCE):
+        part = (
+            probability[:, start:] if n_best is None else probability[:, start:][:, :_WORDS_AT_ONCE]
+        )
+        fit = torch.zeros(len(k), part.shape[1], dtype=part.dtype)
+        for latent, n in enumerate(k):
+            images = strongest[:n, latent]
+            p = 0.998 - torch.arange(n, dtype=part.dtype)[:, None] / max(n, 1) * (0.998 - 0.97)
+            fit[latent] = torch.log1p(p * (part[images] - 1) + _LEAST_P).sum(dim=0)
+        used = fit[~abstains]
+        prior = used.logsumexp(dim=0) - math.log(max(len(used), 1)) if len(used) else 0.0
+        score = fit - weight * prior
+        which = torch.arange(start, start + part.shape[1]).expand(len(k), -1)
+        kept = [_best([*kept, (score, which)], n_best)]
+    [(score, which)] = kept
+    best = which.gather(1, score.argmax(dim=1, keepdim=True))[:, 0]
+    return ConceptScores(score, which, torch.where(abstains, -1, best), abstains)
+
+
+def _best(parts: list[tuple[Tensor, Tensor]], n: int | None) -> tuple[Tensor, Tensor]:
+    """The n largest scores of each latent with their concepts, the best first; all if n is None."""
+    score, which = (torch.cat(side, dim=1) for side in zip(*parts, strict=True))
+    if n is None:
+        return score, which
+    top = score.sort(dim=1, descending=True, stable=True).indices[:, :n]
+    return score.gather(1, top), which.gather(1, top)
 
 
 class Enrichment(NamedTuple):
@@ -127,65 +156,204 @@ class ImageLabels(NamedTuple):
 
     concept: dict[Method, Int64[np.ndarray, " d_sae"]]
     """By method: the label; -1 where it abstains."""
-    order: Int64[np.ndarray, "d_sae word"]
-    """All concepts, the most certain first."""
-    p_value: Float64[np.ndarray, "d_sae word"]
-    """Fisher's, one-sided, times the number of concepts."""
-    joint: Int64[np.ndarray, "d_sae word"]
+    order: Int64[np.ndarray, "d_sae rank"]
+    """Concepts, the most certain first: all classes, or the best words."""
+    listed: Bool[np.ndarray, "d_sae rank"]
+    """Which of them may stand beside the label."""
+    p_value: Float64[np.ndarray, "d_sae rank"]
+    """Their p of Fisher's test, one-sided, times the number of concepts."""
+    joint: Int64[np.ndarray, "d_sae rank"]
     """Images of the explain split with the concept on which the latent fires."""
     n_has: Int64[np.ndarray, " word"]
-    """Images of the explain split with the concept."""
+    """Images of the explain split with each concept."""
 
 
-def make_labels(
-    peaks: Float32[np.ndarray, "example d_sae"],
-    has: Bool[np.ndarray, "example word"],
-    n_classes: int,
+@dataclass(frozen=True)
+class ByClass:
+    """Labels that are classes or groups of classes."""
+
+    concepts: "Concepts"
+    """What they may be."""
+    has: tuple[Bool[np.ndarray, "example word"], Bool[np.ndarray, "other word"]]
+    """Which concepts the images of the explain and of the score split have."""
+    config: ImageLabelConfig
+    """How they are made."""
+    folders = None
+
+    @property
+    def method(self) -> Method:
+        """What makes them."""
+        return self.config.method
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the concepts are called."""
+        return self.concepts.names
+
+    def kind(self, concept: int) -> str:
+        """`class` or `group`."""
+        return self.concepts.kind(concept)
+
+    def each_to_tell(self, _labels: Int64[np.ndarray, " d_sae"]) -> Int64[np.ndarray, " class"]:
+        """The concepts for each of which the best latent is looked for: the classes."""
+        return np.arange(self.concepts.n_classes)
+
+    def exchanged(self, generator: np.random.Generator) -> "ByClass":
+        """The same with the images of each split exchanged."""
+        explain, score = (generator.permutation(has) for has in self.has)
+        return replace(self, has=(explain, score))
+
+    def labels(self, peaks: Float32[np.ndarray, "example d_sae"]) -> ImageLabels:
+        """Label every latent by both methods, from its peaks on the explain split.
+
+        A latent that fires on fewer than `min_images` images, or whose best class is less certain
+        than `max_p`, gets no label of enrichment. Soft-WPMI sees classes alone, because it shares
+        the probability of an image between the concepts that it has.
+        """
+        fires, has, least = peaks > 0, self.has[0], self.config.min_images
+        result = class_enrichment(fires, has, least=least)
+        order = np.lexsort((-result.lift, result.p_value), axis=1)
+        p_value = np.take_along_axis(result.p_value, order, axis=1)
+        classes = torch.from_numpy(has[:, : self.concepts.n_classes].astype(np.float32))
+        by_images = soft_wpmi(torch.from_numpy(peaks), classes, least=least)
+        certain = p_value <= self.config.max_p
+        concept: dict[Method, np.ndarray] = {
+            "enrichment": np.where(certain[:, 0], result.best, -1),
+            "soft_wpmi": by_images.best.numpy().astype(np.int64),
+        }
+        joint = np.take_along_axis(fires.T.astype(np.int64) @ has.astype(np.int64), order, axis=1)
+        return ImageLabels(concept, order, certain, p_value, joint, has.sum(axis=0))
+
+
+class ImageWords(NamedTuple):
+    """Words and images in one space."""
+
+    names: tuple[str, ...]
+    """Words, or captions."""
+    texts: Float32[Tensor, "word d_model"]
+    """Their embeddings, of norm 1."""
+    images: Float32[Tensor, "example d_model"]
+    """Of every image of the cache, of norm 1."""
+    facts: Mapping[str, Any]
+    """What is recorded of the towers."""
+
+
+@dataclass(frozen=True)
+class ByWords:
+    """Labels that are words."""
+
+    names: tuple[str, ...]
+    """What they may be."""
+    texts: Float32[Tensor, "word d_model"]
+    """Embeddings of the words."""
+    images: Float32[Tensor, "example d_model"]
+    """Of the images of the explain split."""
+    has: tuple[Bool[np.ndarray, "example word"], Bool[np.ndarray, "other word"]]
+    """Which words the images of the explain and of the score split count as having."""
+    folders: Bool[np.ndarray, "other word"] | None
+    """Which images of the score split lie in the folder that a word names; None if no word does."""
+    config: WordsConfig
+    """How labels are made."""
+    least: int
+    """A latent that fires on fewer images is not labelled."""
+    n_listed: int
+    """Words that are kept of each latent."""
+
+    @property
+    def method(self) -> Method:
+        """What makes them."""
+        return self.config.method
+
+    def kind(self, _concept: int) -> str:
+        """What a label is."""
+        return "image word"
+
+    def each_to_tell(self, labels: Int64[np.ndarray, " d_sae"]) -> Int64[np.ndarray, " class"]:
+        """The concepts for each of which the best latent is looked for: those that are labels."""
+        return np.unique(labels[labels >= 0])
+
+    def exchanged(self, generator: np.random.Generator) -> "ByWords":
+        """The same with the images of each split exchanged."""
+        order, other = (generator.permutation(len(has)) for has in self.has)
+        has = (self.has[0][order], self.has[1][other])
+        return replace(self, images=self.images[torch.from_numpy(order)], has=has)
+
+    def labels(self, peaks: Float32[np.ndarray, "example d_sae"]) -> ImageLabels:
+        """Label every latent from its peaks on the explain split.
+
+        The text direction is that of the latent's images, weighted by its peaks, without the mean
+        image; SpLiCE writes the same direction as few words.
+        """
+        fires, peaks_of, n = peaks > 0, torch.from_numpy(peaks), self.n_listed
+        made = soft_wpmi(peaks_of, self.images @ self.texts.T, least=self.least, n_best=n)
+        too_few = made.abstains[:, None]
+        towards = peaks_of.T @ (self.images - self.images.mean(dim=0))
+        near = text_cosine(towards, self.texts)
+        of_method: dict[Method, Tensor] = {
+            "clip_dissect": made.concept,
+            "text_direction": _first(near, n),
+        }
+        if self.method == "splice":
+            unit = torch.nn.functional.normalize
+            centred = unit(self.texts - self.texts.mean(dim=0), dim=1)
+            weights = splice(unit(towards, dim=1), centred, self.config.penalty)
+            of_method["splice"] = torch.where(
+                weights.amax(1, keepdim=True) > 0, _first(weights, n), -1
+            )
+        concept: dict[Method, np.ndarray] = {
+            name: torch.where(too_few, -1, which)[:, 0].numpy() for name, which in of_method.items()
+        }
+        order, n_has = of_method[self.method].numpy(), self.has[0].sum(axis=0)
+        joint = np.stack([(self.has[0][:, w] & fires).sum(axis=0) for w in order.T], axis=1)
+        n_fired = fires.sum(axis=0)[:, None]
+        p = stats.hypergeom.sf(joint - 1, len(fires), n_has[order], n_fired) * len(self.names)
+        return ImageLabels(
+            concept, order, order >= 0, np.minimum(p, 1.0), joint.astype(np.int64), n_has
+        )
+
+
+def _first(scores: Float[Tensor, "d_sae word"], n: int) -> Int64[Tensor, "d_sae rank"]:
+    return scores.topk(min(n, scores.shape[1]), dim=1).indices
+
+
+def by_words(
+    words: ImageWords,
+    examples: tuple[Int64[np.ndarray, " example"], Int64[np.ndarray, " other"]],
+    folders: tuple[Int64[np.ndarray, " other"], tuple[str, ...]],
     config: ImageLabelConfig,
-) -> ImageLabels:
-    """Label every latent by both methods.
+    n_listed: int,
+) -> ByWords:
+    """What labels of words are made of and scored on.
 
-    A latent that fires on fewer than `min_images` images, or whose best class is less certain than
-    `max_p`, gets no label of enrichment. Soft-WPMI sees classes alone, because it shares the
-    probability of an image between the concepts that it has.
+    An image counts as having a word if it is in the `share` of its split's images with the largest
+    probability of the word, by softmax over all words of 10 x cosine as CLIP-Dissect takes it.
 
     Args:
-        peaks: Of the images of the explain split.
-        has: Their concepts, the classes first.
-        n_classes: How many are classes.
-        config: How.
+        words: Of the towers, for every image of a cache.
+        examples: Numbers of the images of the explain and of the score split.
+        folders: Class of each image of the score split, and the names of the classes.
+        config: With `words`.
+        n_listed: Words that are kept of each latent.
     """
-    fires = peaks > 0
-    result = class_enrichment(fires, has, least=config.min_images)
-    order = np.lexsort((-result.lift, result.p_value), axis=1)
-    certain = np.take_along_axis(result.p_value, order[:, :1], axis=1)[:, 0] <= config.max_p
-    by_images = soft_wpmi(
-        torch.from_numpy(peaks),
-        torch.from_numpy(has[:, :n_classes].astype(np.float32)),
-        least=config.min_images,
-    )
-    concept: dict[Method, np.ndarray] = {
-        "enrichment": np.where(certain, result.best, -1),
-        "soft_wpmi": by_images.best.numpy().astype(np.int64),
-    }
-    joint = fires.T.astype(np.int64) @ has.astype(np.int64)
-    return ImageLabels(concept, order, result.p_value, joint, has.sum(axis=0))
+    assert config.words is not None, "only called where there are words"
+    has = tuple(_likeliest(words, numbers, config.words.share) for numbers in examples)
+    classes, names = folders
+    number = {spoken(name).casefold(): i for i, name in enumerate(names)}
+    of_word = np.array([number.get(spoken(name).casefold(), -2) for name in words.names])
+    in_folder = classes[:, None] == of_word if (of_word >= 0).sum() > 1 else None
+    seen = words.images[torch.from_numpy(examples[0])]
+    return ByWords(
+        words.names, words.texts, seen, (has[0], has[1]), in_folder, config.words,
+        config.min_images, n_listed,
+    )  # fmt: skip
 
 
-def mutual_information(joint: int, n_fired: int, n_has: int, n_images: int) -> tuple[float, float]:
-    """Of firing and having, over images: in nats, and NPMI (-1: never together)."""
-    table = np.array([
-        [joint, n_fired - joint],
-        [n_has - joint, n_images - n_fired - n_has + joint],
-    ]) / n_images  # fmt: skip
-    expected = np.outer(table.sum(axis=1), table.sum(axis=0))
-    there = table > 0
-    information = float((table[there] * np.log(table[there] / expected[there])).sum())
-    share = float(table[0, 0])
-    if share <= 0:
-        return information, -1.0
-    npmi = 1.0 if share == 1 else float(np.log(share / expected[0, 0]) / -np.log(share))
-    return information, npmi
+def _likeliest(
+    words: ImageWords, numbers: Int64[np.ndarray, " example"], share: float
+) -> Bool[np.ndarray, "example word"]:
+    p = (10.0 * words.images[torch.from_numpy(numbers)] @ words.texts.T).softmax(dim=1)
+    has = torch.zeros(p.shape, dtype=torch.bool)
+    return has.scatter_(0, p.topk(max(1, round(share * len(p))), dim=0).indices, True).numpy()
 
 
 class Concepts(NamedTuple):
@@ -229,25 +397,3 @@ def concepts_of(classes: tuple[str, ...], separator: str | None) -> Concepts:
     of_group = np.array([[group == name for name in shared] for group in groups], bool)
     of_class = np.concatenate([identity, of_group.reshape(len(classes), len(shared))], axis=1)
     return Concepts((*classes, *shared), len(classes), of_class)
-
-
-def caption_windows(latent: LatentWindows, captions: Sequence[str]) -> LatentWindows:
-    """The latent with each image replaced by its caption or report, and all of it marked.
-
-    This is the idea of SAE-Rad (Abdulaal et al. 2024, arXiv 2410.03334): explainers and the
-    detection scorer then work on images as they do on text. The activation of a caption is the
-    image's peak.
-
-    Args:
-        latent: Windows that are whole images.
-        captions: One text per example of the cache.
-    """
-
-    def captioned(window: Window) -> Window:
-        return Window(
-            window.example, 0, (captions[window.example],), (window.peak,), window.source,
-            window.bucket, window.inclusion,
-        )  # fmt: skip
-
-    explain, score = (tuple(map(captioned, part)) for part in (latent.explain, latent.score))
-    return LatentWindows(latent.latent, latent.max_activation, latent.density, explain, score)

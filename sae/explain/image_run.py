@@ -1,21 +1,30 @@
-"""Explain a dictionary of images: encode, label by classes, score on other images, write."""
+"""Explain a dictionary of images: encode, label by classes or words, score on others, write."""
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from activations_cache.checks import Progress, silent
+from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
 from sae.baselines import baseline_dictionary
-from sae.explain.config import ExplainConfig
+from sae.explain.config import ExplainConfig, ImageLabelConfig
 from sae.explain.examples import Context
-from sae.explain.image_firings import ImagePart, top_pictures
-from sae.explain.image_labels import Concepts, concepts_of, mutual_information
+from sae.explain.image_firings import Captions, ImagePart, top_pictures
+from sae.explain.image_labels import (
+    ByClass,
+    ByWords,
+    Concepts,
+    ImageWords,
+    by_words,
+    concepts_of,
+)
 from sae.explain.image_summary import ImageLabelScorer, ImageSummary, Scored
 from sae.explain.scores import Mean
 from sae.explain.tables import LatentRecord, write_tables
@@ -42,6 +51,8 @@ class Pictures:
     """What the image of each example is called."""
     n_patches: int
     """Patches of an image; row by row they are the first token numbers."""
+    words: ImageWords | Captions | None = None
+    """Words and every image in one space, or a caption of each; needed where the config says so."""
 
 
 class ExplainedImages(NamedTuple):
@@ -51,6 +62,8 @@ class ExplainedImages(NamedTuple):
     """Of its own latents."""
     untrained: dict[str, ImageSummary]
     """Of random directions and raw neurons that are as dense as its latents."""
+    words: Mapping[str, Any]
+    """What is recorded of the towers or captions, where labels are words; else empty."""
 
 
 def explain_images(
@@ -62,7 +75,9 @@ def explain_images(
     *,
     progress: Progress | None = None,
 ) -> ExplainedImages:
-    """Label all latents by classes on the explain split and score the labels on the score split.
+    """Label all latents on the explain split and score the labels on the score split.
+
+    Labels are classes and groups of them, or with `images.words` and `images.captions` words.
 
     Needs 4 bytes for each image and latent beside the firings.
 
@@ -79,16 +94,20 @@ def explain_images(
     """
     report = progress or silent
     cache, images = pictures.cache, config.images
-    concepts = concepts_of(cache.label_names, images.group_separator)
-    parts = [ImagePart(dictionary, cache, hook_point, s, report) for s in ("explain", "score")]
-    d_sae = parts[0].codes.d_sae
-    seen = [part.seen(0, d_sae) for part in parts]
-    result = ImageLabelScorer(seen[0], seen[1], concepts, images, config.seed).scored()
-    arms = _untrained(parts, pictures.cache, hook_point, concepts, config, report)
-    explained = ExplainedImages(result.summary, arms)
+    if not images.by_words:
+        concepts_of(cache.label_names, images.group_separator)  # refused before rows are encoded
+    parts = [
+        ImagePart(dictionary, cache, hook_point, s, report, any_class=images.by_words)
+        for s in ("explain", "score")
+    ]
+    said, d_sae = _said(parts, pictures, config), parts[0].codes.d_sae
+    result = ImageLabelScorer(parts[0].peaks, parts[1].peaks, said, images, config.seed).scored()
+    arms = _untrained(parts, pictures.cache, hook_point, said, config, report)
+    facts = {**pictures.words.facts, "n_concepts": len(said.names)} if pictures.words else {}
+    explained = ExplainedImages(result.summary, arms, facts)
     if out_dir is None:
         return explained
-    records = (_record(result, parts, concepts, config, latent) for latent in range(d_sae))
+    records = (_record(result, parts, said, config, latent) for latent in range(d_sae))
     examples = _examples(parts, pictures, config, report)
     n_rows = {f"n_rows_{part.split}": part.codes.n_rows for part in parts}
     summary = {
@@ -96,17 +115,62 @@ def explain_images(
         **n_rows,
         "baselines": {name: _flat(arm) for name, arm in arms.items()},
         "config": dataclasses.asdict(config),
+        **({"words": facts} if facts else {}),
     }
     n_examples = images.top_images + 5 * images.bucket_images
     write_tables(out_dir, records, examples, n_examples, summary)
     return explained
 
 
+def _said(
+    parts: Sequence[ImagePart], pictures: Pictures, config: ExplainConfig
+) -> ByClass | ByWords:
+    """What the labels may say, and which images of the two splits have it."""
+    cache, images = pictures.cache, config.images
+    if isinstance(pictures.words, Captions):
+        return _by_captions(pictures.words, parts, images)
+    if pictures.words is None:
+        assert not images.by_words, "the caller reads what the config names"
+        concepts = concepts_of(cache.label_names, images.group_separator)
+        has = [concepts.has(part.classes) for part in parts]
+        return ByClass(concepts, (has[0], has[1]), images)
+    folders, numbers = (parts[1].classes, cache.label_names), [part.numbers for part in parts]
+    where = (numbers[0], numbers[1])
+    return by_words(pictures.words, where, folders, images, config.words_per_label)
+
+
+class _Written(Concepts):
+    """Words of captions."""
+
+    def kind(self, concept: int) -> str:
+        """What a label is."""
+        return "image word" if concept >= 0 else ""
+
+
+def _by_captions(
+    captions: Captions, parts: Sequence[ImagePart], images: ImageLabelConfig
+) -> ByClass:
+    """Words that at least `min_images` and at most half of the images to label from have."""
+    of_split = [
+        [set(re.findall(r"\w+", captions.texts[int(n)].casefold())) for n in part.numbers.tolist()]
+        for part in parts
+    ]
+    counts, most = Counter(word for words in of_split[0] for word in words), len(of_split[0]) / 2
+    names = tuple(sorted(w for w, n in counts.items() if images.min_images <= n <= most))
+    if len(names) < 2:
+        raise MonosemaError(
+            f"captions must have at least two words that {images.min_images} to {most:.0f} of the "
+            f"images to label from have, got {len(names)}; write more, or lower images.min_images"
+        )
+    has = [np.array([[name in words for name in names] for words in part]) for part in of_split]
+    return ByClass(_Written(names, len(names), has[0]), (has[0], has[1]), images)
+
+
 def _untrained(
     parts: Sequence[ImagePart],
     cache: Cache,
     hook_point: str,
-    concepts: Concepts,
+    said: ByClass | ByWords,
     config: ExplainConfig,
     report: Progress,
 ) -> dict[str, ImageSummary]:
@@ -121,11 +185,15 @@ def _untrained(
     rows = cache[hook_point][ids[:: max(1, len(ids) // SAMPLE)]].cpu()
     wanted = np.clip(density[places], 1 / len(rows), 0.5).tolist()
     untrained = baseline_dictionary(rows, n, wanted, config.seed)
-    on = [ImagePart(untrained, cache, hook_point, part.split, report) for part in parts]
+    any_class = config.images.by_words
+    on = [
+        ImagePart(untrained, cache, hook_point, part.split, report, any_class=any_class)
+        for part in parts
+    ]
     results = {}
     for first, name in ((0, "random directions"), (n, "raw neurons")):
-        seen = [part.seen(first, first + n) for part in on]
-        judge = ImageLabelScorer(seen[0], seen[1], concepts, config.images, config.seed)
+        peaks = [part.peaks[:, first : first + n] for part in on]
+        judge = ImageLabelScorer(peaks[0], peaks[1], said, config.images, config.seed)
         results[name] = judge.scored().summary
     return results
 
@@ -143,15 +211,16 @@ def _examples(
 def _record(
     result: Scored,
     parts: Sequence[ImagePart],
-    concepts: Concepts,
+    said: ByClass | ByWords,
     config: ExplainConfig,
     latent: int,
 ) -> LatentRecord:
     labels, status = result.labels, result.status[latent]
-    best = int(labels.concept[config.images.method][latent]) if status == "scored" else -1
-    listed = _listed(result, latent, best, config)
+    best = int(labels.concept[said.method][latent]) if status == "scored" else -1
+    ranks = _listed(result, latent, best, config)
+    listed = [int(labels.order[latent, rank]) for rank in ranks]
     n_images, n_fired = parts[0].n_images, int((parts[0].peaks[:, latent] > 0).sum())
-    joint = [int(labels.joint[latent, i]) for i in listed]
+    joint = [int(labels.joint[latent, rank]) for rank in ranks]
     n_has = [int(labels.n_has[i]) for i in listed]
     each = list(zip(joint, n_has, strict=True))
     known = [mutual_information(j, n_fired, n, n_images) for j, n in each]
@@ -163,15 +232,15 @@ def _record(
     return LatentRecord(
         latent=latent,
         status=status,
-        label=concepts.names[best] if best >= 0 else "",
-        kind=concepts.kind(best) if best >= 0 else "",
-        words=tuple(concepts.names[i] for i in listed),
+        label=said.names[best] if best >= 0 else "",
+        kind=said.kind(best) if best >= 0 else "",
+        words=tuple(said.names[i] for i in listed),
         weights=tuple(weights),
         joint=tuple(joint),
         information=tuple(information for information, _ in known),
         npmi=tuple(npmi for _, npmi in known),
         gain=None,
-        p_value=float(labels.p_value[latent, best]) if best >= 0 else None,
+        p_value=float(labels.p_value[latent, ranks[0]]) if ranks else None,
         auc=_known(float(result.scores.auc[latent])),
         low=_known(float(result.scores.low[latent])),
         high=_known(float(result.scores.high[latent])),
@@ -185,15 +254,15 @@ def _record(
         p_held_out=_known(float(result.scores.p_value[latent])),
         auc_strong=None,
         p_strong=None,
-        **_curve(parts[1], concepts, best, latent),
+        **_curve(parts[1], said, best, latent),
     )
 
 
-def _curve(part: ImagePart, concepts: Concepts, best: int, latent: int) -> dict[str, Any]:
-    """Share of the images with the label's class by steps of the latent's peak, unseen images."""
+def _curve(part: ImagePart, said: ByClass | ByWords, best: int, latent: int) -> dict[str, Any]:
+    """Share of the images with what the label says by steps of the latent's peak, unseen images."""
     if best < 0:
         return {"curve": (), "curve_n": (), "base": None}
-    has, peaks = concepts.has(part.classes)[:, best], part.peaks[:, latent]
+    has, peaks = said.has[1][:, best], part.peaks[:, latent]
     step = np.ceil(peaks / max(float(peaks.max()), 1e-12) * N_STEPS).astype(int)
     inside = [has[step == i] for i in range(1, N_STEPS + 1)]
     shares = tuple(float(each.mean()) if len(each) else None for each in inside)
@@ -205,14 +274,29 @@ def _curve(part: ImagePart, concepts: Concepts, best: int, latent: int) -> dict[
 
 
 def _listed(result: Scored, latent: int, best: int, config: ExplainConfig) -> list[int]:
-    """The label's concept, then others that are certain too."""
+    """The rank of the label's concept, then of others that may stand beside it."""
     if best < 0:
         return []
-    labels = result.labels
-    certain = [
-        int(i) for i in labels.order[latent] if labels.p_value[latent, i] <= config.images.max_p
-    ]
-    return [best, *(i for i in certain if i != best)][: config.words_per_label]
+    order, listed = result.labels.order[latent], result.labels.listed[latent]
+    first = int(np.flatnonzero(order == best)[0])
+    others = [int(rank) for rank in np.flatnonzero(listed) if rank != first]
+    return [first, *others][: config.words_per_label]
+
+
+def mutual_information(joint: int, n_fired: int, n_has: int, n_images: int) -> tuple[float, float]:
+    """Of firing and having, over images: in nats, and NPMI (-1: never together)."""
+    table = np.array([
+        [joint, n_fired - joint],
+        [n_has - joint, n_images - n_fired - n_has + joint],
+    ]) / n_images  # fmt: skip
+    expected = np.outer(table.sum(axis=1), table.sum(axis=0))
+    there = table > 0
+    information = float((table[there] * np.log(table[there] / expected[there])).sum())
+    share = float(table[0, 0])
+    if share <= 0:
+        return information, -1.0
+    npmi = 1.0 if share == 1 else float(np.log(share / expected[0, 0]) / -np.log(share))
+    return information, npmi
 
 
 def _known(value: float) -> float | None:

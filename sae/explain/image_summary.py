@@ -15,18 +15,13 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from scipy.stats import rankdata
 
 from sae.explain.config import ImageLabelConfig, Method
-from sae.explain.image_firings import ImageEvidence
-from sae.explain.image_labels import Concepts, ImageLabels, make_labels
+from sae.explain.image_firings import NO_MEAN, Strongest, Z, strongest
+from sae.explain.image_labels import ByClass, ByWords, ImageLabels
 from sae.explain.scores import FLOOR, Mean
 from sae.statistics import Interval, wilson
 from sae.statistics import auc as auc_with_interval
 
-N_STRONGEST = 5
-"""So many images of the score split are a latent's strongest."""
-
 _LATENTS_AT_ONCE = 1024
-_RESAMPLES = 200
-_Z = 1.959964
 
 
 class ImageScores(NamedTuple):
@@ -50,19 +45,23 @@ class ImageScores(NamedTuple):
     @property
     def mean(self) -> Mean:
         """Mean AUC, its interval over images; nan where no latent has a score."""
-        return with_interval(float(np.nanmean(self.auc)), self.influence) if self._any else _NONE
+        return with_interval(float(np.nanmean(self.auc)), self.influence) if self._any else NO_MEAN
+
+    def less(self, other: "ImageScores") -> Mean:
+        """Its mean AUC less that of other labels on the same images; nan where either has none."""
+        if not (self._any and other._any):
+            return NO_MEAN
+        difference = self.mean.mean - other.mean.mean
+        return with_interval(difference, self.influence - other.influence)
 
     @property
     def _any(self) -> bool:
         return bool(np.isfinite(self.auc).any())
 
 
-_NONE = Mean(float("nan"), float("nan"), float("nan"))
-
-
 def with_interval(mean: float, influence: Float64[np.ndarray, " example"]) -> Mean:
     """A mean of AUCs, or a difference of two on the same images, by the influence of the images."""
-    half = _Z * float(influence.std(ddof=1)) / len(influence) ** 0.5
+    half = Z * float(influence.std(ddof=1)) / len(influence) ** 0.5
     return Mean(mean, mean - half, mean + half)
 
 
@@ -113,59 +112,6 @@ def aucs(
         result[part] = rankdata(peaks[:, part], axis=0).T @ has - n_has * (n_has + 1) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         return result / (n_has * n_other)
-
-
-class Strongest(NamedTuple):
-    """How often the images on which latents fire most have their labels, beyond chance."""
-
-    mean: Mean
-    """Mean over the latents; its interval is a bootstrap over images."""
-    resampled: Float64[np.ndarray, " resample"]
-    """The means of the resamples, which are the same images for every dictionary; empty where no
-    latent has a label."""
-
-
-def strongest(
-    peaks: Float32[np.ndarray, "example d_sae"],
-    has: Bool[np.ndarray, "example word"],
-    concept: Int64[np.ndarray, " d_sae"],
-    seed: int,
-) -> Strongest:
-    """Share of a latent's `N_STRONGEST` strongest images that its label names, less that of all.
-
-    Args:
-        peaks: Of every image.
-        has: Which concepts every image has.
-        concept: What each latent's label names; -1: none.
-        seed: Of the resamples.
-    """
-    latents = np.flatnonzero(concept >= 0)
-    if not len(latents):
-        return Strongest(_NONE, np.zeros(0))
-    generator = np.random.default_rng(seed)
-    counts = generator.multinomial(len(peaks), np.full(len(peaks), 1 / len(peaks)), _RESAMPLES)
-    order = np.argsort(-peaks[:, latents], axis=0, kind="stable")[: 8 * N_STRONGEST]
-    fires = np.take_along_axis(peaks[:, latents], order, axis=0) > 0
-    right = has[order, concept[latents]]
-    rates = [_lift(weight, order, fires, right, has, concept[latents]) for weight in counts]
-    value = _lift(np.ones_like(counts[0]), order, fires, right, has, concept[latents])
-    half = _Z * float(np.std(rates, ddof=1))
-    return Strongest(Mean(value, value - half, value + half), np.array(rates))
-
-
-def _lift(
-    weight: np.ndarray,
-    order: np.ndarray,
-    fires: np.ndarray,
-    right: np.ndarray,
-    has: np.ndarray,
-    concept: np.ndarray,
-) -> float:
-    """The mean over latents, where image i stands `weight[i]` times."""
-    fired_weight = weight[order] * fires
-    taken = np.clip(N_STRONGEST - (np.cumsum(fired_weight, axis=0) - fired_weight), 0, fired_weight)
-    share = (taken * right).sum(axis=0) / np.maximum(taken.sum(axis=0), 1)
-    return float((share - (weight @ has / weight.sum())[concept]).mean())
 
 
 def _score(
@@ -224,6 +170,12 @@ class ImageSummary:
     """Mean AUC over the live latents, the others counted at the floor."""
     control_auc: Mean
     """Mean AUC of other latents' labels."""
+    over_exchanged: Mean
+    """Mean AUC of the labels less that of other latents' labels, on the same images."""
+    by_folders: Mean
+    """Mean AUC of the labels that name a folder, by what lies there; nan for labels of folders."""
+    by_folders_over_exchanged: Mean
+    """The same less that of other latents' labels."""
     strongest: Mean
     """Mean over the scored latents of the share of their 5 strongest images that have the label,
     less the label's share of all images; its interval is over images."""
@@ -234,7 +186,8 @@ class ImageSummary:
     by_method: Mapping[Method, Mapping[str, float]]
     """Mean AUC, share that beats the null and number scored of either labelling method."""
     best_of_class: Mean
-    """Mean over classes of the AUC of each class's best latent, chosen on the explain split."""
+    """Mean over classes, or words that are labels, of the AUC of each one's best latent, chosen on
+    the explain split."""
     floor: float
     """The AUC of knowing nothing."""
     n_images_explain: int
@@ -267,69 +220,66 @@ class ImageLabelScorer:
     """Labels made from one split and scored on another.
 
     Args:
-        made_from: The explain split.
-        scored_on: The score split.
-        concepts: What labels may say.
+        made_from: Peaks on the images of the explain split.
+        scored_on: On those of the score split.
+        said: What labels may say, and which images have it.
         config: How.
         seed: Of the permutations and of the exchange.
     """
 
     def __init__(
         self,
-        made_from: ImageEvidence,
-        scored_on: ImageEvidence,
-        concepts: Concepts,
+        made_from: Float32[np.ndarray, "example d_sae"],
+        scored_on: Float32[np.ndarray, "other d_sae"],
+        said: ByClass | ByWords,
         config: ImageLabelConfig,
         seed: int,
     ) -> None:
-        self._parts, self._concepts, self._config = (made_from, scored_on), concepts, config
+        self._peaks, self._said, self._config = (made_from, scored_on), said, config
         self._seed, self._generator = seed, np.random.default_rng(seed)
-        fired = np.stack([(part.peaks > 0).sum(axis=0) for part in self._parts])
+        fired = np.stack([(peaks > 0).sum(axis=0) for peaks in self._peaks])
         self._enough = (fired >= config.min_images).all(axis=0)
         self._live = fired.any(axis=0)
 
     def scored(self) -> Scored:
-        """Label and score, and do the same with other latents' labels and exchanged classes."""
-        method = self._config.method
-        has = [self._concepts.has(part.classes) for part in self._parts]
-        labels = self._labels(has[0])
+        """Label and score, and do the same with other latents' labels and exchanged images."""
+        said, method = self._said, self._said.method
+        labels, has = said.labels(self._peaks[0]), said.has[1]
         judged: dict[Method, ImageScores] = {
-            m: self._held_out(has[1], of_one) for m, of_one in labels.concept.items()
+            m: self._held_out(has, of_one) for m, of_one in labels.concept.items()
         }
         verdicts, concept = judged[method], labels.concept[method]
         is_scored = np.isfinite(verdicts.auc)
-        exchanged = np.full_like(concept, -1)
-        exchanged[is_scored] = np.roll(concept[is_scored], 1)
-        void = [self._generator.permutation(of_one) for of_one in has]
-        control = self._held_out(has[1], exchanged)
-        of_void = self._held_out(void[1], self._labels(void[0]).concept[method])
+        void = said.exchanged(self._generator)
+        control = self._held_out(has, _exchanged(concept, is_scored))
+        of_void = self._held_out(void.has[1], void.labels(self._peaks[0]).concept[method])
         status = np.where(self._enough, "unlabelled", "insufficient")
         status = np.where(self._live, np.where(is_scored, "scored", status), "dead")
-        top = strongest(self._parts[1].peaks, has[1], np.where(is_scored, concept, -1), self._seed)
-        summary = self._summary(status, judged, control, of_void, top)
+        labelled = np.where(is_scored, concept, -1)
+        top = strongest(self._peaks[1], has, labelled, self._seed)
+        summary = self._summary(status, labelled, judged, control, of_void, top)
         return Scored(labels, verdicts, control, tuple(status.tolist()), summary)
-
-    def _labels(self, has: Bool[np.ndarray, "example word"]) -> ImageLabels:
-        return make_labels(self._parts[0].peaks, has, self._concepts.n_classes, self._config)
 
     def _held_out(
         self, has: Bool[np.ndarray, "example word"], concept: Int64[np.ndarray, " d_sae"]
     ) -> ImageScores:
         wanted = np.where(self._enough, concept, -1)
         n = self._config.permutations
-        return held_out(self._parts[1].peaks, has, wanted, n, self._generator)
+        return held_out(self._peaks[1], has, wanted, n, self._generator)
 
     def _summary(
         self,
         status: np.ndarray,
+        labelled: Int64[np.ndarray, " d_sae"],
         judged: Mapping[Method, ImageScores],
         control: ImageScores,
         of_void: ImageScores,
         top: Strongest,
     ) -> ImageSummary:
-        verdicts, n_live = judged[self._config.method], int(np.count_nonzero(self._live))
+        verdicts, n_live = judged[self._said.method], int(np.count_nonzero(self._live))
         counts = {name: int(np.count_nonzero(status == name)) for name in STATUSES}
-        n_scored = counts["scored"]
+        n_scored, best = counts["scored"], self._best_of_class(labelled)
+        by_folders, over_exchanged = self._by_folders(labelled)
         return ImageSummary(
             n_latents=len(status),
             n_scored=n_scored,
@@ -340,25 +290,50 @@ class ImageLabelScorer:
             auc_median=float(np.nanmedian(verdicts.auc)) if n_scored else float("nan"),
             auc_all_live=_all_live(verdicts, n_live),
             control_auc=control.mean,
+            over_exchanged=verdicts.less(control),
+            by_folders=by_folders,
+            by_folders_over_exchanged=over_exchanged,
             strongest=top.mean,
             beats_null=_share(verdicts.beats(LEVEL), n_live),
             beats_null_shuffled=_share(of_void.beats(LEVEL), n_live),
             by_method={method: _figures(result, n_live) for method, result in judged.items()},
-            best_of_class=self._best_of_class(),
+            best_of_class=best,
             floor=FLOOR,
-            n_images_explain=len(self._parts[0].classes),
-            n_images_score=len(self._parts[1].classes),
+            n_images_explain=len(self._peaks[0]),
+            n_images_score=len(self._peaks[1]),
             strongest_resampled=tuple(top.resampled.tolist()),
             influence=tuple(verdicts.influence.tolist()),
         )
 
-    def _best_of_class(self) -> Mean:
-        """How well one latent per class, chosen on the explain split, tells that class."""
-        classes = np.arange(self._concepts.n_classes)
-        has = [self._concepts.has(part.classes)[:, classes] for part in self._parts]
-        first = aucs(self._parts[0].peaks, has[0])
+    def _by_folders(self, labelled: Int64[np.ndarray, " d_sae"]) -> tuple[Mean, Mean]:
+        """How well words that name a folder tell it, and by how much better than exchanged ones."""
+        folders = self._said.folders
+        if folders is None:
+            return NO_MEAN, NO_MEAN
+        is_named = (labelled >= 0) & (folders.sum(axis=0)[labelled] > 0)
+        named = np.where(is_named, labelled, -1)
+        result = self._held_out(folders, named)
+        is_scored = np.isfinite(result.auc)
+        other = self._held_out(folders, _exchanged(named, is_scored))
+        return result.mean, result.less(other)
+
+    def _best_of_class(self, labelled: Int64[np.ndarray, " d_sae"]) -> Mean:
+        """How well one latent per concept, chosen on the explain split, tells that concept."""
+        which = self._said.each_to_tell(labelled)
+        has = [of_split[:, which] for of_split in self._said.has]
+        first = aucs(self._peaks[0], has[0])
         best = np.nan_to_num(first, nan=-1.0).argmax(axis=0)
-        return held_out(self._parts[1].peaks[:, best], has[1], classes, 1, self._generator).mean
+        every = np.arange(len(which))
+        return held_out(self._peaks[1][:, best], has[1], every, 1, self._generator).mean
+
+
+def _exchanged(
+    concept: Int64[np.ndarray, " d_sae"], is_scored: Bool[np.ndarray, " d_sae"]
+) -> Int64[np.ndarray, " d_sae"]:
+    """The label of the next latent that has one."""
+    result = np.full_like(concept, -1)
+    result[is_scored] = np.roll(concept[is_scored], 1)
+    return result
 
 
 def _share(holds: Bool[np.ndarray, " d_sae"], n_live: int) -> Interval:

@@ -183,7 +183,8 @@ def _label_scores(record: LatentRecord) -> Iterator[ShownScore]:
 
 
 def _chance(record: LatentRecord, p: float | None) -> str:
-    what = "classes" if record.kind in {"class", "group"} else "texts"
+    kinds = {"class": "classes", "group": "classes", "image word": "images"}
+    what = kinds.get(record.kind, "texts")
     return "" if p is None else f"permuted {what} score as well in {p:.1%} of the copies"
 
 

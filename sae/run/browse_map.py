@@ -60,7 +60,7 @@ def map_of(rows: torch.Tensor, records: list[LatentRecord], report: Progress) ->
         return Map(tuple(layouts))
     group = clusters(directions, N_CLUSTERS)
     words = [
-        record.words if record.kind in {"word", "token", "class", "group"} else ()
+        record.words if record.kind in {"word", "token", "class", "group", "image word"} else ()
         for record in records
         if record.status != "dead"
     ]

@@ -202,8 +202,9 @@ CAUTIONS = (
     "A latent may stand for something that these texts do not show.",
 )
 CAUTIONS_OF_IMAGES = (
-    "A label says in pictures of which folder a latent fires more strongly.",
+    "A label says in pictures of which folder, or likest to which word, a latent fires more.",
     "Folders are what people sorted pictures into; the model need not see them so.",
+    "Words are as good as the towers that match them with pictures.",
     "A heat map shows on which patches a latent fires, not what in the picture makes it fire.",
     "That a latent exists does not show how the model uses it.",
     "Labels were made on one set of pictures and scored on another; 0.5 is chance.",

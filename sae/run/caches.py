@@ -1,13 +1,22 @@
-"""Caches: build one, check one, look at one, import an array, list a model's hook points."""
+"""Caches: build one, check one, look at one, import an array, list a model's hook points.
+
+The images of a cache and words, embedded into one space.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
 import activations_cache
 from activations_cache import ActivationCache, io
-from activations_cache.checks import CacheFormatError, Progress, silent
+from activations_cache.checks import CacheFormatError, MonosemaError, Progress, silent
 from activations_cache.config import (
+    SPLITS,
+    TRAINING_SPLITS,
     CacheConfig,
     Dtype,
     ImagesConfig,
@@ -15,16 +24,33 @@ from activations_cache.config import (
     TextConfig,
     TextSource,
 )
+from activations_cache.documents import documents
 from activations_cache.hooks import noted_sites, sites
+from activations_cache.image_rows import CachedImages
+from activations_cache.images import read_images
 from activations_cache.importing import import_array
 from activations_cache.manifest import MANIFEST
 from activations_cache.models import LoadedModel
 from activations_cache.probe import record_of
 from activations_cache.recompute import recompute
 from activations_cache.summary import HookSummary, summarise, within
+from activations_cache.towers import load_towers, read_concepts
 from activations_cache.vision import LoadedVisionModel, load_any_model
 from sae.autoencoder import SparseAutoencoder
-from sae.run.context import CacheOrPath, FactTable, Steps, model_of, opened, steps_to, wrong_class
+from sae.evaluate.geometry import modality_gap
+from sae.explain.config import ImageLabelConfig, WordsConfig
+from sae.explain.image_firings import Captions, spoken
+from sae.explain.image_labels import ImageWords, concepts_of
+from sae.run.context import (
+    CacheOrPath,
+    FactTable,
+    Steps,
+    holds_images,
+    model_of,
+    opened,
+    steps_to,
+    wrong_class,
+)
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -250,3 +276,107 @@ def as_trained(
     sites = (d.config.sites(hook_point) for d in dictionaries.values())
     points = sorted({point for sides in sites for side in sides for point in side})
     return within(cache, points, max_norm or min(known, default=None))
+
+
+def check_splits(
+    cache: ActivationCache, splits: tuple[str, ...], *, by_words: bool = False
+) -> None:
+    """Refuse splits that nothing can be measured on, before anything slow begins.
+
+    Args:
+        cache: Of texts or images.
+        splits: Which.
+        by_words: Whether images get words for labels; then they need no classes.
+
+    Raises:
+        ValueError: If one is empty, or its images are of fewer than two classes.
+    """
+    kind = "images" if holds_images(cache) else "text"
+    by_class = kind == "images" and not (by_words and len(classes_of(cache)) < 2)
+    if by_class:
+        concepts_of(classes_of(cache), None)
+    for split in splits:
+        advice = f"give it a larger share in cache.{kind}, or add {kind}"
+        if not in_splits(cache, (split,)).any():
+            raise MonosemaError(f"the split {split} must hold {kind}, got none; {advice}")
+        present = classes_of(cache, (split,))
+        if by_class and len(present) < 2:
+            raise MonosemaError(
+                f"images of the split {split} must be of two classes or more, got "
+                f"{', '.join(present) or 'none'}; {advice}"
+            )
+
+
+def classes_of(cache: ActivationCache, splits: tuple[str, ...] = SPLITS) -> tuple[str, ...]:
+    """Names of the classes that images of these splits have."""
+    label = cache.examples.label
+    if label is None:
+        return ()
+    numbers = label[in_splits(cache, splits), 0].unique().tolist()
+    return tuple(cache.label_names[i] for i in numbers if i >= 0)
+
+
+def in_splits(cache: ActivationCache, splits: tuple[str, ...]) -> Bool[Tensor, " example"]:
+    """Which examples lie in these splits."""
+    wanted = torch.tensor([SPLITS.index(name) for name in splits])
+    return torch.isin(cache.examples.split, wanted)
+
+
+def words_of(
+    cache: ActivationCache, images: ImageLabelConfig, report: Progress
+) -> ImageWords | Captions | None:
+    """What labels of words are made of; None where the config wants classes.
+
+    Raises:
+        FileNotFoundError: If the towers, the concepts, captions or images are not there.
+        ValueError: If the towers do not fit, there are fewer than two concepts, or an image has no
+            caption.
+    """
+    if images.captions is not None:
+        return _captions(cache, images.captions)
+    return None if images.words is None else _embedded(cache, images.words, report)
+
+
+def _captions(cache: ActivationCache, path: str) -> Captions:
+    source = TextSource(path=path, field="text", label="image")
+    known = {str(document.label): document.text for document in documents(source)}
+    names = [record.name for record in read_images(cache)]
+    if missing := [name for name in names if name not in known]:
+        raise MonosemaError(
+            f"{path} must have a record for each of {len(names)} images, got none for "
+            f"{len(missing)}, the first of them {missing[0]}; its field `image` is the name that "
+            "stands in images.jsonl of the cache"
+        )
+    return Captions([known[name] for name in names], {"captions": path})
+
+
+def _embedded(cache: ActivationCache, config: WordsConfig, report: Progress) -> ImageWords:
+    """Words and the images of a cache, through the towers.
+
+    Images that nothing is labelled or scored on are left at zero.
+    """
+    folders = list(dict.fromkeys(map(spoken, cache.label_names)))
+    names = read_concepts(config.concepts, config.field) if config.concepts else folders
+    if len(names) < 2:
+        raise MonosemaError(
+            f"images.words.concepts must name a file where images lie in fewer than two folders, "
+            f"got none and {len(names)} folders; name one with a word a line"
+        )
+    model = ModelConfig(path=config.tower, revision=config.revision, dtype="float32")
+    towers = load_towers(model, progress=report)
+    concepts = towers.concepts(names, config.templates, progress=report)
+    images = CachedImages(cache)
+    wanted = in_splits(cache, TRAINING_SPLITS).nonzero().flatten()
+    digests = [images.records[example].sha256 for example in wanted.tolist()]
+    seen = towers.images(images.image, wanted.tolist(), digests, progress=report)
+    every = torch.zeros(len(images.records), towers.width)
+    every[wanted] = seen
+    facts = {
+        "tower": towers.name,
+        "fingerprint": towers.fingerprint,
+        "method": config.method,
+        "padding": towers.padding,
+        "logit_scale": towers.scale,
+        "modality_gap": modality_gap(concepts.embeddings, seen),
+    }
+    return ImageWords(concepts.names, concepts.embeddings, every, facts)

@@ -31,6 +31,7 @@ from sae.explain.run import Explained
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import WITH_TOOLS, Subject, Tools, score_rules_of
 from sae.read_out import ReadOutName
+from sae.run.caches import words_of
 from sae.run.config import refuse_unread
 from sae.run.context import (
     CacheOrPath,
@@ -157,7 +158,9 @@ def _explained(
     cache, one, narrow = parts
     if holds_images(cache):
         with steps("explain") as progress:
-            labels = explain_pictures(one.dictionary, cache, one.hook_point, config, out, progress)
+            words = words_of(cache, config.images, progress)
+            where = (one.dictionary, cache, one.hook_point)
+            labels = explain_pictures(*where, config, out, progress, words)
         return DictionaryExplanation(out, labels, differs=one.differs)
     subject, more = _subject(one, config, cache)
     explained = without_llm(subject, config, out, more["identity"], narrow, steps)

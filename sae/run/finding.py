@@ -1,26 +1,52 @@
 """Finding latents: by texts, by neighbours, or by what a prediction depends on."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
 
 from activations_cache.checks import MonosemaError, Progress, silent
+from activations_cache.config import ImagePreprocessing, ModelConfig
+from activations_cache.image_rows import CachedImages
+from activations_cache.image_sources import UNREADABLE
+from activations_cache.images import read_pixels
+from activations_cache.loading import one_line
 from activations_cache.models import LoadedModel
+from activations_cache.preprocessing import resolve
 from activations_cache.probe import require_next_token
+from activations_cache.towers import ZeroShot, load_towers
+from activations_cache.vision import LoadedVisionModel, load_any_model
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.config import load_overrides
 from sae.pretrained import load as load_dictionary
-from sae.run.context import Section, Steps, pieces_of, silent_steps, steps_to, with_differences
-from sae.run.steering import neutral_tokens, placed_in_model
-from sae.steer.attribution import Metric, agreement, attribute, logit_difference, stream_of
+from sae.run.context import (
+    Section,
+    Steps,
+    opened,
+    pieces_of,
+    silent_steps,
+    steps_to,
+    with_differences,
+)
+from sae.run.steering import model_of_dictionary, neutral_tokens, placed
+from sae.steer.attribution import (
+    Attribution,
+    AttributionAgreement,
+    Metric,
+    agreement,
+    attribute,
+    logit_difference,
+    stream_of,
+)
 from sae.steer.config import FindRequest
 from sae.steer.paths import PathAttribution, agreements, integrated_gradients
-from sae.steer.search import Counting, find_latents, nearest_latents
+from sae.steer.search import Counting, find_in_pictures, find_latents, nearest_latents
 
 
 class LatentMatches(NamedTuple):
@@ -57,12 +83,21 @@ def find_latents_of(
     """Return the latents that a request asks for."""
     if request.near is not None:
         return _near(path, request.near, request)
-    where = (request.model, request.dtype, request.hook_point)
-    placed, loaded, differs = placed_in_model(
-        path, *where, force=request.force, read_out=request.read_out
+    known, differs = placed(
+        path, request.hook_point, force=request.force, read_out=request.read_out
     )
-    ways = _by_texts if request.prompt is None else _behind
-    matches = ways(placed, loaded, request, steps)
+    loaded, of_model = model_of_dictionary(
+        path, known, request.model, request.dtype, load_any_model, request.force
+    )
+    differs += of_model
+    if isinstance(loaded, LoadedVisionModel):
+        show = _by_pictures if request.prompt is None else _behind_picture
+        matches = show(known, loaded, request, steps)
+    elif request.cache is not None:
+        raise MonosemaError(f"cache must be absent for a model of texts, got {request.cache}")
+    else:
+        ways = _by_texts if request.prompt is None else _behind
+        matches = ways(known, loaded, request, steps)
     note = with_differences(matches.table.note, {str(path): differs} if differs else {})
     return matches._replace(table=replace(matches.table, note=note))
 
@@ -124,14 +159,28 @@ def _behind(
             loaded.model, placed, ids, metric, n=request.n_ablated, progress=progress
         )
     strings = pieces_of(loaded).row(ids[0].tolist())
+    where = [f"{position} {string}" for position, string in enumerate(strings)]
+    what = f"{request.target!r} after {request.prompt!r}"
+    return _attributed(attributed, paths, agreed, where, request.n, what)
+
+
+def _attributed(
+    attributed: Attribution,
+    paths: Mapping[str, PathAttribution],
+    agreed: AttributionAgreement,
+    where: Sequence[str],
+    n: int,
+    title: str,
+) -> LatentMatches:
+    """The entries of the largest scores, beside integrated gradients and what ablation says."""
     activations, indices = attributed.latents.values, attributed.latents.indices
-    top, rows = attributed.top(request.n), []
+    top, rows = attributed.top(n), []
     for position, latent, score in top:
         entry = indices[position] == latent
         f = float((activations[position] * entry).sum())
         along = [float((p.attribution.scores[position] * entry).sum()) for p in paths.values()]
         figures = (f"{figure:+.3f}" for figure in (score, *along))
-        rows.append((f"{position} {strings[position]}", str(latent), *figures, f"{f:.2f}"))
+        rows.append((where[position], str(latent), *figures, f"{f:.2f}"))
     agree = agreements(paths)
     sums = (
         f"{name}: {path.total:+.2f} of {path.difference:+.2f}, rank correlation {agree[name]:.2f}"
@@ -146,7 +195,6 @@ def _behind(
     integrated = (f"IG, {name}" for name in paths)
     columns = ("position", "latent", "gradient x activation", *integrated, "activation")
     latents, scores = tuple(entry[1] for entry in top), tuple(entry[2] for entry in top)
-    title = f"{request.target!r} after {request.prompt!r}"
     return LatentMatches(latents, scores, title, ResultTable(columns, tuple(rows), note))
 
 
@@ -174,6 +222,109 @@ def _paths(
         )  # fmt: skip
         report(len(paths), len(request.baselines), "baselines")
     return paths
+
+
+class _PictureReader:
+    """Reads image files as the model of a dictionary does.
+
+    Pixels are made as the cache that is named says, else as the model's own files do.
+    """
+
+    def __init__(self, loaded: LoadedVisionModel, request: FindRequest) -> None:
+        defaults = {"where": "any", "first_position": 1}
+        for name, default in defaults.items():
+            if (got := getattr(request, name)) != default:
+                raise MonosemaError(
+                    f"{name} must be absent for pictures, got {got!r}; leave it out"
+                )
+        if request.cache is None:
+            self._made = resolve(ImagePreprocessing(), loaded.settings)
+        else:
+            self._made = CachedImages(opened(request.cache)).preprocessing
+        self.options = loaded.reading.options(self._made.size)
+        self.n_prefix = loaded.reading.n_prefix
+        self._side = self._made.size // loaded.reading.patch
+
+    def pixels(self, files: Sequence[str]) -> Float[Tensor, "example 3 size size"]:
+        """What the model reads of some files."""
+        if not files:
+            return torch.zeros(0, 3, self._made.size, self._made.size)
+        return torch.from_numpy(
+            read_pixels(self._made, lambda i: _picture(files[i]), range(len(files)))
+        )
+
+    def place(self, patch: int) -> str:
+        """Where a patch lies."""
+        row, column = divmod(patch, self._side)
+        return f"row {row + 1}, column {column + 1}" if row < self._side else "no patch"
+
+
+def _picture(file: str) -> Image.Image:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"a picture must be an existing file, got {file}")
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return image
+    except UNREADABLE as error:
+        raise MonosemaError(f"{file} must be a picture, got {one_line(error)}") from error
+
+
+def _by_pictures(
+    placed: SparseAutoencoder, loaded: LoadedVisionModel, request: FindRequest, steps: Steps
+) -> LatentMatches:
+    reader = _PictureReader(loaded, request)
+    with steps("find"):
+        entries = find_in_pictures(
+            loaded.model, placed, reader.pixels(request.pos), reader.pixels(request.neg),
+            reader.n_prefix, reader.options,
+        )  # fmt: skip
+    n_fitting, entries = len(entries), entries[: request.n]
+    unit = "of its maximum" if placed.stats is not None else "no statistics: as it is"
+    rows = tuple(
+        (
+            str(e.latent),
+            f"{e.score:.3f}",
+            f"{e.weakest:.3f}",
+            "; ".join(map(reader.place, e.tokens)),
+        )
+        for e in entries
+    )
+    n, others = len(request.pos), len(request.neg)
+    title = f"latents that fire in all of {n} pictures and in none of {others}"
+    note = f"{n_fitting} of {placed.config.d_sae:,}; its weakest peak among the pictures; patches"
+    columns = ("latent", f"score, {unit}", "activation", "where")
+    latents, scores = tuple(e.latent for e in entries), tuple(e.score for e in entries)
+    return LatentMatches(latents, scores, title, ResultTable(columns, tuple(rows), note))
+
+
+def _behind_picture(
+    placed: SparseAutoencoder, loaded: LoadedVisionModel, request: FindRequest, steps: Steps
+) -> LatentMatches:
+    """What the logit of a word depends on, for a picture and towers for texts and images."""
+    assert request.prompt is not None
+    assert request.target is not None
+    if unread := sorted({"mean", "sampled"} & set(request.baselines)):
+        raise MonosemaError(f"baselines must be off or zero for a picture, got {unread[0]}")
+    reader = _PictureReader(loaded, request)
+    towers = load_towers(ModelConfig(path=loaded.provenance["path"], dtype="float32"))
+    nn.Module.to(towers.model, "cpu")  # where the dictionary is; there is but one picture
+    words = [word for word in (request.target, request.against) if word is not None]
+    model, pixels = ZeroShot(towers, towers.texts(words)), reader.pixels([request.prompt])
+    metric = logit_difference(0, None if request.against is None else 1)
+    first = reader.n_prefix
+    attributed = attribute(model, placed, pixels, metric, first_position=first)
+    paths = {
+        baseline: integrated_gradients(
+            model, placed, pixels, metric, baseline=baseline, first_position=first
+        )
+        for baseline in request.baselines
+    }
+    with steps("ablate") as progress:
+        agreed = agreement(model, placed, pixels, metric, n=request.n_ablated, progress=progress)
+    where = [reader.place(i - reader.n_prefix) for i in range(len(attributed.scores))]
+    what = f"{request.target!r} for {request.prompt}"
+    return _attributed(attributed, paths, agreed, where, request.n, what)
 
 
 def token_of(loaded: LoadedModel, text: str) -> int:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from activations_cache import ActivationCache
-from activations_cache.checks import MonosemaError, Progress
-from activations_cache.config import SPLITS, TRAINING_SPLITS
+from activations_cache.checks import Progress
+from activations_cache.config import TRAINING_SPLITS
 from activations_cache.image_rows import CachedImages
 from activations_cache.images import read_images
 from activations_cache.vision import LoadedVisionModel
@@ -23,48 +23,14 @@ from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.downstream import AS_IT_IS, Downstream, Images, ReplacedStream, downstream
 from sae.evaluate.report import EvaluationReport
 from sae.explain.config import ExplainConfig
-from sae.explain.image_labels import concepts_of
+from sae.explain.image_firings import Captions
+from sae.explain.image_labels import ImageWords
 from sae.explain.image_run import ExplainedImages, Pictures, explain_images
 from sae.explain.image_summary import with_interval
 from sae.explain.scores import Mean
-from sae.run.context import holds_images
+from sae.run.caches import check_splits, classes_of, in_splits
 from sae.statistics import Interval, difference
 from sae.statistics import Interval as Share
-
-
-def check_splits(cache: ActivationCache, splits: tuple[str, ...]) -> None:
-    """Refuse splits that nothing can be measured on, before anything slow begins.
-
-    Raises:
-        ValueError: If one is empty, or its images are of fewer than two classes.
-    """
-    kind = "images" if holds_images(cache) else "text"
-    if kind == "images":
-        concepts_of(_present(cache), None)
-    for split in splits:
-        advice = f"give it a larger share in cache.{kind}, or add {kind}"
-        if not _in(cache, (split,)).any():
-            raise MonosemaError(f"the split {split} must hold {kind}, got none; {advice}")
-        present = _present(cache, (split,))
-        if kind == "images" and len(present) < 2:
-            raise MonosemaError(
-                f"images of the split {split} must be of two classes or more, got "
-                f"{', '.join(present) or 'none'}; {advice}"
-            )
-
-
-def _present(cache: ActivationCache, splits: tuple[str, ...] = SPLITS) -> tuple[str, ...]:
-    """Names of the classes of these splits."""
-    label = cache.examples.label
-    if label is None:
-        return ()
-    numbers = label[_in(cache, splits), 0].unique().tolist()
-    return tuple(cache.label_names[i] for i in numbers if i >= 0)
-
-
-def _in(cache: ActivationCache, splits: tuple[str, ...]) -> Bool[Tensor, " example"]:
-    wanted = torch.tensor([SPLITS.index(name) for name in splits])
-    return torch.isin(cache.examples.split, wanted)
 
 
 def with_downstream(
@@ -79,7 +45,7 @@ def with_downstream(
 
     Dictionaries that do not read and predict the one hook point are left out.
     """
-    if config.n_images == 0 or len(_present(cache)) < 2:
+    if config.n_images == 0 or len(classes_of(cache)) < 2:
         return report
     check_splits(cache, ("hold",))
     spliced = {
@@ -122,7 +88,7 @@ def _some(
 ) -> Int[Tensor, " example"]:
     """At most `n_images` images of these splits that have a class, ascending."""
     assert cache.examples.label is not None, "images of two classes have labels"
-    numbers = (_in(cache, splits) & (cache.examples.label[:, 0] >= 0)).nonzero().flatten()
+    numbers = (in_splits(cache, splits) & (cache.examples.label[:, 0] >= 0)).nonzero().flatten()
     order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(config.seed))
     return numbers[order[: config.n_images]].sort().values
 
@@ -134,16 +100,26 @@ def explain_pictures(
     config: ExplainConfig,
     path: Path | None,
     report: Progress,
+    words: ImageWords | Captions | None = None,
 ) -> ExplainedImages:
-    """Label a dictionary's latents by the classes of a cache's images; write into a directory.
+    """Label a dictionary's latents by classes of a cache's images or by words; write the files.
+
+    Args:
+        dictionary: What is explained.
+        cache: Of images.
+        hook_point: Which rows it reads.
+        config: How.
+        path: Where the files go; none are written when absent.
+        report: Called while it runs.
+        words: What `words_of` gives for `config.images`.
 
     Raises:
-        ValueError: If the images have fewer than two classes.
+        ValueError: If the images have fewer than two classes, where classes are labels.
     """
     names = [record.name for record in read_images(cache)]
     rows, columns = cache.identity["images"]["grid"]
     pictures = Pictures(
-        cache.concatenated(dictionary.config.sites(hook_point)[0]), names, rows * columns
+        cache.concatenated(dictionary.config.sites(hook_point)[0]), names, rows * columns, words
     )
     return explain_images(dictionary, pictures, hook_point, config, path, progress=report)
 
@@ -233,7 +209,8 @@ def image_table(
             continue
         for arm, figures in summary["baselines"].items():
             rows.append((f"{ARMS[arm]} {name}", *("-" * 5), *_label_cells(figures)))
-    note = "\n".join((_note(report), _label_note(labels), *_verdicts(labels, frozen or [])))
+    lines = (*_verdicts(labels, frozen or []), *_over_exchanged(labels))
+    note = "\n".join((_note(report), _label_note(labels), *lines))
     return ResultTable(columns, tuple(rows), note)
 
 
@@ -293,14 +270,46 @@ def _label_note(labels: Mapping[str, dict[str, Any]]) -> str:
     void = max(one["beats_null_shuffled"]["value"] or 0.0 for one in labels.values())
     controls = [one["control_auc"]["mean"] for one in labels.values()]
     exchanged = max((c for c in controls if c is not None), default=math.nan)
+    words = first.get("words", {})
     return (
-        f"labels: classes and groups of folders, scored on {first['n_images_score']:,} images they "
-        "were not made from; beat null: share of the live latents whose AUC beats permuted classes "
-        f"at 1 % ({void:.1%} or less with exchanged folders); best of class: AUC of each class's "
+        f"labels: {_said(words)}, scored on {first['n_images_score']:,} images they "
+        "were not made from; beat null: share of the live latents whose AUC beats permuted "
+        f"{'images' if words else 'classes'} at 1 % ({void:.1%} or less with exchanged "
+        f"{'images' if words else 'folders'}); best of class: AUC of each {_each(words)}'s "
         "best latent; strongest pictures: how much oftener a latent's 5 strongest have its label "
         "than all do; random, neurons: untrained, as dense as that dictionary; AUC of other "
         f"latents' labels: {exchanged:.3f} or less"
     )
+
+
+def _said(words: Mapping[str, Any]) -> str:
+    """What the labels are, by what is recorded of the towers."""
+    if not words:
+        return "classes and groups of folders"
+    if "captions" in words:
+        return f"{words['n_concepts']:,} words of {words['captions']}"
+    return (
+        f"{words['n_concepts']:,} words by {words['method'].replace('_', ' ')} of {words['tower']} "
+        f"(gap between texts and images {words['modality_gap']:.2f})"
+    )
+
+
+def _each(words: Mapping[str, Any]) -> str:
+    return "word" if words else "class"
+
+
+def _over_exchanged(labels: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    """A line for each dictionary whose labels are words: their AUC less that of exchanged ones."""
+    arms = {"over_exchanged": "", "by_folders_over_exchanged": ", by the folders they name"}
+    for name, summary in labels.items():
+        known = {said: summary[key] for key, said in arms.items() if "words" in summary}
+        parts = (
+            f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]{said}"
+            for said, one in known.items()
+            if one["mean"] is not None
+        )
+        if line := "; ".join(parts):
+            yield f"{name}: AUC of words less that of other latents' words {line}"
 
 
 def _verdicts(labels: Mapping[str, dict[str, Any]], frozen: list[str]) -> Iterator[str]:
@@ -336,22 +345,26 @@ def image_label_table(labelled: ExplainedImages) -> ResultTable:
             with_ends(arm.auc),
             with_ends(arm.best_of_class),
             with_ends(arm.control_auc),
+            with_ends(arm.over_exchanged, sign="+"),
+            *([with_ends(arm.by_folders_over_exchanged, sign="+")] if labelled.words else []),
         )
         for name, arm in arms.items()
     )
     columns = (
-        "", "insufficient", "unlabelled", "scored", "beat null", "AUC", "best per class",
-        "exchanged",
+        "", "insufficient", "unlabelled", "scored", "beat null", "AUC",
+        f"best per {_each(labelled.words)}", "exchanged", "over exchanged",
+        *(["the same by folders"] if labelled.words else []),
     )  # fmt: skip
     note = (
-        f"{summary.n_latents:,} latents, {summary.n_dead:,} dead; labels are classes and groups of "
-        f"folders, scored on {summary.n_images_score:,} other images; beat null: share of the live "
-        "latents whose AUC beats permuted classes at 1 %; the untrained ones are as dense; chance "
-        "is 0.5"
+        f"{summary.n_latents:,} latents, {summary.n_dead:,} dead; labels are "
+        f"{_said(labelled.words)}, scored on {summary.n_images_score:,} other images; beat null: "
+        f"share of the live latents whose AUC beats permuted "
+        f"{'images' if labelled.words else 'classes'} at 1 %; the untrained ones are as dense; "
+        "chance is 0.5; over exchanged: AUC less that with other latents' labels"
     )
     return ResultTable(columns, rows, note)
 
 
-def with_ends(figure: Share | Mean) -> str:
+def with_ends(figure: Share | Mean, sign: str = "") -> str:
     """A figure with half of its interval."""
-    return f"{figure[0]:.3f} ±{(figure.high - figure.low) / 2:.3f}"
+    return f"{figure[0]:{sign}.3f} ±{(figure.high - figure.low) / 2:.3f}"

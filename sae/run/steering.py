@@ -2,11 +2,11 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -18,6 +18,7 @@ from activations_cache.config import SPLITS, ModelConfig, TextSource
 from activations_cache.documents import documents
 from activations_cache.models import LoadedModel, Tokenizer, load_model
 from activations_cache.probe import readout
+from activations_cache.vision import LoadedVisionModel
 from sae import notebook
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
@@ -219,20 +220,39 @@ def placed_in_model(
     force: bool = False,
     read_out: ReadOutName | None = None,
 ) -> PlacedInModel:
-    """Load a dictionary and the model that it belongs to, or if forced another one.
+    """Load a dictionary and the language model that it belongs to, or if forced another one.
 
     Raises:
         ValueError: If the model is not known and not named, or if it is another one.
     """
     dictionary, differs = placed(path, hook_point, force=force, read_out=read_out)
+    loaded, of_model = model_of_dictionary(path, dictionary, model, dtype, load_model, force)
+    return PlacedInModel(dictionary, loaded, differs + of_model)
+
+
+_Loaded = TypeVar("_Loaded", LoadedModel, LoadedModel | LoadedVisionModel)
+
+
+def model_of_dictionary(
+    path: str | Path,
+    dictionary: SparseAutoencoder,
+    model: str | None,
+    dtype: str | None,
+    load: Callable[[ModelConfig], _Loaded],
+    force: bool,
+) -> tuple[_Loaded, tuple[str, ...]]:
+    """Load the model that is named, or the one that a dictionary records, and what differs.
+
+    Raises:
+        ValueError: If the model is not known and not named, or if it is another one.
+    """
     made_from = dictionary.provenance.get("model", {})
     name = model or made_from.get("path")
     if name is None:
         raise MonosemaError(f"--model must name the model of {path}, whose files do not say it")
     kind = dtype or made_from.get("dtype") or "bfloat16"
-    loaded = load_model(ModelConfig(path=name, dtype=kind))  # pyright: ignore[reportArgumentType]
-    differs += require_model(dictionary, loaded.identity, name, force=force)
-    return PlacedInModel(dictionary, loaded, differs)
+    loaded = load(ModelConfig(path=name, dtype=kind))  # pyright: ignore[reportArgumentType]
+    return loaded, require_model(dictionary, loaded.identity, name, force=force)
 
 
 def continuations(

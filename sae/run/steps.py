@@ -8,7 +8,7 @@ from typing import Any
 import activations_cache
 from activations_cache import seals
 from activations_cache.builder import rank_of_this_process
-from activations_cache.checks import Progress
+from activations_cache.checks import Progress, silent
 from activations_cache.config import SPLITS
 from activations_cache.manifest import MANIFEST
 from activations_cache.probe import record_of
@@ -23,10 +23,10 @@ from sae.explain.tables import SUMMARY
 from sae.metrics import STATS, stats_file
 from sae.pretrained.monosema_format import CONFIG, PROVENANCE, WEIGHTS
 from sae.run.browsing import site_of_run
-from sae.run.caches import as_trained
+from sae.run.caches import as_trained, check_splits, words_of
 from sae.run.context import Run, steps_to
 from sae.run.explaining import digest_of, promoted_strings, rules_and_atlas, tools_for
-from sae.run.images import check_splits, explain_pictures, with_downstream
+from sae.run.images import explain_pictures, with_downstream
 from sae.run.measuring import baselines
 from sae.run.steering import steering_example
 from sae.steer.choice import NothingToSteerError
@@ -88,6 +88,7 @@ def explain(run: Run, report: Progress) -> dict[str, Any]:
         Summaries of the labels by a language model, by dictionary; empty where none was asked.
     """
     summaries: dict[str, Any] = {}
+    words = words_of(run.cache, run.config.explain.images, report)
     for name, one in run.fitted.items():
         path = run.path("explain") / name
 
@@ -95,8 +96,8 @@ def explain(run: Run, report: Progress) -> dict[str, Any]:
             report(done, total, f"{unit} of {name}")
 
         if run.of_images:
-            config, hook = run.config.explain, one.hook_point
-            explain_pictures(one.dictionary, run.cache, hook, config, path, report_named)
+            where = (one.dictionary, run.cache, one.hook_point)
+            explain_pictures(*where, run.config.explain, path, report_named, words)
             continue
         summary = explain_texts(run, name, report_named)
         if summary is not None:
@@ -193,6 +194,14 @@ def browse_files(run: Run) -> list[Path]:
 
 
 def check(run: Run, done: str, last: str) -> None:
-    """Refuse what a step to come would wrong_class, before the steps between cost any time."""
-    if done == "cache" and last != "train":
-        check_splits(run.cache, ("hold",) if last == "evaluate" else SPLITS)
+    """Refuse what a step to come would refuse, before the steps between cost any time."""
+    if done != "cache" or last == "train":
+        return
+    images = run.config.explain.images
+    splits = ("hold",) if last == "evaluate" else SPLITS
+    check_splits(run.cache, splits, by_words=images.by_words)
+    is_labelled = all(
+        (run.path("explain") / name / SUMMARY).is_file() for name in run.config.train.saes
+    )
+    if last != "evaluate" and not is_labelled:
+        words_of(run.cache, images, silent)  # embedded once: the step finds them again

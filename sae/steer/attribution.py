@@ -54,7 +54,7 @@ class Attribution(NamedTuple):
 class PromptRows(NamedTuple):
     """One prompt at the dictionary's place."""
 
-    ids: Int[Tensor, "example pos"]
+    ids: Shaped[Tensor, "example ..."]
     x: Float[Tensor, "pos d_in"]
     latents: Latents
     size: Float[Tensor, "pos _"]
@@ -64,7 +64,7 @@ class PromptRows(NamedTuple):
 def attribute(
     model: nn.Module,
     placed: SparseAutoencoder,
-    input_ids: Int[Tensor, "example pos"],
+    input_ids: Shaped[Tensor, "example ..."],
     metric: Metric,
     *,
     first_position: int = 1,
@@ -74,7 +74,7 @@ def attribute(
     Args:
         model: A model in evaluation mode.
         placed: The dictionary and where it reads and writes.
-        input_ids: One prompt.
+        input_ids: One prompt; or the pixels of one image, for a model that takes them.
         metric: Of the logits, such as `logit_difference(paris, rome)`.
         first_position: Positions below this one have no scores.
     """
@@ -87,7 +87,7 @@ def attribute(
 def ablation_effects(
     model: nn.Module,
     placed: SparseAutoencoder,
-    input_ids: Int[Tensor, "example pos"],
+    input_ids: Shaped[Tensor, "example ..."],
     metric: Metric,
     entries: list[tuple[int, int]],
     *,
@@ -99,7 +99,7 @@ def ablation_effects(
     Args:
         model: A model in evaluation mode.
         placed: The dictionary and where it reads and writes.
-        input_ids: One prompt.
+        input_ids: One prompt; or the pixels of one image, for a model that takes them.
         metric: Of the logits.
         entries: (position, latent) each.
         at_once: Ablated prompts in one forward.
@@ -113,7 +113,7 @@ def ablation_effects(
         taken = torch.stack([_contribution(placed, seen, *entry) for entry in part])
         moved = torch.zeros(len(part), *seen.x.shape[:1], taken.shape[1]).to(taken)
         moved[range(len(part)), [position for position, _ in part]] = -taken
-        result, _ = metric_at(model, placed, seen.ids.expand(len(part), -1), metric, moved)
+        result, _ = metric_at(model, placed, copies(seen.ids, len(part)), metric, moved)
         effects.append(base[0] - result)
         progress(start + len(part), len(entries), "ablations")
     return torch.cat(effects)
@@ -133,7 +133,7 @@ class AttributionAgreement(NamedTuple):
 def agreement(
     model: nn.Module,
     placed: SparseAutoencoder,
-    input_ids: Int[Tensor, "example pos"],
+    input_ids: Shaped[Tensor, "example ..."],
     metric: Metric,
     *,
     n: int = 256,
@@ -145,7 +145,7 @@ def agreement(
     Args:
         model: A model in evaluation mode.
         placed: The dictionary and where it reads and writes.
-        input_ids: One prompt.
+        input_ids: One prompt; or the pixels of one image, for a model that takes them.
         metric: Of the logits.
         n: Entries at most.
         seed: Decides which, where more fire.
@@ -166,7 +166,7 @@ def agreement(
 def see(
     model: nn.Module,
     placed: SparseAutoencoder,
-    input_ids: Int[Tensor, "example pos"],
+    input_ids: Shaped[Tensor, "example ..."],
     first_position: int,
 ) -> PromptRows:
     """Read a prompt at the dictionary's place.
@@ -207,7 +207,7 @@ def _contribution(
 def metric_at(
     model: nn.Module,
     placed: SparseAutoencoder,
-    ids: Int[Tensor, "example pos"],
+    ids: Shaped[Tensor, "example ..."],
     metric: Metric,
     moved: Float[Tensor, "*example"],
 ) -> tuple[Float[Tensor, " example"], Tensor]:
@@ -221,14 +221,20 @@ def metric_at(
         return leaf
 
     with edit(model, {placed.config.hook_point_out: move}):
-        logits = model(input_ids=ids, use_cache=False).logits
+        of_text = {"input_ids": ids, "use_cache": False}
+        logits = (model(**of_text) if ids.dim() == 2 else model(ids)).logits
     return metric(logits), leaves[0]
+
+
+def copies(ids: Shaped[Tensor, "1 ..."], n: int) -> Shaped[Tensor, "n ..."]:
+    """One prompt, or one image, n times."""
+    return ids.expand(n, *[-1] * (ids.dim() - 1))
 
 
 def gradient_at(
     model: nn.Module,
     placed: SparseAutoencoder,
-    ids: Int[Tensor, "example pos"],
+    ids: Shaped[Tensor, "example ..."],
     metric: Metric,
     moved: Float[Tensor, "*example"],
 ) -> tuple[Float[Tensor, "example pos d_out"], list[float]]:

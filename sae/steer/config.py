@@ -254,7 +254,7 @@ class SteerRequest(SweepConfig, _OnModel):
             latent_change(text)
 
 
-_LOADED = ("model", "dtype", "hook_point", "read_out", "first_position")
+_LOADED = ("model", "dtype", "hook_point", "read_out", "first_position", "cache")
 _READ_BY = {
     "pos": ("where", *_LOADED),
     "near": ("among",),
@@ -276,9 +276,9 @@ class FindRequest(_OnModel):
     """What `sae find DICT` looks for: one of `pos`, `near`, and `prompt` with `target`."""
 
     pos: tuple[str, ...] = ()
-    """Texts in each of which the latents fire."""
+    """Texts, or files of pictures, in each of which the latents fire."""
     neg: tuple[str, ...] = ()
-    """Texts in none of which they fire."""
+    """Those in none of which they fire."""
     where: Literal["any", "last"] = "any"
     """On which token of a text."""
     near: int | None = None
@@ -286,11 +286,13 @@ class FindRequest(_OnModel):
     among: str | None = None
     """The dictionary whose latents are compared with it; the same when absent."""
     prompt: str | None = None
-    """Text whose next token is explained."""
+    """Text whose next token is explained, or the file of a picture."""
     target: str | None = None
-    """The token whose logit is explained."""
+    """The token whose logit is explained; for a picture a word of the model's text tower."""
     against: str | None = None
-    """A token whose logit is taken off."""
+    """A token, or word, whose logit is taken off."""
+    cache: str | None = None
+    """Of pictures: the cache whose pixels are made alike; as the model's files say when absent."""
     n: int = 10
     """Latents that are shown."""
     n_ablated: int = 64

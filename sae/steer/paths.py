@@ -12,13 +12,21 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from scipy import stats
 from torch import Tensor, nn
 
 from activations_cache.checks import MonosemaError
 from sae.autoencoder import SparseAutoencoder
-from sae.steer.attribution import Attribution, Metric, PromptRows, gradient_at, metric_at, see
+from sae.steer.attribution import (
+    Attribution,
+    Metric,
+    PromptRows,
+    copies,
+    gradient_at,
+    metric_at,
+    see,
+)
 from sae.steer.edits import directions_of
 
 Baseline = Literal["off", "zero", "mean", "sampled"]
@@ -104,7 +112,7 @@ class _Start(NamedTuple):
 def integrated_gradients(  # noqa: PLR0913
     model: nn.Module,
     placed: SparseAutoencoder,
-    input_ids: Int[Tensor, "example pos"],
+    input_ids: Shaped[Tensor, "example ..."],
     metric: Metric,
     *,
     baseline: Baseline = "off",
@@ -122,7 +130,7 @@ def integrated_gradients(  # noqa: PLR0913
     Args:
         model: A model in evaluation mode.
         placed: The dictionary and where it reads and writes.
-        input_ids: One prompt.
+        input_ids: One prompt, or the pixels of one image.
         metric: Of the logits.
         baseline: Where the path begins.
         rows: Rows of other texts, for "mean" and "sampled".
@@ -168,11 +176,11 @@ def _follow(
     """The mean gradient on the way back from a move, and the metric without and with it."""
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(n_steps))
     back = (1 - (nodes + 1) / 2).to(moved)[:, None, None] * moved
-    gradient, _ = gradient_at(model, placed, seen.ids.expand(n_steps, -1), metric, back)
+    gradient, _ = gradient_at(model, placed, copies(seen.ids, n_steps), metric, back)
     mean = ((weights / 2).to(gradient)[:, None, None] * gradient).sum(dim=0)
     both = torch.stack([torch.zeros_like(moved), moved])
     with torch.no_grad():
-        ends, _ = metric_at(model, placed, seen.ids.expand(2, -1), metric, both)
+        ends, _ = metric_at(model, placed, copies(seen.ids, 2), metric, both)
     return mean, ends
 
 

@@ -1,8 +1,8 @@
-"""Finding latents: by texts in which they fire and do not, and by the directions of others."""
+"""Finding latents: by texts or pictures in which they fire and do not, and by directions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +17,7 @@ from sae.neighbours import Nearest, nearest
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingLatent:
-    """A latent that fires in all positive texts and in no negative one."""
+    """A latent that fires in all positive texts, or pictures, and in no negative one."""
 
     latent: int
     """Its number."""
@@ -26,7 +26,7 @@ class MatchingLatent:
     weakest: float
     """The same in the dictionary's units."""
     tokens: tuple[int, ...]
-    """The token on which it fires most in each positive text, as a position."""
+    """The token, or patch, on which it fires most in each positive one, as a position."""
 
 
 class Counting(NamedTuple):
@@ -74,10 +74,49 @@ def find_latents(
     for text in (*positives, *negatives):
         peaks.append(_peaks(model, tokenizer, placed, text, counting))
         progress(len(peaks), len(positives) + len(negatives), "texts")
-    values = torch.stack([peak.values for peak in peaks])
-    weakest = values[: len(positives)].amin(dim=0)
-    if len(negatives):
-        weakest = weakest * (values[len(positives) :].amax(dim=0) <= 0)
+    return _in_all_and_none(placed, peaks[: len(positives)], peaks[len(positives) :])
+
+
+@torch.no_grad()
+def find_in_pictures(
+    model: nn.Module,
+    placed: SparseAutoencoder,
+    positives: Float[Tensor, "example 3 size size"],
+    negatives: Float[Tensor, "other 3 size size"],
+    n_prefix: int,
+    options: Mapping[str, Any] | None = None,
+) -> list[MatchingLatent]:
+    """Latents that fire on a patch of every positive picture and on none of a negative one.
+
+    Args:
+        model: A vision tower in evaluation mode.
+        placed: The dictionary.
+        positives: Pixels as the model reads them.
+        negatives: The same.
+        n_prefix: Positions before the first patch; `tokens` of the result count from it.
+        options: Of the model's forward.
+
+    Raises:
+        ValueError: If there is no positive picture.
+    """
+    if not len(positives):
+        raise MonosemaError("positives must hold at least one picture, got none")
+    weight, peaks = next(model.parameters()), []
+    for pixels in (*positives, *negatives):
+        with capture(model, [placed.hook_point]) as run:
+            x = run(pixels[None].to(weight), **(options or {}))[placed.hook_point][0]
+        peaks.append(_Peaks(*placed.encode_dense(x[n_prefix:].float()).max(dim=0)))
+    return _in_all_and_none(placed, peaks[: len(positives)], peaks[len(positives) :])
+
+
+def _in_all_and_none(
+    placed: SparseAutoencoder, positives: Sequence["_Peaks"], negatives: Sequence["_Peaks"]
+) -> list[MatchingLatent]:
+    """The latents with a peak in each of the first and none in the others, the strongest first."""
+    weakest = torch.stack([peak.values for peak in positives]).amin(dim=0)
+    if negatives:
+        largest = torch.stack([peak.values for peak in negatives]).amax(dim=0)
+        weakest = weakest * (largest <= 0)
     scores = weakest
     if placed.stats is not None:
         scores = weakest / placed.stats.max_activation.to(weakest).clamp_min(1e-12)
@@ -87,13 +126,13 @@ def find_latents(
             latent=latent,
             score=float(scores[latent]),
             weakest=float(weakest[latent]),
-            tokens=tuple(int(p.at[latent]) for p in peaks[: len(positives)]),
+            tokens=tuple(int(peak.at[latent]) for peak in positives),
         )
         for latent in order
     ]
 
 
-class _TextPeaks(NamedTuple):
+class _Peaks(NamedTuple):
     values: Float[Tensor, " d_sae"]
     at: Int[Tensor, " d_sae"]
 
@@ -101,7 +140,7 @@ class _TextPeaks(NamedTuple):
 @torch.no_grad()
 def _peaks(
     model: nn.Module, tokenizer: Tokenizer, placed: SparseAutoencoder, text: str, counting: Counting
-) -> _TextPeaks:
+) -> _Peaks:
     """The largest activation of every latent in a text, and its position."""
     ids = tokenizer(text)["input_ids"]
     if len(ids) <= counting.first_position:
@@ -114,7 +153,7 @@ def _peaks(
         x = run(torch.tensor([ids], device=device))[placed.hook_point][0]
     start = len(ids) - 1 if counting.where == "last" else counting.first_position
     peak = placed.encode_dense(x[start:]).max(dim=0)
-    return _TextPeaks(peak.values, peak.indices + start)
+    return _Peaks(peak.values, peak.indices + start)
 
 
 @torch.no_grad()

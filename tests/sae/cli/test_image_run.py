@@ -4,48 +4,39 @@ import io
 import json
 import re
 import sys
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+import torch
+from PIL import Image
 
-from activations_cache import CacheFormatError
+import activations_cache
+from activations_cache import CacheFormatError, capture
+from activations_cache.config import ModelConfig
+from activations_cache.image_rows import CachedImages
+from activations_cache.images import read_images
 from activations_cache.testing import synthetic_plan, write_synthetic
+from activations_cache.towers import ZeroShot, load_towers
+from activations_cache.vision import load_vision_model
+from sae import run as sae_run
 from sae.cli import main
 from sae.evaluate.report import read_json
 from sae.explain import read_latents
+from sae.explain.config import ExplainConfig, ImageLabelConfig, WordsConfig
+from sae.explain.image_run import ExplainedImages
 from sae.explain.tables import read_examples
+from sae.pretrained import load as load_dictionary
+from sae.run.context import model_of
+from sae.steer import Edit, Patches, Steering
+from tests import pairs
+from tests.shapes import CLASSES, N_EACH, SIDE, packed, pictures
 
-CLASSES = ("dark-disc", "dark-square", "red-disc")
-N_EACH, SIDE = 41, 28
 TOPK = {"d_sae": 67, "activation": {"kind": "topk", "k": 3}, "dead_after_tokens": 2000}
 
 
-def drawing(name: str, made: np.random.Generator) -> bytes:
-    """A shape somewhere on a grey ground: its colour and its form are the class."""
-    image = Image.new("RGB", (SIDE, SIDE), (230, 230, 230))
-    left, top = (int(place) for place in made.integers(0, 14, 2))
-    colour, form = name.split("-")
-    draw = ImageDraw.Draw(image)
-    shape = draw.ellipse if form == "disc" else draw.rectangle
-    shape((left, top, left + 13, top + 13), {"dark": (20, 20, 60), "red": (230, 20, 20)}[colour])
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
-
-
-def packed(path: Path, classes=CLASSES, n=N_EACH, broken=0, once=()) -> Path:
-    made = np.random.default_rng(0)
-    with tarfile.open(path, "w") as archive:
-        for number in range(n):
-            for name in classes if number else (*classes, *once):
-                data = b"no picture" if number < broken else drawing(name, made)
-                entry = tarfile.TarInfo(f"{name}/{number}.png")
-                entry.size = len(data)
-                archive.addfile(entry, io.BytesIO(data))
-    return path
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MONOSEMA_CACHE", str(tmp_path / "user"))
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +239,151 @@ def test_what_is_of_images_is_refused_for_texts(config, run, tmp_path, capsys):
     code = sae("explain", run / "train" / "topk", "images.max_p=0.5", "--cache", synthetic.path)
     assert code == 1
     assert "explain.images must be absent where the cache is of texts, got one" in one_line(capsys)
+
+
+@pytest.fixture(scope="module")
+def tower(config) -> Path:
+    return pairs.clip(config.parent / "clip", ["dark red green disc square dot"])
+
+
+def test_words_of_a_text_tower_are_labels(run, tower, tmp_path, capsys):
+    words = tmp_path / "words.txt"
+    words.write_text("dark disc\ndark square\nred disc\ngreen dot\nred square\n")
+    given = [f"images.words.tower={tower}", f"images.words.concepts={words}"]
+    command = ["explain", run / "train" / "topk", "--cache", run / "cache", *given]
+    assert sae(*command, "--out", tmp_path / "out", "images.words.share=0.3") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "5 words by clip dissect of" in out
+    assert "over exchanged" in out
+    records = read_latents(tmp_path / "out" / "latents.parquet")
+    labelled = [record for record in records if record.status == "scored"]
+    assert {r.label for r in labelled} <= set(words.read_text().splitlines())
+    assert {r.kind for r in labelled} == {"image word"}
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["words"]["n_concepts"] == 5
+    assert 0 < summary["words"]["modality_gap"] <= 2
+    told = sae_run.explain(
+        run / "train" / "topk", run / "cache", out=tmp_path / "again",
+        config=ExplainConfig(images=ImageLabelConfig(
+            words=WordsConfig(tower=str(tower), concepts=str(words), share=0.3))),
+    )  # fmt: skip
+    assert isinstance(told.labels, ExplainedImages)
+    assert told.labels.summary.auc.mean == summary["auc"]["mean"]
+    assert told.labels.words == summary["words"]
+
+
+def test_a_run_labels_images_of_one_folder_by_words_and_shows_them(config, tower, tmp_path, capsys):
+    one = packed(tmp_path / "one.tar", CLASSES[:1], n=101)
+    words = tmp_path / "words.txt"
+    words.write_text("dark disc\nred square\ngreen dot\n")
+    record = json.loads(config.read_text())
+    record["output"] = str(tmp_path / "run")
+    record["cache"]["images"]["sources"] = [{"path": str(one)}]
+    record["train"]["epochs"] = 1
+    wrong = "explain.images.words.tower=" + record["cache"]["model"]["path"]
+    record["cache"]["model"]["path"] = str(tower)  # its own patches
+    record["cache"]["hook_points"] = ["encoder.layers.0:out"]
+    record["explain"]["images"] = {"words": {"tower": str(tower), "concepts": str(words)}}
+    file = tmp_path / "one.yaml"
+    file.write_text(json.dumps(record))
+    assert sae("run", file, wrong) == 1
+    assert "must have a tower for texts beside that for images, got ViTModel" in one_line(capsys)
+    assert not (tmp_path / "run" / "train").exists()
+    assert sae("run", file) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "3 words by clip dissect of" in out
+    assert re.search(r"topk-frozen: AUC of words less that of other latents' words [+-]\.?\d", out)
+    data = (tmp_path / "run" / "browse" / "data" / "d0" / "latents" / "0.js").read_text()
+    assert "permuted images score as well in " in data
+    assert '"label_kind":"image word"' in data
+    pictures(tmp_path)
+    find = ["find", tmp_path / "run" / "train" / "topk", f"cache={tmp_path / 'run' / 'cache'}"]
+    assert sae(*find, "--prompt", tmp_path / "0.png", "target=dark disc", "against=green dot",
+               "baselines=[off, zero]", "n=4") == 0  # fmt: skip
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"'dark disc' for {tmp_path / '0.png'}" in out
+    assert re.search(r"row [1-4], column [1-4] .*off: \+?-?\d", out)
+    assert re.search(r"ablations attribution correlates 0?\.\d+ with the effect", out)
+    assert sae(*find, "--prompt", tmp_path / "0.png", "target=dark", "baselines=[mean]") == 1
+    assert "baselines must be off or zero for a picture, got mean" in one_line(capsys)
+    dictionary = load_dictionary(tmp_path / "run" / "train" / "topk").at("encoder.layers.0:out")
+    towers = load_towers(ModelConfig(path=str(tower), dtype="float32"))
+    model, pixels = ZeroShot(towers, towers.texts(["red", "dark"])), torch.zeros(2, 3, SIDE, SIDE)
+    base = model(pixels).logits
+    edits = [Edit(dictionary, latent=5, clamp=3.0)]
+    with Steering(model, edits, positions=Patches(n_prefix=1)) as steering:
+        steered = model(pixels).logits
+    assert steering.counts[0].n_chosen == 2 * 16
+    assert (steered - base).abs().min() > 1e-4
+
+
+def test_latents_are_found_by_pictures(run, tmp_path, capsys):
+    files = pictures(tmp_path)
+    cache = activations_cache.open(run / "cache")
+    find = ["find", run / "train" / "topk", "n=67"]
+    both = [*find, "--pos", files[0], "--pos", files[1]]
+    assert sae(*both, "--neg", files[2], f"cache={cache.path}") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "fire in all of 2 pictures and in none of 1" in out
+    assert re.search(r"row [1-4], column [1-4]; row [1-4], column [1-4]", out)
+    matches = sae_run.find(
+        run / "train" / "topk", pos=tuple(map(str, files[:2])), neg=(str(files[2]),), n=67,
+        cache=str(cache.path),
+    )  # fmt: skip
+    tower, dictionary = load_vision_model(model_of(cache)), load_dictionary(run / "train" / "topk")
+    made = CachedImages(cache).preprocessing
+    peaks = []
+    for file in files[:3]:
+        with capture(tower.model, ["layers.1:out"]) as forward:
+            rows = forward(torch.from_numpy(made(Image.open(file)))[None])["layers.1:out"][0, 1:]
+        peaks.append(dictionary.encode_dense(rows).amax(dim=0) > 0)
+    expected = (peaks[0] & peaks[1] & ~peaks[2]).nonzero().flatten().tolist()
+    assert sorted(matches.latents) == expected
+    for given, message in {
+        ("where=last",): "where must be absent for pictures, got 'last'",
+        ("--neg", str(tmp_path / "no.png")): "a picture must be an existing file, got ",
+        ("--neg", str(run / "run.yaml")): "run.yaml must be a picture, got UnidentifiedImageError",
+        (): "preprocessing.mean must be given where the model comes without settings",
+    }.items():
+        where = [f"cache={cache.path}"] if given else []
+        assert sae(*both, *given, *where) == 1
+        assert message in one_line(capsys)
+    prompt = ["--prompt", str(files[0]), "target=dark"]
+    assert sae(*find, *prompt, f"cache={cache.path}") == 1
+    assert "must have a tower for texts beside that for images, got ViTModel" in one_line(capsys)
+
+
+def test_words_of_captions_are_labels(run, tmp_path, capsys):
+    file = tmp_path / "captions.jsonl"
+    records = read_images(activations_cache.open(run / "cache"))
+    lines = [{"image": r.name, "text": f"A {str(r.label).replace('-', ' ')}!"} for r in records]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    command = ["explain", run / "train" / "topk", "--cache", run / "cache", "--out", tmp_path / "o"]
+    assert sae(*command, f"images.captions={file}") == 0
+    assert "labels are 2 words of" in " ".join(capsys.readouterr().out.split())
+    labelled = read_latents(tmp_path / "o" / "latents.parquet")
+    told = [r for r in labelled if r.p_held_out is not None and r.p_held_out <= 0.01]
+    assert {r.label for r in told} == {"red", "square"}  # most pictures are dark, most are discs
+    file.write_text(json.dumps(lines[0]))
+    assert sae(*command, f"images.captions={file}") == 1
+    assert f"got none for {len(lines) - 1}, the first of them" in one_line(capsys)
+
+
+def test_words_that_do_not_fit_are_refused_in_one_line(run, tower, tmp_path, capsys):
+    words = tmp_path / "words.txt"
+    command = ["explain", run / "train" / "topk", "--cache", run / "cache", "--out", tmp_path / "o"]
+    for given, message in {
+        f"images.words.tower={tmp_path / 'none'}": "none must be a directory, a *.gguf file",
+        f"images.words.concepts={words}": f"concepts must be an existing file, got {words}",
+        "images.words.method=wpmi": "images.words.method must be",
+        "images.method=soft_wpmi": "method must be absent where images.words is given, got",
+    }.items():
+        assert sae(*command, f"images.words.tower={tower}", given) in (1, 2)
+        assert message in one_line(capsys)
+    words.write_text("dark disc\n" + "dark " * 12 + "\n")
+    given = (f"images.words.tower={tower}", f"images.words.concepts={words}")
+    assert sae(*command, *given) == 1
+    assert "each text must have at most 13 tokens for" in one_line(capsys)
 
 
 def test_a_vision_model_is_no_model_of_text(run, capsys):

@@ -5,8 +5,9 @@ import pytest
 import torch
 from scipy import stats
 
-from sae.explain.image_firings import splice, text_cosine
-from sae.explain.image_labels import caption_windows, class_enrichment, soft_wpmi
+from sae.explain import image_labels
+from sae.explain.image_firings import caption_windows, splice, text_cosine
+from sae.explain.image_labels import class_enrichment, soft_wpmi
 
 
 def planted_images(n: int = 997, rate: float = 0.05, noise: float = 0.05):
@@ -25,6 +26,47 @@ def test_soft_wpmi_recovers_planted_concepts_and_shuffling_loses_them():
     order = torch.randperm(997, generator=torch.Generator().manual_seed(1))
     shuffled = soft_wpmi(acts, similarity[order])
     assert (shuffled.best == torch.arange(29)).float().mean() <= 0.15
+
+
+def waves(n: int, m: int) -> torch.Tensor:
+    return torch.arange(n * m).double().reshape(n, m)
+
+
+def test_soft_wpmi_is_that_of_the_published_code(monkeypatch):
+    """Values of `soft_wpmi` of the published code, run on these numbers in float64."""
+    similarity = 0.3 * torch.sin(1.7 * waves(11, 4) + 0.1 * waves(11, 4) ** 2)
+    acts = 1.5 + torch.cos(2.3 * waves(11, 3) + 0.3)
+    published = [
+        [0.620273741181, -8.160944820089, 0.309438645510, -2.959435770842],
+        [-1.103019697777, 1.096375150892, -0.173425722174, 1.080679731953],
+        [-0.212332707656, -5.048598984878, -0.227452275833, -6.522484335143],
+    ]
+    result = soft_wpmi(acts, similarity, top=5)
+    assert result.score.tolist() == [pytest.approx(row, abs=1e-9) for row in published]
+    assert result.best.tolist() == [0, 1, 0]
+    published = [
+        [-3.124962749741, -5.199847859979, -3.346604363446, -5.106420199474],
+        [-4.231517321263, -2.826810197058, -4.195967037976, -4.560073722587],
+        [-3.301392263696, -4.599387136424, -3.805970768159, -4.622442336405],
+    ]
+    other = soft_wpmi(acts, similarity, top=7, temperature=2.0, weight=0.6)
+    assert other.score.tolist() == [pytest.approx(row, abs=1e-9) for row in published]
+    monkeypatch.setattr(image_labels, "_WORDS_AT_ONCE", 3)  # of four words, in two parts
+    best = soft_wpmi(acts, similarity, top=5, n_best=2)
+    assert best.concept.tolist() == [[0, 2], [1, 3], [0, 2]]
+    assert (best.score == result.score.gather(1, best.concept)).all()
+
+
+def test_splice_is_that_of_the_published_code():
+    unit = torch.nn.functional.normalize
+    concepts = unit(torch.sin(waves(6, 9) ** 2 + 0.5 * waves(6, 9)), dim=1)
+    z = unit(unit(torch.cos(3.1 * waves(2, 9)), dim=1) - 0.05, dim=1)
+    published = [
+        [0.0, 0.150821921453, 0.0, 0.402890027033, 0.199575831591, 0.310784916133],
+        [0.298560811820, 0.0, 0.0, 0.0, 0.0, 0.0],
+    ]
+    result = splice(z, concepts, penalty=0.25)
+    assert result.tolist() == [pytest.approx(row, abs=1e-9) for row in published]
 
 
 def test_latents_that_fire_on_few_images_are_right_or_silent():

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from sae.explain.config import ExplainConfig, ImageLabelConfig
-from sae.explain.image_labels import concepts_of
+from sae.explain import image_labels
+from sae.explain.config import ExplainConfig, ImageLabelConfig, WordsConfig
+from sae.explain.image_firings import Captions
+from sae.explain.image_labels import ImageWords, concepts_of
 from sae.explain.image_run import Pictures, explain_images
 from sae.explain.image_summary import aucs, held_out, with_interval
 from sae.explain.tables import EXAMPLES, LATENTS, SUMMARY, read_examples, read_latents
@@ -71,6 +75,107 @@ def test_soft_wpmi_labels_by_classes_alone(explained):
     cache, _, records = explained(dataclasses.replace(CONFIG, images=images))
     assert [r.label for r in records[:5]] == list(cache.label_names)
     assert records[5].label in cache.label_names[:2]
+
+
+def words_for(cache, known=True, noise=0.3) -> ImageWords:
+    """A word for each class and six that say nothing; images lie near the word of their class."""
+    made = torch.Generator().manual_seed(3)
+    names = (*(cache.label_names if known else [f"it is {n}" for n in range(5)]), *"uvwxyz")
+    near = torch.eye(11)[cache.label] + noise * torch.randn(len(cache.label), 11, generator=made)
+    unit = torch.nn.functional.normalize
+    gap = 0.5 * torch.ones(11)  # between the two kinds of embeddings
+    return ImageWords(
+        names, unit(torch.eye(11) - gap, dim=1), unit(near, dim=1), {"tower": "planted"}
+    )
+
+
+def by_words(method: Any = "clip_dissect", **options) -> ExplainConfig:
+    words = WordsConfig(tower="planted", method=method, share=0.2, **options)
+    images = ImageLabelConfig(words=words, permutations=199, top_images=3)
+    return dataclasses.replace(CONFIG, images=images)
+
+
+@pytest.mark.parametrize("method", ["clip_dissect", "text_direction", "splice"])
+def test_planted_words_are_the_labels_and_exchanged_ones_are_not(
+    image_cache, identity_dictionary, tmp_path, method
+):
+    cache = image_cache()
+    pictures = Pictures(cache, [""] * 499, 6, words_for(cache))
+    config = by_words(method, penalty=0.1)
+    result = explain_images(identity_dictionary(39), pictures, HOOK, config, tmp_path)
+    records, summary = read_latents(tmp_path / LATENTS), result.summary
+    assert [r.label for r in records[:5]] == list(cache.label_names)
+    assert {r.kind for r in records[:5]} == {"image word"}
+    assert records[5].label in cache.label_names[:2]
+    assert [r.status for r in records[6:8]] == ["insufficient", "dead"]
+    for record in records[:5]:
+        assert record.words[0] == record.label
+        assert record.auc is not None
+        assert record.auc > 0.7
+        assert record.p_held_out == pytest.approx(1 / 200)
+    assert set(summary.by_method) == {"clip_dissect", "text_direction", method}
+    assert summary.by_folders.mean > 0.5
+    assert summary.control_auc.mean == pytest.approx(0.5, abs=0.06)
+    assert summary.over_exchanged.mean == pytest.approx(summary.auc.mean - summary.control_auc.mean)
+    assert summary.over_exchanged.low > 0
+    assert summary.by_folders_over_exchanged.low > 0
+    assert set(result.untrained) == {"random directions", "raw neurons"}
+    written = json.loads((tmp_path / SUMMARY).read_text())
+    assert written["words"] == {"tower": "planted", "n_concepts": 11}
+
+
+def test_words_need_no_classes_and_nothing_planted_is_chance(image_cache, identity_dictionary):
+    cache = image_cache(997, n_random=101)
+    words = words_for(cache, known=False)
+    cache.label[:] = -1
+    pictures = Pictures(cache, [""] * 997, 6, words)
+    result = explain_images(identity_dictionary(109), pictures, HOOK, by_words(), None).summary
+    assert result.n_images_explain == int((cache.split == 0).sum())
+    assert np.isnan(result.by_folders.mean)
+    assert result.over_exchanged.low > 0
+    noise = dataclasses.replace(pictures, words=words._replace(images=words.images.roll(7, dims=0)))
+    chance = explain_images(identity_dictionary(109), noise, HOOK, by_words(), None).summary
+    assert chance.auc.mean == pytest.approx(0.5, abs=0.012)
+    assert chance.over_exchanged.low < 0 < chance.over_exchanged.high
+    assert chance.beats_null_shuffled.value <= 0.05
+
+
+def test_words_of_captions_are_the_labels(image_cache, identity_dictionary, tmp_path):
+    cache = image_cache()
+    what = [f"Number {i}, {cache.label_names[n]}." for i, n in enumerate(cache.label.tolist())]
+    cache.label[:] = -1
+    images = ImageLabelConfig(captions="captions.jsonl", permutations=199)
+    config = dataclasses.replace(CONFIG, images=images)
+    pictures = Pictures(cache, [""] * 499, 6, Captions(what, {"captions": "captions.jsonl"}))
+    result = explain_images(identity_dictionary(39), pictures, HOOK, config, tmp_path)
+    records = read_latents(tmp_path / LATENTS)
+    assert [r.label for r in records[:6]] == ["birds", "bugs", "cakes", "fruit", "stars", "animals"]
+    assert {r.kind for r in records[:6]} == {"image word"}
+    assert result.summary.over_exchanged.low > 0
+    # "number" is in all captions and tells nothing, 1 to 498 are in too few
+    assert result.words == {"captions": "captions.jsonl", "n_concepts": 7}
+    nothing = dataclasses.replace(pictures, words=Captions(["one", "two"] + [""] * 497, {}))
+    with pytest.raises(ValueError, match=r"two words that 5 to 132 of the images .*, got 0; write"):
+        explain_images(identity_dictionary(39), nothing, HOOK, config, None)
+    with pytest.raises(ValueError, match=r"must be absent where images\.captions is given"):
+        ImageLabelConfig(captions="a", group_separator="-")
+
+
+def test_exchanged_images_take_their_words_along(image_cache):
+    """What chance gives: in each split images keep their words, and lose their latents."""
+    cache = image_cache(211)
+    numbers = tuple((cache.split == split).nonzero().flatten().numpy() for split in (0, 1))
+    folders = (cache.label[numbers[1]].numpy(), cache.label_names)
+    said = image_labels.by_words(words_for(cache), numbers, folders, by_words().images, 3)
+    assert said.folders is not None
+    assert (said.folders[:, :5] == (folders[0][:, None] == np.arange(5))).all()
+    assert not said.folders[:, 5:].any()
+    assert (said.has[0].sum(axis=0) == round(0.2 * len(numbers[0]))).all()
+    other = said.exchanged(np.random.default_rng(0))
+    order = [int((said.images == row).all(dim=1).nonzero()) for row in other.images]
+    assert sorted(order) == list(range(len(order)))
+    assert order != sorted(order)
+    assert (other.has[0] == said.has[0][order]).all()
 
 
 def test_pictures_are_the_strongest_with_their_patches(explained, tmp_path):
@@ -174,8 +279,25 @@ def test_images_without_a_class_are_left_out(image_cache, identity_dictionary):
         ("permutations", 98, "permutations must be at least 99"),
         ("max_p", 0.0, "max_p must lie above 0"),
         ("group_separator", "", "group_separator must not be empty"),
+        ("words", {"tower": ""}, "tower must not be empty"),
+        ("words", {"share": 0.6}, "share must lie above 0 and be at most 0.5, got"),
+        ("words", {"penalty": 0.0}, "penalty must be a positive number"),
+        ("words", {"templates": ("a photo",)}, "templates must be texts with one {}"),
     ],
 )
 def test_wrong_settings_are_named(field, value, rule):
+    config = ImageLabelConfig
+    if field == "words":
+        config, (field, value) = partial(WordsConfig, tower="t"), next(iter(value.items()))
     with pytest.raises(ValueError, match=rule):
-        ImageLabelConfig(**{field: value})
+        config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "unread",
+    [{"method": "soft_wpmi"}, {"group_separator": "-"}, {"max_p": 0.01}, {"captions": "a"}],
+)
+def test_what_is_of_classes_is_refused_beside_words(unread):
+    rule = rf"{next(iter(unread))} must be absent where images\.words is given, got"
+    with pytest.raises(ValueError, match=rule):
+        ImageLabelConfig(words=WordsConfig(tower="t"), **unread)
