@@ -66,7 +66,7 @@ class MetricOfLatents(nn.Module):
         self,
         model: nn.Module,
         placed: SparseAutoencoder,
-        input_ids: Int[Tensor, "example pos"],
+        input_ids: Shaped[Tensor, "example ..."],
         metric: Metric,
         *,
         first_position: int = 1,
@@ -76,7 +76,7 @@ class MetricOfLatents(nn.Module):
         Args:
             model: A model in evaluation mode.
             placed: The dictionary and where it reads and writes.
-            input_ids: One prompt.
+            input_ids: One prompt, or the pixels of one image.
             metric: Of the logits.
             first_position: Latents at positions below this one are not among the inputs.
         """
@@ -85,7 +85,7 @@ class MetricOfLatents(nn.Module):
         position, place = (seen.latents.values != 0).nonzero(as_tuple=True)
         numbers = seen.latents.indices[position, place]
         self._asked = (model, placed, seen.ids, metric)  # a tuple: their weights are not ours
-        self._position = position
+        self._position, self._n_positions = position, len(seen.x)
         self._added = directions_of(placed, numbers) * seen.size[position]
         self.entries = list(zip(position.tolist(), numbers.tolist(), strict=True))
         """Position and latent of each input."""
@@ -96,9 +96,9 @@ class MetricOfLatents(nn.Module):
         """The metric with these activations in the place of the prompt's own."""
         model, placed, ids, metric = self._asked
         change = (activations - self.activations)[:, :, None] * self._added
-        moved = change.new_zeros(len(change), ids.shape[1], change.shape[2])
+        moved = change.new_zeros(len(change), self._n_positions, change.shape[2])
         moved = moved.index_add(1, self._position, change)
-        return metric_at(model, placed, ids.expand(len(change), -1), metric, moved)[0]
+        return metric_at(model, placed, copies(ids, len(change)), metric, moved)[0]
 
 
 class _Start(NamedTuple):
