@@ -69,9 +69,18 @@ def atlas_facts(drawn: dict[str, Any], path: Path) -> FactTable:
             "largest correlation with a coordinate of the stream",
             f"median {correlation['median']:.2f}; at most 0.3 for {small:.0%}",
         ))
+    if neurons := drawn.get("neurons"):
+        facts.append(("largest correlation with a unit before it", _with_neurons(neurons)))
     if counts := drawn.get("splitting"):
         facts += [(name.replace("_", " "), f"{n:,}") for name, n in counts.items()]
     return FactTable("atlas", facts, f"{path}. {drawn['caution']}")
+
+
+def _with_neurons(neurons: dict[str, Any]) -> str:
+    if "median" not in neurons:
+        return neurons.get("reason", "no latent fires")
+    small, n = neurons["share_at_most_0.3"], len(neurons["hook_points"])
+    return f"median {neurons['median']:.2f}; at most 0.3 for {small:.0%}; {n} hook points"
 
 
 def estimate_facts(title: str, cost: Cost, config: AutointerpConfig) -> FactTable:
