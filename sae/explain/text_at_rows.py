@@ -4,7 +4,6 @@ Concepts are sets of such values: what WordNet says a gloss is about, the words 
 (`demo_data/concept_families.json`), and names of WordNet's families of nouns.
 """
 
-import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,12 @@ from functools import cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 import regex
 import torch
 from jaxtyping import Int, Int32
+from pyarrow import compute
+from pyarrow import json as arrow_json
 from torch import Tensor
 
 from activations_cache.checks import locate
@@ -343,16 +345,16 @@ def concepts_in(
 @cache
 def _families_of_nouns() -> dict[str, str]:
     """WordNet's lexicographer file of each noun whose senses all lie in that one."""
-    files: dict[str, set[str]] = {}
-    with gzip.open(locate(GLOSSES), "rt", encoding="utf-8") as lines:
-        for record in map(json.loads, lines):
-            for word in record["words"]:
-                files.setdefault(word.lower(), set()).add(record["supersense"])
+    glosses = arrow_json.read_json(locate(GLOSSES))
+    words = glosses["words"].combine_chunks()
+    files = glosses["supersense"].combine_chunks().take(compute.list_parent_indices(words))
+    senses = pa.table({"word": compute.utf8_lower(words.flatten()), "file": files})
+    of_word = senses.group_by("word").aggregate([("file", "count_distinct"), ("file", "min")])
     return {
-        word: next(iter(of_word))
-        for word, of_word in files.items()
-        if len(of_word) == 1
-        and len(word) >= _SHORTEST_NAME
-        and word.isalpha()
-        and next(iter(of_word)).startswith("noun.")
+        record["word"]: record["file_min"]
+        for record in of_word.filter(compute.field("file_count_distinct") == 1).to_pylist()
+        if record["file_min"].startswith("noun.")
+        and record["file_min"] != "noun.Tops"
+        and len(record["word"]) >= _SHORTEST_NAME
+        and record["word"].isalpha()
     }

@@ -1,0 +1,392 @@
+"""The Scaling Monosemanticity study: dictionaries of several widths on one cache, held together.
+
+After caching, training, evaluating and explaining, as `sae run` does them, come three steps. Each
+width is trained on shares of the rows too, and a scaling law is fitted to all of these runs. The
+map holds what the widths have in common and what sets them apart: which latents descend from
+which, which concepts have a latent, how specific labels are by level of activation, how latents go
+along with neurons, and which latents tell families of texts from their controls. Everything stands
+beside what the frozen twin of each width gives, where the config has one. The report is one page.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from activations_cache import io, seals
+from activations_cache.checks import MonosemaError, Progress, locate, silent
+from activations_cache.config import TRAINING_SPLITS
+from sae import train as training  # imports Lightning when it trains
+from sae.config import ConfigError, load
+from sae.evaluate.reconstruction import measure_reconstruction
+from sae.evaluate.report import held_out_rows, read_json
+from sae.explain.atlas import SUMMARY as ATLAS
+from sae.explain.config import AtlasConfig, RuleConfig
+from sae.explain.firings import CAUTION
+from sae.explain.results import STEM
+from sae.explain.rule_scores import STEM as RULES
+from sae.explain.tables import SUMMARY, LatentRecord, as_json, read_latents, read_summary
+from sae.explain.text_at_rows import ConceptFamily, concept_families
+from sae.neighbours import chance_cosine, nearest, splitting
+from sae.pretrained.monosema_format import PROVENANCE
+from sae.run.caches import as_trained
+from sae.run.config import RunConfig, StudyConfig
+from sae.run.context import Run, Section, fitted, wrong_class
+from sae.run.label_tables import study_panels, study_sections
+from sae.run.page import plot_lines, write_page
+from sae.run.pipeline import STEPS, RunStep, run_steps
+from sae.run.steps import REPORT, twin_of
+from sae.run.studies import FIT, PICTURE, fit_scaling
+from sae.steer.search import Counting, contrast, text_peaks
+
+MAP, RECORD, PAGE = "map.json", "study.json", "study.html"
+RUNS = "runs.jsonl"
+N_NEAR = 5
+"""Neighbours of a tree's root that are listed in each width."""
+
+
+class Width(NamedTuple):
+    """A trained dictionary of a study."""
+
+    name: str
+    d_sae: int
+    twin: str | None
+    """The entry of the same shape whose decoder is frozen."""
+
+
+class StudyResult(NamedTuple):
+    """What a study has made."""
+
+    output: Path
+    """Directory of everything."""
+    sections: tuple[Section, ...]
+    """Its tables; the first has a row for each width."""
+    record: dict[str, Any]
+    """All figures, as study.json has them."""
+    page: Path
+    """The report."""
+
+    def _repr_html_(self) -> str:
+        return "".join(section._repr_html_() for section in self.sections)
+
+
+def study(config: RunConfig | str | Path, *, progress: Progress = silent) -> StudyResult:
+    """Do every step of a study whose result is not there yet, as `sae study` does.
+
+    Args:
+        config: What is studied, or its YAML file: a run with one trained dictionary of each width.
+        progress: Called in every step.
+
+    Raises:
+        ConfigError: If the config is wrong, or has fewer than two widths.
+        TypeError: If an argument is of another class.
+    """
+    if isinstance(config, str | Path):
+        config = load(RunConfig, config)
+    if not isinstance(config, RunConfig):
+        raise wrong_class("config", "be a RunConfig or the path of a YAML file", config, "see docs")
+    run = Run(studied(config))
+    run_steps(run, "study", progress, STUDY)
+    return result_of(run)
+
+
+def studied(config: RunConfig) -> RunConfig:
+    """The config with all that a study needs, once it can be one.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if config.cache.images is not None:
+        raise ConfigError("cache must be of texts for `sae study`, got images")
+    if config.train.source != "cache":
+        raise ConfigError(f"train.source must be 'cache' for a study, got {config.train.source!r}")
+    known = widths_of(config)
+    if len(known) < 2 or len({width.d_sae for width in known}) < len(known):
+        got = ", ".join(f"{width.name} with {width.d_sae}" for width in known) or "none"
+        raise ConfigError(
+            "train.saes must hold one trained dictionary of each of several widths for a study, "
+            f"got {got}; `grid: {{d_sae: [1152, 4608]}}` in an entry makes them"
+        )
+    entries = [config.train.saes[width.name] for width in known]
+    if len({(entry.inputs, entry.outputs) for entry in entries}) > 1:
+        raise ConfigError("train.saes must read and predict the same hook points for a study")
+    explain = config.explain
+    explain = replace(
+        explain, rules=explain.rules or RuleConfig(), atlas=explain.atlas or AtlasConfig()
+    )
+    return replace(config, explain=explain, study=config.study or StudyConfig())
+
+
+def widths_of(config: RunConfig) -> list[Width]:
+    """The trained dictionaries, the narrowest first."""
+    saes = config.train.saes
+    known = [
+        Width(name, entry.d_sae, twin_of(saes, name))
+        for name, entry in saes.items()
+        if entry.frozen == "none"
+    ]
+    return sorted(known, key=lambda width: width.d_sae)
+
+
+def scaling(run: Run, report: Progress) -> None:
+    """Train each width on shares of the rows as well, and fit what all these runs allow."""
+    config, path = run.config.study or StudyConfig(), run.path("scaling")
+    names = [width.name for width in widths_of(run.config)]
+    measured = read_json(run.path("evaluate") / REPORT).reconstruction
+    runs = [_finished(run.path("train") / name, measured[name].fvu) for name in names]
+    train = replace(run.config.train, saes={name: run.config.train.saes[name] for name in names})
+    total = len(run.cache.rows(TRAINING_SPLITS)) * train.epochs
+    for share in config.passes:
+        n_rows, place = int(share * total), path / f"rows-{share:g}"
+        if n_rows < train.batch:
+            raise ConfigError(
+                f"study.passes must leave at least train.batch={train.batch} rows, got {share:g} "
+                f"of {total}"
+            )
+        training.train(run.cache, train, place, n_rows=n_rows, progress=report)
+        trained = {name: fitted(place / name, run.cache).dictionary for name in names}
+        kept = as_trained(trained, run.cache, run.hook_point, train.max_norm)
+        figures = measure_reconstruction(
+            trained, kept, run.hook_point, held_out_rows(kept), progress=report
+        )
+        runs += [_finished(place / name, figures[name].reconstruction.fvu) for name in names]
+    lines = "".join(json.dumps(one) + "\n" for one in runs)
+    io.write_files({path / RUNS: lines.encode()})
+    try:
+        fit_scaling(
+            [str(path / RUNS)], path, resamples=config.resamples, seed=config.seed, progress=report
+        )
+    except MonosemaError as error:
+        io.write_files({path / FIT: as_json({"reason": str(error), "runs": runs})})
+
+
+def _finished(place: Path, fvu: float) -> dict[str, Any]:
+    """A run as a law takes it."""
+    provenance = json.loads(seals.read(place / PROVENANCE))
+    recipe = provenance["recipe"]
+    k = recipe["activation"].get("k")
+    return {"d_sae": recipe["d_sae"], "k": k, "rows": provenance["rows"], "loss": fvu}
+
+
+def draw_map(run: Run, report: Progress) -> None:
+    """Hold the widths together, each beside its twin."""
+    config, widths = run.config.study or StudyConfig(), widths_of(run.config)
+    names = [name for width in widths for name in (width.name, width.twin) if name]
+    explained = {name: run.path("explain") / name for name in names}
+    summaries = {name: read_summary(path / SUMMARY) for name, path in explained.items()}
+    atlas = {name: read_summary(path / ATLAS) for name, path in explained.items()}
+    latents = {name: read_latents(path) for name, path in explained.items()}
+    pairs = list(pairwise(widths))
+    parents = [splitting(_rows(run, a.name), _rows(run, b.name)).parent.tolist() for a, b in pairs]
+    found = {
+        "widths": [width._asdict() for width in widths],
+        "splitting": [_pair(run, *pair, report) for pair in pairs],
+        "trees": _trees(run, widths, parents, latents, config.trees),
+        "completeness": {name: summaries[name]["completeness"] for name in names},
+        "levels": {n: _levels(explained[n], summaries[n], latents[n]) for n in names},
+        "neurons": {
+            name: {"stream": one.get("correlation_with_the_stream"), "neurons": one["neurons"]}
+            for name, one in atlas.items()
+        },
+        "search": _search(run, names, concept_families(config.families), config, report),
+        "caution": CAUTION,
+    }  # fmt: skip
+    seals.write(run.path("map"), {MAP: as_json(found)})
+
+
+def _rows(run: Run, name: str) -> torch.Tensor:
+    return run.dictionaries[name].dec_rows.detach().float().cpu()
+
+
+def _pair(run: Run, narrow: Width, wide: Width, report: Progress) -> dict[str, Any]:
+    """How one width's latents divide into those of the next, and the same of their twins."""
+    result: dict[str, Any] = {"narrow": narrow.name, "wide": wide.name}
+    arms = [("trained", narrow.name, wide.name)]
+    if narrow.twin and wide.twin:
+        arms.append(("twins", narrow.twin, wide.twin))
+    for done, (arm, one, other) in enumerate(arms, 1):
+        split = splitting(_rows(run, one), _rows(run, other))
+        result[arm] = {
+            "split": split.split, "novel": split.novel,
+            "most_children": int(split.n_children.max()), "chance": chance_cosine(_rows(run, one)),
+        }  # fmt: skip
+        report(done, len(arms), "pairs of widths")
+    return result
+
+
+def _trees(
+    run: Run,
+    widths: Sequence[Width],
+    parents: Sequence[list[int]],
+    latents: Mapping[str, list[LatentRecord]],
+    n: int,
+) -> list[dict[str, Any]]:
+    """Of the narrowest width the latents with the most descendants in the widest, with labels."""
+    children: list[dict[int, list[int]]] = []
+    for of_level in parents:
+        children.append({})
+        for child, parent in enumerate(of_level):
+            children[-1].setdefault(parent, []).append(child)
+
+    def node(level: int, latent: int) -> dict[str, Any]:
+        label = latents[widths[level].name][latent].label
+        below = children[level].get(latent, []) if level < len(children) else []
+        return {
+            "latent": latent, "label": label, "children": [node(level + 1, one) for one in below]
+        }  # fmt: skip
+
+    def size(tree: dict[str, Any]) -> int:
+        return sum(map(size, tree["children"])) if tree["children"] else 1
+
+    live = [one.latent for one in latents[widths[0].name] if one.status != "dead"]
+    trees = sorted((node(0, latent) for latent in live), key=size, reverse=True)[:n]
+    for tree in trees:
+        row = _rows(run, widths[0].name)[[tree["latent"]]]
+        near = {width.name: nearest(row, _rows(run, width.name), N_NEAR) for width in widths}
+        tree["n_leaves"] = size(tree)
+        tree["near"] = {
+            name: [
+                [latent, cosine, latents[name][latent].label]
+                for latent, cosine in zip(*(part[0].tolist() for part in of_width), strict=True)
+            ]
+            for name, of_width in near.items()
+        }
+    return trees
+
+
+def _levels(path: Path, summary: dict[str, Any], latents: list[LatentRecord]) -> dict[str, Any]:
+    """By fifths of the activation: how specific labels are, how sensitive latents, what judges say.
+
+    Sensitivity: of the rows of unseen documents with one of a label's words, the share on which
+    the latent reaches the fifth. The rubric is a language model's where one was asked.
+    """
+    curves = []
+    for one in (one for one in latents if one.status == "scored" and one.base):
+        explained = np.nan_to_num(np.array(one.curve, float)) * np.array(one.curve_n)
+        at_least = explained[::-1].cumsum()[::-1]
+        curves.append(at_least / (one.base * summary["n_rows_score"]))
+    by_judge = (path / f"{STEM}.jsonl").is_file()
+    lines = seals.read(path / f"{STEM if by_judge else RULES}.jsonl").splitlines()
+    outcomes = [json.loads(line) for line in lines]
+    controls = [one["controls"].get("another's label", []) for one in outcomes]
+    return {
+        "specificity": summary["curve"],
+        "specificity_by_chance": summary["base"],
+        "sensitivity": np.mean(curves, axis=0).tolist() if curves else [],
+        "judge": "a language model" if by_judge else "executed rules",
+        "rubric": _rubric([one["scores"] for one in outcomes]),
+        "rubric_of_another_label": _rubric(controls),
+        "sensitivity_by_judge": _mean_of([one["scores"] for one in outcomes], "sensitivity"),
+    }
+
+
+def _rubric(scores: Sequence[Sequence[dict[str, Any]]]) -> list[float | None]:
+    """Mean grade, as a share of the highest, of each fifth."""
+    details = [score["details"] for each in scores for score in each if score["scorer"] == "rubric"]
+    grades = [[one[f"level {n}"] for one in details if f"level {n}" in one] for n in range(5)]
+    return [sum(each) / len(each) / 3 if each else None for each in grades]
+
+
+def _mean_of(scores: Sequence[Sequence[dict[str, Any]]], name: str) -> float | None:
+    values = [s["value"] for each in scores for s in each if s["scorer"] == name]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _search(
+    run: Run,
+    names: Sequence[str],
+    families: Sequence[ConceptFamily],
+    config: StudyConfig,
+    report: Progress,
+) -> dict[str, Any]:
+    """For each family and dictionary the latents that tell it from its controls, beside chance."""
+    asked = [family for family in families if len(family.pos)]
+    if len(run.fitted[names[0]].inputs) != 1:
+        return {"reason": "the dictionaries read several hook points"}
+    counting = Counting(first_position=run.config.cache.skip_positions)
+    results: dict[str, Any] = {}
+    for done, name in enumerate(names, 1):
+        placed = run.dictionaries[name].at(run.fitted[name].hook_point)
+        for family in asked:
+            texts = (*family.pos, *family.neg)
+            peaks = text_peaks(run.loaded.model, run.loaded.tokenizer, placed, texts, counting)
+            values = torch.stack([peak.values for peak in peaks]).float().cpu()
+            n = len(family.pos)
+            found = contrast(values[:n], values[n:], n_exchanges=config.exchanges, seed=config.seed)
+            entry = results.setdefault(family.family, {"safety": family.safety, "found": {}})
+            entry["found"][name] = found._asdict()
+        report(done, len(names), "dictionaries searched for families")
+    return results
+
+
+def write_report(run: Run, report: Progress) -> None:
+    """Write the page, its pictures and all figures."""
+    path = run.path("study")
+    record = _record(run)
+    sections = study_sections(record)
+    panels = study_panels(record)
+    pictures = {title: f"{title.replace(' ', '-')}.png" for title in panels}
+    made = {pictures[title]: plot_lines(of_one) for title, of_one in panels.items()}
+    seals.write(path, {**made, RECORD: as_json(record)})
+    above = {title: path / name for title, name in pictures.items()}
+    law = run.path("scaling") / PICTURE
+    above |= {"scaling law": law} if law.is_file() else {}
+    write_page(path / PAGE, run.config.title, sections, above=above)
+    report(1, 1, "pages")
+
+
+def _record(run: Run) -> dict[str, Any]:
+    measured = read_json(run.path("evaluate") / REPORT)
+    names = run.config.train.saes
+    return {
+        "config": asdict(run.config.study or StudyConfig()),
+        "reconstruction": {
+            name: {
+                "fvu": measured.reconstruction[name].fvu, "l0": measured.reconstruction[name].l0,
+                "dead": measured.firing[name].dead_fraction,
+            }
+            for name in names
+        },
+        "scaling": json.loads((run.path("scaling") / FIT).read_bytes()),
+        **json.loads(seals.read(run.path("map") / MAP)),
+    }  # fmt: skip
+
+
+def result_of(run: Run) -> StudyResult:
+    """What a finished study has made."""
+    record = json.loads(seals.read(run.path("study") / RECORD))
+    page = (run.path("study") / PAGE).resolve()
+    return StudyResult(run.output, tuple(study_sections(record)), record, page)
+
+
+def _of_map(config: RunConfig) -> dict[str, Any]:
+    of_study = config.study or StudyConfig()
+    decided_by = {name: getattr(of_study, name) for name in ("exchanges", "trees", "seed")}
+    return {**decided_by, "families": seals.sha256(locate(of_study.families))}
+
+
+def _of_scaling(config: RunConfig) -> dict[str, Any]:
+    of_study = config.study or StudyConfig()
+    return {name: getattr(of_study, name) for name in ("passes", "resamples", "seed")}
+
+
+def _files(*names: str, step: str) -> Any:
+    return lambda run: [run.path(step) / name for name in names]
+
+
+STUDY = (
+    *STEPS[:4],
+    RunStep("scaling", scaling, _of_scaling, _files(RUNS, FIT, step="scaling"), of_images=False),
+    RunStep("map", draw_map, _of_map, _files(MAP, step="map"), of_images=False),
+    RunStep(
+        "study", write_report, lambda config: {"title": config.title},
+        _files(RECORD, PAGE, step="study"), of_images=False,
+    ),
+)  # fmt: skip
+"""The steps of a study, in their order."""
