@@ -4,7 +4,6 @@ It has a picture of the directions in two dimensions (t-SNE, PCA, or UMAP where 
 groups of latents with similar directions, with what their labels have in common.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from activations_cache.checks import Progress, require_extra, silent
 from monosema.checks import MonosemaError
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.config import AtlasConfig
-from sae.explain.firings import CAUTION, MaxCorrelation
+from sae.explain.firings import CAUTION, MaxCorrelation, before, summary_of_largest
 from sae.explain.tables import WRITING, as_json
 from sae.explain.text_at_rows import Cache
 from sae.neighbours import Nearest, Splitting, nearest, splitting
@@ -223,8 +222,6 @@ def cluster_names(
 ATLAS, SUMMARY = "atlas.parquet", "atlas.json"
 _CELLS = 1 << 24  # activations held at once
 _LARGEST = 1 << 28  # latents x units that are correlated
-SMALL = 0.3
-"""A latent whose largest correlation with a unit is at most this stands for something else."""
 
 SCHEMA = pa.schema({
     "latent": pa.int32(), "x": pa.float32(), "y": pa.float32(),
@@ -268,7 +265,7 @@ def draw_atlas(
     with seals.replacing(out_dir / ATLAS) as unfinished:
         pq.write_table(_table(at, near, correlation, split), unfinished, **WRITING)
     summary: dict[str, Any] = {"caution": CAUTION, "config": asdict(config)}
-    if known := _figures(correlation):
+    if known := summary_of_largest(correlation):
         summary["correlation_with_the_stream"] = known
     summary["neurons"] = _with_neurons(dictionary, cache, hook_point, config.n_rows, report)
     if split is not None:
@@ -279,14 +276,6 @@ def draw_atlas(
         }
     seals.write(out_dir, {SUMMARY: as_json(summary)})
     return summary
-
-
-def _figures(correlation: Float[Tensor, " d_sae"]) -> dict[str, float]:
-    known = correlation[torch.isfinite(correlation)]
-    if not len(known):
-        return {}
-    small = float((known <= SMALL).float().mean())
-    return {"median": float(known.median()), "share_at_most_0.3": small, "n": len(known)}
 
 
 def _with_neurons(
@@ -305,27 +294,7 @@ def _with_neurons(
     ]
     largest = torch.stack(of_each).nan_to_num(nan=-1.0).amax(dim=0)
     known = torch.where(largest >= 0, largest, torch.nan)
-    return {"hook_points": list(earlier), **_figures(known)}
-
-
-def before(hook_point: str, among: Sequence[str]) -> tuple[str, ...]:
-    """The hook points of blocks before this one's, and what lies inside its own before its end.
-
-    Blocks go by the first number in a name, such as 15 in "model.layers.15.mlp.act_fn:out".
-    """
-    block = _block(hook_point)
-    is_end = bool(re.fullmatch(r"\D*\d+:out", hook_point))
-    places = [(point, _block(point)) for point in among if point != hook_point]
-    return tuple(
-        point
-        for point, of in places
-        if block is not None and of is not None and (of < block or (of == block and is_end))
-    )
-
-
-def _block(hook_point: str) -> int | None:
-    number = re.search(r"\d+", hook_point)
-    return None if number is None else int(number[0])
+    return {"hook_points": list(earlier), **summary_of_largest(known)}
 
 
 def _correlation(

@@ -188,7 +188,7 @@ def _widths_table(record: Study) -> ResultTable:
         measured, found = record["reconstruction"][name], record["completeness"][name]
         null, levels = found.get("null", {}), record["levels"][name]
         grades = [grade for grade in levels["rubric"] if grade is not None]
-        neurons = record["neurons"][name]["neurons"].get("median")
+        neurons = record["neurons"][name].get("median")
         rows.append((
             name, f"{width['d_sae']:,}", _number(measured["fvu"]), _number(measured["l0"], ".1f"),
             _number(measured["dead"], ".1%"), _number(found["share_present"], ".1%"),
@@ -197,12 +197,12 @@ def _widths_table(record: Study) -> ResultTable:
             _n_found(record, name), "-" if twin is None else _n_found(record, twin),
         ))  # fmt: skip
     judge = record["levels"][record["widths"][0]["name"]]["judge"]
-    about = record["neurons"][record["widths"][0]["name"]]["neurons"]
+    about = record["neurons"][record["widths"][0]["name"]]
     note = (
         "concepts: share with a latent that singles them out on documents that did not choose it; "
         "random concepts: the same of a random decoder; f50 x alive: the frequency of which half "
         f"have one, times the live latents; rubric: mean grade by {judge}, 1 is the best; neurons: "
-        f"median of the largest correlation with units of {_neurons(about)}; families: with a "
+        f"median of the largest correlation with a neuron of {_neurons(about)}; families: with a "
         f"latent that tells unseen texts from their controls (p <= {LEVEL:g}); twin's: of the "
         "frozen random decoder"
     )
@@ -211,7 +211,7 @@ def _widths_table(record: Study) -> ResultTable:
 
 def _neurons(about: Mapping[str, Any]) -> str:
     points = about.get("hook_points")
-    return f"{len(points)} earlier hook points" if points else f"none: {about.get('reason')}"
+    return f"all {len(points)} earlier layers" if points else f"none: {about.get('reason')}"
 
 
 def _n_found(record: Study, name: str) -> str:

@@ -1,35 +1,38 @@
 """The Scaling Monosemanticity study: dictionaries of several widths on one cache, held together.
 
-After caching, training, evaluating and explaining, as `sae run` does them, come three steps. Each
-width is trained on shares of the rows too, and a scaling law is fitted to all of these runs. The
-map holds what the widths have in common and what sets them apart: which latents descend from
-which, which concepts have a latent, how specific labels are by level of activation, how latents go
-along with neurons, and which latents tell families of texts from their controls. Everything stands
-beside what the frozen twin of each width gives, where the config has one. The report is one page.
+After the steps of `sae run` up to explaining come three. Each width is trained on shares of the
+rows too, and a scaling law is fitted to all of these runs. The map says which latents descend from
+which, which concepts have a latent, how specific labels are by level, how latents go along with
+neurons, and which latents tell families of texts from their controls; all of it beside the frozen
+twin of each width, where the config has one. The report is one page.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from activations_cache import io, seals
+from activations_cache.builder import rank_of_this_process
 from activations_cache.checks import MonosemaError, Progress, locate, silent
 from activations_cache.config import TRAINING_SPLITS
 from sae import train as training  # imports Lightning when it trains
 from sae.config import ConfigError, load
 from sae.evaluate.reconstruction import measure_reconstruction
 from sae.evaluate.report import held_out_rows, read_json
-from sae.explain.atlas import SUMMARY as ATLAS
 from sae.explain.config import AtlasConfig, RuleConfig
-from sae.explain.firings import CAUTION
-from sae.explain.results import STEM
-from sae.explain.rule_scores import STEM as RULES
+from sae.explain.firings import (
+    CAUTION,
+    correlate_with_neurons,
+    neurons_before,
+    summary_of_largest,
+)
+from sae.explain.subject import by_level
 from sae.explain.tables import SUMMARY, LatentRecord, as_json, read_latents, read_summary
 from sae.explain.text_at_rows import ConceptFamily, concept_families
 from sae.neighbours import chance_cosine, nearest, splitting
@@ -46,6 +49,8 @@ from sae.steer.search import Counting, contrast, text_peaks
 
 MAP, RECORD, PAGE = "map.json", "study.json", "study.html"
 RUNS = "runs.jsonl"
+MOST_ROWS = 4096
+"""Over so many rows latents are correlated with neurons."""
 N_NEAR = 5
 """Neighbours of a tree's root that are listed in each width."""
 
@@ -105,6 +110,10 @@ def studied(config: RunConfig) -> RunConfig:
         raise ConfigError("cache must be of texts for `sae study`, got images")
     if config.train.source != "cache":
         raise ConfigError(f"train.source must be 'cache' for a study, got {config.train.source!r}")
+    if (n := rank_of_this_process()[1]) > 1:
+        raise ConfigError(
+            f"sae study must run as one process, got {n}; do `sae train` with several before it"
+        )
     known = widths_of(config)
     if len(known) < 2 or len({width.d_sae for width in known}) < len(known):
         got = ", ".join(f"{width.name} with {width.d_sae}" for width in known) or "none"
@@ -179,7 +188,6 @@ def draw_map(run: Run, report: Progress) -> None:
     names = [name for width in widths for name in (width.name, width.twin) if name]
     explained = {name: run.path("explain") / name for name in names}
     summaries = {name: read_summary(path / SUMMARY) for name, path in explained.items()}
-    atlas = {name: read_summary(path / ATLAS) for name, path in explained.items()}
     latents = {name: read_latents(path) for name, path in explained.items()}
     pairs = list(pairwise(widths))
     parents = [splitting(_rows(run, a.name), _rows(run, b.name)).parent.tolist() for a, b in pairs]
@@ -188,11 +196,8 @@ def draw_map(run: Run, report: Progress) -> None:
         "splitting": [_pair(run, *pair, report) for pair in pairs],
         "trees": _trees(run, widths, parents, latents, config.trees),
         "completeness": {name: summaries[name]["completeness"] for name in names},
-        "levels": {n: _levels(explained[n], summaries[n], latents[n]) for n in names},
-        "neurons": {
-            name: {"stream": one.get("correlation_with_the_stream"), "neurons": one["neurons"]}
-            for name, one in atlas.items()
-        },
+        "levels": {n: by_level(explained[n], summaries[n], latents[n]) for n in names},
+        "neurons": {name: _neurons(run, name, report) for name in names},
         "search": _search(run, names, concept_families(config.families), config, report),
         "caution": CAUTION,
     }  # fmt: skip
@@ -201,6 +206,21 @@ def draw_map(run: Run, report: Progress) -> None:
 
 def _rows(run: Run, name: str) -> torch.Tensor:
     return run.dictionaries[name].dec_rows.detach().float().cpu()
+
+
+def _neurons(run: Run, name: str, report: Progress) -> dict[str, Any]:
+    """The largest correlation of each latent with any neuron of all earlier layers."""
+    one, model = run.fitted[name], run.loaded.model
+    points = neurons_before(model, one.hook_point, run.cache.d_model(one.hook_point))
+    if not points or len(one.inputs) != 1:
+        return {"reason": f"no neurons are known before {', '.join(one.inputs)}"}
+    tokens = run.cache.examples.tokens[run.cache.examples.split == 0].long()
+    n = max(1, MOST_ROWS // tokens.shape[1])
+    skipped, spread = run.config.cache.skip_positions, tokens[:: max(1, len(tokens) // n)][:n]
+    texts = [ids[ids >= 0] for ids in spread if (ids >= 0).sum() > skipped]
+    placed = one.dictionary.at(one.hook_point)
+    largest = correlate_with_neurons(model, placed, texts, points, skipped, report)
+    return {"hook_points": points, **summary_of_largest(largest)}
 
 
 def _pair(run: Run, narrow: Width, wide: Width, report: Progress) -> dict[str, Any]:
@@ -257,45 +277,6 @@ def _trees(
             for name, of_width in near.items()
         }
     return trees
-
-
-def _levels(path: Path, summary: dict[str, Any], latents: list[LatentRecord]) -> dict[str, Any]:
-    """By fifths of the activation: how specific labels are, how sensitive latents, what judges say.
-
-    Sensitivity: of the rows of unseen documents with one of a label's words, the share on which
-    the latent reaches the fifth. The rubric is a language model's where one was asked.
-    """
-    curves = []
-    for one in (one for one in latents if one.status == "scored" and one.base):
-        explained = np.nan_to_num(np.array(one.curve, float)) * np.array(one.curve_n)
-        at_least = explained[::-1].cumsum()[::-1]
-        curves.append(at_least / (one.base * summary["n_rows_score"]))
-    by_judge = (path / f"{STEM}.jsonl").is_file()
-    lines = seals.read(path / f"{STEM if by_judge else RULES}.jsonl").splitlines()
-    outcomes = [json.loads(line) for line in lines]
-    controls = [one["controls"].get("another's label", []) for one in outcomes]
-    return {
-        "specificity": summary["curve"],
-        "specificity_by_chance": summary["base"],
-        "sensitivity": np.mean(curves, axis=0).tolist() if curves else [],
-        "judge": "a language model" if by_judge else "executed rules",
-        "rubric": _rubric([one["scores"] for one in outcomes]),
-        "rubric_of_another_label": _rubric(controls),
-        "sensitivity_by_judge": _mean_of([one["scores"] for one in outcomes], "sensitivity"),
-    }
-
-
-def _rubric(scores: Sequence[Sequence[dict[str, Any]]]) -> list[float | None]:
-    """Mean grade, as a share of the highest, of each fifth."""
-    details = [score["details"] for each in scores for score in each if score["scorer"] == "rubric"]
-    grades = [[one[f"level {n}"] for one in details if f"level {n}" in one] for n in range(5)]
-    return [sum(each) / len(each) / 3 if each else None for each in grades]
-
-
-def _mean_of(scores: Sequence[Sequence[dict[str, Any]]], name: str) -> float | None:
-    values = [s["value"] for each in scores for s in each if s["scorer"] == name]
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _search(
@@ -365,25 +346,25 @@ def result_of(run: Run) -> StudyResult:
     return StudyResult(run.output, tuple(study_sections(record)), record, page)
 
 
-def _of_map(config: RunConfig) -> dict[str, Any]:
+def _part(config: RunConfig, names: Sequence[str]) -> dict[str, Any]:
+    """What of a study's settings decides a step; families by what the file holds."""
     of_study = config.study or StudyConfig()
-    decided_by = {name: getattr(of_study, name) for name in ("exchanges", "trees", "seed")}
-    return {**decided_by, "families": seals.sha256(locate(of_study.families))}
-
-
-def _of_scaling(config: RunConfig) -> dict[str, Any]:
-    of_study = config.study or StudyConfig()
-    return {name: getattr(of_study, name) for name in ("passes", "resamples", "seed")}
+    part = {name: getattr(of_study, name) for name in names}
+    if "families" in part:
+        part["families"] = seals.sha256(locate(part["families"]))
+    return part
 
 
 def _files(*names: str, step: str) -> Any:
     return lambda run: [run.path(step) / name for name in names]
 
 
+_SCALING = partial(_part, names=("passes", "resamples", "seed"))
+_MAP = partial(_part, names=("families", "exchanges", "trees", "seed"))
 STUDY = (
     *STEPS[:4],
-    RunStep("scaling", scaling, _of_scaling, _files(RUNS, FIT, step="scaling"), of_images=False),
-    RunStep("map", draw_map, _of_map, _files(MAP, step="map"), of_images=False),
+    RunStep("scaling", scaling, _SCALING, _files(RUNS, FIT, step="scaling"), of_images=False),
+    RunStep("map", draw_map, _MAP, _files(MAP, step="map"), of_images=False),
     RunStep(
         "study", write_report, lambda config: {"title": config.title},
         _files(RECORD, PAGE, step="study"), of_images=False,

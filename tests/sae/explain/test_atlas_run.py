@@ -3,14 +3,17 @@
 import copy
 import json
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from activations_cache.hooks import capture
 from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
-from sae.explain.atlas import before, draw_atlas
+from sae.explain.atlas import draw_atlas
 from sae.explain.config import AtlasConfig
+from sae.explain.firings import before, correlate_with_neurons, neurons_before
 
 HOOK = "model.layers.3:out"
 
@@ -78,3 +81,23 @@ def test_latents_are_correlated_with_units_of_all_earlier_layers(planted, tmp_pa
     assert summary["neurons"]["hook_points"] == [units]
     own = summary["correlation_with_the_stream"]
     assert {name: summary["neurons"][name] for name in own} == own  # the same rows, here
+
+
+def test_neurons_of_all_earlier_layers_are_read_from_the_model(causal_model):
+    """The largest over all layers is NumPy's, and small memory gives the same."""
+    ids = torch.randint(1, 307, (7, 19), generator=torch.Generator().manual_seed(0))
+    gpt2 = causal_model.config.model_type == "gpt2"
+    name = "transformer.h.{}.mlp.c_proj:in" if gpt2 else "model.layers.{}.mlp.down_proj:in"
+    hook = "transformer.h.2:out" if gpt2 else "model.layers.2:out"
+    points = neurons_before(causal_model, hook, 23)
+    assert points == tuple(name.format(i) for i in range(3))
+    placed = untied(11, 23, 0).at(hook)
+    largest = correlate_with_neurons(causal_model, placed, list(ids), points, skipped=1)
+    with capture(causal_model, [hook, *points]) as run:
+        streams = {p: x[:, 1:].flatten(0, 1).float() for p, x in run(ids).items()}
+    acts, units = placed.encode_dense(streams[hook]), torch.cat([streams[p] for p in points], 1)
+    expected = np.abs(np.corrcoef(acts.numpy().T, units.numpy().T)[:11, 11:]).max(axis=1)
+    assert largest.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    assert torch.equal(
+        largest, correlate_with_neurons(causal_model, placed, list(ids), points[::-1], skipped=1)
+    )

@@ -5,9 +5,11 @@ import logging
 from itertools import pairwise
 
 import pytest
+from typer.testing import CliRunner
 
 import sae
-from sae.config import ConfigError, load_overrides, to_dict
+from sae.cli.main import app
+from sae.config import ConfigError, dump, load_overrides, to_dict
 from sae.explain.tables import read_latents
 from sae.neighbours import splitting
 from sae.run.config import RunConfig
@@ -16,8 +18,6 @@ from sae.run.label_tables import study_panels, study_sections
 from sae.run.pipeline import pending_steps
 from sae.run.widths import STUDY, studied, widths_of
 from tests.tiny import cache_record, sentences
-
-OUT, NEURONS = "model.layers.1:out", "model.layers.0.mlp.act_fn:out"
 
 
 def record_of(path, model, text) -> dict:
@@ -31,7 +31,7 @@ def record_of(path, model, text) -> dict:
     file = path / "families.json"
     file.write_text(json.dumps(families))
     entry = {
-        "d_sae": 13, "activation": {"kind": "topk", "k": 3}, "inputs": [OUT],
+        "d_sae": 13, "activation": {"kind": "topk", "k": 3},
         "dead_after_tokens": 404, "grid": {"d_sae": [13, 23, 37]},
     }  # fmt: skip
     twin = {**entry, "frozen": "decoder", "grid": {"d_sae": [13, 23]}}
@@ -39,7 +39,7 @@ def record_of(path, model, text) -> dict:
     return {
         "output": str(path / "study"),
         "title": "three widths",
-        "cache": cache_record(model, text, 1511, (OUT, NEURONS)),
+        "cache": cache_record(model, text, 1511),
         "train": {
             "batch": 127,
             "precision": "fp32",
@@ -75,8 +75,8 @@ def test_every_width_stands_beside_its_twin_in_one_table(done):
         twin = done.record["completeness"].get(name.replace("topk", "frozen"))
         assert null["of"].startswith("the frozen random decoder" if twin else "random directions")
         assert twin is None or (null["points"] == twin["points"] and "null" not in twin)
-        neurons = done.record["neurons"][name]["neurons"]
-        assert neurons["hook_points"] == [NEURONS]
+        neurons = done.record["neurons"][name]
+        assert neurons["hook_points"] == [f"model.layers.{i}.mlp.down_proj:in" for i in range(2)]
         assert 0 < neurons["median"] <= 1
         assert len(done.record["levels"][name]["specificity"]) == 5
     runs = done.record["scaling"]["runs"]
@@ -133,13 +133,30 @@ def test_a_study_goes_on_where_it_was_killed(done, config, caplog):
     assert (run.path("scaling") / "done.json").stat().st_mtime_ns == before
 
 
-def test_what_is_no_study_is_refused_in_one_line(config):
+def test_the_command_shows_the_same_numbers(done, config, tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(dump(config))
+    shown = CliRunner().invoke(app, ["study", str(file), "--json"])
+    assert shown.exit_code == 0, shown.output
+    result = json.loads(shown.stdout)
+    assert result["data"] == done.record
+    (table,) = result["tables"]
+    assert [tuple(row.values()) for row in table["rows"]] == list(done.sections[0].table.rows)
+    assert result["lines"][-1] == f"page: {done.page}"
+
+
+def test_what_is_no_study_is_refused_in_one_line(config, monkeypatch):
     record = to_dict(config)
     one = dict(list(record["train"]["saes"].items())[:1])
     record["train"] = {**record["train"], "saes": one}
     single = load_overrides(RunConfig, [], record)
     with pytest.raises(ConfigError, match=r"one trained dictionary of each of several widths"):
         sae.run.study(single)
+    with monkeypatch.context() as launched:
+        launched.setenv("RANK", "0")
+        launched.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ConfigError, match="sae study must run as one process, got 2"):
+            sae.run.study(config)
     with pytest.raises(ConfigError, match=r"study must be absent for `sae run`, got one"):
         sae.run.job(config)
     with pytest.raises(ConfigError, match=r"passes must lie above 0 and below 1, got 1\.5"):
