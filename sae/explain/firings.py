@@ -263,14 +263,19 @@ class MaxCorrelation:
         self._n = 0
         self._sums = [torch.zeros(n, dtype=torch.float64) for n in (d_sae, d_sae, n_units, n_units)]
         self._cross = torch.zeros(d_sae, n_units, dtype=torch.float64)
+        self._middles: tuple[Tensor, ...] = ()
 
     def update(
         self, acts: Float[Tensor, "batch d_sae"], units: Float[Tensor, "batch d_model"]
     ) -> None:
         """Add rows."""
-        a, u = acts.double(), units.double()
+        given = (acts.float(), units.float())
+        if self._n == 0:  # taken off all rows, so that float32 holds the products
+            self._middles = tuple(values.mean(dim=0) for values in given)
+        a, u = (values - middle for values, middle in zip(given, self._middles, strict=True))
         self._n += len(a)
-        terms = (a.sum(0), a.square().sum(0), u.sum(0), u.square().sum(0))
+        terms = (a.double().sum(0), a.double().square().sum(0))
+        terms += (u.double().sum(0), u.double().square().sum(0))
         self._sums = [known + term for known, term in zip(self._sums, terms, strict=True)]
         self._cross += a.T @ u
 

@@ -95,7 +95,10 @@ def test_neurons_of_all_earlier_layers_are_read_from_the_model(causal_model):
     largest = correlate_with_neurons(causal_model, placed, list(ids), points, skipped=1)
     with capture(causal_model, [hook, *points]) as run:
         streams = {p: x[:, 1:].flatten(0, 1).float() for p, x in run(ids).items()}
-    acts, units = placed.encode_dense(streams[hook]).detach(), torch.cat([streams[p] for p in points], 1)
+    acts, units = (
+        placed.encode_dense(streams[hook]).detach(),
+        torch.cat([streams[p] for p in points], 1),
+    )
     expected = np.abs(np.corrcoef(acts.numpy().T, units.numpy().T)[:11, 11:]).max(axis=1)
     assert largest.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
     assert torch.equal(

@@ -53,7 +53,11 @@ def test_windows_are_collected_once_for_all_who_need_them(planted, scored):
 
 
 def latent_record(latent: int, curve: tuple, curve_n: tuple, base: float) -> LatentRecord:
-    plain = {field.name: None for field in fields(LatentRecord)}
+    numbers = dict.fromkeys(("n_fired_explain", "n_fired_score"), 0)
+    reals = dict.fromkeys(("density", "max_activation"), 0.0)
+    lists = ("words", "weights", "joint", "information", "npmi", "histogram")
+    plain = {field.name: None for field in fields(LatentRecord)} | numbers | reals
+    plain |= {"label": "", "kind": "", **dict.fromkeys(lists, ())}
     known = {"latent": latent, "status": "scored", "curve": curve, "curve_n": curve_n, "base": base}
     return LatentRecord(**(plain | known))
 
