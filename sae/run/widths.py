@@ -46,6 +46,7 @@ from sae.run.pipeline import STEPS, RunStep, run_steps
 from sae.run.steps import REPORT, twin_of
 from sae.run.studies import FIT, PICTURE, fit_scaling
 from sae.steer.search import Counting, contrast, text_peaks
+from sae.train.config import DictionaryConfig
 
 MAP, RECORD, PAGE = "map.json", "study.json", "study.html"
 RUNS = "runs.jsonl"
@@ -128,7 +129,22 @@ def studied(config: RunConfig) -> RunConfig:
     explain = replace(
         explain, rules=explain.rules or RuleConfig(), atlas=explain.atlas or AtlasConfig()
     )
-    return replace(config, explain=explain, study=config.study or StudyConfig())
+    train = replace(config.train, saes=_with_seeds(config))
+    return replace(config, train=train, explain=explain, study=config.study or StudyConfig())
+
+
+def _with_seeds(config: RunConfig) -> dict[str, DictionaryConfig]:
+    """The entries, each width with a seed of its own; a twin has its width's.
+
+    Dictionaries of one seed begin with the same directions, and splitting would be that of these.
+    """
+    saes = dict(config.train.saes)
+    for place, width in enumerate(widths_of(config)):
+        for name in (width.name, width.twin):
+            entry = saes[name] if name else None
+            if name and entry and entry.seed is None and entry.init_from is None:
+                saes[name] = replace(entry, seed=config.train.seed + place)
+    return saes
 
 
 def widths_of(config: RunConfig) -> list[Width]:

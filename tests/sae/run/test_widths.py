@@ -11,7 +11,7 @@ import sae
 from sae.cli.main import app
 from sae.config import ConfigError, dump, load_overrides, to_dict
 from sae.explain.tables import read_latents
-from sae.neighbours import splitting
+from sae.neighbours import nearest, splitting
 from sae.run.config import RunConfig
 from sae.run.context import Run
 from sae.run.label_tables import study_panels, study_sections
@@ -84,6 +84,20 @@ def test_every_width_stands_beside_its_twin_in_one_table(done):
     assert {run["d_sae"] for run in runs} == {13, 23, 37}
     assert len({run["rows"] for run in runs}) == 3
     assert "exponent of F*" in done.record["scaling"]["figures"]
+
+
+def test_widths_of_one_seed_would_begin_with_the_same_directions(config, done):
+    """Then half of the wider's latents would descend from the narrower's without any training."""
+    saes = studied(config).train.saes
+    assert {name: entry.seed for name, entry in saes.items()} == {
+        "topk-d_sae13": 0, "topk-d_sae23": 1, "topk-d_sae37": 2,
+        "frozen-d_sae13": 0, "frozen-d_sae23": 1,
+    }  # fmt: skip
+    twins = Run(studied(config)).dictionaries
+    narrow, wide = (twins[f"frozen-d_sae{n}"].dec_rows.detach().float() for n in (13, 23))
+    assert float(nearest(narrow, wide, 1).cosine.max()) < 0.99
+    given = load_overrides(RunConfig, ["train.seed=7"], to_dict(config))
+    assert studied(given).train.saes["topk-d_sae37"].seed == 9
 
 
 def test_trees_are_the_splitting_of_the_trained_directions(done, config):
