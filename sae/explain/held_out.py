@@ -227,8 +227,8 @@ LEAST_ROWS = 5
 """A concept on fewer rows of either split is not asked for."""
 _BINS, _LATENTS_AT_ONCE = 10, 1024
 PROXY = (
-    "a concept is what WordNet says a gloss is about, or the words of a family; a word stands for "
-    "an idea as a proxy alone; its latent was chosen on other documents than those it is scored on"
+    "a concept is the words of a family; a word stands for an idea as a proxy alone; what glosses "
+    "are about has a row by family and is not in the curve; latents were chosen on other documents"
 )
 
 
@@ -294,12 +294,9 @@ def _rows_of(concepts: Sequence[Concept], text: RowText) -> sparse.csc_array:
 def find_concepts(
     codes: tuple[Codes, Codes], tables: Sequence[sparse.csc_array], progress: Progress | None = None
 ) -> Found:
-    """Choose by the largest F1 on the explain split; score on the other.
+    """Choose each concept's latent by F1 on the explain split; score it on the other.
 
-    Args:
-        codes: Firings on the explain and on the score split.
-        tables: Rows by concepts, of both.
-        progress: Called after each part of the latents.
+    Codes and tables (rows by concepts) are of the explain split, then of the score split.
     """
     report = progress or silent
     made_from, unseen = codes
@@ -362,8 +359,10 @@ def concepts_with_a_latent(
     codes = (parts[0].codes, parts[1].codes)
     found = find_concepts(codes, tables, progress)
     n_alive = int((codes[0].n_fired + codes[1].n_fired > 0).sum())
+    of_words = np.array([concept.kind == "word" for concept in chosen], bool)
+    frequency, present = found.frequency[of_words], found.present[of_words]
     result: dict[str, Any] = {
-        "points": _points(found.frequency, found.present),
+        "points": _points(frequency, present),
         "families": _by_family(chosen, found.present),
         "note": PROXY,
     }
@@ -375,10 +374,10 @@ def concepts_with_a_latent(
         ]  # fmt: skip
         result["caution"] = CAUTION
     try:
-        fit = completeness(found.frequency, found.present, n_alive)
+        fit = completeness(frequency, present, n_alive)
     except MonosemaError as error:
-        share = float(found.present.mean()) if len(chosen) else 0.0
-        return {"reason": str(error), "n": len(chosen), "share_present": share, **result}
+        share = float(present.mean()) if len(present) else 0.0
+        return {"reason": str(error), "n": len(present), "share_present": share, **result}
     return {**fit._asdict(), **result}
 
 

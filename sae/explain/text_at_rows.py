@@ -321,7 +321,8 @@ def concepts_in(
 ) -> list[Concept]:
     """The concepts that these texts can show; their single words where they show none.
 
-    A noun belongs to a family of WordNet if all its senses do. A word is a proxy of a concept.
+    A noun, with its plural in s, belongs to a family of WordNet if all its senses do. A word is a
+    proxy of a concept.
     """
     number = {word: i for i, word in enumerate(names["word"])}
     concepts = [
@@ -333,10 +334,12 @@ def concepts_in(
             values = tuple(number[word] for word in words if word in number)
             if values:
                 concepts.append(Concept(name, family.family, "word", values, family.safety))
-    nouns = _families_of_nouns()
-    concepts += [
-        Concept(word, nouns[word], "word", (i,)) for word, i in number.items() if word in nouns
-    ]
+    nouns, forms = _families_of_nouns(), {}
+    for word, i in number.items():
+        noun = word if word in nouns else word.removesuffix("s")
+        if noun in nouns:
+            forms.setdefault(noun, []).append(i)
+    concepts += [Concept(noun, nouns[noun], "word", tuple(at)) for noun, at in forms.items()]
     if not concepts:
         concepts = [Concept(w, "words", "word", (i,)) for w, i in number.items() if w.isalpha()]
     return concepts

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from activations_cache import io
 from sae.browser import ResultTable
@@ -153,7 +153,10 @@ def plot_lines(panels: Sequence[LinePanel], top: float = 1.0) -> bytes:
                 x, y = zip(*line.points, strict=True)
                 axis.scatter(x, y, s=18, color=colour, marker=marker, label=name)
         axis.set(title=panel.title, xlabel=panel.x, ylim=(-0.02 * top, 1.02 * top))
-        axis.set_xscale("log" if panel.log else "linear")
+        if panel.log:
+            axis.set_xscale("log")
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(visible=True, color="0.92", linewidth=0.6)
         if panel.lines:
             axis.legend(fontsize=7, frameon=False)

@@ -170,15 +170,20 @@ def test_concepts_are_complete_where_they_are_frequent(codes_of, text_of):
     has[[13, 25]] = ~has[[13, 25]]
     concepts = [Concept(f"w{i}", "words", "word", (i,)) for i in range(n_words)]
     concepts.append(Concept("two of them", "pairs", "word", (13, 25), safety=True))
+    concepts.append(Concept("all", "what a gloss is about", "supersense", (0,)))
     parts = []
     for seed, name in enumerate(("explain", "score")):
         words = zipf_words(seed)
-        codes, text = codes_of(one_per_word(words, has)), text_of(499, 41, word=words)
+        codes, text = (
+            codes_of(one_per_word(words, has)),
+            text_of(499, 41, word=words, supersense=np.zeros_like(words)),
+        )
         parts.append(SplitFirings(name, codes, text))
     result = concepts_with_a_latent(concepts, parts, 100)
     assert result["n"] == n_words + 1
     assert sum(n for _, _, n in result["points"]) == n_words + 1
     assert result["points"][0][1] < 0.2 < 0.8 < result["points"][-1][1]
+    assert result["families"]["what a gloss is about"] == {"n": 1, "share_present": 0.0}
     assert result["families"]["words"] == {"n": n_words, "share_present": has.mean()}
     share = 1 / np.arange(1, n_words + 1)
     boundary = share[n_with] / share.sum()
@@ -226,11 +231,12 @@ def test_shipped_families_and_nouns_of_one_sense_are_concepts():
         "deception and power", "criminal content", "bias", "sycophancy", "unsafe code",
         "self-representation",
     }  # fmt: skip
-    names = {"word": ["it", "liar", "zebra", "zzyx", "bank"], "supersense": ["noun.food"]}
+    words = ["it", "liar", "zebra", "zzyx", "bank", "zebras"]
+    names = {"word": words, "supersense": ["noun.food"]}
     found = concepts_in(names, families)
     assert Concept("noun.food", "what a gloss is about", "supersense", (0,)) in found
     assert Concept("lie", "deception and power", "word", (1,), True) in found
-    assert Concept("zebra", "noun.animal", "word", (2,)) in found
+    assert Concept("zebra", "noun.animal", "word", (2, 5)) in found
     assert not {"it", "bank", "zzyx"} & {concept.name for concept in found}
     alone = concepts_in({"word": ["zzyx", "!"], "supersense": []}, families)
     assert alone == [Concept("zzyx", "words", "word", (0,))]
