@@ -188,12 +188,13 @@ def _widths_table(record: Study) -> ResultTable:
         measured, found = record["reconstruction"][name], record["completeness"][name]
         null, levels = found.get("null", {}), record["levels"][name]
         grades = [grade for grade in levels["rubric"] if grade is not None]
-        neurons = record["neurons"][name].get("median")
+        neurons = [_number(record["neurons"][one].get("median"), ".2f") if one else "-"
+                   for one in (name, twin)]  # fmt: skip
         rows.append((
             name, f"{width['d_sae']:,}", _number(measured["fvu"]), _number(measured["l0"], ".1f"),
             _number(measured["dead"], ".1%"), _number(found["share_present"], ".1%"),
             _number(null.get("share_present"), ".1%"), _number(found.get("times_alive"), ".2f"),
-            _number(sum(grades) / len(grades) if grades else None), _number(neurons, ".2f"),
+            _number(sum(grades) / len(grades) if grades else None), "{} ({})".format(*neurons),
             _n_found(record, name), "-" if twin is None else _n_found(record, twin),
         ))  # fmt: skip
     judge = record["levels"][record["widths"][0]["name"]]["judge"]
@@ -202,9 +203,9 @@ def _widths_table(record: Study) -> ResultTable:
         "concepts: share with a latent that singles them out on documents that did not choose it; "
         "random concepts: the same of a random decoder; f50 x alive: the frequency of which half "
         f"have one, times the live latents; rubric: mean grade by {judge}, 1 is the best; neurons: "
-        f"median of the largest correlation with a neuron of {_neurons(about)}; families: with a "
-        f"latent that tells unseen texts from their controls (p <= {LEVEL:g}); twin's: of the "
-        "frozen random decoder"
+        f"median of the largest correlation with a neuron of {_neurons(about)} (the twin's); "
+        f"families: with a latent that tells unseen texts from their controls (p <= {LEVEL:g}); "
+        "twin's: of the frozen random decoder"
     )
     return ResultTable(columns, tuple(rows), note)
 
