@@ -278,7 +278,8 @@ def asked_for(
 def _rows_of(concepts: Sequence[Concept], text: RowText) -> sparse.csc_array:
     """Rows by concepts: 1 where a row has one of its values."""
     total = sparse.csr_array((text.n_rows, len(concepts)), dtype=np.int32)
-    for kind in dict.fromkeys(concept.kind for concept in concepts):
+    kinds: list[Kind] = list(dict.fromkeys(concept.kind for concept in concepts))
+    for kind in kinds:
         values = text.values[kind]
         has = np.flatnonzero(values >= 0)
         pairs = [(v, i) for i, c in enumerate(concepts) if c.kind == kind for v in c.values]
@@ -298,8 +299,7 @@ def find_concepts(
 
     Codes and tables (rows by concepts) are of the explain split, then of the score split.
     """
-    report = progress or silent
-    made_from, unseen = codes
+    report, (made_from, unseen) = progress or silent, codes
     n_rows = np.diff(tables[0].indptr)
     best = np.full(len(n_rows), -1.0)
     latent, bar = np.zeros(len(n_rows), np.int64), np.zeros(len(n_rows))
@@ -312,7 +312,7 @@ def find_concepts(
             fires = part.value >= share * largest[group]
             ones = (np.ones(int(fires.sum()), np.int32), (group[fires], part.row[fires]))
             table = sparse.csr_array(ones, shape=(part.d_sae, part.n_rows))
-            joint = (table @ tables[0]).toarray()
+            joint = sparse.csr_array(table @ tables[0]).toarray()
             n_fired = np.bincount(group[fires], minlength=part.d_sae)
             f1 = 2 * joint / (n_fired[:, None] + n_rows[None, :])
             at, value = f1.argmax(axis=0), f1.max(axis=0)

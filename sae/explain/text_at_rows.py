@@ -350,8 +350,11 @@ def _families_of_nouns() -> dict[str, str]:
     """WordNet's lexicographer file of each noun whose senses all lie in that one."""
     glosses = arrow_json.read_json(locate(GLOSSES))
     words = glosses["words"].combine_chunks()
-    files = glosses["supersense"].combine_chunks().take(compute.list_parent_indices(words))
-    senses = pa.table({"word": compute.utf8_lower(words.flatten()), "file": files})
+    files = glosses["supersense"].combine_chunks().take(words.value_parent_indices())
+    senses = pa.table({
+        "word": compute.call_function("utf8_lower", [words.flatten()]),
+        "file": files,
+    })
     of_word = senses.group_by("word").aggregate([("file", "count_distinct"), ("file", "min")])
     return {
         record["word"]: record["file_min"]
