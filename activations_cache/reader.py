@@ -184,7 +184,7 @@ class ActivationCache:
     def concatenated(self, hook_points: Sequence[str]) -> "ActivationCache":
         """Return the cache as a dictionary of these hook points reads it: as one wide stream.
 
-        Whatever hook point is asked of the result, it gives these, side by side.
+        Asked for any of these, it gives all of them, side by side; of another its own rows.
 
         Raises:
             KeyError: If the cache does not have one of them.
@@ -332,16 +332,17 @@ class ConcatenatedRows(NamedTuple):
 
 
 class ConcatenatedCache(ActivationCache):
-    """The same cache, whose one stream is several hook points; made by `concatenated`."""
+    """The same cache, where each of some hook points names all of them side by side."""
 
     def __init__(self, cache: ActivationCache, hook_points: tuple[str, ...]) -> None:
         vars(self).update(vars(cache))
         hooks = tuple(cache[name] for name in hook_points)
+        self._joined = hook_points
         self._stream = hooks[0] if len(hooks) == 1 else ConcatenatedRows(hooks)
 
     def __getitem__(self, hook_point: str) -> HookRows | ConcatenatedRows:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the rows of the stream, whatever the name."""
-        return self._stream
+        """Return the rows of the stream for each of its hook points; of another its own."""
+        return self._stream if hook_point in self._joined else super().__getitem__(hook_point)
 
 
 def open_cache(path: str | Path, *, expect: Mapping[str, Any] | None = None) -> ActivationCache:

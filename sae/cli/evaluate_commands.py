@@ -1,4 +1,4 @@
-"""`sae evaluate`, `sae compare` and `sae scaling`; torch loads after the request is read."""
+"""`sae evaluate`, `compare`, `similar`, `study`, `scaling`; torch loads after the request."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from sae.cli import console
-from sae.cli.request import ForceOption, ReadOutOption, of_run, refuse_without_cache, run_to
+from sae.cli.request import (
+    ForceOption,
+    ReadOutOption,
+    checked_config,
+    do_steps,
+    of_run,
+    refuse_without_cache,
+    run_to,
+)
 
 if TYPE_CHECKING:
     from sae.run.measuring import MeasureRequest
@@ -15,6 +23,7 @@ if TYPE_CHECKING:
 from sae.cli.request import ConfigArgument, Overrides, with_json
 from sae.config import config_file, load
 from sae.evaluate.config import ScalingConfig
+from sae.run.config import RunConfig
 
 SPLICED_CONTEXTS, SPLICED_IMAGES = 24, 2000
 
@@ -162,6 +171,25 @@ def similar(  # noqa: PLR0913
     console.parts(similarity.sections)
     for kind, path in similarity.write(out).items():
         console.say(f"{kind}: {path}")
+
+
+def study(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Study dictionaries of several widths after Scaling Monosemanticity; one report page.
+
+    Do every step whose result is not there yet: cache, train, evaluate, explain, then scaling law,
+    map (splitting, completeness, levels, neurons, families of texts) and report. Settings of the
+    last three are study.passes, study.families, study.exchanges, study.trees.
+    """
+    checked = checked_config(RunConfig, config, overrides)
+    from sae.run.context import Run
+    from sae.run.widths import STUDY, result_of, studied
+
+    run = Run(studied(checked))
+    do_steps(run, "study", STUDY)
+    result = result_of(run)
+    console.table(*result.sections[0])
+    console.data(lambda: result.record)
+    console.say(f"page: {result.page}")
 
 
 def _request(

@@ -16,7 +16,7 @@ from sae.cli import console, troubles
 from sae.cli.cache_commands import app as cache_app
 from sae.cli.cache_commands import verify
 from sae.cli.evaluate_commands import app as scaling_app
-from sae.cli.evaluate_commands import compare, evaluate, similar
+from sae.cli.evaluate_commands import compare, evaluate, similar, study
 from sae.cli.latent_commands import browse, concepts, explain, find, refine, steer
 from sae.cli.release_commands import convert, inspect, push, releases, verify_release
 from sae.cli.request import (
@@ -105,8 +105,8 @@ def train(
 
 
 for command in (
-    evaluate, compare, similar, concepts, explain, find, refine, steer, browse, verify, inspect,
-    convert, push, releases,
+    evaluate, compare, similar, study, concepts, explain, find, refine, steer, browse, verify,
+    inspect, convert, push, releases,
 ):  # fmt: skip
     app.command()(with_json(command))
 app.command(name="verify-release")(with_json(verify_release))

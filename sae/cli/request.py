@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -17,6 +17,7 @@ from sae.run.config import CacheRunConfig, RunConfig, part_of, require_installed
 
 if TYPE_CHECKING:
     from sae.run.context import Run
+    from sae.run.pipeline import RunStep
 
 T = TypeVar("T", RunConfig, CacheRunConfig)
 
@@ -121,7 +122,7 @@ def run_to(last: str, config: str, overrides: list[str] | None, part: str | None
         run_steps(run, last)  # the first process shows what all do
         return
     began = time.monotonic()
-    _do_steps(run, last)
+    do_steps(run, last)
     from sae.run.pipeline import result_of
 
     result = result_of(run, last)
@@ -148,13 +149,14 @@ def tell_cost(config: str, overrides: list[str] | None, gpus: str, part: str | N
     )
 
 
-def _do_steps(run: "Run", last: str) -> None:
+def do_steps(run: "Run", last: str, steps: "Sequence[RunStep] | None" = None) -> None:
+    """Do what is not done yet, and show each step; those of `sae run` where none are named."""
     from sae.run.costs import estimate_time
     from sae.run.label_tables import llm_facts
-    from sae.run.pipeline import SHARED, pending_steps
+    from sae.run.pipeline import SHARED, STEPS, pending_steps
 
     is_estimated = False
-    for step in pending_steps(run, last):
+    for step in pending_steps(run, last, steps or STEPS):
         if step.is_done:
             console.skipped(step.name, step.path, step.place)
             continue

@@ -5,7 +5,7 @@ groups of latents with similar directions, with what their labels have in common
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float, Int, Int32, Int64
+from jaxtyping import Float, Int
 from scipy.sparse import csr_matrix
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.manifold import TSNE
@@ -26,12 +26,10 @@ from activations_cache import seals
 from activations_cache.checks import Progress, require_extra, silent
 from monosema.checks import MonosemaError
 from sae.autoencoder import SparseAutoencoder
-from sae.explain.config import AtlasConfig, Kind
-from sae.explain.firings import CAUTION, MaxCorrelation
-from sae.explain.labels import Labels, completeness
+from sae.explain.config import AtlasConfig
+from sae.explain.firings import CAUTION, MaxCorrelation, before, summary_of_largest
 from sae.explain.tables import WRITING, as_json
 from sae.explain.text_at_rows import Cache
-from sae.explain.windows import shuffled
 from sae.neighbours import Nearest, Splitting, nearest, splitting
 
 Method = Literal["tsne", "pca", "umap"]
@@ -222,12 +220,7 @@ def cluster_names(
 
 
 ATLAS, SUMMARY = "atlas.parquet", "atlas.json"
-SINGLES_OUT = 0.5
-"""A latent singles a word out if it fires on at least this share of its rows, and at least this
-share of its firings are on it."""
-
 _CELLS = 1 << 24  # activations held at once
-_TENTHS = 10
 _LARGEST = 1 << 28  # latents x units that are correlated
 
 SCHEMA = pa.schema({
@@ -266,18 +259,15 @@ def draw_atlas(
     near = nearest(
         rows, rows, min(config.n_neighbours, len(rows) - 1), excluded=torch.arange(len(rows))
     )
-    correlation = _correlation(dictionary, cache, hook_point, config.n_rows, progress or silent)
+    report = progress or silent
+    correlation = _correlation(dictionary, cache, (hook_point, hook_point), config.n_rows, report)
     split = None if narrow is None else splitting(narrow.dec_rows.detach().float().cpu(), rows)
     with seals.replacing(out_dir / ATLAS) as unfinished:
         pq.write_table(_table(at, near, correlation, split), unfinished, **WRITING)
     summary: dict[str, Any] = {"caution": CAUTION, "config": asdict(config)}
-    known = correlation[torch.isfinite(correlation)]
-    if len(known):
-        summary["correlation_with_the_stream"] = {
-            "median": float(known.median()),
-            "share_at_most_0.3": float((known <= 0.3).float().mean()),
-            "n": len(known),
-        }
+    if known := summary_of_largest(correlation):
+        summary["correlation_with_the_stream"] = known
+    summary["neurons"] = _with_neurons(dictionary, cache, hook_point, config.n_rows, report)
     if split is not None:
         summary["splitting"] = {
             "without_a_parent": int((split.parent < 0).sum()),
@@ -288,22 +278,50 @@ def draw_atlas(
     return summary
 
 
+def _with_neurons(
+    dictionary: SparseAutoencoder,
+    cache: Cache,
+    hook_point: str,
+    n_rows: int,
+    report: Progress,
+) -> dict[str, Any]:
+    """The largest correlation with a unit of any hook point that lies before this one."""
+    earlier = before(hook_point, cache.hook_points)
+    if not earlier:
+        return {"reason": f"the cache has no hook point before {hook_point}"}
+    of_each = [
+        _correlation(dictionary, cache, (hook_point, point), n_rows, report) for point in earlier
+    ]
+    largest = torch.stack(of_each).nan_to_num(nan=-1.0).amax(dim=0)
+    known = torch.where(largest >= 0, largest, torch.nan)
+    return {"hook_points": list(earlier), **summary_of_largest(known)}
+
+
 def _correlation(
-    dictionary: SparseAutoencoder, cache: Cache, hook_point: str, n_rows: int, report: Progress
+    dictionary: SparseAutoencoder,
+    cache: Cache,
+    hook_points: tuple[str, str],
+    n_rows: int,
+    report: Progress,
 ) -> Float[Tensor, " d_sae"]:
-    """Over evenly spread rows; nan for silent latents, and for all where the table is too large."""
-    d_sae, d_in = dictionary.enc_rows.shape
-    if d_sae * d_in > _LARGEST:
-        return torch.full((d_sae,), torch.nan)
+    """Of latents that read one hook point with the units of another, over evenly spread rows.
+
+    nan for silent latents, and for all where the table is too large.
+    """
+    read, units = (cache[point] for point in hook_points)
     ids = cache.rows(("explain", "score"))
     ids = ids[:: max(1, -(-len(ids) // n_rows))]
-    result = MaxCorrelation(d_sae, d_in)
+    d_sae, n_units = dictionary.config.d_sae, units[ids[:1]].shape[1]
+    if d_sae * n_units > _LARGEST:
+        return torch.full((d_sae,), torch.nan)
+    result = MaxCorrelation(d_sae, n_units)
     step = max(1, _CELLS // d_sae)
     for first in range(0, len(ids), step):
-        x = cache[hook_point][ids[first : first + step]]
+        rows = ids[first : first + step]
         with torch.no_grad():
-            result.update(dictionary.encode_dense(x.to(dictionary.enc_rows.device)).cpu(), x.cpu())
-        report(min(first + step, len(ids)), len(ids), "rows correlated")
+            latents = dictionary.encode_dense(read[rows].to(dictionary.enc_rows.device))
+        result.update(latents.cpu(), units[rows].cpu())
+        report(min(first + step, len(ids)), len(ids), f"rows correlated with {hook_points[1]}")
     return result.compute()
 
 
@@ -326,52 +344,3 @@ def _table(
     }
     arrays = [pa.array(columns[field.name]).cast(field.type) for field in SCHEMA]
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
-
-
-def words_with_a_latent(
-    labels: Labels,
-    names: Mapping[Kind, Sequence[str]],
-    values: Int32[np.ndarray, " row"],
-    n_fired: Int64[np.ndarray, " d_sae"],
-    n_alive: int,
-    config: AtlasConfig,
-) -> dict[str, Any]:
-    """Fit whether a word has a latent that singles it out against how frequent the word is.
-
-    Args:
-        labels: Of all latents.
-        names: What their values are called.
-        values: The word of each row of the explain split.
-        n_fired: Rows of the explain split on which each latent fires.
-        n_alive: Live latents.
-        config: How many words.
-
-    Returns:
-        The fit, or the reason why there is none.
-    """
-    kind = labels.kinds.index("word") if "word" in labels.kinds else -1
-    of_words = labels.rules.kind == kind
-    share = labels.rules.weight >= SINGLES_OUT
-    is_most = labels.joint >= SINGLES_OUT * np.maximum(n_fired, 1)[:, None]
-    result = of_words[:, None] & share & is_most
-    present = set(labels.rules.value[result].tolist()) - {-1}
-    count = np.bincount(values[values >= 0], minlength=1)
-    able = [word for word in np.flatnonzero(count >= 5).tolist() if names["word"][word].isalpha()]
-    words = np.array(shuffled(able, "concepts")[: config.n_concepts], np.int64)
-    has = np.array([int(word) in present for word in words], bool)
-    points = _points(count[words] / len(values), has)
-    try:
-        fit = completeness(count[words] / len(values), has, n_alive)
-    except ValueError as error:
-        return {"reason": str(error), "n": len(words), "points": points}
-    return {**fit._asdict(), "points": points}
-
-
-def _points(frequency: np.ndarray, has: np.ndarray) -> list[list[float]]:
-    """Frequency, share with a latent and number of the words of each tenth by frequency."""
-    order = np.argsort(frequency, kind="stable")
-    return [
-        [float(np.exp(np.log(frequency[part]).mean())), float(has[part].mean()), float(len(part))]
-        for part in np.array_split(order, _TENTHS)
-        if len(part)
-    ]

@@ -329,7 +329,7 @@ class AtlasConfig:
     n_rows: int = 8192
     """Rows over which latents are correlated with the coordinates of the stream."""
     n_concepts: int = 2000
-    """Words, taken by a hash, for the curve of completeness."""
+    """Concepts for the curve of completeness, evenly over the logarithm of their frequency."""
 
     def __post_init__(self) -> None:
         """Check every field; ValueError names the first that is wrong."""

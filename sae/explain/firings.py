@@ -4,7 +4,8 @@ From it come latents that fire on the same rows (the correlation of firing), and
 as units of the model do, with what a search for safety-relevant latents must say.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int, Int32, Int64
 from scipy import sparse
-from torch import Tensor
+from torch import Tensor, nn
 
 from activations_cache.checks import MonosemaError, Progress, silent
+from activations_cache.hooks import capture
 from sae.autoencoder import SparseAutoencoder
 
 _ROWS_PER_CHUNK = 4096
@@ -261,14 +263,19 @@ class MaxCorrelation:
         self._n = 0
         self._sums = [torch.zeros(n, dtype=torch.float64) for n in (d_sae, d_sae, n_units, n_units)]
         self._cross = torch.zeros(d_sae, n_units, dtype=torch.float64)
+        self._middles: tuple[Tensor, ...] = ()
 
     def update(
         self, acts: Float[Tensor, "batch d_sae"], units: Float[Tensor, "batch d_model"]
     ) -> None:
         """Add rows."""
-        a, u = acts.double(), units.double()
+        given = (acts.float(), units.float())
+        if self._n == 0:  # taken off all rows, so that float32 holds the products
+            self._middles = tuple(values.mean(dim=0) for values in given)
+        a, u = (values - middle for values, middle in zip(given, self._middles, strict=True))
         self._n += len(a)
-        terms = (a.sum(0), a.square().sum(0), u.sum(0), u.square().sum(0))
+        terms = (a.double().sum(0), a.double().square().sum(0))
+        terms += (u.double().sum(0), u.double().square().sum(0))
         self._sums = [known + term for known, term in zip(self._sums, terms, strict=True)]
         self._cross += a.T @ u
 
@@ -280,3 +287,97 @@ class MaxCorrelation:
         correlation = (self._n * self._cross - a[:, None] * u[None, :]) / spread
         result = correlation.abs().nan_to_num(nan=-1.0, posinf=-1.0).amax(dim=1)
         return torch.where(result >= 0, result, torch.nan).float()
+
+
+SMALL = 0.3
+"""A latent whose largest correlation with a unit is at most this stands for something else."""
+_LARGEST = 1 << 25  # latents x units of which sums are held at once
+
+
+def summary_of_largest(correlation: Float[Tensor, " d_sae"]) -> dict[str, float]:
+    """Median and share of small ones over the latents that have one; empty if none has."""
+    known = correlation[torch.isfinite(correlation)]
+    if not len(known):
+        return {}
+    small = float((known <= SMALL).float().mean())
+    return {"median": float(known.median()), "share_at_most_0.3": small, "n": len(known)}
+
+
+def before(hook_point: str, among: Sequence[str]) -> tuple[str, ...]:
+    """The hook points of blocks before this one's, and what lies inside its own before its end.
+
+    Blocks go by the first number in a name, such as 15 in "model.layers.15.mlp.act_fn:out".
+    """
+    block = _block(hook_point)
+    is_end = bool(re.fullmatch(r"\D*\d+:out", hook_point))
+    places = [(point, _block(point)) for point in among if point != hook_point]
+    return tuple(
+        point
+        for point, of in places
+        if block is not None and of is not None and (of < block or (of == block and is_end))
+    )
+
+
+def _block(hook_point: str) -> int | None:
+    number = re.search(r"\d+", hook_point)
+    return None if number is None else int(number[0])
+
+
+def neurons_before(model: nn.Module, hook_point: str, d_model: int) -> tuple[str, ...]:
+    """The neurons of all earlier layers: what goes into a matrix that leads back to the stream.
+
+    Args:
+        model: The model.
+        hook_point: Whose earlier layers.
+        d_model: Width of the stream; a layer has more neurons than that.
+    """
+    names = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            # GPT-2's layers hold their matrices the other way round
+            n_out, n_in = weight.shape[::-1] if hasattr(module, "nf") else weight.shape
+            is_embedding = isinstance(module, nn.Embedding)
+            if n_out == d_model < n_in and not is_embedding and "expert" not in name:
+                names.append(f"{name}:in")
+    return before(hook_point, names)
+
+
+@torch.no_grad()
+def correlate_with_neurons(
+    model: nn.Module,
+    placed: SparseAutoencoder,
+    texts: Sequence[Int[Tensor, " _"]],
+    points: Sequence[str],
+    skipped: int = 0,
+    progress: Progress | None = None,
+) -> Float[Tensor, " d_sae"]:
+    """Each latent's largest |correlation| with a unit of any of these hook points, over texts.
+
+    Args:
+        model: Is run on each text, once for as many hook points as memory allows.
+        placed: The dictionary, which reads one hook point.
+        texts: Token ids.
+        points: Hook points.
+        skipped: Positions at the start of a text that do not count.
+        progress: Called after each text.
+    """
+    device, d_sae = next(model.parameters()).device, placed.config.d_sae
+    largest, done = torch.full((d_sae,), -1.0), 0
+    with capture(model, list(points)) as run:
+        widths = {p: x.shape[-1] for p, x in run(texts[0][None].to(device)).items()}
+    at_once = max(1, _LARGEST // (d_sae * max(widths.values())))
+    groups = [points[i : i + at_once] for i in range(0, len(points), at_once)]
+    for group in groups:
+        meters = {point: MaxCorrelation(d_sae, widths[point]) for point in group}
+        for ids in texts:
+            with capture(model, [placed.hook_point, *group]) as run:
+                streams = {p: x[0, skipped:].float() for p, x in run(ids[None].to(device)).items()}
+            acts = placed.encode_dense(streams[placed.hook_point]).cpu()
+            for point, meter in meters.items():
+                meter.update(acts, streams[point].cpu())
+            done += 1
+            (progress or silent)(done, len(groups) * len(texts), "texts with neurons")
+        for meter in meters.values():
+            largest = torch.maximum(largest, meter.compute().nan_to_num(nan=-1.0))
+    return torch.where(largest >= 0, largest, torch.nan)

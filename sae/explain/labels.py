@@ -347,10 +347,3 @@ def _fit(x: np.ndarray, present: np.ndarray, weights: np.ndarray) -> tuple[np.nd
         b = b + np.clip((haa * gb - hab * ga) / det, -2, 2)
     b = np.where(np.abs(b) > 1e-9, b, 1e-9)
     return centre - spread * a / b, b / spread
-
-
-def name_frequency(texts: Sequence[str], names: Sequence[str]) -> Float64[np.ndarray, " word"]:
-    """Share of words at which each " Name " begins; what has no blank on both sides is not it."""
-    counts = np.array([sum(f" {text} ".count(f" {name} ") for text in texts) for name in names])
-    n_words = sum(len(text.split()) for text in texts)
-    return counts / max(n_words, 1)

@@ -4,25 +4,39 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from activations_cache.checks import MonosemaError, Progress, silent
 from sae import notebook
 from sae.autoencoder import SparseAutoencoder
-from sae.baselines import baseline_dictionary
-from sae.explain.atlas import words_with_a_latent
+from sae.baselines import baseline_dictionary, random_dictionary
 from sae.explain.config import AtlasConfig, ExplainConfig, Kind
 from sae.explain.examples import Activity, Context, ContextFinder, SplitFirings, activity
-from sae.explain.firings import encode_rows
-from sae.explain.held_out import HeldOut, held_out
+from sae.explain.firings import ActivationRows, Codes, encode_rows
+from sae.explain.held_out import HeldOut, concepts_with_a_latent, held_out
 from sae.explain.labels import Labels, fires_enough, make_labels
 from sae.explain.results import Summary, SummaryInputs, flat, known_or_none, summary_of
 from sae.explain.scores import Scores, derangement, score_rules
 from sae.explain.tables import EXAMPLES, LATENTS, LatentRecord, write_tables
-from sae.explain.text_at_rows import Cache, SplitRows, TextReader
+from sae.explain.text_at_rows import (
+    Cache,
+    SplitRows,
+    TextReader,
+    concept_families,
+    concepts_in,
+)
 
 _SAMPLE = 32_768
+
+RANDOM = "random directions of the same width and L0"
+TWIN = "the frozen random decoder trained beside it"
+OF_NULL = ("of", "f50", "low", "high", "slope", "n", "share_present", "points", "reason")
+Null = Mapping[str, Any] | Literal["random"] | None
+"""What stands beside the curve of completeness: that of a frozen twin, as its summary has it, one
+of random directions, which is made here, or none."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ class Explained:
         return notebook.table("Labels, the best first", columns, rows, note)
 
 
-def explain(
+def explain(  # noqa: PLR0913
     dictionary: SparseAutoencoder,
     cache: Cache,
     hook_point: str,
@@ -80,6 +94,7 @@ def explain(
     config: ExplainConfig,
     out_dir: Path | None,
     *,
+    null: Null = None,
     progress: Progress | None = None,
 ) -> Explained:
     """Label all latents from the explain split and score the labels on the score split.
@@ -91,6 +106,7 @@ def explain(
         token_strings: `activations_cache.Pieces`, or what stands for each id everywhere.
         config: How.
         out_dir: Where the files go; None writes none and looks for no contexts.
+        null: What stands beside the curve of completeness.
         progress: Called in every stage, with the stage's own total and unit.
 
     Raises:
@@ -100,12 +116,7 @@ def explain(
     reader = TextReader(cache, token_strings)
     splits = {split: reader.read(split) for split in ("explain", "score")}
     _check_splits(splits)
-    parts = [
-        SplitFirings(
-            name, encode_rows(dictionary, cache[hook_point], split.ids, report), split.text
-        )
-        for name, split in splits.items()
-    ]
+    parts = _firings(dictionary, cache[hook_point], splits, report)
     explained = explain_codes(parts[0], parts[1], reader.names, config, report)
     if out_dir is None:
         return explained
@@ -115,19 +126,42 @@ def explain(
     contexts = _contexts(finder, len(fired[0]), report)
     arms = _baselines(cache, hook_point, splits, explained, config, report)
     explained = dataclasses.replace(explained, baselines=arms)
-    concepts = words_with_a_latent(
-        explained.labels, reader.names, parts[0].text.values["word"], fired[0],
-        explained.summary.n_latents - explained.summary.n_dead, config.atlas or AtlasConfig(),
-    )  # fmt: skip
+    concepts = concepts_in(reader.names, concept_families())
+    n_concepts = (config.atlas or AtlasConfig()).n_concepts
+    has_latent = concepts_with_a_latent(concepts, parts, n_concepts, report)
+    if null == "random":
+        untrained = _random_like(dictionary, parts[0].codes, config.seed)
+        others = _firings(untrained, cache[hook_point], splits, report)
+        null = {**concepts_with_a_latent(concepts, others, n_concepts, report), "of": RANDOM}
+    if null is not None:
+        has_latent["null"] = {name: null[name] for name in OF_NULL if name in null}
     summary = {
         **flat(explained.summary),
-        "completeness": concepts,
+        "completeness": has_latent,
         "baselines": {name: flat(arm) for name, arm in arms.items()},
         "config": dataclasses.asdict(config),
     }
     write_tables(out_dir, records, contexts, config.top_contexts, summary)
     paths = {"latents_path": out_dir / LATENTS, "examples_path": out_dir / EXAMPLES}
     return dataclasses.replace(explained, **paths)
+
+
+def _firings(
+    dictionary: SparseAutoencoder,
+    rows: ActivationRows,
+    splits: Mapping[str, SplitRows],
+    report: Progress,
+) -> list[SplitFirings]:
+    return [
+        SplitFirings(name, encode_rows(dictionary, rows, split.ids, report), split.text)
+        for name, split in splits.items()
+    ]
+
+
+def _random_like(like: SparseAutoencoder, codes: Codes, seed: int) -> SparseAutoencoder:
+    """Random directions, as many, of which as many fire in a row."""
+    generator = torch.Generator().manual_seed(seed)
+    return random_dictionary(like, len(codes.row) / max(codes.n_rows, 1), generator)
 
 
 def _check_splits(splits: Mapping[str, SplitRows]) -> None:

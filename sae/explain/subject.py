@@ -8,10 +8,13 @@ is asked and nothing can fail.
 """
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
@@ -37,7 +40,9 @@ from sae.explain.model_scorers import (
 from sae.explain.pipeline import LatentOutcome, shuffled_windows
 from sae.explain.question_scorers import Detection, Fuzzing, Intruder, Rubric, Simulation
 from sae.explain.reservoir import State
+from sae.explain.results import STEM as BY_MODEL
 from sae.explain.results import summarise, write_results
+from sae.explain.tables import LatentRecord
 from sae.explain.text_at_rows import Cache
 from sae.explain.windows import LatentWindows, shuffled
 
@@ -257,3 +262,50 @@ def _explained(
     controls["shuffled windows"] = shuffled
     label = Explanation(windows.latent, text, METHOD)
     return LatentOutcome(windows.latent, "done", "", label, scores, controls)
+
+
+def by_level(
+    path: Path, summary: Mapping[str, Any], latents: Sequence[LatentRecord]
+) -> dict[str, Any]:
+    """By fifths of the activation: how specific labels are, how sensitive latents, what judges say.
+
+    Sensitivity: of the rows of unseen documents with one of a label's words, the share on which
+    the latent reaches the fifth. The rubric is a language model's where one was asked.
+    """
+    curves = []
+    for one in (one for one in latents if one.status == "scored" and one.base):
+        explained = np.nan_to_num(np.array(one.curve, float)) * np.array(one.curve_n)
+        at_least = explained[::-1].cumsum()[::-1]
+        curves.append(at_least / (one.base * summary["n_rows_score"]))
+    asked, executed = (_outcomes(path / f"{stem}.jsonl") for stem in (BY_MODEL, STEM))
+    scores = [one["scores"] for one in asked]
+    by_model = any(score["scorer"] == "rubric" for of_one in scores for score in of_one)
+    graded = asked if by_model else executed
+    return {
+        "specificity": summary["curve"],
+        "specificity_by_chance": summary["base"],
+        "sensitivity": np.mean(curves, axis=0).tolist() if curves else [],
+        "judge": "a language model" if by_model else "executed rules",
+        "rubric": _rubric([one["scores"] for one in graded]),
+        "rubric_of_another_label": _rubric([
+            one["controls"].get("another's label", []) for one in graded
+        ]),
+        "sensitivity_by_judge": _mean_of(scores, "sensitivity"),
+    }
+
+
+def _outcomes(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in seals.read(path).splitlines()] if path.is_file() else []
+
+
+def _rubric(scores: Sequence[Sequence[dict[str, Any]]]) -> list[float | None]:
+    """Mean grade, as a share of the highest, of each fifth."""
+    details = [score["details"] for each in scores for score in each if score["scorer"] == "rubric"]
+    grades = [[one[f"level {n}"] for one in details if f"level {n}" in one] for n in range(5)]
+    return [sum(each) / len(each) / 3 if each else None for each in grades]
+
+
+def _mean_of(scores: Sequence[Sequence[dict[str, Any]]], name: str) -> float | None:
+    values = [s["value"] for each in scores for s in each if s["scorer"] == name]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,17 +1,27 @@
-"""What can be said of the text at a row: its word, the word before, its token, its source, ..."""
+"""What can be said of the text at a row: its word, the word before, its token, its source, ...
 
+Concepts are sets of such values: what WordNet says a gloss is about, the words of a family of ours
+(`demo_data/concept_families.json`), and names of WordNet's families of nouns.
+"""
+
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import cache
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 import regex
 import torch
 from jaxtyping import Int, Int32
+from pyarrow import compute
+from pyarrow import json as arrow_json
 from torch import Tensor
 
+from activations_cache.checks import locate
 from activations_cache.tokens import PieceTable, table_of
-from monosema.checks import MonosemaError
+from monosema.checks import MonosemaError, require
 from sae.explain.config import Kind
 from sae.explain.firings import ActivationRows
 
@@ -58,6 +68,11 @@ class CachedTexts(Protocol):
 @runtime_checkable
 class Cache(Protocol):
     """What explaining needs of an activation cache."""
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        """Their names."""
+        ...
 
     @property
     def examples(self) -> CachedTexts:
@@ -243,3 +258,109 @@ def _position_name(n_bits: int) -> str:
     """Positions with this many binary digits: 0, 1, 2-3, 4-7, ..."""
     low, high = (1 << n_bits) // 2, (1 << n_bits) - 1
     return str(low) if low >= high else f"{low}-{high}"
+
+
+FAMILIES = "package://sae/demo_data/concept_families.json"
+GLOSSES = "package://sae/demo_data/wordnet_glosses.jsonl.gz"
+_SHORTEST_NAME = 4  # shorter names are words of grammar as well: "it", "an", "who"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptFamily:
+    """Concepts that belong together, and texts that tell the family from what is like it."""
+
+    family: str
+    """Its name."""
+    about: str = ""
+    """What it holds."""
+    safety: bool = False
+    """Whether a caution belongs beside every result."""
+    words: Mapping[str, Sequence[str]]
+    """By concept, the words that stand for it."""
+    pos: Sequence[str] = ()
+    """Texts of the family."""
+    neg: Sequence[str] = ()
+    """Controls: as many texts, alike in form and without it."""
+
+    def __post_init__(self) -> None:
+        """Check the texts against each other."""
+        is_paired = len(self.pos) == len(self.neg) != 1
+        rule = "be as many as pos, and not one alone"
+        require(is_paired, f"neg of family {self.family!r}", rule, len(self.neg))
+
+
+def concept_families(path: str = FAMILIES) -> list[ConceptFamily]:
+    """Read families from a JSON list of objects.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else.
+    """
+    try:
+        records = json.loads(locate(path).read_text(encoding="utf-8"))
+        return [ConceptFamily(**record) for record in records]
+    except (TypeError, json.JSONDecodeError) as error:
+        raise MonosemaError(
+            f"families must be a JSON list of objects with family, words, pos and neg, got {path} "
+            f"with a problem: {error}"
+        ) from error
+
+
+class Concept(NamedTuple):
+    """A set of values of one kind."""
+
+    name: str
+    family: str
+    kind: Kind
+    values: tuple[int, ...]
+    safety: bool = False
+
+
+def concepts_in(
+    names: Mapping[Kind, Sequence[str]], families: Sequence[ConceptFamily]
+) -> list[Concept]:
+    """The concepts that these texts can show; their single words where they show none.
+
+    A noun, with its plural in s, belongs to a family of WordNet if all its senses do. A word is a
+    proxy of a concept.
+    """
+    number = {word: i for i, word in enumerate(names["word"])}
+    concepts = [
+        Concept(name, "what a gloss is about", "supersense", (i,))
+        for i, name in enumerate(names["supersense"])
+    ]
+    for family in families:
+        for name, words in family.words.items():
+            values = tuple(number[word] for word in words if word in number)
+            if values:
+                concepts.append(Concept(name, family.family, "word", values, family.safety))
+    nouns, forms = _families_of_nouns(), {}
+    for word, i in number.items():
+        noun = word if word in nouns else word.removesuffix("s")
+        if noun in nouns:
+            forms.setdefault(noun, []).append(i)
+    concepts += [Concept(noun, nouns[noun], "word", tuple(at)) for noun, at in forms.items()]
+    if not concepts:
+        concepts = [Concept(w, "words", "word", (i,)) for w, i in number.items() if w.isalpha()]
+    return concepts
+
+
+@cache
+def _families_of_nouns() -> dict[str, str]:
+    """WordNet's lexicographer file of each noun whose senses all lie in that one."""
+    glosses = arrow_json.read_json(locate(GLOSSES))
+    words = glosses["words"].combine_chunks()
+    files = glosses["supersense"].combine_chunks().take(words.value_parent_indices())
+    senses = pa.table({
+        "word": compute.call_function("utf8_lower", [words.flatten()]),
+        "file": files,
+    })
+    of_word = senses.group_by("word").aggregate([("file", "count_distinct"), ("file", "min")])
+    return {
+        record["word"]: record["file_min"]
+        for record in of_word.filter(compute.field("file_count_distinct") == 1).to_pylist()
+        if record["file_min"].startswith("noun.")
+        and record["file_min"] != "noun.Tops"
+        and len(record["word"]) >= _SHORTEST_NAME
+        and record["word"].isalpha()
+    }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sae.run.serving import show
     from sae.run.spaces import similar
     from sae.run.steering import steer
+    from sae.run.widths import study
 
 __all__ = [
     "browse",
@@ -41,6 +42,7 @@ __all__ = [
     "show",
     "similar",
     "steer",
+    "study",
     "train",
     "training_cost",
     "verify",
@@ -66,6 +68,7 @@ _HOME = {
     "show": "serving",
     "similar": "spaces",
     "steer": "steering",
+    "study": "widths",
     "train": "pipeline",
     "training_cost": "costs",
     "verify": "caches",

@@ -1,12 +1,17 @@
-"""The map of one dictionary's latents, and how near two dictionaries' directions come."""
+"""The map of one dictionary's latents, and how near two dictionaries' directions come.
+
+And the curve of completeness that explaining left, with what a random decoder has beside it.
+"""
 
 import math
+from collections.abc import Mapping
 from itertools import combinations
+from typing import Any
 
 import torch
 
 from activations_cache.checks import Progress
-from sae.browser import Map, PlaneMap, ShownComparison
+from sae.browser import Completeness, Map, PlaneMap, ShownComparison
 from sae.explain.atlas import Method, cluster_names, clusters, plane, share_preserved
 from sae.explain.tables import LatentRecord
 from sae.neighbours import chance_cosine, nearest
@@ -93,3 +98,18 @@ def comparisons_of(
         comparisons.append(ShownComparison(a.name, b.name, in_b, in_a, LEAST_COSINE, chance, note))
         report(done, len(pairs), "pairs of dictionaries")
     return tuple(comparisons)
+
+
+def completeness_of(summary: Mapping[str, Any]) -> Completeness | None:
+    """The curve of a summary that explaining texts wrote; None where there is none."""
+    found = summary.get("completeness", {})
+    if "f50" not in found:
+        return None
+    names = ("f50", "low", "high", "slope", "times_alive", "n")
+    points = tuple((frequency, share, int(n)) for frequency, share, n in found["points"])
+    note = found.get("note", "")
+    if null := found.get("null"):
+        share = f"{null['share_present']:.0%} of the concepts have one"
+        half = f"; half of those of frequency {null['f50']:.2g}" if "f50" in null else ""
+        note = f"{null['of']}: {share}{half}. {note[:1].upper()}{note[1:]}."
+    return Completeness(points=points, **{name: found[name] for name in names}, note=note)

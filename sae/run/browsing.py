@@ -48,7 +48,7 @@ from sae.run.browse_latents import (
     Thumbnails,
     attributions_of,
 )
-from sae.run.browse_map import LEAST_ON_MAP, comparisons_of, map_of
+from sae.run.browse_map import LEAST_ON_MAP, comparisons_of, completeness_of, map_of
 from sae.run.config import RunConfig, browsed_config
 from sae.run.context import Run, fitted, holds_images, model_of, pieces_of, results_of
 from sae.run.tables import result_table
@@ -65,7 +65,7 @@ def dictionary_of(
 ) -> Dictionary:
     """Everything about one dictionary; its latents are read from the files as they are written."""
     records = read_latents(subject.explained / LATENTS)
-    about = _about(subject, context, report)
+    summary, about = read_summary(subject.explained / SUMMARY), _about(subject, context, report)
     rows = subject.dictionary.dec_rows.detach()
     n_live = sum(record.status != "dead" for record in records)
     scorers = sorted({s["scorer"] for said in about.explained.values() for s in said["scores"]})
@@ -74,7 +74,7 @@ def dictionary_of(
         summary=f"{_activation(subject)}, {n_live:,} live latents of {len(records):,}",
         d_sae=len(records),
         kind="image" if context.pictures else "text",
-        n_rows=_n_rows(subject.explained),
+        n_rows=summary["n_rows_explain"] + summary["n_rows_score"],
         n_live=n_live,
         n_dead=len(records) - n_live,
         n_dense=sum(record.density > DENSE_ABOVE for record in records),
@@ -86,6 +86,7 @@ def dictionary_of(
         density_histogram=_histogram(records),
         latents=BrowsedLatents(records, subject.explained / EXAMPLES, about),
         map=map_of(rows, records, report) if n_live >= LEAST_ON_MAP else None,
+        completeness=completeness_of(summary),
     )
 
 
@@ -93,11 +94,6 @@ def _activation(subject: BrowsedDictionary) -> str:
     activation = subject.dictionary.config.activation
     k = activation.per_row
     return type(activation).__name__ + ("" if k is None else f", k = {k}")
-
-
-def _n_rows(explained: Path) -> int:
-    summary = read_summary(explained / SUMMARY)
-    return summary["n_rows_explain"] + summary["n_rows_score"]
 
 
 def _about(subject: BrowsedDictionary, context: BrowseContext, report: Progress) -> LatentContext:

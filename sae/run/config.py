@@ -5,7 +5,14 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from activations_cache.checks import PACKAGE, locate, require_extra, require_reader
+from activations_cache.checks import (
+    PACKAGE,
+    at_least,
+    locate,
+    require,
+    require_extra,
+    require_reader,
+)
 from activations_cache.config import CacheConfig
 from monosema.checks import LATER, MonosemaError
 from sae.evaluate.config import EvaluateConfig
@@ -73,6 +80,33 @@ class _Output:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What `sae study` makes of a run with dictionaries of several widths."""
+
+    passes: tuple[float, ...] = (0.25, 0.5)
+    """Each width is also trained on these shares of the rows, for the scaling law; () for none."""
+    families: str = "package://sae/demo_data/concept_families.json"
+    """Families of texts and their controls that latents are searched for (a JSON file)."""
+    exchanges: int = 199
+    """Copies of the search with texts and controls exchanged."""
+    trees: int = 12
+    """Latents of the narrowest width whose descendants are shown."""
+    resamples: int = 200
+    """Of the law's intervals."""
+    seed: int = 0
+    """Of what is drawn here."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for share in self.passes:
+            require(0 < share < 1, "passes", "lie above 0 and below 1", share)
+        distinct = len(set(self.passes)) == len(self.passes)
+        require(distinct, "passes", "be shares of the rows, each once", self.passes)
+        for name, least in {"exchanges": 19, "trees": 1, "resamples": 20, "seed": 0}.items():
+            at_least(name, getattr(self, name), least)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheRunConfig(_Output):
     """The first step alone; the parts of the others may stand in the same file."""
 
@@ -83,6 +117,8 @@ class CacheRunConfig(_Output):
     explain: ExplainConfig | None = None
     """Not needed."""
     steer: SteerConfig | None = None
+    """Not needed."""
+    study: StudyConfig | None = None
     """Not needed."""
 
 
@@ -100,6 +136,8 @@ class RunConfig(_Output):
     """The steering example."""
     read_out: Literal["linear", "refined"] = field(default="linear", metadata=LATER)
     """How latents are read after training: by the encoder alone, or refined (`sae.read_out`)."""
+    study: StudyConfig | None = field(default=None, metadata=LATER)
+    """What `sae study` does after explaining; `sae run` refuses it."""
 
     def __post_init__(self) -> None:
         """Check the parts against each other."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from activations_cache import ActivationCache, capture, io, seals
-from activations_cache.checks import MonosemaError, Progress, silent
+from activations_cache.checks import MonosemaError, Progress, require_extra, silent
 from activations_cache.models import LoadedModel
 from activations_cache.probe import readout, record_of
 from activations_cache.text import NO_TOKEN
@@ -194,6 +194,8 @@ def _parts(request: ExplainRequest, config: ExplainConfig) -> Parts:
         known = ", ".join(cache.hook_points)
         raise ConfigError(f"--hook-point must be one of {known}, got {hook!r}")
     refuse_unread("explain", config, of_images=holds_images(cache))
+    if config.atlas is not None and config.atlas.plane == "umap":
+        require_extra("umap", "explain.atlas.plane=umap", "umap")
     one = fitted(request.dictionary, cache, hook, force=force, read_out=request.read_out)
     if request.narrow is None:
         return cache, one, None
@@ -259,8 +261,9 @@ def without_llm(
     dictionary, cache, hook = subject.dictionary, subject.cache, subject.hook_point
     with steps("explain") as progress:
         labels = explain_latents(
-            dictionary, cache, hook, subject.token_strings, config, out, progress=progress
-        )
+            dictionary, cache, hook, subject.token_strings, config, out,
+            null="random", progress=progress,
+        )  # fmt: skip
     if out is None:
         return DictionaryExplanation(None, labels)
     wanted = replace(

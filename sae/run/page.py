@@ -1,7 +1,8 @@
-"""The page of an evaluation, one HTML file without scripts, and its Pareto plots as a PNG."""
+"""The page of an evaluation or a study, one HTML file without scripts, and its plots as PNGs."""
 
 import base64
-from collections.abc import Sequence
+import io as bytes_io
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from activations_cache import io
 from sae.browser import ResultTable
@@ -42,7 +43,11 @@ def write_evaluation(path: Path, measurement: Measurement) -> None:
 
 
 def write_page(
-    path: Path, title: str, sections: Sequence[Section], picture: Path | None = None
+    path: Path,
+    title: str,
+    sections: Sequence[Section],
+    picture: Path | None = None,
+    above: Mapping[str, Path] | None = None,
 ) -> None:
     """Write the page.
 
@@ -51,10 +56,16 @@ def write_page(
         title: Of the page.
         sections: Its tables, in order.
         picture: A PNG to show above the second table.
+        above: PNGs by the title of the section that each stands above.
     """
-    shown = [_section(section) for section in sections]
+    pictures = above or {}
+    shown = [
+        (_picture(pictures[section.title], section.title) if section.title in pictures else "")
+        + _section(section)
+        for section in sections
+    ]
     if picture is not None:
-        shown.insert(1, _picture(picture))
+        shown.insert(1, _picture(picture, "figures against L0"))
     sheets = (files("sae.browser") / name for name in ("colours.css", "base.css"))
     style = "".join(sheet.read_text() for sheet in sheets) + STYLE
     text = (
@@ -87,9 +98,10 @@ def _table(table: ResultTable) -> str:
     )
 
 
-def _picture(path: Path) -> str:
+def _picture(path: Path, what: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<section><img alt="figures against L0" src="data:image/png;base64,{data}"></section>\n'
+    image = f'<img alt="{escape(what)}" src="data:image/png;base64,{data}">'
+    return f"<section>{image}</section>\n"
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -103,6 +115,54 @@ MARGIN = 1.4
 
 WIDE = 4.0
 """Largest by smallest value from which on a figure is drawn on a logarithmic scale."""
+
+
+class ShownLine(NamedTuple):
+    """A curve, and the points that it was fitted to."""
+
+    name: str
+    curve: Sequence[tuple[float, float]]
+    points: Sequence[tuple[float, float]] = ()
+    is_null: bool = False
+    """Dashed, in the colour of the line before it."""
+
+
+class LinePanel(NamedTuple):
+    """Lines over one axis."""
+
+    title: str
+    x: str
+    lines: Sequence[ShownLine]
+    log: bool = False
+    """Whether x goes by powers of ten."""
+
+
+def plot_lines(panels: Sequence[LinePanel], top: float = 1.0) -> bytes:
+    """Draw panels side by side as a PNG; y goes from 0 to `top`."""
+    figure = Figure(figsize=(4.6 * len(panels), 4.2), dpi=140, layout="constrained")
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        number = -1
+        for line in panel.lines:
+            number += not line.is_null
+            colour = COLOURS[max(number, 0) % len(COLOURS)]
+            style = "--" if line.is_null else "-"
+            if line.curve:
+                axis.plot(*zip(*line.curve, strict=True), style, color=colour, label=line.name)
+            if line.points:
+                marker, name = "x" if line.is_null else "o", None if line.curve else line.name
+                x, y = zip(*line.points, strict=True)
+                axis.scatter(x, y, s=18, color=colour, marker=marker, label=name)
+        axis.set(title=panel.title, xlabel=panel.x, ylim=(-0.02 * top, 1.02 * top))
+        if panel.log:
+            axis.set_xscale("log")
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(visible=True, color="0.92", linewidth=0.6)
+        if panel.lines:
+            axis.legend(fontsize=7, frameon=False)
+    data = bytes_io.BytesIO()
+    figure.savefig(data, format="png")
+    return data.getvalue()
 
 
 class Series(NamedTuple):

@@ -6,7 +6,7 @@ A step whose result is there and fits is skipped.
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,9 @@ from sae.train.config import DictionaryConfig, TrainConfig
 from sae.train.curves import PICTURE
 
 
-class _Step(NamedTuple):
+class RunStep(NamedTuple):
+    """One step: what it does, what decides it, what it leaves."""
+
     name: str
     action: Callable[[Run, Progress], dict[str, Any] | None]
     config: Callable[[RunConfig], object]
@@ -42,12 +44,12 @@ class _Step(NamedTuple):
 
 
 STEPS = (
-    _Step("cache", steps.cache, lambda c: c.cache, steps.cache_files),
-    _Step("train", steps.train, lambda c: c.train, steps.train_files),
-    _Step("evaluate", steps.evaluate, lambda c: c.evaluate, steps.evaluate_files),
-    _Step("explain", steps.explain, lambda c: c.explain, steps.explain_files),
-    _Step("steer", steps.steer, lambda c: c.steer, steps.steer_files, of_images=False),
-    _Step("browse", steps.browse, lambda c: {"title": c.title}, steps.browse_files),
+    RunStep("cache", steps.cache, lambda c: c.cache, steps.cache_files),
+    RunStep("train", steps.train, lambda c: c.train, steps.train_files),
+    RunStep("evaluate", steps.evaluate, lambda c: c.evaluate, steps.evaluate_files),
+    RunStep("explain", steps.explain, lambda c: c.explain, steps.explain_files),
+    RunStep("steer", steps.steer, lambda c: c.steer, steps.steer_files, of_images=False),
+    RunStep("browse", steps.browse, lambda c: {"title": c.title}, steps.browse_files),
 )
 
 MARKER = "done.json"
@@ -74,7 +76,9 @@ class Pending(NamedTuple):
     """Do it, and mark it as done; explaining by a language model returns summaries by name."""
 
 
-def pending_steps(run: Run, last: str) -> Iterator[Pending]:
+def pending_steps(
+    run: Run, last: str, steps_of_job: Sequence[RunStep] = STEPS
+) -> Iterator[Pending]:
     """Yield the steps up to `last`; the caller does a step that is not done before the next one.
 
     A step is done when its marker names the same digest of all the configs that decide it, and its
@@ -88,7 +92,7 @@ def pending_steps(run: Run, last: str) -> Iterator[Pending]:
     rank, _ = rank_of_this_process()
     with contextlib.ExitStack() as held:
         identity = ""
-        steps_of_run = _steps_to(run, last)
+        steps_of_run = _steps_to(run, last, steps_of_job)
         if any(step.name == "train" for step in steps_of_run):
             require_launched()
         for number, step in enumerate(steps_of_run, start=1):
@@ -121,7 +125,7 @@ def _records_config(run: Run) -> bool:
 
 
 def _do(
-    run: Run, step: _Step, identity: str, held: contextlib.ExitStack, progress: Progress
+    run: Run, step: RunStep, identity: str, held: contextlib.ExitStack, progress: Progress
 ) -> dict[str, Any] | None:
     _begin(run, held)
     for file in _undone(run, step, identity):
@@ -137,9 +141,11 @@ def _do(
     return result
 
 
-def _steps_to(run: Run, last: str) -> list[_Step]:
+def _steps_to(run: Run, last: str, steps_of_job: Sequence[RunStep]) -> list[RunStep]:
     """The steps of the run up to `last`."""
-    selected = [step for step in STEPS if step.of_images or not run.of_images]
+    if run.config.study is not None and last == "browse":
+        raise ConfigError("study must be absent for `sae run`, got one; `sae study` reads it")
+    selected = [step for step in steps_of_job if step.of_images or not run.of_images]
     names = [step.name for step in selected]
     if last not in names:
         raise ConfigError(
@@ -148,7 +154,7 @@ def _steps_to(run: Run, last: str) -> list[_Step]:
     return selected[: names.index(last) + 1]
 
 
-def _undone(run: Run, step: _Step, identity: str) -> list[Path]:
+def _undone(run: Run, step: RunStep, identity: str) -> list[Path]:
     """Why a step is not done: its results that are missing or damaged, or else its marker.
 
     A marker of an older version names no results; then they must only be there.
@@ -212,9 +218,11 @@ def job(
     return result_of(run, last)
 
 
-def run_steps(run: Run, last: str, progress: Progress = silent) -> None:
+def run_steps(
+    run: Run, last: str, progress: Progress = silent, steps_of_job: Sequence[RunStep] = STEPS
+) -> None:
     """Do the steps up to `last` that are not done."""
-    for step in pending_steps(run, last):
+    for step in pending_steps(run, last, steps_of_job):
         if not step.is_done:
             step.do(progress)
 

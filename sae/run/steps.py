@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from sae.browser import write_site
 from sae.evaluate.report import evaluate as measure
 from sae.evaluate.report import write_json
 from sae.explain.autointerp import client_of, label_with_llm
+from sae.explain.run import TWIN, Null
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import Subject
-from sae.explain.tables import SUMMARY
+from sae.explain.tables import SUMMARY, read_summary
 from sae.metrics import STATS, stats_file
 from sae.pretrained.monosema_format import CONFIG, PROVENANCE, WEIGHTS
 from sae.run.browsing import site_of_run
@@ -30,6 +32,7 @@ from sae.run.images import explain_pictures, with_downstream
 from sae.run.measuring import baselines
 from sae.run.steering import steering_example
 from sae.steer.choice import NothingToSteerError
+from sae.train.config import DictionaryConfig
 from sae.train.curves import LOGS, draw
 
 REPORT = "report.json"
@@ -89,7 +92,8 @@ def explain(run: Run, report: Progress) -> dict[str, Any]:
     """
     summaries: dict[str, Any] = {}
     words = words_of(run.cache, run.config.explain.images, report)
-    for name, one in run.fitted.items():
+    frozen_first = sorted(run.fitted.items(), key=lambda item: not run.is_frozen(item[0]))
+    for name, one in frozen_first:
         path = run.path("explain") / name
 
         def report_named(done: int, total: int, unit: str, name: str = name) -> None:
@@ -110,7 +114,8 @@ def explain_texts(run: Run, name: str, report: Progress) -> dict[str, Any] | Non
     config, one, path = run.config.explain, run.fitted[name], run.path("explain") / name
     rows, hook, strings = one.rows_of(run.cache), one.hook_point, run.pieces
     labels = explain_latents(
-        one.dictionary, rows, hook, strings, config, path, progress=report
+        one.dictionary, rows, hook, strings, config, path,
+        null=_null_of(run, name), progress=report,
     )  # fmt: skip
     llm = None if run.is_frozen(name) else config.autointerp
     if llm is None and config.rules is None and config.atlas is None:
@@ -129,6 +134,29 @@ def explain_texts(run: Run, name: str, report: Progress) -> dict[str, Any] | Non
     return label_with_llm(
         subject, llm, path, client_of(llm), promoted=promoted, identity=identity, progress=report
     )
+
+
+def _null_of(run: Run, name: str) -> Null:
+    """What the curve of completeness stands beside: the twin whose decoder never learned."""
+    if run.is_frozen(name):
+        return None
+    twin = twin_of(run.config.train.saes, name)
+    if twin is None:
+        return "random"
+    return {**read_summary(run.path("explain") / twin / SUMMARY)["completeness"], "of": TWIN}
+
+
+def twin_of(saes: Mapping[str, DictionaryConfig], name: str) -> str | None:
+    """The entry of the same shape with a frozen random decoder, if there is one."""
+    one = saes[name]
+    shape = (one.d_sae, one.activation, one.inputs, one.outputs)
+    twins = (
+        other
+        for other, entry in saes.items()
+        if entry.frozen == "decoder"
+        and (entry.d_sae, entry.activation, entry.inputs, entry.outputs) == shape
+    )
+    return next(twins, None)
 
 
 def steer(run: Run, report: Progress) -> None:

@@ -40,6 +40,9 @@ class Counting(NamedTuple):
 
 EVERYWHERE = Counting()
 
+FEWEST_PAIRS = 4
+"""Texts with a control of each, below which a half of them says nothing."""
+
 
 def find_latents(
     model: nn.Module,
@@ -70,10 +73,7 @@ def find_latents(
     """
     if not positives:
         raise MonosemaError("positives must hold at least one text, got none")
-    progress, peaks = progress or silent, []
-    for text in (*positives, *negatives):
-        peaks.append(_peaks(model, tokenizer, placed, text, counting))
-        progress(len(peaks), len(positives) + len(negatives), "texts")
+    peaks = text_peaks(model, tokenizer, placed, (*positives, *negatives), counting, progress)
     return _in_all_and_none(placed, peaks[: len(positives)], peaks[len(positives) :])
 
 
@@ -105,12 +105,14 @@ def find_in_pictures(
     for pixels in (*positives, *negatives):
         with capture(model, [placed.hook_point]) as run:
             x = run(pixels[None].to(weight), **(options or {}))[placed.hook_point][0]
-        peaks.append(_Peaks(*placed.encode_dense(x[n_prefix:].float()).max(dim=0)))
+        peaks.append(LatentPeaks(*placed.encode_dense(x[n_prefix:].float()).max(dim=0)))
     return _in_all_and_none(placed, peaks[: len(positives)], peaks[len(positives) :])
 
 
 def _in_all_and_none(
-    placed: SparseAutoencoder, positives: Sequence["_Peaks"], negatives: Sequence["_Peaks"]
+    placed: SparseAutoencoder,
+    positives: Sequence["LatentPeaks"],
+    negatives: Sequence["LatentPeaks"],
 ) -> list[MatchingLatent]:
     """The latents with a peak in each of the first and none in the others, the strongest first."""
     weakest = torch.stack([peak.values for peak in positives]).amin(dim=0)
@@ -132,15 +134,122 @@ def _in_all_and_none(
     ]
 
 
-class _Peaks(NamedTuple):
+class LatentPeaks(NamedTuple):
+    """How every latent fires on one text or picture."""
+
     values: Float[Tensor, " d_sae"]
+    """Its largest activation."""
     at: Int[Tensor, " d_sae"]
+    """The position of that."""
+
+
+def text_peaks(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    placed: SparseAutoencoder,
+    texts: Sequence[str],
+    counting: Counting = EVERYWHERE,
+    progress: Progress | None = None,
+) -> list[LatentPeaks]:
+    """Read texts; for each the largest activation of every latent.
+
+    Raises:
+        ValueError: If a text has no token that counts.
+    """
+    peaks = []
+    for text in texts:
+        peaks.append(_peaks(model, tokenizer, placed, text, counting))
+        (progress or silent)(len(peaks), len(texts), "texts")
+    return peaks
+
+
+class Contrast(NamedTuple):
+    """The latents that tell texts from their controls, and what chance finds."""
+
+    latents: tuple[int, ...]
+    """Those of the largest AUC over all texts, the best first."""
+    auc: float
+    """On pairs that did not choose the latent: mean over both halves."""
+    chance: float
+    """Mean of the same where texts and controls are exchanged."""
+    p: float
+    """Share of these, the observed one among them, that are as large."""
+    n_common: int
+    """Latents that fire in every text and in no control."""
+    n_common_chance: float
+    """The same where texts and controls are exchanged."""
+
+
+def contrast(
+    texts: Float[Tensor, "pair d_sae"],
+    controls: Float[Tensor, "pair d_sae"],
+    *,
+    n_exchanges: int = 199,
+    n_latents: int = 5,
+    seed: int = 0,
+) -> Contrast:
+    """Search for a latent that tells texts from controls that are like them in everything else.
+
+    With thousands of latents and a few texts one always does. So the latent is chosen on one half
+    of the pairs and scored on the other, and the same search is made with the sides of pairs
+    exchanged at random.
+
+    Args:
+        texts: Largest activation of each latent on each text.
+        controls: On the control of each text.
+        n_exchanges: Exchanged copies.
+        n_latents: Latents that are named.
+        seed: Of the exchanges.
+
+    Raises:
+        ValueError: If there are fewer than four pairs.
+    """
+    if len(texts) < FEWEST_PAIRS:
+        raise MonosemaError(
+            f"texts must be at least {FEWEST_PAIRS} with controls, got {len(texts)}"
+        )
+    sides = torch.stack([texts, controls])
+    generator = torch.Generator().manual_seed(seed)
+    flips = torch.randint(2, (n_exchanges, len(texts)), generator=generator)
+    pairs = torch.arange(len(texts))
+    observed, common = _unseen_auc(sides), _n_common(sides)
+    null, others = [], []
+    for flip in flips:
+        exchanged = torch.stack([sides[flip, pairs], sides[1 - flip, pairs]])
+        null.append(_unseen_auc(exchanged))
+        others.append(_n_common(exchanged))
+    over_all = _aucs(*sides)
+    best = over_all.argsort(descending=True, stable=True)[:n_latents].tolist()
+    p = (1 + sum(value >= observed for value in null)) / (n_exchanges + 1)
+    chance = sum(null) / max(n_exchanges, 1)
+    return Contrast(tuple(best), observed, chance, p, common, sum(others) / max(n_exchanges, 1))
+
+
+def _unseen_auc(sides: Float[Tensor, "side pair d_sae"]) -> float:
+    halves, values = (sides[:, ::2], sides[:, 1::2]), []
+    for chosen_on, scored_on in (halves, halves[::-1]):
+        latent = int(_aucs(*chosen_on).argmax())
+        values.append(float(_aucs(*scored_on[:, :, latent : latent + 1])))
+    return sum(values) / 2
+
+
+def _n_common(sides: Float[Tensor, "side pair d_sae"]) -> int:
+    return int(((sides[0] > 0).all(dim=0) & (sides[1] <= 0).all(dim=0)).sum())
+
+
+def _aucs(
+    positive: Float[Tensor, "pair d_sae"], negative: Float[Tensor, "pair d_sae"]
+) -> Float[Tensor, " d_sae"]:
+    """Of each latent: the probability that a text exceeds a control, ties half."""
+    larger = positive[:, None] > negative[None]
+    equal = positive[:, None] == negative[None]
+    return (larger.float() + equal.float() / 2).mean(dim=(0, 1))
 
 
 @torch.no_grad()
 def _peaks(
     model: nn.Module, tokenizer: Tokenizer, placed: SparseAutoencoder, text: str, counting: Counting
-) -> _Peaks:
+) -> LatentPeaks:
     """The largest activation of every latent in a text, and its position."""
     ids = tokenizer(text)["input_ids"]
     if len(ids) <= counting.first_position:
@@ -153,7 +262,7 @@ def _peaks(
         x = run(torch.tensor([ids], device=device))[placed.hook_point][0]
     start = len(ids) - 1 if counting.where == "last" else counting.first_position
     peak = placed.encode_dense(x[start:]).max(dim=0)
-    return _Peaks(peak.values, peak.indices + start)
+    return LatentPeaks(peak.values, peak.indices + start)
 
 
 @torch.no_grad()

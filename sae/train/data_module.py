@@ -94,8 +94,12 @@ class TrainingRows:
 
     @property
     def n_batches(self) -> int:
-        """Batches in a pass of the Trainer, which is `epochs` of the rows."""
-        return self.source.n_batches(batch=self.data.batch, epochs=self.data.epochs)
+        """Batches in a pass of the Trainer, which is `epochs` of the rows, or its beginning."""
+        n, n_rows = (
+            self.source.n_batches(batch=self.data.batch, epochs=self.data.epochs),
+            self.data.n_rows,
+        )
+        return n if n_rows is None else min(n, n_rows // self.data.batch)
 
     def __len__(self) -> int:
         """What Lightning takes in a pass."""
@@ -169,6 +173,7 @@ class ActivationDataModule(lightning.LightningDataModule):
         max_norm: float | None = 10.0,
         source: "ActivationStream | None" = None,
         steps_per_turn: int = 1,
+        n_rows: int | None = None,
     ) -> None:
         """Take a cache, or the path of one.
 
@@ -182,6 +187,7 @@ class ActivationDataModule(lightning.LightningDataModule):
             source: Gives the rows in the cache's place.
             steps_per_turn: Steps for which Lightning does its own work once. More than 1 is for
                 steps that are as short as this work: counters of batches then count turns.
+            n_rows: A pass ends after so many rows; the whole order when None.
         """
         super().__init__()
         if isinstance(cache, (str, Path)):
@@ -194,6 +200,8 @@ class ActivationDataModule(lightning.LightningDataModule):
             ("steps_per_turn", steps_per_turn),
         ):
             at_least(name, value, 1)
+        if n_rows is not None:
+            at_least("n_rows", n_rows, batch)
         for point in hook_points:
             cache.d_model(point)  # which refuses a name that it has not
         self.hook_points = tuple(
@@ -201,7 +209,7 @@ class ActivationDataModule(lightning.LightningDataModule):
         )
         self.cache = looked_at(cache, self.hook_points, max_norm)
         self.batch, self.seed, self.epochs, self.max_norm = batch, seed, epochs, max_norm
-        self.steps_per_turn = steps_per_turn
+        self.steps_per_turn, self.n_rows = steps_per_turn, n_rows
         self.rows = TrainingRows(source or self.cache, self)
 
     def setup(self, stage: str) -> None:

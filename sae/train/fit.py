@@ -52,6 +52,7 @@ def train(
     config: TrainConfig,
     path: str | Path,
     *,
+    n_rows: int | None = None,
     progress: Progress = silent,
 ) -> dict[str, Path]:
     """Train every entry of `config.saes` side by side; returns each dictionary's directory.
@@ -59,7 +60,7 @@ def train(
     A run that was stopped goes on from its newest checkpoint, bit-equal on the CPU to one that
     was not. A directory has one training at a time. The curves lie in `path/logs`, as CSV and for
     TensorBoard; `curves.draw(path)` makes a picture of them. Under torchrun or srun the processes
-    train together (docs/cluster.md).
+    train together (docs/cluster.md). With `n_rows` a cache's order ends after so many rows.
 
     Raises:
         ValueError: If the cache gives less than one batch, or has not the hook points, or W&B is
@@ -77,7 +78,7 @@ def train(
         else contextlib.nullcontext(),
     ):
         try:
-            return _train(cache, config, path, ranks, progress)
+            return _train(cache, config, path, ranks, n_rows, progress)
         except Stopped as stop:
             if stop.wants_requeue and ranks.is_first:
                 requeue()
@@ -85,7 +86,12 @@ def train(
 
 
 def _train(
-    cache: "ActivationCache", config: TrainConfig, path: Path, ranks: Ranks, progress: Progress
+    cache: "ActivationCache",
+    config: TrainConfig,
+    path: Path,
+    ranks: Ranks,
+    n_rows: int | None,
+    progress: Progress,
 ) -> dict[str, Path]:
     require_wandb(config.wandb)
     where = sites(config.saes, cache.hook_points)
@@ -98,16 +104,17 @@ def _train(
         hook_points=points,
         max_norm=config.max_norm,
         steps_per_turn=STEPS_PER_TURN,
+        n_rows=n_rows,
     )
     cache, precision = data.cache, resolve_precision(config.precision)
     ends = any(entry.end_to_end for entry in config.saes.values())
     made_by = require_contexts(cache, ranks.world.size) if ends else None
     require_room(config.saes, cache, points, config.batch, precision, ranks, device())
-    live = {}
+    live: dict[str, Any] = {} if n_rows is None else {"n_rows": n_rows}
     if config.source == "live":
         place = path / CHECKPOINTS
         data.rows.source = source = live_rows(cache, config, points, place, ranks, progress)
-        live = {"live": record_of(source, config, ranks)}
+        live |= {"live": record_of(source, config, ranks)}
     total_steps = data.rows.n_batches
     module = SAEModule(config)
     module.build(

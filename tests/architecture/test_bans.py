@@ -1,6 +1,7 @@
 """What no file does, with the few reviewed exceptions named here."""
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
@@ -204,3 +205,29 @@ def test_what_a_caller_can_cause_has_a_class_of_ours(library):
         for line in untyped(source.tree)
     ]
     assert not results, "\n".join(results)
+
+
+def test_every_setting_is_read_somewhere(library):
+    """What is checked and then read by nobody is worse than no setting."""
+    reads, texts = defaultdict(set), defaultdict(set)
+    for source in library:
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                reads[node.attr].add((source.path, node.lineno))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts[node.value].add((source.path, node.lineno))
+    unread = [
+        f"{source.path}: {kind.name}.{setting.target.id}"
+        for source in library
+        if "config" in source.path.rpartition("/")[2] or source.path == "sae/architecture.py"
+        for kind in source.tree.body
+        if isinstance(kind, ast.ClassDef)
+        for setting in kind.body
+        if isinstance(setting, ast.AnnAssign)
+        and not {
+            (path, line)
+            for path, line in reads[setting.target.id] | texts[setting.target.id]
+            if path != source.path or not kind.lineno <= line <= kind.end_lineno
+        }
+    ]
+    assert unread == []

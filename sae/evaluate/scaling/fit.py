@@ -183,8 +183,10 @@ def fit_laws(
 
 
 def best_width(theta: np.ndarray, compute: float) -> float:
-    """F* of the law COMPUTE for a compute in latents x rows."""
+    """F* of the law COMPUTE for a compute in latents x rows; nan where the loss falls with one."""
     _, log_a, a, log_b, b = theta
+    if not (a > 0 and b > 0):
+        return float("nan")
     return float(np.exp((np.log(a / b) + log_a - log_b + b * np.log(compute)) / (a + b)))
 
 
@@ -239,9 +241,15 @@ def _minimum(
     return result.x, float(result.cost)
 
 
-def _optimum(law: FittedLaw, thetas: Float64[np.ndarray, "resample k"], compute: float) -> Optimum:
+def _optimum(
+    law: FittedLaw, thetas: Float64[np.ndarray, "resample k"], compute: float
+) -> Optimum | None:
+    """The best division, over the resamples that have one; None where the law has none."""
     widths = np.array([best_width(theta, compute) for theta in thetas])
     best = float(widths[0])
+    if np.isnan(best):
+        return None
+    widths = widths[np.isfinite(widths)]
     return Optimum(
         compute=compute,
         d_sae=fitted(widths),
@@ -250,8 +258,14 @@ def _optimum(law: FittedLaw, thetas: Float64[np.ndarray, "resample k"], compute:
     )
 
 
-def _with_warnings(law: FittedLaw, optimum: Optimum, runs: Sequence[FinishedRun]) -> FittedLaw:
+def _with_warnings(
+    law: FittedLaw, optimum: Optimum | None, runs: Sequence[FinishedRun]
+) -> FittedLaw:
     """Say where the law is no more than a guess."""
+    if optimum is None:
+        grows = " and ".join(name for name in ("a", "b") if not law.figures[name].value > 0)
+        text = f"{grows} is not above 0: the loss does not fall with it, so nothing is best"
+        return FittedLaw(**{**vars(law), "warnings": (text,)})
     results = []
     for name, at, tried in (
         ("width", optimum.d_sae.value, [run.d_sae for run in runs]),
@@ -296,7 +310,7 @@ def _losses(axes: Axes, laws: Laws, law: FittedLaw) -> None:
         axes.plot([width * n for n in rows], [law.loss(width, n) for n in rows], color=colour, lw=1)
         points = ([r.compute for r in runs], [r.loss for r in runs])
         axes.plot(*points, "o", color=colour, ms=4, label=f"{width:,} latents")
-    computes = _computes(laws)
+    computes = _computes(laws) if laws.optimum is not None else []
     best = [best_width(law.theta, compute) for compute in computes]
     losses = [law.loss(f, c / f) for f, c in zip(best, computes, strict=True)]
     axes.plot(computes, losses, "k--", lw=1.5, label="best division")
@@ -305,7 +319,7 @@ def _losses(axes: Axes, laws: Laws, law: FittedLaw) -> None:
 
 
 def _widths(axes: Axes, laws: Laws, law: FittedLaw) -> None:
-    computes = _computes(laws)
+    computes = _computes(laws) if laws.optimum is not None else []
     best = [best_width(law.theta, compute) for compute in computes]
     exponent = law.figures["exponent of F*"]
     text = f"F* ~ C^{exponent.value:.3f} [{exponent.low:.3f}, {exponent.high:.3f}]"

@@ -34,6 +34,7 @@ class FakeCache:
     label: Tensor | None = None  # (example, pos)
     label_names: tuple[str, ...] = ()
     read_ids: list[int] = field(default_factory=list)
+    hook_points: tuple[str, ...] = (HOOK,)
 
     @property
     def examples(self) -> SimpleNamespace:
@@ -64,7 +65,7 @@ class FakeCache:
         return self.label.flatten()[(rows - 3) // 2]
 
     def __getitem__(self, hook_point: str) -> "FakeCache._Rows":
-        assert hook_point == HOOK
+        assert hook_point in self.hook_points
         return FakeCache._Rows(self)
 
     @dataclass

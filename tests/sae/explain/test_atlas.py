@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 from sae.explain import atlas as plane_module
 from sae.explain.atlas import plane, share_preserved
 from sae.explain.firings import CAUTION, MaxCorrelation
-from sae.explain.labels import completeness, name_frequency
+from sae.explain.labels import completeness
 from sae.neighbours import chance_cosine
 
 
@@ -149,11 +149,6 @@ def test_completeness_needs_both():
         completeness(np.zeros(13), np.arange(13) > 5, 100)
     step = completeness(frequency, np.arange(13) > 6, 100)  # separable: finite all the same
     assert frequency[6] < step.f50 < frequency[7]
-
-
-def test_names_are_counted_as_whole_words():
-    texts = ["Iron is iron", "the Iron age of Irons", "no such thing"]
-    assert name_frequency(texts, ["Iron", "Gold"]).tolist() == [2 / 11, 0]
 
 
 def test_a_search_comes_with_its_caution():

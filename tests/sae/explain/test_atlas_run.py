@@ -1,5 +1,6 @@
 """The written map: what stands in atlas.parquet is what the parts compute."""
 
+import copy
 import json
 
 import numpy as np
@@ -7,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from activations_cache.hooks import capture
 from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
-from sae.explain.atlas import draw_atlas, words_with_a_latent
-from sae.explain.config import AtlasConfig, ExplainConfig
-from sae.explain.labels import make_labels
+from sae.explain.atlas import draw_atlas
+from sae.explain.config import AtlasConfig
+from sae.explain.firings import before, correlate_with_neurons, neurons_before
 
 HOOK = "model.layers.3:out"
 
@@ -55,28 +57,50 @@ def test_without_a_narrower_dictionary_nobody_has_a_parent(planted, tmp_path):
     assert "splitting" not in summary
 
 
-def test_words_are_complete_where_they_are_frequent(codes_of, text_of):
-    """Latent i is word i; only the frequent words have one."""
-    made = np.random.default_rng(0)
-    n_words, n_with = 61, 20
-    zipf = 1 / np.arange(1, n_words + 1)
-    words = made.choice(n_words, 499 * 41, p=zipf / zipf.sum())
-    has = np.arange(n_words) < n_with
-    has[[3, 25]] = ~has[[3, 25]]
-    fires = (words[:, None] == np.flatnonzero(has)).astype(float)
-    codes, text = codes_of(fires), text_of(499, 41, word=words)
-    labels = make_labels(codes, text, ExplainConfig(kinds=("word",)))
-    names = {"word": ["w" + chr(97 + i // 26) + chr(97 + i % 26) for i in range(n_words)]}
-    result = words_with_a_latent(
-        labels, names, text.values["word"], codes.n_fired, int(has.sum()), AtlasConfig()
+def test_hook_points_before_one_are_known_by_their_blocks():
+    among = (
+        "model.embed_tokens:out", "model.layers.2.mlp.act_fn:out", "model.layers.15.mlp.act_fn:out",
+        "model.layers.15:out", "model.layers.15:in", "model.layers.16:in", "model.layers.7:out",
+    )  # fmt: skip
+    assert before("model.layers.15:out", among) == (*among[1:3], among[4], among[6])
+    assert before("model.layers.15.mlp:in", among) == (among[1], among[6])
+    assert before("model.norm:out", among) == ()
+
+
+def test_latents_are_correlated_with_units_of_all_earlier_layers(planted, tmp_path):
+    d_in = planted.cache.acts.shape[2]
+    dictionary = untied(11, d_in, 0)
+    with torch.no_grad():
+        dictionary.enc_rows[4] = torch.eye(d_in)[3]
+    cache, units = copy.copy(planted.cache), "model.layers.1.mlp.act_fn:out"
+    config = AtlasConfig(n_rows=4096, plane="pca")
+    alone = draw_atlas(dictionary, cache, HOOK, config, tmp_path)
+    assert alone["neurons"] == {"reason": f"the cache has no hook point before {HOOK}"}
+    cache.hook_points = (HOOK, units, "model.layers.9:out")
+    summary = draw_atlas(dictionary, cache, HOOK, config, tmp_path)
+    assert summary["neurons"]["hook_points"] == [units]
+    own = summary["correlation_with_the_stream"]
+    assert {name: summary["neurons"][name] for name in own} == own  # the same rows, here
+
+
+def test_neurons_of_all_earlier_layers_are_read_from_the_model(causal_model):
+    """The largest over all layers is NumPy's, and small memory gives the same."""
+    ids = torch.randint(1, 307, (7, 19), generator=torch.Generator().manual_seed(0))
+    gpt2 = causal_model.config.model_type == "gpt2"
+    name = "transformer.h.{}.mlp.c_proj:in" if gpt2 else "model.layers.{}.mlp.down_proj:in"
+    hook = "transformer.h.2:out" if gpt2 else "model.layers.2:out"
+    points = neurons_before(causal_model, hook, 23)
+    assert points == tuple(name.format(i) for i in range(3))
+    placed = untied(11, 23, 0).at(hook)
+    largest = correlate_with_neurons(causal_model, placed, list(ids), points, skipped=1)
+    with capture(causal_model, [hook, *points]) as run:
+        streams = {p: x[:, 1:].flatten(0, 1).float() for p, x in run(ids).items()}
+    acts, units = (
+        placed.encode_dense(streams[hook]).detach(),
+        torch.cat([streams[p] for p in points], 1),
     )
-    assert result["n"] == n_words
-    assert sum(n for _, _, n in result["points"]) == n_words
-    assert result["points"][0][1] < 0.2 < 0.8 < result["points"][-1][1]
-    assert result["share_present"] == pytest.approx(has.mean())
-    boundary = zipf[n_with] / zipf.sum()
-    assert boundary / 2 < result["f50"] < boundary * 2
-    none = words_with_a_latent(
-        labels, names, text.values["word"], codes.n_fired * 9, 20, AtlasConfig()
+    expected = np.abs(np.corrcoef(acts.numpy().T, units.numpy().T)[:11, 11:]).max(axis=1)
+    assert largest.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    assert torch.equal(
+        largest, correlate_with_neurons(causal_model, placed, list(ids), points[::-1], skipped=1)
     )
-    assert "present must hold both" in none["reason"]

@@ -255,7 +255,7 @@ def test_every_stage_reports_to_its_end(planted, tmp_path):
     _run(planted, tmp_path, CONFIG, lambda done, total, unit: last.update({unit: (done, total)}))
     assert set(last) == {
         "rows encoded", "passes over the text", "permutations of the unseen texts",
-        "latents' contexts",
+        "latents' contexts", "latents searched for concepts",
     }  # fmt: skip
     assert all(done == total for done, total in last.values())
 

@@ -9,7 +9,7 @@ import torch
 
 from activations_cache.checks import silent
 from sae.explain.tables import LatentRecord
-from sae.run.browse_map import map_of
+from sae.run.browse_map import completeness_of, map_of
 
 
 def records(n: int, dead: tuple[int, ...] = ()) -> list[LatentRecord]:
@@ -51,3 +51,19 @@ def test_random_directions_get_no_groups_and_say_so(seed: int) -> None:
     assert (result.clusters, result.cluster) == ((), ())
     assert all("No neighbourhoods" in layout.note for layout in result.layouts)
     assert all(math.isfinite(x) for layout in result.layouts for x in layout.x)
+
+
+def test_the_curve_of_completeness_is_shown_with_what_a_random_decoder_has() -> None:
+    found = {
+        "f50": 1e-3, "low": 5e-4, "high": 2e-3, "slope": 1.5, "times_alive": 0.9, "n": 40,
+        "share_present": 0.3, "points": [[1e-4, 0.1, 20.0], [1e-2, 0.5, 20.0]], "note": "a proxy",
+    }  # fmt: skip
+    null = {"of": "random directions", "share_present": 0.05, "f50": 0.02}
+    shown = completeness_of({"completeness": found | {"null": null}})
+    assert shown is not None
+    assert shown.points == ((1e-4, 0.1, 20), (1e-2, 0.5, 20))
+    assert shown.note == (
+        "random directions: 5% of the concepts have one; half of those of frequency 0.02. A proxy."
+    )
+    assert completeness_of({"completeness": {"reason": "none", "n": 3, "points": []}}) is None
+    assert completeness_of({}) is None

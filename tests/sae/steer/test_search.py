@@ -3,7 +3,7 @@ import torch
 
 from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
-from sae.steer.search import Counting, find_latents, nearest_latents
+from sae.steer.search import Counting, contrast, find_latents, nearest_latents
 
 POSITIVES, NEGATIVES = ["w1 w7 w9 w2", "w3 w7 w4"], ["w1 w8 w9 w2"]
 
@@ -77,3 +77,24 @@ def test_neighbours_that_cannot_be_are_refused():
         nearest_latents(planted(23, 0), torch.tensor([23]))
     with pytest.raises(ValueError, match="rows of one width, got 11 and 13"):
         nearest_latents(planted(23, 0), torch.tensor([2]), planted(29, 1, d_in=13))
+
+
+def peaks_of_pairs(n_pairs: int, d_sae: int, seed: int) -> torch.Tensor:
+    """Texts and controls alike; latents fire on half of them."""
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(2, n_pairs, d_sae, generator=made).clamp_min(0)
+
+
+def test_a_planted_latent_is_found_and_chance_is_not():
+    sides = peaks_of_pairs(8, 997, 0)
+    sides[0, :, 7], sides[1, :, 7] = 1.0, 0.0
+    found = contrast(*sides, n_exchanges=199)
+    assert found.latents[0] == 7
+    assert found.auc == 1.0
+    assert found.n_common >= 1
+    assert found.p <= 0.02  # 2 of 256 exchanges leave the sides as they are, or all turned over
+    assert found.chance < 0.7
+    p_values = [contrast(*peaks_of_pairs(8, 97, seed), n_exchanges=39).p for seed in range(60)]
+    assert sum(p <= 0.1 for p in p_values) <= 14  # nominal 6; the tail beyond 14 is 1 in 1,000
+    with pytest.raises(ValueError, match="texts must be at least 4 with controls, got 3"):
+        contrast(*sides[:, :3])
