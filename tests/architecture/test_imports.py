@@ -93,7 +93,12 @@ def test_a_model_runs_in_the_root_of_the_repository(in_root):
 def test_a_model_runs_in_the_root_beside_the_kernels_of_hugging_face(in_root, tmp_path):
     (tmp_path / "kernels").mkdir()
     stand_in = (
-        "__version__ = '0.18.2'\ndef __getattr__(name):\n    return lambda *a, **k: lambda f: f\n"
+        "__version__ = '0.18.2'\n"
+        "class Named:\n"
+        "    def __init__(self, *args, **named): pass\n"
+        "    def __call__(self, *args, **named): return lambda f: f\n"
+        "    def __getattr__(self, name): return Named()\n"
+        "def __getattr__(name): return Named()\n"
     )
     (tmp_path / "kernels" / "__init__.py").write_text(stand_in)
     information = tmp_path / "kernels-0.18.2.dist-info"
