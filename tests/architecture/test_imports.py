@@ -98,6 +98,7 @@ def test_a_model_runs_in_the_root_beside_the_kernels_of_hugging_face(in_root, tm
         "    def __init__(self, *args, **named): pass\n"
         "    def __call__(self, *args, **named): return lambda f: f\n"
         "    def __getattr__(self, name): return Named()\n"
+        "    def __or__(self, other): return self\n"
         "def __getattr__(name): return Named()\n"
     )
     (tmp_path / "kernels" / "__init__.py").write_text(stand_in)
