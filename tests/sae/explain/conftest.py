@@ -239,6 +239,7 @@ class ImageCache:
     split: Tensor  # (example)
     label: Tensor  # (example)
     label_names: tuple[str, ...]
+    hook_points: tuple[str, ...] = (HOOK,)
 
     @property
     def examples(self) -> SimpleNamespace:

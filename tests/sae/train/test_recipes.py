@@ -176,4 +176,4 @@ def test_a_recipe_names_its_source_and_shares_the_cache_of_the_demo(file):
 
 
 def test_every_file_is_known():
-    assert set(FILES) == {*SOURCES, "demo", "demo_small", "demo_vision"}
+    assert set(FILES) == {*SOURCES, "demo", "demo_small", "demo_vision", "study"}
