@@ -103,4 +103,4 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run(cache, tmp_path, m
 def test_processes_that_would_get_no_rows_are_refused(cache, tmp_path):
     config, many = TrainConfig(saes={"a": topk()}, batch=53), Ranks(rows=Axis(None, 0, 59))
     with pytest.raises(ValueError, match=r"train\.batch must be at least 59, .*, got 53; raise it"):
-        fit._train(cache, config, tmp_path / "run", many, silent)
+        fit._train(cache, config, tmp_path / "run", many, None, silent)
