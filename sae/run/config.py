@@ -146,6 +146,12 @@ class RunConfig(_Output):
         for part in OF_TEXT:
             refuse_unread(part, getattr(self, part), of_images=of_images)
         where = sites(self.train.saes, self.cache.hook_points, "train.")
+        other = next((entry for entry, place in where.items() if place.outputs), None)
+        if self.read_out == "refined" and other is not None:
+            raise MonosemaError(
+                f"read_out must be 'linear' beside train.saes.{other}, which does not predict what "
+                "it reads, got 'refined'"
+            )
         name = self.steer.dictionary
         if name is not None and name not in self.train.saes:
             raise MonosemaError(

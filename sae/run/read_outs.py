@@ -83,7 +83,8 @@ def set_read_out(
     """Set the refined read-out of a dictionary on so many training rows of a cache."""
     require_refinable(dictionary.config)
     x = sample(rows, hook_point, TRAINING_SPLITS, n, seed)
-    fit = fit_read_out(dictionary, x, progress)
+    is_its_cache = dictionary.provenance.get("cache") == rows.fingerprint
+    fit = fit_read_out(dictionary, x, progress, trained_on_them=is_its_cache)
     made_from = {**fit.made_from, "cache": rows.fingerprint, "seed": seed}
     dictionary.read_out = read_out = replace(fit, made_from=made_from)
     return read_out
@@ -105,9 +106,20 @@ def figures(dictionary: SparseAutoencoder, x: Float[Tensor, "row d_in"]) -> dict
 
 @torch.no_grad()
 def fit_read_out(
-    dictionary: SparseAutoencoder, x: Float[Tensor, "row d_in"], progress: Progress = silent
+    dictionary: SparseAutoencoder,
+    x: Float[Tensor, "row d_in"],
+    progress: Progress = silent,
+    *,
+    trained_on_them: bool = False,
 ) -> ReadOut:
     """Set the refined read-out on rows; the dictionary is not changed.
+
+    Args:
+        dictionary: Any that predicts the rows that it reads.
+        x: The rows.
+        progress: Called after each chunk.
+        trained_on_them: It is known that the dictionary was trained on such rows, so that one
+            which reconstructs them worse than their mean is a bad one, and not one of other rows.
 
     Raises:
         ValueError: If there are no rows, or the dictionary does not reconstruct them.
@@ -116,7 +128,7 @@ def fit_read_out(
     if len(x) < 2:
         raise MonosemaError(f"rows must be at least 2 to set a read-out, got {len(x)}")
     linear = figures(dictionary.reading("linear"), x)["linear"]
-    if not linear.fvu < 1:
+    if not linear.fvu < (float("inf") if trained_on_them else 1):
         raise MonosemaError(
             "the dictionary must reconstruct the rows better than their mean, with an FVU below 1, "
             f"got {linear.fvu:.3g}; pass the cache and the hook point that it was trained on"

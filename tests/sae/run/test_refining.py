@@ -226,10 +226,34 @@ def test_a_run_reads_by_it_from_the_evaluation_on(tiny_model_dir, tiny_text, tmp
     assert library.load(where).reading("refined").stats is not None
 
 
+def test_a_run_whose_latents_cannot_be_refined_is_refused_before_it_begins(
+    tiny_model_dir, tiny_text
+):
+    from sae.config import ConfigError, from_dict
+    from sae.run.config import RunConfig
+    from tests.tiny import cache_record
+
+    points = ["model.layers.0:out", HOOK]
+    entry = {"d_sae": 53, "activation": {"kind": "topk", "k": 3}, "inputs": points[:1]}
+    record = {
+        "output": "x",
+        "read_out": "refined",
+        "cache": cache_record(tiny_model_dir, tiny_text, 2003) | {"hook_points": points},
+        "train": {"saes": {"transcoder": entry | {"outputs": points[1:], "b_in": "none"}}},
+    }
+    with pytest.raises(ConfigError, match=r"read_out must be 'linear' beside train\.saes\.transc"):
+        from_dict(RunConfig, record, "x.yaml")
+    record["train"]["saes"]["transcoder"] = entry
+    assert from_dict(RunConfig, record, "x.yaml").read_out == "refined"
+
+
 def test_rows_that_it_was_not_trained_on_are_refused(path, cache):
     dictionary = library.load(path)
     with torch.no_grad():
         dictionary.dec_rows.mul_(-1)
+    # A bad dictionary of this cache is not one of another place: a run still gets its table.
+    assert run.refine(dictionary, cache).figures["linear"].fvu > 1
+    dictionary.provenance = {**dictionary.provenance, "cache": "another"}
     with pytest.raises(ValueError, match="FVU below 1"):
         run.refine(dictionary, cache)
     dictionary.read_out = ReadOut(tau=torch.zeros(53))
