@@ -65,6 +65,14 @@ def language_model(path: str = "model") -> str:
     return path
 
 
+def folder_of_texts(sets: dict[str, list[str]], path: str = "concepts") -> str:
+    """A folder with a file for each concept, a text in each line."""
+    Path(path).mkdir(exist_ok=True)
+    for name, texts in sets.items():
+        (Path(path) / f"{name}.txt").write_text("\n".join(texts))
+    return path
+
+
 def vision_model(path: str = "vit") -> str:
     """A DINOv2 of 3 layers and width 48 with random weights, for images of 56 pixels."""
     torch.manual_seed(0)

@@ -52,7 +52,7 @@ PartitionName=all Nodes=one,two Default=YES MaxTime=60 State=UP
 HERE = ("--gpus-per-node=0", "--cpus-per-task=1", "--time=50")
 """What this machine has not, or lets nobody wait for."""
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(4000)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def free_port() -> int:
@@ -144,7 +144,7 @@ def config_of(path: Path, name: str, model: Path, text: Path) -> Path:
         "output": str(path / name),
         "cache": cache_record(model, text, 2003),
         "train": {
-            "batch": 127, "epochs": 800, "precision": "fp32", "saes": {"topk": entry},
+            "batch": 127, "epochs": 120, "precision": "fp32", "saes": {"topk": entry},
             "checkpoint_seconds": 3600,
         },
     }  # fmt: skip
@@ -178,9 +178,9 @@ def test_a_job_of_two_nodes_is_requeued_each_time_and_ends_with_the_same_bits(
         steps.append(newest(output))
         subprocess.run(["scontrol", "update", f"job={job}", "starttime=now"], check=False)
     assert steps == sorted(set(steps)), steps  # each run went on from the one before, and saved
-    until(lambda: facts(job)["JobState"] == "COMPLETED", cluster, "the end", seconds=1500)
+    until(lambda: facts(job)["JobState"] == "COMPLETED", cluster, "the end", seconds=300)
     whole = submit(*nodes, config, f"output={tmp_path / 'whole'}")
-    until(lambda: facts(whole)["JobState"] == "COMPLETED", cluster, "the other", seconds=1500)
+    until(lambda: facts(whole)["JobState"] == "COMPLETED", cluster, "the other", seconds=300)
     for name in ("topk-k3", "topk-k5"):
         ours, theirs = (
             sae.load(tmp_path / run / "train" / name).state_dict() for run in ("run", "whole")
@@ -199,7 +199,7 @@ def test_an_array_makes_a_cache_and_a_grid_and_compares_them(
     train = submit("--array=1-2", f"--dependency=afterok:{cache}", *array, "train", config,
                    "train.epochs=2")  # fmt: skip
     last = submit("--array=1", f"--dependency=afterok:{train}", *array, "compare", tmp_path / "run")
-    until(lambda: facts(last).get("JobState") == "COMPLETED", cluster, "the table", seconds=1500)
+    until(lambda: facts(last).get("JobState") == "COMPLETED", cluster, "the table", seconds=300)
     output = tmp_path / "run"
     assert sorted(path.name for path in output.glob("part-*/train/topk-*")) == [
         "topk-k3",

@@ -160,7 +160,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bits(config, 
     arguments = [str(config), f"cache_path={config.parent / 'run' / 'cache'}",
                  "train.checkpoint_seconds=0.05", "train.epochs=20"]  # fmt: skip
     command = [sys.executable, "-m", "sae.cli", "train", *arguments]
-    subprocess.run([*command, f"output={tmp_path / 'whole'}"], check=True, timeout=600)
+    subprocess.run([*command, f"output={tmp_path / 'whole'}"], check=True, timeout=150)
     killed = [*command, f"output={tmp_path / 'killed'}"]
     checkpoints = tmp_path / "killed" / "train" / "checkpoints"
     for n in (1, 2):
@@ -168,7 +168,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bits(config, 
             wait_for(lambda n=n: len(list(checkpoints.glob("*/manifest.json"))) >= n, process)
             process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "killed" / "train" / "done.json").exists()
-    subprocess.run(killed, check=True, timeout=600)
+    subprocess.run(killed, check=True, timeout=150)
     for name in ("topk", "topk-frozen"):
         ours, theirs = (
             tmp_path / k / "train" / name / "sae.safetensors" for k in ("killed", "whole")
@@ -227,7 +227,7 @@ def test_an_interrupted_run_says_how_to_go_on(config, tmp_path):
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         wait_for((tmp_path / "run" / "train" / "logs").exists, process)  # minutes before the end
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.strip().splitlines()[-1].startswith("error: interrupted; run the same command again")
 
