@@ -18,7 +18,10 @@ SAYS = {
     "train_tiny": "recovered",
 }
 
-AS_NOTEBOOKS = {"explain_and_browse", "gemma_scope_and_steer", "train_on_a_model"}
+AS_NOTEBOOKS = {
+    "concepts", "explain_and_browse", "gemma_scope_and_steer", "images_with_words",
+    "train_on_a_model",
+}  # fmt: skip
 """Those that the site shows with their outputs; tests/docs/test_tutorials.py runs them."""
 
 

@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     Dinov2Config,
     Dinov2Model,
     LlamaConfig,
@@ -86,6 +89,33 @@ def vision_model(path: str = "vit") -> str:
         "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25],
     }  # fmt: skip
     (Path(path) / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return path
+
+
+def towers(path: str = "clip", words: str = "words.txt") -> str:
+    """A CLIP of random weights for images of 56 pixels and the words that it writes to a file."""
+    names = ["disc", "square", "red", "green", "dark", "bright", "small", "large"]
+    Path(words).write_text("\n".join(names))
+    vocab = ("<pad>", "<unk>", "<s>", "</s>", "a", "drawing", "of", *names)
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>",
+        eos_token="</s>", model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(path)  # fmt: skip
+    wide: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text = {**wide, "vocab_size": len(vocab), "max_position_embeddings": 16,
+            "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}  # fmt: skip
+    eyes = {**wide, "image_size": 56, "patch_size": 7}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=text, vision_config=eyes, projection_dim=32)
+    CLIPModel(config).save_pretrained(path)
+    half = [0.5] * 3
+    size = {"size": {"height": 56, "width": 56}, "image_mean": half, "image_std": half}
+    (Path(path) / "preprocessor_config.json").write_text(json.dumps({**size, "resample": 3}))
     return path
 
 

@@ -9,12 +9,16 @@ PRINTED = {
     "train_on_a_model": r"learned: FVU 0\.\d+.*\nfrozen: FVU ",
     "gemma_scope_and_steer": r"2x norm: 'the sister was in the garden",
     "explain_and_browse": r"\d+ of 48 latents scored, AUC 0\.\d\d; \d+% beat their null",
+    "concepts": r"garden: score [01]\.\d\d, chance 0\.\d\d, p 0\.\d{3}\nhorse: score ",
+    "images_with_words": r"latent \d+: \w+, \w+, \w+, AUC 0\.\d\d\n(.*\n)+gap between texts",
 }
 SHOWN = {
     "train_on_a_model": ["learned", "BatchTopK(kind=", "fire in a row"],
     "gemma_scope_and_steer": ["JumpReLU(kind=", "latent 7", "the largest strength with KL"],
     "explain_and_browse": ["TopK(kind=", "silent on", "random", "Labels, the best first",
                            "near latent 3", "<iframe src="],
+    "concepts": ["garden", "significant", "integrated gradients"],
+    "images_with_words": ["exchanged", "neurons", "latents"],
 }  # fmt: skip
 
 
