@@ -49,12 +49,13 @@ def dataset_rows(source: Source) -> Iterator[Mapping[str, Any]]:
         FileNotFoundError: If there is no such dataset.
         ValueError: If it cannot be opened or lacks the split, or the stream breaks for good.
     """
-    n_done, failures = 0, 0
+    n_done, failures, records, place = 0, 0, None, None
     while True:
         try:
-            for record in _open(source, streaming=True, start=n_done):
+            records = _open(source, streaming=True) if records is None else records
+            for record in _after(records, n_done, place):
                 yield record
-                n_done, failures = n_done + 1, 0
+                n_done, failures, place = n_done + 1, 0, _place_in(records, source)
         except (*_of_network(), _NotFoundError) as error:
             if isinstance(error, _NotFoundError) and n_done == 0:
                 raise
@@ -62,6 +63,23 @@ def dataset_rows(source: Source) -> Iterator[Mapping[str, Any]]:
             _wait(source, n_done, failures, error)
         else:
             return
+
+
+def _place_in(records: Any, source: Source) -> dict[str, Any] | None:
+    """Where a stream is, by file; None where it cannot go on from there and must skip.
+
+    A shuffled stream cannot: what waits in its buffer would be lost.
+    """
+    is_shuffled = getattr(source, "shuffle_buffer", None) is not None
+    return None if is_shuffled or not hasattr(records, "state_dict") else records.state_dict()
+
+
+def _after(records: Any, n_done: int, place: dict[str, Any] | None) -> Any:
+    """The records that were not read yet; files that were read are not asked for again."""
+    if place is None:
+        return records.skip(n_done) if n_done else records
+    records.load_state_dict(place)
+    return records
 
 
 def dataset_table(source: Source) -> Any:
@@ -105,8 +123,8 @@ def _wait(source: Source, n_done: int, failures: int, error: Exception) -> None:
     time.sleep(pause)
 
 
-def _open(source: Source, *, streaming: bool, start: int = 0) -> Any:
-    """Return the records from number `start` on."""
+def _open(source: Source, *, streaming: bool) -> Any:
+    """Return the records."""
     import datasets  # takes seconds
     from datasets import config
     from datasets.exceptions import DatasetNotFoundError
@@ -141,7 +159,7 @@ def _open(source: Source, *, streaming: bool, start: int = 0) -> Any:
             f"{source.path} must have part {source.part!r} of subset {source.subset!r}, "
             f"got {one_line(error)}"
         ) from error
-    return records.skip(start) if start else records
+    return records
 
 
 def _is_saved(path: Path) -> bool:
