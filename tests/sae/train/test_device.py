@@ -234,13 +234,15 @@ def metrics_of(finite: float) -> StepMetrics:
     return StepMetrics(*torch.zeros(5), torch.tensor(finite))
 
 
-def test_three_failures_in_a_row_are_told_when_the_host_looks():
-    failures = Failures(("one", "two"))
+@pytest.mark.parametrize("looks_at_once", [False, True])
+def test_three_failures_in_a_row_are_told_when_the_host_looks(looks_at_once):
+    failures = Failures(("one", "two"), looks_at_once=looks_at_once)
     for number, finite in enumerate([1.0, 0.0, 0.0, 1.0, 0.0, 0.0], start=1):
         failures.see({"one": metrics_of(1.0), "two": metrics_of(finite)}, number)
     failures.require_few()
     failures.see({"one": metrics_of(1.0), "two": metrics_of(0.0)}, 7)
-    failures.see({"one": metrics_of(1.0), "two": metrics_of(1.0)}, 8)
+    if not looks_at_once:
+        failures.see({"one": metrics_of(1.0), "two": metrics_of(1.0)}, 8)
     rule = "the loss of two must be finite, got three steps in a row that are not, up to step 7"
     with pytest.raises(FloatingPointError, match=rule):
         failures.require_few()
