@@ -39,8 +39,8 @@ else:
 # `score` is the share of the prompts whose answer grows along the concept. Each random set is tried
 # as if it were the concept; p is the rank among these, so it is never below 1 / (sets + 1). Both
 # the stream and the dictionary's latents are asked. With too few sets for the number of concepts
-# nothing can be significant; the note then says how many it takes.
-tested = sae.run.concepts(dictionary, concepts=concepts, sets=80, **asked)
+# nothing can be significant; the note then says how many it takes: here 39.
+tested = sae.run.concepts(dictionary, concepts=concepts, sets=40, sides="greater", **asked)
 for name, on_latents in tested.latents.items():
     print(f"{name}: score {on_latents.score:.2f}, chance {on_latents.random:.2f}, "
           f"p {on_latents.p:.3f}")  # fmt: skip
