@@ -287,8 +287,12 @@ def splice(
         alpha=penalty / (2 * z.shape[1]), positive=True, fit_intercept=False, max_iter=10_000,
         tol=1e-6,
     )  # fmt: skip
-    model.fit(concepts.T.double().numpy(), z.T.double().numpy())
-    return torch.from_numpy(model.coef_).reshape(len(z), len(concepts)).to(z)
+    result = z.new_zeros(len(z), len(concepts))
+    is_any = (z != 0).any(dim=1)  # of nothing no weights are sought: old releases never end there
+    if bool(is_any.any()):
+        model.fit(concepts.T.double().numpy(), z[is_any].T.double().numpy())
+        result[is_any] = torch.from_numpy(model.coef_).reshape(-1, len(concepts)).to(z)
+    return result
 
 
 class Captions(NamedTuple):

@@ -143,6 +143,9 @@ def test_splice_recovers_a_planted_sparse_mix():
     gradient = 2 * (result @ concepts - z) @ concepts.T + 0.02  # of the objective; KKT
     assert gradient[result > 0].abs().max() < 1e-3
     assert gradient[result == 0].min() > -1e-3
+    z[1] = 0  # of nothing there are no concepts
+    assert splice(z, concepts, penalty=0.02)[1].abs().sum() == 0
+    assert torch.equal(splice(z[1:2], concepts, 0.02), torch.zeros(1, len(concepts)))
     counts = [(splice(z, concepts, p) > 1e-6).sum().item() for p in (0.02, 0.4, 3.0)]
     assert counts == sorted(counts, reverse=True)
     with pytest.raises(ValueError, match=r"penalty must be positive, got 0.0"):
