@@ -36,7 +36,7 @@ HIDDEN = ("sae/cli", "sae/demo_data")
 """Nothing to call from Python."""
 
 
-EXECUTED = ("train_on_a_model", "gemma_scope_and_steer", "explain_and_browse")
+EXECUTED = ("train_on_a_model", "gemma_scope_and_steer", "explain_and_browse", "similarity")
 """Tutorials that the site shows with what their cells print and show; others show code alone."""
 
 FRAMED = re.compile(r'src="http://127\.0\.0\.1:\d+/"')

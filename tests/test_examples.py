@@ -18,7 +18,7 @@ SAYS = {
     "train_tiny": "recovered",
 }
 
-AS_NOTEBOOKS = {"explain_and_browse", "gemma_scope_and_steer", "train_on_a_model"}
+AS_NOTEBOOKS = {"explain_and_browse", "gemma_scope_and_steer", "similarity", "train_on_a_model"}
 """Those that the site shows with their outputs; tests/docs/test_tutorials.py runs them."""
 
 

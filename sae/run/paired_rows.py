@@ -147,6 +147,7 @@ def _captioned(name: str, path: str, tower: str, request: SimilarRequest) -> Row
             "such cache"
         )
     towers = load_towers(ModelConfig(path=tower, dtype="float32"))
+    name = f"{Path(path).name}{PAIR}{name}"  # which is the shortest end of the tower's path
     return RowSet(name, images, (), None, towers.texts(captions_of(images, path).texts))
 
 

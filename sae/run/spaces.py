@@ -20,7 +20,7 @@ from sae import notebook
 from sae.config import ConfigError
 from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.geometry import RowsShape, shape_of
-from sae.evaluate.report import held_out, plain, write_record
+from sae.evaluate.report import held_out, held_out_rows, plain, write_record
 from sae.evaluate.spaces import (
     DIRECTED,
     MEASURES,
@@ -252,16 +252,18 @@ def _require_models(sides: Sequence[RowSet], request: SimilarRequest) -> None:
     """Refuse, before anything slow, what cannot be stitched into a model.
 
     Raises:
-        ValueError: If rows are means, or a set is no place in a language model.
+        ValueError: If rows are means, nothing is held out, or a set is no place in a language
+            model.
     """
     if request.pool != "row":
         raise ConfigError(f"--model must go with --pool row, got {request.pool}")
     for side in sides:
+        held_out_rows(side.cache)
         is_place = side.dictionary is None and side.rows is None and not holds_images(side.cache)
         if not is_place or recorded_model(side.cache) is None:
             raise ConfigError(
-                f"--model must go with hook points of caches of texts that record their model, "
-                f"got {side.name}"
+                "--model must go with hook points of caches of texts that record their model, got "
+                f"{side.name}; leave it out"
             )
 
 
@@ -293,9 +295,8 @@ def _stitched(
         source, reader = (_model_of(side.cache, models, report) for side in (a, b))
         maps = {"stitched": fit_stitch(x, y), "exchanged rows": fit_stitch(x, y[order])}
         if x.shape[1] == y.shape[1]:
-            maps["identity"] = Stitch(
-                torch.eye(x.shape[1]).double(), torch.zeros(len(x[0])).double()
-            )
+            eye = torch.eye(x.shape[1], dtype=torch.float64)
+            maps["identity"] = Stitch(eye, torch.zeros_like(eye[0]))
         [here], [there] = a.hook_points, b.hook_points
         contexts = held_out(b.cache, there, config)
         if record_of(reader.model).loss == "masked token":

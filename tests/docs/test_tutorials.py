@@ -9,12 +9,14 @@ PRINTED = {
     "train_on_a_model": r"learned: FVU 0\.\d+.*\nfrozen: FVU ",
     "gemma_scope_and_steer": r"2x norm: 'the sister was in the garden",
     "explain_and_browse": r"\d+ of 48 latents scored, AUC 0\.\d\d; \d+% beat their null",
+    "similarity": r"relative search of a rotated copy: 1\.00\nmatching of a rotated copy: 0\.",
 }
 SHOWN = {
     "train_on_a_model": ["learned", "BatchTopK(kind=", "fire in a row"],
     "gemma_scope_and_steer": ["JumpReLU(kind=", "latent 7", "the largest strength with KL"],
     "explain_and_browse": ["TopK(kind=", "silent on", "random", "Labels, the best first",
                            "near latent 3", "<iframe src="],
+    "similarity": ["data:image/png;base64", "without the first", "nats per token above"],
 }  # fmt: skip
 
 
