@@ -311,7 +311,8 @@ def check_measure(
         draws: As `compare` takes them; as many exchanges of depths as there are permutations.
         k: As `compare` takes it.
     """
-    nearest = values.clone().fill_diagonal_(-math.inf).nan_to_num(-math.inf).amax(dim=1)
+    others = values.where(values.isfinite(), -math.inf).fill_diagonal_(-math.inf)
+    nearest = others.amax(dim=1)
     step = max(1, math.ceil(len(spaces) / CHECKED_SETS))
     removable, without_first = [], []
     for (_, x), limit in list(zip(spaces.items(), nearest.tolist(), strict=True))[::step]:
@@ -319,7 +320,8 @@ def check_measure(
         without_first.append(first)
         stays = [value > limit - 1e-6 for value in rest]  # float32 in some
         n_stay = stays.index(False) if False in stays else len(stays)
-        removable.append((0.0, *SHARES)[n_stay] if math.isfinite(limit) else math.nan)
+        is_known = all(map(math.isfinite, (limit, *rest)))
+        removable.append((0.0, *SHARES)[n_stay] if is_known else math.nan)
     group, depth = (torch.tensor(each) for each in zip(*places, strict=True))
     order, p = _layer_order(values, depth, len(draws.orders))
     return MeasureCheck(_mean(removable), _mean(without_first), order, p,

@@ -107,11 +107,11 @@ class Anchored:
         """Take the sets, which rows are anchors, and k.
 
         Raises:
-            ValueError: If k is not below the number of rows that are searched, or a row is the
-                mean row.
+            ValueError: If there are no two halves, k is not below the number of rows that are
+                searched, or a row is the mean row.
         """
         self._scored, self._kind, self._k = ~anchors, kind, k
-        n_anchors, n_scored = int(anchors.sum()), int(self._scored.sum())
+        n_anchors, n_scored = _require_halves(kind, anchors), int(self._scored.sum())
         if kind != "relative" and k >= n_scored:
             raise MonosemaError(f"neighbours must be below the {n_scored} rows searched, got {k}")
         self._unit = []
@@ -196,6 +196,21 @@ def ridged_gram(a: Float64[Tensor, "row d_in"], ridge: float) -> Float64[Tensor,
     return gram + torch.eye(len(gram), dtype=gram.dtype) * (ridge * gram.diag().mean() + 1e-30)
 
 
+def _require_halves(measure: str, half: Bool[Tensor, " row"]) -> int:
+    """The number of rows in one half, if both have two rows.
+
+    Raises:
+        ValueError: If one has fewer.
+    """
+    n = int(half.sum())
+    if min(n, len(half) - n) < 2:
+        raise MonosemaError(
+            f"{measure} must have two rows in each half of the examples, got {n} of {len(half)}; "
+            "take more examples"
+        )
+    return n
+
+
 class Stitching:
     """Share of the variance of b that an affine map of a gives on the half it was not fitted on."""
 
@@ -206,10 +221,7 @@ class Stitching:
             ValueError: If one half has fewer than two rows.
         """
         self._rows, self._fitted = rows, fitted
-        if min(int(fitted.sum()), int((~fitted).sum())) < 2:
-            raise MonosemaError(
-                f"stitching must have rows of two examples at least, got {len(fitted)} rows of one"
-            )
+        _require_halves("stitching", fitted)
         self._last: tuple[int, int, Stitch] | None = None
 
     def value(self, a: int, b: int, order: Tensor | None = None) -> float:

@@ -179,6 +179,12 @@ def test_layers_of_another_cache_are_found_at_their_depth(draw):
     assert math.isnan(alone.same_layer)
 
 
+def test_a_measure_that_the_rows_do_not_allow_has_no_check(draw):
+    spaces = {"x": draw(89, 97), "y": draw(89, 97, 1), "z": draw(89, 97, 2)}
+    _, result = checked(spaces, "pwcca", [(0, 0), (0, 1), (0, 2)])
+    assert all(math.isnan(figure) for figure in result)
+
+
 def test_a_measure_that_sees_spans_alone_misses_all_components_but_one(draw):
     """A set and its projections have canonical correlations of 1."""
     _, result = checked({"x": draw(89, 5), "y": draw(89, 5, 1)}, "pwcca", [(0, 0), (0, 1)])

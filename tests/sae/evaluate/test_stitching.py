@@ -47,8 +47,11 @@ def test_more_columns_than_rows_or_one_example_are_left_out_with_the_reason(draw
     wide = {"x": draw(23, 13), "y": draw(23, 3, 1)}
     _, [problem] = compare(wide, [(0, 1)], "stitching", Draws.of(torch.arange(23), 3, 3, 0))
     assert problem.endswith("rows to fit on than columns (13), got 11; take more rows")
-    _, [problem] = compare(wide, [(1, 0)], "stitching", Draws.of(torch.zeros(23).long(), 3, 3, 0))
-    assert problem == "stitching must have rows of two examples at least, got 23 rows of one"
+    for measure in ("stitching", "relative", "asif"):
+        drawn = Draws.of(torch.zeros(23).long(), 3, 3, 0)
+        results, [problem] = compare(wide, [(1, 0)], measure, drawn)
+        assert results == {}
+        assert problem.startswith(f"{measure} must have two rows in each half of the examples, got")
 
 
 def test_the_map_is_least_squares(draw):
