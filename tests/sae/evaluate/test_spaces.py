@@ -129,7 +129,7 @@ def ladder(draw, n_layers=5):
 def checked(spaces, measure, places, n_permutations=99):
     drawn, n = draws(89, n_permutations), len(spaces)
     pairs = [(a, b) for a in range(n) for b in range(n) if a != b]
-    values = torch.eye(n, dtype=torch.float64)
+    values = torch.full((n, n), math.nan, dtype=torch.float64).fill_diagonal_(1)
     for (a, b), figure in compare(spaces, pairs, measure, draws(89, 1, 1))[0].items():
         values[a, b] = figure.value
     return values, check_measure(spaces, values, places, measure, drawn)
