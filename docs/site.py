@@ -37,8 +37,8 @@ HIDDEN = ("sae/cli", "sae/demo_data")
 
 
 EXECUTED = (
-    "train_on_a_model", "gemma_scope_and_steer", "explain_and_browse", "concepts",
-    "images_with_words",
+    "train_on_a_model", "gemma_scope_and_steer", "explain_and_browse", "similarity",
+    "concepts", "images_with_words",
 )  # fmt: skip
 """Tutorials that the site shows with what their cells print and show; others show code alone."""
 

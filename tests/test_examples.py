@@ -20,7 +20,7 @@ SAYS = {
 
 AS_NOTEBOOKS = {
     "concepts", "explain_and_browse", "gemma_scope_and_steer", "images_with_words",
-    "train_on_a_model",
+    "similarity", "train_on_a_model",
 }  # fmt: skip
 """Those that the site shows with their outputs; tests/docs/test_tutorials.py runs them."""
 

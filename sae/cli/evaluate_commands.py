@@ -135,7 +135,8 @@ def similar(  # noqa: PLR0913
     targets: Annotated[
         list[str],
         typer.Argument(
-            metavar="CACHE|CACHE::HOOK_POINT|DICT...", help="Of a CACHE all its hook points."
+            metavar="CACHE|CACHE::HOOK_POINT|DICT|CAPTIONS::TOWER...",
+            help="Of a CACHE all its hook points.",
         ),
     ],
     cache: Annotated[
@@ -147,28 +148,40 @@ def similar(  # noqa: PLR0913
     rows: Annotated[int, typer.Option(min=4, help="Rows at most.")] = 2000,
     permutations: Annotated[int, typer.Option(min=1, help="Of the null.")] = 200,
     draws: Annotated[int, typer.Option(min=1, help="Of the intervals.")] = 200,
-    neighbours: Annotated[int, typer.Option(min=1, help="Of cknna.")] = 10,
+    neighbours: Annotated[int, typer.Option(min=1, help="Of cknna and the searches.")] = 10,
     pool: Annotated[
         Literal["row", "example"], typer.Option(help="Compare rows, or means of examples.")
     ] = "row",
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
-    out: Annotated[Path, typer.Option(help="For figures and heat maps.")] = Path("similar"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Whether each measure sees components and layers.")
+    ] = False,
+    model: Annotated[
+        bool, typer.Option("--model", help="Stitch each set into the next one's place, in nats.")
+    ] = False,
+    contexts: ContextsOption = SPLICED_CONTEXTS,
+    out: Annotated[Path, typer.Option(help="For figures, heat maps, page.")] = Path("similar"),
 ) -> None:
-    """Compare sets of rows: layers, caches, dictionaries' latents, by eight measures.
+    """Compare sets of rows: layers, caches, dictionaries' latents, captions, by twelve measures.
 
-    Measures: cka, cknna, rsa, "distance correlation", svcca, pwcca, procrustes, matching. Each
-    stands beside an interval and what it is when rows are exchanged.
+    Measures: cka, cknna, rsa, "distance correlation", svcca, pwcca, procrustes, matching,
+    stitching, relative, "relative search", asif. Each stands beside an interval and what it is
+    when rows are exchanged.
     """
+    from sae.evaluate.report import plain
     from sae.run.spaces import SimilarRequest, similar_spaces
 
+    if contexts != SPLICED_CONTEXTS and not model:
+        raise typer.BadParameter("--contexts must come with --model, got none")
     request = SimilarRequest(
         tuple(targets), cache, rows, permutations=permutations, draws=draws,
-        neighbours=neighbours, pool=pool, seed=seed,
+        neighbours=neighbours, pool=pool, seed=seed, check=check, model=model, contexts=contexts,
     )  # fmt: skip
     if measure:
         request = request._replace(measures=tuple(measure))  # pyright: ignore[reportArgumentType]
     similarity = similar_spaces(request, console.step)
     console.parts(similarity.sections)
+    console.data(lambda: plain(similarity.record))
     for kind, path in similarity.write(out).items():
         console.say(f"{kind}: {path}")
 

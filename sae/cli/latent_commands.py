@@ -60,7 +60,7 @@ def browse(  # noqa: PLR0913
             write_browser(run, config, folder, cache, progress, force=force, read_out=read_out)
         console.say(f"page: {(folder / INDEX).resolve()}")
     if serve:
-        from sae.run.serving import prompt_view
+        from sae.run.page import prompt_view
 
         _serve(folder, (host, port, token), prompt_view(config))
 

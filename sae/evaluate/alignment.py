@@ -1,8 +1,4 @@
-"""Relative representations and ASIF: comparing spaces by their similarities to shared anchors.
-
-Stitching: whether what reads one stream can go on with another, through a linear map.
-
-What all measures of two sets of rows share: the check, centring, and the chance floor.
+"""What all measures of two sets of rows share: the check, centring, and the chance floor.
 
 Which unit of one space is which of another: correlations over shared rows, one to one.
 """
@@ -11,11 +7,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int, Int64
+from jaxtyping import Float, Float32, Float64, Int, Int64
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from activations_cache.checks import Progress
 from monosema.checks import MonosemaError
+
+ROWS_AT_ONCE = 64
+"""Of the matrices of all sets, while they are permuted."""
 
 Measure = Callable[[Tensor, Tensor], float]
 """From two sets of rows of the same examples to a figure."""
@@ -102,132 +102,22 @@ def permutation_null(
     return Null(value, float(result.mean()), high, reached / (1 + n_permutations))
 
 
-def relative(
-    x: Float[Tensor, "row d_in"], anchors: Float[Tensor, "anchor d_in"]
-) -> Float64[Tensor, "row anchor"]:
-    """Cosine of every row with every anchor (Moschella et al. 2023, arXiv 2209.15430).
-
-    Rows of two spaces that are rotated copies of each other get the same relative rows, if the
-    anchors are the same examples.
-
-    Raises:
-        ValueError: If a row or an anchor has norm 0, and so no direction.
-    """
-    sides = (x.detach().double(), anchors.detach().double())
-    for name, rows in zip(("x", "anchors"), sides, strict=True):
-        if not bool((rows.norm(dim=1) > 0).all()):
-            raise MonosemaError(f"{name} must have no row of norm 0, got one; leave it out")
-    unit, unit_anchors = (rows / rows.norm(dim=1, keepdim=True) for rows in sides)
-    return unit @ unit_anchors.T
-
-
-def sparse_relative(
-    rows: Float64[Tensor, "row anchor"], k: int, power: float = 1.0
-) -> Float64[Tensor, "row anchor"]:
-    """Keep the k largest of each relative row, raise them to a power and scale to norm 1.
-
-    Raises:
-        ValueError: If k is not in 1..anchors.
-    """
-    if not 1 <= k <= rows.shape[1]:
-        raise MonosemaError(f"k must be in 1..{rows.shape[1]}, the number of anchors, got {k}")
-    top = rows.clamp_min(0).topk(k, dim=1)
-    largest = torch.zeros_like(rows).scatter_(1, top.indices, top.values**power)
-    return torch.nn.functional.normalize(largest, dim=1, eps=torch.finfo(rows.dtype).tiny)
-
-
-def asif(
-    x: Float[Tensor, "row d_in"],
-    candidates: Float[Tensor, "candidate d_out"],
-    anchors_x: Float[Tensor, "anchor d_in"],
-    anchors_y: Float[Tensor, "other d_out"],
-    *,
-    k: int,
-    power: float = 1.0,
-) -> Int[Tensor, " row"]:
-    """The candidate of the other space for each row, without any training.
-
-    Both sides become sparse relative rows over anchors that are paired, and are compared by cosine
-    (Norelli et al. 2023, arXiv 2210.01738).
-
-    Args:
-        x: Rows, such as embeddings of images.
-        candidates: What they are matched with, such as embeddings of captions.
-        anchors_x: Anchors in the space of x.
-        anchors_y: The same anchors in the space of the candidates.
-        k: Anchors that are kept of each.
-        power: What the kept similarities are raised to.
-
-    Raises:
-        ValueError: If the anchors are not paired, or k is out of range.
-    """
-    paired(anchors_x, anchors_y)
-    sparse_x = sparse_relative(relative(x, anchors_x), k, power)
-    others = sparse_relative(relative(candidates, anchors_y), k, power)
-    return (sparse_x @ others.T).argmax(dim=1)
-
-
-class Stitch(NamedTuple):
-    """An affine map from rows of one space to rows of another."""
-
-    weight: Float64[Tensor, "d_in d_out"]
-    bias: Float64[Tensor, " d_out"]
-
-    def __call__(self, x: Float[Tensor, "row d_in"]) -> Float64[Tensor, "row d_out"]:
-        """Map rows."""
-        return x.double() @ self.weight + self.bias
-
-
-class Stitched(NamedTuple):
-    """What reading stitched rows costs."""
-
-    loss: float
-    """With the rows that the reader was made for."""
-    loss_stitched: float
-    """With the other rows, mapped."""
-    loss_mean: float
-    """With the mean row: what a map that carries nothing gives."""
-
-
-def fit_stitch(
-    x: Float[Tensor, "row d_in"], y: Float[Tensor, "other d_out"], *, ridge: float = 1e-6
-) -> Stitch:
-    """Least squares with a small ridge, relative to the mean variance of x.
-
-    Raises:
-        ValueError: If the sides do not have the same rows.
-    """
-    pair = paired(x, y)
-    mean_x, mean_y = pair.x.mean(dim=0), pair.y.mean(dim=0)
-    a, b = pair.x - mean_x, pair.y - mean_y
-    gram = a.T @ a
-    gram = gram + torch.eye(len(gram), dtype=gram.dtype) * (ridge * gram.diag().mean() + 1e-30)
-    weight = torch.linalg.solve(gram, a.T @ b)
-    return Stitch(weight, mean_y - mean_x @ weight)
-
-
-def stitching_loss(
-    reader: Callable[[Tensor], float],
-    stitch: Stitch,
-    x: Float[Tensor, "row d_in"],
-    y: Float[Tensor, "other d_out"],
-) -> Stitched:
-    """The loss of a reader of y with y, with stitched x and with the mean of y.
-
-    Lenc and Vedaldi 2015; Bansal et al. 2021 (arXiv 2106.07682).
-
-    Args:
-        reader: From rows of y's space to a loss, such as the rest of a model.
-        stitch: Fitted on other rows than these.
-        x: Rows of the other space.
-        y: Rows of the same examples in the reader's space.
-
-    Raises:
-        ValueError: If the sides do not have the same rows.
-    """
-    pair = paired(x, y)
-    mean = pair.y.mean(dim=0).expand_as(pair.y)
-    return Stitched(reader(pair.y), reader(stitch(pair.x)), reader(mean))
+def product_nulls(
+    left: Float32[Tensor, "space row row"],
+    right: Float32[Tensor, "other row row"],
+    orders: Int[Tensor, "batch row"],
+    report: Progress,
+) -> Float64[Tensor, "batch space other"]:
+    """Inner products of every left matrix with every permuted right one."""
+    n_rows = left.shape[1]
+    results = torch.zeros(len(orders), len(left), len(right), dtype=torch.float64)
+    for done, order in enumerate(orders):
+        for start in range(0, n_rows, ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            moved = right[:, order[part]].index_select(2, order)
+            results[done] += left[:, part].flatten(1) @ moved.flatten(1).T
+        report(done + 1, len(orders), "permutations")
+    return results
 
 
 class Match(NamedTuple):
@@ -305,3 +195,25 @@ def match(values: Float[Tensor, "d_in d_out"]) -> Match:
 
 def _assignment(values: Float[Tensor, "d_in d_out"]) -> tuple:
     return linear_sum_assignment(values.detach().double().cpu().numpy(), maximize=True)
+
+
+class Matching:
+    """Mean correlation of units that are matched one to one."""
+
+    def __init__(self, rows: list[Float64[Tensor, "row _"]]) -> None:
+        """Take sets whose columns are centred and of norm 1."""
+        self._rows = rows
+
+    def value(self, a: int, b: int, order: Tensor | None = None) -> float:
+        """The mean over the units of the narrower set."""
+        x, y = self._rows[a], self._rows[b]
+        product = x.T @ y if order is None else x.float().T @ y.float()[order]
+        return float(match(product).values.mean())
+
+    def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
+        """The same with weights of rows; the match stays."""
+        x, y = self._rows[a], self._rows[b]
+        units = match(x.T @ y)
+        x, y = x[:, units.x], y[:, units.y]
+        sizes = [(weights @ side.square()).clamp_min(1e-30) for side in (x, y)]
+        return ((weights @ (x * y)) / (sizes[0] * sizes[1]).sqrt()).mean(dim=1)

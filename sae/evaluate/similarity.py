@@ -95,6 +95,54 @@ def neighbours(
     return near, torch.zeros_like(kernel, dtype=torch.bool).scatter_(1, near, True)
 
 
+class Neighbourhoods:
+    """CKNNA; the neighbours stay those of all rows when rows are drawn."""
+
+    def __init__(self, rows: list[Float64[Tensor, "row _"]], k: int) -> None:
+        """Take the sets and the number of neighbours."""
+        kernels = (centred(x) @ centred(x).T for x in rows)
+        self._sides = [(kernel, *neighbours(kernel, k)) for kernel in kernels]
+        self._sizes: dict[tuple[int, int], Tensor] = {}
+
+    def value(self, a: int, b: int, order: Tensor | None = None) -> float:
+        """The figure of `similarity.cknna`."""
+        one = torch.ones(1, len(self._sides[a][0]), dtype=torch.float64)
+        return float(self._figure(a, b, order, one)[0])
+
+    def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
+        """The same with weights of rows."""
+        return self._figure(a, b, None, weights)
+
+    def _figure(self, a: int, b: int, order: Tensor | None, weights: Tensor) -> Tensor:
+        for one in (a, b):
+            if (one, len(weights)) not in self._sizes:
+                self._sizes[one, len(weights)] = self._hsic(one, one, None, weights)
+        sizes = self._sizes[a, len(weights)] * self._sizes[b, len(weights)]
+        return self._hsic(a, b, order, weights) / sizes.clamp_min(0).sqrt()
+
+    def _hsic(self, a: int, b: int, order: Tensor | None, weights: Tensor) -> Tensor:
+        """The unbiased estimate over pairs that are neighbours on both sides."""
+        n = len(self._sides[a][0])
+        order = torch.arange(n) if order is None else order
+        k, near, inside = self._sides[a]
+        other, _, other_inside = self._sides[b]
+        i = torch.arange(n).repeat_interleave(near.shape[1])
+        j = near.flatten()
+        both = other_inside[order[i], order[j]]
+        i, j = i[both], j[both]
+        back = inside[j, i] & other_inside[order[j], order[i]]
+        x, y = k[i, j], other[order[i], order[j]]
+        w = weights[:, i] * weights[:, j]
+        n_rows = weights.sum(dim=1)
+        total = (w[:, back] * (x * other[order[j], order[i]])[back]).sum(dim=1)
+        sums = (w @ x) * (w @ y) / ((n_rows - 1) * (n_rows - 2))
+        zeros = torch.zeros_like(weights)
+        columns = zeros.index_add(1, j, weights[:, i] * x)
+        rows = zeros.index_add(1, i, weights[:, j] * y)
+        cross = (weights * columns * rows).sum(dim=1) * 2 / (n_rows - 2)
+        return (total + sums - cross) / (n_rows * (n_rows - 3))
+
+
 SMALL = 1e-10
 """Singular values below this share of the largest one count as 0."""
 
@@ -171,6 +219,37 @@ def canonical(x: Basis, y: Basis) -> tuple[Tensor, Tensor, Tensor]:
         )
     left, correlations, right = torch.linalg.svd(x.q.T @ y.q, full_matrices=False)
     return left, correlations.clamp_max(1), right
+
+
+class Canonical:
+    """Mean canonical correlation, or weighted by what each direction accounts for in x."""
+
+    def __init__(self, bases: list[Basis], *, by_x: bool) -> None:
+        """Take what is kept of each set."""
+        self._bases, self._by_x = bases, by_x
+
+    def value(self, a: int, b: int, order: Tensor | None = None) -> float:
+        """The figure of `similarity.svcca` or `similarity.pwcca`."""
+        x, y = self._bases[a], self._bases[b]
+        y = y if order is None else Basis(y.q[order], y.rows)
+        left, correlations, _ = canonical(x, y)
+        return float(self._weights(x, left) @ correlations)
+
+    def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
+        """The figure moved along its influence function; the directions' weights stay."""
+        x, y = self._bases[a], self._bases[b]
+        left, correlations, right = canonical(x, y)
+        u, v = x.q @ left, y.q @ right.T
+        spread = correlations * (u.square() + v.square()) / 2
+        influence = (u * v - spread) @ self._weights(x, left)
+        moved = (weights - 1) @ influence
+        return (self._weights(x, left) @ correlations + moved).clamp(0, 1)
+
+    def _weights(self, x: Basis, left: Tensor) -> Float64[Tensor, " k"]:
+        if not self._by_x:
+            return torch.full((left.shape[1],), 1 / left.shape[1], dtype=torch.float64)
+        sizes = ((x.q @ left).T @ x.rows).abs().sum(dim=1)
+        return sizes / sizes.sum()
 
 
 Dissimilarity = Literal["euclidean", "cosine", "correlation"]

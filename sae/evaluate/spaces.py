@@ -3,45 +3,45 @@
 The measures are those of `similarity` and `alignment`; here they share what each set of rows needs
 once, so that thirty layers can be held against each other. The null exchanges rows of one side. The
 interval is a bootstrap over examples to first order: drawn are weights of rows, and what a measure
-centres, ranks or rotates by stays as it is for all rows.
+centres, ranks, rotates or maps by stays as it is for all rows. `check_measure` asks whether a
+measure sees what it should in these rows.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Float32, Float64, Int
+from jaxtyping import Bool, Float, Float32, Float64, Int
 from scipy import stats
 from torch import Tensor
 
 from activations_cache.checks import Progress, silent
 from monosema.checks import MonosemaError
-from sae.evaluate.alignment import centred, match
+from sae.evaluate.alignment import Matching, centred, product_nulls
 from sae.evaluate.similarity import (
-    Basis,
+    Canonical,
+    Neighbourhoods,
     basis_of,
-    canonical,
     dissimilarities,
     doubly_centred,
-    neighbours,
 )
+from sae.evaluate.translation import Anchored, Stitching
 
 MeasureName = Literal[
-    "cka", "cknna", "rsa", "distance correlation", "svcca", "pwcca", "procrustes", "matching"
-]
+    "cka", "cknna", "rsa", "distance correlation", "svcca", "pwcca", "procrustes", "matching",
+    "stitching", "relative", "relative search", "asif",
+]  # fmt: skip
 PRODUCTS: tuple[MeasureName, ...] = ("cka", "rsa", "distance correlation")
 """Cosines of one (row, row) matrix of each side: the permutations of all pairs cost one product."""
 COSTLY: tuple[MeasureName, ...] = ("svcca", "pwcca", "procrustes", "matching")
 """A decomposition or an assignment for each pair and permutation."""
-MEASURES: tuple[MeasureName, ...] = (
-    "cka", "cknna", "rsa", "distance correlation", "svcca", "pwcca", "procrustes", "matching",
-)  # fmt: skip
+MEASURES: tuple[MeasureName, ...] = get_args(MeasureName)
+DIRECTED: tuple[MeasureName, ...] = ("stitching",)
+"""From a to b is something else than from b to a, and both are worth to know."""
 COSTLY_PERMUTATIONS = 19
 """Of the costly measures at most: as many as a p of 0.05 takes."""
-ROWS_AT_ONCE = 64
-"""Of the matrices of all sets, while they are permuted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +68,14 @@ class Draws(NamedTuple):
     """Permutations of the rows."""
     weights: Float64[Tensor, "batch_ row"]
     """How often each row is drawn, for each resample of the examples."""
+    fitted: Bool[Tensor, " row"]
+    """Rows of one half of the examples: maps are fitted on them, and they are the anchors."""
 
     @classmethod
     def of(
         cls, example: Int[Tensor, " row"], n_permutations: int, n_draws: int, seed: int
     ) -> "Draws":
-        """Draw permutations of rows, and resamples of the examples that they are of.
+        """Draw permutations of rows, and resamples and a half of the examples that they are of.
 
         Raises:
             ValueError: If there is no permutation or no resample.
@@ -89,7 +91,9 @@ class Draws(NamedTuple):
         drawn = torch.randint(n, (n_draws, n), generator=generator)
         counts = torch.zeros(n_draws, n, dtype=torch.float64)
         counts.scatter_add_(1, drawn, torch.ones_like(counts))
-        return cls(torch.stack(orders), counts[:, number])
+        half = torch.zeros(n, dtype=torch.bool)
+        half[torch.randperm(n, generator=generator)[: n // 2]] = True
+        return cls(torch.stack(orders), counts[:, number], half[number])
 
 
 def compare(
@@ -108,7 +112,7 @@ def compare(
         pairs: Which are compared.
         measure: Which measure.
         draws: Permutations and resamples.
-        k: Neighbours of cknna.
+        k: Neighbours of cknna, and candidates among which a search must have the partner.
         progress: Called after each pair.
 
     Returns:
@@ -122,15 +126,15 @@ def compare(
     if not 1 <= k < n_rows:
         raise MonosemaError(f"neighbours must be in 1..{n_rows - 1} for {n_rows} rows, got {k}")
     rows, pairs = [x.detach().double() for x in spaces.values()], list(pairs)
-    n_permutations = len(draws.orders)
-    if measure in PRODUCTS:
-        matrices = _matrices(rows, measure, progress)
-        nulls = _product_nulls(matrices, draws.orders, progress)
-        prepared = Products(matrices)
-    else:
-        nulls, prepared = None, _prepared(rows, measure, k)
-        limit = COSTLY_PERMUTATIONS if measure in COSTLY else n_permutations
-        n_permutations = min(limit, n_permutations)
+    try:
+        prepared = _prepared(rows, measure, draws.fitted, k, progress)
+    except MonosemaError as error:
+        return {}, [str(error)] * len(pairs)
+    nulls, n_permutations = None, len(draws.orders)
+    if isinstance(prepared, Products | Stitching):
+        nulls = prepared.nulls(draws.orders, progress)
+    elif measure in COSTLY:
+        n_permutations = min(COSTLY_PERMUTATIONS, n_permutations)
     results, problems = {}, []
     for done, (a, b) in enumerate(pairs, start=1):
         try:
@@ -187,21 +191,6 @@ def _ranks(distances: Float64[Tensor, "row row"]) -> Float64[Tensor, "row row"]:
     return result + result.T
 
 
-def _product_nulls(
-    matrices: Float32[Tensor, "space row row"], orders: Int[Tensor, "batch row"], report: Progress
-) -> Float64[Tensor, "batch space space"]:
-    """Cosines of every matrix with every permuted one."""
-    n_sets, n_rows = matrices.shape[:2]
-    results = torch.zeros(len(orders), n_sets, n_sets, dtype=torch.float64)
-    for done, order in enumerate(orders):
-        for start in range(0, n_rows, ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
-            moved = matrices[:, order[part]].index_select(2, order)
-            results[done] += matrices[:, part].flatten(1) @ moved.flatten(1).T
-        report(done + 1, len(orders), "permutations")
-    return results
-
-
 class Products:
     """Cosine of two matrices whose diagonals are 0."""
 
@@ -215,6 +204,10 @@ class Products:
         other = self._matrices[b] if order is None else self._matrices[b][order][:, order]
         return float((self._matrices[a].double() * other.double()).sum())
 
+    def nulls(self, orders: Tensor, progress: Progress) -> Float64[Tensor, "batch space space"]:
+        """The cosines of all pairs with the rows of the second permuted."""
+        return product_nulls(self._matrices, self._matrices, orders, progress)
+
     def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
         """The cosine with weights of pairs of rows."""
         for one in (a, b):
@@ -225,85 +218,6 @@ class Products:
     def _weighted(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
         w = weights.float()
         return ((w @ (self._matrices[a] * self._matrices[b])) * w).sum(dim=1).double()
-
-
-class Neighbourhoods:
-    """CKNNA; the neighbours stay those of all rows when rows are drawn."""
-
-    def __init__(self, rows: list[Float64[Tensor, "row _"]], k: int) -> None:
-        """Take the sets and the number of neighbours."""
-        kernels = (centred(x) @ centred(x).T for x in rows)
-        self._sides = [(kernel, *neighbours(kernel, k)) for kernel in kernels]
-        self._sizes: dict[tuple[int, int], Tensor] = {}
-
-    def value(self, a: int, b: int, order: Tensor | None = None) -> float:
-        """The figure of `similarity.cknna`."""
-        one = torch.ones(1, len(self._sides[a][0]), dtype=torch.float64)
-        return float(self._figure(a, b, order, one)[0])
-
-    def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
-        """The same with weights of rows."""
-        return self._figure(a, b, None, weights)
-
-    def _figure(self, a: int, b: int, order: Tensor | None, weights: Tensor) -> Tensor:
-        for one in (a, b):
-            if (one, len(weights)) not in self._sizes:
-                self._sizes[one, len(weights)] = self._hsic(one, one, None, weights)
-        sizes = self._sizes[a, len(weights)] * self._sizes[b, len(weights)]
-        return self._hsic(a, b, order, weights) / sizes.clamp_min(0).sqrt()
-
-    def _hsic(self, a: int, b: int, order: Tensor | None, weights: Tensor) -> Tensor:
-        """The unbiased estimate over pairs that are neighbours on both sides."""
-        n = len(self._sides[a][0])
-        order = torch.arange(n) if order is None else order
-        k, near, inside = self._sides[a]
-        other, _, other_inside = self._sides[b]
-        i = torch.arange(n).repeat_interleave(near.shape[1])
-        j = near.flatten()
-        both = other_inside[order[i], order[j]]
-        i, j = i[both], j[both]
-        back = inside[j, i] & other_inside[order[j], order[i]]
-        x, y = k[i, j], other[order[i], order[j]]
-        w = weights[:, i] * weights[:, j]
-        n_rows = weights.sum(dim=1)
-        total = (w[:, back] * (x * other[order[j], order[i]])[back]).sum(dim=1)
-        sums = (w @ x) * (w @ y) / ((n_rows - 1) * (n_rows - 2))
-        zeros = torch.zeros_like(weights)
-        columns = zeros.index_add(1, j, weights[:, i] * x)
-        rows = zeros.index_add(1, i, weights[:, j] * y)
-        cross = (weights * columns * rows).sum(dim=1) * 2 / (n_rows - 2)
-        return (total + sums - cross) / (n_rows * (n_rows - 3))
-
-
-class Canonical:
-    """Mean canonical correlation, or weighted by what each direction accounts for in x."""
-
-    def __init__(self, bases: list[Basis], *, by_x: bool) -> None:
-        """Take what is kept of each set."""
-        self._bases, self._by_x = bases, by_x
-
-    def value(self, a: int, b: int, order: Tensor | None = None) -> float:
-        """The figure of `similarity.svcca` or `similarity.pwcca`."""
-        x, y = self._bases[a], self._bases[b]
-        y = y if order is None else Basis(y.q[order], y.rows)
-        left, correlations, _ = canonical(x, y)
-        return float(self._weights(x, left) @ correlations)
-
-    def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
-        """The figure moved along its influence function; the directions' weights stay."""
-        x, y = self._bases[a], self._bases[b]
-        left, correlations, right = canonical(x, y)
-        u, v = x.q @ left, y.q @ right.T
-        spread = correlations * (u.square() + v.square()) / 2
-        influence = (u * v - spread) @ self._weights(x, left)
-        moved = (weights - 1) @ influence
-        return (self._weights(x, left) @ correlations + moved).clamp(0, 1)
-
-    def _weights(self, x: Basis, left: Tensor) -> Float64[Tensor, " k"]:
-        if not self._by_x:
-            return torch.full((left.shape[1],), 1 / left.shape[1], dtype=torch.float64)
-        sizes = ((x.q @ left).T @ x.rows).abs().sum(dim=1)
-        return sizes / sizes.sum()
 
 
 class Rotation:
@@ -328,31 +242,15 @@ class Rotation:
         return (weights @ along) / (sizes[0] * sizes[1]).sqrt()
 
 
-class Matching:
-    """Mean correlation of units that are matched one to one."""
-
-    def __init__(self, rows: list[Float64[Tensor, "row _"]]) -> None:
-        """Take sets whose columns are centred and of norm 1."""
-        self._rows = rows
-
-    def value(self, a: int, b: int, order: Tensor | None = None) -> float:
-        """The mean over the units of the narrower set."""
-        x, y = self._rows[a], self._rows[b]
-        product = x.T @ y if order is None else x.float().T @ y.float()[order]
-        return float(match(product).values.mean())
-
-    def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
-        """The same with weights of rows; the match stays."""
-        x, y = self._rows[a], self._rows[b]
-        units = match(x.T @ y)
-        x, y = x[:, units.x], y[:, units.y]
-        sizes = [(weights @ side.square()).clamp_min(1e-30) for side in (x, y)]
-        return ((weights @ (x * y)) / (sizes[0] * sizes[1]).sqrt()).mean(dim=1)
-
-
 def _prepared(
-    rows: list[Float64[Tensor, "row _"]], measure: MeasureName, k: int
-) -> Neighbourhoods | Canonical | Rotation | Matching:
+    rows: list[Float64[Tensor, "row _"]],
+    measure: MeasureName,
+    fitted: Bool[Tensor, " row"],
+    k: int,
+    progress: Progress = silent,
+) -> Products | Neighbourhoods | Canonical | Rotation | Matching | Stitching | Anchored:
+    if measure in PRODUCTS:
+        return Products(_matrices(rows, measure, progress))
     if measure == "cknna":
         return Neighbourhoods(rows, k)
     if measure == "svcca":
@@ -361,4 +259,130 @@ def _prepared(
         return Canonical([basis_of(x, 1.0) for x in rows], by_x=True)
     if measure == "procrustes":
         return Rotation([centred(x) / centred(x).norm() for x in rows])
+    if measure == "stitching":
+        return Stitching(rows, fitted)
+    if measure in ("relative", "relative search", "asif"):
+        return Anchored(rows, fitted, measure, k)
     return Matching([torch.nn.functional.normalize(centred(x), dim=0) for x in rows])
+
+
+SHARES = (0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+"""Of a set's principal components, the smallest first, that are taken out of it."""
+CHECKED_SETS = 8
+"""Sets at most, evenly spread, of which components are taken out."""
+
+
+class MeasureCheck(NamedTuple):
+    """Whether a measure sees what it should (after Ding et al. 2021, arXiv 2108.01661)."""
+
+    removable: float
+    """Share of the components that may go before a set is less like itself than like the set
+    nearest to it, mean over sets: near 1 the measure sees the largest components alone."""
+    without_first: float
+    """A set against itself without its largest component, mean over sets."""
+    order: float
+    """Spearman's correlation of the measure with nearness of layers; nan below three depths."""
+    p: float
+    """Share of the exchanges of depths, the identity among them, that reach it."""
+    same_layer: float
+    """Share of the layers whose most alike one in another cache is that of the same depth; nan
+    with one cache."""
+
+
+def check_measure(
+    spaces: Mapping[str, Float[Tensor, "row _"]],
+    values: Float64[Tensor, "space other"],
+    places: Sequence[tuple[int, int]],
+    measure: MeasureName,
+    draws: Draws,
+    *,
+    k: int = 10,
+) -> MeasureCheck:
+    """Sensitivity to removed principal components, and specificity to layers, of one measure.
+
+    The paper's threshold is the distance between seeds of a model; here it is the nearest other set
+    of those at hand.
+
+    Args:
+        spaces: Rows of the same examples, by name.
+        values: The measure of all pairs, nan where there is none.
+        places: Number of the cache, and depth in it, of each set.
+        measure: Which measure.
+        draws: As `compare` takes them; as many exchanges of depths as there are permutations.
+        k: As `compare` takes it.
+    """
+    others = values.where(values.isfinite(), -math.inf).fill_diagonal_(-math.inf)
+    nearest = others.amax(dim=1)
+    step = max(1, math.ceil(len(spaces) / CHECKED_SETS))
+    removable, without_first = [], []
+    for (_, x), limit in list(zip(spaces.items(), nearest.tolist(), strict=True))[::step]:
+        first, *rest = _alike_to_itself(x.detach().double(), measure, draws.fitted, k)
+        without_first.append(first)
+        stays = [value > limit - 1e-6 for value in rest]  # float32 in some
+        n_stay = stays.index(False) if False in stays else len(stays)
+        is_known = all(map(math.isfinite, (limit, *rest)))
+        removable.append((0.0, *SHARES)[n_stay] if is_known else math.nan)
+    group, depth = (torch.tensor(each) for each in zip(*places, strict=True))
+    order, p = _layer_order(values, depth, len(draws.orders))
+    return MeasureCheck(_mean(removable), _mean(without_first), order, p,
+                        _same_layer(values, group, depth))  # fmt: skip
+
+
+def _alike_to_itself(
+    x: Float64[Tensor, "row d_in"], measure: MeasureName, fitted: Bool[Tensor, " row"], k: int
+) -> list[float]:
+    """Without the largest component, then without SHARES of the smallest ones."""
+    u, sizes, v = torch.linalg.svd(centred(x), full_matrices=False)
+    rank = int((sizes > 1e-10 * sizes[0]).sum())
+    left = [slice(1, rank), *(slice(max(1, round(rank * (1 - share)))) for share in SHARES)]
+    copies = [(u[:, part] * sizes[part]) @ v[part] for part in left]
+    results = []
+    for copy in copies:
+        try:
+            prepared = _prepared([copy, x], measure, fitted, k)
+            results.append(prepared.value(0, 1))
+        except MonosemaError:
+            results.append(math.nan)
+    return results
+
+
+def _layer_order(
+    values: Float64[Tensor, "space other"], depth: Int[Tensor, " space"], n_exchanges: int
+) -> tuple[float, float]:
+    """Spearman's correlation with -|difference of depths|, and Mantel's test of it."""
+    both = (values + values.T) / 2
+    known = torch.triu(both.isfinite(), diagonal=1)
+    if len(depth.unique()) < 3 or int(known.sum()) < 3:
+        return math.nan, math.nan
+    ranks = torch.from_numpy(stats.rankdata(both[known].numpy()))
+    generator = torch.Generator().manual_seed(0)
+    exchanged = [torch.randperm(len(depth), generator=generator) for _ in range(n_exchanges)]
+    results = []
+    for order in [torch.arange(len(depth)), *exchanged]:
+        near = -(depth[order][:, None] - depth[order]).abs()[known]
+        pair = torch.stack([ranks, torch.from_numpy(stats.rankdata(near.numpy()))])
+        results.append(float(torch.corrcoef(pair)[0, 1]))
+    reached = sum(value >= results[0] - 1e-12 for value in results)
+    return results[0], reached / len(results)
+
+
+def _same_layer(
+    values: Float64[Tensor, "space other"],
+    group: Int[Tensor, " space"],
+    depth: Int[Tensor, " space"],
+) -> float:
+    """Over every layer and every other cache that has that depth."""
+    hits = []
+    for i in range(len(depth)):
+        for other in set(group.tolist()) - {int(group[i])}:
+            there = (group == other).nonzero().flatten()
+            row = values[i, there]
+            has_partner = len(there) > 1 and bool((depth[there] == depth[i]).any())
+            if has_partner and bool(row.isfinite().all()):
+                hits.append(float(depth[there[row.argmax()]] == depth[i]))
+    return _mean(hits)
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan

@@ -151,6 +151,7 @@ def measure_substitution(
     held_out: EvaluationContexts,
     config: EvaluateConfig,
     *,
+    source: nn.Module | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Substitution]:
     """Run the model over the same contexts as it is, ablated, and with each dictionary.
@@ -164,6 +165,8 @@ def measure_substitution(
         held_out: What the model reads.
         config: Sizes; the first `n_contexts_special` contexts are also run with the special
             positions spliced.
+        source: Another model, of the same tokens, from which dictionaries that predict other hook
+            points take what they read.
         progress: Called after each forward.
 
     Returns:
@@ -185,20 +188,22 @@ def measure_substitution(
         means = {point: held_out.means.get(point, held_out.mean) for point in points}
         here = held_out._replace(means=means)
         suffix = "" if points == main else f" at {' + '.join(points)}"
-        measured = _measured(groups.get(points, {}), model, here, config, progress or silent)
+        streams = _Streams(source or model, groups.get(points, {}))
+        measured = _measured(groups.get(points, {}), streams, model, here, config,
+                             progress or silent)  # fmt: skip
         results |= {f"{special}{suffix}": of_one for special, of_one in measured.items()}
     return results
 
 
 def _measured(
     dictionaries: Mapping[str, SparseAutoencoder],
+    streams: _Streams,
     model: nn.Module,
     held_out: EvaluationContexts,
     config: EvaluateConfig,
     progress: Progress,
 ) -> dict[str, Substitution]:
     """By treatment, of the dictionaries that predict the places in `held_out.means`."""
-    streams = _Streams(model, dictionaries)
     tasks = list(_tasks(dictionaries, streams, held_out, config))
     read = logits_of if held_out.mask_token is None else logits_of_padded
     replay = Replay(model, *held_out.means, read=read)

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from sae.run.explaining import explain
     from sae.run.finding import find
     from sae.run.measuring import evaluate
+    from sae.run.page import show
     from sae.run.pipeline import job, train
     from sae.run.refining import distil, refine
     from sae.run.releases import convert, inspect, push, verify_release
-    from sae.run.serving import show
     from sae.run.spaces import similar
     from sae.run.steering import steer
     from sae.run.widths import study
@@ -65,7 +65,7 @@ _HOME = {
     "model": "caches",
     "push": "releases",
     "refine": "refining",
-    "show": "serving",
+    "show": "page",
     "similar": "spaces",
     "steer": "steering",
     "study": "widths",

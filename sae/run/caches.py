@@ -333,11 +333,16 @@ def words_of(
             caption.
     """
     if images.captions is not None:
-        return _captions(cache, images.captions)
+        return captions_of(cache, images.captions)
     return None if images.words is None else _embedded(cache, images.words, report)
 
 
-def _captions(cache: ActivationCache, path: str) -> Captions:
+def captions_of(cache: ActivationCache, path: str) -> Captions:
+    """What records with `image` and `text` say of the images of a cache, by their names.
+
+    Raises:
+        ValueError: If an image has no caption.
+    """
     source = TextSource(path=path, field="text", label="image")
     known = {str(document.label): document.text for document in documents(source)}
     names = [record.name for record in read_images(cache)]

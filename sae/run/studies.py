@@ -15,7 +15,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.evaluate.config import ScalingConfig
 from sae.evaluate.config import plan as plan_runs
-from sae.evaluate.description_length import BATCH, DescriptionLength, description_length, meta_score
+from sae.evaluate.reconstruction import BATCH, DescriptionLength, description_length, meta_score
 from sae.evaluate.report import TOLERANCE, EvaluationReport, held_out_rows
 from sae.evaluate.scaling.fit import FittedLaw, Laws, draw, fit_laws
 from sae.evaluate.scaling.runs import Fitted, read_runs

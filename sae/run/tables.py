@@ -8,7 +8,9 @@ from typing import Any
 
 from sae.browser import ResultTable
 from sae.evaluate.downstream import Accuracy, Downstream
+from sae.evaluate.geometry import RowsShape
 from sae.evaluate.report import EvaluationReport
+from sae.evaluate.spaces import MeasureCheck, Similarity
 from sae.evaluate.sparse_probe import Survey
 from sae.evaluate.substitution import Substitution, SubstitutionEffect
 from sae.explain.tables import SUMMARY, read_summary
@@ -263,3 +265,102 @@ def training_row(name: str, curve: Mapping[str, Sequence[float]], n_last: int) -
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
+
+
+FORMS = (".0%", ".3f", ".3f", ".3f", ".0%")
+"""Of the figures of a check."""
+SHOWN_PAIRS = 6
+"""So many pairs have every figure on the screen; of more, the file and the picture hold them."""
+
+
+def pairs_table(
+    pairs: Mapping[tuple[str, str], Mapping[str, Similarity]], n_rows: int, notes: Sequence[str]
+) -> ResultTable:
+    """A row for each measure of each of the first pairs."""
+    columns = ("a", "b", "measure", "value", "95 %", "chance", "p")
+    shown = list(pairs.items())[:SHOWN_PAIRS]
+    rows = [
+        (
+            *pair,
+            measure,
+            f"{one.value:.3f}",
+            f"{one.low:.3f}..{one.high:.3f}",
+            f"{one.chance:.3f}..{one.chance_high:.3f}",
+            f"{one.p:.3f}",
+        )
+        for pair, by_measure in shown
+        for measure, one in by_measure.items()
+    ]
+    note = (
+        f"{n_rows:,} rows; larger is more alike (procrustes: 1 - half the distance; pwcca weighs "
+        "by a; stitching: R^2 of an affine map from a to b on examples it was not fitted on; the "
+        "searches: share of rows of a whose partner is among the nearest of b); 95 %: bootstrap "
+        "over examples, to first order; chance: mean and 95 % quantile with the rows of b "
+        "exchanged; p: the share of exchanges that reach the value"
+    )
+    if len(pairs) > len(shown):
+        note += f"; the first {len(shown)} of {len(pairs):,} pairs"
+    return ResultTable(columns, tuple(rows), "; ".join([note, *notes]))
+
+
+def shapes_table(shapes: Mapping[str, RowsShape], constant: Mapping[str, int]) -> ResultTable:
+    """A row for each set of rows."""
+    columns = ("rows of", "width", "RankMe", "dimension", "kurtosis", "outliers")
+    rows = [
+        (
+            name,
+            f"{one.width:,}" + (f" (+{constant[name]:,} constant)" if constant[name] else ""),
+            f"{one.rankme:.1f}",
+            _or_dash(one.dimension, ".1f"),
+            f"{one.kurtosis:.2f}",
+            "-" if one.outliers is None else str(one.outliers),
+        )
+        for name, one in shapes.items()
+    ]
+    note = (
+        "RankMe: effective rank of the rows as they are; dimension: TwoNN; kurtosis: median over "
+        "columns, 3 for a Gaussian; outliers: columns of 6 times the median root mean square"
+    )
+    return ResultTable(columns, tuple(rows), note)
+
+
+def check_table(checks: Mapping[str, MeasureCheck]) -> ResultTable:
+    """A row for each measure."""
+    columns = ("measure", "removable", "without the first", "order", "p", "same layer")
+    rows = [
+        (measure, *(_or_dash(figure, form) for figure, form in zip(one, FORMS, strict=True)))
+        for measure, one in checks.items()
+    ]
+    note = (
+        "removable: share of the principal components, smallest first, without which a set is "
+        "still as like itself as the nearest other set is: near 100 % a measure sees the largest "
+        "alone; without the first: a set against itself without its largest component; order: "
+        "Spearman with nearness of layers, p by exchanged layers; same layer: share of layers "
+        "whose most alike one in another cache has the same depth"
+    )
+    return ResultTable(columns, tuple(rows), note)
+
+
+def stitched_table(places: Sequence[tuple[str, str, Substitution]]) -> ResultTable:
+    """A row for each pair of places: the increase of the cross-entropy, beside its controls."""
+    streams = ("stitched", "identity", "exchanged rows")
+    columns = ("from", "into", "stitched", "KL", "identity", "exchanged rows", "mean row")
+    rows = []
+    for a, b, effects in places:
+        of = {name: _cell(one.ce_increase) for name, one in effects.dictionaries.items()}
+        first, *controls = (of.get(name, "-") for name in streams)
+        kl = _cell(effects.dictionaries["stitched"].kl)
+        rows.append((a, b, first, kl, *controls, _cell(effects.mean.ce_increase)))
+    effects = places[0][2]
+    note = (
+        f"nats per token above the cross-entropy of the model as it is ({_cell(effects.ce_base)} "
+        f"for the first) when the mapped stream takes the other's place, on {effects.n_tokens:,} "
+        f"tokens of {effects.n_contexts} held-out contexts; maps are fitted on other rows; "
+        "identity: the stream as it is; exchanged rows: a map fitted on wrong pairs; mean row: no "
+        "stream at all"
+    )
+    return ResultTable(columns, tuple(rows), note)
+
+
+def _or_dash(figure: float, form: str) -> str:
+    return "-" if math.isnan(figure) else format(figure, form)

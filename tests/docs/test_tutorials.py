@@ -11,6 +11,7 @@ PRINTED = {
     "explain_and_browse": r"\d+ of 48 latents scored, AUC 0\.\d\d; \d+% beat their null",
     "concepts": r"garden: score [01]\.\d\d, chance 0\.\d\d, p 0\.\d{3}\nhorse: score ",
     "images_with_words": r"latent \d+: \w+, \w+, \w+, AUC 0\.\d\d\n(.*\n)+gap between texts",
+    "similarity": r"relative search of a rotated copy: 1\.00\nmatching of a rotated copy: 0\.",
 }
 SHOWN = {
     "train_on_a_model": ["learned", "BatchTopK(kind=", "fire in a row"],
@@ -19,6 +20,7 @@ SHOWN = {
                            "near latent 3", "<iframe src="],
     "concepts": ["garden", "significant", "integrated gradients"],
     "images_with_words": ["exchanged", "neurons", "latents"],
+    "similarity": ["data:image/png;base64", "without the first", "nats per token above"],
 }  # fmt: skip
 
 

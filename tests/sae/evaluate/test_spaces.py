@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from sae.evaluate import similarity
-from sae.evaluate.spaces import COSTLY_PERMUTATIONS, MEASURES, Draws, compare
+from sae.evaluate.spaces import COSTLY, COSTLY_PERMUTATIONS, MEASURES, Draws, check_measure, compare
 
 SINGLE = {
     "cka": similarity.cka,
@@ -47,7 +48,7 @@ def test_each_is_the_single_measure_and_so_is_its_null(spaces, measure):
 def test_a_relation_is_told_from_chance_and_stands_in_its_interval(spaces, measure):
     results, _ = compare(spaces, [(0, 1), (0, 2)], measure, draws(67, 99))
     near, far = results[0, 1], results[0, 2]
-    assert near.n_permutations == (99 if measure in list(SINGLE)[:4] else COSTLY_PERMUTATIONS)
+    assert near.n_permutations == (COSTLY_PERMUTATIONS if measure in COSTLY else 99)
     assert near.p == pytest.approx(1 / (1 + near.n_permutations))
     assert far.p > 0.04
     assert far.high < near.low <= near.value <= near.high
@@ -115,3 +116,77 @@ def test_figures_equal_those_of_independent_implementations(measure):
     y = (0.21 * i * torch.arange(2, 6)).cos() + x[:, :4]
     [figure] = compare({"x": x, "y": y}, [(0, 1)], measure, draws(40))[0].values()
     assert figure.value == pytest.approx(INDEPENDENT[measure], abs=1e-6)
+
+
+def ladder(draw, n_layers=5):
+    """Each layer is the one before it and something new."""
+    rows = [draw(89, 7)]
+    for i in range(1, n_layers):
+        rows.append(0.8 * rows[-1] + 0.6 * draw(89, 7, seed=i))
+    return {f"l.{i}": x for i, x in enumerate(rows)}
+
+
+def checked(spaces, measure, places, n_permutations=99):
+    drawn, n = draws(89, n_permutations), len(spaces)
+    pairs = [(a, b) for a in range(n) for b in range(n) if a != b]
+    values = torch.full((n, n), math.nan, dtype=torch.float64).fill_diagonal_(1)
+    for (a, b), figure in compare(spaces, pairs, measure, draws(89, 1, 1))[0].items():
+        values[a, b] = figure.value
+    return values, check_measure(spaces, values, places, measure, drawn)
+
+
+def test_what_a_set_shares_with_a_part_of_it_is_closed_form(draw):
+    """Procrustes: the root of the share of variance that is left; the limit is the nearest set."""
+    x = draw(89, 8) * torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1])
+    spaces = {"x": x, "y": x + 2 * draw(89, 8, 1)}
+    values, result = checked(spaces, "procrustes", [(0, 0), (0, 1)])
+    removable, without_first = [], []
+    for rows in spaces.values():
+        share = torch.linalg.svdvals(rows - rows.mean(0)).square()
+        share = share / share.sum()
+        without_first.append((1 - share[0]).sqrt())
+        left = [6, 4, 2, 1, 1, 1]  # of 8 components, without a quarter, a half, ...
+        stays = [float(share[:n].sum().sqrt()) >= float(values[0, 1]) for n in left]
+        removable.append((0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)[[*stays, False].index(False)])
+    assert result.without_first == pytest.approx(float(sum(without_first)) / 2, abs=1e-6)
+    assert result.removable == pytest.approx(sum(removable) / 2)
+    assert 0 < result.removable < 0.9
+    assert math.isnan(result.order)
+    assert math.isnan(result.same_layer)
+
+
+@pytest.mark.parametrize("measure", ["cka", "procrustes", "stitching", "svcca", "relative"])
+def test_layers_that_move_on_are_told_by_their_distance(draw, measure):
+    spaces = ladder(draw)
+    values, result = checked(spaces, measure, [(0, i) for i in range(5)])
+    both = ((values + values.T) / 2)[tuple(torch.triu_indices(5, 5, 1))]
+    near = [-abs(a - b) for a in range(5) for b in range(a + 1, 5)]
+    assert result.order == pytest.approx(spearmanr(both, near).statistic, abs=1e-9)
+    assert result.order > 0.8
+    assert result.p <= 0.05
+    unordered = [(0, i) for i in (2, 0, 4, 1, 3)]
+    assert checked(spaces, measure, unordered)[1].p > 0.05
+
+
+def test_layers_of_another_cache_are_found_at_their_depth(draw):
+    one = ladder(draw, 3)
+    other = {f"m.{i}": x + 0.3 * draw(89, 7, 50 + i) for i, x in enumerate(one.values())}
+    places = [(cache, depth) for cache in (0, 1) for depth in range(3)]
+    assert checked({**one, **other}, "cka", places)[1].same_layer == 1
+    mixed = [*places[:3], (1, 1), (1, 2), (1, 0)]
+    assert checked({**one, **other}, "cka", mixed)[1].same_layer == 0
+    _, alone = checked(one, "svcca", places[:3])
+    assert math.isnan(alone.same_layer)
+
+
+def test_a_measure_that_the_rows_do_not_allow_has_no_check(draw):
+    spaces = {"x": draw(89, 97), "y": draw(89, 97, 1), "z": draw(89, 97, 2)}
+    _, result = checked(spaces, "pwcca", [(0, 0), (0, 1), (0, 2)])
+    assert all(math.isnan(figure) for figure in result)
+
+
+def test_a_measure_that_sees_spans_alone_misses_all_components_but_one(draw):
+    """A set and its projections have canonical correlations of 1."""
+    _, result = checked({"x": draw(89, 5), "y": draw(89, 5, 1)}, "pwcca", [(0, 0), (0, 1)])
+    assert result.removable == 0.99
+    assert result.without_first == pytest.approx(1)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sae.evaluate.description_length import description_length, entropies, meta_score
+from sae.evaluate.reconstruction import description_length, entropies, meta_score
 from sae.evaluate.structure import hedging
 from sae.neighbours import splitting
 
