@@ -16,8 +16,8 @@ from sae.cli.request import (
 )
 from sae.config import ConfigError, is_config, load_overrides
 from sae.explain.config import ExplainConfig
-from sae.run.config import browsed_config
-from sae.steer.config import ConceptsRequest, FindRequest, SteerRequest
+from sae.run.config import ConceptsRequest, browsed_config
+from sae.steer.config import FindRequest, SteerRequest, SteerWordsRequest
 
 if TYPE_CHECKING:
     from sae.browser.server import PromptView
@@ -60,7 +60,7 @@ def browse(  # noqa: PLR0913
             write_browser(run, config, folder, cache, progress, force=force, read_out=read_out)
         console.say(f"page: {(folder / INDEX).resolve()}")
     if serve:
-        from sae.run.serving import prompt_view
+        from sae.run.page import prompt_view
 
         _serve(folder, (host, port, token), prompt_view(config))
 
@@ -156,6 +156,10 @@ def steer(  # noqa: PLR0913  (options are parameters)
     latent: Annotated[
         list[str] | None, typer.Option(help="NUMBER=CHANGE: 123=10x, =+2x, =*3, =off; repeatable.")
     ] = None,
+    word: Annotated[
+        list[str] | None,
+        typer.Option(help="All latents whose labels name it; repeatable."),
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What is continued; repeatable.")] = None,
     model: Annotated[str | None, typer.Option(help="If the dictionary does not name it.")] = None,
     chat: Annotated[
@@ -171,10 +175,11 @@ def steer(  # noqa: PLR0913  (options are parameters)
     """Generate with latents changed: of a run's config after explaining, or of a dictionary.
 
     A dictionary takes KEY=VALUE too: positions=generated max_new_tokens=60 strengths=[1,2,4]
-    unit=norm max_kl=0.3 neutral=news.txt hook_point=model.layers.7:out dtype=float32.
+    unit=norm max_kl=0.3 neutral=news.txt hook_point=model.layers.7:out dtype=float32. With --word
+    amplify=1x or calibrate=1x, n_latents=8 controls=3 by=weights explained=DIR.
     """
     if is_config(path):
-        given = {"--latent": latent, "--prompt": prompt, "--model": model}
+        given = {"--latent": latent, "--word": word, "--prompt": prompt, "--model": model}
         given |= {"--chat": chat, "--sweep": sweep, "--force": force}
         given |= {"--read-out": read_out != "linear"}
         if used := [name for name, value in given.items() if value]:
@@ -185,6 +190,15 @@ def steer(  # noqa: PLR0913  (options are parameters)
     options = {key: value for key, value in named.items() if value is not None}
     options |= {key: True for key, is_set in (("chat", chat), ("force", force)) if is_set}
     options |= {"read_out": read_out} if read_out != "linear" else {}
+    if word:
+        if latent or sweep:
+            wrong = "--latent" if latent else "--sweep"
+            raise ConfigError(f"{wrong} must be absent beside --word, got one")
+        del options["latents"]
+        _steer_words(
+            path, load_overrides(SteerWordsRequest, overrides or [], {**options, "words": word})
+        )
+        return
     request = load_overrides(SteerRequest, overrides or [], {**options, "sweep": sweep})
     from sae.run.context import with_differences
     from sae.run.steering import continuations, placed_in_model, sweep_latent
@@ -207,6 +221,17 @@ def steer(  # noqa: PLR0913  (options are parameters)
         )
         note = with_differences(note, {path: differs} if differs else {})
         console.side_by_side(text.prompt, ("base", text.base), ("steered", text.steered), note)
+
+
+def _steer_words(path: str, request: SteerWordsRequest) -> None:
+    """Print what the latents about some words do, and write it where a place is named."""
+    from sae.run.steering_by_words import steer_words_of
+
+    with console.step("arms") as progress:
+        steered = steer_words_of(path, request, progress)
+    console.parts(steered.sections)
+    if request.output is not None:
+        console.say(f"figures: {steered.write(Path(request.output))}")
 
 
 def find(  # noqa: PLR0913

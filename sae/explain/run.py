@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from activations_cache import seals
 from activations_cache.checks import MonosemaError, Progress, silent
 from sae import notebook
 from sae.autoencoder import SparseAutoencoder
@@ -18,9 +19,10 @@ from sae.explain.examples import Activity, Context, ContextFinder, SplitFirings,
 from sae.explain.firings import ActivationRows, Codes, encode_rows
 from sae.explain.held_out import HeldOut, concepts_with_a_latent, held_out
 from sae.explain.labels import Labels, fires_enough, make_labels
+from sae.explain.logit_lens import WeightLabels, WordVectors, frequent_words, weight_labels
 from sae.explain.results import Summary, SummaryInputs, flat, known_or_none, summary_of
 from sae.explain.scores import Scores, derangement, score_rules
-from sae.explain.tables import EXAMPLES, LATENTS, LatentRecord, write_tables
+from sae.explain.tables import EXAMPLES, LATENTS, WEIGHTS, LatentRecord, as_json, write_tables
 from sae.explain.text_at_rows import (
     Cache,
     SplitRows,
@@ -67,6 +69,8 @@ class Explained:
     """examples.parquet, if it was written."""
     baselines: Mapping[str, Summary] = field(default_factory=dict)
     """The same figures of latents that nobody trained, where files were written."""
+    by_weights: dict[str, Any] | None = None
+    """What the labels from weights are worth, if the config has them and files were written."""
 
     def _repr_html_(self) -> str:
         scored = np.flatnonzero(np.array(self.status) == "scored")
@@ -95,6 +99,7 @@ def explain(  # noqa: PLR0913
     out_dir: Path | None,
     *,
     null: Null = None,
+    vectors: WordVectors | None = None,
     progress: Progress | None = None,
 ) -> Explained:
     """Label all latents from the explain split and score the labels on the score split.
@@ -106,7 +111,8 @@ def explain(  # noqa: PLR0913
         token_strings: `activations_cache.Pieces`, or what stands for each id everywhere.
         config: How.
         out_dir: Where the files go; None writes none and looks for no contexts.
-        null: What stands beside the curve of completeness.
+        null: What stands beside the curve of completeness, and beside labels from weights.
+        vectors: What gives words their output embeddings, for labels from weights.
         progress: Called in every stage, with the stage's own total and unit.
 
     Raises:
@@ -129,13 +135,25 @@ def explain(  # noqa: PLR0913
     concepts = concepts_in(reader.names, concept_families())
     n_concepts = (config.atlas or AtlasConfig()).n_concepts
     has_latent = concepts_with_a_latent(concepts, parts, n_concepts, report)
+    by_weights = None
+    if config.weights:
+        made = _by_weights(dictionary, parts, reader.names["word"], vectors, config)
+        by_weights = made.summary
+        _write_weights(out_dir, made, reader.names["word"])
     if null == "random":
         untrained = _random_like(dictionary, parts[0].codes, config.seed)
         others = _firings(untrained, cache[hook_point], splits, report)
         null = {**concepts_with_a_latent(concepts, others, n_concepts, report), "of": RANDOM}
+        if by_weights:
+            made = _by_weights(untrained, others, reader.names["word"], vectors, config)
+            null["weights"] = made.summary
     if null is not None:
         has_latent["null"] = {name: null[name] for name in OF_NULL if name in null}
+        if by_weights and null.get("weights"):
+            by_weights["null"] = {**null["weights"], "of": null["of"]}
+    explained = dataclasses.replace(explained, by_weights=by_weights)
     summary = {
+        "weights": by_weights,
         **flat(explained.summary),
         "completeness": has_latent,
         "baselines": {name: flat(arm) for name, arm in arms.items()},
@@ -144,6 +162,39 @@ def explain(  # noqa: PLR0913
     write_tables(out_dir, records, contexts, config.top_contexts, summary)
     paths = {"latents_path": out_dir / LATENTS, "examples_path": out_dir / EXAMPLES}
     return dataclasses.replace(explained, **paths)
+
+
+def _by_weights(
+    dictionary: SparseAutoencoder,
+    parts: Sequence[SplitFirings],
+    names: Sequence[str],
+    vectors: WordVectors | None,
+    config: ExplainConfig,
+) -> WeightLabels:
+    """Labels from weights, scored on the latents that labels from the corpus are scored on."""
+    if vectors is None:
+        raise MonosemaError("vectors must be given for labels from weights, got None")
+    wanted = np.logical_and(*(fires_enough(part.codes, part.text, config) for part in parts))
+    words = frequent_words(parts[0], names, config.weights)
+    return weight_labels(
+        dictionary, vectors([names[i] for i in words]), words, parts[1], wanted,
+        n=min(config.words_per_label, len(words)), seed=config.seed,
+    )  # fmt: skip
+
+
+def _write_weights(out_dir: Path, made: WeightLabels, names: Sequence[str]) -> None:
+    latents = [
+        {
+            "latent": latent,
+            "words": [names[i] for i in numbers if i >= 0],
+            "pmi": [pmi for i, pmi in zip(numbers, values, strict=True) if i >= 0],
+            "auc": known_or_none(auc),
+        }
+        for latent, (numbers, values, auc) in enumerate(
+            zip(made.words.tolist(), made.pmi.tolist(), made.auc.tolist(), strict=True)
+        )
+    ]
+    seals.write(out_dir, {WEIGHTS: as_json({"summary": made.summary, "latents": latents})})
 
 
 def _firings(

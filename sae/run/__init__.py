@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from sae.run.explaining import explain
     from sae.run.finding import find
     from sae.run.measuring import evaluate
+    from sae.run.page import show
     from sae.run.pipeline import job, train
     from sae.run.refining import distil, refine
     from sae.run.releases import convert, inspect, push, verify_release
-    from sae.run.serving import show
     from sae.run.spaces import similar
     from sae.run.steering import steer
+    from sae.run.steering_by_words import steer_words
     from sae.run.widths import study
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "show",
     "similar",
     "steer",
+    "steer_words",
     "study",
     "train",
     "training_cost",
@@ -65,9 +67,10 @@ _HOME = {
     "model": "caches",
     "push": "releases",
     "refine": "refining",
-    "show": "serving",
+    "show": "page",
     "similar": "spaces",
     "steer": "steering",
+    "steer_words": "steering_by_words",
     "study": "widths",
     "train": "pipeline",
     "training_cost": "costs",

@@ -21,11 +21,11 @@ from sae.browser import ResultTable
 from sae.config import load_overrides
 from sae.evaluate.concepts import TCAV, sets_needed, tcav
 from sae.evaluate.report import write_record
+from sae.run.config import ConceptsRequest
 from sae.run.context import Section, Steps, silent_steps, steps_to, with_differences
 from sae.run.finding import token_of
 from sae.run.steering import GLOSSES, placed_in_model
 from sae.steer.attribution import gradient_at, logit_difference, see
-from sae.steer.config import ConceptsRequest
 from sae.steer.edits import directions_of
 
 FILE = "concepts.json"
@@ -104,7 +104,7 @@ def concepts(dictionary: str | Path, progress: Progress = silent, **request: obj
     Args:
         dictionary: Its path, or its name on the hub.
         progress: Called while it runs.
-        request: Fields of `sae.steer.config.ConceptsRequest`: concepts, prompts, target, ...
+        request: Fields of `sae.run.config.ConceptsRequest`: concepts, prompts, target, ...
 
     Raises:
         ConfigError: If a field is unknown or out of range.

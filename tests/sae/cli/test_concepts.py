@@ -12,9 +12,9 @@ from sae.autoencoder import SparseAutoencoder, initialise
 from sae.pretrained import load, save
 from sae.run import concept_sets as module
 from sae.run.concept_sets import FILE, concept_sets
+from sae.run.config import ConceptsRequest
 from sae.run.finding import token_of
 from sae.steer.attribution import logit_difference, metric_at
-from sae.steer.config import ConceptsRequest
 from tests.sae.run.test_jobs import as_json, command
 
 HOOK = "model.layers.1:out"

@@ -10,7 +10,7 @@ from benchmarks.browser_example import example_site
 from sae.browser import write_site
 from sae.config import ConfigError
 from sae.run import show
-from sae.run.serving import BrowserInCell
+from sae.run.page import BrowserInCell
 
 
 @pytest.fixture
