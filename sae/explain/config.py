@@ -246,7 +246,7 @@ Style = Literal["levels", "bills", "delphi"]
 
 ScorerName = Literal[
     "detection", "fuzzing", "simulation", "rubric", "intruder",
-    "embedding", "surprisal", "output side", "sensitivity",
+    "embedding", "surprisal", "output side", "sensitivity", "ablation",
 ]  # fmt: skip
 """What scores labels: the first five by asking, the others by the model that is explained."""
 

@@ -26,7 +26,7 @@ from sae.explain.llm.chat import Client
 from sae.explain.llm.local_client import LocalClient
 from sae.explain.llm.store import Cost
 from sae.explain.logit_lens import WordVectors, promoted_tokens, word_vectors
-from sae.explain.model_scorers import amplified
+from sae.explain.model_scorers import amplified, divergences
 from sae.explain.run import Explained
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import WITH_TOOLS, Subject, Tools, score_rules_of
@@ -355,6 +355,10 @@ def tools_for(
         client.embed, client.log_likelihood,
         amplified(loaded.model, neutral.long(), one.dictionary, one.outputs[0]), lens.promoted,
         peaks_on,
+        divergences(
+            loaded.model, examples.tokens, one.dictionary, (one.inputs, one.outputs[0]),
+            first_position=skipped,
+        ),
     )  # fmt: skip
 
 

@@ -159,8 +159,9 @@ class _Subject:
     ) -> None:
         self._dictionary, self._loaded, self._request = dictionary, loaded, request
         tokenizer = loaded.tokenizer
-        whole = target_tokens(tokenizer, request.words)
-        begun = [tokenizer(f" {word}", add_special_tokens=False) for word in request.words]
+        words = [word.strip().lower() for word in request.words]
+        whole = target_tokens(tokenizer, words)
+        begun = [tokenizer(f" {word}", add_special_tokens=False) for word in words]
         self.targets = torch.tensor(whole or [ids["input_ids"][0] for ids in begun])
         self._neutral = neutral_tokens(tokenizer, request.neutral, request.n_neutral)
 

@@ -82,15 +82,16 @@ def test_scorers_that_look_into_the_model(paths, tmp_path, monkeypatch, capsys):
         "autointerp.llm.model=m", "autointerp.n_latents=3", "autointerp.n_baseline=2",
         "autointerp.min_windows=2", "autointerp.windows.tokens=8", "rules.n_latents=5",
         "rules.min_windows=2", "rules.windows.tokens=8", "n_baseline=0", "min_firings=5",
-        'autointerp.scorers=["embedding", "surprisal", "output side", "sensitivity"]',
-        'rules.scorers=["embedding", "surprisal", "output side", "sensitivity"]',
+        'autointerp.scorers=["embedding", "surprisal", "output side", "sensitivity", "ablation"]',
+        'rules.scorers=["embedding", "surprisal", "output side", "sensitivity", "ablation"]',
     ]  # fmt: skip
     assert sae(monkeypatch, *arguments) == 0, capsys.readouterr().err
     asked = json.loads((tmp_path / "out" / "explanations.json").read_text())
     executed = json.loads((tmp_path / "out" / "rules.json").read_text())
-    names = {"embedding", "surprisal", "output side", "sensitivity"}
+    names = {"embedding", "surprisal", "output side", "sensitivity", "ablation"}
     assert asked["scores"].keys() == executed["scores"].keys() == names
     assert all(asked["scores"][name]["mean"] is not None for name in names)
+    assert asked["scores"]["ablation"]["mean"] == 0.0  # a constant answer is the mean
     assert executed["scores"]["sensitivity"]["n"] == 0  # a rule writes no texts: no value, no 0
     assert asked["baselines"]["raw neurons"]["scores"] == {}
 
