@@ -39,7 +39,7 @@ from sae.run.explaining import (
     vectors_for,
 )
 from sae.run.images import explain_pictures, with_downstream
-from sae.run.measuring import baselines
+from sae.run.studies import baselines
 from sae.steer.choice import (
     Candidate,
     NothingToSteerError,
