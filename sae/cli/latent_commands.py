@@ -16,7 +16,7 @@ from sae.cli.request import (
 )
 from sae.config import ConfigError, is_config, load_overrides
 from sae.explain.config import ExplainConfig
-from sae.run.config import ConceptsRequest, browsed_config
+from sae.run.config import BottleneckRequest, ConceptsRequest, browsed_config
 from sae.steer.config import FindRequest, SteerRequest, SteerWordsRequest
 
 if TYPE_CHECKING:
@@ -275,6 +275,9 @@ def concepts(  # noqa: PLR0913
     target: Annotated[str | None, typer.Option(help="The token whose logit is asked.")] = None,
     model: Annotated[str | None, typer.Option(help="If the dictionary does not name it.")] = None,
     force: ForceOption = False,
+    bottleneck: Annotated[
+        str | None, typer.Option(help="Instead: records of text, answer and concepts (.jsonl).")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="For the figures.")] = Path("concepts"),
 ) -> None:
     """Test by TCAV whether a next token's logit moves along concepts, on stream and latents.
@@ -282,14 +285,24 @@ def concepts(  # noqa: PLR0913
     A folder has NAME.txt (a text per line) or NAME/ (a text per file); records have the field
     `concept` (label=FIELD). KEY=VALUE: prompt_file=FILE against=" Rome" sets=119 texts=30
     random=FILE random_field=text sides=greater level=0.05 hook_point=PLACE dtype=float32.
+
+    With --bottleneck answers are fitted by way of concepts, and concepts corrected: k=5 head=tree
+    answer=FIELD concepts=FIELD.
     """
     named = {"concepts": sets, "prompts": prompt, "target": target, "model": model}
     options = {key: value for key, value in named.items() if value is not None}
     options |= {"force": True} if force else {}
-    request = load_overrides(ConceptsRequest, overrides or [], options)
-    from sae.run.concept_sets import concepts_of
+    from sae.run.concept_sets import bottleneck_of, concepts_of
 
-    tested = concepts_of(path, request, console.step)
+    if bottleneck is not None:
+        if used := [name for name in ("concepts", "prompts", "target") if name in options]:
+            raise ConfigError(f"{used[0]} must be absent beside --bottleneck, got one")
+        asked = {**options, "records": bottleneck}
+        request = load_overrides(BottleneckRequest, overrides or [], asked)
+        tested = bottleneck_of(path, request, console.step)
+    else:
+        request = load_overrides(ConceptsRequest, overrides or [], options)
+        tested = concepts_of(path, request, console.step)
     console.parts([tested.section])
     console.say(f"figures: {tested.write(out)}")
 

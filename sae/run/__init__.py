@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from sae.run.browsing import browse
     from sae.run.caches import cache, hook_points, model, verify
     from sae.run.comparing import compare
-    from sae.run.concept_sets import concepts
+    from sae.run.concept_sets import bottleneck, concepts
     from sae.run.costs import training_cost
     from sae.run.explaining import explain
     from sae.run.finding import find
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sae.run.widths import study
 
 __all__ = [
+    "bottleneck",
     "browse",
     "cache",
     "compare",
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "bottleneck": "concept_sets",
     "browse": "browsing",
     "cache": "caches",
     "compare": "comparing",

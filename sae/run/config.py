@@ -307,3 +307,34 @@ class ConceptsRequest(OnModel):
         at_least("texts", self.texts, 2)
         at_least("first_position", self.first_position, 0)
         require(0 < self.level < 1, "level", "be above 0 and below 1", self.level)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BottleneckRequest(OnModel):
+    """What `sae concepts DICT --bottleneck FILE` fits: answers by concepts, and corrected ones."""
+
+    records: str
+    """A .jsonl file: a text, its answer, and which concepts it has, in each record."""
+    field: str = "text"
+    """Field of a record that holds its text."""
+    answer: str = "answer"
+    """Field that holds the answer."""
+    concepts: str = "concepts"
+    """Field that lists the names of a text's concepts, or says true or false of each name."""
+    k: int = 5
+    """Units that tell a concept in the bottleneck."""
+    head: Literal["linear", "tree"] = "linear"
+    """What the bottleneck's answer is made by; "tree" learns XOR."""
+    held_out: float = 0.3
+    """Share of the texts that are scored and not fitted on."""
+    first_position: int = 1
+    """Positions below this one, the attention sinks, do not count."""
+    seed: int = 0
+    """Decides which texts are held out, and the exchanged concepts of the control."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("k", self.k, 1)
+        at_least("first_position", self.first_position, 0)
+        at_least("seed", self.seed, 0)
+        require(0 < self.held_out < 1, "held_out", "be above 0 and below 1", self.held_out)

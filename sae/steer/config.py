@@ -335,9 +335,9 @@ class SteerWordsRequest(_Prompts, OnModel):
 
     words: tuple[str, ...]
     """What the latents are about."""
-    amplify: str | None = None
+    amplify: str | float | None = None
     """Added to each of them where it fires: 1x (of its maximum), or a plain activation."""
-    calibrate: str | None = None
+    calibrate: str | float | None = None
     """What each is drawn towards where it is below, at an unchanged norm of the stream."""
     by: Literal["information", "weights"] = "information"
     """Labels from the corpus (latents.parquet), or from weights (`explain.weights`)."""
@@ -374,7 +374,8 @@ class SteerWordsRequest(_Prompts, OnModel):
     @property
     def change(self) -> tuple[str, str]:
         """Which change, and how much of it."""
-        return ("amplify", self.amplify) if self.amplify else ("calibrate", str(self.calibrate))
+        name = "calibrate" if self.amplify is None else "amplify"
+        return name, str(getattr(self, name))
 
 
 def latent_change(text: str) -> tuple[int, dict[str, Any]]:
