@@ -50,8 +50,8 @@ class Codebook(NamedTuple):
     def unbind(self, bundle: Float[Tensor, "row width"]) -> Int[Tensor, "row role"]:
         """Of each role the filler whose vector is nearest to the bundle times the role."""
         books = enumerate(self.fillers)
-        found = [(bundle * self.roles[i] @ book.T).argmax(dim=1) for i, book in books]
-        return torch.stack(found, dim=1)
+        nearest = [(bundle * self.roles[i] @ book.T).argmax(dim=1) for i, book in books]
+        return torch.stack(nearest, dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)

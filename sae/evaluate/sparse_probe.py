@@ -133,8 +133,8 @@ def probe(
         scores[name] = {k: _sparse(train, test, task, k, seed) for k in ks}
         control[name] = {k: _sparse(train, test, shuffled, k, seed).auc.value for k in ks}
         if by_heart is not None:
-            kept, other = by_heart
-            some = test[kept]
+            scored, other = by_heart
+            some = test[scored]
             control_task[name] = {k: _sparse(train, some, other, k, seed).auc.value for k in ks}
     whole = task.train_x.float().cpu().numpy(), task.test_x.float().cpu().numpy()
     return ProbeReport(
@@ -159,13 +159,13 @@ def _control_task(
         return None
     known, place = np.unique(task.types[0], return_inverse=True)
     label = generator.random(len(known)) < task.train_y.mean()
-    kept = np.flatnonzero(np.isin(task.types[1], known))
-    test_y = label[np.searchsorted(known, task.types[1][kept])]
+    seen = np.flatnonzero(np.isin(task.types[1], known))
+    test_y = label[np.searchsorted(known, task.types[1][seen])]
     train_y = label[place]
     if len({*train_y.tolist()}) < 2 or len({*test_y.tolist()}) < 2:
         return None  # too few types to say anything
-    group = task.test_group[kept]
-    return kept, task._replace(train_y=train_y, test_y=test_y, test_group=group)
+    group = task.test_group[seen]
+    return seen, task._replace(train_y=train_y, test_y=test_y, test_group=group)
 
 
 def _sparse(train: Units, test: Units, task: Task, k: int, seed: int) -> ProbeScore:

@@ -160,9 +160,11 @@ class _Subject:
         self._dictionary, self._loaded, self._request = dictionary, loaded, request
         tokenizer = loaded.tokenizer
         words = [word.strip().lower() for word in request.words]
-        whole = target_tokens(tokenizer, words)
-        begun = [tokenizer(f" {word}", add_special_tokens=False) for word in words]
-        self.targets = torch.tensor(whole or [ids["input_ids"][0] for ids in begun])
+        begun = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
+        targets = target_tokens(tokenizer, words) or [ids[0] for ids in begun if ids]
+        if not targets:
+            raise MonosemaError(f"words must have tokens, got {', '.join(words)}")
+        self.targets = torch.tensor(targets)
         self._neutral = neutral_tokens(tokenizer, request.neutral, request.n_neutral)
 
     def continued(self) -> list[Generation]:
