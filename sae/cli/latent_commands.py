@@ -194,12 +194,15 @@ def steer(  # noqa: PLR0913  (options are parameters)
         if latent or sweep:
             wrong = "--latent" if latent else "--sweep"
             raise ConfigError(f"{wrong} must be absent beside --word, got one")
-        del options["latents"]
-        _steer_words(
-            path, load_overrides(SteerWordsRequest, overrides or [], {**options, "words": word})
-        )
+        asked = {**options, "words": word}
+        del asked["latents"]
+        _steer_words(path, load_overrides(SteerWordsRequest, overrides or [], asked))
         return
-    request = load_overrides(SteerRequest, overrides or [], {**options, "sweep": sweep})
+    _steer_latents(path, load_overrides(SteerRequest, overrides or [], {**options, "sweep": sweep}))
+
+
+def _steer_latents(path: str, request: SteerRequest) -> None:
+    """Print texts with latents changed; or sweep one, and write what came of it."""
     from sae.run.context import with_differences
     from sae.run.steering import continuations, placed_in_model, sweep_latent
 
@@ -207,7 +210,7 @@ def steer(  # noqa: PLR0913  (options are parameters)
     dictionary, loaded, differs = placed_in_model(
         path, *where, force=request.force, read_out=request.read_out
     )
-    if sweep:
+    if request.sweep:
         with console.step("sweep") as progress:
             swept = sweep_latent(path, dictionary, loaded, request, progress)
         name = f"steer-{Path(path).name}-{swept.latent}"

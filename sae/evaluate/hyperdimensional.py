@@ -171,8 +171,7 @@ def hyperdimensional_probe(
     recalled = book.unbind(fit.net(target)(test_x))
     exchanged = target[torch.randperm(len(target), generator=made)]
     control = book.unbind(fit.net(exchanged)(test_x)) == truth
-    exact = book.unbind(book.bundle(truth)) == truth
-    group = cache.refs(test).example.numpy()
+    exact, group = book.unbind(book.bundle(truth)) == truth, cache.refs(test).example.numpy()
     results = {}
     for i, (name, of_one) in enumerate(roles.items()):
         head = fit.linear(y[:, i], len(of_one.names))
@@ -185,8 +184,8 @@ def hyperdimensional_probe(
             control=float(control[:, i].float().mean()),
             n_fillers=len(of_one.names),
         )
-    sizes = {"n_train": len(train), "n_test": len(test)}
-    return HyperdimensionalProbe(roles=results, clusters=clusters, **sizes)
+    n = {"n_train": len(train), "n_test": len(test)}
+    return HyperdimensionalProbe(roles=results, clusters=clusters, **n)
 
 
 def _rows(

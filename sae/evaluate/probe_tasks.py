@@ -169,6 +169,63 @@ def read_labels(path: str | Path, cache: ActivationCache) -> RowLabels:
     return RowLabels(tuple(names), label)
 
 
+class AnsweredTexts(NamedTuple):
+    """Texts with an answer each, and which concepts they have."""
+
+    texts: list[str]
+    answers: list[str]
+    concepts: Bool[np.ndarray, "text concept"]
+    names: list[str]
+    """Of the concepts."""
+    n_repeated: int
+    """Records whose text had come before; they are left out."""
+
+
+def read_answered(path: str | Path, fields: tuple[str, str, str]) -> AnsweredTexts:
+    """Read JSON lines whose fields are a text, its answer, and its concepts.
+
+    Concepts are a list of those that a text has, or an object with true and false by name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a record has another form, or there are no concepts or fewer than two answers.
+    """
+    known: dict[str, tuple[str, set[str]]] = {}
+    names: set[str] = set()
+    n_records = 0
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        record, n_records = _answered(line, fields), n_records + 1
+        if record is None:
+            rule = f"must be a record with {fields[0]}, {fields[1]} and {fields[2]}"
+            raise MonosemaError(f"{path}:{number} {rule}, got {line[:80]!r}")
+        text, answer, of_text = record
+        names |= of_text.keys()
+        known.setdefault(text, (answer, {name for name, value in of_text.items() if value}))
+    answers = [answer for answer, _ in known.values()]
+    if not names or len(set(answers)) < 2:
+        raise MonosemaError(
+            f"{path} must have concepts and at least 2 answers, got {len(names)} concepts and "
+            f"{len(set(answers))} answers in {len(known)} texts"
+        )
+    ordered = sorted(names)
+    has = np.array([[name in of_text for name in ordered] for _, of_text in known.values()])
+    return AnsweredTexts(list(known), answers, has, ordered, n_records - len(known))
+
+
+def _answered(line: str, fields: tuple[str, str, str]) -> tuple[str, str, dict[str, bool]] | None:
+    """Text, answer and concepts of a record; None where it has another form."""
+    try:
+        record = json.loads(line)
+        text, answer, given = (record[name] for name in fields)
+        pairs = given.items() if isinstance(given, dict) else ((name, True) for name in given)
+        concepts = {str(name): bool(value) for name, value in pairs}
+        return (text, str(answer), concepts) if text.strip() else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
 LEAST = 20
 """Positive rows on either side below which a label is left out of a survey."""
 

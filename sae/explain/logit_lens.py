@@ -181,22 +181,16 @@ def weight_labels(
         ValueError: If the model's words are of another width than the rows that are read.
     """
     widths = [part.width for part in dictionary.config.slices_in]
-    enc = torch.nn.functional.normalize(dictionary.enc_rows.split(widths, dim=1)[-1], dim=1)
+    enc = dictionary.enc_rows.split(widths, dim=1)[-1]
     if enc.shape[1] != vectors.shape[1]:
         raise MonosemaError(
             f"weights must be 0 for rows of another width, {enc.shape[1]}, than the model's output "
             f"embedding, {vectors.shape[1]}"
         )
-    best = torch.full((len(enc), n), float("-inf")), torch.zeros(len(enc), n, dtype=torch.int64)
-    for first in range(0, len(words), _WORDS_AT_ONCE):  # of all latents, so words come in parts
-        pmi = weight_pmi(enc, vectors[first : first + _WORDS_AT_ONCE].to(enc))
-        place = torch.arange(first, first + pmi.shape[1]).expand(len(enc), -1)
-        both = torch.cat([best[0], pmi.cpu()], 1), torch.cat([best[1], place], 1)
-        top = both[0].topk(n, dim=1)
-        best = top.values, both[1].gather(1, top.indices)
-    listed = (best[0] > 0).numpy()
-    number = np.where(listed, np.array(words)[best[1].numpy()], -1)
-    weight = np.where(listed, best[0].double().numpy(), 0.0)
+    values, places = _best_words(enc, vectors, n)
+    listed = (values > 0).numpy()
+    number = np.where(listed, np.array(words)[places.numpy()], -1)
+    weight = np.where(listed, values.double().numpy(), 0.0)
     rules = Rules(np.zeros(len(enc), np.int64), number.astype(np.int32), weight)
     score = score_rules(rules, ("word",), scored_on.codes, scored_on.text, wanted)
     generator, scored = np.random.default_rng(seed), np.flatnonzero(wanted)
@@ -215,7 +209,21 @@ def weight_labels(
         "n_different_words": len(np.unique(number[scored][known])),
         "share_frequent": float(frequent.mean()) if known.any() else 0.0,
     }
-    return WeightLabels(number, best[0], score.auc, summary)
+    return WeightLabels(number, values, score.auc, summary)
+
+
+def _best_words(
+    enc: Float[Tensor, "d_sae d_model"], vectors: Float[Tensor, "word d_model"], n: int
+) -> tuple[Float[Tensor, "d_sae n"], Int[Tensor, "d_sae n"]]:
+    """The n largest PMI of each latent and their words; of all latents, so words come in parts."""
+    best = torch.full((len(enc), n), float("-inf")), torch.zeros(len(enc), n, dtype=torch.int64)
+    for first in range(0, len(vectors), _WORDS_AT_ONCE):
+        pmi = weight_pmi(enc, vectors[first : first + _WORDS_AT_ONCE].to(enc))
+        place = torch.arange(first, first + pmi.shape[1]).expand(len(enc), -1)
+        both = torch.cat([best[0], pmi.cpu()], 1), torch.cat([best[1], place], 1)
+        top = both[0].topk(n, dim=1)
+        best = top.values, both[1].gather(1, top.indices)
+    return best
 
 
 def _ends(mean: Mean) -> dict[str, float | None]:

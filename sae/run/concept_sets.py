@@ -1,6 +1,5 @@
 """TCAV, concept bottlenecks and embeddings by command, on the stream and on latents."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -30,7 +29,7 @@ from sae.evaluate.concepts import (
     sets_needed,
     tcav,
 )
-from sae.evaluate.probe_tasks import check_two_classes
+from sae.evaluate.probe_tasks import check_two_classes, read_answered
 from sae.evaluate.report import write_record
 from sae.run.config import BottleneckRequest, ConceptsRequest
 from sae.run.context import Section, Steps, silent_steps, steps_to, with_differences
@@ -334,7 +333,8 @@ def bottleneck_of(
     path: str | Path, request: BottleneckRequest, steps: Steps = silent_steps
 ) -> BottleneckTest:
     """Read the records, then the model on their texts, then fit each head on each place."""
-    texts, answers, has, names, n_repeated = _answered(request)
+    fields = (request.field, request.answer, request.concepts)
+    texts, answers, has, names, n_repeated = read_answered(request.records, fields)
     placed, loaded, differs = placed_in_model(
         path, request.model, request.dtype, request.hook_point,
         force=request.force, read_out=request.read_out,
@@ -360,39 +360,5 @@ def bottleneck_of(
                 model.fit(units[seen], has[seen], y[seen])
                 figures = corrected(model, units[unseen], has[unseen], y[unseen], request.seed)
                 arms.append(BottleneckArm(head, place, figures))
-    floor = float(np.bincount(y[unseen]).max() / len(unseen))
-    counts = (len(seen), len(unseen), n_repeated)
-    return BottleneckTest(tuple(names), tuple(arms), floor, *counts, differs)
-
-
-def _answered(
-    request: BottleneckRequest,
-) -> tuple[list[str], list[str], np.ndarray, list[str], int]:
-    """Texts, each once, their answers, which concepts each has, and the concepts' names."""
-    known: dict[str, tuple[str, set[str]]] = {}
-    names: set[str] = set()
-    lines = Path(request.records).read_text(encoding="utf-8").splitlines()
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    for number, line in filled:
-        try:
-            record = json.loads(line)
-            given = record[request.concepts]
-            pairs = given.items() if isinstance(given, dict) else ((name, True) for name in given)
-            of_text = {str(name): bool(value) for name, value in pairs}
-            text, answer = record[request.field], str(record[request.answer])
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(text)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            rule = f"must be a record with {request.field}, {request.answer} and {request.concepts}"
-            raise MonosemaError(f"{request.records}:{number} {rule}, got {line[:80]!r}") from None
-        names |= of_text.keys()
-        known.setdefault(text, (answer, {name for name, value in of_text.items() if value}))
-    if not names or len({answer for answer, _ in known.values()}) < FEWEST:
-        raise MonosemaError(
-            f"{request.records} must have concepts and at least {FEWEST} answers, got {len(names)} "
-            f"concepts in {len(known)} texts"
-        )
-    ordered = sorted(names)
-    has = np.array([[name in of_text for name in ordered] for _, of_text in known.values()])
-    answers = [answer for answer, _ in known.values()]
-    return list(known), answers, has, ordered, len(filled) - len(known)
+    floor, n = float(np.bincount(y[unseen]).max() / len(unseen)), (len(seen), len(unseen))
+    return BottleneckTest(tuple(names), tuple(arms), floor, *n, n_repeated, differs)

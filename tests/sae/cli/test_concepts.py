@@ -199,7 +199,10 @@ def test_a_bottleneck_by_command_is_that_of_the_function(dictionary, answered, t
     [
         (['{"text": "a"}'], ":1 must be a record with text, answer and concepts"),
         (["", "nonsense"], ":2 must be a record"),
-        (['{"text": "aba b", "answer": 1, "concepts": []}'] * 9, "got 0 concepts in 1 texts"),
+        (
+            ['{"text": "aba b", "answer": 1, "concepts": []}'] * 9,
+            "got 0 concepts and 1 answers in 1 texts",
+        ),
         (['{"text": " ", "answer": 1, "concepts": ["x"]}'], ":1 must be a record"),
         (
             [f'{{"text": "aba {i}", "answer": {i % 2}, "concepts": ["x"]}}' for i in range(9)],
