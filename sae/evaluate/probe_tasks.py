@@ -140,17 +140,12 @@ def read_labels(path: str | Path, cache: ActivationCache) -> RowLabels:
         ValueError: If a line has another form, or names an example that the cache has not.
     """
     label, names = torch.full(cache.examples.tokens.shape, -1), {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise MonosemaError(f"{path} must be JSON lines in UTF-8, got {error.reason}") from None
     parts: tuple[list, list] = ([], [])  # whole examples first
-    for number, line in enumerate(lines, 1):
+    for number, line in _lines(path):
         try:
-            record = json.loads(line) if line.strip() else None
-            if record is not None:
-                place = (int(record["example"]), record.get("position"), str(record["label"]))
-                parts[place[1] is not None].append((number, place))
+            record = json.loads(line)
+            place = (int(record["example"]), record.get("position"), str(record["label"]))
+            parts[place[1] is not None].append((number, place))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             rule = 'must be such as {"example": 3, "label": "news"}'
             raise MonosemaError(f"{path}:{number} {rule}, got {line[:80]!r}") from None
@@ -167,6 +162,15 @@ def read_labels(path: str | Path, cache: ActivationCache) -> RowLabels:
         where = slice(None) if position is None else position
         label[example, where] = names.setdefault(name, len(names))
     return RowLabels(tuple(names), label)
+
+
+def _lines(path: str | Path) -> list[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise MonosemaError(f"{path} must be JSON lines in UTF-8, got {error.reason}") from None
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 class AnsweredTexts(NamedTuple):
@@ -188,15 +192,13 @@ def read_answered(path: str | Path, fields: tuple[str, str, str]) -> AnsweredTex
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a record has another form, or there are no concepts or fewer than two answers.
+        ValueError: If a record has another form, or there is no concept or but one answer.
     """
     known: dict[str, tuple[str, set[str]]] = {}
     names: set[str] = set()
-    n_records = 0
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        record, n_records = _answered(line, fields), n_records + 1
+    lines = _lines(path)
+    for number, line in lines:
+        record = _answered(line, fields)
         if record is None:
             rule = f"must be a record with {fields[0]}, {fields[1]} and {fields[2]}"
             raise MonosemaError(f"{path}:{number} {rule}, got {line[:80]!r}")
@@ -211,7 +213,7 @@ def read_answered(path: str | Path, fields: tuple[str, str, str]) -> AnsweredTex
         )
     ordered = sorted(names)
     has = np.array([[name in of_text for name in ordered] for _, of_text in known.values()])
-    return AnsweredTexts(list(known), answers, has, ordered, n_records - len(known))
+    return AnsweredTexts(list(known), answers, has, ordered, len(lines) - len(known))
 
 
 def _answered(line: str, fields: tuple[str, str, str]) -> tuple[str, str, dict[str, bool]] | None:
