@@ -43,7 +43,7 @@ def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, 
         "min_firings=5", "min_examples=2", "autointerp.llm.model=m", "autointerp.n_latents=5",
         "autointerp.n_baseline=0", "autointerp.min_windows=2", "autointerp.logit_lens=true",
         "autointerp.windows.tokens=8", "n_baseline=7", "rules.windows.tokens=8",
-        "rules.n_latents=5", "rules.min_windows=2", "weights=40",
+        "rules.n_latents=5", "rules.min_windows=2", "weights=40", "seed=1",
     ]  # fmt: skip
     assert sae(monkeypatch, *arguments) == 0
     shown = capsys.readouterr().out
