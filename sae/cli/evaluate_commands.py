@@ -44,7 +44,7 @@ ImagesOption = Annotated[
     typer.Option("--images", min=1, help="The same of images: to fit on, and as many to score."),
 ]
 ProbeOption = Annotated[
-    int, typer.Option("--probe", min=0, help="Probe so many of the cache's labels.")
+    int, typer.Option("--probe", min=0, help="Probe so many labels, those of the most rows.")
 ]
 StructureOption = Annotated[
     bool,
@@ -69,6 +69,9 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
     ] = None,
     page: Annotated[Path | None, typer.Option("--page", help="Write them here as HTML.")] = None,
     probe: ProbeOption = 0,
+    labels: Annotated[
+        Path | None, typer.Option(help="JSON lines of example and label, instead of the cache's.")
+    ] = None,
     structure: StructureOption = False,
     baselines: Annotated[bool, typer.Option(help="Measure baselines beside them.")] = True,
     force: ForceOption = False,
@@ -84,7 +87,7 @@ def evaluate(  # noqa: PLR0913  (options are parameters)
     from sae.run.page import write_evaluation
 
     request = _request(targets, cache, hook_point, (model, contexts, images), probe, structure)
-    request = request._replace(baselines=baselines, force=force, read_out=read_out)
+    request = request._replace(baselines=baselines, force=force, read_out=read_out, labels=labels)
     measured = measure(request, console.step)
     console.parts(measured.sections)
     console.data(lambda: plain(measured.record))

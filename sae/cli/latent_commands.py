@@ -16,8 +16,8 @@ from sae.cli.request import (
 )
 from sae.config import ConfigError, is_config, load_overrides
 from sae.explain.config import ExplainConfig
-from sae.run.config import browsed_config
-from sae.steer.config import ConceptsRequest, FindRequest, SteerRequest
+from sae.run.config import BottleneckRequest, ConceptsRequest, browsed_config
+from sae.steer.config import FindRequest, SteerRequest, SteerWordsRequest
 
 if TYPE_CHECKING:
     from sae.browser.server import PromptView
@@ -156,6 +156,10 @@ def steer(  # noqa: PLR0913  (options are parameters)
     latent: Annotated[
         list[str] | None, typer.Option(help="NUMBER=CHANGE: 123=10x, =+2x, =*3, =off; repeatable.")
     ] = None,
+    word: Annotated[
+        list[str] | None,
+        typer.Option(help="All latents whose labels name it; repeatable."),
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What is continued; repeatable.")] = None,
     model: Annotated[str | None, typer.Option(help="If the dictionary does not name it.")] = None,
     chat: Annotated[
@@ -171,10 +175,11 @@ def steer(  # noqa: PLR0913  (options are parameters)
     """Generate with latents changed: of a run's config after explaining, or of a dictionary.
 
     A dictionary takes KEY=VALUE too: positions=generated max_new_tokens=60 strengths=[1,2,4]
-    unit=norm max_kl=0.3 neutral=news.txt hook_point=model.layers.7:out dtype=float32.
+    unit=norm max_kl=0.3 neutral=news.txt hook_point=model.layers.7:out dtype=float32. With --word
+    amplify=1x or calibrate=1x, n_latents=8 controls=3 by=weights explained=DIR.
     """
     if is_config(path):
-        given = {"--latent": latent, "--prompt": prompt, "--model": model}
+        given = {"--latent": latent, "--word": word, "--prompt": prompt, "--model": model}
         given |= {"--chat": chat, "--sweep": sweep, "--force": force}
         given |= {"--read-out": read_out != "linear"}
         if used := [name for name, value in given.items() if value]:
@@ -185,7 +190,19 @@ def steer(  # noqa: PLR0913  (options are parameters)
     options = {key: value for key, value in named.items() if value is not None}
     options |= {key: True for key, is_set in (("chat", chat), ("force", force)) if is_set}
     options |= {"read_out": read_out} if read_out != "linear" else {}
-    request = load_overrides(SteerRequest, overrides or [], {**options, "sweep": sweep})
+    if word:
+        if latent or sweep:
+            wrong = "--latent" if latent else "--sweep"
+            raise ConfigError(f"{wrong} must be absent beside --word, got one")
+        asked = {**options, "words": word}
+        del asked["latents"]
+        _steer_words(path, load_overrides(SteerWordsRequest, overrides or [], asked))
+        return
+    _steer_latents(path, load_overrides(SteerRequest, overrides or [], {**options, "sweep": sweep}))
+
+
+def _steer_latents(path: str, request: SteerRequest) -> None:
+    """Print texts with latents changed; or sweep one, and write what came of it."""
     from sae.run.context import with_differences
     from sae.run.steering import continuations, placed_in_model, sweep_latent
 
@@ -193,7 +210,7 @@ def steer(  # noqa: PLR0913  (options are parameters)
     dictionary, loaded, differs = placed_in_model(
         path, *where, force=request.force, read_out=request.read_out
     )
-    if sweep:
+    if request.sweep:
         with console.step("sweep") as progress:
             swept = sweep_latent(path, dictionary, loaded, request, progress)
         name = f"steer-{Path(path).name}-{swept.latent}"
@@ -207,6 +224,17 @@ def steer(  # noqa: PLR0913  (options are parameters)
         )
         note = with_differences(note, {path: differs} if differs else {})
         console.side_by_side(text.prompt, ("base", text.base), ("steered", text.steered), note)
+
+
+def _steer_words(path: str, request: SteerWordsRequest) -> None:
+    """Print what the latents about some words do, and write it where a place is named."""
+    from sae.run.steering_by_words import steer_words_of
+
+    with console.step("arms") as progress:
+        steered = steer_words_of(path, request, progress)
+    console.parts(steered.sections)
+    if request.output is not None:
+        console.say(f"figures: {steered.write(Path(request.output))}")
 
 
 def find(  # noqa: PLR0913
@@ -250,6 +278,9 @@ def concepts(  # noqa: PLR0913
     target: Annotated[str | None, typer.Option(help="The token whose logit is asked.")] = None,
     model: Annotated[str | None, typer.Option(help="If the dictionary does not name it.")] = None,
     force: ForceOption = False,
+    bottleneck: Annotated[
+        str | None, typer.Option(help="Instead: records of text, answer and concepts (.jsonl).")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="For the figures.")] = Path("concepts"),
 ) -> None:
     """Test by TCAV whether a next token's logit moves along concepts, on stream and latents.
@@ -257,14 +288,24 @@ def concepts(  # noqa: PLR0913
     A folder has NAME.txt (a text per line) or NAME/ (a text per file); records have the field
     `concept` (label=FIELD). KEY=VALUE: prompt_file=FILE against=" Rome" sets=119 texts=30
     random=FILE random_field=text sides=greater level=0.05 hook_point=PLACE dtype=float32.
+
+    With --bottleneck answers are fitted by way of concepts, and concepts corrected: k=5 head=tree
+    answer=FIELD concepts=FIELD.
     """
     named = {"concepts": sets, "prompts": prompt, "target": target, "model": model}
     options = {key: value for key, value in named.items() if value is not None}
     options |= {"force": True} if force else {}
-    request = load_overrides(ConceptsRequest, overrides or [], options)
-    from sae.run.concept_sets import concepts_of
+    from sae.run.concept_sets import bottleneck_of, concepts_of
 
-    tested = concepts_of(path, request, console.step)
+    if bottleneck is not None:
+        if used := [name for name in ("concepts", "prompts", "target") if name in options]:
+            raise ConfigError(f"{used[0]} must be absent beside --bottleneck, got one")
+        asked = {**options, "records": bottleneck}
+        request = load_overrides(BottleneckRequest, overrides or [], asked)
+        tested = bottleneck_of(path, request, console.step)
+    else:
+        request = load_overrides(ConceptsRequest, overrides or [], options)
+        tested = concepts_of(path, request, console.step)
     console.parts([tested.section])
     console.say(f"figures: {tested.write(out)}")
 

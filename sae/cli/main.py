@@ -14,11 +14,10 @@ from rich.markup import escape
 
 from sae.cli import console, troubles
 from sae.cli.cache_commands import app as cache_app
-from sae.cli.cache_commands import verify
+from sae.cli.cache_commands import convert, inspect, push, releases, verify, verify_release
 from sae.cli.evaluate_commands import app as scaling_app
 from sae.cli.evaluate_commands import compare, evaluate, similar, study
 from sae.cli.latent_commands import browse, concepts, explain, find, refine, steer
-from sae.cli.release_commands import convert, inspect, push, releases, verify_release
 from sae.cli.request import (
     ConfigArgument,
     EstimateOption,

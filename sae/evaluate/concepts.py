@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy.sparse
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from sklearn.linear_model import LogisticRegression
 from sklearn.tree import DecisionTreeClassifier
-from torch import Tensor
+from torch import Tensor, nn
 
 from activations_cache.checks import Progress, silent
 from monosema.checks import MonosemaError
@@ -201,16 +202,132 @@ class ConceptBottleneck:
         """
         concepts = (self.concepts(units) > 0.5).astype(float)
         for number, values in (given or {}).items():
-            if not 0 <= number < len(self._probes):
-                raise MonosemaError(
-                    f"given must name concepts 0..{len(self._probes) - 1}, got {number}"
-                )
+            _check_concept(number, len(self._probes))
             concepts[:, number] = values
         return np.asarray(self._head.predict(concepts))
 
 
+def _check_concept(number: int, n: int) -> None:
+    if not 0 <= number < n:
+        raise MonosemaError(f"given must name concepts 0..{n - 1}, got {number}")
+
+
+class ConceptEmbedding:
+    """y = g(mixed embeddings): each concept has one for true and one for false.
+
+    c_i = p_i positive_i + (1 - p_i) negative_i, both functions of the units, p_i the probability of
+    concept i; the head sees all c_i, so that it knows what the concepts leave out (Espinosa
+    Zarlenga et al. 2022, arXiv 2209.09056). In training a quarter of the probabilities are the true
+    concepts (their RandInt), so that corrections mean something.
+    """
+
+    def __init__(
+        self, width: int = 16, steps: int = 300, rate: float = 3e-3, seed: int = 0
+    ) -> None:
+        """Take the width of an embedding, and how it is trained."""
+        self.width, self.steps, self.rate, self.seed = width, steps, rate, seed
+        self._net: _Embeddings | None = None
+
+    def fit(
+        self,
+        units: Units,
+        concepts: Bool[np.ndarray, "row concept"],
+        y: Int[np.ndarray, " row"],
+    ) -> "ConceptEmbedding":
+        """Fit all parts together, to the concepts and to the answers.
+
+        Raises:
+            ValueError: If a concept is in no row or in all.
+        """
+        for i in range(concepts.shape[1]):
+            check_two_classes(concepts[:, i], f"concept {i}")
+        dense = _dense(units)
+        scale = dense.std(axis=0)
+        self._mean, self._scale = dense.mean(axis=0), np.where(scale > 0, scale, 1)
+        self._classes, target = np.unique(y, return_inverse=True)
+        x, truth, target = self._scaled(units), torch.tensor(concepts).float(), torch.tensor(target)
+        made = torch.Generator().manual_seed(self.seed)
+        sizes = (x.shape[1], truth.shape[1], self.width, len(self._classes))
+        net = self._net = _Embeddings(*sizes, made)
+        adam = torch.optim.Adam(net.parameters(), lr=self.rate)
+        losses = nn.functional
+        for _ in range(self.steps):
+            at = torch.randint(len(x), (min(256, len(x)),), generator=made)
+            known = torch.rand(len(at), truth.shape[1], generator=made) < 0.25
+            answer, logits = net(x[at], torch.where(known, truth[at], float("nan")))
+            loss = losses.cross_entropy(answer, target[at])
+            loss = loss + losses.binary_cross_entropy_with_logits(logits, truth[at])
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        return self
+
+    @torch.no_grad()
+    def concepts(self, units: Units) -> Float[np.ndarray, "row concept"]:
+        """Probability of each concept."""
+        net, x = self._fitted(), self._scaled(units)
+        return net(x, torch.full((len(x), net.n), float("nan")))[1].sigmoid().numpy()
+
+    @torch.no_grad()
+    def predict(
+        self, units: Units, given: Mapping[int, Bool[np.ndarray, " row"]] | None = None
+    ) -> Int[np.ndarray, " row"]:
+        """Answers, with some concepts set to what is given instead of predicted.
+
+        Raises:
+            ValueError: If a number is not of a concept.
+        """
+        net, x = self._fitted(), self._scaled(units)
+        known = torch.full((len(x), net.n), float("nan"))
+        for number, values in (given or {}).items():
+            _check_concept(number, net.n)
+            known[:, number] = torch.tensor(values).float()
+        return self._classes[net(x, known)[0].argmax(dim=1).numpy()]
+
+    def _fitted(self) -> "_Embeddings":
+        assert self._net is not None, "used before it was fitted"
+        return self._net
+
+    def _scaled(self, units: Units) -> Float[Tensor, "row unit"]:
+        dense = _dense(units)
+        return torch.tensor((dense - self._mean) / self._scale, dtype=torch.float32)
+
+
+def _dense(units: Units) -> Float[np.ndarray, "row unit"]:
+    return units.toarray() if isinstance(units, scipy.sparse.csr_matrix) else units
+
+
+class _Embeddings(nn.Module):
+    def __init__(
+        self, d_in: int, n: int, width: int, n_classes: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.n, self.width = n, width
+        self.body = nn.Sequential(nn.Linear(d_in, 64), nn.LeakyReLU(), nn.Linear(64, 64))
+        self.both = nn.Sequential(nn.LeakyReLU(), nn.Linear(64, n * 2 * width))
+        self.concept = nn.Linear(2 * width, 1)
+        self.head = nn.Sequential(
+            nn.Linear(n * width, 64), nn.LeakyReLU(), nn.Linear(64, n_classes)
+        )
+        for layer in self.modules():  # as torch draws them, by our own generator
+            if isinstance(layer, nn.Linear):
+                bound = 1 / layer.in_features**0.5
+                for parameter in layer.parameters():
+                    nn.init.uniform_(parameter.data, -bound, bound, generator=generator)
+
+    def forward(
+        self, x: Float[Tensor, "row unit"], known: Float[Tensor, "row concept"]
+    ) -> tuple[Float[Tensor, "row answer"], Float[Tensor, "row concept"]]:
+        """Logits of answers and concepts; a known concept stands in its probability's place."""
+        both = self.both(self.body(x)).view(len(x), self.n, 2, self.width)
+        logits = self.concept(both.flatten(2))[..., 0]
+        p = torch.where(known.isnan(), logits.sigmoid(), known)[..., None]
+        mixed = p * both[:, :, 0] + (1 - p) * both[:, :, 1]
+        return self.head(mixed.flatten(1)), logits
+
+
 def intervention_curve(
-    model: ConceptBottleneck,
+    model: ConceptBottleneck | ConceptEmbedding,
     units: Units,
     concepts: Bool[np.ndarray, "row concept"],
     y: Int[np.ndarray, " row"],
@@ -220,3 +337,37 @@ def intervention_curve(
     numbers = list(range(concepts.shape[1])) if order is None else list(order)
     given = [{i: concepts[:, i] for i in numbers[:n]} for n in range(len(numbers) + 1)]
     return [float((model.predict(units, of_one) == y).mean()) for of_one in given]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrected:
+    """How often an answer is right as its concepts are corrected, on rows not fitted on."""
+
+    concepts: tuple[float, ...]
+    """Share of rows on which each concept is told right."""
+    accuracy: tuple[float, ...]
+    """Of the answer with the first 0, 1, ... concepts set to what is true."""
+    control: tuple[float, ...]
+    """The same where they are set to those of other rows."""
+
+    @property
+    def ends(self) -> tuple[float, float, float, float]:
+        """Mean over concepts; the answer as predicted, corrected, and by other rows' concepts."""
+        mean = sum(self.concepts) / len(self.concepts)
+        return mean, self.accuracy[0], self.accuracy[-1], self.control[-1]
+
+
+def corrected(
+    model: ConceptBottleneck | ConceptEmbedding,
+    units: Units,
+    concepts: Bool[np.ndarray, "row concept"],
+    y: Int[np.ndarray, " row"],
+    seed: int = 0,
+) -> Corrected:
+    """Score a fitted model on other rows; the seed decides whose concepts the control takes."""
+    others = concepts[np.random.default_rng(seed).permutation(len(concepts))]
+    right = (model.concepts(units) > 0.5) == concepts
+    curves = [tuple(intervention_curve(model, units, given, y)) for given in (concepts, others)]
+    return Corrected(
+        concepts=tuple(right.mean(axis=0).tolist()), accuracy=curves[0], control=curves[1]
+    )

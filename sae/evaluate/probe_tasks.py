@@ -3,7 +3,9 @@
 What probes read: a matrix of units over rows, sparse for dictionaries.
 """
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -35,6 +37,8 @@ class Task(NamedTuple):
     test_y: Bool[np.ndarray, " other"]
     test_group: Int[np.ndarray, " other"]
     """What is independent of each other among the rows to score on, such as their examples."""
+    types: tuple[Int[np.ndarray, " row"], Int[np.ndarray, " other"]] | None = None
+    """What a control task gives a label each, of both sides: the rows' tokens."""
 
 
 def check_two_classes(y: Bool[np.ndarray, " row"], what: str) -> None:
@@ -104,6 +108,126 @@ def columns(units: Units, chosen: Int[np.ndarray, " k"]) -> Float[np.ndarray, "r
     return part.toarray() if isinstance(part, scipy.sparse.csr_matrix) else np.asarray(part)
 
 
+class RowLabels(NamedTuple):
+    """A label for each row of a cache, or none."""
+
+    names: tuple[str, ...]
+    """What the labels are called."""
+    label: Int[Tensor, "example pos"]
+    """Index into the names; -1 where there is none."""
+
+    def of(self, cache: ActivationCache, rows: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+        """The labels of rows."""
+        refs = cache.refs(rows)
+        return self.label[refs.example, refs.position]
+
+
+def labels_of(cache: ActivationCache) -> RowLabels:
+    """The labels that a cache was built with."""
+    label = cache.examples.label
+    none = torch.full(cache.examples.tokens.shape, -1)
+    return RowLabels(cache.label_names, none if label is None else label.long())
+
+
+def read_labels(path: str | Path, cache: ActivationCache) -> RowLabels:
+    """Labels of a file: JSON lines with the `example` of a cache by its number, and its `label`.
+
+    With a `position` as well a label is of that token or patch alone, and stands above one of the
+    whole example.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line has another form, or names an example that the cache has not.
+    """
+    label, names = torch.full(cache.examples.tokens.shape, -1), {}
+    parts: tuple[list, list] = ([], [])  # whole examples first
+    for number, line in _lines(path):
+        try:
+            record = json.loads(line)
+            place = (int(record["example"]), record.get("position"), str(record["label"]))
+            parts[place[1] is not None].append((number, place))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            rule = 'must be such as {"example": 3, "label": "news"}'
+            raise MonosemaError(f"{path}:{number} {rule}, got {line[:80]!r}") from None
+    for number, (example, position, name) in (*parts[0], *parts[1]):
+        n_positions = label.shape[1]
+        is_there = 0 <= example < len(label) and (
+            position is None or (isinstance(position, int) and 0 <= position < n_positions)
+        )
+        if not is_there:
+            raise MonosemaError(
+                f"{path}:{number} must name an example below {len(label):,} and a position below "
+                f"{n_positions}, as {cache.path} has them, got {example} and {position}"
+            )
+        where = slice(None) if position is None else position
+        label[example, where] = names.setdefault(name, len(names))
+    return RowLabels(tuple(names), label)
+
+
+def _lines(path: str | Path) -> list[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise MonosemaError(f"{path} must be JSON lines in UTF-8, got {error.reason}") from None
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+class AnsweredTexts(NamedTuple):
+    """Texts with an answer each, and which concepts they have."""
+
+    texts: list[str]
+    answers: list[str]
+    concepts: Bool[np.ndarray, "text concept"]
+    names: list[str]
+    """Of the concepts."""
+    n_repeated: int
+    """Records whose text had come before; they are left out."""
+
+
+def read_answered(path: str | Path, fields: tuple[str, str, str]) -> AnsweredTexts:
+    """Read JSON lines whose fields are a text, its answer, and its concepts.
+
+    Concepts are a list of those that a text has, or an object with true and false by name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a record has another form, or there is no concept or but one answer.
+    """
+    known: dict[str, tuple[str, set[str]]] = {}
+    names: set[str] = set()
+    lines = _lines(path)
+    for number, line in lines:
+        record = _answered(line, fields)
+        if record is None:
+            rule = f"must be a record with {fields[0]}, {fields[1]} and {fields[2]}"
+            raise MonosemaError(f"{path}:{number} {rule}, got {line[:80]!r}")
+        text, answer, of_text = record
+        names |= of_text.keys()
+        known.setdefault(text, (answer, {name for name, value in of_text.items() if value}))
+    answers = [answer for answer, _ in known.values()]
+    if not names or len(set(answers)) < 2:
+        raise MonosemaError(
+            f"{path} must have concepts and at least 2 answers, got {len(names)} concepts and "
+            f"{len(set(answers))} answers in {len(known)} texts"
+        )
+    ordered = sorted(names)
+    has = np.array([[name in of_text for name in ordered] for _, of_text in known.values()])
+    return AnsweredTexts(list(known), answers, has, ordered, len(lines) - len(known))
+
+
+def _answered(line: str, fields: tuple[str, str, str]) -> tuple[str, str, dict[str, bool]] | None:
+    """Text, answer and concepts of a record; None where it has another form."""
+    try:
+        record = json.loads(line)
+        text, answer, given = (record[name] for name in fields)
+        pairs = given.items() if isinstance(given, dict) else ((name, True) for name in given)
+        concepts = {str(name): bool(value) for name, value in pairs}
+        return (text, str(answer), concepts) if text.strip() else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
 LEAST = 20
 """Positive rows on either side below which a label is left out of a survey."""
 
@@ -116,6 +240,7 @@ def task_of(
     n_train: int = 4000,
     n_test: int = 1000,
     seed: int = 0,
+    labels: RowLabels | None = None,
 ) -> Task:
     """Rows of a label and as many of other labels: fitted on `explain`, scored on the other splits.
 
@@ -124,17 +249,19 @@ def task_of(
     Args:
         cache: A cache whose text or images have labels.
         hook_point: Which rows.
-        label: One of `cache.label_names`; rows without any label are left out.
+        label: One of the labels' names; rows without any label are left out.
         n_train: At most so many rows to fit on, half of them positive.
         n_test: At most so many to score on.
         seed: Decides which rows.
+        labels: Other labels than the cache's own.
 
     Raises:
         ValueError: If the cache has no labels, not this one, not this hook point, or rows of one
             class alone.
     """
     check_hook_point(cache, hook_point)
-    names = cache.label_names
+    labels = labels or labels_of(cache)
+    names = labels.names
     if label not in names:
         known = ", ".join(names) if names else "none; build a cache from labelled data"
         raise MonosemaError(f"label must be one of those of {cache.path}, got {label!r} of {known}")
@@ -146,29 +273,33 @@ def task_of(
         (("score", "hold"), n_test, f"{label!r} in the splits score and hold"),
     ):
         rows = cache.rows(splits)
-        result = cache.token_labels(rows)
+        result = labels.of(cache, rows)
         check_two_classes((result[result >= 0] == number).numpy(), what)
         sides.append(_balanced(rows, result, number, n // 2, generator))
     (train, train_y), (test, test_y) = sides
     source = cache[hook_point]
-    group = cache.refs(test).example.numpy()
-    return Task(source[train], train_y, source[test], test_y, group)
+    refs = cache.refs(test)
+    types = cache.refs(train).token.numpy(), refs.token.numpy()
+    return Task(source[train], train_y, source[test], test_y, refs.example.numpy(), types)
 
 
-def common_labels(cache: ActivationCache, least: int = LEAST) -> tuple[str, ...]:
-    """Labels with at least `least` rows on both sides, the most frequent first.
+def common_labels(
+    cache: ActivationCache, least: int = LEAST, labels: RowLabels | None = None
+) -> tuple[str, ...]:
+    """Labels, the cache's or others, with `least` rows or more on both sides, most frequent first.
 
     Raises:
         ValueError: If the cache has none.
     """
-    n_labels = len(cache.label_names)
+    labels = labels or labels_of(cache)
+    n_labels = len(labels.names)
     counts = []
     for splits in (("explain",), ("score", "hold")):
-        result = cache.token_labels(cache.rows(splits))
+        result = labels.of(cache, cache.rows(splits))
         counts.append(torch.bincount(result[result >= 0], minlength=n_labels))
     least_of = torch.minimum(*counts) if n_labels else torch.zeros(0, dtype=torch.int64)
     order = least_of.argsort(descending=True, stable=True).tolist()
-    names = tuple(cache.label_names[i] for i in order if int(least_of[i]) >= least)
+    names = tuple(labels.names[i] for i in order if int(least_of[i]) >= least)
     if len(names) < 2:
         raise MonosemaError(
             f"{cache.path} must have two labels with {least} rows in explain and in score and hold,"

@@ -17,6 +17,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.geometry import inherent_interpretability
 from sae.evaluate.probe_tasks import (
     Arm,
+    RowLabels,
     Task,
     Units,
     check_two_classes,
@@ -71,10 +72,18 @@ class ProbeReport:
     """By arm and number of units."""
     control: dict[str, dict[int, float]]
     """AUC on control labels, by arm and number of units: what it should not reach."""
+    control_task: dict[str, dict[int, float]]
+    """AUC where each token has a label drawn at random, on tokens that were fitted on: what can be
+    learned by heart. By arm and number of units; empty where rows have no types."""
+    dense_control_task: float | None = None
+    """The same of the probe of the whole stream."""
 
     def selectivity(self, arm: str, k: int) -> float:
-        """AUC above that on control labels (Hewitt and Liang 2019, arXiv 1909.03368)."""
-        return self.arms[arm][k].auc.value - self.control[arm][k]
+        """AUC above that of the control task (Hewitt and Liang 2019, arXiv 1909.03368).
+
+        Without types, above that on control labels.
+        """
+        return self.arms[arm][k].auc.value - (self.control_task or self.control)[arm][k]
 
     def interpretability(self, arm: str, n_units: int) -> float:
         """Mean over sparsity of accuracy over that of the dense probe: the IIS of an arm.
@@ -97,7 +106,8 @@ def probe(
     The units are those of the largest |mean difference| between the classes of the rows to fit on,
     scaled to unit variance; the probe is a logistic regression whose strength of regularisation is
     chosen on a fifth of these rows (the form of sae-probes; Gurnee et al. 2023, arXiv 2305.01610).
-    Control labels are the labels of other rows.
+    Control labels are the labels of other rows. A control task gives each type of row, such as its
+    token, a label at random, which a probe can only know by heart.
 
     Args:
         task: Rows and labels.
@@ -114,12 +124,18 @@ def probe(
     shuffled = task._replace(
         train_y=generator.permutation(task.train_y), test_y=generator.permutation(task.test_y)
     )
+    by_heart = _control_task(task, generator)
     scores: dict[str, dict[int, ProbeScore]] = {}
     control: dict[str, dict[int, float]] = {}
+    control_task: dict[str, dict[int, float]] = {}
     for name, arm in arms.items():
         train, test = arm(task.train_x), arm(task.test_x)
         scores[name] = {k: _sparse(train, test, task, k, seed) for k in ks}
         control[name] = {k: _sparse(train, test, shuffled, k, seed).auc.value for k in ks}
+        if by_heart is not None:
+            scored, other = by_heart
+            some = test[scored]
+            control_task[name] = {k: _sparse(train, some, other, k, seed).auc.value for k in ks}
     whole = task.train_x.float().cpu().numpy(), task.test_x.float().cpu().numpy()
     return ProbeReport(
         n_train=len(task.train_y),
@@ -128,7 +144,28 @@ def probe(
         dense=fit_and_score(*whole, task, seed=seed),
         arms=scores,
         control=control,
+        control_task=control_task,
+        dense_control_task=None
+        if by_heart is None
+        else fit_and_score(whole[0], whole[1][by_heart[0]], by_heart[1], seed=seed).auc.value,
     )
+
+
+def _control_task(
+    task: Task, generator: np.random.Generator
+) -> tuple[Int[np.ndarray, " some"], Task] | None:
+    """The rows to score on whose type was fitted on, and the task with a label for each type."""
+    if task.types is None:
+        return None
+    known, place = np.unique(task.types[0], return_inverse=True)
+    label = generator.random(len(known)) < task.train_y.mean()
+    seen = np.flatnonzero(np.isin(task.types[1], known))
+    test_y = label[np.searchsorted(known, task.types[1][seen])]
+    train_y = label[place]
+    if len({*train_y.tolist()}) < 2 or len({*test_y.tolist()}) < 2:
+        return None  # too few types to say anything
+    group = task.test_group[seen]
+    return seen, task._replace(train_y=train_y, test_y=test_y, test_group=group)
 
 
 def _sparse(train: Units, test: Units, task: Task, k: int, seed: int) -> ProbeScore:
@@ -226,6 +263,10 @@ class Survey:
     """By arm, for each of `ks`."""
     control: dict[str, float]
     """By arm: AUC on control labels with the largest k."""
+    control_task: dict[str, float]
+    """By arm: AUC of the control task with the largest k; of arms with none left out."""
+    dense_control_task: float | None
+    """The same of probes of the whole stream."""
     dense: float
     """AUC of probes of the whole stream."""
     reports: dict[str, ProbeReport]
@@ -239,6 +280,7 @@ def survey(
     hook_point: str,
     n_labels: int,
     *,
+    labels: RowLabels | None = None,
     progress: Progress | None = None,
 ) -> Survey:
     """Probe the labels with the most rows.
@@ -249,29 +291,38 @@ def survey(
         cache: With labels.
         hook_point: Which rows.
         n_labels: How many labels.
+        labels: Other labels than the cache's own.
         progress: Called with the unit "labels".
 
     Raises:
         ValueError: If the cache has no two labels with enough rows.
     """
-    labels = common_labels(cache)[:n_labels]
+    chosen = common_labels(cache, labels=labels)[:n_labels]
     reports = {}
-    for done, label in enumerate(labels, start=1):
+    for done, label in enumerate(chosen, start=1):
         arms = default_arms(dictionaries, l0, torch.Generator().manual_seed(0))
-        reports[label] = probe(task_of(cache, hook_point, label), arms)
-        (progress or silent)(done, len(labels), "labels")
+        reports[label] = probe(task_of(cache, hook_point, label, labels=labels), arms)
+        (progress or silent)(done, len(chosen), "labels")
     results = list(reports.values())
     names = list(results[0].arms)
+
+    by_heart = [r.dense_control_task for r in results if r.dense_control_task is not None]
 
     def mean(figures: list[float]) -> float:
         return sum(figures) / len(figures)
 
     return Survey(
-        labels=labels,
+        labels=chosen,
         ks=KS,
         auc={n: tuple(mean([r.arms[n][k].auc.value for r in results]) for k in KS) for n in names},
         f1={n: tuple(mean([r.arms[n][k].f1 for r in results]) for k in KS) for n in names},
         control={n: mean([r.control[n][KS[-1]] for r in results]) for n in names},
+        control_task={
+            n: mean(known)
+            for n in names
+            if (known := [r.control_task[n][KS[-1]] for r in results if n in r.control_task])
+        },
+        dense_control_task=mean(by_heart) if by_heart else None,
         dense=mean([r.dense.auc.value for r in results]),
         reports=reports,
     )

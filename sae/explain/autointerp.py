@@ -17,7 +17,7 @@ from sae.explain.explainers import LLMExplainer
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import OPEN, Client, ConstantClient, UnfinishedError
 from sae.explain.llm.store import AnswerCache, Cost
-from sae.explain.model_scorers import Sensitivity
+from sae.explain.model_scorers import Ablation, Sensitivity
 from sae.explain.pipeline import ExplainPlan, LatentOutcome, estimate_all, explain_all
 from sae.explain.results import export_neuronpedia, summarise, write_results
 from sae.explain.subject import WITH_TOOLS, Subject, Tools, chosen, scorers_of
@@ -197,6 +197,8 @@ def _questions_of(config: AutointerpConfig, *, is_baseline: bool) -> ExplainPlan
     scorers = plan.scorers if asking else ()
     if "sensitivity" in config.scorers and not is_baseline:
         scorers += (Sensitivity(None, lambda latent, texts: [0.0] * len(texts)),)  # noqa: ARG005
+    if "ablation" in config.scorers and not is_baseline:
+        scorers += (Ablation(lambda latent, window, values: 0.0),)  # noqa: ARG005
     return replace(plan, scorers=scorers)
 
 

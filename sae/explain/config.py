@@ -246,7 +246,7 @@ Style = Literal["levels", "bills", "delphi"]
 
 ScorerName = Literal[
     "detection", "fuzzing", "simulation", "rubric", "intruder",
-    "embedding", "surprisal", "output side", "sensitivity",
+    "embedding", "surprisal", "output side", "sensitivity", "ablation",
 ]  # fmt: skip
 """What scores labels: the first five by asking, the others by the model that is explained."""
 
@@ -373,6 +373,8 @@ class ExplainConfig:
     """Seed of the permutations, of the control arm's pairing and of the bootstrap."""
     images: ImageLabelConfig = field(default_factory=ImageLabelConfig)
     """Labels where the cache is of images; what is of text above is not read then."""
+    weights: int = field(default=0, metadata=LATER)
+    """Labels from the weights as well, of so many of the text's most frequent words; 0: none."""
     rules: RuleConfig | None = None
     """Windows of every latent, and the labels executed on them; neither when absent."""
     atlas: AtlasConfig | None = None
@@ -385,8 +387,7 @@ class ExplainConfig:
         at_least = {
             "min_firings": 2, "min_examples": 2, "words_per_label": 1, "min_word_count": 1,
             "permutations": 2, "null_permutations": 1, "n_baseline": 0, "top_contexts": 1,
-            "bucket_contexts": 0,
-            "context_tokens": 1, "histogram_bins": 1, "seed": 0,
+            "bucket_contexts": 0, "context_tokens": 1, "histogram_bins": 1, "seed": 0, "weights": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))

@@ -7,9 +7,9 @@ What every scorer returns, and how items are asked about in batches.
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import CallFailedError, Message, Request, Response, reply
@@ -17,15 +17,21 @@ from sae.explain.llm.corpus_text import (
     NOTE,
     Item,
     escape,
+    expected_numbers,
     items_text,
     read_items,
     read_numbers,
     read_texts,
     unescape,
 )
-from sae.explain.text_at_rows import word_begins, words_with_blanks
-from sae.explain.windows import LatentWindows
+from sae.explain.text_at_rows import words_with_blanks
+from sae.explain.windows import LatentWindows, Rule
 from sae.statistics import Interval
+
+T = TypeVar("T")
+
+N_ALTERNATIVES = 20
+"""Likeliest tokens whose probabilities are asked for: the most that endpoints give."""
 
 N_TEXTS = 10
 """Texts that a judge writes for a label."""
@@ -76,6 +82,28 @@ class Judge(Protocol):
         ...
 
 
+class Levels(NamedTuple):
+    """How strongly a latent should fire on each token."""
+
+    values: list[float]
+    """0 to 10."""
+    n_expected: int = 0
+    """How many of them are expectations from probabilities; the others were written."""
+
+
+@runtime_checkable
+class Simulator(Protocol):
+    """A judge that says from what its levels come."""
+
+    async def simulate(self, explanation: str, items: Sequence[Item]) -> Levels:
+        """A level for each token.
+
+        Raises:
+            CallFailedError: If there is no usable answer.
+        """
+        ...
+
+
 @runtime_checkable
 class Writer(Protocol):
     """A judge that also writes."""
@@ -109,6 +137,7 @@ def question(task: Task, explanation: str, items: Sequence[Item]) -> Request:
         prompt=f"{task}/{prompt.version}",
         messages=(Message("system", system), Message("user", label + items_text(items))),
         max_tokens=48 + prompt.tokens_per_answer * n_answers,
+        alternatives=N_ALTERNATIVES if task == "simulation" else 0,
     )
 
 
@@ -137,71 +166,38 @@ class LLMJudge:
 
     async def answer(self, task: Task, explanation: str, items: Sequence[Item]) -> list[float]:
         """Ask and read."""
+        return (await self._asked(task, explanation, items)).values
+
+    async def simulate(self, explanation: str, items: Sequence[Item]) -> Levels:
+        """Ask, and take expectations where the answer has probabilities."""
+        return await self._asked("simulation", explanation, items)
+
+    async def _asked(self, task: Task, explanation: str, items: Sequence[Item]) -> Levels:
         known = allowed(task, len(items))
         assert known is not None, task
         is_divisible = len(items) > 1 and task != "intruder"
-        asked, read = question(task, explanation, items), read_numbers(*known)
+
+        def read(answer: Response) -> Levels:
+            numbers = read_numbers(*known)(answer.text)
+            expected = expected_numbers(answer.tokens, numbers, known[2])
+            levels = [n if e is None else e for n, e in zip(numbers, expected, strict=True)]
+            return Levels(levels, sum(e is not None for e in expected))
+
+        asked = question(task, explanation, items)
         try:
-            return await self._caller.ask(asked, read, is_last=not is_divisible)
+            return await self._caller.ask_whole(asked, read, is_last=not is_divisible)
         except CallFailedError as error:
             if error.reason != "context" or not is_divisible:
                 raise
         self._caller.note("shortened")
         half = len(items) // 2
         halves = (items[:half], items[half:])
-        first, second = [await self.answer(task, explanation, part) for part in halves]
-        return first + second
+        first, second = [await self._asked(task, explanation, part) for part in halves]
+        return Levels(first.values + second.values, first.n_expected + second.n_expected)
 
     async def texts(self, explanation: str) -> list[str]:
         """Ask for texts that fit a label."""
         return await self._caller.ask(texts_question(explanation), read_texts(N_TEXTS))
-
-
-@runtime_checkable
-class Rule(Protocol):
-    """An executable explanation: how strongly it expects a latent to fire on each piece of text."""
-
-    def __call__(self, pieces: Sequence[str]) -> list[float]:
-        """Strengths from 0 to 1."""
-        ...
-
-
-@dataclass(frozen=True)
-class WordRule:
-    """Fires on listed words, or on what follows them; pieces of one word share its strength."""
-
-    weights: Mapping[str, float]
-    """Strength of each word, in lower case; the largest counts as 1."""
-    previous: bool = False
-    """Whether the word before is looked up instead."""
-    pair: bool = False
-    """Whether it is the word before and the word, with a blank between."""
-
-    def __call__(self, pieces: Sequence[str]) -> list[float]:
-        """Strengths from 0 to 1."""
-        top = max(self.weights.values(), default=0.0) or 1.0
-        words, of_piece = _words(pieces)
-        keys = words
-        if self.pair:
-            keys = [f"{a} {b}" for a, b in zip(["", *words], words, strict=False)]
-        strength = [self.weights.get(key, 0.0) / top for key in keys]
-        if self.previous:
-            strength = [0.0, *strength[:-1]]
-        return [strength[index] for index in of_piece]
-
-
-def _words(pieces: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The words that pieces make, as `text_at_rows.join_words` does, and the word of each."""
-    words: list[str] = []
-    of_piece: list[int] = []
-    for piece, begins in zip(pieces, word_begins(pieces), strict=True):
-        shown = piece.strip().lower() or piece
-        if begins:
-            words.append(shown)
-        else:
-            words[-1] += shown
-        of_piece.append(len(words) - 1)
-    return words, of_piece
 
 
 class RuleJudge:
@@ -379,12 +375,24 @@ async def ask_in_batches(
     return answers
 
 
+async def simulated(judge: Judge, explanation: str, items: Sequence[Item]) -> Levels | None:
+    """The levels of the tokens of one text; None if they failed."""
+    if isinstance(judge, Simulator):
+        return await _or_none(judge.simulate(explanation, items))
+    levels = await ask(judge, "simulation", explanation, items)
+    return None if levels is None else Levels(levels)
+
+
 async def ask(
     judge: Judge, task: Task, explanation: str, items: Sequence[Item]
 ) -> list[float] | None:
     """The answers about items that belong together; None if they failed."""
+    return await _or_none(judge.answer(task, explanation, items))
+
+
+async def _or_none(answer: Awaitable[T]) -> T | None:
     try:
-        return await judge.answer(task, explanation, items)
+        return await answer
     except CallFailedError as error:
         if error.reason == "budget":  # not a failure of the question: the run ends here
             raise

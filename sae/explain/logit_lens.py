@@ -3,14 +3,21 @@
 Words for latents from weights alone: log p(c|w), the mutual-information form that works.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from activations_cache.checks import MonosemaError, Progress, silent
+from activations_cache.models import Tokenizer
 from sae.autoencoder import SparseAutoencoder
+from sae.explain.examples import SplitFirings
+from sae.explain.labels import Rules
+from sae.explain.scores import Mean, bootstrap_mean, derangement, score_rules
 
 _CELLS = 1 << 25  # logits held at once: 128 MiB
 
@@ -102,3 +109,123 @@ def published_score(
     """p(w|c) log p(c|w) as it was released, for comparison; largest first."""
     logits = torch.nn.functional.normalize(enc_rows, dim=1) @ word_vectors.T
     return logits.softmax(dim=1) * logits.log_softmax(dim=0)
+
+
+WordVectors = Callable[[Sequence[str]], Float[Tensor, "word d_model"]]
+"""Words to their mean output embeddings."""
+
+_WORDS_AT_ONCE = 256
+N_FREQUENT = 250
+"""Labels of words among so many of the most frequent ones say little (Wu et al. 2025)."""
+
+
+def word_vectors(tokenizer: Tokenizer, unembed: Float[Tensor, "vocab d_model"]) -> WordVectors:
+    """What gives a word inside a sentence the mean of its tokens' rows of the unembedding."""
+
+    def vectors(words: Sequence[str]) -> Float[Tensor, "word d_model"]:
+        ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
+        return torch.stack([unembed[one].mean(dim=0) for one in ids])
+
+    return vectors
+
+
+class WeightLabels(NamedTuple):
+    """Labels from weights alone, and how well they tell firings on unseen documents."""
+
+    words: Int64[np.ndarray, "d_sae word"]
+    """Numbers of the words that each label lists, best first; -1 where there are no more."""
+    pmi: Float[Tensor, "d_sae word"]
+    """Their pointwise mutual information, in nats."""
+    auc: np.ndarray
+    """Of the latents that were scored; nan for the others."""
+    summary: dict[str, Any]
+    """Means over the scored latents, and how often labels name the most frequent words."""
+
+
+def frequent_words(made_from: SplitFirings, names: Sequence[str], n: int) -> list[int]:
+    """The n most frequent words of the explain split with a letter or digit, in this order."""
+    values = made_from.text.values["word"]
+    counts = np.bincount(values[values >= 0], minlength=len(names))
+    order = np.argsort(-counts, kind="stable")
+    known = [i for i in order.tolist() if counts[i] and any(map(str.isalnum, names[i]))]
+    return known[:n]
+
+
+@torch.no_grad()
+def weight_labels(
+    dictionary: SparseAutoencoder,
+    vectors: Float[Tensor, "word d_model"],
+    words: Sequence[int],
+    scored_on: SplitFirings,
+    wanted: Bool[np.ndarray, " d_sae"],
+    *,
+    n: int = 5,
+    seed: int = 0,
+) -> WeightLabels:
+    """Label each latent by the words of the largest weight PMI, and score that as a rule.
+
+    No activation is looked at until the score, which is that of labels from the corpus: the AUC of
+    the rule that a row with a listed word scores the word's PMI. Words of a PMI of 0 or less are
+    not listed.
+
+    Args:
+        dictionary: Of several hook points the last one's part of the encoder is read.
+        vectors: Of the words.
+        words: Their numbers among the words of the text, most frequent first.
+        scored_on: Firings on the score split, and its text.
+        wanted: Which latents are scored.
+        n: Words of a label at most.
+        seed: Decides which labels are exchanged for the control, and the resamples.
+
+    Raises:
+        ValueError: If the model's words are of another width than the rows that are read.
+    """
+    widths = [part.width for part in dictionary.config.slices_in]
+    enc = dictionary.enc_rows.split(widths, dim=1)[-1]
+    if enc.shape[1] != vectors.shape[1]:
+        raise MonosemaError(
+            f"weights must be 0 for rows of another width, {enc.shape[1]}, than the model's output "
+            f"embedding, {vectors.shape[1]}"
+        )
+    values, places = _best_words(enc, vectors, n)
+    listed = (values > 0).numpy()
+    number = np.where(listed, np.array(words)[places.numpy()], -1)
+    weight = np.where(listed, values.double().numpy(), 0.0)
+    rules = Rules(np.zeros(len(enc), np.int64), number.astype(np.int32), weight)
+    score = score_rules(rules, ("word",), scored_on.codes, scored_on.text, wanted)
+    generator, scored = np.random.default_rng(seed), np.flatnonzero(wanted)
+    partner = np.arange(len(enc))
+    exchanged = wanted & (len(scored) > 1)
+    if len(scored) > 1:
+        partner[scored] = derangement(scored, generator)
+    other = score_rules(rules.of(partner), ("word",), scored_on.codes, scored_on.text, exchanged)
+    known = listed[scored]
+    frequent = np.isin(number[scored], np.array(words[:N_FREQUENT]))[known]
+    summary = {
+        "n_scored": len(scored),
+        "n_words": len(words),
+        "auc": _ends(bootstrap_mean(score.auc[scored], generator)),
+        "control_auc": _ends(bootstrap_mean(other.auc[exchanged], generator)),
+        "n_different_words": len(np.unique(number[scored][known])),
+        "share_frequent": float(frequent.mean()) if known.any() else 0.0,
+    }
+    return WeightLabels(number, values, score.auc, summary)
+
+
+def _best_words(
+    enc: Float[Tensor, "d_sae d_model"], vectors: Float[Tensor, "word d_model"], n: int
+) -> tuple[Float[Tensor, "d_sae n"], Int[Tensor, "d_sae n"]]:
+    """The n largest PMI of each latent and their words; of all latents, so words come in parts."""
+    best = torch.full((len(enc), n), float("-inf")), torch.zeros(len(enc), n, dtype=torch.int64)
+    for first in range(0, len(vectors), _WORDS_AT_ONCE):
+        pmi = weight_pmi(enc, vectors[first : first + _WORDS_AT_ONCE].to(enc))
+        place = torch.arange(first, first + pmi.shape[1]).expand(len(enc), -1)
+        both = torch.cat([best[0], pmi.cpu()], 1), torch.cat([best[1], place], 1)
+        top = both[0].topk(n, dim=1)
+        best = top.values, both[1].gather(1, top.indices)
+    return best
+
+
+def _ends(mean: Mean) -> dict[str, float | None]:
+    """A mean as JSON takes it, which knows no nan."""
+    return {end: None if math.isnan(n) else n for end, n in mean._asdict().items()}

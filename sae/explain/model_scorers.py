@@ -4,20 +4,22 @@ Scores that need no judge: embeddings, and how surprised a language model is.
 """
 
 import contextlib
+import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from activations_cache.hooks import edit
+from activations_cache.hooks import capture, edit
 from sae.autoencoder import SparseAutoencoder
 from sae.explain.judges import Judge, Score, Writer, scored
 from sae.explain.llm.chat import CallFailedError
-from sae.explain.windows import NEGATIVES, LatentWindows
-from sae.statistics import auc, wilson
+from sae.explain.question_scorers import EXPECTED, Simulated, simulate
+from sae.explain.windows import NEGATIVES, LatentWindows, Window, seed_of
+from sae.statistics import Interval, auc, correlation, wilson
 
 NextLogProbs = Callable[[int, float], Float[Tensor, "batch vocab"]]
 """Latent and strength to the next token's log probabilities after each of some neutral prompts."""
@@ -146,6 +148,123 @@ class Sensitivity:
         share = {"mean share of the maximum": float(peaks.mean() / latent.max_activation)}
         counts = Score(self.name, floor, len(texts), 0)
         return scored(counts, interval, (interval.value, interval.value), details=share)
+
+
+Divergence = Callable[[int, Window, Sequence[float]], float]
+"""Latent, window and an activation for each of its tokens to how far they move the model."""
+
+
+def divergences(
+    model: nn.Module,
+    tokens: Int[Tensor, "example pos"],
+    dictionary: SparseAutoencoder,
+    places: tuple[Sequence[str], str],
+    *,
+    first_position: int = 0,
+) -> Divergence:
+    """How far predictions move when a latent has other activations on a window's tokens.
+
+    Mean over the window's tokens of the Jensen-Shannon divergence between the next token's
+    probabilities of the model as it is and with h + (v - f) d in the stream's place, in nats.
+
+    Args:
+        model: A causal language model.
+        tokens: Of the cache's examples, which windows are pieces of.
+        dictionary: Whose latents.
+        places: Where it reads and where it writes.
+        first_position: Positions below this one, which have no rows, are left as they are.
+    """
+    inputs, output = places
+
+    @torch.no_grad()
+    def divergence(latent: int, window: Window, values: Sequence[float]) -> float:
+        here = slice(window.start, window.start + len(window.tokens))
+        ids = tokens[window.example, : here.stop][None].long()
+        with capture(model, list(inputs)) as run:
+            streams = run(ids)
+        x = torch.cat([streams[point][0, here].float() for point in inputs], dim=1)
+        change = torch.tensor(values).to(x) - dictionary.encode_dense(x)[:, latent]
+        change[: max(first_position - window.start, 0)] = 0
+        size = dictionary.output_norm(x).size
+        moved = change[:, None] * dictionary.direction(latent) * size
+
+        def move(h: Tensor, _: Tensor) -> Tensor:
+            h = h.clone()
+            h[0, here] += moved.to(h)
+            return h
+
+        base = model(ids).logits[0, here].double().log_softmax(dim=-1)
+        with edit(model, {output: move}):
+            other = model(ids).logits[0, here].double().log_softmax(dim=-1)
+        middle = torch.logaddexp(base, other) - math.log(2)
+        sides = [(log_p.exp() * (log_p - middle)).sum(dim=-1) for log_p in (base, other)]
+        return float((sides[0] + sides[1]).mean() / 2)
+
+    return divergence
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Does the model go on alike with a latent's activations as a label predicts them?
+
+    value = 1 - sum of D(simulated) / sum of D(mean) over windows, the ablation score of Bills et
+    al. (2023), D as `divergences` has it. Levels become activations by a line that is fitted on
+    every second window and used on the others, and the other way round; the mean is of the same
+    windows. 1: the model does the same; floor 0: a constant is as good. `details` has the
+    simulation's correlation. A failed window counts as 0 in `worst` and as 1 in `best`.
+    """
+
+    divergence: Divergence
+    """The model."""
+    n_random: int = 10
+    """Random negatives that stand beside the active windows."""
+    name: str = "ablation"
+    """Its name in the results."""
+
+    async def score(self, latent: LatentWindows, explanation: str, judge: Judge) -> Score:
+        """Ask about one window at a time, then run the model on each three times."""
+        made = await simulate(latent, explanation, judge, self.n_random)
+        count = Score(self.name, 0.0, made.n, made.n - len(made.windows))
+        if len(made.windows) < FEWEST_WINDOWS:
+            return replace(count, reason=f"fewer than {FEWEST_WINDOWS} answered windows")
+        pairs = list(zip(made.windows, calibrated(made), strict=True))
+        moved = np.array([
+            [self.divergence(latent.latent, window, values) for values in both]
+            for window, both in pairs
+        ])
+        if moved[:, 1].sum() <= 0:
+            return replace(count, reason="undefined: the mean moves the model nowhere")
+        seed = seed_of("ablation", latent.latent)
+        picks = np.random.default_rng(seed).integers(0, len(moved), (1000, len(moved)))
+        sums = moved[picks].sum(axis=1)
+        ratios = 1 - sums[:, 0] / np.maximum(sums[:, 1], 1e-300)
+        low, high = np.quantile(ratios, [0.025, 0.975])
+        value = float(1 - moved[:, 0].sum() / moved[:, 1].sum())
+        interval = Interval(value, float(min(low, value)), float(max(high, value)))
+        share = len(made.windows) / made.n
+        real = [window.activations for window in made.windows]
+        alike = correlation(made.predicted, real, seed=seed)
+        details = {EXPECTED: made.share_expected}
+        details |= {} if alike is None else {"pearson": alike.value}
+        bounds = value * share, value * share + 1 - share
+        return scored(count, interval, bounds, details=details)
+
+
+FEWEST_WINDOWS = 4
+"""Answered windows below which a half of them fits no line."""
+
+
+def calibrated(made: Simulated) -> list[tuple[list[float], list[float]]]:
+    """Of each window what its levels stand for, and the mean, both by the other half of windows."""
+    results = []
+    for number, levels in enumerate(made.predicted):
+        others = range(1 - number % 2, len(made.predicted), 2)
+        x = np.concatenate([made.predicted[i] for i in others])
+        y = np.concatenate([made.windows[i].activations for i in others])
+        slope = float(np.cov(x, y, bias=True)[0, 1] / x.var()) if x.var() > 0 else 0.0
+        values = y.mean() + slope * (np.array(levels) - x.mean())
+        results.append((values.clip(0).tolist(), [float(y.mean())] * len(levels)))
+    return results
 
 
 Embed = Callable[[list[str]], Float[Tensor, "batch d_model"]]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from sae.explain.judges import Judge, Score, ask, ask_in_batches, scored
+from sae.explain.judges import Judge, Score, ask, ask_in_batches, scored, simulated
 from sae.explain.llm.corpus_text import Item, item
 from sae.explain.windows import NEGATIVES, LatentWindows, Window, seed_of, shuffled
 from sae.statistics import Interval, correlation, weighted_sum, wilson
@@ -267,9 +267,10 @@ def _mean(values: np.ndarray) -> Interval:
 class Simulation:
     """Correlation of predicted and real activations over the tokens of all windows together.
 
-    Pearson's, with Spearman's in the details; floor 0. Where either side is constant it is
-    undefined, and said to be so. A failed window is left out of the value; `worst` and `best` count
-    its share as -1 and 1.
+    Pearson's, with Spearman's in the details; floor 0. A level is its expectation where the answer
+    has probabilities of its digits, else the digit that was written; `details` has the share of the
+    former. Where either side is constant the correlation is undefined, and said to be so. A failed
+    window is left out of the value; `worst` and `best` count its share as -1 and 1.
     """
 
     n_random: int = 10
@@ -279,17 +280,9 @@ class Simulation:
 
     async def score(self, latent: LatentWindows, explanation: str, judge: Judge) -> Score:
         """Ask about one window at a time."""
-        windows = latent.of("score", "active") + latent.of("score", "random")[: self.n_random]
-        asked = [
-            ask(judge, "simulation", explanation, [item([token or " "]) for token in w.tokens])
-            for w in windows
-        ]
-        result = await asyncio.gather(*asked)
-        predicted = [levels for levels in result if levels is not None]
-        real = [
-            w.activations for w, levels in zip(windows, result, strict=True) if levels is not None
-        ]
-        count = len(windows), len(windows) - len(predicted)
+        made = await simulate(latent, explanation, judge, self.n_random)
+        predicted, real = made.predicted, [window.activations for window in made.windows]
+        count = made.n, made.n - len(predicted)
         seed = seed_of("simulation", latent.latent)
         interval = correlation(predicted, real, seed=seed) if predicted else None
         if interval is None:
@@ -300,6 +293,42 @@ class Simulation:
         missing = count[1] / count[0]
         value_counted = interval.value * (1 - missing)
         ranked = correlation(predicted, real, ranks=True, seed=seed)
-        details = {} if ranked is None else {"spearman": ranked.value}
+        details = {EXPECTED: made.share_expected}
+        details |= {} if ranked is None else {"spearman": ranked.value}
         bounds = value_counted - missing, value_counted + missing
         return scored(Score(self.name, 0.0, *count), interval, bounds, details=details)
+
+
+EXPECTED = "share from log-probabilities"
+"""Of the levels, those that are expectations; the others are digits that were written."""
+
+
+class Simulated(NamedTuple):
+    """The windows that a judge simulated."""
+
+    windows: list[Window]
+    predicted: list[list[float]]
+    """Of each: a level from 0 to 10 for each token."""
+    n: int
+    """Windows that were asked about."""
+    share_expected: float
+    """Of the levels, those that are expectations from probabilities."""
+
+
+async def simulate(
+    latent: LatentWindows, explanation: str, judge: Judge, n_random: int
+) -> Simulated:
+    """Ask for the levels of the active windows and of some random ones."""
+    windows = latent.of("score", "active") + latent.of("score", "random")[:n_random]
+    asked = [
+        simulated(judge, explanation, [item([token or " "]) for token in window.tokens])
+        for window in windows
+    ]
+    pairs = zip(windows, await asyncio.gather(*asked), strict=True)
+    known = [(window, levels) for window, levels in pairs if levels is not None]
+    n_expected = sum(levels.n_expected for _, levels in known)
+    n_levels = max(sum(len(levels.values) for _, levels in known), 1)
+    return Simulated(
+        [window for window, _ in known], [levels.values for _, levels in known], len(windows),
+        n_expected / n_levels,
+    )  # fmt: skip

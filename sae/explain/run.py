@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from activations_cache import seals
 from activations_cache.checks import MonosemaError, Progress, silent
 from sae import notebook
 from sae.autoencoder import SparseAutoencoder
@@ -18,9 +19,10 @@ from sae.explain.examples import Activity, Context, ContextFinder, SplitFirings,
 from sae.explain.firings import ActivationRows, Codes, encode_rows
 from sae.explain.held_out import HeldOut, concepts_with_a_latent, held_out
 from sae.explain.labels import Labels, fires_enough, make_labels
+from sae.explain.logit_lens import WeightLabels, WordVectors, frequent_words, weight_labels
 from sae.explain.results import Summary, SummaryInputs, flat, known_or_none, summary_of
 from sae.explain.scores import Scores, derangement, score_rules
-from sae.explain.tables import EXAMPLES, LATENTS, LatentRecord, write_tables
+from sae.explain.tables import EXAMPLES, LATENTS, WEIGHTS, LatentRecord, as_json, write_tables
 from sae.explain.text_at_rows import (
     Cache,
     SplitRows,
@@ -67,6 +69,8 @@ class Explained:
     """examples.parquet, if it was written."""
     baselines: Mapping[str, Summary] = field(default_factory=dict)
     """The same figures of latents that nobody trained, where files were written."""
+    by_weights: dict[str, Any] | None = None
+    """What the labels from weights are worth, if the config has them and files were written."""
 
     def _repr_html_(self) -> str:
         scored = np.flatnonzero(np.array(self.status) == "scored")
@@ -95,6 +99,7 @@ def explain(  # noqa: PLR0913
     out_dir: Path | None,
     *,
     null: Null = None,
+    vectors: WordVectors | None = None,
     progress: Progress | None = None,
 ) -> Explained:
     """Label all latents from the explain split and score the labels on the score split.
@@ -106,44 +111,80 @@ def explain(  # noqa: PLR0913
         token_strings: `activations_cache.Pieces`, or what stands for each id everywhere.
         config: How.
         out_dir: Where the files go; None writes none and looks for no contexts.
-        null: What stands beside the curve of completeness.
+        null: What stands beside the curve of completeness, and beside labels from weights.
+        vectors: What gives words their output embeddings, for labels from weights.
         progress: Called in every stage, with the stage's own total and unit.
 
     Raises:
         ValueError: If a split is empty, splits share an example, or activations are not finite.
     """
-    report = progress or silent
-    reader = TextReader(cache, token_strings)
-    splits = {split: reader.read(split) for split in ("explain", "score")}
-    _check_splits(splits)
+    report, reader = progress or silent, TextReader(cache, token_strings)
+    splits = _checked({split: reader.read(split) for split in ("explain", "score")})
     parts = _firings(dictionary, cache[hook_point], splits, report)
     explained = explain_codes(parts[0], parts[1], reader.names, config, report)
     if out_dir is None:
         return explained
-    finder = ContextFinder(parts, cache.examples, reader.pieces, config)
-    fired = [part.codes.n_fired for part in parts]
-    records = (_record(explained, fired, latent) for latent in range(len(fired[0])))
-    contexts = _contexts(finder, len(fired[0]), report)
     arms = _baselines(cache, hook_point, splits, explained, config, report)
-    explained = dataclasses.replace(explained, baselines=arms)
     concepts = concepts_in(reader.names, concept_families())
     n_concepts = (config.atlas or AtlasConfig()).n_concepts
     has_latent = concepts_with_a_latent(concepts, parts, n_concepts, report)
+    weigh = _Weights(reader.names["word"], vectors, config)
+    by_weights = weigh.written(dictionary, parts, out_dir) if config.weights else {}
     if null == "random":
         untrained = _random_like(dictionary, parts[0].codes, config.seed)
         others = _firings(untrained, cache[hook_point], splits, report)
         null = {**concepts_with_a_latent(concepts, others, n_concepts, report), "of": RANDOM}
+        null |= {"weights": weigh.labels(untrained, others).summary} if by_weights else {}
     if null is not None:
         has_latent["null"] = {name: null[name] for name in OF_NULL if name in null}
-    summary = {
+        by_weights |= _beside(null) if by_weights else {}
+    summary = {"weights": by_weights} if by_weights else {}
+    summary |= {
         **flat(explained.summary),
         "completeness": has_latent,
         "baselines": {name: flat(arm) for name, arm in arms.items()},
         "config": dataclasses.asdict(config),
     }
-    write_tables(out_dir, records, contexts, config.top_contexts, summary)
+    finder = ContextFinder(parts, cache.examples, reader.pieces, config)
+    contexts = _contexts(finder, len(explained.status), report)
+    write_tables(out_dir, _records(explained, parts), contexts, config.top_contexts, summary)
     paths = {"latents_path": out_dir / LATENTS, "examples_path": out_dir / EXAMPLES}
-    return dataclasses.replace(explained, **paths)
+    return dataclasses.replace(explained, baselines=arms, by_weights=by_weights or None, **paths)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Labels from weights, scored on the latents that labels from the corpus are scored on."""
+
+    names: Sequence[str]
+    vectors: WordVectors | None
+    config: ExplainConfig
+
+    def labels(self, dictionary: SparseAutoencoder, parts: Sequence[SplitFirings]) -> WeightLabels:
+        if self.vectors is None:
+            raise MonosemaError("vectors must be given for labels from weights, got None")
+        wanted = np.logical_and(*(fires_enough(p.codes, p.text, self.config) for p in parts))
+        words = frequent_words(parts[0], self.names, self.config.weights)
+        return weight_labels(
+            dictionary, self.vectors([self.names[i] for i in words]), words, parts[1], wanted,
+            n=min(self.config.words_per_label, len(words)), seed=self.config.seed,
+        )  # fmt: skip
+
+    def written(
+        self, dictionary: SparseAutoencoder, parts: Sequence[SplitFirings], out_dir: Path
+    ) -> dict[str, Any]:
+        """Write the labels of all latents, and return their summary."""
+        made, latents = self.labels(dictionary, parts), []
+        figures = zip(made.words.tolist(), made.pmi.tolist(), made.auc.tolist(), strict=True)
+        for latent, (numbers, values, auc) in enumerate(figures):
+            listed = [
+                (self.names[i], pmi) for i, pmi in zip(numbers, values, strict=True) if i >= 0
+            ]
+            words, pmi = [word for word, _ in listed], [value for _, value in listed]
+            one = {"latent": latent, "words": words, "pmi": pmi, "auc": known_or_none(auc)}
+            latents.append(one)
+        seals.write(out_dir, {WEIGHTS: as_json({"summary": made.summary, "latents": latents})})
+        return made.summary
 
 
 def _firings(
@@ -164,7 +205,7 @@ def _random_like(like: SparseAutoencoder, codes: Codes, seed: int) -> SparseAuto
     return random_dictionary(like, len(codes.row) / max(codes.n_rows, 1), generator)
 
 
-def _check_splits(splits: Mapping[str, SplitRows]) -> None:
+def _checked(splits: Mapping[str, SplitRows]) -> Mapping[str, SplitRows]:
     for name, split in splits.items():
         if split.text.n_rows == 0:
             raise MonosemaError(f"split {name!r} must have rows, got none; build a larger cache")
@@ -173,6 +214,7 @@ def _check_splits(splits: Mapping[str, SplitRows]) -> None:
         raise MonosemaError(
             f"splits must not share examples, got {len(shared)} in both, the first {shared[0]}"
         )
+    return splits
 
 
 def explain_codes(
@@ -259,6 +301,17 @@ def _contexts(finder: ContextFinder, d_sae: int, progress: Progress) -> Iterator
         yield from finder.find(latent)
         if (latent + 1) % 256 == 0 or latent + 1 == d_sae:
             progress(latent + 1, d_sae, "latents' contexts")
+
+
+def _beside(null: Mapping[str, Any]) -> dict[str, Any]:
+    """What untrained weights give in the labels' place, if that was measured."""
+    weights = null.get("weights")
+    return {"null": {**weights, "of": null["of"]}} if weights else {}
+
+
+def _records(explained: Explained, parts: Sequence[SplitFirings]) -> Iterator[LatentRecord]:
+    fired = [part.codes.n_fired for part in parts]
+    return (_record(explained, fired, latent) for latent in range(len(fired[0])))
 
 
 def _record(explained: Explained, fired: Sequence[np.ndarray], latent: int) -> LatentRecord:

@@ -26,9 +26,11 @@ from sae.explain.assemble import Assembler
 from sae.explain.collect import collect, write_windows
 from sae.explain.config import Kind, RuleConfig, ScorerName, WindowConfig
 from sae.explain.explainers import Explanation
-from sae.explain.judges import Judge, RuleJudge, Score, Scorer, WordRule
+from sae.explain.judges import Judge, RuleJudge, Score, Scorer
 from sae.explain.labels import Labels
 from sae.explain.model_scorers import (
+    Ablation,
+    Divergence,
     Embed,
     Embedding,
     LogLikelihood,
@@ -44,13 +46,15 @@ from sae.explain.results import STEM as BY_MODEL
 from sae.explain.results import summarise, write_results
 from sae.explain.tables import LatentRecord
 from sae.explain.text_at_rows import Cache
-from sae.explain.windows import LatentWindows, shuffled
+from sae.explain.windows import LatentWindows, WordRule, shuffled
 
 _SCORERS: dict[str, Scorer] = {
     scorer.name: scorer for scorer in (Detection(), Fuzzing(), Simulation(), Rubric(), Intruder())
 }
 
-WITH_TOOLS: tuple[ScorerName, ...] = ("embedding", "surprisal", "output side", "sensitivity")
+WITH_TOOLS: tuple[ScorerName, ...] = (
+    "embedding", "surprisal", "output side", "sensitivity", "ablation",
+)  # fmt: skip
 """Those that need a model."""
 
 
@@ -68,6 +72,8 @@ class Tools:
     """Token ids by the logit lens."""
     peaks_on: Callable[[int, Sequence[str]], list[float]]
     """A latent's largest activation on texts."""
+    divergence: Divergence
+    """How far other activations of a latent on a window's tokens move the model."""
 
 
 def scorers_of(names: Sequence[ScorerName], tools: Tools | None = None) -> tuple[Scorer, ...]:
@@ -83,6 +89,7 @@ def scorers_of(names: Sequence[ScorerName], tools: Tools | None = None) -> tuple
             Surprisal(tools.log_likelihood),
             OutputSide(tools.next_log_probs, tools.promoted),
             Sensitivity(None, tools.peaks_on),
+            Ablation(tools.divergence),
         )
         known |= {scorer.name: scorer for scorer in more}
     missing = [name for name in names if name not in known]

@@ -3,8 +3,9 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from sae.explain.examples import Context
 LATENTS = "latents.parquet"
 EXAMPLES = "examples.parquet"
 SUMMARY = "summary.json"
+WEIGHTS = "weights.json"
 
 EXPLAIN_AGAIN = "run `sae explain` again to make it anew"
 
@@ -165,6 +167,75 @@ def read_latents(path: str | Path) -> list[LatentRecord]:
     path = Path(path)
     file = path / LATENTS if path.is_dir() else path
     return [LatentRecord(**row) for row in _rows(file, _LATENT_SCHEMA)]
+
+
+class LatentAbout(NamedTuple):
+    """A latent whose label names one of some words."""
+
+    latent: int
+    """Its number."""
+    label: str
+    """Its label."""
+    worth: float
+    """Sum over the words that it names: of mutual information, or of weight PMI, in nats."""
+    auc: float | None
+    """How well its label tells unseen rows; 0.5 is chance."""
+
+
+def latents_about(
+    directory: Path, words: Sequence[str], n: int, *, by: Literal["information", "weights"]
+) -> list[LatentAbout]:
+    """The n latents whose labels tell most about some words; small and capital letters are one.
+
+    Of labels from the corpus those count that speak of words or tokens, were scored, and beat their
+    own null at 1 %; of labels from weights those that were scored.
+
+    Args:
+        directory: Of the labels.
+        words: What they shall name.
+        n: How many at most.
+        by: Which labels.
+
+    Raises:
+        FileNotFoundError: If there are no such labels.
+        ValueError: If no label names any of the words.
+    """
+    wanted = {word.strip().lower() for word in words}
+    known = _by_information if by == "information" else _by_weights
+    results = []
+    for latent, label, values, auc in known(directory):
+        worths = [worth for word, worth in values if word.strip().lower() in wanted]
+        if worths:
+            results.append(LatentAbout(latent, label, sum(worths), auc))
+    if not results:
+        raise MonosemaError(
+            f"words must be named by a label of {directory} that was scored, got "
+            f"{', '.join(sorted(wanted))}; try other words or other forms of them"
+        )
+    return sorted(results, key=lambda one: (-one.worth, one.latent))[:n]
+
+
+_Valued = Iterator[tuple[int, str, Iterable[tuple[str, float]], float | None]]
+
+
+def _by_information(directory: Path) -> _Valued:
+    for one in read_latents(directory):
+        is_sure = one.p_held_out is None or one.p_held_out <= 0.01
+        if one.status == "scored" and one.kind in ("word", "token") and is_sure:
+            pairs = zip(one.words, one.information, strict=True)
+            yield one.latent, one.label, pairs, one.auc
+
+
+def _by_weights(directory: Path) -> _Valued:
+    if not (directory / WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"{directory / WEIGHTS} must exist, got no such file; run `sae explain` "
+            "with weights=5000"
+        )
+    for one in read_summary(directory / WEIGHTS)["latents"]:
+        if one["auc"] is not None:
+            pairs = zip(one["words"], one["pmi"], strict=True)
+            yield one["latent"], f"by weights: {', '.join(one['words'])}", pairs, one["auc"]
 
 
 def read_examples(path: str | Path, latent: int | None = None) -> list[Context]:

@@ -1,9 +1,14 @@
-"""Windows: short pieces of an example with one latent's activation on each token."""
+"""Windows: short pieces of an example with one latent's activation on each token.
+
+Rules that say of each piece of a text how strongly a latent should fire.
+"""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, Protocol, TypeVar, get_args, runtime_checkable
+
+from sae.explain.text_at_rows import word_begins
 
 Source = Literal["active", "random", "lexical", "similar", "weak"]
 """Why a window was taken; all but "active" are negatives, each verified."""
@@ -83,3 +88,50 @@ def shuffled(items: Sequence[T], *purpose: object) -> list[T]:
     """The items in an order that depends on the purpose alone."""
     order = sorted(range(len(items)), key=lambda index: seed_of(*purpose, index))
     return [items[index] for index in order]
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """An executable explanation: how strongly it expects a latent to fire on each piece of text."""
+
+    def __call__(self, pieces: Sequence[str]) -> list[float]:
+        """Strengths from 0 to 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class WordRule:
+    """Fires on listed words, or on what follows them; pieces of one word share its strength."""
+
+    weights: Mapping[str, float]
+    """Strength of each word, in lower case; the largest counts as 1."""
+    previous: bool = False
+    """Whether the word before is looked up instead."""
+    pair: bool = False
+    """Whether it is the word before and the word, with a blank between."""
+
+    def __call__(self, pieces: Sequence[str]) -> list[float]:
+        """Strengths from 0 to 1."""
+        top = max(self.weights.values(), default=0.0) or 1.0
+        words, of_piece = _words(pieces)
+        keys = words
+        if self.pair:
+            keys = [f"{a} {b}" for a, b in zip(["", *words], words, strict=False)]
+        strength = [self.weights.get(key, 0.0) / top for key in keys]
+        if self.previous:
+            strength = [0.0, *strength[:-1]]
+        return [strength[index] for index in of_piece]
+
+
+def _words(pieces: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The words that pieces make, as `text_at_rows.join_words` does, and the word of each."""
+    words: list[str] = []
+    of_piece: list[int] = []
+    for piece, begins in zip(pieces, word_begins(pieces), strict=True):
+        shown = piece.strip().lower() or piece
+        if begins:
+            words.append(shown)
+        else:
+            words[-1] += shown
+        of_piece.append(len(words) - 1)
+    return words, of_piece

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from sae.run.browsing import browse
     from sae.run.caches import cache, hook_points, model, verify
     from sae.run.comparing import compare
-    from sae.run.concept_sets import concepts
+    from sae.run.concept_sets import bottleneck, concepts
     from sae.run.costs import training_cost
     from sae.run.explaining import explain
     from sae.run.finding import find
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from sae.run.releases import convert, inspect, push, verify_release
     from sae.run.spaces import similar
     from sae.run.steering import steer
+    from sae.run.steering_by_words import steer_words
     from sae.run.widths import study
 
 __all__ = [
+    "bottleneck",
     "browse",
     "cache",
     "compare",
@@ -42,6 +44,7 @@ __all__ = [
     "show",
     "similar",
     "steer",
+    "steer_words",
     "study",
     "train",
     "training_cost",
@@ -50,6 +53,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "bottleneck": "concept_sets",
     "browse": "browsing",
     "cache": "caches",
     "compare": "comparing",
@@ -68,6 +72,7 @@ _HOME = {
     "show": "page",
     "similar": "spaces",
     "steer": "steering",
+    "steer_words": "steering_by_words",
     "study": "widths",
     "train": "pipeline",
     "training_cost": "costs",

@@ -1,4 +1,4 @@
-"""TCAV by command: whether an answer of the model moves along concepts, on stream and latents."""
+"""TCAV, concept bottlenecks and embeddings by command, on the stream and on latents."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -6,38 +6,42 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.config import TextSource
 from activations_cache.documents import documents
-from activations_cache.hooks import capture
 from activations_cache.models import LoadedModel
 from activations_cache.probe import require_next_token
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.config import load_overrides
-from sae.evaluate.concepts import TCAV, sets_needed, tcav
+from sae.evaluate.concepts import (
+    TCAV,
+    ConceptBottleneck,
+    ConceptEmbedding,
+    Corrected,
+    corrected,
+    sets_needed,
+    tcav,
+)
+from sae.evaluate.probe_tasks import check_two_classes, read_answered
 from sae.evaluate.report import write_record
+from sae.run.config import BottleneckRequest, ConceptsRequest
 from sae.run.context import Section, Steps, silent_steps, steps_to, with_differences
 from sae.run.finding import token_of
 from sae.run.steering import GLOSSES, placed_in_model
 from sae.steer.attribution import gradient_at, logit_difference, see
-from sae.steer.config import ConceptsRequest
 from sae.steer.edits import directions_of
+from sae.steer.search import mean_rows
 
-FILE = "concepts.json"
+FILE, BOTTLENECK = "concepts.json", "bottleneck.json"
 FEWEST = 2
 """Texts of a concept, and prompts, below which nothing can be said."""
-
-
-class Means(NamedTuple):
-    """The mean row of each text, over the positions that count."""
-
-    stream: Float[Tensor, "example d_out"]
-    latents: Float[Tensor, "example d_sae"]
 
 
 class ConceptTest(NamedTuple):
@@ -104,7 +108,7 @@ def concepts(dictionary: str | Path, progress: Progress = silent, **request: obj
     Args:
         dictionary: Its path, or its name on the hub.
         progress: Called while it runs.
-        request: Fields of `sae.steer.config.ConceptsRequest`: concepts, prompts, target, ...
+        request: Fields of `sae.run.config.ConceptsRequest`: concepts, prompts, target, ...
 
     Raises:
         ConfigError: If a field is unknown or out of range.
@@ -131,7 +135,9 @@ def concepts_of(
         gradients = _gradients(placed, loaded, prompts, request, progress)
     with steps("texts") as progress:
         texts = [text for of_one in sets.values() for text in of_one[:n_texts]] + random
-        means = _means(placed, loaded, texts, request.first_position, progress)
+        means = mean_rows(
+            loaded.model, loaded.tokenizer, placed, texts, request.first_position, progress
+        )
     tests = []
     for name, rows, gradient in zip(("stream", "latents"), means, gradients, strict=True):
         used = rows.abs().amax(dim=0) > 0  # of a latent that never fires nothing can be said
@@ -254,26 +260,105 @@ def _gradients(
     return torch.stack(of_stream).cpu(), torch.stack(of_latents).cpu()
 
 
-@torch.no_grad()
-def _means(
-    placed: SparseAutoencoder,
-    loaded: LoadedModel,
-    texts: Sequence[str],
-    first_position: int,
-    report: Progress,
-) -> Means:
-    """The mean row of each text where the dictionary writes, and the mean of its latents."""
-    config, device = placed.config, next(loaded.model.parameters()).device
-    points = list(dict.fromkeys((placed.hook_point, config.hook_point_out)))
-    of_stream, of_latents = [], []
-    for done, text in enumerate(texts, start=1):
-        ids = torch.tensor([loaded.tokenizer(text)["input_ids"]], device=device)
-        if ids.shape[1] <= first_position:
-            raise MonosemaError(f"texts must have more than {first_position} tokens, got {text!r}")
-        with capture(loaded.model, points) as run:
-            streams = run(ids)
-        of_stream.append(streams[config.hook_point_out][0, first_position:].float().mean(dim=0))
-        x = streams[placed.hook_point][0, first_position:].float()
-        of_latents.append(placed.encode_dense(x).mean(dim=0))
-        report(done, len(texts), "texts")
-    return Means(torch.stack(of_stream).cpu(), torch.stack(of_latents).cpu())
+class BottleneckArm(NamedTuple):
+    """One head on one place."""
+
+    head: str
+    place: str
+    figures: Corrected
+
+
+class BottleneckTest(NamedTuple):
+    """Both heads on the stream and on the latents."""
+
+    names: tuple[str, ...]
+    """Concepts, in the order in which they are corrected."""
+    arms: tuple[BottleneckArm, ...]
+    floor: float
+    """Share of the most frequent answer among the unseen texts."""
+    n_fitted: int
+    n_held_out: int
+    n_repeated: int
+    """Texts that came again and were left out."""
+    differs: tuple[str, ...]
+    """In what the model or the place is not the dictionary's; only where forced."""
+
+    @property
+    def section(self) -> Section:
+        """A row for each head and place."""
+        rows = [
+            (arm.head, arm.place, *(f"{figure:.2f}" for figure in arm.figures.ends))
+            for arm in self.arms
+        ]
+        note = (
+            f"{self.n_fitted} texts fitted on, {self.n_held_out} unseen; answers right with "
+            f"concepts as predicted, as they are ({', '.join(self.names)}), and as other texts' "
+            f"are; the most frequent answer has {self.floor:.2f}"
+        )
+        note = with_differences(note, {"the dictionary": self.differs} if self.differs else {})
+        columns = ("head", "on", "concepts right", "predicted", "corrected", "of others")
+        return Section("concept bottleneck", ResultTable(columns, tuple(rows), note))
+
+    def write(self, out: Path) -> Path:
+        """Write all figures."""
+        out.mkdir(parents=True, exist_ok=True)
+        record = {
+            **self._asdict(),
+            "arms": [{**arm._asdict(), "figures": asdict(arm.figures)} for arm in self.arms],
+        }
+        write_record(out / BOTTLENECK, record)
+        return out / BOTTLENECK
+
+
+def bottleneck(
+    dictionary: str | Path, progress: Progress = silent, **request: object
+) -> BottleneckTest:
+    """Fit answers by way of concepts to the mean stream and latents of texts, then correct them.
+
+    Args:
+        dictionary: Its path, or its name on the hub.
+        progress: Called while it runs.
+        request: Fields of `sae.run.config.BottleneckRequest`: records, k, head, ...
+
+    Raises:
+        ConfigError: If a field is unknown or out of range.
+        ValueError: If a record has another form, or a concept is in no text or in all of a side.
+    """
+    return bottleneck_of(
+        dictionary, load_overrides(BottleneckRequest, [], request), steps_to(progress)
+    )
+
+
+def bottleneck_of(
+    path: str | Path, request: BottleneckRequest, steps: Steps = silent_steps
+) -> BottleneckTest:
+    """Read the records, then the model on their texts, then fit each head on each place."""
+    fields = (request.field, request.answer, request.concepts)
+    texts, answers, has, names, n_repeated = read_answered(request.records, fields)
+    placed, loaded, differs = placed_in_model(
+        path, request.model, request.dtype, request.hook_point,
+        force=request.force, read_out=request.read_out,
+    )  # fmt: skip
+    with steps("texts") as progress:
+        means = mean_rows(
+            loaded.model, loaded.tokenizer, placed, texts, request.first_position, progress
+        )
+    made = np.random.default_rng(request.seed)
+    unseen, seen = np.split(made.permutation(len(texts)), [round(request.held_out * len(texts))])
+    for side, what in ((seen, "texts to fit on"), (unseen, "unseen texts")):
+        for number, name in enumerate(names):
+            check_two_classes(has[side, number], f"concept {name!r} in the {what}")
+    y = np.unique(answers, return_inverse=True)[1]
+    arms = []
+    places = {"stream": means.stream.numpy(), "latents": csr_matrix(means.latents.numpy())}
+    for place, units in places.items():
+        for head, model in (
+            ("bottleneck", ConceptBottleneck(request.k, request.head)),
+            ("embedding", ConceptEmbedding(seed=request.seed)),
+        ):
+            with steps(f"{head}, {place}"):
+                model.fit(units[seen], has[seen], y[seen])
+                figures = corrected(model, units[unseen], has[unseen], y[unseen], request.seed)
+                arms.append(BottleneckArm(head, place, figures))
+    floor, n = float(np.bincount(y[unseen]).max() / len(unseen)), (len(seen), len(unseen))
+    return BottleneckTest(tuple(names), tuple(arms), floor, *n, n_repeated, differs)

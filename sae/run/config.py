@@ -17,7 +17,7 @@ from activations_cache.config import CacheConfig
 from monosema.checks import LATER, MonosemaError
 from sae.evaluate.config import EvaluateConfig
 from sae.explain.config import ExplainConfig
-from sae.steer.config import SteerConfig
+from sae.steer.config import OnModel, SteerConfig
 from sae.train.config import TrainConfig
 from sae.train.hook_points import sites
 
@@ -26,7 +26,7 @@ OF_TEXT = {
     "explain": (
         "kinds", "min_firings", "min_examples", "wide_words", "min_word_count", "prior_rows",
         "permutations", "null_permutations", "top_contexts", "bucket_contexts", "context_tokens",
-        "rules", "atlas", "autointerp",
+        "weights", "rules", "atlas", "autointerp",
     ),
     "steer": tuple(entry.name for entry in fields(SteerConfig)),
 }  # fmt: skip
@@ -267,3 +267,80 @@ def browsed_config(path: str | Path) -> RunConfig | None:
 def _quoted(path: Path) -> str:
     text = str(path).replace("'", "''")
     return f"'{text}'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptsRequest(OnModel):
+    """What `sae concepts DICT` tests: whether an answer of the model moves along concepts."""
+
+    concepts: str
+    """A folder (NAME.txt: a text per line; NAME/: a text per file), or records with labels."""
+    prompts: tuple[str, ...] = ()
+    """Inputs whose next token is asked for."""
+    prompt_file: str | None = None
+    """A .txt, .jsonl or .parquet file of more of them."""
+    target: str
+    """The token whose logit is the answer."""
+    against: str | None = None
+    """A token whose logit is taken off."""
+    field: str = "text"
+    """Field of a record that holds its text."""
+    label: str = "concept"
+    """Field of a record that names its concept."""
+    random: str | None = None
+    """A .txt, .jsonl or .parquet file of texts for random sets; WordNet's glosses when absent."""
+    random_field: str = "text"
+    """Field of its records that holds the text."""
+    sets: int = 40
+    """Random sets."""
+    texts: int = 30
+    """Texts of a set at most; all sets have as many as the smallest concept."""
+    sides: Literal["greater", "both"] = "both"
+    """Whether a score below chance counts as well."""
+    level: float = 0.05
+    """Of the test, before the correction for the number of concepts."""
+    first_position: int = 1
+    """Positions below this one, the attention sinks, do not count."""
+    seed: int = 0
+    """Decides which texts are in which random set."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        given = bool(self.prompts) or self.prompt_file is not None
+        require(given, "prompts", "hold at least two texts", self.prompts)
+        require(all(self.prompts), "prompts", "not be empty", self.prompts)
+        at_least("sets", self.sets, 4)
+        at_least("texts", self.texts, 2)
+        at_least("first_position", self.first_position, 0)
+        require(0 < self.level < 1, "level", "be above 0 and below 1", self.level)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BottleneckRequest(OnModel):
+    """What `sae concepts DICT --bottleneck FILE` fits: answers by concepts, and corrected ones."""
+
+    records: str
+    """A .jsonl file: a text, its answer, and which concepts it has, in each record."""
+    field: str = "text"
+    """Field of a record that holds its text."""
+    answer: str = "answer"
+    """Field that holds the answer."""
+    concepts: str = "concepts"
+    """Field that lists the names of a text's concepts, or says true or false of each name."""
+    k: int = 5
+    """Units that tell a concept in the bottleneck."""
+    head: Literal["linear", "tree"] = "linear"
+    """What the bottleneck's answer is made by; "tree" learns XOR."""
+    held_out: float = 0.3
+    """Share of the texts that are scored and not fitted on."""
+    first_position: int = 1
+    """Positions below this one, the attention sinks, do not count."""
+    seed: int = 0
+    """Decides which texts are held out, and the exchanged concepts of the control."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        at_least("k", self.k, 1)
+        at_least("first_position", self.first_position, 0)
+        at_least("seed", self.seed, 0)
+        require(0 < self.held_out < 1, "held_out", "be above 0 and below 1", self.held_out)

@@ -25,8 +25,8 @@ from sae.explain.image_run import ExplainedImages
 from sae.explain.llm.chat import Client
 from sae.explain.llm.local_client import LocalClient
 from sae.explain.llm.store import Cost
-from sae.explain.logit_lens import promoted_tokens
-from sae.explain.model_scorers import amplified
+from sae.explain.logit_lens import WordVectors, promoted_tokens, word_vectors
+from sae.explain.model_scorers import amplified, divergences
 from sae.explain.run import Explained
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import WITH_TOOLS, Subject, Tools, score_rules_of
@@ -144,7 +144,7 @@ def explain_dictionary(
     if out is None:
         if client is not None:
             raise ConfigError("out must be given for labels by a language model, got none")
-        if unread := [name for name in ("rules", "atlas") if getattr(config, name) is not None]:
+        if unread := [name for name in ("rules", "atlas", "weights") if getattr(config, name)]:
             raise ConfigError(f"out must be given for {unread[0]}, which writes files, got none")
         return _explained(parts, config, None, client, steps)
     with io.only_one(out / ".explain.lock", f"the labels in {out}"):
@@ -162,8 +162,8 @@ def _explained(
             where = (one.dictionary, cache, one.hook_point)
             labels = explain_pictures(*where, config, out, progress, words)
         return DictionaryExplanation(out, labels, differs=one.differs)
-    subject, more = _subject(one, config, cache)
-    explained = without_llm(subject, config, out, more["identity"], narrow, steps)
+    subject, more, vectors = _subject(one, config, cache)
+    explained = without_llm(subject, config, out, more["identity"], narrow, vectors, steps)
     explained = explained._replace(differs=one.differs)
     if config.autointerp is None or client is None or out is None:
         return explained
@@ -181,7 +181,7 @@ def estimate(request: ExplainRequest, config: ExplainConfig, progress: Progress 
     cache, one, _ = _parts(request, config)
     if config.autointerp is None:
         raise ConfigError("autointerp.llm.model must be named to be estimated, got none")
-    subject, more = _subject(one, config, cache)
+    subject, more, _ = _subject(one, config, cache)
     out = _out_of(request) or Path()
     return estimate_cost(subject, config.autointerp, out, **more, progress=progress)
 
@@ -235,8 +235,8 @@ def _record_origin(out: Path, cache: ActivationCache, one: FittedDictionary) -> 
 
 def _subject(
     one: FittedDictionary, config: ExplainConfig, cache: ActivationCache
-) -> tuple[Subject, dict[str, Any]]:
-    """What is explained, and what a language model is told beside it."""
+) -> tuple[Subject, dict[str, Any], WordVectors | None]:
+    """What is explained, what a language model is told beside it, and what gives words vectors."""
     loaded = load_any_model(model_of(cache))
     assert isinstance(loaded, LoadedModel), "a cache of texts records a language model"
     dictionary, strings = one.dictionary, pieces_of(loaded)
@@ -246,7 +246,16 @@ def _subject(
     if config.autointerp is not None:
         promoted = promoted_strings(dictionary, loaded.model, strings, config.autointerp)
     identity = {"cache": cache.fingerprint, "dictionary": digest_of(dictionary)}
-    return subject, {"promoted": promoted, "identity": identity}
+    return subject, {"promoted": promoted, "identity": identity}, vectors_for(config, loaded)
+
+
+def vectors_for(config: ExplainConfig, loaded: LoadedModel) -> WordVectors | None:
+    """What gives words the model's output embeddings, if the config asks for labels from weights.
+
+    Raises:
+        ValueError: If the model's logits are not its head on the norm of its last stream.
+    """
+    return word_vectors(loaded.tokenizer, readout(loaded.model)) if config.weights else None
 
 
 def without_llm(
@@ -255,6 +264,7 @@ def without_llm(
     out: Path | None,
     identity: dict[str, object],
     narrow: SparseAutoencoder | None,
+    vectors: WordVectors | None,
     steps: Steps,
 ) -> DictionaryExplanation:
     """Labels, and where files are written the rules executed and the map."""
@@ -262,7 +272,7 @@ def without_llm(
     with steps("explain") as progress:
         labels = explain_latents(
             dictionary, cache, hook, subject.token_strings, config, out,
-            null="random", progress=progress,
+            null="random", vectors=vectors, progress=progress,
         )  # fmt: skip
     if out is None:
         return DictionaryExplanation(None, labels)
@@ -345,6 +355,10 @@ def tools_for(
         client.embed, client.log_likelihood,
         amplified(loaded.model, neutral.long(), one.dictionary, one.outputs[0]), lens.promoted,
         peaks_on,
+        divergences(
+            loaded.model, examples.tokens, one.dictionary, (one.inputs, one.outputs[0]),
+            first_position=skipped,
+        ),
     )  # fmt: skip
 
 

@@ -1,7 +1,4 @@
-"""What labels are worth as tables: scores next to what nobody trained, failures first.
-
-And what a study of several widths says, from its record.
-"""
+"""What labels are worth as tables, failures first; what a study of several widths says."""
 
 import math
 import re
@@ -14,11 +11,15 @@ from sae.browser import ResultTable
 from sae.explain.config import AutointerpConfig
 from sae.explain.image_run import ExplainedImages
 from sae.explain.llm.store import Cost
+from sae.explain.logit_lens import N_FREQUENT
 from sae.explain.results import Summary
+from sae.explain.scores import Mean
 from sae.run.context import FactTable, Section, with_differences
 from sae.run.explaining import DictionaryExplanation
 from sae.run.images import image_label_table, with_ends
 from sae.run.page import LinePanel, ShownLine
+
+_BOTH = ("auc", "control_auc")
 
 
 def label_table(summary: Summary, baselines: Mapping[str, Summary]) -> ResultTable:
@@ -63,6 +64,24 @@ def _scores(summary: dict[str, Any]) -> list[tuple[str, str]]:
     for arm, scores in arms.items():
         facts += [(f"{scorer}: {arm}", _figures(figures)) for scorer, figures in scores.items()]
     return facts
+
+
+def weight_facts(summary: Mapping[str, Any], path: Path) -> FactTable:
+    """What labels from weights are worth, beside untrained weights."""
+    facts = [("AUC of labels from weights", _with_chance(summary))]
+    if null := summary.get("null"):
+        facts.append((f"AUC of {null['of']}", _with_chance(null)))
+    note = f"labels of the {summary['n_words']:,} most frequent words; chance is 0.5; {path}"
+    return FactTable("labels from weights", facts, note)
+
+
+def _with_chance(summary: Mapping[str, Any]) -> str:
+    figures = [[math.nan if n is None else n for n in summary[name].values()] for name in _BOTH]
+    auc, other = (with_ends(Mean(*ends)) for ends in figures)
+    return (
+        f"{auc}, with another latent's label {other}; {summary['n_different_words']:,} words, "
+        f"{summary['share_frequent']:.0%} of those listed among the {N_FREQUENT} most frequent"
+    )
 
 
 def atlas_facts(drawn: dict[str, Any], path: Path) -> FactTable:
@@ -143,6 +162,8 @@ def explanation_parts(name: str, explanation: DictionaryExplanation) -> list[Sec
     parts: list[Section | FactTable] = [Section(title, table)]
     if is_of_images:
         return parts
+    if labels.by_weights is not None:
+        parts.append(weight_facts(labels.by_weights, path))
     if explanation.rules is not None:
         parts.append(score_facts("labels executed as rules, on windows", explanation.rules, path))
     if explanation.atlas is not None:

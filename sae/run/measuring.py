@@ -6,25 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from activations_cache import ActivationCache
 from activations_cache.checks import MonosemaError, Progress, silent
-from activations_cache.config import TRAINING_SPLITS
 from activations_cache.models import LoadedModel
 from activations_cache.vision import LoadedVisionModel
 from sae.autoencoder import SparseAutoencoder
-from sae.baselines import (
-    covariance_of,
-    permuted_decoder,
-    principal_components,
-    random_dictionary,
-    raw_neurons,
-)
 from sae.browser import ResultTable
 from sae.evaluate.config import EvaluateConfig
-from sae.evaluate.probe_tasks import check_hook_point, common_labels
-from sae.evaluate.reconstruction import measure_reconstruction
+from sae.evaluate.probe_tasks import check_hook_point, common_labels, read_labels
 from sae.evaluate.report import EvaluationReport, held_out_rows
 from sae.evaluate.report import evaluate as evaluate_all
 from sae.evaluate.sparse_probe import Survey, survey
@@ -49,10 +38,8 @@ from sae.run.context import (
     wrong_class,
 )
 from sae.run.images import image_table, with_downstream
-from sae.run.studies import noise_table, stability_table, structure_table
+from sae.run.studies import baselines, noise_table, stability_table, structure_table
 from sae.run.tables import probe_table, text_table
-
-ROWS_FOR_L0, ROWS_FOR_PCA = 4096, 65_536
 
 
 class SplicedInto(NamedTuple):
@@ -83,7 +70,7 @@ class MeasureRequest(NamedTuple):
     spliced: SplicedInto | None = SplicedInto()
     """What each dictionary is spliced into; None for no model."""
     probe: int = 0
-    """How many of the cache's labels are probed."""
+    """How many labels are probed."""
     baselines: bool = True
     """Whether untrained rivals are measured as well."""
     structure: bool = False
@@ -92,6 +79,8 @@ class MeasureRequest(NamedTuple):
     """Whether dictionaries of another model or place are measured as well."""
     read_out: ReadOutName | None = None
     """How their latents are read; as each dictionary is when absent."""
+    labels: str | Path | None = None
+    """File of labels by example, which are probed in the place of the cache's own."""
 
 
 class MeasuredDictionary(NamedTuple):
@@ -160,6 +149,7 @@ def evaluate(  # noqa: PLR0913
     structure: bool = False,
     force: bool = False,
     read_out: ReadOutName | None = None,
+    labels: str | Path | None = None,
     progress: Progress = silent,
 ) -> Measurement:
     """Measure dictionaries on held-out rows; `.report` has the figures, `.sections` the tables.
@@ -171,11 +161,12 @@ def evaluate(  # noqa: PLR0913
         model: Whether each is also spliced into the cache's model.
         contexts: Held-out contexts that each is spliced into.
         images: The same of a cache of images: to fit on, and as many to score.
-        probe: Probe so many of the cache's labels.
+        probe: Probe so many labels, those of the most rows.
         baselines: Measure untrained rivals as well.
         structure: Measure stability over seeds, description length and meta-score as well.
         force: Measure dictionaries of another model or place too; the result names what differs.
         read_out: "linear" or "refined"; as each dictionary is read when absent.
+        labels: JSON lines with labels by example, probed in the place of the cache's own.
         progress: Called in every step.
 
     Raises:
@@ -185,7 +176,7 @@ def evaluate(  # noqa: PLR0913
     spliced = SplicedInto(contexts, images) if model else None
     request = MeasureRequest(
         targets_of(dictionaries), cache, hook_point, spliced, probe, baselines, structure, force,
-        read_out,
+        read_out, labels,
     )  # fmt: skip
     return measure(request, steps_to(progress))
 
@@ -215,8 +206,13 @@ def measure(request: MeasureRequest, steps: Steps = silent_steps) -> Measurement
         n, images = request.spliced
         asked = EvaluateConfig(n_contexts=n, n_contexts_special=min(8, n), n_images=images)
         refuse_unread("evaluate", asked, of_images=holds_images(cache))
+    given = None
+    if request.labels is not None:
+        if not request.probe:
+            raise MonosemaError(f"labels must stand beside probe=N, got {request.labels} alone")
+        given = read_labels(request.labels, cache)
     if request.probe:
-        common_labels(cache)
+        common_labels(cache, labels=given)
     entries = load_entries(
         request.targets, cache, request.hook_point, force=request.force, read_out=request.read_out
     )
@@ -233,7 +229,9 @@ def measure(request: MeasureRequest, steps: Steps = silent_steps) -> Measurement
         l0 = {name: entry.l0 for name, entry in report.reconstruction.items()}
         alone = {n: d for n, d in trained.items() if d.config.sites(hook_point)[0] == (hook_point,)}
         with steps("probe") as progress:
-            probes = survey(alone, l0, cache, hook_point, request.probe, progress=progress)
+            probes = survey(
+                alone, l0, cache, hook_point, request.probe, labels=given, progress=progress
+            )
     structure = {}
     if request.structure:
         with steps("structure") as progress:
@@ -370,30 +368,3 @@ def _recipe_and_seed(provenance: Mapping[str, Any]) -> tuple[str | None, int | N
     of_entry = recipe.pop("seed", None)
     seed = provenance.get("seed") if of_entry is None else of_entry
     return json.dumps(recipe, sort_keys=True) if recipe else None, seed
-
-
-def baselines(
-    dictionaries: Mapping[str, SparseAutoencoder],
-    cache: ActivationCache,
-    hook_point: str,
-    progress: Progress = silent,
-) -> dict[str, SparseAutoencoder]:
-    """Untrained rivals at the median L0; those with a frozen part come from training."""
-    rows = held_out_rows(cache)
-    sample = rows[:: max(1, len(rows) // ROWS_FOR_L0)]
-    measured = measure_reconstruction(dictionaries, cache, hook_point, sample, progress=progress)
-    l0 = sorted(one.reconstruction.l0 for one in measured.values())[len(measured) // 2]
-    mean = cache[hook_point].mean
-    k = min(max(1, round(l0)), len(mean))
-    training = cache.rows(TRAINING_SPLITS)
-    covariance = covariance_of(
-        cache, hook_point, training[:: max(1, len(training) // ROWS_FOR_PCA)], progress=progress
-    )
-    first = next(iter(dictionaries.values()))
-    generator = torch.Generator().manual_seed(0)
-    return {
-        f"PCA, k={k}": principal_components(mean, covariance, k),
-        f"raw neurons, k={k}": raw_neurons(mean, k),
-        f"random, k={k}": random_dictionary(first, l0, generator),
-        "permuted decoder": permuted_decoder(first, generator),
-    }

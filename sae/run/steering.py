@@ -1,12 +1,12 @@
-"""Steering: a model with latents changed, its texts, sweeps over strengths, a run's example."""
+"""Steering: a model with latents changed, its texts, sweeps over strengths, latents by words."""
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from activations_cache import io
 from activations_cache.checks import MonosemaError, Progress, silent
-from activations_cache.config import SPLITS, ModelConfig, TextSource
+from activations_cache.config import ModelConfig, TextSource
 from activations_cache.documents import documents
 from activations_cache.models import LoadedModel, Tokenizer, load_model
 from activations_cache.probe import readout
@@ -22,21 +22,22 @@ from activations_cache.vision import LoadedVisionModel
 from sae import notebook
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
+from sae.config import load_overrides
 from sae.explain.logit_lens import promoted_tokens
-from sae.explain.tables import LATENTS, LatentRecord, read_latents
+from sae.explain.tables import LATENTS, LatentAbout, latents_about
 from sae.pretrained import load as load_dictionary
 from sae.pretrained.origin import origin_of, require_model
 from sae.read_out import ReadOutName
-from sae.run.context import Run, Section, at_places, pieces_of, with_differences, wrong_class
-from sae.steer.choice import (
-    Candidate,
-    NothingToSteerError,
-    SteerSubject,
-    choose_latent,
-    target_tokens,
+from sae.run.context import (
+    Section,
+    at_places,
+    pieces_of,
+    results_of,
+    with_differences,
+    wrong_class,
 )
-from sae.steer.config import SteerRequest, latent_change
-from sae.steer.edits import Edit
+from sae.steer.config import SteerRequest, SteerWordsRequest, latent_change
+from sae.steer.edits import Calibrate, Change, Edit
 from sae.steer.generation import generate
 from sae.steer.positions import Positions
 from sae.steer.steering import Steering
@@ -50,13 +51,7 @@ N_NEUTRAL_TOKENS = 48
 N_TARGETS = 10
 """So many promoted tokens stand for a latent."""
 
-N_NEUTRAL = 2
-"""Held-out contexts on which the side effect is measured."""
-
 _log = logging.getLogger(__name__)
-
-N_COMMON = 300
-"""So many of the most frequent tokens do not show that steering worked."""
 
 
 class SteeredText(NamedTuple):
@@ -118,8 +113,9 @@ class LatentSweep(NamedTuple):
 def steer(  # noqa: PLR0913
     model: nn.Module | LoadedModel,
     dictionary: SparseAutoencoder | str | Path,
-    latents: Mapping[int, str | float],
+    latents: Mapping[int, str | float] | None = None,
     *,
+    words: Mapping[str, object] | None = None,
     hook_point: str | None = None,
     positions: Positions = "all",
     first_position: int = 1,
@@ -133,6 +129,8 @@ def steer(  # noqa: PLR0913
         dictionary: Whose latents.
         latents: A change for each: "10x" of its largest activation, an activation such as 4.5,
             "+2x" on top of what is there, "*3" times what is there, or "off".
+        words: In the place of `latents`, fields of `sae.steer.config.SteerWordsRequest`: words with
+            amplify or calibrate, such as {"words": ["cow"], "amplify": "1x"}.
         hook_point: Where the dictionary belongs, if it does not say so itself.
         positions: Which tokens are changed.
         first_position: Positions below this one are left as they are.
@@ -147,7 +145,7 @@ def steer(  # noqa: PLR0913
     inner = model.model if isinstance(model, LoadedModel) else model
     if not isinstance(inner, nn.Module):
         raise wrong_class("model", "be a model or what load_model returns", model, "load it first")
-    if not isinstance(latents, Mapping):
+    if not isinstance(words if latents is None else latents, Mapping):
         raise wrong_class("latents", "be changes by number", latents, 'such as {123: "10x"}')
     where, differs = placed(dictionary, hook_point, force=force, read_out=read_out)
     if isinstance(model, LoadedModel):
@@ -155,9 +153,45 @@ def steer(  # noqa: PLR0913
         differs += require_model(where, model.identity, path, force=force)
     for difference in differs:
         _log.warning("forced: %s", difference)
-    changes = [latent_change(f"{number}={change}") for number, change in latents.items()]
-    edits = [Edit(where, latent=number, **words) for number, words in changes]
+    if latents is None:
+        request = load_overrides(SteerWordsRequest, [], words)
+        edits = changes_of(
+            where, [one.latent for one in named_latents(dictionary, request)], request
+        )
+    else:
+        given = [latent_change(f"{number}={change}") for number, change in latents.items()]
+        edits = [Edit(where, latent=number, **change) for number, change in given]
     return Steering(inner, edits, positions=positions, first_position=first_position)
+
+
+def named_latents(path: object, request: SteerWordsRequest) -> list[LatentAbout]:
+    """The latents whose labels name the words."""
+    if request.explained is None and not isinstance(path, str | Path):
+        raise MonosemaError(
+            "explained must name the directory of the labels beside a dictionary that is no path"
+        )
+    if request.explained:
+        places = [Path(request.explained)]
+    else:  # beside the dictionary, or in the run that it is of
+        at = results_of(str(path))
+        places = [at / "explain", at.parent.parent / "explain" / at.name]
+    place = next((p for p in places if (p / LATENTS).is_file()), None)
+    if place is None:
+        raise FileNotFoundError(
+            f"{places[0] / LATENTS} must exist, got no such file; run `sae explain` or name the "
+            "directory of the labels with explained=DIR"
+        )
+    return latents_about(place, request.words, request.n_latents, by=request.by)
+
+
+def changes_of(
+    placed: SparseAutoencoder, latents: Sequence[int], request: SteerWordsRequest
+) -> list[Change]:
+    """What a request does to latents."""
+    if request.calibrate is not None:
+        return [Calibrate(placed, tuple(latents), request.calibrate)]
+    amount = request.amplify
+    return [Edit(placed, latent=i, add=amount, only_firing=True) for i in latents]
 
 
 def placed(
@@ -327,68 +361,3 @@ def neutral_tokens(
     ids = [tokenizer(document.text)["input_ids"][:N_NEUTRAL_TOKENS] for document in texts]
     width = max(len(row) for row in ids)
     return torch.tensor([[*row, *[-1] * (width - len(row))] for row in ids])
-
-
-def steering_example(run: Run, progress: Progress) -> dict[str, Any]:
-    """Steer the prompt by one labelled latent; plain data for the page and for `steering.json`.
-
-    `shown` holds the fields of the page's SteeringExample; `choice` how the latent was found.
-    """
-    config = run.config.steer
-    name = config.dictionary or _steerable(run)
-    [hook_point] = run.fitted[name].inputs
-    subject = SteerSubject(
-        model=run.loaded.model,
-        tokenizer=run.loaded.tokenizer,
-        dictionary=run.dictionaries[name].at(hook_point),
-        first_position=run.config.cache.skip_positions,
-    )
-    records = read_latents(run.path("explain") / name / LATENTS)
-    common = _common_tokens(run.cache.examples.tokens)
-    candidates = [_candidate(run, r, common) for r in records if r.status == "scored"]
-    held_out = (run.cache.examples.split == SPLITS.index("hold")).nonzero().flatten()[:N_NEUTRAL]
-    neutral = run.cache.examples.tokens[held_out]
-    choice = choose_latent(subject, candidates, config, neutral=neutral, progress=progress)
-    chosen = choice.chosen.candidate
-    return {
-        "shown": {
-            "dictionary": name,
-            "latent": chosen.latent,
-            "label": chosen.label,
-            "strength": float(config.strength),
-            "prompt": config.prompt,
-            "base": choice.base.text,
-            "steered": choice.chosen.text,
-        },
-        "choice": asdict(choice),
-    }
-
-
-def _steerable(run: Run) -> str:
-    """The first dictionary that is no baseline and gives back the one stream that it reads."""
-    for name, dictionary in run.dictionaries.items():
-        config = dictionary.config
-        if not run.is_frozen(name) and not config.outputs and len(config.inputs) < 2:
-            return name
-    raise NothingToSteerError(
-        "train.saes must have a dictionary that reads and predicts one hook point to steer by, "
-        f"got {', '.join(run.dictionaries)}; add one, or end with `sae explain`"
-    )
-
-
-def _common_tokens(tokens: Int[Tensor, "example pos"]) -> frozenset[int]:
-    """Return the most frequent tokens of the texts."""
-    counts = tokens[tokens >= 0].bincount()
-    return frozenset(counts.topk(min(N_COMMON, len(counts))).indices.tolist())
-
-
-def _candidate(run: Run, record: LatentRecord, common: frozenset[int]) -> Candidate:
-    assert record.auc is not None, record.latent
-    words = record.words if record.kind in ("word", "token") else ()
-    return Candidate(
-        latent=record.latent,
-        label=record.label,
-        auc=record.auc,
-        density=record.density,
-        targets=target_tokens(run.loaded.tokenizer, [word.strip() for word in words], common),
-    )

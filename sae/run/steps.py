@@ -3,8 +3,12 @@
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
 
 import activations_cache
 from activations_cache import seals
@@ -21,17 +25,28 @@ from sae.explain.autointerp import client_of, label_with_llm
 from sae.explain.run import TWIN, Null
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import Subject
-from sae.explain.tables import SUMMARY, read_summary
+from sae.explain.tables import LATENTS, SUMMARY, LatentRecord, read_latents, read_summary
 from sae.metrics import STATS, stats_file
 from sae.pretrained.monosema_format import CONFIG, PROVENANCE, WEIGHTS
 from sae.run.browsing import site_of_run
 from sae.run.caches import as_trained, check_splits, words_of
 from sae.run.context import Run, steps_to
-from sae.run.explaining import digest_of, promoted_strings, rules_and_atlas, tools_for
+from sae.run.explaining import (
+    digest_of,
+    promoted_strings,
+    rules_and_atlas,
+    tools_for,
+    vectors_for,
+)
 from sae.run.images import explain_pictures, with_downstream
-from sae.run.measuring import baselines
-from sae.run.steering import steering_example
-from sae.steer.choice import NothingToSteerError
+from sae.run.studies import baselines
+from sae.steer.choice import (
+    Candidate,
+    NothingToSteerError,
+    SteerSubject,
+    choose_latent,
+    target_tokens,
+)
 from sae.train.config import DictionaryConfig
 from sae.train.curves import LOGS, draw
 
@@ -40,6 +55,12 @@ STEERING = "steering.json"
 PAGE = "index.html"
 DICTIONARY = (WEIGHTS, CONFIG, PROVENANCE)
 LABEL_FILES = (".parquet", ".json", ".jsonl")
+
+N_NEUTRAL = 2
+"""Held-out contexts on which the side effect of the steering example is measured."""
+
+N_COMMON = 300
+"""So many of the most frequent tokens do not show that steering worked."""
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +136,7 @@ def explain_texts(run: Run, name: str, report: Progress) -> dict[str, Any] | Non
     rows, hook, strings = one.rows_of(run.cache), one.hook_point, run.pieces
     labels = explain_latents(
         one.dictionary, rows, hook, strings, config, path,
-        null=_null_of(run, name), progress=report,
+        null=_null_of(run, name), vectors=vectors_for(config, run.loaded), progress=report,
     )  # fmt: skip
     llm = None if run.is_frozen(name) else config.autointerp
     if llm is None and config.rules is None and config.atlas is None:
@@ -143,7 +164,8 @@ def _null_of(run: Run, name: str) -> Null:
     twin = twin_of(run.config.train.saes, name)
     if twin is None:
         return "random"
-    return {**read_summary(run.path("explain") / twin / SUMMARY)["completeness"], "of": TWIN}
+    summary = read_summary(run.path("explain") / twin / SUMMARY)
+    return {**summary["completeness"], "weights": summary.get("weights"), "of": TWIN}
 
 
 def twin_of(saes: Mapping[str, DictionaryConfig], name: str) -> str | None:
@@ -173,6 +195,71 @@ def steer(run: Run, report: Progress) -> None:
         _log.warning("%s", reason)
         example = {"shown": None, "reason": reason}
     seals.write(run.path("steer"), {STEERING: json.dumps(example, indent=1).encode()})
+
+
+def steering_example(run: Run, progress: Progress) -> dict[str, Any]:
+    """Steer the prompt by one labelled latent; plain data for the page and for `steering.json`.
+
+    `shown` holds the fields of the page's SteeringExample; `choice` how the latent was found.
+    """
+    config = run.config.steer
+    name = config.dictionary or _steerable(run)
+    [hook_point] = run.fitted[name].inputs
+    subject = SteerSubject(
+        model=run.loaded.model,
+        tokenizer=run.loaded.tokenizer,
+        dictionary=run.dictionaries[name].at(hook_point),
+        first_position=run.config.cache.skip_positions,
+    )
+    records = read_latents(run.path("explain") / name / LATENTS)
+    common = _common_tokens(run.cache.examples.tokens)
+    candidates = [_candidate(run, r, common) for r in records if r.status == "scored"]
+    held_out = (run.cache.examples.split == SPLITS.index("hold")).nonzero().flatten()[:N_NEUTRAL]
+    neutral = run.cache.examples.tokens[held_out]
+    choice = choose_latent(subject, candidates, config, neutral=neutral, progress=progress)
+    chosen = choice.chosen.candidate
+    return {
+        "shown": {
+            "dictionary": name,
+            "latent": chosen.latent,
+            "label": chosen.label,
+            "strength": float(config.strength),
+            "prompt": config.prompt,
+            "base": choice.base.text,
+            "steered": choice.chosen.text,
+        },
+        "choice": asdict(choice),
+    }
+
+
+def _steerable(run: Run) -> str:
+    """The first dictionary that is no baseline and gives back the one stream that it reads."""
+    for name, dictionary in run.dictionaries.items():
+        config = dictionary.config
+        if not run.is_frozen(name) and not config.outputs and len(config.inputs) < 2:
+            return name
+    raise NothingToSteerError(
+        "train.saes must have a dictionary that reads and predicts one hook point to steer by, "
+        f"got {', '.join(run.dictionaries)}; add one, or end with `sae explain`"
+    )
+
+
+def _common_tokens(tokens: Int[Tensor, "example pos"]) -> frozenset[int]:
+    """Return the most frequent tokens of the texts."""
+    counts = tokens[tokens >= 0].bincount()
+    return frozenset(counts.topk(min(N_COMMON, len(counts))).indices.tolist())
+
+
+def _candidate(run: Run, record: LatentRecord, common: frozenset[int]) -> Candidate:
+    assert record.auc is not None, record.latent
+    words = record.words if record.kind in ("word", "token") else ()
+    return Candidate(
+        latent=record.latent,
+        label=record.label,
+        auc=record.auc,
+        density=record.density,
+        targets=target_tokens(run.loaded.tokenizer, [word.strip() for word in words], common),
+    )
 
 
 def browse(run: Run, report: Progress) -> None:

@@ -1,4 +1,7 @@
-"""Studies of several runs: spread over seeds, stability, description length, scaling laws."""
+"""Studies of several runs: spread over seeds, stability, description length, scaling laws.
+
+Untrained rivals of dictionaries.
+"""
 
 import json
 import statistics
@@ -11,11 +14,25 @@ import torch
 
 from activations_cache import ActivationCache, io
 from activations_cache.checks import Progress, silent
+from activations_cache.config import TRAINING_SPLITS
 from sae.autoencoder import SparseAutoencoder
+from sae.baselines import (
+    covariance_of,
+    permuted_decoder,
+    principal_components,
+    random_dictionary,
+    raw_neurons,
+)
 from sae.browser import ResultTable
 from sae.evaluate.config import ScalingConfig
 from sae.evaluate.config import plan as plan_runs
-from sae.evaluate.reconstruction import BATCH, DescriptionLength, description_length, meta_score
+from sae.evaluate.reconstruction import (
+    BATCH,
+    DescriptionLength,
+    description_length,
+    measure_reconstruction,
+    meta_score,
+)
 from sae.evaluate.report import TOLERANCE, EvaluationReport, held_out_rows
 from sae.evaluate.scaling.fit import FittedLaw, Laws, draw, fit_laws
 from sae.evaluate.scaling.runs import Fitted, read_runs
@@ -24,6 +41,9 @@ from sae.statistics import compare
 
 STABILITY = ("recipe", "pairs", "MCC", "chance", "MMCS", "chance", "> 0.7", "encoder MCC",
              "both > 0.7")  # fmt: skip
+
+
+ROWS_FOR_L0, ROWS_FOR_PCA = 4096, 65_536
 
 
 class Figure(NamedTuple):
@@ -300,4 +320,31 @@ def _record(laws: Laws) -> dict:
         "residual": [law.residual for law in _laws(laws)],
         "warnings": _warnings(laws),
         "runs": [asdict(run) for run in laws.best],
+    }
+
+
+def baselines(
+    dictionaries: Mapping[str, SparseAutoencoder],
+    cache: ActivationCache,
+    hook_point: str,
+    progress: Progress = silent,
+) -> dict[str, SparseAutoencoder]:
+    """Untrained rivals at the median L0; those with a frozen part come from training."""
+    rows = held_out_rows(cache)
+    sample = rows[:: max(1, len(rows) // ROWS_FOR_L0)]
+    measured = measure_reconstruction(dictionaries, cache, hook_point, sample, progress=progress)
+    l0 = sorted(one.reconstruction.l0 for one in measured.values())[len(measured) // 2]
+    mean = cache[hook_point].mean
+    k = min(max(1, round(l0)), len(mean))
+    training = cache.rows(TRAINING_SPLITS)
+    covariance = covariance_of(
+        cache, hook_point, training[:: max(1, len(training) // ROWS_FOR_PCA)], progress=progress
+    )
+    first = next(iter(dictionaries.values()))
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"PCA, k={k}": principal_components(mean, covariance, k),
+        f"raw neurons, k={k}": raw_neurons(mean, k),
+        f"random, k={k}": random_dictionary(first, l0, generator),
+        "permuted decoder": permuted_decoder(first, generator),
     }

@@ -69,13 +69,27 @@ def _of_model(report: EvaluationReport) -> str:
 
 def probe_table(probes: Survey) -> ResultTable:
     """Mean AUCs over the labels."""
-    columns = ("probe", *(f"AUC, k={k}" for k in probes.ks), "control")
+    columns = ("probe", *(f"AUC, k={k}" for k in probes.ks), "control", "control task")
+
+    def shown(figure: float | None) -> str:
+        return "" if figure is None else f"{figure:.3f}"
+
     rows = [
-        (name, *(f"{value:.3f}" for value in probes.auc[name]), f"{probes.control[name]:.3f}")
+        (
+            name,
+            *map(shown, probes.auc[name]),
+            shown(probes.control[name]),
+            shown(probes.control_task.get(name)),
+        )
         for name in probes.auc
     ]
-    rows.append(("dense", *("" for _ in probes.ks[1:]), f"{probes.dense:.3f}", ""))
-    return ResultTable(columns, tuple(rows), f"means over {', '.join(probes.labels)}")
+    empty = ("" for _ in probes.ks[1:])
+    rows.append(("dense", *empty, shown(probes.dense), "", shown(probes.dense_control_task)))
+    note = (
+        f"means over {', '.join(probes.labels)}; control: labels of other rows, k={probes.ks[-1]}; "
+        "control task: a label at random for each token, learned by heart"
+    )
+    return ResultTable(columns, tuple(rows), note)
 
 
 def details(report: EvaluationReport, probes: Survey | None) -> list[Section]:

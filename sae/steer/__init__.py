@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     )
     from sae.steer.choice import Candidate, Choice, SteerSubject, choose_latent, target_tokens
     from sae.steer.config import SteerConfig, SweepConfig
-    from sae.steer.edits import Edit, Patch, Push, Splice
+    from sae.steer.edits import Calibrate, Edit, Patch, Push, Splice
     from sae.steer.generation import Effect, generate, measure_effect
     from sae.steer.paths import MetricOfLatents, integrated_gradients
     from sae.steer.positions import Patches
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sae.steer.sweep import Target
 
 __all__ = [
+    "Calibrate",
     "Candidate",
     "Choice",
     "Count",
@@ -58,6 +59,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Calibrate": "sae.steer.edits",
     "Candidate": "sae.steer.choice",
     "Choice": "sae.steer.choice",
     "Count": "sae.steer.steering",

@@ -15,6 +15,7 @@ from activations_cache import hooks
 from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.models import Tokenizer
 from sae.autoencoder import SparseAutoencoder
+from sae.read_out import LatentStats
 from sae.steer.config import SteerConfig
 from sae.steer.edits import Edit
 from sae.steer.generation import (
@@ -110,6 +111,42 @@ def _forms(tokenizer: Tokenizer, word: str) -> list[int]:
     forms = [space + form for form in (word, word.capitalize()) for space in (" ", "")]
     ids = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
     return [given[0] for given in ids if len(given) == 1 and given[0] != tokenizer.unk_token_id]
+
+
+N_ALIKE = 20
+"""A latent's random counterpart is one of so many that fire most like it."""
+
+
+def alike(
+    stats: LatentStats, latents: Sequence[int], generator: torch.Generator
+) -> tuple[int, ...]:
+    """For each latent another one, drawn at random among those that fire as often and as strongly.
+
+    That is, among the N_ALIKE nearest by |log density| + |log maximum|; none comes twice.
+
+    Args:
+        stats: How all latents fire.
+        latents: Those that get a counterpart.
+        generator: Draws them.
+
+    Raises:
+        ValueError: If too few latents fire.
+    """
+    live = stats.n_fired > 0
+    live[[*latents]] = False
+    if int(live.sum()) < len(latents):
+        raise MonosemaError(
+            f"as many other latents must fire as are steered, {len(latents)}, got "
+            f"{int(live.sum())}; lower n_latents or set controls=0"
+        )
+    size = torch.stack([stats.n_fired.double(), stats.max_activation.double()]).clamp_min(1e-30)
+    size, chosen = size.log(), []
+    for latent in latents:
+        far = (size - size[:, [latent]]).abs().sum(dim=0).masked_fill(~live, float("inf"))
+        near = far.argsort(stable=True)[: min(N_ALIKE, int(live.sum()))]
+        chosen.append(int(near[int(torch.randint(len(near), (), generator=generator))]))
+        live[chosen[-1]] = False
+    return tuple(chosen)
 
 
 AT_ONCE = 32

@@ -167,15 +167,9 @@ class SteerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """Which strengths are tried, on what, and how much they may cost."""
+class _Prompts:
+    """What is continued, and on which tokens it is steered."""
 
-    strengths: tuple[float, ...] = (-2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-    """In `unit`."""
-    unit: Literal["max", "norm"] = "max"
-    """The latent's largest activation, or the norm of the stream at each token."""
-    mode: Literal["clamp", "add"] = "clamp"
-    """Whether a strength replaces the activation or is added to it."""
     prompts: tuple[str, ...] = ("The",)
     """What is continued."""
     chat: bool = False
@@ -186,6 +180,25 @@ class SweepConfig:
     """Which tokens are steered."""
     first_position: int = 1
     """Positions below this one, the attention sinks, are left as they are."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        is_some = bool(self.prompts) and all(text.strip() for text in self.prompts)
+        require(is_some, "prompts", "name at least one, none of them empty", self.prompts)
+        at_least("max_new_tokens", self.max_new_tokens, 1)
+        at_least("first_position", self.first_position, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(_Prompts):
+    """Which strengths are tried, on what, and how much they may cost."""
+
+    strengths: tuple[float, ...] = (-2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+    """In `unit`."""
+    unit: Literal["max", "norm"] = "max"
+    """The latent's largest activation, or the norm of the stream at each token."""
+    mode: Literal["clamp", "add"] = "clamp"
+    """Whether a strength replaces the activation or is added to it."""
     max_kl: float = 0.5
     """The largest strength is taken whose KL on neutral text keeps within this, in nats per token.
     """
@@ -194,13 +207,10 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("strengths", "prompts"):
-            require(bool(getattr(self, name)), name, "name at least one", getattr(self, name))
+        super().__post_init__()
+        require(bool(self.strengths), "strengths", "name at least one", self.strengths)
         for strength in self.strengths:
             _finite("strengths", strength)
-        require(all(self.prompts), "prompts", "not be empty", self.prompts)
-        at_least("max_new_tokens", self.max_new_tokens, 1)
-        at_least("first_position", self.first_position, 0)
         at_least("max_kl", self.max_kl, 0)
 
 
@@ -209,7 +219,7 @@ def _finite(field: str, value: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OnModel:
+class OnModel:
     """What all that put a dictionary into a model are asked for."""
 
     model: str | None = None
@@ -225,7 +235,7 @@ class _OnModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerRequest(SweepConfig, _OnModel):
+class SteerRequest(SweepConfig, OnModel):
     """What `sae steer DICT` does beside the options that have names of their own."""
 
     latents: tuple[str, ...]
@@ -272,7 +282,7 @@ def _refuse_unread(config: Any, names: Sequence[str], beside: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindRequest(_OnModel):
+class FindRequest(OnModel):
     """What `sae find DICT` looks for: one of `pos`, `near`, and `prompt` with `target`."""
 
     pos: tuple[str, ...] = ()
@@ -320,49 +330,52 @@ class FindRequest(_OnModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConceptsRequest(_OnModel):
-    """What `sae concepts DICT` tests: whether an answer of the model moves along concepts."""
+class SteerWordsRequest(_Prompts, OnModel):
+    """What `sae steer DICT --word WORD` does: steer all latents whose labels name a word."""
 
-    concepts: str
-    """A folder (NAME.txt: a text per line; NAME/: a text per file), or records with labels."""
-    prompts: tuple[str, ...] = ()
-    """Inputs whose next token is asked for."""
-    prompt_file: str | None = None
-    """A .txt, .jsonl or .parquet file of more of them."""
-    target: str
-    """The token whose logit is the answer."""
-    against: str | None = None
-    """A token whose logit is taken off."""
-    field: str = "text"
-    """Field of a record that holds its text."""
-    label: str = "concept"
-    """Field of a record that names its concept."""
-    random: str | None = None
-    """A .txt, .jsonl or .parquet file of texts for random sets; WordNet's glosses when absent."""
-    random_field: str = "text"
-    """Field of its records that holds the text."""
-    sets: int = 40
-    """Random sets."""
-    texts: int = 30
-    """Texts of a set at most; all sets have as many as the smallest concept."""
-    sides: Literal["greater", "both"] = "both"
-    """Whether a score below chance counts as well."""
-    level: float = 0.05
-    """Of the test, before the correction for the number of concepts."""
-    first_position: int = 1
-    """Positions below this one, the attention sinks, do not count."""
+    words: tuple[str, ...]
+    """What the latents are about."""
+    amplify: str | float | None = None
+    """Added to each of them where it fires: 1x (of its maximum), or a plain activation."""
+    calibrate: str | float | None = None
+    """What each is drawn towards where it is below, at an unchanged norm of the stream."""
+    by: Literal["information", "weights"] = "information"
+    """Labels from the corpus (latents.parquet), or from weights (`explain.weights`)."""
+    explained: str | None = None
+    """Directory of the labels; `explain` in the dictionary's, or the run's, when absent."""
+    n_latents: int = 8
+    """Latents at most, those first that tell most about the words."""
+    controls: int = 3
+    """Sets of as many random latents that fire as often and as strongly."""
+    neutral: str | None = None
+    """A .txt or .jsonl file of text that has nothing to do with the words; glosses when absent."""
+    n_neutral: int = 8
+    """Neutral texts."""
     seed: int = 0
-    """Decides which texts are in which random set."""
+    """Of the random latents."""
+    output: str | None = None
+    """Directory of the figures, if they are to be written."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        given = bool(self.prompts) or self.prompt_file is not None
-        require(given, "prompts", "hold at least two texts", self.prompts)
-        require(all(self.prompts), "prompts", "not be empty", self.prompts)
-        at_least("sets", self.sets, 4)
-        at_least("texts", self.texts, 2)
-        at_least("first_position", self.first_position, 0)
-        require(0 < self.level < 1, "level", "be above 0 and below 1", self.level)
+        super().__post_init__()
+        given = [name for name in ("amplify", "calibrate") if getattr(self, name) is not None]
+        require(len(given) == 1, "amplify", "be given, or calibrate: one of them", given)
+        amount = strength(given[0], getattr(self, given[0]))
+        in_max = amount.unit != "norm"
+        require(in_max, given[0], "be a number, or one in units of max such as 1x", amount)
+        is_target = given[0] == "amplify" or amount.value > 0
+        require(is_target, "calibrate", "be above 0", amount.value)
+        filled = bool(self.words) and all(word.strip() for word in self.words)
+        require(filled, "words", "name at least one, none of them empty", self.words)
+        for name, least in {"n_latents": 1, "n_neutral": 1, "controls": 0, "seed": 0}.items():
+            at_least(name, getattr(self, name), least)
+
+    @property
+    def change(self) -> tuple[str, str]:
+        """Which change, and how much of it."""
+        name = "calibrate" if self.amplify is None else "amplify"
+        return name, str(getattr(self, name))
 
 
 def latent_change(text: str) -> tuple[int, dict[str, Any]]:

@@ -266,6 +266,55 @@ def _operate(
 
 
 @dataclass(frozen=True, eq=False)
+class Calibrate:
+    """Several latents, drawn towards an activation of each, at an unchanged norm of the stream.
+
+    h' = |h| g / |g| with g = h + sum_i w_i t_i d_i, where t_i is what latent i is drawn towards and
+    w_i its share of all that is lacking, relu(t_i - f_i). With one t for all it is the calibration
+    that Wu et al. released (2025, arXiv 2502.15576); where nothing is lacking h stays as it is.
+    """
+
+    dictionary: SparseAutoencoder
+    """Whose latents they are."""
+    latents: tuple[int, ...]
+    """Their numbers."""
+    target: float | int | str
+    """In the dictionary's own units, or "1x max": times the largest activation of each."""
+
+    def __post_init__(self) -> None:
+        """Check everything before a model runs."""
+        if not self.latents or len(set(self.latents)) < len(self.latents):
+            raise MonosemaError(f"latents must be some, each once, got {list(self.latents)}")
+        _ = self._parts
+
+    @cached_property
+    def _parts(self) -> tuple[Reader, Tensor, Tensor]:
+        """What reads the latents, their directions, and what each is drawn towards."""
+        values = [Edit(self.dictionary, latent=i, floor=self.target).value for i in self.latents]
+        numbers = torch.tensor(self.latents, device=self.dictionary.dec_rows.device)
+        directions = directions_of(self.dictionary, numbers)
+        reader = latent_reader(self.dictionary, numbers)
+        return reader, directions, torch.tensor(values).to(directions)
+
+    def __call__(self, rows: EditedRows) -> Changed:
+        """Add what is lacking, and give the stream its norm again."""
+        read, directions, target = self._parts
+        h = rows.h.to(directions.dtype)
+        lacking = (target - read(rows.x)).clamp_min(0)
+        total = lacking.sum(dim=1, keepdim=True)
+        share = lacking / total.clamp_min(torch.finfo(total.dtype).tiny)
+        moved = h + (share * target) @ directions * self.dictionary.output_norm(rows.x).size
+        scale = h.norm(dim=1, keepdim=True) / moved.norm(dim=1, keepdim=True)
+        is_lacking = total[:, 0] > 0
+        return Changed(torch.where(is_lacking[:, None], moved * scale, h), is_lacking)
+
+    def __str__(self) -> str:
+        """Name it in one line."""
+        place = self.dictionary.config.hook_point_out
+        return f"calibration of {len(self.latents)} latents at {place}"
+
+
+@dataclass(frozen=True, eq=False)
 class Splice:
     """The dictionary's reconstruction in the stream's place: h' = x_hat (+ h - x_hat)."""
 
@@ -332,4 +381,4 @@ class Push:
         return f"push at {self.hook_point}"
 
 
-Change = Edit | Splice | Patch | Push
+Change = Edit | Calibrate | Splice | Patch | Push

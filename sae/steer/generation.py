@@ -219,12 +219,16 @@ def measure_effect(
 
 @torch.no_grad()
 def divergence(model: nn.Module, steered: Steered, neutral: Int[Tensor, "example pos"]) -> float:
-    """Mean over tokens of KL(model as it is || steered), in nats, from float32 logits."""
+    """Mean over tokens of KL(model as it is || steered), in nats, from float32 logits.
+
+    Token -1 is the end of a text that is shorter than others.
+    """
     total = 0.0
     for tokens in neutral.tolist():
-        log_p = _log_probs(model, tuple(tokens))
+        text = tuple(token for token in tokens if token >= 0)
+        log_p = _log_probs(model, text)
         with steered():
-            log_q = _log_probs(model, tuple(tokens))
+            log_q = _log_probs(model, text)
         total += float((log_p.exp() * (log_p - log_q)).sum(dim=1).mean())
     return total / max(len(neutral), 1)
 

@@ -163,6 +163,43 @@ def text_peaks(
     return peaks
 
 
+class MeanRows(NamedTuple):
+    """The mean row of each text, over the positions that count."""
+
+    stream: Float[Tensor, "example d_out"]
+    latents: Float[Tensor, "example d_sae"]
+
+
+@torch.no_grad()
+def mean_rows(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    placed: SparseAutoencoder,
+    texts: Sequence[str],
+    first_position: int = 1,
+    progress: Progress | None = None,
+) -> MeanRows:
+    """The mean row of each text where the dictionary writes, and the mean of its latents.
+
+    Raises:
+        ValueError: If a text has no token that counts.
+    """
+    config, device = placed.config, next(model.parameters()).device
+    points = list(dict.fromkeys((placed.hook_point, config.hook_point_out)))
+    of_stream, of_latents = [], []
+    for done, text in enumerate(texts, start=1):
+        ids = torch.tensor([tokenizer(text)["input_ids"]], device=device)
+        if ids.shape[1] <= first_position:
+            raise MonosemaError(f"texts must have more than {first_position} tokens, got {text!r}")
+        with capture(model, points) as run:
+            streams = run(ids)
+        of_stream.append(streams[config.hook_point_out][0, first_position:].float().mean(dim=0))
+        x = streams[placed.hook_point][0, first_position:].float()
+        of_latents.append(placed.encode_dense(x).mean(dim=0))
+        (progress or silent)(done, len(texts), "texts")
+    return MeanRows(torch.stack(of_stream).cpu(), torch.stack(of_latents).cpu())
+
+
 class Contrast(NamedTuple):
     """The latents that tell texts from their controls, and what chance finds."""
 

@@ -17,12 +17,21 @@ from activations_cache.reading import inner_model, takes_tokens
 from activations_cache.trial import attempt
 from monosema.checks import MonosemaError
 from sae import notebook
-from sae.steer.edits import Change, Edit, EditedRows, LatentEdits, Patch, Push, Splice
+from sae.steer.edits import (
+    Calibrate,
+    Change,
+    Edit,
+    EditedRows,
+    LatentEdits,
+    Patch,
+    Push,
+    Splice,
+)
 from sae.steer.positions import Positions, check_positions, chosen
 
 _log = logging.getLogger(__name__)
 
-Applied = LatentEdits | Splice | Patch | Push
+Applied = LatentEdits | Calibrate | Splice | Patch | Push
 
 
 @dataclass
@@ -220,7 +229,7 @@ Place = tuple[str, str]
 
 def _place(change: Change) -> Place:
     match change:
-        case Edit(dictionary=placed) | Splice(dictionary=placed):
+        case Edit(dictionary=placed) | Calibrate(dictionary=placed) | Splice(dictionary=placed):
             return placed.hook_point, placed.config.hook_point_out
         case Patch(hook_point=point) | Push(hook_point=point):
             return point, point
@@ -330,7 +339,7 @@ def apply_at(
     changed = change(EditedRows(x.flatten(0, 1)[at], h, positions.reshape(-1)[at]))
     new = torch.where(changed.is_changed[:, None], changed.h.to(stream.dtype), h)
     if count is not None:
-        is_meant = changed.is_changed & isinstance(change, LatentEdits | Push)
+        is_meant = changed.is_changed & isinstance(change, LatentEdits | Calibrate | Push)
         count.add(len(flat), h, new, is_meant)
     return flat.index_put((at,), new).view(stream.shape) if len(at) else stream
 

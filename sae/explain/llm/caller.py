@@ -38,6 +38,7 @@ _LONGEST_WAIT = 60.0
 _WARM = 0.7
 _MORE_ROOM = 2048
 _ASKED_AGAIN: tuple[Reason, ...] = ("refusal", "parse", "length")
+_COUNTED: tuple[Reason, ...] = (*_ASKED_AGAIN, "request", "context", "budget")
 _CHANGES_PER_CALL = 12
 
 T = TypeVar("T")
@@ -135,6 +136,12 @@ class Caller:
             self.form.recall(cache.learned(client.name))
 
     async def ask(self, request: Request, read: Callable[[str], T], *, is_last: bool = True) -> T:
+        """Ask until `read` can read the answer's text; see `ask_whole`."""
+        return await self.ask_whole(request, lambda answer: read(answer.text), is_last=is_last)
+
+    async def ask_whole(
+        self, request: Request, read: Callable[[Response], T], *, is_last: bool = True
+    ) -> T:
         """Ask until `read` can read the answer.
 
         Args:
@@ -177,12 +184,7 @@ class Caller:
 
     def _count(self, error: CallFailedError) -> None:
         """Count an answer that is of no use, or a question that gets none."""
-        self.failures[error.reason] += error.reason in (
-            *_ASKED_AGAIN,
-            "request",
-            "context",
-            "budget",
-        )
+        self.failures[error.reason] += error.reason in _COUNTED
         for tally in (self.tally, *_TALLIES.get()):
             tally.outcomes[error.reason] += 1
             tally.words.setdefault(error.reason, error.detail)
@@ -190,9 +192,7 @@ class Caller:
     def _succeeded(self, request: Request, room: int) -> None:
         self.note("answered")
         self._answered.add(request.prompt)
-        if room > max(
-            request.max_tokens, self.form.room
-        ):  # thoughts come first: others need it too
+        if room > max(request.max_tokens, self.form.room):  # thoughts come first: others need it
             self.form.room = room
             self._keep_form()
 
@@ -378,12 +378,12 @@ class Caller:
                 break
 
 
-def _usable(response: Response) -> str:
+def _usable(response: Response) -> Response:
     if response.finish == "refusal":
         raise CallFailedError("refusal", "the model refused")
     if response.finish == "length":
         raise CallFailedError("length", f"cut off after {response.output_tokens} tokens")
-    return response.text
+    return response
 
 
 @contextlib.asynccontextmanager

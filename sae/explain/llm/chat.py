@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from itertools import product
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from monosema.checks import MonosemaError
 
@@ -108,11 +108,22 @@ class Request:
     """0 asks for the likeliest answer."""
     seed: int = 0
     """Seed for the endpoint's sampling; no endpoint promises to honour it."""
+    alternatives: int = 0
+    """Likeliest tokens at each place whose probabilities are asked for; no part of the question."""
 
     @property
     def n_characters(self) -> int:
         """Length of the conversation."""
         return sum(len(message.content) for message in self.messages)
+
+
+class AnswerToken(NamedTuple):
+    """One token of an answer, and the likeliest ones at its place."""
+
+    text: str
+    """What was written."""
+    alternatives: tuple[tuple[str, float], ...]
+    """Each with its log probability."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,8 @@ class Response:
     """Tokens that were read."""
     output_tokens: int
     """Tokens that were written."""
+    tokens: tuple[AnswerToken, ...] = ()
+    """The answer token by token, from an endpoint that gives probabilities."""
 
 
 @runtime_checkable
@@ -146,6 +159,7 @@ class Client(Protocol):
 def canonical(client: str, request: Request) -> str:
     """A question to a client as JSON with one spelling."""
     body = {"client": client, **asdict(request)}
+    del body["alternatives"]  # an answer is the same without its probabilities
     return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 

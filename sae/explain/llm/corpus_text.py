@@ -13,10 +13,12 @@ import json
 import math
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
-from sae.explain.llm.chat import CallFailedError
+from sae.explain.llm.chat import AnswerToken, CallFailedError
 
 NOTE = (
     "Text is quoted: \\< and \\> are literal angle brackets, \\n is a line break. "
@@ -261,6 +263,75 @@ def _numbers(result: str) -> list[float]:
     except OverflowError:
         return []
     return numbers if all(map(math.isfinite, numbers)) else []
+
+
+_WRITTEN = re.compile(r"[^\d-]*(\d+)\D*")
+_SURE = 0.99
+"""Of the mass of an expected number: so much must be of tokens that are certainly one number."""
+
+
+def expected_numbers(
+    tokens: Sequence[AnswerToken], numbers: Sequence[float], high: int
+) -> list[float | None]:
+    """The expectation of each number of an answer, E[k] = sum_k k p(k) (Bills et al. 2023).
+
+    p is over the likeliest tokens at the number's place that are a number from 0 to `high`,
+    whatever stands around it in the token, normalised. Where a model writes 10 as two tokens, the
+    mass of "1" is parted by what follows it; that is known only of the token that was written.
+
+    Args:
+        tokens: Of the answer.
+        numbers: What was read from it.
+        high: The largest number.
+
+    Returns:
+        None for each number of which no probability is known: without tokens, in a token with
+        several numbers, and where "1" may have begun 10 and something else was written.
+    """
+    text = "".join(token.text for token in tokens)
+    none: list[float | None] = [None] * len(numbers)
+    fitting = [m for m in _LIST.finditer(text) if _numbers(m[0]) == list(numbers)]
+    if not fitting:
+        return none
+    begins = [fitting[-1].start() + m.start() for m in re.finditer(r"\d+", fitting[-1][0])]
+    if len(begins) != len(numbers):  # decimals, or words for numbers
+        return none
+    starts = [0, *accumulate(len(token.text) for token in tokens)]
+    written = [_value(other) for token in tokens for other, _ in token.alternatives]
+    is_whole = any(value is not None and value >= 10 for value in written)
+    places = [bisect_right(starts, begin) - 1 for begin in begins]
+    return [_expectation(tokens[at:], high, is_whole=is_whole) for at in places]
+
+
+def _value(token: str) -> int | None:
+    """The one number in a token."""
+    match = _WRITTEN.fullmatch(token)
+    return int(match[1]) if match and len(match[1]) < 4 else None
+
+
+def _expectation(tokens: Sequence[AnswerToken], high: int, *, is_whole: bool) -> float | None:
+    """The expectation of the number that the first token begins."""
+    token, total, mean, unsure = tokens[0], 0.0, 0.0, 0.0
+    if _value(token.text) is None:
+        return None
+    for text, logprob in dict(token.alternatives).items():
+        value, p = _value(text), math.exp(min(logprob, 0.0))
+        if value is None or value > high:
+            continue
+        total, mean = total + p, mean + p * value
+        if is_whole or not 0 < 10 * value <= high or not text[-1:].isdigit():
+            continue
+        if text == token.text:  # what follows says whether it is the first digit of a longer one
+            mean += p * (10 * value - value) * _share_of_zero(tokens[1:2])
+        else:
+            unsure += p
+    return mean / total if total > 0 and unsure <= (1 - _SURE) * total else None
+
+
+def _share_of_zero(following: Sequence[AnswerToken]) -> float:
+    """How likely a 0 follows."""
+    mass = {text: math.exp(min(p, 0.0)) for token in following for text, p in token.alternatives}
+    return sum(p for text, p in mass.items() if text[:1] == "0") / (sum(mass.values()) or 1.0)
 
 
 def read_texts(n: int) -> Callable[[str], list[str]]:

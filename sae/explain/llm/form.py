@@ -40,7 +40,8 @@ PRESETS: Mapping[str, Preset] = {
 }
 """By `llm.kind`; "local", transformers in this process, sends nothing."""
 
-_SUSPECTS = ("response_format", "seed", "temperature", "reasoning_effort")
+_PROBABILITIES = ("logprobs", "top_logprobs")
+_SUSPECTS = ("response_format", "seed", "temperature", "reasoning_effort", *_PROBABILITIES)
 _LEAST = 16
 SYSTEM = "system"
 """Among the fields left out: instructions stand in the user's turn, where there is no other."""
@@ -97,12 +98,18 @@ class Form:
     """Tokens that are always asked for: thoughts need them before the answer begins."""
     is_proven: bool = False
     """Whether the service has answered a request of this form."""
+    gives_probabilities: bool = False
+    """Whether it has answered one that asked for probabilities."""
     notes: list[str] = field(default_factory=list)
     """What was changed and why, in the service's words."""
     before: list[str] | None = None
     """`left_out` before fields were suspected."""
     suspects: list[list[str]] = field(default_factory=list)
     """What is left out next, if the service goes on to refuse without naming a field."""
+
+    def alternatives(self, request: Request) -> int:
+        """Tokens whose probabilities are asked for; 0 once the service refused to give them."""
+        return 0 if set(_PROBABILITIES) & set(self.left_out) else request.alternatives
 
     def wire(self, request: Request) -> int:
         """The longest answer that is asked for."""
@@ -160,7 +167,12 @@ class Form:
 
         A form that was answered is not at fault, nor is one whose words were found offensive.
         """
-        if self.is_proven or _MODERATED.search(refused.words):
+        if _MODERATED.search(refused.words):
+            return ""
+        if self.is_proven and "logprobs" in sent and not self.gives_probabilities:
+            self.left_out.append("logprobs")
+            return "logprobs is left out"
+        if self.is_proven:
             return ""
         if self.before is None:
             self.before = [*self.left_out]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from activations_cache.reading import given_cache
 from sae.explain.judges import allowed, read_question
-from sae.explain.llm.chat import CallFailedError, Message, Request, Response
+from sae.explain.llm.chat import AnswerToken, CallFailedError, Message, Request, Response
 
 
 @runtime_checkable
@@ -156,13 +156,20 @@ class ConstrainedClient(LocalClient):
         choices = torch.stack(self._digits[low : high + 1])
         cache: dict[str, Any] = {}
         numbers: list[int] = []
+        tokens: list[AnswerToken] = []
         for _ in range(n):
             out = self._model(ids, use_cache=True, **cache)
             cache = given_cache(self._model, out)
-            numbers.append(low + int(out.logits[0, -1, choices].argmax()))
+            logprobs = out.logits[0, -1, choices].float().log_softmax(dim=0)
+            numbers.append(low + int(logprobs.argmax()))
+            # With what stands around it a digit cannot begin a larger number.
+            form = f"{' ' if tokens else '['}{{}}{']' if len(numbers) == n else ','}"
+            some = ((form.format(low + i), p) for i, p in enumerate(logprobs.tolist()))
+            tokens.append(AnswerToken(form.format(numbers[-1]), tuple(some)))
             more = self._plain(f"{numbers[-1]}, ")
             ids = more if cache else torch.cat([ids, more], dim=1)
-        return Response(str(numbers), "stop", n_read, 3 * n)
+        asked = tuple(tokens) if request.alternatives else ()
+        return Response(str(numbers), "stop", n_read, 3 * n, asked)
 
     @torch.no_grad()
     def _label(self, request: Request) -> Response:

@@ -12,6 +12,7 @@ from sae.explain.config import LLMConfig
 from sae.explain.judges import N_TEXTS, allowed, read_question
 from sae.explain.llm.chat import (
     AdaptedError,
+    AnswerToken,
     CallFailedError,
     EndpointError,
     Request,
@@ -94,6 +95,7 @@ class OpenAIClient:
             detail = f"an answer that is no JSON: {self._line(error)}"
             raise UnavailableError("transport", detail, was_sent=True) from None
         self.form.is_proven = True
+        self.form.gives_probabilities |= "logprobs" in fields
         return response
 
     async def close(self) -> None:
@@ -205,6 +207,8 @@ def body(form: Form, request: Request, config: LLMConfig) -> dict[str, Any]:
     if schema is not None:
         named = {"name": "answer", "strict": True, "schema": schema}
         fields["response_format"] = {"type": "json_schema", "json_schema": named}
+    if n_alternatives := form.alternatives(request):
+        fields |= {"logprobs": True, "top_logprobs": n_alternatives}
     accepted = {name: value for name, value in fields.items() if name not in form.left_out}
     return accepted | config.extra_body
 
@@ -255,7 +259,8 @@ def read_completion(answer: Any, limit: int) -> Response:
     if refused:
         return Response("", "refusal", sent, received)
     is_cut = str(finish).lower() in _CUT or received == limit
-    return Response(text, "length" if is_cut else "stop", sent, received)
+    tokens = _tokens(choice.get("logprobs"))
+    return Response(text, "length" if is_cut else "stop", sent, received, tokens)
 
 
 def _raise_inner(body: Any) -> None:
@@ -272,6 +277,23 @@ def _raise_inner(body: Any) -> None:
     error = _ServiceError(status, body, {})
     error.is_busy = status == 500 and any(word in said for word in _BUSY_WORDS)
     raise error
+
+
+def _tokens(given: Any) -> tuple[AnswerToken, ...]:
+    """The tokens of an answer with their probabilities; none where they have another form."""
+    try:
+        return tuple([
+            AnswerToken(
+                str(one["token"]),
+                tuple(
+                    (str(other["token"]), float(other["logprob"]))
+                    for other in (one, *(one.get("top_logprobs") or ()))
+                ),
+            )
+            for one in given["content"]
+        ])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ()
 
 
 def _content(content: Any) -> str:

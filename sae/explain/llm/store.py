@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from activations_cache.journal import seal, unseal
 from monosema.checks import MonosemaError
 from sae.explain.config import LLMConfig
-from sae.explain.llm.chat import CallFailedError, Request, Response
+from sae.explain.llm.chat import AnswerToken, CallFailedError, Request, Response
 
 CHARACTERS_PER_TOKEN = 3.0
 """English has about 4; fewer makes the reservation err on the safe side."""
@@ -324,11 +324,14 @@ class AnswerCache:
         with usable(self.path):
             row = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
             name = f"the answer {key} in {self.path}"
-            return None if row is None else Response(**_record(row[0], name))
+            return None if row is None else _response(_record(row[0], name))
 
     def put(self, key: str, question: str, response: Response) -> None:
         """Store an answer durably, unless there is one."""
-        answer = seal(asdict(response)).decode()
+        record = asdict(response)
+        if not response.tokens:
+            del record["tokens"]
+        answer = seal(record).decode()
         row = (key, question, answer, time.time())
         with usable(self.path):
             self._file.execute("PRAGMA synchronous=FULL")  # what was bought outlives a power cut
@@ -376,6 +379,11 @@ class AnswerCache:
                 self._file.execute("PRAGMA busy_timeout=0")
                 self._file.execute("PRAGMA journal_mode=DELETE")
         self._file.close()
+
+
+def _response(record: dict[str, Any]) -> Response:
+    tokens = (AnswerToken(text, tuple(map(tuple, some))) for text, some in record.get("tokens", ()))
+    return Response(**{**record, "tokens": tuple(tokens)})
 
 
 def _record(answer: str, name: str) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.pretrained import load, save
 from sae.run import concept_sets as module
-from sae.run.concept_sets import FILE, concept_sets
+from sae.run.concept_sets import BOTTLENECK, FILE, concept_sets
+from sae.run.config import ConceptsRequest
 from sae.run.finding import token_of
 from sae.steer.attribution import logit_difference, metric_at
-from sae.steer.config import ConceptsRequest
+from sae.steer.search import mean_rows
 from tests.sae.run.test_jobs import as_json, command
 
 HOOK = "model.layers.1:out"
@@ -75,7 +76,8 @@ def test_a_concept_that_the_answer_moves_along_is_found(dictionary, sets, monkey
     ones = (sets / "concepts" / "ones.txt").read_text().splitlines()
 
     def planted(placed, loaded, prompts, request, report):
-        sides = [module._means(placed, loaded, texts, 1, report) for texts in (ones, others)]
+        read = (loaded.model, loaded.tokenizer, placed)
+        sides = [mean_rows(*read, texts, 1, report) for texts in (ones, others)]
         towards = (a.mean(dim=0) - b.mean(dim=0) for a, b in zip(*sides, strict=True))
         return tuple(direction.expand(7, -1) for direction in towards)
 
@@ -147,3 +149,76 @@ def test_a_concept_of_one_text_is_refused(tmp_path):
         concept_sets(tmp_path)
     with pytest.raises(FileNotFoundError):
         concept_sets(tmp_path / "nowhere.jsonl")
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """Texts with two concepts, whose answer is whether they have one of them and not both."""
+    path = tmp_path_factory.mktemp("answered") / "records.jsonl"
+    fillers = ["aba", "cede", "dab", "bece", "ca", "ed"]
+    records = []
+    for i, (a, b) in enumerate((a, b) for a in fillers for b in fillers):
+        for first in (True, False):
+            for second in (True, False):
+                has = {"first": first, "second": second}
+                words = f"{a} {'ffff ' * first}{b} {'1999 ' * second}{a}{i % 3}"
+                names = [name for name, value in has.items() if value]
+                records.append({
+                    "text": words, "answer": "yes" if first != second else "no",
+                    "concepts": has if i % 2 else names,
+                })  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, [*records, records[0]])))
+    return path
+
+
+def test_a_bottleneck_by_command_is_that_of_the_function(dictionary, answered, tmp_path, capsys):
+    given = ("concepts", dictionary, "--bottleneck", answered, "--out", tmp_path, "head=tree")
+    assert command(*given, "k=7") == 0
+    result = run.bottleneck(dictionary, records=str(answered), head="tree", k=7)
+    assert json.loads((tmp_path / BOTTLENECK).read_text()) == as_json({
+        **result._asdict(),
+        "arms": [{**a._asdict(), "figures": a.figures} for a in result.arms],
+    })
+    assert (result.names, result.n_repeated) == (("first", "second"), 1)
+    assert (result.n_fitted, result.n_held_out) == (101, 43)
+    arms = {(arm.head, arm.place): arm.figures for arm in result.arms}
+    assert set(arms) == {
+        (head, place) for head in ("bottleneck", "embedding") for place in ("stream", "latents")
+    }
+    for (head, place), figures in arms.items():
+        assert len(figures.accuracy) == 3
+        assert figures.control[0] == figures.accuracy[0]
+        if head == "bottleneck":  # true concepts decide the answer, those of others do not
+            assert figures.accuracy[-1] == 1.0, place
+        assert figures.control[-1] < 0.8
+    assert "2 concepts" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (['{"text": "a"}'], ":1 must be a record with text, answer and concepts"),
+        (["", "nonsense"], ":2 must be a record"),
+        (
+            ['{"text": "aba b", "answer": 1, "concepts": []}'] * 9,
+            "got 0 concepts and 1 answers in 1 texts",
+        ),
+        (['{"text": " ", "answer": 1, "concepts": ["x"]}'], ":1 must be a record"),
+        (
+            [f'{{"text": "aba {i}", "answer": {i % 2}, "concepts": ["x"]}}' for i in range(9)],
+            "concept 'x' in the texts to fit on must have both classes, got 6 positive of 6",
+        ),
+    ],
+)
+def test_records_that_are_none_cost_one_line(dictionary, tmp_path, capsys, lines, problem):
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(lines))
+    assert command("concepts", dictionary, "--bottleneck", path) == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.startswith("error: ")
+    assert problem in shown
+
+
+def test_a_bottleneck_takes_no_options_of_tcav(dictionary, answered, capsys):
+    assert command("concepts", dictionary, "--bottleneck", answered, "--target", "a") == 2
+    assert "target must be absent beside --bottleneck" in capsys.readouterr().err

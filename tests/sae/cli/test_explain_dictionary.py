@@ -43,10 +43,11 @@ def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, 
         "min_firings=5", "min_examples=2", "autointerp.llm.model=m", "autointerp.n_latents=5",
         "autointerp.n_baseline=0", "autointerp.min_windows=2", "autointerp.logit_lens=true",
         "autointerp.windows.tokens=8", "n_baseline=7", "rules.windows.tokens=8",
-        "rules.n_latents=5", "rules.min_windows=2",
+        "rules.n_latents=5", "rules.min_windows=2", "weights=40", "seed=1",
     ]  # fmt: skip
     assert sae(monkeypatch, *arguments) == 0
     shown = capsys.readouterr().out
+    assert "AUC of labels from weights" in shown
     assert shown.index("failed") < shown.index("labelled")
     assert "0.500" in shown
     assert "calls" in shown
@@ -55,8 +56,16 @@ def test_labels_without_and_with_a_language_model(paths, tmp_path, monkeypatch, 
         "latents.parquet", "examples.parquet", "summary.json", "windows.parquet",
         "activity.parquet", "explanations.jsonl", "explanations.parquet", "explanations.json",
         "llm.sqlite", "rules.jsonl", "rules.parquet", "rules.json", "atlas.parquet", "atlas.json",
-        "files.json", "origin.json",
+        "files.json", "origin.json", "weights.json",
     }  # fmt: skip
+    weights = json.loads((tmp_path / "out" / "weights.json").read_text())
+    told = json.loads((tmp_path / "out" / "summary.json").read_text())["weights"]
+    assert {**weights["summary"], "null": told["null"]} == told
+    assert told["null"]["of"] == "random directions of the same width and L0"
+    assert told["null"]["auc"]["mean"] != told["auc"]["mean"]
+    aucs = [one["auc"] for one in weights["latents"] if one["auc"] is not None]
+    assert told["auc"]["mean"] == pytest.approx(sum(aucs) / len(aucs))
+    assert told["n_words"] == 40
     assert "says nothing about what the model does" in " ".join(shown.split())
     assert "raw neurons" in shown
     summary = json.loads((tmp_path / "out" / "explanations.json").read_text())
@@ -73,15 +82,16 @@ def test_scorers_that_look_into_the_model(paths, tmp_path, monkeypatch, capsys):
         "autointerp.llm.model=m", "autointerp.n_latents=3", "autointerp.n_baseline=2",
         "autointerp.min_windows=2", "autointerp.windows.tokens=8", "rules.n_latents=5",
         "rules.min_windows=2", "rules.windows.tokens=8", "n_baseline=0", "min_firings=5",
-        'autointerp.scorers=["embedding", "surprisal", "output side", "sensitivity"]',
-        'rules.scorers=["embedding", "surprisal", "output side", "sensitivity"]',
+        'autointerp.scorers=["embedding", "surprisal", "output side", "sensitivity", "ablation"]',
+        'rules.scorers=["embedding", "surprisal", "output side", "sensitivity", "ablation"]',
     ]  # fmt: skip
     assert sae(monkeypatch, *arguments) == 0, capsys.readouterr().err
     asked = json.loads((tmp_path / "out" / "explanations.json").read_text())
     executed = json.loads((tmp_path / "out" / "rules.json").read_text())
-    names = {"embedding", "surprisal", "output side", "sensitivity"}
+    names = {"embedding", "surprisal", "output side", "sensitivity", "ablation"}
     assert asked["scores"].keys() == executed["scores"].keys() == names
     assert all(asked["scores"][name]["mean"] is not None for name in names)
+    assert asked["scores"]["ablation"]["mean"] == 0.0  # a constant answer is the mean
     assert executed["scores"]["sensitivity"]["n"] == 0  # a rule writes no texts: no value, no 0
     assert asked["baselines"]["raw neurons"]["scores"] == {}
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from sae.evaluate.concepts import ConceptBottleneck, intervention_curve
+from sae.evaluate.concepts import ConceptBottleneck, ConceptEmbedding, corrected, intervention_curve
 
 
 def xor(generator, n):
@@ -69,3 +70,43 @@ def test_bad_concepts_are_refused():
         ConceptBottleneck().fit(x, concepts, y)
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         ConceptBottleneck(k=0)
+
+
+@pytest.mark.parametrize(("make", "least"), [(dot, 0.93), (trigonometry, 0.93)])
+def test_embeddings_carry_what_the_concepts_leave_out(make, least):
+    """On the authors' data, where no bottleneck can tell the answer, even from true concepts."""
+    generator = np.random.default_rng(0)
+    model = ConceptEmbedding(seed=1).fit(*make(generator, 3000))
+    figures = corrected(model, *make(generator, 503))
+    assert figures.accuracy[0] > least
+    assert figures.accuracy[-1] > least - 0.05
+    assert figures.control[-1] > 0.85  # and past the concepts: those of others change little
+    bottleneck = ConceptBottleneck(k=7, head="tree").fit(*make(generator, 3000))
+    assert corrected(bottleneck, *make(generator, 503)).control[-1] < 0.65
+    assert min(figures.concepts) > 0.9
+    again = ConceptEmbedding(seed=1).fit(*make(np.random.default_rng(0), 3000))
+    x = make(np.random.default_rng(3), 7)[0]
+    assert np.array_equal(again.concepts(x), model.concepts(x))
+
+
+def test_an_answer_is_of_the_mixed_embeddings():
+    """p positive + (1 - p) negative of each concept, by hand from the net's parts."""
+    generator = np.random.default_rng(0)
+    x, concepts, y = dot(generator, 211)
+    model = ConceptEmbedding(width=3, steps=7).fit(x, concepts, y)
+    net, rows = model._net, torch.tensor((x - x.mean(0)) / x.std(0), dtype=torch.float32)
+    with torch.no_grad():
+        both = net.both(net.body(rows)).numpy().reshape(211, 2, 2, 3)
+        p = model.concepts(x)
+        p[:, 1] = concepts[:, 1]
+        mixed = p[..., None] * both[:, :, 0] + (1 - p[..., None]) * both[:, :, 1]
+        answer = net.head(torch.tensor(mixed.reshape(211, 6))).argmax(1).numpy()
+    assert np.array_equal(model.predict(x, {1: concepts[:, 1]}), answer)
+    with pytest.raises(ValueError, match=r"given must name concepts 0..1, got 2"):
+        model.predict(x, {2: concepts[:, 1]})
+
+
+def test_an_embedding_takes_classes_of_any_number():
+    x, concepts, y = dot(np.random.default_rng(0), 211)
+    model = ConceptEmbedding(steps=3).fit(x, concepts, 7 + 3 * y)
+    assert set(model.predict(x).tolist()) <= {7, 10}

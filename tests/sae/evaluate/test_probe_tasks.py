@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,13 @@ from activations_cache.manifest import Plan
 from activations_cache.reader import open_cache
 from activations_cache.shard import Examples, ShardBuffer
 from activations_cache.writer import CacheWriter
-from sae.evaluate.probe_tasks import check_hook_point, common_labels, task_of
+from sae.evaluate.probe_tasks import (
+    check_hook_point,
+    common_labels,
+    labels_of,
+    read_labels,
+    task_of,
+)
 
 NAMES = ("noun.animal", "noun.plant", "verb.motion", "verb.rare")
 HOOK = "h.0:out"
@@ -83,3 +91,56 @@ def test_caches_of_other_places_and_without_labels_are_refused(labelled, cache, 
         task_of(cache, hook_point, "x")
     with pytest.raises(ValueError, match="must have two labels"):
         common_labels(cache)
+
+
+def lines(path, *records):
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
+    return path
+
+
+def test_labels_of_a_file_stand_in_the_place_of_the_cache_s(labelled, tmp_path):
+    """Even examples, and one token of an odd one, which stands above its example's label."""
+    records = [{"example": i, "label": ["even", "odd"][i % 2], "page": 3} for i in range(60)]
+    records.insert(0, {"example": 5, "position": 4, "label": "even"})
+    labels = read_labels(lines(tmp_path / "labels.jsonl", *records), labelled)
+    assert set(labels.names) == {"even", "odd"}
+    even = labels.names.index("even")
+    assert (labels.label[5] == even).nonzero().flatten().tolist() == [4]
+    assert set(common_labels(labelled, labels=labels)) == {"odd", "even"}
+    task = task_of(labelled, HOOK, "even", labels=labels, n_train=10_000, n_test=10_000)
+    tokens = task.train_x[:, 0].long()
+    assert np.array_equal(task.train_y, ((tokens // 7 % 2 == 0) | (tokens == 39)).numpy())
+    assert np.array_equal(task.types[0], tokens.numpy())
+
+
+def test_the_cache_s_own_labels_are_those_of_its_tokens(labelled):
+    rows = labelled.rows()
+    assert torch.equal(labels_of(labelled).of(labelled, rows), labelled.token_labels(rows).long())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("example,label", "must be such as"),
+        ("[3]", "must be such as"),
+        ('{"example": "x", "label": "a"}', "must be such as"),
+        ('{"example": 60, "label": "a"}', "must name an example below 60 and a position below 7"),
+        ('{"example": 3, "position": 7, "label": "a"}', "got 3 and 7"),
+        ('{"example": 3, "position": "1", "label": "a"}', "got 3 and 1"),
+        ('{"example": -1, "label": "a"}', "got -1 and None"),
+        ("\xff\x00", "must be such as"),
+    ],
+)
+def test_a_wrong_line_of_labels_is_named(labelled, tmp_path, text, message):
+    path = tmp_path / "labels.jsonl"
+    path.write_text('{"example": 1, "label": "fine"}\n' + text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_labels(path, labelled)
+    assert str(error.value).startswith(f"{path}:2 ")
+    assert "\n" not in str(error.value)
+
+
+def test_bytes_that_are_no_text_are_refused(labelled, tmp_path):
+    (tmp_path / "x").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="must be JSON lines in UTF-8"):
+        read_labels(tmp_path / "x", labelled)

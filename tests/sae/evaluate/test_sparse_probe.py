@@ -79,6 +79,29 @@ def test_control_labels_are_at_chance(report):
     assert report.selectivity("true", 1) > 0.35
 
 
+def test_a_control_task_is_what_a_probe_knows_by_heart(planted):
+    """A stream that spells its row's type out: the dense probe learns any labels of the types."""
+    made = np.random.default_rng(0)
+    types = made.integers(0, 13, N_TRAIN + N_TEST)
+    types[N_TRAIN : N_TRAIN + 9] = 99  # never fitted on, so nobody can know them
+    one_hot = torch.from_numpy(np.eye(100)[types]).float()
+    x = torch.cat([one_hot, torch.rand(len(types), 1)], dim=1)
+    y = (x[:, -1] > 0.5).numpy()
+    sides = types[:N_TRAIN], types[N_TRAIN:]
+    task = Task(x[:N_TRAIN], y[:N_TRAIN], x[N_TRAIN:], y[N_TRAIN:], np.arange(N_TEST), sides)
+    result = probe(task, {"raw": raw})
+    assert result.dense_control_task == pytest.approx(1.0)
+    assert result.control_task["raw"][1] < 0.8  # one unit knows one type
+    assert result.control_task["raw"][5] > result.control_task["raw"][1]
+    assert result.control["raw"][5] == pytest.approx(0.5, abs=0.15)
+    expected = result.arms["raw"][5].auc.value - result.control_task["raw"][5]
+    assert result.selectivity("raw", 5) == expected
+    without = probe(task._replace(types=None), {"raw": raw})
+    assert (without.control_task, without.dense_control_task) == ({}, None)
+    assert without.arms == result.arms
+    assert without.control == result.control
+
+
 def test_auc_is_the_share_of_ordered_pairs():
     generator = np.random.default_rng(0)
     score, y = generator.integers(5, size=43).astype(float), generator.random(43) < 0.4

@@ -11,7 +11,7 @@ import torch
 from sae.baselines import baseline_dictionary
 from sae.explain.autointerp import label_with_llm
 from sae.explain.config import AutointerpConfig, LLMConfig, WindowConfig
-from sae.explain.judges import OracleClient, WordRule
+from sae.explain.judges import OracleClient
 from sae.explain.llm.chat import (
     ConstantClient,
     RandomClient,
@@ -21,6 +21,7 @@ from sae.explain.llm.chat import (
     UnfinishedError,
 )
 from sae.explain.subject import Subject
+from sae.explain.windows import WordRule
 
 HOOK = "model.layers.3:out"
 CONFIG = AutointerpConfig(

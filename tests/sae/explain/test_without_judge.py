@@ -1,27 +1,36 @@
 """Scores from embeddings, likelihoods and interventions; rules from labels."""
 
 import asyncio
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import jensenshannon
 
+from activations_cache.hooks import capture, edit
+from sae.architecture import SAEConfig, TopK
+from sae.autoencoder import SparseAutoencoder, initialise
 from sae.explain.config import ExplainConfig
+from sae.explain.judges import RuleJudge
 from sae.explain.labels import make_labels
 from sae.explain.llm.chat import CallFailedError, Message, Request
 from sae.explain.llm.local_client import LocalClient
 from sae.explain.logit_lens import published_score, weight_pmi
 from sae.explain.model_scorers import (
+    Ablation,
     Embedding,
     OutputSide,
     Sensitivity,
     Surprisal,
     amplified,
     by_source,
+    calibrated,
+    divergences,
 )
-from sae.explain.question_scorers import Detection, Simulation
+from sae.explain.question_scorers import EXPECTED, Detection, Simulated, Simulation
 from sae.explain.subject import rule_of, score_rule
-from sae.explain.windows import LatentWindows
+from sae.explain.windows import LatentWindows, Window, WordRule
 
 
 def run(scorer, latent, label=""):
@@ -106,6 +115,73 @@ def test_amplification_in_a_model_raises_the_tokens_of_its_direction(
     assert np.mean(values) < 0.75
 
 
+def test_the_divergence_is_that_of_the_model_with_other_activations(tiny_model):
+    """Jensen and Shannon's by scipy, of a model whose stream is changed by hand."""
+    model, hook = tiny_model.model, "model.layers.1:out"
+    dictionary = SparseAutoencoder(SAEConfig(d_in=23, d_sae=53, activation=TopK(k=5)))
+    initialise(dictionary, torch.Generator().manual_seed(1))
+    ids = torch.randint(1, 40, (3, 11), generator=torch.Generator().manual_seed(2)).int()
+    with capture(model, [hook]) as read:
+        f = dictionary.encode_dense(read(ids[1][None].long())[hook][0])
+    latent = int((f > 0).sum(0).argmax())
+    window = Window(1, 2, ("x",) * 5, tuple(f[2:7, latent].tolist()), "active")
+    measure = divergences(model, ids, dictionary, ([hook], hook), first_position=1)
+    assert measure(latent, window, window.activations) == pytest.approx(0, abs=1e-6)
+    values = [40.0, 0.0, 7.0, 0.0, 90.0]
+    moved = torch.zeros(1, 7, 23)
+    moved[0, 2:] = (torch.tensor(values) - f[2:7, latent])[:, None] * dictionary.direction(latent)
+    with torch.no_grad():
+        p = model(ids[1:2, :7].long()).logits[0, 2:].softmax(-1)
+        with edit(model, {hook: lambda h, _: h + moved}):
+            q = model(ids[1:2, :7].long()).logits[0, 2:].softmax(-1)
+    by_scipy = jensenshannon(p.double().numpy(), q.double().numpy(), axis=1) ** 2
+    assert measure(latent, window, values) == pytest.approx(by_scipy.mean(), rel=1e-6)
+    at_start = Window(1, 0, ("x",), (0.0,), "active")  # a sink is left as it is
+    assert measure(latent, at_start, [1e3]) == pytest.approx(0, abs=1e-12)
+
+
+def test_ablation_is_1_for_the_truth_and_0_for_a_label_that_says_nothing(latent_of, topic_of):
+    def squares(latent, window, values):
+        return sum((v - f) ** 2 for v, f in zip(values, window.activations, strict=True))
+
+    latent = latent_of(3, n=16)
+
+    class Oracle(RuleJudge):
+        """Levels that are a line of the activations: calibration undoes the line."""
+
+        async def answer(self, task, explanation, items):
+            words = tuple(item.text for item in items)
+            window = next(w for w in latent.score if w.tokens == words)
+            return [2.0 * f + 1.0 for f in window.activations]
+
+    scorer = Ablation(squares)
+    true = asyncio.run(scorer.score(latent, "x", Oracle(WordRule({}))))
+    assert true.value == pytest.approx(1.0, abs=1e-9)
+    assert true.details == {EXPECTED: 0.0, "pearson": pytest.approx(1.0)}
+    nothing = asyncio.run(scorer.score(latent, "x", RuleJudge(WordRule({}))))
+    assert nothing.value == 0.0
+    half = asyncio.run(scorer.score(latent, "x", RuleJudge(WordRule({topic_of(3): 1.0}))))
+    assert 0.1 < half.value < 1.0
+    without = Ablation(lambda latent, window, values: 0.0)
+    assert asyncio.run(without.score(latent, "x", Oracle(WordRule({})))).value is None
+    few = dataclasses.replace(latent, score=latent.score[:3])
+    assert "fewer than 4" in asyncio.run(scorer.score(few, "x", Oracle(WordRule({})))).reason
+
+
+def test_calibration_looks_at_the_other_windows_alone():
+    def window(*activations):
+        return Window(0, 0, ("x",) * len(activations), activations, "active")
+
+    windows = [window(0.0, 4.0), window(1.0, 1.0), window(0.0, 8.0), window(3.0, 0.0)]
+    made = Simulated(windows, [[0.0, 2.0], [5.0, 9.0], [0.0, 4.0], [9.0, 5.0]], 4, 0.0)
+    first, second, *_ = calibrated(made)
+    assert second == ([10.0, 18.0], [3.0, 3.0])  # from the first and third: twice the level
+    assert first[1] == [1.25, 1.25]  # mean of 1, 1, 3, 0
+    changed = dataclasses.replace(windows[0], activations=(50.0, 60.0))
+    again = calibrated(made._replace(windows=[changed, *windows[1:]]))
+    assert again[0] == first
+
+
 def test_sensitivity_is_the_planted_rate():
     async def texts_for(label: str) -> list[str]:
         if label == "refused":
@@ -177,8 +253,6 @@ def test_labels_execute_as_rules(planted, codes_of, text_of):
 
 
 def test_rules_are_scored_like_labels(latent_of, topic_of):
-    from sae.explain.judges import WordRule
-
     scorers = (Detection(), Simulation())
     result = asyncio.run(score_rule(latent_of(3), WordRule({topic_of(3): 0.9}), scorers))
     assert result[0].value == 1.0

@@ -13,6 +13,8 @@ import sae as library
 from sae import run
 from sae.cli import main
 from sae.evaluate.report import plain
+from sae.explain.config import ExplainConfig
+from sae.explain.tables import read_latents
 from sae.run.steering import placed_in_model
 from sae.steer.generation import generate
 
@@ -59,6 +61,12 @@ def dictionary(cache):
     paths = run.train(cache, k=3, d_sae=53, batch=127, epochs=2)
     assert list(paths) == ["topk"]
     return paths["topk"]
+
+
+@pytest.fixture(scope="module")
+def labels(folder, cache, dictionary):
+    few = ExplainConfig(min_firings=5, min_examples=2, kinds=("word",), n_baseline=0)
+    return run.explain(dictionary, cache, few, out=folder / "labels").path
 
 
 def test_a_cache_is_the_command_s(folder, cache, model, text, tmp_path):
@@ -126,6 +134,62 @@ def test_a_steered_text_is_that_of_steer(cache, dictionary, capsys, monkeypatch)
     loaded_alone = run.steer(loaded.model, library.load(dictionary), {5: 400.0}, hook_point=HOOK)
     with loaded_alone:
         assert generate(loaded.model, loaded.tokenizer, "The", max_new_tokens=4).text == text
+
+
+def test_latents_about_words_are_those_of_steer(cache, dictionary, labels, tmp_path):
+    """Labels choose the latents; the arms of the command are those of Python."""
+    run.evaluate(dictionary, cache, model=False)
+    records = [
+        record
+        for record in read_latents(labels)
+        if record.status == "scored" and record.p_held_out <= 0.01
+    ]
+    word = next(w for record in records for w in record.words if w.isalpha())
+    named = {r.latent: r for r in records if word in r.words}
+    asked = {"amplify": "40x", "n_latents": 3, "controls": 2, "max_new_tokens": 4, "n_neutral": 2}
+    asked |= {"explained": str(labels)}
+    steered = run.steer_words(dictionary, words=[f" {word.upper()}"], **asked)
+    assert {one.latent for one in steered.latents} <= set(named)
+    for one in steered.latents:
+        record = named[one.latent]
+        assert one.worth == record.information[record.words.index(word)]
+    assert [arm.arm for arm in steered.arms] == ["words", "random latents 1", "random latents 2"]
+    assert all(len(arm.latents) == len(steered.latents) for arm in steered.arms)
+    assert not set(steered.arms[1].latents) & {one.latent for one in steered.latents}
+    given = [f"{name}={value}" for name, value in asked.items()]
+    out = tmp_path / "out"
+    assert command("steer", dictionary, "--word", word, *given, f"output={out}") == 0
+    written = json.loads((out / "words.json").read_text())
+    assert written["arms"] == as_json([arm._asdict() for arm in steered.arms])
+    loaded = placed_in_model(dictionary, None, None, None).loaded
+    words = {"words": [word], "amplify": "40x", "n_latents": 3, "explained": asked["explained"]}
+    with run.steer(loaded, dictionary, words=words):
+        text = generate(loaded.model, loaded.tokenizer, "The", max_new_tokens=4).text
+    assert text == steered.arms[0].texts[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--word", "zebra", "amplify=1x"], "latents.parquet must exist, got no such file; run"),
+        (["--word", "zebra", "amplify=1x", "explained=LABELS"], "words must be named by a label"),
+        (["--word", "zebra"], "amplify must be given, or calibrate: one of them, got []"),
+        (["--word", "zebra", "calibrate=0", "explained=LABELS"], "calibrate must be above 0"),
+        (["--word", "a", "--latent", "3=off"], "--latent must be absent beside --word"),
+        (
+            ["--word", "a", "amplify=1x", "by=weights", "explained=LABELS"],
+            "weights.json must exist",
+        ),
+    ],
+)
+def test_words_that_cannot_be_steered_cost_one_line(
+    cache, dictionary, labels, capsys, given, message
+):
+    given = [text.replace("LABELS", str(labels)) for text in given]
+    assert command("steer", dictionary, *given) in {1, 2}
+    printed = " ".join(capsys.readouterr().err.split())
+    assert printed.startswith("error: ")
+    assert message in printed
 
 
 def test_latents_are_those_of_find(dictionary, monkeypatch):

@@ -1,6 +1,8 @@
 import pytest
+import torch
 
-from sae.steer.choice import Candidate, fit_candidates, named, target_tokens
+from sae.metrics import Firing
+from sae.steer.choice import Candidate, alike, fit_candidates, named, target_tokens
 
 
 def candidate(latent, **fields):
@@ -43,3 +45,26 @@ def test_a_word_with_a_common_form_gives_no_target(tokenizer):
     left = target_tokens(tokenizer, ["milk", "butter"], common={milk})
     assert left == target_tokens(tokenizer, ["butter"])
     assert 0 < len(left) < len(target_tokens(tokenizer, ["milk", "butter"]))
+
+
+def test_a_random_counterpart_fires_like_its_latent():
+    stats = Firing(101)
+    stats.n_rows = 1000
+    stats.n_fired = torch.arange(101)  # 0 never fires
+    stats.max_activation = torch.ones(101)
+    made = torch.Generator().manual_seed(0)
+    seen = {alike(stats, [50, 90], made) for _ in range(50)}
+    assert len(seen) > 20
+    for first, second in seen:
+        assert 40 <= first <= 61  # of the 20 nearest of 50 in log, 50 and 90 left out
+        assert 80 <= second <= 100
+        assert 90 != second != first
+    stats.max_activation[51:62] = 1e6  # as often, much more strongly
+    assert all(not 50 < alike(stats, [50], made)[0] < 62 for _ in range(50))
+
+
+def test_too_few_latents_to_draw_from_are_refused():
+    stats = Firing(5)
+    stats.n_fired = torch.tensor([1, 1, 1, 0, 0])
+    with pytest.raises(ValueError, match="as many other latents must fire as are steered, 2, got"):
+        alike(stats, [0, 1], torch.Generator())

@@ -5,11 +5,11 @@ from copy import deepcopy
 import pytest
 import torch
 
-from sae.architecture import SAEConfig, TopK
+from sae.architecture import ReLU, SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.pretrained.origin import require_model
 from sae.steer.attribution import mean_difference, random_direction, stream_of
-from sae.steer.edits import Edit, Patch, Push, Splice
+from sae.steer.edits import Calibrate, Edit, EditedRows, Patch, Push, Splice
 from sae.steer.generation import generate
 from sae.steer.positions import Patches
 from sae.steer.steering import Steering
@@ -157,3 +157,42 @@ def test_another_model_is_refused(dictionary):
         require_model(dictionary, {"model_sha256": "bb"})
     differs = require_model(dictionary, {"model_sha256": "bb"}, force=True)
     assert differs == ("model: trained on aa, used on bb",)
+
+
+def calibrated(target, latents=(0, 1, 3)):
+    """Three rows, calibrated by a dictionary whose decoder is its encoder."""
+    config = SAEConfig(d_in=3, d_sae=4, activation=ReLU(), b_in="b_dec")
+    dictionary = SparseAutoencoder(config).double().requires_grad_(False)
+    rows = [[0.5, -1.0, 0.25], [1.0, 0.5, 0.0], [0.0, -0.5, 1.0], [-0.75, 0.25, 0.5]]
+    for given in (dictionary.enc_rows, dictionary.dec_rows):
+        given.copy_(torch.tensor(rows))
+    dictionary.b_enc.copy_(torch.tensor([0.1, -0.2, 0.0, 0.3], dtype=torch.float64))
+    dictionary.b_dec.copy_(torch.tensor([0.2, 0.0, -0.1], dtype=torch.float64))
+    x = torch.tensor([[1.0, 2, 3], [-1, 0.5, 2], [4, -3, 6]], dtype=torch.float64)
+    placed = dictionary.at("here")
+    return x, Calibrate(placed, latents, target)(EditedRows(x, x, torch.arange(3)))
+
+
+def test_calibration_is_the_released_one():
+    """Of the code beside arXiv 2502.15576 (`edit_generate`), run on these weights and rows."""
+    released = [
+        [1.7076436275661468, 0.4878981793046134, 3.2933127103061404],
+        [0.13050528790174099, 0.13050528790174099, 2.2838425382804672],
+        [2.881650824978153, -2.631072492371357, 6.765614980383489],
+    ]
+    x, changed = calibrated(1.5)
+    assert changed.h.tolist() == [pytest.approx(row, abs=1e-6) for row in released]
+    torch.testing.assert_close(changed.h.norm(dim=1), x.norm(dim=1))
+
+
+def test_what_fires_enough_is_not_calibrated():
+    """Latent 3 has 1.75 and 2.375 in the first rows, and nothing in the last."""
+    x, changed = calibrated(1.75, (3,))
+    assert changed.is_changed.tolist() == [False, False, True]
+    assert torch.equal(changed.h[:2], x[:2])
+
+
+@pytest.mark.parametrize("latents", [(), (1, 1)])
+def test_calibration_needs_latents_each_once(latents):
+    with pytest.raises(ValueError, match="latents must be some, each once, got"):
+        calibrated(1.0, latents)

@@ -2,17 +2,18 @@ import re
 
 import pytest
 
+from sae.run.config import ConceptsRequest
 from sae.steer.config import (
     Ablate,
     Add,
     Cap,
     Clamp,
-    ConceptsRequest,
     FindRequest,
     Floor,
     Scale,
     SteerConfig,
     SteerRequest,
+    SteerWordsRequest,
     strength,
 )
 
@@ -36,6 +37,23 @@ from sae.steer.config import (
             ConceptsRequest,
             {"concepts": "x", "target": "a"},
             r"^prompts must hold at least two",
+        ),
+        (SteerWordsRequest, {"words": ("a",)}, r"^amplify must be given, or calibrate: one of"),
+        (
+            SteerWordsRequest,
+            {"words": ("a",), "amplify": "1x", "calibrate": "1x"},
+            r"one of them, got \['amplify', 'calibrate'\]",
+        ),
+        (SteerWordsRequest, {"words": (" ",), "amplify": "1x"}, r"^words must name at least one"),
+        (
+            SteerWordsRequest,
+            {"words": ("a",), "calibrate": "-1x"},
+            r"^calibrate must be above 0, got -1",
+        ),
+        (
+            SteerWordsRequest,
+            {"words": ("a",), "amplify": "1x norm"},
+            r"^amplify must be a number, or one in units of max",
         ),
     ],
 )

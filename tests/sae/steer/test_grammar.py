@@ -10,8 +10,9 @@ from sae.steer.attribution import (
     random_direction,
     stream_of,
 )
+from sae.steer.choice import alike
 from sae.steer.config import SweepConfig
-from sae.steer.edits import Edit, Patch, Push
+from sae.steer.edits import Calibrate, Edit, Patch, Push
 from sae.steer.paths import integrated_gradients
 from sae.steer.search import Counting, find_latents, nearest_latents
 from sae.steer.steering import Steering
@@ -72,6 +73,22 @@ def test_clamping_the_topic_brings_its_conditional_and_a_random_direction_does_n
     assert doses[0] == pytest.approx(before, rel=0.05)
     assert doses[-1] < 0.15 * before
     assert after["random"] > before
+
+
+def test_calibrating_the_topic_brings_its_conditional_and_latents_that_fire_alike_do_not(
+    grammar, topic_latent
+):
+    latent, ids = topic_latent[0].latent, grammar.prompts(grammar.NONE, seed=9)
+    before = divergence(grammar.planted[2], next_noun(grammar, ids))
+    made = torch.Generator().manual_seed(0)
+    arms = [(latent,), *(alike(grammar.placed.stats, [latent], made) for _ in range(5))]
+    after = []
+    for latents in arms:
+        with Steering(grammar.model, [Calibrate(grammar.placed, latents, "2x")], first_position=0):
+            after.append(divergence(grammar.planted[2], next_noun(grammar, ids)))
+    assert after[0] < 0.3 * before
+    assert sorted(after[1:])[2] > 4 * after[0]  # one of the random ones may be the topic's too
+    assert min(after[1:]) > after[0]
 
 
 def test_patching_and_mean_difference_bring_it_too(grammar):

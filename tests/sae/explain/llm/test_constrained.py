@@ -9,7 +9,7 @@ import torch
 from sae.explain.explainers import LLMExplainer
 from sae.explain.judges import question
 from sae.explain.llm.chat import CallFailedError, Message, Request
-from sae.explain.llm.corpus_text import item, read_label
+from sae.explain.llm.corpus_text import expected_numbers, item, read_label
 from sae.explain.llm.local_client import ConstrainedClient, LocalClient
 
 ITEMS = [item([f" text {n}", ' "]"', " [1, 1, 1]"]) for n in range(5)]
@@ -43,6 +43,22 @@ def test_each_number_is_the_likeliest_given_those_before(tiny_model):
             logits = tiny_model.model(ids).logits[0, -1, digits]
         assert number == int(logits.argmax())
         ids = torch.cat([ids, client._plain(f"{number}, ")], dim=1)
+
+
+def test_levels_have_the_probabilities_of_all_digits(tiny_model):
+    client = ConstrainedClient(tiny_model, "tiny")
+    request = question("simulation", "anything", ITEMS)
+    answer = complete(client, request)
+    numbers = json.loads(answer.text)
+    expected = expected_numbers(answer.tokens, [float(n) for n in numbers], 10)
+    ids = torch.cat([client._ids(request.messages), client._plain("[")], dim=1)
+    digits = [int(client._plain(str(n))[0, -1]) for n in range(10)]
+    for number, level in zip(numbers, expected, strict=True):
+        with torch.no_grad():
+            p = tiny_model.model(ids).logits[0, -1, digits].softmax(dim=0)
+        assert level == pytest.approx(float(p @ torch.arange(10.0)), abs=1e-3)
+        ids = torch.cat([ids, client._plain(f"{number}, ")], dim=1)
+    assert complete(client, question("rubric", "anything", ITEMS)).tokens == ()
 
 
 def test_a_label_is_one_line_behind_our_own_mark(tiny_model, latent_of):
