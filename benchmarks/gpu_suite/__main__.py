@@ -92,6 +92,8 @@ def supervise(command: list[str], writer: Any, deadline: float, seconds: float) 
             for line in process.stdout:
                 clock.cancel()
                 clock = _stop_late(process, seconds, slow)
+                if not line.startswith("{"):  # what a library says
+                    continue
                 row = json.loads(line)
                 if "common" in row:
                     writer.common, top = row["common"], row["top"]
@@ -152,6 +154,8 @@ def main() -> None:
     command += ["--only", given.only, *(["--smoke"] if given.smoke else [])]
     command += ["--commit", given.commit] if given.commit else []
     supervise(command, writer, started + 60 * given.minutes, ROW_SECONDS)
+    if not writer.rows:
+        sys.exit(f"--only must be part of an op's name, got {given.only!r}; leave it out for all")
     print("\n".join([report.head(writer.common), report.table(writer.rows)]))
     print("\n".join(["tuning proposals:", *(tuning.proposals(writer.rows) or ["none"])]))
     print(f"{len(writer.rows)} rows in {writer.path}, {time.monotonic() - started:.0f} s")

@@ -24,6 +24,7 @@ from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig
 from sae.train.loss_config import FixedPrefixes, Refine
 from sae.train.ranks import connect
 from sae.train.step import TrainStep
+from sae.train.throughput import StepGraph
 from sae_kernels import (
     blocks,
     encode_batch_topk,
@@ -216,6 +217,20 @@ def kind(config: DictionaryConfig, device: torch.device) -> None:
     assert torch.equal(step(x).loss, again(x).loss), "a resumed step differs"
 
 
+def graph(device: torch.device) -> str | None:
+    """Steps that are replayed beside those that are launched."""
+    if device.type != "cuda":
+        return "not run: a GPU is missing"
+    for name in ("topk", "batchtopk"):
+        launched, step = (_step(KINDS[name], device) for _ in range(2))
+        replayed = StepGraph(step)
+        for x in _rows(12):
+            loss, right = replayed(x.to(device)).loss, launched(x.to(device)).loss
+            assert relative(loss, right.double()) < 1e-4, f"{name}: loss {loss}, right {right}"
+        assert replayed.recording is not None, f"{name} was not recorded"
+    return None
+
+
 def low_rows(device: torch.device) -> str | None:
     """Rows of 16 bits in the fused step: gradients beside float64."""
     if device.type != "cuda":
@@ -284,6 +299,7 @@ CHECKS: dict[str, Check] = {
     "dispatch": dispatch,
     "autograd": autograd,
     **{f"TrainStep: {name}": partial(kind, config) for name, config in KINDS.items()},
+    "CUDA graph": graph,
     "rows of 16 bits": low_rows,
     "two processes": processes,
 }

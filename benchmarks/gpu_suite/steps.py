@@ -17,6 +17,7 @@ from sae.train import optim_config as config_of
 from sae.train.config import DictionaryConfig
 from sae.train.loss_config import L0, AuxK, FixedPrefixes, Refine
 from sae.train.step import TrainStep
+from sae.train.throughput import StepGraph
 from sae_kernels import adam_triton
 
 Step = Callable[[Tensor], Tensor]
@@ -128,10 +129,18 @@ def _default(s: Shape) -> dict[str, Any]:
 
 
 class ProductStep:
-    """`sae.train.TrainStep`, which is what `sae train` runs: with clipping, figures and all."""
+    """`sae.train.TrainStep`, which is what `sae train` runs: with clipping, figures and all.
+
+    As there it is replayed from a CUDA graph where it can be, unless it is `launched`.
+    """
 
     def __init__(
-        self, fields: Callable[[Shape], dict[str, Any]], s: Shape, dtype: torch.dtype, device: str
+        self,
+        fields: Callable[[Shape], dict[str, Any]],
+        s: Shape,
+        dtype: torch.dtype,
+        device: str,
+        launched: bool = False,
     ) -> None:
         config = DictionaryConfig(
             d_sae=s.d_sae,
@@ -147,10 +156,11 @@ class ProductStep:
                 dictionary.get_parameter("threshold").fill_(config.activation.threshold)
         precision = "fp32" if dtype == torch.float32 else "bf16"
         self.step = TrainStep(dictionary, config, 1 << 20, precision=precision)
+        self.call = self.step if launched else StepGraph(self.step)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Take one step; return the loss before it."""
-        return self.step(x).loss
+        return self.call(x).loss
 
 
 def _fired(x: Tensor, rows: Tensor, op: str, k: int) -> Tensor:
@@ -165,6 +175,7 @@ def _fired(x: Tensor, rows: Tensor, op: str, k: int) -> Tensor:
 STEPS: dict[str, dict[str, Callable[[Shape, torch.dtype, str], Step]]] = {
     "step": {
         "TrainStep": partial(ProductStep, _topk),
+        "TrainStep, launched": partial(ProductStep, _topk, launched=True),
         "dense, compiled": peers.DenseStep,
         "sparse decoder and gradients": partial(peers.SparseDecoderStep, True),
         "sparse decoder alone": partial(peers.SparseDecoderStep, False),
