@@ -53,8 +53,6 @@ def _latent_adam_kernel(
     `new1`, `new2` are 1 - beta1 and 1 - beta2, and `log1`, `log2` the logarithms of the betas. With
     RATE the learning rate is read on the device. A step that is skipped reads and writes nothing.
     """
-    if RATE:
-        lr = tl.load(lr).to(tl.float32)
     column = tl.arange(0, WIDTH)
     inside = column < (tl.where(tl.load(skip) > 0, 0, width) if SKIP else width)
     place = tl.program_id(0).to(tl.int64) * width + column
@@ -70,9 +68,12 @@ def _latent_adam_kernel(
     mean = beta1 * mean + new1 * slope
     square = beta2 * square + new2 * slope * slope
     number = tl.maximum(tl.load(step).to(tl.float32), 1.0)  # 0 before the first that is taken
+    if RATE:
+        lr = tl.load(lr).to(tl.float32)
     rate = lr / _one_less_exp(number * log1)
     unbias2 = 1.0 / _one_less_exp(number * log2)
-    row = (1.0 - lr * decay) * row - rate * mean / (tl.sqrt(square * unbias2) + eps)
+    row -= row * (lr * decay)
+    row -= rate * mean / (tl.sqrt(square * unbias2) + eps)
     row = _renormed(row, NORM)
     tl.store(rows + place, row, mask=inside)
     tl.store(exp_avg + place, mean, mask=inside)

@@ -67,7 +67,7 @@ def _segments_kernel(
     to_edge = is_last & (comes_in | goes_on)
     to_out = is_last & (latent != before_block) & (latent != after_block)
     destination = latent.to(tl.int64) * width
-    square = tl.zeros((ENTRIES,), tl.float32)
+    square = tl.sum(tl.zeros((WIDTH,), tl.float32), axis=0)
     for left in range(tl.program_id(1) * WIDTH, width, tl.num_programs(1) * WIDTH):
         column = left + tl.arange(0, WIDTH)
         inside = column < width
@@ -77,15 +77,16 @@ def _segments_kernel(
         )  # fmt: skip
         total = _weighted_segments(latent, weight, result, PRECISION, UPCAST)
         if SQUARES:
-            square += tl.sum(total * total, axis=1)
+            of_out = tl.where(to_out[:, None], total * total, 0.0)
+            # added up in whatever order, which takes the fewest registers; it is the same each time
+            square += tl.sum(tl.reshape(of_out, (ENTRIES * WIDTH,), can_reorder=True), axis=0)
         place = column[None, :]
         tl.store(out + destination[:, None] + place, total, mask=to_out[:, None] & inside[None, :])
         tl.store(
             edges + edge[:, None] * width + place, total, mask=to_edge[:, None] & inside[None, :]
         )
     if SQUARES:
-        whole = tl.sum(tl.where(to_out, square, 0.0), axis=0)
-        tl.store(squares + block * tl.num_programs(1) + tl.program_id(1), whole)
+        tl.store(squares + block * tl.num_programs(1) + tl.program_id(1), square)
 
 
 @triton.jit

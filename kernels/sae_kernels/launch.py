@@ -117,15 +117,15 @@ def _interprets() -> bool:
 @cache
 def _has_kernels(device: torch.device) -> bool:
     """Tell whether a GPU runs the kernels; of one that does not it is said once."""
-    found = torch.cuda.get_device_capability(device)
-    if torch.version.cuda is not None and found >= (8, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.cuda is not None and capability >= (8, 0):
         return True
     logger.warning(
         "%s (%s, compute capability %d.%d) must be an NVIDIA GPU of 8.0 or newer for the kernels; "
         "torch's operations take their place",
         torch.cuda.get_device_name(device),
         device,
-        *found,
+        *capability,
     )
     return False
 

@@ -79,7 +79,7 @@ OnItsWay = tuple[Tensor, Callable[[], None]]
 """A batch on the device, and what to call before it is read."""
 
 
-def beside_the_steps(device: torch.device) -> Callable[[Tensor], OnItsWay]:
+def copies_to(device: torch.device) -> Callable[[Tensor], OnItsWay]:
     """Copies to a GPU on a stream of their own, from pinned memory; the step's stream waits."""
     stream = torch.cuda.Stream(device)
 

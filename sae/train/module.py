@@ -26,7 +26,7 @@ from sae.train import checkpoint
 from sae.train.checkpoint import Saver
 from sae.train.config import DictionaryConfig, TrainConfig
 from sae.train.cost import Needs, out_of_memory, require_room
-from sae.train.data_module import ActivationDataModule, ahead, beside_the_steps, reads
+from sae.train.data_module import ActivationDataModule, ahead, copies_to, reads
 from sae.train.hook_points import sites
 from sae.train.initialise import new_autoencoder
 from sae.train.launch import PRECISIONS, count, go_on, require_flags
@@ -113,7 +113,7 @@ class SAEModule(lightning.LightningModule):
             )
             for name, entry in self.saes.items()
         }
-        self.begin_copy = beside_the_steps(device) if device.type == "cuda" else None
+        self.begin_copy = copies_to(device) if device.type == "cuda" else None
         self.graphs = {name: StepGraph(step, name) for name, step in self.steps.items()}
         self.autoencoders = torch.nn.ModuleDict({n: s.autoencoder for n, s in self.steps.items()})
         self.failures = Failures(tuple(self.steps))

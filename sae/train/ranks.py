@@ -163,9 +163,9 @@ class Ranks:
 
     def holds_for_any(self, condition: Bool[Tensor, ""]) -> bool:
         """Whether it holds in any process; the host waits for it."""
-        found = condition.int()
-        self.world.reduce([found], dist.ReduceOp.MAX)
-        return bool(found)
+        largest = condition.int()
+        self.world.reduce([largest], dist.ReduceOp.MAX)
+        return bool(largest)
 
     def require_same(self, number: int, what: str) -> None:
         """Refuse to go on when the processes do not agree on a number.

@@ -170,10 +170,6 @@ WARM_UP = 4
 """Steps with the same choices of the host before they are recorded: the kernels are compiled."""
 
 
-def _free() -> int:
-    return torch.cuda.mem_get_info()[0]
-
-
 def cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
     """Record what `work` launches, and run none of it; what is returned runs it.
 
@@ -182,7 +178,8 @@ def cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
     Raises:
         RuntimeError: If there is not so much of it, or something waits for the device.
     """
-    step, free = torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), _free()
+    step = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free = torch.cuda.mem_get_info()[0]
     if free < step:
         raise RuntimeError(f"it takes {step >> 20} MiB, and {free >> 20} MiB are free")
     graph = torch.cuda.CUDAGraph()
@@ -226,11 +223,12 @@ class StepGraph:
     ) -> StepMetrics:
         """Take the step, as `TrainStep` does."""
         step, given = self.step, (x,) if target is None else (x, target)
-        if not self.is_refused and (why := self._why_not(len(x))):
+        is_new = step.sets_rates and not self.is_refused
+        if is_new and (why := self._why_not(len(x))):
             self._refuse(logging.INFO, why)
         if self.is_refused:
             return step(*given)
-        if step.sets_rates:
+        if is_new:
             for group in step.optimizer.param_groups:
                 group |= {"lr": torch.zeros((), device=x.device), "capturable": x.is_cuda}
             step.sets_rates = False
