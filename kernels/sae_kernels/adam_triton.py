@@ -46,12 +46,13 @@ def _latent_adam_kernel(
     rows, grad, exp_avg, exp_avg_sq, shadow, clip, skip, step, width,
     lr, beta1, new1, log1, beta2, new2, log2, eps, decay,
     PROJECT: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr, SHADOW: tl.constexpr,
-    SKIP: tl.constexpr, WIDTH: tl.constexpr, RATE: tl.constexpr,
+    SKIP: tl.constexpr, WIDTH: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """Step one row a program.
 
-    `new1`, `new2` are 1 - beta1 and 1 - beta2, and `log1`, `log2` the logarithms of the betas. With
-    RATE the learning rate is read on the device. A step that is skipped reads and writes nothing.
+    `new1`, `new2` are 1 - beta1 and 1 - beta2, and `log1`, `log2` the logarithms of the betas;
+    `decay` is that of the weights. With RATE the learning rate is read on the device. A step that
+    is skipped reads and writes nothing.
     """
     column = tl.arange(0, WIDTH)
     inside = column < (tl.where(tl.load(skip) > 0, 0, width) if SKIP else width)
@@ -72,7 +73,8 @@ def _latent_adam_kernel(
         lr = tl.load(lr).to(tl.float32)
     rate = lr / _one_less_exp(number * log1)
     unbias2 = 1.0 / _one_less_exp(number * log2)
-    row -= row * (lr * decay)
+    if DECAY:
+        row -= row * (lr * decay)
     row -= rate * mean / (tl.sqrt(square * unbias2) + eps)
     row = _renormed(row, NORM)
     tl.store(rows + place, row, mask=inside)
@@ -144,5 +146,5 @@ def latent_adam_(
         weight_decay,
         PROJECT=project, NORM=NORMS[norm], CLIP=clip is not None, SHADOW=shadow is not None,
         SKIP=skip is not None, WIDTH=block.width, RATE=isinstance(lr, Tensor),
-        num_warps=block.warps,
+        DECAY=weight_decay > 0, num_warps=block.warps,
     )  # fmt: skip
