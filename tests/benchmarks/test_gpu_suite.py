@@ -322,7 +322,7 @@ def test_it_needs_torch_and_triton_alone(only, repository, tmp_path):
         "loop from a cache, sae.train.train": "not run: lightning is missing",
     }
     assert others == {name: said for name, said in expected.items() if only in name}
-    assert {"step": 8, "loop": 1, "": 60}[only] <= len(rows)
+    assert {"step": 8, "loop": 1, "": 50}[only] <= len(rows)
     assert all(row["smoke"] and row["device"] == "CPU, kernels interpreted" for row in rows)
 
 
