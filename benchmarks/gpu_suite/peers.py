@@ -79,7 +79,7 @@ class PeerStep:
         return loss.detach()
 
 
-class DenseStep(PeerStep):
+class CompiledDenseStep(PeerStep):
     """Dense products, torch.topk or a ReLU, compiled; on a CPU traced and not compiled."""
 
     def __init__(self, s: Shape, dtype: torch.dtype, device: str, relu: bool = False) -> None:

@@ -176,13 +176,13 @@ STEPS: dict[str, dict[str, Callable[[Shape, torch.dtype, str], Step]]] = {
     "step": {
         "TrainStep": partial(ProductStep, _topk),
         "TrainStep, launched": partial(ProductStep, _topk, launched=True),
-        "dense, compiled": peers.DenseStep,
+        "dense, compiled": peers.CompiledDenseStep,
         "sparse decoder and gradients": partial(peers.SparseDecoderStep, True),
         "sparse decoder alone": partial(peers.SparseDecoderStep, False),
     },
     "step, jumprelu": {
         "TrainStep": partial(ProductStep, _jumprelu),
-        "dense, compiled": partial(peers.DenseStep, relu=True),
+        "dense, compiled": partial(peers.CompiledDenseStep, relu=True),
     },
     "step, default": {"TrainStep": partial(ProductStep, _default)},
 }
