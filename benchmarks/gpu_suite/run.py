@@ -36,7 +36,7 @@ class DeviceLostError(SystemExit):
     """After an illegal access nothing works in this process any more; another one goes on."""
 
 
-class RowsTaken(Protocol):
+class RowTaker(Protocol):
     """Who takes the rows."""
 
     def begin(self, row: report.Row) -> None:
@@ -60,7 +60,7 @@ class Suite:
 
     def __init__(
         self,
-        writer: RowsTaken,
+        writer: RowTaker,
         top: timing.DevicePeaks,
         deadline: float,
         only: str = "",
