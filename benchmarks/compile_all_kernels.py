@@ -28,6 +28,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from sae_kernels import adam_triton, decode_triton, encode_triton, grads_triton, select_triton
+from sae_kernels.launch import Segments
 
 ARCHES = (80, 90)
 BATCH = 8192
@@ -130,6 +131,15 @@ def _grads(width: int, k: int, dtype: torch.dtype, batch: int = BATCH) -> Kernel
     return KernelCall(f"weight_grads width={width} k={k} {dtype}", call)
 
 
+def _square(width: int, dtype: torch.dtype) -> KernelCall:
+    """Name what the fused step launches for a gradient: the squares as well."""
+    order, rows = _integers(BATCH * 32), _floats(BATCH, width, dtype=dtype)
+    latents, per_latent = _integers(BATCH * 32, dtype=torch.int32), _integers(65536)
+    parts = Segments(latents, order, order, per_latent, per_latent)
+    call = partial(grads_triton.product_and_square, parts, _floats(BATCH * 32), rows)
+    return KernelCall(f"product_and_square width={width} {dtype}", call)
+
+
 def _adam(width: int, norm: str) -> KernelCall:
     full = norm != "none"
     rows = _floats(65536, width)
@@ -139,7 +149,7 @@ def _adam(width: int, norm: str) -> KernelCall:
         rows,
         rows,
         rows,
-        lr=1e-3,
+        lr=_floats() if full else 1e-3,
         beta1=0.9,
         beta2=0.999,
         eps=1e-8,
@@ -170,6 +180,8 @@ def cases() -> list[KernelCall]:
         *_fused(2304, 64),
         _grads(768, 32, half),
         _grads(2304, 64, single),
+        _square(768, half),
+        _square(2304, half),
         _adam(768, "max"),
         _adam(2304, "unit"),
         _adam(16384, "unit"),

@@ -1,6 +1,13 @@
-"""Makes `sae_kernels` importable on a machine that has torch and Triton and nothing else."""
+"""Makes the project importable on a machine that has torch and Triton and nothing else.
 
+On a machine without a GPU it lets a CPU take a GPU's paths, with the kernels in the interpreter.
+"""
+
+import pkgutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -30,8 +37,42 @@ def _annotation(name: str) -> type[_AnyShape]:
 
 
 def prepare() -> None:
-    """Find the kernels beside this file, and do without jaxtyping if need be."""
-    if find_spec("sae_kernels") is None:
-        sys.path.insert(0, str(ROOT / "kernels"))
+    """Take the kernels beside this file, and do without jaxtyping if need be."""
+    sys.path.insert(0, str(ROOT / "kernels"))
     if find_spec("jaxtyping") is None:
         sys.modules["jaxtyping"] = stand_in()
+
+
+_forced: list[str] = []
+"""The backend that takes CPU tensors in this process, if one is forced."""
+
+
+def interpret() -> None:
+    """From now on let every op take its kernels for CPU tensors; Triton has to interpret them."""
+    import sae_kernels
+
+    _forced.append("triton")
+    for part in pkgutil.iter_modules(sae_kernels.__path__):
+        module = import_module(f"sae_kernels.{part.name}")
+        choose = getattr(module, "choose", None)
+        if choose is not None:
+            vars(module)["choose"] = _choosing(choose)
+
+
+def _choosing(choose: Any) -> Any:
+    def chosen(tensor: Any, backend: str | None) -> str:
+        fits = _forced and tensor.dtype.itemsize < 8
+        return choose(tensor, backend or (_forced[-1] if fits else None))
+
+    return chosen
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Let CPU tensors take a CPU's paths inside."""
+    before = _forced[:]
+    _forced.clear()
+    try:
+        yield
+    finally:
+        _forced.extend(before)

@@ -29,15 +29,19 @@ def surroundings(commit: str | None) -> Row:
     """What every row says of where it was measured."""
     import triton
 
-    properties = torch.cuda.get_device_properties(0)
     query = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit"
-    return {
-        "device": properties.name,
-        "sm_count": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "driver, sm clock, memory clock, power": _output(
-            "nvidia-smi", query, "--format=csv,noheader"
-        ),
+    device: Row = {"device": "CPU, kernels interpreted"}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        device = {
+            "device": properties.name,
+            "sm_count": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "driver, sm clock, memory clock, power": _output(
+                "nvidia-smi", query, "--format=csv,noheader"
+            ),
+        }
+    return device | {
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
@@ -88,6 +92,9 @@ class RowWriter:
         self.path, self.common = path, common
         self.rows: list[Row] = []
 
+    def begin(self, row: Row) -> None:
+        """Nothing: a row is written when it is done."""
+
     def add(self, row: Row) -> None:
         """Write a row at once, so that a run that is cut short leaves what it had."""
         self.rows.append(row)
@@ -95,22 +102,35 @@ class RowWriter:
             file.write(json.dumps(row | self.common) + "\n")
 
 
+def head(common: Row) -> str:
+    """Where the rows are from, and what the device reached."""
+    where = f"{common['device']}, torch {common['torch']}, triton {common['triton']}"
+    bandwidth, arithmetic = (common[f"ceiling_{of}_per_s"] / 1e12 for of in ("bytes", "flops"))
+    return f"{where}\nceilings: {bandwidth:.2f} TB/s, {arithmetic:.0f} TFLOP/s"
+
+
 def table(rows: list[Row]) -> str:
-    """One line a row: what, the median, the share of the bound, and the first candidate's gain."""
-    lines = [f"{'op':26} {'shape':30} {'dtype':9} {'candidate':24} {'ms':>9} {'bound':>6} {'x':>6}"]
+    """One line a row: what, the median, the share of the bound, and the first candidate's gain.
+
+    Of a step also the thousands of rows per second and the multiple of the time that is aimed at.
+    """
+    lines = [f"{'op':26} {'shape':30} {'dtype':9} {'candidate':30} {'ms':>9} {'bound':>6} {'x':>6}"]
     ours: Row = {}
     for row in rows:
-        if "candidate" not in row:
-            continue
         key = {name: row[name] for name in ("op", "shape", "dtype", "pattern")}
         if {name: ours.get(name) for name in key} != key:
             ours = row
         what = row["op"] + ("" if row["pattern"] == "uniform" else f" ({row['pattern']})")
-        line = f"{what:26} {Shape(**row['shape'])!s:30} {row['dtype']:9} {row['candidate']:24} "
-        if row["status"] != "ok":
+        line = f"{what:26} {Shape(**row['shape'])!s:30} {row['dtype']:9} {row['candidate']:30} "
+        if row["status"] != "ok" or "median_ms" not in row:
             lines.append(line + row["status"])
             continue
-        gain = row["median_ms"] / ours["median_ms"] if ours["status"] == "ok" else float("nan")
+        gain = row["median_ms"] / ours.get("median_ms", float("nan"))
         share = f"{100 * row['share_of_bound']:5.0f}%"
-        lines.append(line + f"{row['median_ms']:9.3f} {share} {gain:6.2f}")
+        line += f"{row['median_ms']:9.3f} {share} {gain:6.2f}"
+        if "rows_per_s" in row:
+            line += f" {row['rows_per_s'] / 1e3:8.0f} k rows/s"
+        if row.get("times_goal") is not None:
+            line += f", {row['times_goal']:.2f} x the goal"
+        lines.append(line)
     return "\n".join(lines)

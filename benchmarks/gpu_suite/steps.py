@@ -1,21 +1,26 @@
-"""The optimiser and whole training steps, ours beside dense autocast PyTorch."""
+"""The optimiser, and whole training steps: `TrainStep` itself beside those of `peers.py`."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from benchmarks.gpu_suite import peers
 from benchmarks.gpu_suite.case import Case, Inputs, Shape, Variant, relative, rows_checked
 from benchmarks.gpu_suite.ops import Draw
-from sae.architecture import TopK
+from benchmarks.gpu_suite.peers import BETAS, CLIP, EPS, LR, SuiteWeights
+from sae.architecture import BatchTopK, JumpReLU, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.train import optim_config as config_of
 from sae.train.config import DictionaryConfig
+from sae.train.loss_config import L0, AuxK, FixedPrefixes, Refine
 from sae.train.step import TrainStep
+from sae.train.throughput import StepGraph
 from sae_kernels import adam_triton
 
-LR, BETAS, EPS, CLIP = 1e-3, (0.9, 0.999), 1e-8, 1.0
+Step = Callable[[Tensor], Tensor]
 
 
 def step_rows(
@@ -104,96 +109,98 @@ def adam(s: Shape, device: str, unit: bool) -> Case:
     )
 
 
-class SuiteWeights(NamedTuple):
-    """Parameters in float32 with the states of Adam, and the 16-bit copies."""
-
-    enc_rows: Tensor
-    dec_rows: Tensor
-    b_enc: Tensor
-    b_dec: Tensor
-
-    @classmethod
-    def draw(cls, s: Shape, device: str) -> "SuiteWeights":
-        """Unit decoder rows, the encoder equal to them, no biases."""
-        dec_rows = functional.normalize(Draw(0, device).normal(s.d_sae, s.d_model), dim=1)
-        zeros = (torch.zeros(width, device=device) for width in (s.d_sae, s.d_model))
-        return cls(dec_rows.clone(), dec_rows, *zeros)
+def _topk(s: Shape) -> dict[str, Any]:
+    return {"activation": TopK(k=s.k)}
 
 
-def _adam(parameters: tuple[Tensor, ...]) -> torch.optim.Adam:
-    """Torch's fused Adam, in the form that a CUDA graph can hold."""
-    return torch.optim.Adam(parameters, lr=LR, fused=True, capturable=parameters[0].is_cuda)
+def _jumprelu(s: Shape) -> dict[str, Any]:  # noqa: ARG001
+    return {"activation": JumpReLU(threshold=1e-3, bandwidth=1e-2), "l0": L0(coefficient=1e-3)}
+
+
+def _default(s: Shape) -> dict[str, Any]:
+    """What the recipe `default` has, in the middle of its run: all terms at once."""
+    ends = tuple(max(1, s.d_sae // part) for part in (16, 8, 4, 2))
+    return {
+        "activation": BatchTopK(k=s.k),
+        "matryoshka": FixedPrefixes(ends=ends),
+        "refine": Refine(),
+        "auxk": AuxK(),
+    }
 
 
 class ProductStep:
-    """`sae.train.TrainStep`, which is what `sae train` runs: with clipping, figures and all."""
+    """`sae.train.TrainStep`, which is what `sae train` runs: with clipping, figures and all.
 
-    def __init__(self, s: Shape, dtype: torch.dtype, device: str) -> None:
+    As there it is replayed from a CUDA graph where it can be, unless it is `launched`.
+    """
+
+    def __init__(
+        self,
+        fields: Callable[[Shape], dict[str, Any]],
+        s: Shape,
+        dtype: torch.dtype,
+        device: str,
+        launched: bool = False,
+    ) -> None:
         config = DictionaryConfig(
-            activation=TopK(k=s.k),
             d_sae=s.d_sae,
             optimizer=config_of.Adam(lr=LR, clip=CLIP, warmup=0.0, decay=0.0),
+            **fields(s),
         )
         dictionary = SparseAutoencoder(config.architecture(s.d_model)).to(device)
         with torch.no_grad():
             drawn = SuiteWeights.draw(s, device)
             dictionary.enc_rows.copy_(drawn.enc_rows)
             dictionary.dec_rows.copy_(drawn.dec_rows)
+            if isinstance(config.activation, JumpReLU):
+                dictionary.get_parameter("threshold").fill_(config.activation.threshold)
         precision = "fp32" if dtype == torch.float32 else "bf16"
         self.step = TrainStep(dictionary, config, 1 << 20, precision=precision)
+        self.call = self.step if launched else StepGraph(self.step)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Take one step; return the mean squared error before it."""
-        return self.step(x).loss
+        """Take one step; return the loss before it."""
+        return self.call(x).loss
 
 
-class PlainStep:
-    """The same step of plain PyTorch under autocast: dense products, torch.topk, fused Adam."""
-
-    def __init__(self, s: Shape, dtype: torch.dtype, device: str) -> None:
-        self.shape, self.dtype, self.device = s, dtype, device
-        self.weights = SuiteWeights(*(w.requires_grad_() for w in SuiteWeights.draw(s, device)))
-        self.adam = _adam(self.weights)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Take one step; return the squared error of each row before it."""
-        enc_rows, dec_rows, b_enc, b_dec = self.weights
-        self.adam.zero_grad()
-        kind = torch.device(self.device).type
-        with torch.autocast(kind, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            pre = functional.linear(x.float() - b_dec, enc_rows, b_enc)
-            values, indices = pre.topk(self.shape.k, dim=1)
-            acts = torch.zeros_like(pre).scatter(1, indices, values.relu())
-            x_hat = functional.linear(acts, dec_rows.T, b_dec)
-        loss = (x_hat.float() - x.float()).square().sum(1).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
-        grad = dec_rows.grad
-        assert grad is not None
-        with torch.no_grad():
-            grad -= dec_rows * (grad * dec_rows).sum(1, keepdim=True)
-            self.adam.step()
-            dec_rows.div_(torch.linalg.vector_norm(dec_rows, dim=1, keepdim=True))
-        return loss.detach()
+def _fired(x: Tensor, rows: Tensor, op: str, k: int) -> Tensor:
+    """The latents' activations in float64, where all weights are those that are drawn."""
+    pre = x @ rows.T
+    if op == "step, jumprelu":
+        return pre * (pre > 1e-3)
+    values, indices = pre.topk(k, dim=1)
+    return torch.zeros_like(pre).scatter(1, indices, values.relu())
 
 
-STEPS = {"TrainStep": ProductStep, "dense autocast": PlainStep}
+STEPS: dict[str, dict[str, Callable[[Shape, torch.dtype, str], Step]]] = {
+    "step": {
+        "TrainStep": partial(ProductStep, _topk),
+        "TrainStep, launched": partial(ProductStep, _topk, launched=True),
+        "dense, compiled": peers.CompiledDenseStep,
+        "sparse decoder and gradients": partial(peers.SparseDecoderStep, True),
+        "sparse decoder alone": partial(peers.SparseDecoderStep, False),
+    },
+    "step, jumprelu": {
+        "TrainStep": partial(ProductStep, _jumprelu),
+        "dense, compiled": partial(peers.CompiledDenseStep, relu=True),
+    },
+    "step, default": {"TrainStep": partial(ProductStep, _default)},
+}
+"""By op and candidate; ours first. What the peers' steps are, `peers.py` says."""
 
 
-def step_error(s: Shape, dtype: torch.dtype, device: str, name: str) -> float:
-    """The first step's loss against float64 on some rows; infinite where training does not help."""
+def step_error(op: str, step: Step, s: Shape, dtype: torch.dtype, device: str) -> float:
+    """A fresh step's first loss against float64 on some rows; infinite where it does not learn."""
     x = Draw(1, device).normal(s.batch, s.d_model, dtype=dtype)
     given = x[rows_checked(s.batch).to(device)]
     rows, right = SuiteWeights.draw(s, device).dec_rows.double(), given.double()
-    values, indices = (right @ rows.T).topk(s.k, dim=1)
-    x_hat = torch.einsum("nk,nkd->nd", values.relu(), rows[indices])
-    loss = STEPS[name](s, dtype, device)(given)
-    error = relative(loss, (x_hat - right).square().sum(1).mean())
-    step = STEPS[name](s, dtype, device)
-    first, last = float(step(x)), 0.0
-    for _ in range(5):
-        last = float(step(x))
-    return error if last < first else float("inf")
+    x_hat = _fired(right, rows, op, s.k) @ rows
+    loss = step(given)
+    error = 0.0  # of a loss of several terms, which checks.py has
+    if op != "step, default":
+        error = relative(loss, (x_hat - right).square().sum(1).mean())
+    first, *later = (float(step(x)) for _ in range(4))
+    return error if min(later) < (1 - 1e-5) * first else float("inf")  # more than is rounded
 
 
 def step_flops(s: Shape) -> float:

@@ -20,7 +20,7 @@ PASSING = 32  # bytes for each element that those passes hold at once
 
 
 class _Settings(NamedTuple):
-    lr: float
+    lr: float | Float[Tensor, ""]
     beta1: float
     beta2: float
     eps: float
@@ -227,9 +227,10 @@ def _check(t: _AdamRows, s: _Settings) -> None:
         value = getattr(s, name)
         if not 0 <= value < 1:
             raise KernelError(f"{name} must be at least 0 and below 1, got {value}")
+    check_shape("lr", s.lr if isinstance(s.lr, Tensor) else None)
     for name in ("lr", "eps", "weight_decay"):
         value = getattr(s, name)
-        if not 0 <= value < math.inf:
+        if not isinstance(value, Tensor) and not 0 <= value < math.inf:
             raise KernelError(f"{name} must be finite and at least 0, got {value}")
 
 
@@ -258,7 +259,7 @@ def latent_adam_(  # noqa: PLR0913
     exp_avg_sq: Float[Tensor, "d_sae d_out"] | UInt8[Tensor, "d_sae d_out"],
     step: int | Float[Tensor, ""],
     *,
-    lr: float,
+    lr: float | Float[Tensor, ""],
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -287,7 +288,7 @@ def latent_adam_(  # noqa: PLR0913
         exp_avg_sq: second state, contiguous.
         step: number of this step, from 1 on; a float32 scalar tensor where the device alone knows
             it, and states of fewer bits then need another `seed` at each step.
-        lr: learning rate.
+        lr: learning rate; a scalar tensor where a recorded step reads it.
         betas: decay of the two states.
         eps: what is added to the denominator.
         weight_decay: each step takes lr * weight_decay of the weights off.

@@ -46,12 +46,13 @@ def _latent_adam_kernel(
     rows, grad, exp_avg, exp_avg_sq, shadow, clip, skip, step, width,
     lr, beta1, new1, log1, beta2, new2, log2, eps, decay,
     PROJECT: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr, SHADOW: tl.constexpr,
-    SKIP: tl.constexpr, WIDTH: tl.constexpr,
+    SKIP: tl.constexpr, WIDTH: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """Step one row a program.
 
-    `decay` is what the row is multiplied by, `new1`, `new2` are 1 - beta1 and 1 - beta2, and
-    `log1`, `log2` the logarithms of the betas. A step that is skipped reads and writes nothing.
+    `new1`, `new2` are 1 - beta1 and 1 - beta2, and `log1`, `log2` the logarithms of the betas;
+    `decay` is that of the weights. With RATE the learning rate is read on the device. A step that
+    is skipped reads and writes nothing.
     """
     column = tl.arange(0, WIDTH)
     inside = column < (tl.where(tl.load(skip) > 0, 0, width) if SKIP else width)
@@ -68,9 +69,13 @@ def _latent_adam_kernel(
     mean = beta1 * mean + new1 * slope
     square = beta2 * square + new2 * slope * slope
     number = tl.maximum(tl.load(step).to(tl.float32), 1.0)  # 0 before the first that is taken
+    if RATE:
+        lr = tl.load(lr).to(tl.float32)
     rate = lr / _one_less_exp(number * log1)
     unbias2 = 1.0 / _one_less_exp(number * log2)
-    row = decay * row - rate * mean / (tl.sqrt(square * unbias2) + eps)
+    if DECAY:
+        row -= row * (lr * decay)
+    row -= rate * mean / (tl.sqrt(square * unbias2) + eps)
     row = _renormed(row, NORM)
     tl.store(rows + place, row, mask=inside)
     tl.store(exp_avg + place, mean, mask=inside)
@@ -90,7 +95,7 @@ def latent_adam_(
     exp_avg: Float[Tensor, "d_sae d_out"],
     exp_avg_sq: Float[Tensor, "d_sae d_out"],
     *,
-    lr: float,
+    lr: float | Float[Tensor, ""],
     beta1: float,
     beta2: float,
     eps: float,
@@ -109,7 +114,7 @@ def latent_adam_(
         grad: their gradient.
         exp_avg: Adam's first moment.
         exp_avg_sq: Adam's second moment.
-        lr: learning rate.
+        lr: learning rate, which may lie on the device.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
@@ -138,7 +143,8 @@ def latent_adam_(
         rows, grad, exp_avg, exp_avg_sq, rows if shadow is None else shadow,
         rows if clip is None else clip, step if skip is None else skip, step, width,
         lr, beta1, 1 - beta1, _log(beta1), beta2, 1 - beta2, _log(beta2), eps,
-        1 - lr * weight_decay,
+        weight_decay,
         PROJECT=project, NORM=NORMS[norm], CLIP=clip is not None, SHADOW=shadow is not None,
-        SKIP=skip is not None, WIDTH=block.width, num_warps=block.warps,
+        SKIP=skip is not None, WIDTH=block.width, RATE=isinstance(lr, Tensor),
+        DECAY=weight_decay > 0, num_warps=block.warps,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae_kernels.decode import row_products, weighted_rows
 from sae_kernels.encode import _keep_topk
-from sae_kernels.grads import accumulator, product_of, sum_of
+from sae_kernels.grads import accumulator, product_and_square, sum_of
 from sae_kernels.launch import (
     Backend,
     KernelError,
@@ -63,6 +63,19 @@ class FusedStep(NamedTuple):
     """What was kept, activations of 0 among it."""
     n_fired: Int[Tensor, " d_sae"]
     """In how many rows each latent fired."""
+    squares: tuple[Float[Tensor, ""], Float[Tensor, ""]] | None
+    """Squared norms of the gradients of enc_rows and dec_rows, where the kernels have them."""
+
+
+class _Gradients(NamedTuple):
+    """Those of all weights, and the squared norms of those of both matrices."""
+
+    enc_rows: Float[Tensor, "d_sae d_in"]
+    b_enc: Float[Tensor, " d_sae"]
+    b_in: Float[Tensor, " d_in"]
+    dec_rows: Float[Tensor, "d_sae d_out"]
+    b_dec: Float[Tensor, " d_out"]
+    squares: tuple[Float[Tensor, ""], Float[Tensor, ""]] | None
 
 
 class _Round(NamedTuple):
@@ -192,7 +205,7 @@ def _summed_rows(
 
 def _gradients(
     step: _Pass, terms: list[_Terms], d_first: Float[Tensor, "batch d_out"]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> _Gradients:
     """Sum up over all entries, which are sorted by latent once."""
     d_out, x = (_joined([part[i] for part in terms]) for i in (4, 6))
     n_out, n_in, out_at, in_at = 0, 0, [], []
@@ -207,13 +220,14 @@ def _gradients(
     reads = Segments(latents, order, _joined(in_at)[order], lengths, lengths.cumsum(0) - lengths)
     writes = reads._replace(rows=_joined(out_at)[order])
     d_b_enc = sum_of(reads, d_values)
-    return (
-        product_of(reads, d_values, x, step.backend),
-        d_b_enc,
-        -_summed_rows(d_b_enc, step.weights.enc_rows),  # the sum of -d_x
-        product_of(writes, values, d_out, step.backend),
-        d_first.sum(0, dtype=d_b_enc.dtype),
-    )
+    d_enc, square_enc = product_and_square(reads, d_values, x, step.backend)
+    d_dec, square_dec = product_and_square(writes, values, d_out, step.backend)
+    d_b_in = -_summed_rows(d_b_enc, step.weights.enc_rows)  # the sum of -d_x
+    d_b_dec = d_first.sum(0, dtype=d_b_enc.dtype)
+    squares = None
+    if square_enc is not None and square_dec is not None:
+        squares = (square_enc, square_dec)
+    return _Gradients(d_enc, d_b_enc, d_b_in, d_dec, d_b_dec, squares)
 
 
 def _terms(kept: _Round, found: _Compared, has_pieces: bool) -> _Terms:
@@ -306,4 +320,5 @@ def fused_topk_step(  # noqa: PLR0913
             d_read = d_read + step.back(d_values, old) if old is not earlier[0] else d_read
         grads = _gradients(step, terms, d_first)
     fired = counts(kept.indices, len(weights.enc_rows), kept.values > 0)
-    return FusedStep(*grads, found.x_hat, found.row_loss, kept.values, fired)
+    seen = (found.x_hat, found.row_loss, kept.values, fired)
+    return FusedStep(*grads[:-1], *seen, grads.squares)

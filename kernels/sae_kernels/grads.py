@@ -57,6 +57,20 @@ def product_of(
     )[0]
 
 
+def product_and_square(
+    parts: Segments,
+    weights: Float[Tensor, "batch k"] | Float[Tensor, " entry"],
+    rows: Float[Tensor, "batch d_out"],
+    backend: Backend,
+) -> tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, ""] | None]:
+    """Do the same, with the sum of the squares where the kernel has it in hand."""
+    if backend != "triton":
+        return product_of(parts, weights, rows, backend), None
+    from sae_kernels import grads_triton
+
+    return grads_triton.product_and_square(parts, weights.flatten(), rows.contiguous())
+
+
 def segment_sum(
     entries: Entries, weights: Float[Tensor, "batch k"] | Float[Tensor, " entry"]
 ) -> Float[Tensor, " d_sae"]:

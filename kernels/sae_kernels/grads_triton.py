@@ -37,13 +37,15 @@ def _weighted_segments(latent, weight, rows, PRECISION: tl.constexpr, UPCAST: tl
 @triton.jit(do_not_specialize=["n_entries"])
 @no_type_check
 def _segments_kernel(
-    latents, entries, row_of, n_entries, weights, rows, width, out, edges,
+    latents, entries, row_of, n_entries, weights, rows, width, out, edges, squares,
     ENTRIES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SQUARES: tl.constexpr,
 ):  # fmt: skip
     """Sum the runs of a block of entries; programs: (block, share of its columns).
 
     The parts of the run that comes in from the block before, and of the one that goes on into the
     block after, are stored in `edges` (block, 2, width); the first of them where they are one.
+    With SQUARES each program stores the sum of the squares of what it stores in `out`.
     """
     block = tl.program_id(0)
     first = block * ENTRIES
@@ -65,6 +67,7 @@ def _segments_kernel(
     to_edge = is_last & (comes_in | goes_on)
     to_out = is_last & (latent != before_block) & (latent != after_block)
     destination = latent.to(tl.int64) * width
+    square = tl.sum(tl.zeros((WIDTH,), tl.float32), axis=0)
     for left in range(tl.program_id(1) * WIDTH, width, tl.num_programs(1) * WIDTH):
         column = left + tl.arange(0, WIDTH)
         inside = column < width
@@ -73,17 +76,29 @@ def _segments_kernel(
             mask=given[:, None] & inside[None, :], other=0.0,
         )  # fmt: skip
         total = _weighted_segments(latent, weight, result, PRECISION, UPCAST)
+        if SQUARES:
+            of_out = tl.where(to_out[:, None], total * total, 0.0)
+            # added up in whatever order, which takes the fewest registers; it is the same each time
+            square += tl.sum(tl.reshape(of_out, (ENTRIES * WIDTH,), can_reorder=True), axis=0)
         place = column[None, :]
         tl.store(out + destination[:, None] + place, total, mask=to_out[:, None] & inside[None, :])
         tl.store(
             edges + edge[:, None] * width + place, total, mask=to_edge[:, None] & inside[None, :]
         )
+    if SQUARES:
+        tl.store(squares + block * tl.num_programs(1) + tl.program_id(1), square)
 
 
 @triton.jit
 @no_type_check
-def _finish_kernel(starts, edges, width, out, ENTRIES: tl.constexpr, WIDTH: tl.constexpr):
-    """Clear the row of a latent without entries; add up one whose run lies in several blocks."""
+def _finish_kernel(
+    starts, edges, width, out, squares,
+    ENTRIES: tl.constexpr, WIDTH: tl.constexpr, SQUARES: tl.constexpr,
+):  # fmt: skip
+    """Clear the row of a latent without entries; add up one whose run lies in several blocks.
+
+    With SQUARES each program stores the sum of the squares of what it added up.
+    """
     latent = tl.program_id(0).to(tl.int64)
     start = tl.load(starts + latent)
     stop = tl.load(starts + latent + 1)
@@ -91,6 +106,7 @@ def _finish_kernel(starts, edges, width, out, ENTRIES: tl.constexpr, WIDTH: tl.c
     last = (stop - 1) // ENTRIES
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < width
+    square = tl.sum(tl.zeros((WIDTH,), tl.float32), axis=0)
     if start == stop:
         tl.store(out + latent * width + column, tl.zeros((WIDTH,), tl.float32), mask=inside)
     elif first < last:
@@ -98,6 +114,9 @@ def _finish_kernel(starts, edges, width, out, ENTRIES: tl.constexpr, WIDTH: tl.c
         for block in range(first + 1, last + 1):
             total += tl.load(edges + 2 * block * width + column, mask=inside, other=0.0)
         tl.store(out + latent * width + column, total, mask=inside)
+        square = tl.sum(total * total, axis=0)
+    if SQUARES:
+        tl.store(squares + latent * tl.num_programs(1) + tl.program_id(1), square)
 
 
 @triton.jit
@@ -127,29 +146,47 @@ def segment_product(
 
     In float32, from contiguous tensors; weights are rounded to bfloat16 where the rows are.
     """
+    return _product(parts, weights, rows, False)[0]
+
+
+def product_and_square(
+    parts: Segments, weights: Float[Tensor, " entry"], rows: Float[Tensor, "batch d_out"]
+) -> tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, ""]]:
+    """Do the same, and sum the squares of the result while it is in the registers."""
+    out, squares = _product(parts, weights, rows, True)
+    return out, squares[0].sum() + squares[1].sum()
+
+
+def _product(
+    parts: Segments, weights: Float[Tensor, " entry"], rows: Float[Tensor, "batch d_out"], has: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The product and, if it has them, the sums of squares of each program of both kernels."""
     n_entries, width, d_sae = len(parts.latents), rows.shape[1], len(parts.lengths)
     options = {"dtype": torch.float32, "device": rows.device}
     if not n_entries or not width:
-        return torch.zeros(d_sae, width, **options)
+        return torch.zeros(d_sae, width, **options), [torch.zeros(1, **options)] * 2
     out = torch.empty(d_sae, width, **options)
     # float16 would lose small weights; bfloat16 keeps their range
     as_is = rows.dtype == torch.bfloat16 and not interprets()
     block = blocks.segments(n_entries, width, 2 if as_is else 4, arch_of(rows))
     n_blocks = -(-n_entries // block.entries)
     edges = torch.empty(n_blocks, 2, width, **options)
-    launch(
-        _segments_kernel, (n_blocks, block.splits), out,
-        parts.latents, parts.entries, parts.rows, n_entries, weights, rows, width, out, edges,
-        ENTRIES=block.entries, WIDTH=block.width, PRECISION="tf32x3", UPCAST=not as_is,
-        num_warps=block.warps, num_stages=block.stages,
-    )  # fmt: skip
     slab = min(blocks.FINISH_WIDTH, blocks.next_pow2(width))
+    grids = (n_blocks, block.splits), (d_sae, -(-width // slab))
+    squares = [torch.empty(grid, **options) if has else out for grid in grids]
     launch(
-        _finish_kernel, (d_sae, triton.cdiv(width, slab)), out,
-        _bounds(parts), edges, width, out,
-        ENTRIES=block.entries, WIDTH=slab, num_warps=4,
+        _segments_kernel, grids[0], out,
+        parts.latents, parts.entries, parts.rows, n_entries, weights, rows, width, out, edges,
+        squares[0],
+        ENTRIES=block.entries, WIDTH=block.width, PRECISION="tf32x3", UPCAST=not as_is,
+        SQUARES=has, num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip
-    return out
+    launch(
+        _finish_kernel, grids[1], out,
+        _bounds(parts), edges, width, out, squares[1],
+        ENTRIES=block.entries, WIDTH=slab, SQUARES=has, num_warps=4,
+    )  # fmt: skip
+    return out, squares
 
 
 class SegmentSums(NamedTuple):

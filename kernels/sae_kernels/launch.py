@@ -1,7 +1,8 @@
 """The choice of backend, the argument checks and the sorted entries that the ops share."""
 
+import logging
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from sae_kernels import blocks
 
 Backend = Literal["reference", "torch", "triton"]
+
+logger = logging.getLogger(__name__)
 
 
 class KernelError(ValueError):
@@ -111,6 +114,22 @@ def _interprets() -> bool:
     return interprets()
 
 
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    """Tell whether a GPU runs the kernels; of one that does not it is said once."""
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.cuda is not None and capability >= (8, 0):
+        return True
+    logger.warning(
+        "%s (%s, compute capability %d.%d) must be an NVIDIA GPU of 8.0 or newer for the kernels; "
+        "torch's operations take their place",
+        torch.cuda.get_device_name(device),
+        device,
+        *capability,
+    )
+    return False
+
+
 def _check_triton(device: str, dtype: torch.dtype) -> None:
     """Refuse tensors that no Triton kernel here can take."""
     if dtype == torch.float64:
@@ -131,14 +150,15 @@ def _check_triton(device: str, dtype: torch.dtype) -> None:
 def choose(tensor: Shaped[Tensor, "..."], backend: str | None) -> Backend:
     """Name the backend that runs an op on `tensor`; `None` asks for the fastest one there.
 
-    That is "triton" for CUDA tensors of at most 32 bits where triton is installed, else "torch".
+    That is "triton" for CUDA tensors of at most 32 bits where triton is installed and the GPU runs
+    the kernels, else "torch".
 
     Raises:
         ValueError: if `backend` names none that exists, or one that cannot take `tensor`.
     """
     if backend is None:
-        fits = tensor.is_cuda and tensor.dtype != torch.float64
-        return "triton" if fits and find_spec("triton") is not None else "torch"
+        fits = tensor.is_cuda and tensor.dtype != torch.float64 and find_spec("triton") is not None
+        return "triton" if fits and _has_kernels(tensor.device) else "torch"
     for name in get_args(Backend):
         if backend == name:
             if name == "triton":

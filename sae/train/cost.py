@@ -267,39 +267,68 @@ def _held(config: DictionaryConfig, precision: str) -> tuple[float, float]:
     return 1.0, facts.pieces
 
 
-def require_room(
-    saes: Mapping[str, DictionaryConfig],
-    cache: "ActivationCache",
-    hook_points: Sequence[str],
-    batch: int,
-    precision: str,
-    ranks: "Ranks",
-    device: "torch.device",
-) -> None:
+class Needs(NamedTuple):
+    """What decides the memory of the dictionaries of a run in one process."""
+
+    saes: Mapping[str, DictionaryConfig]
+    cache: "ActivationCache"
+    hook_points: Sequence[str]
+    batch: int
+    precision: str
+    ranks: "Ranks"
+    device: "torch.device"
+
+    def total(self, batch: int) -> int:
+        """The estimate for so many rows of all processes together."""
+        needed = 0
+        for name, where in sites(self.saes, self.hook_points).items():
+            needed += estimate(
+                self.saes[name],
+                sum(map(self.cache.d_model, where.inputs)),
+                -(-batch // self.ranks.rows.size),
+                d_out=sum(map(self.cache.d_model, where.predicted)),
+                precision=self.precision,
+                shards=self.ranks.latents.size,
+                on_gpu=self.device.type == "cuda",
+            ).total
+        return needed
+
+
+def require_room(needs: Needs) -> None:
     """Refuse dictionaries of a cache that this process cannot hold.
 
     Raises:
         ValueError: If there are any; it names both numbers.
     """
-    on_gpu, needed = device.type == "cuda", 0
-    for name, where in sites(saes, hook_points).items():
-        needed += estimate(
-            saes[name],
-            sum(map(cache.d_model, where.inputs)),
-            -(-batch // ranks.rows.size),
-            d_out=sum(map(cache.d_model, where.predicted)),
-            precision=precision,
-            shards=ranks.latents.size,
-            on_gpu=on_gpu,
-        ).total
-    free = _free_on_gpu(device) if on_gpu else free_on_cpu()
-    require_memory(needed, free, ", ".join(saes), device.type)
+    on_gpu = needs.device.type == "cuda"
+    free = _free_on_gpu(needs.device)[0] if on_gpu else free_on_cpu()
+    require_memory(needs.total(needs.batch), free, ", ".join(needs.saes), needs.device.type)
 
 
-def _free_on_gpu(device: "torch.device") -> int:
+ROOM = 0.75
+"""Of what ran out of memory so much is said to fit: the estimate was too low by that."""
+
+
+def out_of_memory(needs: Needs) -> MonosemaError:
+    """What to say of a step for which the estimate had been too low, and what would fit."""
+    total, batch = _free_on_gpu(needs.device)[1], needs.batch
+    estimated = needs.total(batch)
+    goal = ROOM * min(estimated, total)
+    smaller = (batch >> n for n in range(1, batch.bit_length()))
+    fits = next((b for b in smaller if needs.total(b) <= goal), None)
+    widest = max(entry.d_sae for entry in needs.saes.values())
+    instead = f"train.batch to {fits}" if fits else f"d_sae to {int(ROOM * widest)}"
+    return MonosemaError(
+        f"train.saes must fit into the memory of {needs.device}, {total / 2**30:,.1f} GiB, got a "
+        f"step of {', '.join(needs.saes)} that ran out of it, against an estimate of "
+        f"{estimated / 2**30:,.1f} GiB; lower {instead}"
+    )
+
+
+def _free_on_gpu(device: "torch.device") -> tuple[int, int]:
     import torch  # sizes alone need none
 
-    return torch.cuda.mem_get_info(device)[0]
+    return torch.cuda.mem_get_info(device)
 
 
 def require_memory(needed: int, free: int, what: str, where: str) -> None:

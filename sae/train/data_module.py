@@ -6,7 +6,8 @@ What each dictionary gets of rows in which several hook points stand side by sid
 import contextlib
 import itertools
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -69,6 +70,42 @@ def _beside(x: Float[Tensor, "batch width"], columns: Sequence[slice]) -> Float[
     if len(columns) == 1:
         return x[:, columns[0]].contiguous()
     return torch.cat([x[:, part] for part in columns], dim=1)
+
+
+AHEAD = 2
+"""Batches that are on the device or on their way while a step runs."""
+
+OnItsWay = tuple[Tensor, Callable[[], None]]
+"""A batch on the device, and what to call before it is read."""
+
+
+def copies_to(device: torch.device) -> Callable[[Tensor], OnItsWay]:
+    """Copies to a GPU on a stream of their own, from pinned memory; the step's stream waits."""
+    stream = torch.cuda.Stream(device)
+
+    def begin(x: Tensor) -> OnItsWay:
+        with torch.cuda.stream(stream):
+            there = x.to(device, non_blocking=True)
+            done = stream.record_event()
+
+        def ready() -> None:
+            now = torch.cuda.current_stream(device)
+            now.wait_event(done)
+            there.record_stream(now)  # or its memory would be given away while the step reads it
+
+        return there, ready
+
+    return begin
+
+
+def ahead(batches: Iterator[Tensor], begin: Callable[[Tensor], OnItsWay]) -> Iterator[Tensor]:
+    """The batches on the device; the next one is fetched when the step before it is launched."""
+    coming = deque(map(begin, itertools.islice(batches, AHEAD)))
+    while coming:
+        x, ready = coming.popleft()
+        ready()
+        yield x
+        coming.extend(map(begin, itertools.islice(batches, 1)))
 
 
 class TrainingRows:

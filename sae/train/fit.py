@@ -25,7 +25,7 @@ from sae.config import digest, to_dict
 from sae.train import curves
 from sae.train.checkpoint import Saver
 from sae.train.config import TrainConfig, Wandb
-from sae.train.cost import require_room
+from sae.train.cost import Needs, require_room
 from sae.train.data_module import ActivationDataModule
 from sae.train.end_to_end import fine_tuned, require_contexts
 from sae.train.hook_points import sites
@@ -109,7 +109,7 @@ def _train(
     cache, precision = data.cache, resolve_precision(config.precision)
     ends = any(entry.end_to_end for entry in config.saes.values())
     made_by = require_contexts(cache, ranks.world.size) if ends else None
-    require_room(config.saes, cache, points, config.batch, precision, ranks, device())
+    require_room(Needs(config.saes, cache, points, config.batch, precision, ranks, device()))
     live: dict[str, Any] = {} if n_rows is None else {"n_rows": n_rows}
     if config.source == "live":
         place = path / CHECKPOINTS
@@ -167,7 +167,7 @@ def resolve_precision(precision: str) -> str:
     if precision != "auto":
         return precision
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 

@@ -25,15 +25,15 @@ from sae.pretrained.monosema_format import save
 from sae.train import checkpoint
 from sae.train.checkpoint import Saver
 from sae.train.config import DictionaryConfig, TrainConfig
-from sae.train.cost import require_room
-from sae.train.data_module import ActivationDataModule, reads
+from sae.train.cost import Needs, out_of_memory, require_room
+from sae.train.data_module import ActivationDataModule, ahead, copies_to, reads
 from sae.train.hook_points import sites
 from sae.train.initialise import new_autoencoder
 from sae.train.launch import PRECISIONS, count, go_on, require_flags
 from sae.train.optim import OneOptimizer
 from sae.train.ranks import Ranks, connect, of_latents, own_state, whole_state
 from sae.train.step import StepMetrics, TrainStep
-from sae.train.throughput import Failures, Meter
+from sae.train.throughput import Failures, Meter, StepGraph
 
 if TYPE_CHECKING:
     from activations_cache import ActivationCache
@@ -100,6 +100,8 @@ class SAEModule(lightning.LightningModule):
             raise MonosemaError(f"train.batch must {rule}, got {data.batch}; raise it")
         self.data, self.precision, self.ranks = data, precision, ranks
         self.total_steps = total_steps
+        of = (data.cache, data.hook_points, data.batch, precision, ranks, device)
+        self.needs = Needs(self.saes, *of)
         self.where = sites(self.saes, data.hook_points)
         self.steps = {
             name: TrainStep(
@@ -111,6 +113,8 @@ class SAEModule(lightning.LightningModule):
             )
             for name, entry in self.saes.items()
         }
+        self.begin_copy = copies_to(device) if device.type == "cuda" else None
+        self.graphs = {name: StepGraph(step, name) for name, step in self.steps.items()}
         self.autoencoders = torch.nn.ModuleDict({n: s.autoencoder for n, s in self.steps.items()})
         is_cpu = device.type == "cpu"  # which is not waited for
         self.failures = Failures(tuple(self.steps), looks_at_once=is_cpu)
@@ -151,7 +155,8 @@ class SAEModule(lightning.LightningModule):
         self._require_own(data, precision)
         ranks = connect(self.latent_shards, getattr(self, "_device_mesh", None))
         device = trainer.strategy.root_device
-        require_room(self.saes, data.cache, data.hook_points, data.batch, precision, ranks, device)
+        of = (data.cache, data.hook_points, data.batch, precision, ranks, device)
+        require_room(Needs(self.saes, *of))
         n_steps = trainer.estimated_stepping_batches
         if math.isinf(n_steps):
             raise MonosemaError(
@@ -231,7 +236,8 @@ class SAEModule(lightning.LightningModule):
                 self.log_dict(figures, logger=False, batch_size=len(batch))
             return
         # A pass that began in the middle has turns left when the last step is done.
-        for x in itertools.islice(batch, self.total_steps - self.n_steps):
+        batches = itertools.islice(batch, self.total_steps - self.n_steps)
+        for x in batches if self.begin_copy is None else ahead(batches, self.begin_copy):
             self.step(x.to(self.device, non_blocking=True))
         count(self.trainer, self.n_steps)
 
@@ -244,10 +250,13 @@ class SAEModule(lightning.LightningModule):
         is_due = self.meter.before(self.n_steps + 1, self.total_steps)
         metrics = {}
         bf16 = self.precision == "bf16"  # the step knows best which products may have it
-        with torch.autocast(x.device.type, enabled=False) if bf16 else contextlib.nullcontext():
-            for name, step in self.steps.items():
-                with self.meter.timed(name):
-                    metrics[name] = step(*self.columns[name].pick(x))
+        try:
+            with torch.autocast(x.device.type, enabled=False) if bf16 else contextlib.nullcontext():
+                for name, step in self.graphs.items():
+                    with self.meter.timed(name):
+                        metrics[name] = step(*self.columns[name].pick(x))
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self.needs) from error
         self.n_steps += 1
         self.failures.see(metrics, self.n_steps)
         if is_due or self.failures.looks_at_once:

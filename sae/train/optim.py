@@ -182,10 +182,14 @@ class EMA:
         self.parameters, self.decay = parameters, decay
         self.means = {name: p.detach().clone() for name, p in parameters.items()}
 
+    def rate(self, n_steps: int) -> float:
+        """By how much the mean follows after step number `n_steps`, from 0 on."""
+        return 1 - min(self.decay, (1 + n_steps) / (10 + n_steps))
+
     @torch.no_grad()
     def update(self, n_steps: int, taken: Bool[Tensor, ""] | None = None) -> None:
         """Take the weights in after step number `n_steps`, from 0 on, if that is taken."""
-        rate = 1 - min(self.decay, (1 + n_steps) / (10 + n_steps))
+        rate = self.rate(n_steps)
         for name, parameter in self.parameters.items():
             mean = self.means[name]
             mean.lerp_(parameter if taken is None else parameter.where(taken, mean), rate)

@@ -161,6 +161,12 @@ class Ranks:
         self.world.reduce([found], dist.ReduceOp.MAX)
         return int(found)
 
+    def holds_for_any(self, condition: Bool[Tensor, ""]) -> bool:
+        """Whether it holds in any process; the host waits for it."""
+        largest = condition.int()
+        self.world.reduce([largest], dist.ReduceOp.MAX)
+        return bool(largest)
+
     def require_same(self, number: int, what: str) -> None:
         """Refuse to go on when the processes do not agree on a number.
 
@@ -284,9 +290,21 @@ def sum_gradients(params: dict[str, torch.nn.Parameter], ranks: Ranks) -> None:
     ranks.world.sum_(*shared)
 
 
-def gradient_norm(params: dict[str, torch.nn.Parameter], ranks: Ranks) -> Float[Tensor, ""]:
-    """Norm of all gradients together, each latent's counted once."""
+def gradient_norm(
+    params: dict[str, torch.nn.Parameter],
+    ranks: Ranks,
+    squares: tuple[Float[Tensor, ""], Float[Tensor, ""]] | None = None,
+) -> Float[Tensor, ""]:
+    """Norm of all gradients together, each latent's counted once.
+
+    `squares` are those of one process's enc_rows and dec_rows, which are not read again then.
+    """
     found = {name: p for name, p in params.items() if p.grad is not None}
+    if squares is not None and ranks.alone:
+        known = dict(zip(("enc_rows", "dec_rows"), squares, strict=True))
+        rest = [p.grad for name, p in found.items() if name not in known and p.grad is not None]
+        square = torch.nn.utils.get_total_norm(rest).square()
+        return sum((known[name] for name in known if name in found), square).sqrt()
     if ranks.latents.size == 1:
         return torch.nn.utils.get_total_norm([p.grad for p in found.values() if p.grad is not None])
     own, shared = [], []

@@ -157,7 +157,7 @@ class TrainStep:
         self.power = Power()
         self.watch: Watch | None = None
         d_sae, device = autoencoder.config.d_sae, autoencoder.enc_rows.device
-        self.looks = device.type == "cpu"
+        self.looks, self.sets_rates = device.type == "cpu", True
         self.bound, self.shadows = DeadBound(), sparse.Shadows()
         self.silent_rows = torch.zeros(d_sae, dtype=torch.int64, device=device)
         if config.cross_layer:
@@ -210,15 +210,14 @@ class TrainStep:
         u = self.autoencoder.scaled(x)
         rows = Rows(u, u if target is None else self.autoencoder.scaled_out(target))
         batch = batch_of(rows.v, self.ranks)
-        place = (self.n_steps, self.total_steps, self._dead, self.bf16, self.power)
-        most = self._most_dead(batch.n_rows)
-        moment = Moment(*place, self.ranks, batch.n_rows, batch.share, self.losses, most)
+        moment = self.moment(batch.n_rows, batch.share)
         self.optimizer.zero_grad(set_to_none=True)
         found = backward(self.autoencoder, self.config, rows, moment, loss_of, self.shadows)
         sum_gradients(self.learned, self.ranks)
         if self.config.cross_layer:
             blank_gradients_(self.autoencoder)
-        norm = gradient_norm(self.learned, self.ranks)
+            found = found._replace(squares=None)
+        norm = gradient_norm(self.learned, self.ranks, found.squares)
         figures = torch.stack([found.loss, found.error, found.l0])
         loss, error, l0 = mean_figures(figures, batch.share, self.ranks)
         finite = loss.isfinite() & norm.isfinite()
@@ -232,6 +231,12 @@ class TrainStep:
         self.n_steps += 1
         dead = self.ranks.latents.mean(self._dead.float().mean())
         return StepMetrics(loss, error / batch.variance, l0, dead, norm, finite.float())
+
+    def moment(self, n_rows: int, share: float = 1.0) -> Moment:
+        """Where training stands, at a step with so many rows of which this process has a share."""
+        place = (self.n_steps, self.total_steps, self._dead, self.bf16, self.power)
+        most = self._most_dead(n_rows)
+        return Moment(*place, self.ranks, n_rows, share, self.losses, most, self.looks)
 
     def whole(self) -> SparseAutoencoder:
         """The dictionary with the latents of all processes; only the first one gets all of it.
@@ -256,15 +261,28 @@ class TrainStep:
         else:
             torch.nn.utils.clip_grads_with_norm_(self.params, clip, norm)
 
-    def _update(self, found: Forward, batch: GlobalBatch, taken: Taken) -> None:
-        settings = self.config.optimizer
-        factor = rate_factor(settings, self.n_steps, self.total_steps)
-        auto = automatic_rate(self.config.d_sae, batch.n_rows, self.form.d_in)
+    def set_rates(self, n_rows: int) -> None:
+        """Bring the learning rates to those of the coming step, which has so many rows."""
+        factor = rate_factor(self.config.optimizer, self.n_steps, self.total_steps)
+        auto = automatic_rate(self.config.d_sae, n_rows, self.form.d_in)
         for group in self.optimizer.param_groups:
             base = auto if group["base_lr"] == "auto" else group["base_lr"]
-            group["lr"], group["attempt"] = base * factor, self.n_steps
-        refine = self.config.refine
-        if refine is not None and holds_decoder(refine, self.n_steps, self.total_steps):
+            group["attempt"] = self.n_steps
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(base * factor)
+            else:
+                group["lr"] = base * factor
+
+    @property
+    def holds_decoder(self) -> bool:
+        """Whether the coming step leaves the decoder as it is."""
+        refine, at = self.config.refine, (self.n_steps, self.total_steps)
+        return refine is not None and holds_decoder(refine, *at)
+
+    def _update(self, found: Forward, batch: GlobalBatch, taken: Taken) -> None:
+        if self.sets_rates:
+            self.set_rates(batch.n_rows)
+        if self.holds_decoder:
             self.autoencoder.dec_rows.grad = None  # optimisers pass over it
         self.optimizer.found_inf = None if taken is None else (~taken).float()
         self.optimizer.step()
@@ -288,7 +306,8 @@ class TrainStep:
         """A bound on the dead latents for losses that ask for it; None where the host may look."""
         if self.looks or (self.config.auxk is None and self.config.preact is None):
             return None
-        return self.bound.of(self.silent_rows, self.config.dead_after_tokens, self.n_steps, n_rows)
+        after, n_steps = self.config.dead_after_tokens, self.n_steps
+        return self.bound.of(self.silent_rows, after, n_steps, n_rows, self.ranks)
 
     def _resample(self, rows: Rows, taken: Taken) -> None:
         """After the steps at which it is due, begin dead latents again; then the host looks."""

@@ -1,17 +1,24 @@
-"""Figures of a run at the steps that are logged: of each dictionary, and of where time goes."""
+"""Figures of a run at the steps that are logged: of each dictionary, and of where time goes.
+
+Steps that a GPU repeats from a CUDA graph, so that the host's launches take no time.
+"""
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.train.diagnostics import Watch
+from sae.train.forward import sparse
+from sae.train.optim import LatentAdam
 from sae.train.ranks import Ranks
 from sae.train.step import StepMetrics, TrainStep
+from sae.train.weights import is_resampling_due
 
 STUCK = 0.9
 """A share of JumpReLU's thresholds without a gradient from which on something is wrong."""
@@ -161,3 +168,140 @@ class Failures:
                 f"the loss of {named} must be finite, got three steps in a row that are not, up "
                 f"to step {at}; lower optimizer.lr or check the cache"
             )
+
+
+WARM_UP = 4
+"""Steps with the same choices of the host before they are recorded: the kernels are compiled."""
+
+
+def cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
+    """Record what `work` launches, and run none of it; what is returned runs it.
+
+    The recording keeps the memory of a step, and steps that are launched take theirs beside it.
+
+    Raises:
+        RuntimeError: If there is not so much of it, or something waits for the device.
+    """
+    step = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free = torch.cuda.mem_get_info()[0]
+    if free < step:
+        raise RuntimeError(f"it takes {step >> 20} MiB, and {free >> 20} MiB are free")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a reader may pin memory
+        work()
+    return graph.replay
+
+
+class _Recording(NamedTuple):
+    key: tuple[Any, ...]
+    given: tuple[Tensor, ...]
+    """Where a replay reads its rows."""
+    metrics: Tensor
+    """Where it writes its figures."""
+    replay: Callable[[], None]
+
+
+class StepGraph:
+    """A TrainStep that is recorded once and replayed for as long as the host decides nothing new.
+
+    What a step does depends on its number (learning rates aside, which lie on the device) only
+    through `sparse.choices` and a few more, which are compared; whatever cannot be recorded is
+    launched as ever, which is said once.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        name: str = "sae",
+        record: Callable[[Callable[[], None]], Callable[[], None]] = cuda_graph,
+    ) -> None:
+        """Take the step, its dictionary's name, and how launches are recorded."""
+        self.step, self.name, self.record = step, name, record
+        self.recording: _Recording | None = None
+        self.is_refused = step.looks
+        self._key: tuple[Any, ...] | None = None
+        self._n_alike = 0
+
+    def __call__(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
+    ) -> StepMetrics:
+        """Take the step, as `TrainStep` does."""
+        step, given = self.step, (x,) if target is None else (x, target)
+        is_new = step.sets_rates and not self.is_refused
+        if is_new and (why := self._why_not(len(x))):
+            self._refuse(logging.INFO, why)
+        if self.is_refused:
+            return step(*given)
+        if is_new:
+            for group in step.optimizer.param_groups:
+                group |= {"lr": torch.zeros((), device=x.device), "capturable": x.is_cuda}
+            step.sets_rates = False
+        step.set_rates(len(x))
+        key = self._choices(given)
+        if key is None:
+            return step(*given)
+        self._n_alike = self._n_alike + 1 if key == self._key else 0
+        self._key = key
+        if self._n_alike < WARM_UP or not self._is_recorded(key, given):
+            return step(*given)
+        return self._replayed(given)
+
+    def _why_not(self, n_rows: int) -> str | None:
+        """What keeps this step from ever being recorded, if anything does."""
+        step, optimizer = self.step, self.step.optimizer
+        if not step.ranks.alone:
+            return "several processes train it"
+        if not isinstance(optimizer, LatentAdam) or optimizer.dtype != torch.float32:
+            return "its optimiser is not Adam with states in float32"
+        if not sparse.fits(step.autoencoder, step.config, step.moment(n_rows)):
+            return "its kind of step is not the fused one"
+        return None
+
+    def _choices(self, given: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+        """All that the host decides of the coming step; None where it looks at figures of it."""
+        step, resample, n_steps = self.step, self.step.config.resample, self.step.n_steps + 1
+        if step.watch is not None and step.watch.is_due:
+            return None
+        if resample is not None and is_resampling_due(resample, n_steps, step.total_steps):
+            return None
+        moment = step.moment(len(given[0]))
+        rate = None if step.ema is None else step.ema.rate(step.n_steps)
+        shapes = tuple((x.shape, x.dtype) for x in given)
+        chosen = sparse.choices(step.config, moment)
+        # a checkpoint that is taken up brings states of its own
+        states = tuple(state["step"].data_ptr() for state in step.optimizer.state.values())
+        return (chosen, moment.most_dead, step.holds_decoder, rate, shapes, states)
+
+    def _is_recorded(self, key: tuple[Any, ...], given: tuple[Tensor, ...]) -> bool:
+        """Whether there is a recording of this step, now or already."""
+        if self.recording is not None and self.recording.key == key:
+            return True
+        self.recording = None  # whose memory goes back
+        held, figures, n_steps = tuple(x.clone() for x in given), [], self.step.n_steps
+
+        def work() -> None:
+            figures.append(torch.stack([figure.float() for figure in self.step(*held)]))
+
+        try:
+            with torch.cuda.device_of(held[0]):
+                replay = self.record(work)
+        except RuntimeError as error:
+            self._refuse(logging.WARNING, str(error).strip().split("\n")[0][:200])
+            self.step.sets_rates = True
+        else:
+            self.recording = _Recording(key, held, figures[0], replay)
+        self.step.n_steps = n_steps
+        return self.recording is not None
+
+    def _replayed(self, given: tuple[Tensor, ...]) -> StepMetrics:
+        recording = self.recording
+        assert recording is not None
+        for place, x in zip(recording.given, given, strict=True):
+            place.copy_(x)
+        recording.replay()
+        self.step.n_steps += 1
+        return StepMetrics(*recording.metrics.clone().unbind())
+
+    def _refuse(self, level: int, why: str) -> None:
+        self.is_refused = True
+        logger.log(level, "saes.%s: no CUDA graph, its steps are launched: %s", self.name, why)

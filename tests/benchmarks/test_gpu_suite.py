@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from benchmarks.gpu_suite import ops, report, run, steps, timing
+from benchmarks.gpu_suite import checks, loop, ops, peers, report, run, steps, timing, tuning
 from benchmarks.gpu_suite.bare import stand_in
 from benchmarks.gpu_suite.case import Shape, Variant, gate, relative
+from sae.train.config import Adam
+from sae.train.step import TrainStep
 
 SHAPE = Shape(d_model=23, d_sae=31, k=2, batch=3)
 TOP = timing.DevicePeaks(1e12, 1e14)
@@ -40,12 +43,22 @@ def every_case():
     return [*cases, *(steps.adam(SHAPE, "cpu", unit=unit) for unit in (True, False))]
 
 
-def test_a_run_writes_a_row_for_every_candidate(suite):
+def test_a_run_writes_a_row_for_every_candidate(suite, monkeypatch):
+    monkeypatch.setattr(checks, "CHECKS", {})  # which the short form goes through
+    monkeypatch.setattr(loop, "PACKAGES", ("zarr_of_another_machine",))
     suite.run([SHAPE])
     rows = [json.loads(line) for line in suite.writer.path.read_text().splitlines()]
-    assert {row["status"] for row in rows} == {"ok"}
+    statuses = {row["op"]: row["status"] for row in rows}
+    assert statuses.pop("loop from a cache") == "not run: zarr_of_another_machine is missing"
+    assert set(statuses.values()) == {"ok"}
+    rows = [row for row in rows if row["op"] in statuses]
+    tuned = [row for row in rows if row["op"].startswith("tuning: ")]
+    assert {row["op"] for row in tuned} == {f"tuning: {op}" for op in tuning.RULES}
+    rows = [row for row in rows if row not in tuned]
     assert {row["op"] for row in rows} == {
         "step",
+        "step, jumprelu",
+        "step, default",
         "select",
         "encode",
         "decode",
@@ -56,15 +69,18 @@ def test_a_run_writes_a_row_for_every_candidate(suite):
         "adam, projected, unit norm",
     }
     keys = [json.dumps([row[name] for name in ("op", "dtype", "pattern")]) for row in rows]
-    assert all(keys.count(key) >= 2 for key in keys)
+    assert all(keys.count(key) >= 2 for key in keys if "default" not in key)
     for row in rows:
+        if row["op"].startswith("step"):
+            assert row["rows_per_s"] == 1500
+            assert row["times_goal"] is None, "no goal for this shape"
         assert row["commit"] == "abc"
         assert row["shape"] == {"d_model": 23, "d_sae": 31, "k": 2, "batch": 3}
         assert row["error"] <= row["tolerance"]
         assert (row["median_ms"], row["p20_ms"], row["p80_ms"], row["n_times"]) == (2, 1, 3, 7)
         assert row["share_of_bound"] == pytest.approx(row["bound_ms"] / 2)
     text = report.table(suite.writer.rows)
-    assert len(text.splitlines()) == len(rows) + 1
+    assert len(text.splitlines()) == len(rows) + len(tuned) + 2
 
 
 def test_the_first_candidate_is_ours_and_within_its_tolerance(every_case):
@@ -114,9 +130,14 @@ def test_a_wrong_candidate_is_not_timed_and_a_dying_one_ends_nothing(suite, ever
         raise RuntimeError("out of memory\nmore lines")
 
     case = every_case[3]
-    suite._candidate(case, "zeros", Variant(lambda v, i, w: torch.zeros(3, 23), 1e-2))
-    suite._candidate(case, "dies", Variant(die, 1e-2))
-    suite._candidate(case, "nan", Variant(lambda v, i, w: torch.full((3, 23), torch.nan), 1e-2))
+    for name, run_it in {
+        "zeros": lambda v, i, w: torch.zeros(3, 23),
+        "dies": die,
+        "nan": lambda v, i, w: torch.full((3, 23), torch.nan),
+    }.items():
+        row = report.named(case.op, SHAPE, case.dtype, name)
+        candidate = Variant(run_it, 1e-2)
+        suite._guarded(run.Work(row, partial(suite._time_candidate, case, candidate)))
     wrong, died, nan = suite.writer.rows
     assert wrong["status"] == "wrong: error 1.0e+00 above 1.0e-02"
     assert died["status"] == "failed: RuntimeError: out of memory"
@@ -126,44 +147,99 @@ def test_a_wrong_candidate_is_not_timed_and_a_dying_one_ends_nothing(suite, ever
 
 
 def test_a_step_that_does_not_train_is_wrong(suite, monkeypatch):
-    true = steps.PlainStep
-    monkeypatch.setattr(steps, "LR", 0.0)
-    monkeypatch.setitem(steps.STEPS, "idle", true)
-    suite._step(SHAPE, "idle")
-    assert suite.writer.rows[0]["status"].startswith("wrong: error inf")
+    monkeypatch.setattr(peers, "LR", 0.0)
+    monkeypatch.setattr(TrainStep, "_update", lambda *_: None)
+    for op, named in steps.STEPS.items():
+        for name in named:
+            row = suite._time_step(op, SHAPE, name, {})
+            assert row["status"].startswith("wrong: error inf"), (op, name)
 
 
-def test_both_steps_take_the_same_steps():
-    ours, dense = (make(SHAPE, torch.float32, "cpu") for make in steps.STEPS.values())
+@pytest.mark.parametrize("op", ["step", "step, jumprelu"])
+def test_all_steps_of_an_op_take_the_same_steps(op):
+    ours, *others = (make(SHAPE, torch.float32, "cpu") for make in steps.STEPS[op].values())
+    start = peers.SuiteWeights.draw(SHAPE, "cpu")
     for seed in (3, 4, 5):
         x = ops.Draw(seed, "cpu").normal(3, 23)
-        assert relative(ours(x), dense(x).double()) < 1e-4
-    start = steps.SuiteWeights.draw(SHAPE, "cpu")
-    for name, other, before in zip(start._fields, dense.weights, start, strict=True):
-        one = ours.step.autoencoder.get_parameter(name).detach()
-        moved = other.detach().double() - before
-        assert moved.norm() > 0
-        assert relative(one - before, moved) < 1e-2
+        loss = ours(x)
+        for other in others:
+            assert relative(loss, other(x).double()) < (1e-4 if op == "step" else 1e-2)
+    for other in others:
+        if isinstance(other, steps.ProductStep):
+            continue
+        for name, after, before in zip(start._fields, other.weights, start, strict=True):
+            one = ours.step.autoencoder.get_parameter(name).detach()
+            moved = after.detach().double() - before
+            assert moved.norm() > 0
+            assert relative(one - before, moved) < (1e-2 if op == "step" else 0.3)
+
+
+def test_the_multiple_of_the_goal_is_that_of_the_shape(suite):
+    times = timing.Quantiles(1.4, 1.0, 2.0, 7)
+    row = suite._of_step({}, run.SHAPES[0], times)
+    assert row["times_goal"] == pytest.approx(2.0)
+    assert row["rows_per_s"] == pytest.approx(8192 / 1.4e-3)
+    product, bytes_of_adam = 2 * 8192 * 768 * (24576 + 128), 60 * 24576 * 768
+    assert row["bound_ms"] == pytest.approx(1e3 * (product / 1e14 + bytes_of_adam / 1e12))
+
+
+def test_a_check_that_is_wrong_says_what(suite):
+    def wrong(device):
+        raise AssertionError("other latents\nmore")
+
+    assert suite._check(wrong, {})["status"] == "wrong: other latents"
+    assert suite._check(lambda device: "not run: a GPU is missing", {})["status"] == (
+        "not run: a GPU is missing"
+    )
+
+
+@pytest.mark.parametrize("name", ["ties", "NaN and infinities"])
+def test_a_check_sees_a_selection_that_is_off_by_one(name, monkeypatch):
+    true, check = checks.topk_select, checks.CHECKS[name]
+
+    def off(pre, k, **more):
+        values, indices = true(pre, k, **more)
+        return values, (indices + 1) % pre.shape[1]
+
+    check(torch.device("cpu"))
+    monkeypatch.setattr(checks, "topk_select", off)
+    with pytest.raises(AssertionError, match="other latents"):
+        check(torch.device("cpu"))
+
+
+def test_a_check_sees_a_step_that_takes_another_step(monkeypatch):
+    true, check, rates = checks._step, checks.CHECKS["TrainStep: batchtopk"], [3e-2, 1e-3, 1e-3]
+
+    def other(config, device):
+        return true(replace(config, optimizer=Adam(lr=rates.pop(0))), device)
+
+    check(torch.device("cpu"))
+    monkeypatch.setattr(checks, "_step", other)
+    with pytest.raises(AssertionError, match="param"):
+        check(torch.device("cpu"))
+
+
+def test_an_illegal_access_ends_the_process_and_its_row(suite, monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    suite.device = "cuda"
+    row = report.named("decode", SHAPE, torch.float32, "triton")
+    with pytest.raises(SystemExit) as end:
+        suite._guarded(run.Work(row, lambda row: row | {"status": "ok"}))
+    assert end.value.code == run.LOST
+    assert [row["status"] for row in suite.writer.rows] == [
+        "failed: RuntimeError: CUDA error: an illegal memory access was encountered"
+    ]
 
 
 def test_nothing_starts_after_the_deadline_or_outside_only(suite):
     suite.only = "step"
     suite.deadline = 0.0
     suite.run([SHAPE])
-    assert [row["status"] for row in suite.writer.rows] == ["skipped: the time was over"] * 2
-    assert {row["op"] for row in suite.writer.rows} == {"step"}
-
-
-def test_quantiles():
-    assert timing.quantiles([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == (3.0, 2.0, 5.0, 6)
-    assert timing.quantiles([7.0]) == (7.0, 7.0, 7.0, 1)
-
-
-def test_the_bound_is_the_slower_of_traffic_and_arithmetic():
-    assert report.bound_ms(1e12, 1e13, TOP) == 1000
-    assert report.bound_ms(1e11, 1e14, TOP) == 1000
-    row = report.timed({}, timing.Quantiles(4.0, 1.0, 9.0, 3), 2e9, 0, TOP)
-    assert row["share_of_bound"] == 0.5
+    assert [row["status"] for row in suite.writer.rows] == ["skipped: the time was over"] * 8
+    assert {row["op"] for row in suite.writer.rows} == set(steps.STEPS)
 
 
 def test_latents_are_distinct_and_ascend():
@@ -200,87 +276,56 @@ def test_without_a_gpu_it_says_so_in_one_line(repository, tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == (
-        "benchmarks.gpu_suite needs a CUDA device and found none; nothing was measured\n"
+        "benchmarks.gpu_suite needs a CUDA device and found none; nothing was measured, --smoke "
+        "goes through all of it on a CPU\n"
     )
     assert not (tmp_path / "out").exists()
 
 
-def test_it_needs_torch_and_triton_alone(repository):
-    allowed = "{'torch', 'triton', 'numpy', 'sae_kernels', 'benchmarks', 'jaxtyping'}"
-    code = (
-        "import sys, importlib.util\n"
-        "true = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda n, *a: None if n == 'jaxtyping' else true(n, *a)\n"
-        "from benchmarks.gpu_suite import bare\n"
-        "bare.find_spec = importlib.util.find_spec\n"
-        "bare.prepare()\n"
-        "from benchmarks.gpu_suite import run\n"
-        "assert sys.modules['jaxtyping'].__spec__ is None\n"
-        "others = {'lightning', 'transformers', 'zarr', 'beartype', 'typeguard', 'pydantic'}\n"
-        f"print(sorted(others & {{name.partition('.')[0] for name in sys.modules}} - {allowed}))"
+BLOCKER = """
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+
+def find_less(name, *more):
+    return None if name.partition(".")[0] in GONE else find(name, *more)
+
+PathFinder.find_spec = staticmethod(find_less)
+"""
+GONE = (
+    "zarr", "pydantic", "typer", "rich", "yaml", "pytest", "hypothesis", "beartype", "jaxtyping",
+    "lightning", "transformers", "datasets", "tensorboard", "google_crc32c", "pyarrow",
+)  # fmt: skip
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("only", ["step", "loop", pytest.param("", marks=pytest.mark.long)])
+def test_it_needs_torch_and_triton_alone(only, repository, tmp_path):
+    """The short form, in processes that find nothing else."""
+    (tmp_path / "sitecustomize.py").write_text(f"GONE = {GONE!r}\n{BLOCKER}")
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--only", only],
+        cwd=repository,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    done = run_python(repository, "-c", code)
-    assert done.stdout == "[]\n", done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in next(tmp_path.glob("*.jsonl")).read_text().splitlines()]
+    others = {f"{row['op']}, {row['candidate']}": row["status"] for row in rows}
+    others = {name: status for name, status in others.items() if status != "ok"}
+    expected = {
+        "check, CUDA graph": "not run: a GPU is missing",
+        "check, rows of 16 bits": "not run: bfloat16 is missing in the interpreter",
+        "loop from a cache, sae.train.train": "not run: lightning is missing",
+    }
+    assert others == {name: said for name, said in expected.items() if only in name}
+    assert {"step": 8, "loop": 1, "": 50}[only] <= len(rows)
+    assert all(row["smoke"] and row["device"] == "CPU, kernels interpreted" for row in rows)
 
 
-class FakeDevice:
-    """A clock of milliseconds in the place of a CUDA device."""
-
-    def __init__(self):
-        self.now = 0.0
-        self.called = []
-
-    def Event(self, enable_timing):
-        device = self
-
-        class Event:
-            def record(self):
-                self.at = device.now
-
-            def elapsed_time(self, other):
-                return other.at - self.at
-
-        return Event()
-
-    def call(self, name, milliseconds):
-        def work():
-            self.called.append(name)
-            self.now += milliseconds
-
-        return work
-
-
-def test_calls_take_turns_and_are_timed_one_by_one(monkeypatch):
-    device = FakeDevice()
-    waits = []
-    monkeypatch.setattr(torch.cuda, "Event", device.Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", waits.append)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    calls = [device.call("a", 1.0), device.call("b", 2.0), device.call("c", 3.0)]
-    times = timing.measure(calls, 0.1)
-    assert (times.median, times.p20, times.p80) == (2.0, 1.0, 3.0)
-    assert times.n_times == 60  # the first multiple of 10 that has 100 ms
-    measured = device.called[2 * timing.GROUP :]
-    assert measured == list("abc" * 20)
-    assert len(waits) == 8
-    timing.measure(calls, 0.1, wait=False)
-    assert len(waits) == 8
-
-
-def test_rows_say_where_they_were_measured(monkeypatch):
-    properties = SimpleNamespace(name="GPU", multi_processor_count=7, L2_cache_size=11)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(report, "_output", lambda *command: f"<{command[0]}>")
-    common = report.surroundings(None)
-    assert common["device"] == "GPU"
-    assert common["commit"] == "<git>"
-    assert common["torch"] == torch.__version__
-    assert common["triton"]
-    assert common["date"].endswith("+00:00")
-    assert report.surroundings("abc")["commit"] == "abc"
-
-
-def test_a_command_that_is_not_there_is_unknown():
-    assert report._output("no-such-command-anywhere") == "unknown"
-    assert report._output(sys.executable, "-c", "raise SystemExit(1)") == "unknown"
-    assert report._output(sys.executable, "-c", "print(7)") == "7"
+def test_the_loop_is_timed_from_a_cache_where_its_packages_are():
+    assert loop.missing() is None
+    assert 0 < loop.seconds_per_step(Shape(7, 16, 2, 32), "fp32") < 1

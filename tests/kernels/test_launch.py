@@ -51,7 +51,39 @@ class _OnCuda:
         self.dtype = dtype
 
 
-def test_choose_takes_triton_on_cuda_where_it_is_installed(shipped, monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """Lets the GPU be one of this maker and capability."""
+
+    def made(cuda, capability):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+        launch._has_kernels.cache_clear()
+
+    yield made
+    launch._has_kernels.cache_clear()
+
+
+def test_a_gpu_without_kernels_takes_torchs_operations_and_that_is_said_once(shipped, gpu, caplog):
+    bare, x = shipped(choose), _OnCuda(torch.float32)
+    for cuda, capability, expected in (
+        ("13.0", (7, 5), "torch"),
+        (None, (9, 4), "torch"),  # another maker's numbers say something else
+        ("13.0", (8, 0), "triton"),
+        ("13.0", (10, 3), "triton"),
+    ):
+        gpu(cuda, capability)
+        assert [bare(x, None), bare(x, None)] == [expected] * 2
+    assert caplog.messages == [
+        f"some GPU (cuda:0, compute capability {found}) must be an NVIDIA GPU of 8.0 or newer for "
+        "the kernels; torch's operations take their place"
+        for found in ("7.5", "9.4")
+    ]
+
+
+def test_choose_takes_triton_on_cuda_where_it_is_installed(shipped, gpu, monkeypatch):
+    gpu("13.0", (9, 0))
     bare = shipped(choose)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert bare(_OnCuda(dtype), None) == "triton"

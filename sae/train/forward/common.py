@@ -11,7 +11,7 @@ from torch import Tensor
 
 from monosema.checks import MonosemaError
 from sae import losses
-from sae.activations import EncoderWeights, Latents, from_csr, pad_silent, ungated
+from sae.activations import EncoderWeights, Latents
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
 from sae.train.loss_config import Control, FixedPrefixes, Matryoshka, RandomPrefixes
@@ -19,6 +19,7 @@ from sae.train.optim_config import random_prefixes
 from sae.train.ranks import ALONE, Ranks
 from sae_kernels import Csr, encode_batch_topk
 from sae_kernels import auxk as reconstruction_by_dead
+from sae_kernels.launch import counts, rows_of
 
 Taken = Bool[Tensor, ""] | None
 """Whether a step is taken, where only the device knows; None where the host has looked: it is."""
@@ -51,11 +52,23 @@ class DeadBound:
         """Know nothing yet."""
         self.most, self.until, self.n_rows = 0, 0, 0
 
-    def of(self, silent: Int[Tensor, " d_sae"], dead_after: int, n_steps: int, n_rows: int) -> int:
-        """The bound at a step with so many rows; latents are dead after so many silent ones."""
+    def of(
+        self,
+        silent: Int[Tensor, " d_sae"],
+        dead_after: int,
+        n_steps: int,
+        n_rows: int,
+        ranks: Ranks = ALONE,
+    ) -> int:
+        """The bound at a step with so many rows; latents are dead after so many silent ones.
+
+        It has three binary digits, so that it, and shapes with it, seldom change.
+        """
         if n_steps >= self.until or n_rows > self.n_rows:
             ahead = min(max(dead_after // (8 * n_rows), 8), LOOK_EVERY)
-            self.most = int((silent + ahead * n_rows >= dead_after).sum())
+            most = ranks.largest(int((silent + ahead * n_rows >= dead_after).sum()))
+            digit = 1 << max(most.bit_length() - 3, 0)
+            self.most = min(-(-most // digit) * digit, len(silent))
             self.until, self.n_rows = n_steps + ahead, n_rows
         return self.most
 
@@ -86,6 +99,8 @@ class Forward(NamedTuple):
     """For BatchTopK: the smallest activation that was kept."""
     power: Power | None = None
     """For p-annealing: where it stands now."""
+    squares: tuple[Float[Tensor, ""], Float[Tensor, ""]] | None = None
+    """Squared norms of the gradients of enc_rows and dec_rows, where they are known already."""
 
 
 LOOK_EVERY = 64
@@ -120,6 +135,8 @@ class Moment(NamedTuple):
     """Losses of the user's own."""
     most_dead: int | None = None
     """A number that the dead latents do not exceed; without it the host looks how many they are."""
+    looks: bool = True
+    """Whether the host may look at what is on the device."""
 
 
 def autocast(device: torch.device, is_on: bool) -> torch.autocast:
@@ -224,35 +241,49 @@ DIGIT_BITS = 16
 class _Bound(NamedTuple):
     """What separates the values that are kept from the others."""
 
-    key: int
+    key: Int[Tensor, ""]
     """The smallest value that is kept, as its bits."""
-    n_equal: int
+    n_equal: Int[Tensor, ""]
     """How many of those that equal it are kept."""
 
 
 def batch_topk(
-    u: Float[Tensor, "batch d_in"], weights: EncoderWeights, k: int, n_rows: int, ranks: Ranks
-) -> Latents:
+    u: Float[Tensor, "batch d_in"],
+    weights: EncoderWeights,
+    k: int,
+    n_rows: int,
+    ranks: Ranks,
+    looks: bool = True,
+) -> Csr:
     """This process's part of the k * n_rows largest activations of all processes.
 
     Value descending, on equal values row and then latent ascending, as in one process. Each
-    process offers its own best; where the bound lies below all of these, it may have more that
-    belong to the answer, so all of them offer twice as many.
+    process offers its own best. Where rows are split, the bound may lie below all of these, and it
+    may have more that belong to the answer: then all of them offer twice as many. That is the one
+    thing that the host has to look at. What is not kept stays as a place with the value 0 where it
+    should look at nothing else.
     """
-    d_sae = len(weights.enc_rows)
-    offered = min(2 * k, d_sae)
+    d_sae, are_split = len(weights.enc_rows), ranks.rows.size > 1
+    offered = min(2 * k if are_split else k, d_sae)
     while True:
         found = encode_batch_topk(
             u, weights.enc_rows, weights.b_enc, offered, b_in=weights.b_in, relu=True
         )
         keys = _keys(found.values)
         bound = _bound(keys, k * n_rows, ranks)
-        least = int(keys.min()) if len(keys) else 0
-        is_short = offered < d_sae and least >= bound.key > 0
-        if not ranks.largest(is_short):
-            kept = _above(found, keys, bound, ranks)
-            return ungated(pad_silent(from_csr(kept)), weights)
+        # of one process all, where it has the rows of all: it can offer no more than are kept
+        if not (are_split and offered < d_sae and ranks.holds_for_any(_is_short(keys, bound))):
+            kept = _above(found, keys, bound, ranks, looks)
+            break
         offered = min(2 * offered, d_sae)
+    if weights.norms is None:
+        return kept
+    return kept._replace(values=kept.values / weights.norms[kept.indices])
+
+
+def _is_short(keys: Int[Tensor, " entry"], bound: _Bound) -> Bool[Tensor, ""]:
+    """Whether all that was offered is kept, so that more may belong to the answer."""
+    return ((keys >= bound.key).all() & (bound.key > 0)) if len(keys) else bound.key < 0
 
 
 def _keys(values: Float[Tensor, " entry"]) -> Int[Tensor, " entry"]:
@@ -263,34 +294,38 @@ def _keys(values: Float[Tensor, " entry"]) -> Int[Tensor, " entry"]:
 
 def _bound(keys: Int[Tensor, " entry"], n_kept: int, ranks: Ranks) -> _Bound:
     """Find the n_kept-th largest key of all processes, digit by digit from the highest."""
-    found, left = 0, n_kept
+    found, left = keys.new_zeros(1), keys.new_full((1,), n_kept, dtype=torch.int64)
+    is_left = torch.ones_like(keys, dtype=torch.bool)
     for shift in range(8 * keys.element_size() - DIGIT_BITS, -1, -DIGIT_BITS):
         digits = (keys >> shift) & ((1 << DIGIT_BITS) - 1)
-        counts = torch.bincount(digits, minlength=1 << DIGIT_BITS)
-        ranks.world.sum_(counts)
-        above = counts.flip(0).cumsum(0)
-        place = int(torch.searchsorted(above, left))
-        left -= int(above[place] - counts.flip(0)[place])
+        of_digit = counts(digits, 1 << DIGIT_BITS, is_left)
+        ranks.world.sum_(of_digit)
+        falling = of_digit.flip(0)
+        above = falling.cumsum(0)
+        place = torch.searchsorted(above, left)
+        left = left - (above - falling).gather(0, place)
         digit = (1 << DIGIT_BITS) - 1 - place
-        found |= digit << shift
-        keys = keys[digits == digit]
-    return _Bound(found, left)
+        found = found | (digit << shift).to(found.dtype)
+        is_left = is_left & (digits == digit)
+    return _Bound(found[0], left[0])
 
 
-def _above(found: Csr, keys: Int[Tensor, " entry"], bound: _Bound, ranks: Ranks) -> Csr:
+def _above(
+    found: Csr, keys: Int[Tensor, " entry"], bound: _Bound, ranks: Ranks, looks: bool
+) -> Csr:
     """Keep what is above the bound, and of what equals it the first ones of all processes."""
-    lengths = found.row_ptr.diff()
-    rows = torch.arange(len(lengths), device=keys.device).repeat_interleave(lengths)
+    n_rows = len(found.row_ptr) - 1
+    rows = rows_of(found.row_ptr, len(keys))
     equal = keys == bound.key
-    per_row = torch.bincount(rows[equal], minlength=len(lengths))
-    beside = ranks.latents.gather(per_row)  # (shards, batch)
-    per_process = ranks.rows.gather(beside.sum().reshape(1))
-    before = int(per_process[: ranks.rows.rank].sum())
-    earlier_rows = beside.sum(dim=0).cumsum(0) - beside.sum(dim=0)
-    first = before + earlier_rows + beside[: ranks.latents.rank].sum(dim=0)
-    own = per_row.cumsum(0) - per_row
-    place = torch.arange(int(per_row.sum()), device=keys.device) - own[rows[equal]]
-    kept = keys > bound.key
-    kept[equal] = first[rows[equal]] + place < bound.n_equal
+    per_row = counts(rows, n_rows, equal)
+    others = ranks.latents.gather(per_row)  # (shards, batch)
+    per_process = ranks.rows.gather(others.sum().reshape(1))
+    before = per_process[: ranks.rows.rank].sum()
+    earlier_rows = others.sum(dim=0).cumsum(0) - others.sum(dim=0)
+    first = before + earlier_rows + others[: ranks.latents.rank].sum(dim=0)
+    place = equal.cumsum(0) - 1 - (per_row.cumsum(0) - per_row)[rows]
+    kept = (keys > bound.key) | (equal & (first[rows] + place < bound.n_equal))
+    if not looks:
+        return found._replace(values=found.values.where(kept, found.values.new_zeros(())))
     ends = torch.nn.functional.pad(kept.cumsum(0), (1, 0))[found.row_ptr]
     return Csr(found.values[kept], found.indices[kept], ends)

@@ -74,6 +74,7 @@ def backward(
             error=first.error + other.error,
             n_fired=first.n_fired + other.n_fired,
             l0=first.l0 + other.l0,
+            squares=None,
         )
     return first
 

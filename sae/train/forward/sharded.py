@@ -14,17 +14,18 @@ from torch import Tensor
 
 from monosema.checks import MonosemaError
 from sae import activations, losses
-from sae.activations import EncoderWeights, Latents, pad_silent, ungated
+from sae.activations import EncoderWeights
 from sae.architecture import BatchTopK, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.losses import Loss
 from sae.train.config import DictionaryConfig
 from sae.train.forward import dense
 from sae.train.forward.common import Forward, Moment, Rows, autocast, batch_topk
-from sae.train.forward.sparse import k_now, scores_of
+from sae.train.forward.sparse import Kept, k_now, scores_of
 from sae.train.optim_config import ramp
 from sae.train.ranks import Axis
 from sae_kernels import encode_topk, sparse_decode, topk_select
+from sae_kernels.auxk import few_of
 from sae_kernels.launch import counts
 
 
@@ -82,18 +83,19 @@ def _sparse(
 ) -> Forward:
     axis, weights, activation = moment.ranks.latents, autoencoder.encoder(), k_now(config, moment)
     if isinstance(activation, BatchTopK):
-        of_all = (moment.n_rows, moment.ranks)
-        latents = batch_topk(rows.u, weights, activation.k, *of_all)
+        of_all = (moment.n_rows, moment.ranks, moment.looks)
+        latents = Kept(*batch_topk(rows.u, weights, activation.k, *of_all))
     else:
         assert isinstance(activation, TopK), activation
         latents = topk(rows.u, weights, activation.k, axis)
     with autocast(rows.u.device, False):
-        part = sparse_decode(latents.values, latents.indices, autoencoder.dec_rows)
+        values, indices, row_ptr = latents
+        part = sparse_decode(values, indices, autoencoder.dec_rows, row_ptr=row_ptr)
         y = _whole(autoencoder, rows, part, axis)
         error = losses.squared_error(rows.v, y)
     loss = error + _auxk(autoencoder, config, rows, moment, y)
     fires = latents.values > 0
-    l0 = axis.total(fires.sum(dim=1).float().mean())
+    l0 = axis.total(fires.sum() / len(y))
     threshold = None
     if activation.facts.threshold == "one":
         threshold = moment.ranks.smallest(scores_of(latents, weights))
@@ -101,16 +103,19 @@ def _sparse(
     return Forward(loss, error, n_fired, l0, y.detach(), threshold)
 
 
-def topk(u: Float[Tensor, "batch d_in"], weights: EncoderWeights, k: int, axis: Axis) -> Latents:
+def topk(u: Float[Tensor, "batch d_in"], weights: EncoderWeights, k: int, axis: Axis) -> Kept:
     """This process's part of the k largest of each row: value descending, latent ascending.
 
     The k best of each process are enough; side by side they stand in the order of the latents.
+    What is not kept stays as a place with the value 0.
     """
     offered = min(k, len(weights.enc_rows))
     own = encode_topk(u, weights.enc_rows, weights.b_enc, offered, b_in=weights.b_in)
     kept = _kept(own.values.detach(), k, axis)
     values = own.values.where(kept, own.values.new_zeros(()))
-    return ungated(pad_silent(Latents(values, own.indices)), weights)
+    if weights.norms is not None:
+        values = values / weights.norms[own.indices]
+    return Kept(values, own.indices)
 
 
 def _kept(offers: Float[Tensor, "batch k"], n_kept: int, axis: Axis) -> Bool[Tensor, "batch k"]:
@@ -178,12 +183,18 @@ def _auxk(
     moment: Moment,
     y: Float[Tensor, "batch d_out"],
 ) -> float | Float[Tensor, ""]:
-    """How badly the dead latents of all processes reconstruct what y leaves; 0 without."""
+    """How badly the dead latents of all processes reconstruct what y leaves; 0 without.
+
+    Where the host does not look how many are dead, the bound is the same in all processes.
+    """
     settings, axis, weights = config.auxk, moment.ranks.latents, autoencoder.encoder()
     if settings is None:
         return 0.0
-    dead = moment.dead.nonzero().squeeze(1)
-    n_dead = int(axis.total(torch.tensor(len(dead), device=dead.device)))
+    dead, is_dead = few_of(moment.dead, moment.most_dead)
+    if moment.most_dead is None:
+        n_dead = int(axis.total(torch.tensor(len(dead), device=dead.device)))
+    else:
+        n_dead = moment.most_dead * axis.size
     if n_dead == 0:
         return 0.0
     k = min(settings.k or max(rows.u.shape[1] // 2, 1), n_dead)
@@ -193,10 +204,17 @@ def _auxk(
         dec_rows = dec_rows / weights.norms[dead, None]
     with autocast(x.device, moment.bf16 or settings.products == "bf16"):
         pre = x @ weights.enc_rows[dead].T + weights.b_enc[dead]
+        if is_dead is not None:
+            pre = pre.masked_fill(~is_dead, -torch.inf)
         kept = _kept_dead(pre.detach().to(x.dtype), k, axis)
         part = pre.relu().masked_fill(~kept, 0.0) @ dec_rows
     guess = axis.total(part.to(x.dtype))
-    return settings.coefficient * losses.squared_error((rows.v - y).detach(), guess)
+    error = settings.coefficient * losses.squared_error((rows.v - y).detach(), guess)
+    if is_dead is None:
+        return error
+    now_dead = moment.dead.sum()
+    axis.sum_(now_dead)
+    return error * (now_dead > 0)
 
 
 def _kept_dead(pre: Float[Tensor, "batch dead"], k: int, axis: Axis) -> Bool[Tensor, "batch dead"]:

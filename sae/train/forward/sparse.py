@@ -81,7 +81,8 @@ def _chosen(
     """The latents of these rows; BatchTopK compares them with those of all other rows."""
     of, b_in = (u, weights.enc_rows, weights.b_enc), weights.b_in
     if isinstance(activation, BatchTopK) and not moment.ranks.alone:
-        return Kept(*common.batch_topk(u, weights, activation.k, moment.n_rows, moment.ranks))
+        of_all = (moment.n_rows, moment.ranks, moment.looks)
+        return Kept(*common.batch_topk(u, weights, activation.k, *of_all))
     match activation:
         case BatchTopK(k=k):
             kept = Kept(*encode_batch_topk(*of, k, b_in=b_in))
@@ -289,6 +290,28 @@ def _shares_of(
     return ends, (*[of_each] * (len(ends) - 1), of_each + 1 - share)
 
 
+class Choices(NamedTuple):
+    """What of the fused pass the number of the step decides; all else is decided on the device."""
+
+    activation: TopK | BatchTopK
+    ends: tuple[int, ...] | None
+    """Ends of the prefixes."""
+    shares: tuple[float, ...]
+    """Their weights."""
+    rounds: tuple[float, ...]
+    """Rates of the rounds of refining."""
+
+
+def choices(config: DictionaryConfig, moment: Moment) -> Choices:
+    """Decide them."""
+    activation, refine = k_now(config, moment), config.refine
+    assert isinstance(activation, TopK | BatchTopK), activation
+    rounds = ()
+    if refine is not None and not is_refined(refine, moment.n_steps, moment.total_steps):
+        rounds = (refine.rate,) * refine.steps
+    return Choices(activation, *_shares_of(config, moment), rounds)
+
+
 def backward(
     autoencoder: SparseAutoencoder,
     config: DictionaryConfig,
@@ -298,12 +321,7 @@ def backward(
     shadows: Shadows,
 ) -> Forward:
     """Add the gradients of `weight` times the loss to the parameters; return the figures."""
-    activation, encoder = k_now(config, moment), autoencoder.encoder()
-    assert isinstance(activation, TopK | BatchTopK), activation
-    ends, shares = _shares_of(config, moment)
-    refine, at, rounds = config.refine, (moment.n_steps, moment.total_steps), ()
-    if refine is not None and not is_refined(refine, *at):
-        rounds = (refine.rate,) * refine.steps
+    (activation, ends, shares, rounds), encoder = choices(config, moment), autoencoder.encoder()
     matrices = [autoencoder.enc_rows, autoencoder.dec_rows]
     enc_rows, dec_rows = (shadows.of(m) if moment.bf16 else m.detach() for m in matrices)
     b_in = None if encoder.b_in is None else encoder.b_in.detach()
@@ -322,14 +340,16 @@ def backward(
     errors = found.row_loss.mean(dim=0)
     loss = errors @ launch.on_device(shares, errors.device).to(errors.dtype)
     aux = common.auxk(autoencoder, config, rows, moment, found.x_hat)
+    squares = found.squares
     if isinstance(aux, Tensor):
         (aux * weight).backward()
-        loss = loss + aux.detach()
+        loss, squares = loss + aux.detach(), None  # of gradients that are others now
     threshold = None
     if activation.facts.threshold == "one":
         threshold = moment.ranks.smallest(found.values)
     l0 = (found.values > 0).sum() / len(rows.v)
-    return Forward(loss, errors[-1], found.n_fired, l0, found.x_hat, threshold)
+    figures = (loss, errors[-1], found.n_fired, l0, found.x_hat, threshold)
+    return Forward(*figures, squares=squares)
 
 
 def _give(

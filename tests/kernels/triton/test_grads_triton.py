@@ -37,6 +37,20 @@ def test_segment_product(shape, dtype, sparse, normal, error):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_squares_are_those_of_the_product(shape, sparse, normal):
+    batch, k, d_sae, width = shape
+    weights, indices = sparse(batch, k, d_sae)
+    parts = Entries(indices, d_sae).segments
+    rows = normal(batch, width, seed=3)
+    out, square = grads_triton.product_and_square(parts, weights.flatten(), rows)
+    assert torch.equal(out, segment_product(indices, weights, rows, d_sae))
+    assert float(square) == pytest.approx(float(out.double().square().sum()), rel=1e-6)
+    rows[0, -1] = torch.nan
+    bad = grads_triton.product_and_square(parts, weights.flatten(), rows)[1]
+    assert bool(bad.isnan()), "a gradient that is no number has no norm"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_weight_grads(shape, sparse, normal, error):
     batch, k, d_sae, d_in = shape
     values, indices = sparse(batch, k, d_sae)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
 import sae_kernels
@@ -105,3 +106,51 @@ def counted(patch: pytest.MonkeyPatch) -> Iterator[Counted]:
         inner.setattr(GridExecutor, "__call__", launch)
         inner.setattr(torch, "tensor", tensor)
         yield mode
+
+
+class _Tape(TorchDispatchMode):
+    """Keeps what is called on which tensors, in order; refuses what would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if name in WAITS:
+            raise RuntimeError(f"{name} waits while a step is recorded")
+        out = func(*args, **kwargs)
+        if name.rstrip("_") not in NO_KERNEL and func.namespace != "profiler":
+            self.calls.append((func, args, kwargs, out))
+        return out
+
+
+def tape(work: Any, state_of: Any, patch: pytest.MonkeyPatch) -> Any:
+    """Do what a CUDA graph does: keep the calls of `work`, which changes nothing; replay them."""
+    mode, call = _Tape(), GridExecutor.__call__
+    before = {name: value.clone() for name, value in state_of().items()}
+
+    def launch(self: Any, *args: Any, **named: Any) -> None:
+        mode.calls.append((self, args, named, None))
+        with _disable_current_modes():
+            call(self, *args, **named)
+
+    with patch.context() as inner, mode:
+        inner.setattr(GridExecutor, "__call__", launch)
+        work()
+    with torch.no_grad():
+        for name, value in state_of().items():
+            value.copy_(before[name])
+
+    @torch.no_grad()
+    def replay() -> None:
+        for func, args, named, old in mode.calls:
+            if isinstance(func, GridExecutor):
+                call(func, *args, **named)
+                continue
+            new = func(*args, **named)
+            if old is not None and not func._schema.is_mutable:
+                for place, value in zip(tree_leaves(old), tree_leaves(new), strict=True):
+                    place.copy_(value.view(place.shape))  # it may have been squeezed since
+
+    return replay

@@ -5,15 +5,17 @@ import torch
 
 from activations_cache.checks import silent
 from activations_cache.testing import synthetic_plan, write_synthetic
+from monosema.checks import MonosemaError
 from sae import pretrained
-from sae.architecture import TopK
+from sae.architecture import ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
-from sae.train import fit
+from sae.train import cost, fit
 from sae.train.config import L1, DictionaryConfig, TrainConfig
 from sae.train.cost import free_on_cpu
 from sae.train.fit import train
 from sae.train.loss_config import FixedPrefixes
-from sae.train.ranks import Axis, Ranks
+from sae.train.ranks import ALONE, Axis, Ranks
+from sae.train.throughput import StepGraph
 
 D_IN = 7
 
@@ -104,3 +106,33 @@ def test_processes_that_would_get_no_rows_are_refused(cache, tmp_path):
     config, many = TrainConfig(saes={"a": topk()}, batch=53), Ranks(rows=Axis(None, 0, 59))
     with pytest.raises(ValueError, match=r"train\.batch must be at least 59, .*, got 53; raise it"):
         fit._train(cache, config, tmp_path / "run", many, None, silent)
+
+
+def test_a_step_that_runs_out_of_memory_names_the_estimate_and_what_would_fit(
+    cache, tmp_path, monkeypatch
+):
+    def die(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore lines")
+
+    monkeypatch.setattr(StepGraph, "__call__", die)
+    monkeypatch.setattr(cost, "_free_on_gpu", lambda device: (1 << 30, 1 << 30))
+    config = TrainConfig(saes={"a": topk()}, batch=64, precision="fp32")
+    rule = (
+        r"^train.saes must fit into the memory of cpu, 1.0 GiB, got a step of a that ran out of "
+        r"it, against an estimate of 0.0 GiB; lower d_sae to 17$"
+    )
+    with pytest.raises(MonosemaError, match=rule):
+        train(cache, config, tmp_path)
+
+
+def test_the_batch_that_would_fit_is_one_that_is_estimated_lower(cache):
+    entry = DictionaryConfig(d_sae=1 << 16, activation=ReLU(), l1=L1(), unit_norm=False)
+    at = torch.device("cpu")
+    needs = cost.Needs({"a": entry}, cache, cache.hook_points, 4096, "fp32", ALONE, at)
+    estimated = needs.total(4096)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "_free_on_gpu", lambda device: (0, 1 << 40))
+        said = str(cost.out_of_memory(needs))
+    fits = int(said.rpartition(" ")[2])
+    assert said.endswith(f"; lower train.batch to {fits}")
+    assert needs.total(fits) <= 0.75 * estimated < needs.total(2 * fits)

@@ -10,14 +10,16 @@ from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig
 from sae.train.cost import GPU_WORKSPACE
+from sae.train.data_module import ahead
 from sae.train.diagnostics import Watch
 from sae.train.forward import run
 from sae.train.forward.common import DeadBound
 from sae.train.forward.sparse import Shadows
 from sae.train.loss_config import Control, FixedPrefixes, PreAct, Refine
 from sae.train.optim_config import Muon, ScheduleFree
+from sae.train.ranks import connect
 from sae.train.step import StepMetrics, TrainStep
-from sae.train.throughput import Failures
+from sae.train.throughput import Failures, StepGraph, cuda_graph
 from sae_kernels import launch
 from sae_kernels.blocks import WORKSPACE_BYTES
 from tests.golden.recipes import rows
@@ -246,3 +248,150 @@ def test_three_failures_in_a_row_are_told_when_the_host_looks(looks_at_once):
     rule = "the loss of two must be finite, got three steps in a row that are not, up to step 7"
     with pytest.raises(FloatingPointError, match=rule):
         failures.require_few()
+
+
+SPLIT = {
+    "topk": DictionaryConfig(activation=TopK(k=3), auxk=AuxK(), **(D | {"d_sae": 62})),
+    "batchtopk": DictionaryConfig(activation=BatchTopK(k=3), **(D | {"d_sae": 62})),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "shards", "n_waits"),
+    [("topk", 2, 0), ("batchtopk", 2, 0), ("topk", 1, 1), ("batchtopk", 1, 2)],
+)
+def test_several_processes_wait_as_seldom_as_they_can(kind, shards, n_waits, in_ranks):
+    """Where rows are split, for how many they are, and BatchTopK for whether it has offered enough.
+
+    What the host does not look at comes out as where it looks.
+    """
+    config = SPLIT[kind]
+
+    def made() -> TrainStep:
+        dictionary = SparseAutoencoder(config.architecture(D_IN))
+        initialise(dictionary, torch.Generator().manual_seed(0))
+        return TrainStep(dictionary, config, 40, ranks=connect(shards))
+
+    def work():
+        seeing, blind = made(), made()
+        blind.looks = False
+        part = seeing.ranks.rows.share
+        for x in rows()[:7]:
+            own = x[part(len(x))]
+            torch.testing.assert_close(blind(own), seeing(own), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(blind.state_dict(), seeing.state_dict(), rtol=1e-4, atol=1e-5)
+        with pytest.MonkeyPatch.context() as patch:
+            gpu_branches.branches_of_a_gpu(patch)
+            found = counted_step(made(), lambda x: (x[part(len(x))],), patch)
+        waits = "\n".join(f"{n} {line}" for line, n in found.waits.items())
+        assert found.waits.total() == n_waits, waits
+        return {"dead": seeing.silent_rows}
+
+    one, other = in_ranks(2, work)
+    assert shards == 2 or torch.equal(one["dead"], other["dead"])
+
+
+RECORDED = {
+    "topk": {"activation": TopK(k=3), "auxk": AuxK(), "ema": 0.2},
+    "batchtopk": {"activation": BatchTopK(k=3), "unit_norm": False, "frozen": "soft_decoder"},
+    "prefixes": {
+        "activation": BatchTopK(k=3), "matryoshka": FixedPrefixes(ends=(5, 11)),
+        "refine": Refine(steps=1, rate=0.5, until=0.5, held_until=0.9),
+    },
+}  # fmt: skip
+
+
+def on_gpu_branches(config: DictionaryConfig, patch: pytest.MonkeyPatch) -> TrainStep:
+    """A step as on a GPU, whose learning rates lie on the device."""
+    gpu_branches.branches_of_a_gpu(patch)
+    step = step_of(config, total=14)
+    step.looks = False
+    step.silent_rows[:9] = 1000
+    for group in step.optimizer.param_groups:
+        group["lr"] = torch.zeros(())
+    return step
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param(fields, id=name, marks=[pytest.mark.long] if name == "batchtopk" else [])
+        for name, fields in RECORDED.items()
+    ],
+)
+def test_a_replayed_step_is_the_step(fields, monkeypatch):
+    """Whatever the host hands to an operation is what it was when the step was recorded."""
+    config = DictionaryConfig(
+        d_sae=17, dead_after_tokens=1000, optimizer=Adam(lr=1e-2, warmup=0.8), **fields
+    )
+    plain, step = (on_gpu_branches(config, monkeypatch) for _ in range(2))
+    recorded: list[int] = []
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        recorded.append(step.n_steps)
+        return gpu_branches.tape(work, step.state_dict, monkeypatch)
+
+    graph = StepGraph(step, record=record)
+    n_steps = 14 if config.refine else 8  # the last one may move the decoder again
+    for x in (x[:3] for x in rows()[:n_steps]):
+        torch.testing.assert_close(graph(x), plain(x), rtol=0, atol=0)
+    assert step.n_steps == plain.n_steps == n_steps
+    assert recorded == ([5, 11] if config.refine else [5 + bool(config.ema)])
+    for name, right in plain.state_dict().items():
+        assert torch.equal(step.state_dict()[name], right), name
+
+
+def test_what_cannot_be_recorded_is_launched_and_said_once(monkeypatch, caplog):
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        work()
+        raise RuntimeError("no kernel may wait\nmore lines")
+
+    config = DictionaryConfig(d_sae=17, activation=TopK(k=3))
+    step = on_gpu_branches(config, monkeypatch)
+    graph = StepGraph(step, "one", record)
+    for x in rows()[:8]:
+        graph(x[:2])
+    said = "saes.one: no CUDA graph, its steps are launched: no kernel may wait"
+    assert caplog.messages == [said]
+    assert step.n_steps == 8
+    assert step.sets_rates
+    caplog.set_level("INFO")
+    dense = step_of(
+        DictionaryConfig(d_sae=D_SAE, activation=ReLU(), l1=L1(coefficient=0.3), unit_norm=False)
+    )
+    StepGraph(dense)(rows()[0])
+    dense.looks = False
+    again = StepGraph(dense, "two", record)
+    again(rows()[1])
+    again(rows()[2])
+    assert caplog.messages[1:] == [
+        "saes.two: no CUDA graph, its steps are launched: its kind of step is not the fused one"
+    ]
+
+
+def test_a_recording_that_would_leave_no_room_for_a_step_is_refused(monkeypatch):
+    for name, found in (("reserved", 7 << 20), ("allocated", 2 << 20)):
+        monkeypatch.setattr(torch.cuda, f"memory_{name}", lambda found=found: found)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (4 << 20, 1 << 30))
+    with pytest.raises(RuntimeError, match="it takes 5 MiB, and 4 MiB are free"):
+        cuda_graph(lambda: None)
+
+
+def test_two_batches_are_on_their_way_while_a_step_runs():
+    events: list[str] = []
+
+    def read():
+        for n in range(4):
+            events.append(f"read {n}")
+            yield torch.full((1,), n)
+
+    def begin(x):
+        events.append(f"copy {int(x)}")
+        return x + 10, lambda: events.append(f"wait {int(x)}")
+
+    events.extend(f"step {int(x) - 10}" for x in ahead(read(), begin))
+    first = ["read 0", "copy 0", "read 1", "copy 1", "wait 0", "step 0"]
+    assert events[: len(first)] == first
+    rest = ["read 2", "copy 2", "wait 1", "step 1", "read 3", "copy 3", "wait 2", "step 2"]
+    assert events[len(first) :] == [*rest, "wait 3", "step 3"]
+    assert list(ahead(iter(()), begin)) == []

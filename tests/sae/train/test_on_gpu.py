@@ -10,6 +10,7 @@ from sae.architecture import TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import Adam, DictionaryConfig
 from sae.train.step import TrainStep
+from sae.train.throughput import StepGraph
 from sae_kernels.fused import StepWeights, fused_topk_step
 from tests.golden.recipes import rows
 from tests.sae.train import test_recipes
@@ -63,6 +64,19 @@ def test_it_learns_as_on_a_cpu_and_goes_on_from_a_checkpoint(config):
             assert float(found.loss) == pytest.approx(float(right.loss), rel=1e-2)
         if number >= 6:
             assert torch.equal(again(*given(config)(x)).loss, found.loss)
+
+
+@every_recipe
+def test_a_replayed_step_is_the_step_and_waits_for_nothing(config):
+    plain, step = (on_gpu(config) for _ in range(2))
+    graph = StepGraph(step)
+    parts = [given(config)(x) for x in rows()]
+    for part in parts[:12]:
+        found, right = graph(*part), plain(*part)
+        assert float(found.loss) == pytest.approx(float(right.loss), rel=1e-3)
+    step.bound.until = 1 << 30
+    with without_waits():
+        graph(*parts[12])
 
 
 @every_recipe

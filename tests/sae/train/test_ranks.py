@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae.activations import EncoderWeights, encode_batch, to_dense
+from sae.activations import EncoderWeights, encode_batch, from_csr, to_dense
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import Adam, DictionaryConfig
@@ -132,7 +132,7 @@ def test_ties_go_to_the_first_row_and_latent_of_all_ranks(in_ranks):
         ranks = connect()
         weights = EncoderWeights(torch.ones(13, 1), torch.zeros(13), None)
         found = common.batch_topk(rows[ranks.rows.share(10)], weights, 3, 10, ranks)
-        return {"acts": to_dense(found, 13)}
+        return {"acts": to_dense(from_csr(found), 13)}
 
     assert torch.equal(torch.cat([r["acts"] for r in in_ranks(3, work)]), kept)
 
@@ -150,7 +150,7 @@ def test_a_rank_that_has_all_the_large_values_offers_more(in_ranks):
     def work():
         ranks = connect()
         found = common.batch_topk(rows[ranks.rows.share(8)], weights, 7, 8, ranks)
-        return {"acts": to_dense(found, 29)}
+        return {"acts": to_dense(from_csr(found), 29)}
 
     assert torch.equal(torch.cat([r["acts"] for r in in_ranks(2, work)]), expected)
 

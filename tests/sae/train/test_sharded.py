@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae.activations import EncoderWeights, to_dense
+from sae.activations import EncoderWeights, Latents, to_dense
 from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import Adam, DictionaryConfig
@@ -182,7 +182,7 @@ def test_the_selection_is_exact_with_ties_in_and_between_the_parts(in_ranks):
         axis = connect(2).latents
         own = axis.share(62)
         found = sharded.topk(rows, EncoderWeights(encoder[own], bias[own], None), 7, axis)
-        return {"acts": to_dense(found, 31)}
+        return {"acts": to_dense(Latents(found.values, found.indices), 31)}
 
     parts = in_ranks(2, work)
     assert torch.equal(torch.cat([part["acts"] for part in parts], dim=1), expected)
