@@ -241,10 +241,13 @@ def load_towers(config: ModelConfig, *, progress: Progress = silent) -> Towers:
 
 
 def _tokenizer(directory: Path) -> Tokenizer:
-    """The fast one, also where the files name SigLIP's own class, which needs SentencePiece."""
+    """The fast one, also where the files name SigLIP's own class, which needs SentencePiece.
+
+    Where that is installed, the class needs its file as well, and some releases say TypeError.
+    """
     try:
         return read_tokenizer(directory)
-    except ImportError:
+    except (ImportError, TypeError):
         if not (directory / "tokenizer.json").is_file():
             raise
         return Tokenizer.from_pretrained(directory, local_files_only=True)
