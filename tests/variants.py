@@ -17,7 +17,7 @@ from activations_cache.hooks import blocks_of, capture, edit
 from activations_cache.probe import layout_of
 from activations_cache.vision import LoadedVisionModel, load_vision_model
 from sae.steer.edits import Push
-from sae.steer.positions import Patches
+from sae.steer.generation import Patches
 from sae.steer.steering import Steering
 from tests.families import make, parts_of
 

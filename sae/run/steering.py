@@ -38,8 +38,7 @@ from sae.run.context import (
 )
 from sae.steer.config import SteerRequest, SteerWordsRequest, latent_change
 from sae.steer.edits import Calibrate, Change, Edit
-from sae.steer.generation import generate
-from sae.steer.positions import Positions
+from sae.steer.generation import Positions, generate
 from sae.steer.steering import Steering
 from sae.steer.sweep import CELLS, Sweep, Target, plot, sweep
 

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from sae.steer.choice import Candidate, Choice, SteerSubject, choose_latent, target_tokens
     from sae.steer.config import SteerConfig, SweepConfig
     from sae.steer.edits import Calibrate, Edit, Patch, Push, Splice
-    from sae.steer.generation import Effect, generate, measure_effect
+    from sae.steer.generation import Effect, Patches, generate, measure_effect
     from sae.steer.paths import MetricOfLatents, integrated_gradients
-    from sae.steer.positions import Patches
     from sae.steer.search import find_latents, nearest_latents
     from sae.steer.steering import Count, Steering
     from sae.steer.sweep import Target
@@ -67,7 +66,7 @@ _HOME = {
     "Effect": "sae.steer.generation",
     "MetricOfLatents": "sae.steer.paths",
     "Patch": "sae.steer.edits",
-    "Patches": "sae.steer.positions",
+    "Patches": "sae.steer.generation",
     "Push": "sae.steer.edits",
     "Splice": "sae.steer.edits",
     "SteerConfig": "sae.steer.config",

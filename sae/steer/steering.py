@@ -27,7 +27,7 @@ from sae.steer.edits import (
     Push,
     Splice,
 )
-from sae.steer.positions import Positions, check_positions, chosen
+from sae.steer.generation import Positions, check_positions, chosen
 
 _log = logging.getLogger(__name__)
 

@@ -10,8 +10,7 @@ from sae.autoencoder import SparseAutoencoder, initialise
 from sae.pretrained.origin import require_model
 from sae.steer.attribution import mean_difference, random_direction, stream_of
 from sae.steer.edits import Calibrate, Edit, EditedRows, Patch, Push, Splice
-from sae.steer.generation import generate
-from sae.steer.positions import Patches
+from sae.steer.generation import Patches, generate
 from sae.steer.steering import Steering
 from tests.families import custom_hooks
 
