@@ -144,6 +144,8 @@ def steer(  # noqa: PLR0913
     inner = model.model if isinstance(model, LoadedModel) else model
     if not isinstance(inner, nn.Module):
         raise wrong_class("model", "be a model or what load_model returns", model, "load it first")
+    if latents is not None and words is not None:
+        raise MonosemaError("words must be absent beside latents, got both; make two steerings")
     if not isinstance(words if latents is None else latents, Mapping):
         raise wrong_class("latents", "be changes by number", latents, 'such as {123: "10x"}')
     where, differs = placed(dictionary, hook_point, force=force, read_out=read_out)

@@ -163,6 +163,8 @@ def test_latents_about_words_are_those_of_steer(cache, dictionary, labels, tmp_p
     assert written["arms"] == as_json([arm._asdict() for arm in steered.arms])
     loaded = placed_in_model(dictionary, None, None, None).loaded
     words = {"words": [word], "amplify": "40x", "n_latents": 3, "explained": asked["explained"]}
+    with pytest.raises(ValueError, match="words must be absent beside latents"):
+        run.steer(loaded, dictionary, {0: "off"}, words=words)
     with run.steer(loaded, dictionary, words=words):
         text = generate(loaded.model, loaded.tokenizer, "The", max_new_tokens=4).text
     assert text == steered.arms[0].texts[0]
