@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 
 import activations_cache
 from activations_cache import seals
-from activations_cache.reader import ActivationCache
 from sae import pretrained
 from sae.baselines import covariance_of, principal_components, random_dictionary
 from sae.cli import main
+from sae.evaluate.probe_tasks import RowLabels
 from sae.evaluate.report import ParetoPoint
 from sae.run import page
 from sae.run.page import ParetoPanel, Series
@@ -200,8 +200,8 @@ def test_caches_without_held_out_rows_or_labels_are_refused_before_the_work(
         code, error = refused(monkeypatch, capsys, *arguments)
         assert code == 1
         assert "cache must have rows in the split hold, got none; build it with" in error
-    one_class = lambda cache, rows: torch.zeros_like(rows)  # noqa: E731
-    monkeypatch.setattr(ActivationCache, "token_labels", one_class)
+    one_class = lambda labels, cache, rows: torch.zeros_like(rows)  # noqa: E731
+    monkeypatch.setattr(RowLabels, "of", one_class)
     cache = str(trained / "cache")
     arguments = ("evaluate", paths(trained)[0], "--cache", cache, "--probe", "2")
     code, error = refused(monkeypatch, capsys, *arguments)
