@@ -118,7 +118,8 @@ class Pieces(Sequence[str]):
 
     def _learn(self, ids: Sequence[int]) -> None:
         """Find the bytes that tokens add to a text: what stands behind a token that is known."""
-        new = sorted(set(ids) - self._bytes.keys())
+        # A difference of sets would go through all tokens that are known, each time.
+        new = sorted({i for i in ids if i not in self._bytes})
         if not new:
             return
         anchor, before = self._anchor
