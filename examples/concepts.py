@@ -28,7 +28,8 @@ else:
     )
     cache = sae.run.cache(model, text, "model.layers.1:out", n_rows=4_000, out="cache").path
     dictionary = sae.run.train(cache, k=4, d_sae=48, out="train")["topk"]
-    sentences = [line.strip() for line in Path("text.txt").read_text().split(".") if len(line) > 9]
+    parts = Path("text.txt").read_text().split(".")
+    sentences = [part.split("\n")[-1].strip() for part in parts if len(part) > 9]
     concepts = stand_ins.folder_of_texts({
         word: [s for s in sentences if word in s] for word in ("garden", "horse")
     })
@@ -49,7 +50,7 @@ tested.section
 # %%
 # Which latents fire in texts of one concept and not in those of another?
 texts = [path.read_text().splitlines() for path in sorted(Path(concepts).glob("*.txt"))[:2]]
-sae.run.find(dictionary, pos=texts[0][:12], neg=texts[1][:12], n=5)
+sae.run.find(dictionary, pos=texts[0][:3], neg=texts[1][:3], n=5)
 
 # %%
 # Which latents is the answer of one prompt made of? Attribution is exact to first order; turning

@@ -62,5 +62,5 @@ sae.run.explain(dictionary, cache, sparse, out="by-splice")
 # %%
 # Latents by pictures: which fire in these and not in those?
 classes = sorted(path for path in Path(folder).iterdir() if path.is_dir())
-pos, neg = ([str(file) for file in sorted(path.iterdir())[:5]] for path in classes[:2])
+pos, neg = ([str(file) for file in sorted(path.iterdir())[:2]] for path in classes[:2])
 sae.run.find(dictionary, pos=pos, neg=neg, n=5)
