@@ -108,14 +108,19 @@ def product_nulls(
     orders: Int[Tensor, "batch row"],
     report: Progress,
 ) -> Float64[Tensor, "batch space other"]:
-    """Inner products of every left matrix with every permuted right one."""
-    n_rows = left.shape[1]
+    """Inner products of every left matrix with every right one, permuted; all are symmetric."""
+    starts, blocks = range(0, left.shape[1], ROWS_AT_ONCE), []
+    for start in starts:
+        block = left[:, start : start + ROWS_AT_ONCE, start:].clone()
+        block[:, :, ROWS_AT_ONCE:] *= 2  # for what lies mirrored below
+        blocks.append(block.flatten(1))
+    # With the spaces last a permutation moves runs of numbers and not single ones.
+    moving = right.permute(1, 2, 0).contiguous()
     results = torch.zeros(len(orders), len(left), len(right), dtype=torch.float64)
     for done, order in enumerate(orders):
-        for start in range(0, n_rows, ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
-            moved = right[:, order[part]].index_select(2, order)
-            results[done] += left[:, part].flatten(1) @ moved.flatten(1).T
+        for start, block in zip(starts, blocks, strict=True):
+            rows = moving[order[start : start + ROWS_AT_ONCE]]
+            results[done] += block @ rows.index_select(1, order[start:]).flatten(0, 1)
         report(done + 1, len(orders), "permutations")
     return results
 
