@@ -232,6 +232,8 @@ class Canonical:
         """The figure of `similarity.svcca` or `similarity.pwcca`."""
         x, y = self._bases[a], self._bases[b]
         y = y if order is None else Basis(y.q[order], y.rows)
+        if order is not None and not self._by_x:  # the mean needs no directions
+            return float(torch.linalg.svdvals(x.q.T @ y.q).clamp_max(1).mean())
         left, correlations, _ = canonical(x, y)
         return float(self._weights(x, left) @ correlations)
 

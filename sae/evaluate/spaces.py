@@ -225,12 +225,12 @@ class Rotation:
 
     def __init__(self, rows: list[Float64[Tensor, "row _"]]) -> None:
         """Take centred sets of norm 1."""
-        self._rows = rows
+        self._rows, self._short = rows, [x.float() for x in rows]
 
     def value(self, a: int, b: int, order: Tensor | None = None) -> float:
         """The nuclear norm."""
-        x, y = self._rows[a], self._rows[b]
-        product = x.T @ y if order is None else x.float().T @ y.float()[order]
+        x, y = (self._rows if order is None else self._short)[a], self._rows[b]
+        product = x.T @ (y if order is None else self._short[b][order])
         return float(torch.linalg.svdvals(product).sum())
 
     def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
