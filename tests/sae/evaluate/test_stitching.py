@@ -17,6 +17,7 @@ def spaces(draw):
 
 def by_sklearn(x, y, fitted):
     a = x[fitted] - x[fitted].mean(0)
+    x, y, fitted = x.numpy(), y.numpy(), fitted.numpy()  # tensors stop old releases
     ridge = Ridge(alpha=RIDGE * float(a.square().sum(0).mean())).fit(x[fitted], y[fitted])
     return r2_score(y[~fitted], ridge.predict(x[~fitted]), multioutput="variance_weighted")
 
