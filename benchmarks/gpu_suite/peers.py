@@ -7,6 +7,7 @@ alone`: BioNeMo's recipes, whose encoder is differentiated densely. The sparse p
 float32 as theirs, so what they are slower by is not in these rows.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class SuiteWeights(NamedTuple):
         return cls(dec_rows.clone(), dec_rows, *zeros)
 
 
-class PeerStep:
+class PeerStep(ABC):
     """What these steps share: fused Adam, clipping, decoder rows that stay at norm 1."""
 
     def __init__(self, s: Shape, dtype: torch.dtype, device: str) -> None:
@@ -46,9 +47,9 @@ class PeerStep:
         self.weights = SuiteWeights(*(w.requires_grad_() for w in SuiteWeights.draw(s, device)))
         self.adam = torch.optim.Adam(self.weights, lr=LR, betas=BETAS, eps=EPS, fused=True)
 
+    @abstractmethod
     def loss(self, x: Tensor) -> Tensor:
         """The mean squared error of these rows."""
-        raise NotImplementedError
 
     def project(self) -> None:
         """Take the part of the decoder's gradient along its rows out."""

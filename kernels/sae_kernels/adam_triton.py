@@ -75,7 +75,7 @@ def _latent_adam_kernel(
     unbias2 = 1.0 / _one_less_exp(number * log2)
     if DECAY:
         row -= row * (lr * decay)
-    row -= rate * mean / (tl.sqrt(square * unbias2) + eps)
+    row -= rate * (mean / (tl.sqrt(square * unbias2) + eps))  # so fewer registers spill
     row = _renormed(row, NORM)
     tl.store(rows + place, row, mask=inside)
     tl.store(exp_avg + place, mean, mask=inside)
