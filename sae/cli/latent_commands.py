@@ -163,7 +163,7 @@ def steer(  # noqa: PLR0913  (options are parameters)
     prompt: Annotated[list[str] | None, typer.Option(help="What is continued; repeatable.")] = None,
     model: Annotated[str | None, typer.Option(help="If the dictionary does not name it.")] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="PromptView are what a user says: use the chat template.")
+        bool, typer.Option("--chat", help="Prompts are what a user says: use the chat template.")
     ] = False,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Try many strengths and plot them.")
