@@ -93,7 +93,7 @@ class LatentContext(NamedTuple):
 
 
 class BrowsedLatents:
-    """BrowsedLatents in their order; the examples are read from the disk meanwhile."""
+    """Latents in their order; the examples are read from the disk meanwhile."""
 
     def __init__(self, records: list[LatentRecord], examples: Path, about: LatentContext) -> None:
         """Take what is there."""
