@@ -25,6 +25,7 @@ from sae.explain.config import ExplainConfig
 from sae.explain.results import Summary, flat
 from sae.explain.run import Explained, explain
 from sae.explain.scores import Mean
+from sae.read_out import READ_OUTS
 from sae.run.caches import model_of
 from sae.statistics import Interval, weighted_sum
 
@@ -35,7 +36,7 @@ RESAMPLES = 1000
 def measured(arguments: argparse.Namespace) -> dict[str, Explained]:
     """Label every dictionary; untrained latents beside the first one."""
     cache = activations_cache.open(arguments.cache)
-    hook_point = arguments.hook_point or cache.hook_points[0]
+    default = arguments.hook_point or cache.hook_points[0]
     loaded = load_model(model_of(cache, None))
     embeddings = loaded.model.get_input_embeddings().weight
     assert isinstance(embeddings, torch.Tensor)
@@ -47,11 +48,10 @@ def measured(arguments: argparse.Namespace) -> dict[str, Explained]:
             null_permutations=arguments.permutations,
             n_baseline=0 if number else arguments.baseline,
         )
-        dictionary = pretrained.load(path)
-        rows = cache.concatenated(dictionary.config.sites(hook_point)[0])
-        results[Path(path).name] = explain(
-            dictionary, rows, hook_point, strings, config, Path(arguments.out) / Path(path).name
-        )
+        dictionary = pretrained.load(path).reading(arguments.read_out)
+        inputs, _ = dictionary.config.sites(default)
+        rows, out = cache.concatenated(inputs), Path(arguments.out) / Path(path).name
+        results[Path(path).name] = explain(dictionary, rows, inputs[0], strings, config, out)
         print(f"{path} done", flush=True)
     return results
 
@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--permutations", type=int, default=199)
     parser.add_argument("--baseline", type=int, default=576, help="random directions, and neurons")
+    parser.add_argument("--read-out", choices=READ_OUTS, default="linear", help="of all of them")
     parser.add_argument("--out", default="runs/labels", help="where the labels themselves go")
     parser.add_argument("--record", action="store_true", help="append to results/labels.jsonl")
     arguments = parser.parse_args()
@@ -170,6 +171,7 @@ def main() -> None:
                 ends = f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
                 print(f"{name}: {what}: {ends}: {d['verdict']}")
     about = {"seed": arguments.seed, "permutations": arguments.permutations}
+    about["read_out"] = arguments.read_out
     if arguments.record:
         print(append("labels", [{**surroundings(), **about, **row} for row in rows]))
 
