@@ -10,13 +10,16 @@ adds every other recipe of configs/ at the same L0: k, or the coefficient of the
 it. --read-outs adds each arm by its refined read-out, which is set on rows of the world without its
 truth, and with a linear encoder fitted to that. `probe` and `oracle` need no training. Shorter runs
 than the published 200 million rows, and worlds made here rather than downloaded, are not
-SynthSAEBench results.
+SynthSAEBench results. The published length, for a GPU; after a kill the same command goes on:
+
+    python -m benchmarks.ground_truth --tier full --seeds 1 --arms default --checkpoints DIR
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.ground_truth_recipes import at_l0, new_step, others, recipe
 from benchmarks.peer_recipes import train_peers
+from benchmarks.resumable import Checkpoints, train
 from benchmarks.rows import append, surroundings
 from sae.architecture import TopK
 from sae.autoencoder import SparseAutoencoder
@@ -53,6 +57,8 @@ AT_ONCE = 2048
 PEERS = ("sae-lens", "dictionary-learning", "eai-sparsify")
 WIDTHS = {"full": 4096}
 """Latents where they are not as many as the features."""
+ROWS_OF = {"full": 200_000_000}
+"""Rows where they are not a million."""
 
 BASELINES = {
     "frozen decoder": "decoder",
@@ -95,7 +101,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tier", choices=TIERS, default="ci")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, default=None, help="a million; of full 200 million")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=None, help="of default and topk; else auto")
     parser.add_argument("--recipes", action="store_true", help="all recipes of configs/ as well")
@@ -107,7 +113,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--record", action="store_true", help="append to results/ground_truth.jsonl"
     )
-    return parser.parse_args()
+    parser.add_argument("--checkpoints", type=Path, help="keep them here, and go on from them")
+    parser.add_argument("--checkpoint-seconds", type=float, default=600.0)
+    arguments = parser.parse_args()
+    arguments.rows = arguments.rows or ROWS_OF.get(arguments.tier, 1_000_000)
+    return arguments
 
 
 class Size(NamedTuple):
@@ -155,10 +165,23 @@ def _trained(
 ) -> dict[str, SparseAutoencoder]:
     n_batches = arguments.rows // arguments.batch
     steps = {name: _step(name, world, entry, n_batches) for name, entry in entries.items()}
-    for made in batches(world, arguments.batch, n_batches):
-        for step in steps.values():
-            step(made.x)
+
+    def rows(start: int) -> Iterator[Tensor]:
+        left = n_batches - start
+        return (made.x for made in batches(world, arguments.batch, left, start=start))
+
+    train(steps, rows, _checkpoints(world, entries, arguments))
     return {name: step.autoencoder for name, step in steps.items()}
+
+
+def _checkpoints(
+    world: World, entries: dict[str, DictionaryConfig], arguments: argparse.Namespace
+) -> Checkpoints | None:
+    if arguments.checkpoints is None:
+        return None
+    identity = repr((world.config, world.seed, arguments.rows, arguments.batch, entries))
+    root = arguments.checkpoints / f"seed-{world.seed}"
+    return Checkpoints(root, identity, arguments.checkpoint_seconds)
 
 
 def _read_otherwise(world: World, dictionary: SparseAutoencoder) -> dict[str, SparseAutoencoder]:
@@ -210,7 +233,7 @@ def _record(
         "oracle FVU": [of_one.oracle_fvu for of_one in ceilings],
     }
     return {
-        "request": vars(arguments),
+        "request": {k: v for k, v in vars(arguments).items() if "checkpoint" not in k},
         "figures": figures,
         "chance": chance,
         "ceilings": ceiling,
