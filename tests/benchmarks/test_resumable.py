@@ -72,14 +72,22 @@ def test_checkpoints_of_other_arguments_are_left_alone(tmp_path):
     assert starts == [0]
 
 
-def test_the_command_goes_on_from_its_checkpoints(tmp_path, monkeypatch, capsys):
-    arguments = ["ground_truth", "--tier", "pentagon", "--seeds", "1", "--rows", "2900", "--batch"]
-    arguments += ["29", "--arms", "topk", "--checkpoints", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", [*arguments, "--checkpoint-seconds", "0"])
-    ground_truth.main()
-    first = capsys.readouterr().out
-    made = sorted((tmp_path / "seed-0").iterdir())
-    assert [path.name for path in made] == ["step-00000099", "step-00000100"]
+def test_the_command_goes_on_from_its_checkpoints(tmp_path, monkeypatch):
+    arguments = ["--tier", "pentagon", "--rows", "290", "--batch", "29", "--arms", "topk"]
+    arguments += ["--checkpoints", str(tmp_path), "--checkpoint-seconds", "0"]
+    monkeypatch.setattr("sys.argv", ["ground_truth", *arguments])
+    request = ground_truth._arguments()
+    entries = {"topk": ENTRY}
+    first = ground_truth._trained(WORLD, entries, request)["topk"]
+    made = sorted(path.name for path in (tmp_path / "seed-3").iterdir())
+    assert made == ["step-00000009", "step-00000010"]
     monkeypatch.setattr(ground_truth, "batches", lambda *_, **__: iter(()))
-    ground_truth.main()
-    assert capsys.readouterr().out == first
+    again = ground_truth._trained(WORLD, entries, request)["topk"]
+    assert torch.equal(again.W_dec, first.W_dec)
+
+
+def test_the_published_length_is_that_of_its_tier(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ground_truth", "--tier", "full"])
+    assert ground_truth._arguments().rows == 200_000_000
+    monkeypatch.setattr("sys.argv", ["ground_truth"])
+    assert ground_truth._arguments().rows == 1_000_000
