@@ -98,7 +98,7 @@ mutants: install-dev ## Put seeded faults into the code; the tests that claim it
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.mutants.run --workers $(WORKERS) \
 		--record docs/reliability.md $(ARGS)
 
-repeats: install-dev ## Run the tests of faults, processes and threads 20 times, and all tests 3 times
+repeats: compiler install-dev $(STAMPS)/chromium ## Run the tests of faults, processes and threads 20 times, and all tests 3 times
 	@failed=0; \
 	for n in $$(seq 20); do echo "repeat $$n of 20"; $(PYTEST) -q -n $(WORKERS) $(REPEATED) || failed=1; done; \
 	for n in 1 2 3; do echo "all tests, $$n of 3"; $(PYTEST) -q -n $(WORKERS) --dist loadfile || failed=1; done; \
