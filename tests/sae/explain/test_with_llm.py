@@ -11,17 +11,10 @@ import torch
 from sae.baselines import baseline_dictionary
 from sae.explain.autointerp import label_with_llm
 from sae.explain.config import AutointerpConfig, LLMConfig, WindowConfig
-from sae.explain.judges import OracleClient
-from sae.explain.llm.chat import (
-    ConstantClient,
-    RandomClient,
-    ReplayMissError,
-    ScriptedClient,
-    UnavailableError,
-    UnfinishedError,
-)
+from sae.explain.llm.chat import ConstantClient, ReplayMissError, UnavailableError, UnfinishedError
 from sae.explain.subject import Subject
 from sae.explain.windows import WordRule
+from tests.clients import OracleClient, RandomClient, ScriptedClient
 
 HOOK = "model.layers.3:out"
 CONFIG = AutointerpConfig(
