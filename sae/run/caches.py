@@ -39,8 +39,8 @@ from activations_cache.vision import LoadedVisionModel, load_any_model
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.geometry import modality_gap
 from sae.explain.config import ImageLabelConfig, WordsConfig
-from sae.explain.image_firings import Captions, spoken
-from sae.explain.image_labels import ImageWords, concepts_of
+from sae.explain.image_labels import concepts_of, spoken
+from sae.explain.image_run import Captions, ImageWords
 from sae.run.context import (
     CacheOrPath,
     FactTable,

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +22,8 @@ from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.downstream import AS_IT_IS, Downstream, Images, ReplacedStream, downstream
 from sae.evaluate.report import EvaluationReport
 from sae.explain.config import ExplainConfig
-from sae.explain.image_firings import Captions
-from sae.explain.image_labels import ImageWords
-from sae.explain.image_run import ExplainedImages, Pictures, explain_images
-from sae.explain.image_summary import with_interval
+from sae.explain.image_run import Captions, ImageWords, Pictures
+from sae.explain.image_summary import ExplainedImages, with_interval
 from sae.explain.scores import Mean
 from sae.run.caches import check_splits, classes_of, in_splits
 from sae.statistics import Interval, difference
@@ -93,35 +90,26 @@ def _some(
     return numbers[order[: config.n_images]].sort().values
 
 
-def explain_pictures(
-    dictionary: SparseAutoencoder,
+def pictures_of(
     cache: ActivationCache,
-    hook_point: str,
     config: ExplainConfig,
-    path: Path | None,
-    report: Progress,
+    dictionary: SparseAutoencoder,
+    hook_point: str,
     words: ImageWords | Captions | None = None,
-) -> ExplainedImages:
-    """Label a dictionary's latents by classes of a cache's images or by words; write the files.
+) -> Pictures:
+    """The images of a cache, as a dictionary is explained on them.
 
     Args:
-        dictionary: What is explained.
         cache: Of images.
-        hook_point: Which rows it reads.
         config: How.
-        path: Where the files go; none are written when absent.
-        report: Called while it runs.
+        dictionary: What is explained.
+        hook_point: Which rows it reads.
         words: What `words_of` gives for `config.images`.
-
-    Raises:
-        ValueError: If the images have fewer than two classes, where classes are labels.
     """
     names = [record.name for record in read_images(cache)]
     rows, columns = cache.identity["images"]["grid"]
-    pictures = Pictures(
-        cache.concatenated(dictionary.config.sites(hook_point)[0]), names, rows * columns, words
-    )
-    return explain_images(dictionary, pictures, hook_point, config, path, progress=report)
+    rows_read = cache.concatenated(dictionary.config.sites(hook_point)[0])
+    return Pictures(rows_read, hook_point, config, names, rows * columns, words)
 
 
 class Rival(NamedTuple):
@@ -334,7 +322,7 @@ def _verdicts(labels: Mapping[str, dict[str, Any]], frozen: list[str]) -> Iterat
 def image_label_table(labelled: ExplainedImages) -> ResultTable:
     """What came of the labels of one dictionary, failures first."""
     summary = labelled.summary
-    arms = {"its latents": summary, **labelled.untrained}
+    arms = {"its latents": summary, **labelled.baselines}
     rows = tuple(
         (
             name,

@@ -9,7 +9,7 @@ from typing import Any
 
 from sae.browser import ResultTable
 from sae.explain.config import AutointerpConfig
-from sae.explain.image_run import ExplainedImages
+from sae.explain.image_summary import ExplainedImages
 from sae.explain.llm.store import Cost
 from sae.explain.logit_lens import N_FREQUENT
 from sae.explain.results import Summary
