@@ -48,7 +48,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, ExplainedTexts]:
             n_baseline=0 if number else arguments.baseline,
         )
         dictionary = pretrained.load(path)
-        rows = cache.concatenated(dictionary.config.sites(hook_point)[0])
+        rows = cache.concatenated(dictionary.config.hook_points_or(hook_point)[0])
         texts = Texts(rows, hook_point, config, strings)
         results[Path(path).name] = explain(dictionary, texts, Path(arguments.out) / Path(path).name)
         print(f"{path} done", flush=True)

@@ -19,7 +19,7 @@ from sae.evaluate.config import EvaluateConfig
 from sae.explain.config import ExplainConfig
 from sae.steer.config import OnModel, SteerConfig
 from sae.train.config import TrainConfig
-from sae.train.hook_points import sites
+from sae.train.hook_points import hook_points_of
 
 OF_TEXT = {
     "evaluate": ("n_contexts", "n_contexts_special", "contexts_per_forward"),
@@ -145,7 +145,7 @@ class RunConfig(_Output):
         of_images = self.cache.images is not None
         for part in OF_TEXT:
             refuse_unread(part, getattr(self, part), of_images=of_images)
-        where = sites(self.train.saes, self.cache.hook_points, "train.")
+        where = hook_points_of(self.train.saes, self.cache.hook_points, "train.")
         other = next((entry for entry, place in where.items() if place.outputs), None)
         if self.read_out == "refined" and other is not None:
             raise MonosemaError(

@@ -48,7 +48,7 @@ def with_downstream(
     spliced = {
         name: dictionary
         for name, dictionary in dictionaries.items()
-        if dictionary.config.sites(report.hook_point)
+        if dictionary.config.hook_points_or(report.hook_point)
         == ((report.hook_point,), (report.hook_point,))
     }
     accuracies = _downstream(spliced, report.hook_point, cache, loaded, config, progress)
@@ -108,7 +108,7 @@ def pictures_of(
     """
     names = [record.name for record in read_images(cache)]
     rows, columns = cache.identity["images"]["grid"]
-    rows_read = cache.concatenated(dictionary.config.sites(hook_point)[0])
+    rows_read = cache.concatenated(dictionary.config.hook_points_or(hook_point)[0])
     return Pictures(rows_read, hook_point, config, names, rows * columns, words)
 
 

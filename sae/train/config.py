@@ -138,7 +138,7 @@ class DictionaryConfig:
         self._check_terms()
         self.activation.check_width(self.d_sae)
         self._check_k(self.activation.per_row or self.d_sae)
-        self._check_sites()
+        self._check_hook_points()
         self._check_refine()
         alone = self.control is None or self.p_anneal is None
         require(alone, "control", "be absent beside p_anneal, which scales too", self.control)
@@ -217,7 +217,7 @@ class DictionaryConfig:
         if len(given) > 1:
             require(False, given[1], f"be absent beside {given[0]}", getattr(self, given[1]))
 
-    def _check_sites(self) -> None:
+    def _check_hook_points(self) -> None:
         """Check the hook points, and what is said of input and output, against each other."""
         for name in ("inputs", "outputs"):
             points = getattr(self, name)
