@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from decimal import Decimal
 from pathlib import Path
 from types import GenericAlias
@@ -231,8 +231,8 @@ def to_dict(config: object, *, all_keys: bool = True) -> Any:
 
     Args:
         config: The configuration.
-        all_keys: False leaves out keys that came later and have their default, so that what was
-            made before them is recognised.
+        all_keys: False leaves out keys that came later and have their default, and gives renamed
+            keys their former names, so that what was made before is recognised.
 
     Raises:
         TypeError: If it holds anything else.
@@ -240,7 +240,7 @@ def to_dict(config: object, *, all_keys: bool = True) -> Any:
     if is_dataclass(config):
         given = ((field, getattr(config, field.name)) for field in fields(config))
         return {
-            field.name: to_dict(value, all_keys=all_keys)
+            field.name if all_keys else former(field): to_dict(value, all_keys=all_keys)
             for field, value in given
             if all_keys or not field.metadata.get("later") or value != field.default
         }
@@ -253,6 +253,11 @@ def to_dict(config: object, *, all_keys: bool = True) -> Any:
     if config is None or isinstance(config, str | int | float):
         return config
     raise TypeError(f"a configuration must hold plain data, got {type(config).__name__}")
+
+
+def former(field: Field) -> str:
+    """Return the name that a key of a configuration had at first."""
+    return field.metadata.get("formerly", field.name)
 
 
 def dump(config: object) -> str:
@@ -356,7 +361,20 @@ def _adapter(schema: type) -> TypeAdapter:
     return TypeAdapter(around, config=_STRICT)
 
 
+def _rename(schema: Any, data: object) -> None:
+    """Give keys that have a former name, in place, the one that they have now."""
+    for _, node in list(walk(schema, data)):
+        if is_dataclass(node.member) and isinstance(node.value, dict):
+            now = {former(field): field.name for field in fields(node.member)}
+            given = list(node.value.items())
+            node.value.clear()
+            for key, value in given:
+                new = now.get(key, key)
+                node.value[key if new in dict(given) else new] = value
+
+
 def _build(schema: type[T], data: object, file: str, origins: Mapping[Keys, str]) -> T:
+    _rename(schema, data)
     try:
         places = expand(schema, data)
     except BadGrid as bad:

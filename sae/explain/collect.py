@@ -4,7 +4,6 @@ windows.parquet and activity.parquet are sorted by latent.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from activations_cache import seals
 from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
+from sae.config import to_dict
 from sae.explain.assemble import Assembler, Cuts, histogram
 from sae.explain.config import WindowConfig
 from sae.explain.firings import ActivationRows
@@ -96,7 +96,8 @@ def collect(
     """
     report = progress or silent
     state = State(dictionary.config.d_sae, window_width(cache, config), config)
-    known: dict[str, object] = {"hook_point": hook_point, **asdict(config), **(identity or {})}
+    settings = to_dict(config, all_keys=False)
+    known: dict[str, object] = {"hook_point": hook_point, **settings, **(identity or {})}
     if state_path is not None:
         state.load(state_path, known)
     rows = _ordered_rows(cache, state.width)
@@ -329,7 +330,8 @@ def read_windows(directory: Path, latents: Sequence[int]) -> Iterator[LatentWind
         for row in _read(directory / WINDOWS, _WINDOW_SCHEMA, latent):
             row.pop("latent")
             tokens, acts = tuple(row.pop("tokens")), tuple(row.pop("activations"))
-            windows[row.pop("split")].append(Window(tokens=tokens, activations=acts, **row))
+            split, step = row.pop("split"), row.pop("bucket")
+            windows[split].append(Window(tokens=tokens, activations=acts, step=step, **row))
         known = activity[0]
         explain, score = (tuple(windows[split]) for split in SPLITS)
         largest, density = known["max_activation"], known["density"]

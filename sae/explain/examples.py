@@ -127,7 +127,7 @@ class ContextFinder:
         starts = np.flatnonzero(np.diff(fired.example, prepend=-1))
         ends = np.append(starts[1:], len(fired.value))
         peaks = np.maximum.reduceat(fired.value, starts)
-        shown = shown_of(peaks, self._config.top_contexts, self._config.bucket_contexts)
+        shown = shown_of(peaks, self._config.top_contexts, self._config.contexts_per_fifth)
         for rank, run in enumerate(shown):
             inside = _LatentFirings(*(array[starts[run] : ends[run]] for array in fired))
             yield self._context(latent, rank, inside)
@@ -301,7 +301,7 @@ def top_pictures(
     whose = np.repeat(np.arange(len(parts)), [part.n_images for part in parts])
     numbers = np.concatenate([np.arange(part.n_images) for part in parts])
     firing = [part.of(latent) for part in parts]
-    for rank, at in enumerate(shown_of(peaks, config.top_images, config.bucket_images).tolist()):
+    for rank, at in enumerate(shown_of(peaks, config.top_images, config.images_per_fifth).tolist()):
         which, image = int(whose[at]), int(numbers[at])
         part, inside = parts[which], firing[which].image == image
         patch, value = firing[which].patch[inside], firing[which].value[inside]

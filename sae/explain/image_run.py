@@ -92,7 +92,7 @@ class Pictures(Units[ImagePart, ExplainedImages]):
     @property
     def n_shown(self) -> int:
         """Pictures with the largest peaks, and those of each fifth."""
-        return self.config.images.top_images + N_FIFTHS * self.config.images.bucket_images
+        return self.config.images.top_images + N_FIFTHS * self.config.images.images_per_fifth
 
     def firings(self, split: str, codes: Codes) -> ImagePart:
         """The codes with the images."""

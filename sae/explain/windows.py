@@ -33,8 +33,8 @@ class Window:
     """The latent's activation on each token."""
     source: Source
     """Why it was taken."""
-    bucket: int = -1
-    """Step of the peak, linear from 0 to the latent's largest activation; -1 for negatives."""
+    step: int = -1
+    """Step of the peak, equal ones from 0 to the latent's largest activation; -1 for negatives."""
     inclusion: float = 1.0
     """Probability with which a window of this stratum was taken."""
 
@@ -152,7 +152,7 @@ def caption_windows(latent: LatentWindows, captions: Sequence[str]) -> LatentWin
     def captioned(window: Window) -> Window:
         return Window(
             window.example, 0, (captions[window.example],), (window.peak,), window.source,
-            window.bucket, window.inclusion,
+            window.step, window.inclusion,
         )  # fmt: skip
 
     explain, score = (tuple(map(captioned, part)) for part in (latent.explain, latent.score))

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from monosema.checks import LATER, at_least, positive, require
+from monosema.checks import LATER, all_at_least, at_least, positive, require
 from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK
 from sae.train.loss_config import (
     L0,
@@ -370,8 +370,7 @@ class TrainConfig:
             is_name = _NAME.fullmatch(name) is not None and name not in TAKEN
             rule = "have names of letters, digits, - and _, 100 at most, the first one no - or _"
             require(is_name, "saes", f"{rule}, and not {' or '.join(TAKEN)}", name)
-        for name in ("batch", "epochs", "log_every", "latent_shards"):
-            at_least(name, getattr(self, name), 1)
+        all_at_least(self, batch=1, epochs=1, log_every=1, latent_shards=1)
         for name, entry in self.saes.items():
             rule = f"be at most batch={self.batch}"
             parts = entry.accumulate

@@ -22,7 +22,7 @@ def scored(planted, identity_dictionary, tmp_path_factory):
     subject = Subject(dictionary, planted.cache, HOOK, planted.strings)
     config = ExplainConfig(n_baseline=0, null_permutations=1)
     result = explain(dictionary, Texts(planted.cache, HOOK, config, planted.strings), None)
-    windows = WindowConfig(tokens=13, n_top=4, pool=101, n_negatives=4, per_bucket=2)
+    windows = WindowConfig(tokens=13, n_top=4, pool=101, n_negatives=4, per_step=2)
     rules = RuleConfig(windows=windows, min_windows=4)
     return score_rules_of(subject, result.labels, result.names, rules, out), out, subject, rules
 
