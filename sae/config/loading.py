@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from pathlib import Path
 from types import GenericAlias
@@ -27,9 +27,11 @@ from sae.config.schema import (
     Problem,
     dotted,
     find_problems,
+    former,
     hints,
     implied,
     printable,
+    rename,
     show,
     walk,
 )
@@ -255,11 +257,6 @@ def to_dict(config: object, *, all_keys: bool = True) -> Any:
     raise TypeError(f"a configuration must hold plain data, got {type(config).__name__}")
 
 
-def former(field: Field) -> str:
-    """Return the name that a key of a configuration had at first."""
-    return field.metadata.get("formerly", field.name)
-
-
 def dump(config: object) -> str:
     """Return a configuration as YAML; `load` reads it back as an equal configuration."""
     return render(to_dict(config))
@@ -361,20 +358,8 @@ def _adapter(schema: type) -> TypeAdapter:
     return TypeAdapter(around, config=_STRICT)
 
 
-def _rename(schema: Any, data: object) -> None:
-    """Give keys that have a former name, in place, the one that they have now."""
-    for _, node in list(walk(schema, data)):
-        if is_dataclass(node.member) and isinstance(node.value, dict):
-            now = {former(field): field.name for field in fields(node.member)}
-            given = list(node.value.items())
-            node.value.clear()
-            for key, value in given:
-                new = now.get(key, key)
-                node.value[key if new in dict(given) else new] = value
-
-
 def _build(schema: type[T], data: object, file: str, origins: Mapping[Keys, str]) -> T:
-    _rename(schema, data)
+    rename(schema, data)
     try:
         places = expand(schema, data)
     except BadGrid as bad:
