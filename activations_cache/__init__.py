@@ -1,4 +1,4 @@
-"""Residuals of a model, streamed to Zarr shards and read back as shuffled batches.
+"""Activations of a model, streamed to Zarr shards and read back as shuffled batches.
 
 Nothing heavy is imported until a name is used: configurations are checked without torch.
 """

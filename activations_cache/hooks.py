@@ -3,7 +3,7 @@
 `in` is the first argument of the module, `out` its result, or the first entry of a result that is
 a tuple. This is the only place where models are operated on.
 
-The hook points that a model offers: residual in and out of each block, attention, MLP.
+The hook points that a model offers: the stream in and out of each block, attention, MLP.
 
 Names of modules differ between families and between versions of transformers, so they are found in
 the model at hand and not spelled from its configuration.

@@ -74,11 +74,11 @@ def rename(schema: Any, data: object) -> None:
     for _, node in list(walk(schema, data)):
         if is_dataclass(node.member) and isinstance(node.value, dict):
             now = {former(field): field.name for field in fields(node.member)}
-            given = list(node.value.items())
+            given = dict(node.value)
             node.value.clear()
-            for key, value in given:
+            for key, value in given.items():
                 new = now.get(key, key)
-                node.value[key if new in dict(given) else new] = value
+                node.value[key if new in given else new] = value
 
 
 def former(field: Field) -> str:

@@ -24,10 +24,11 @@ from sae.evaluate.report import EvaluationReport
 from sae.explain.config import ExplainConfig
 from sae.explain.image_run import Captions, ImageWords, Pictures
 from sae.explain.image_summary import ExplainedImages, with_interval
+from sae.explain.results import LabelFigures
+from sae.explain.run import Explained
 from sae.explain.scores import Mean
 from sae.run.caches import check_splits, classes_of, in_splits
 from sae.statistics import Interval, difference
-from sae.statistics import Interval as Share
 
 
 def with_downstream(
@@ -307,7 +308,7 @@ def _verdicts(labels: Mapping[str, dict[str, Any]], frozen: list[str]) -> Iterat
         if partner is None:
             continue
         rival = rival_of(labels[name], labels[partner])
-        share = Share(*(100 * end for end in rival.share))
+        share = Interval(*(100 * end for end in rival.share))
         others = {"label AUC": rival.auc, "strongest pictures": rival.strongest}
         accuracies = (
             f"{what} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], it {verdict(d)}"
@@ -321,38 +322,44 @@ def _verdicts(labels: Mapping[str, dict[str, Any]], frozen: list[str]) -> Iterat
 
 def image_label_table(labelled: ExplainedImages) -> ResultTable:
     """What came of the labels of one dictionary, failures first."""
-    summary = labelled.summary
-    arms = {"its latents": summary, **labelled.baselines}
-    rows = tuple(
-        (
-            name,
-            f"{arm.n_insufficient:,}",
-            f"{arm.n_unlabelled:,}",
-            f"{arm.n_scored:,}",
-            with_ends(arm.beats_null),
-            with_ends(arm.auc),
-            with_ends(arm.best_of_class),
-            with_ends(arm.control_auc),
-            with_ends(arm.over_exchanged, sign="+"),
-            *([with_ends(arm.by_folders_over_exchanged, sign="+")] if labelled.words else []),
-        )
-        for name, arm in arms.items()
-    )
-    columns = (
-        "", "insufficient", "unlabelled", "scored", "beat null", "AUC",
-        f"best per {_each(labelled.words)}", "exchanged", "over exchanged",
-        *(["the same by folders"] if labelled.words else []),
-    )  # fmt: skip
+    summary, words = labelled.summary, labelled.words
+    columns = {
+        "insufficient": "n_insufficient", "unlabelled": "n_unlabelled", "scored": "n_scored",
+        "beat null": "beats_null", "AUC": "auc", f"best per {_each(words)}": "best_of_class",
+        "exchanged": "control_auc", "over exchanged": "over_exchanged",
+        **({"the same by folders": "by_folders_over_exchanged"} if words else {}),
+    }  # fmt: skip
     note = (
         f"{summary.n_latents:,} latents, {summary.n_dead:,} dead; labels are "
-        f"{_said(labelled.words)}, scored on {summary.n_images_score:,} other images; beat null: "
+        f"{_said(words)}, scored on {summary.n_images_score:,} other images; beat null: "
         f"share of the live latents whose AUC beats permuted "
-        f"{'images' if labelled.words else 'classes'} at 1 %; the untrained ones are as dense; "
+        f"{'images' if words else 'classes'} at 1 %; the untrained ones are as dense; "
         "chance is 0.5; over exchanged: AUC less that with other latents' labels"
     )
-    return ResultTable(columns, rows, note)
+    return arms_table(labelled, columns, note)
 
 
-def with_ends(figure: Share | Mean, sign: str = "") -> str:
+def arms_table(labelled: Explained, columns: Mapping[str, str], note: str) -> ResultTable:
+    """A row for a dictionary's latents and one for each baseline.
+
+    Args:
+        labelled: The labels of the dictionary.
+        columns: Title -> which figure of a summary.
+        note: What stands below.
+    """
+    arms = {"its latents": labelled.summary, **labelled.baselines}
+    rows = tuple(
+        (name, *(_figure_cell(arm, figure) for figure in columns.values()))
+        for name, arm in arms.items()
+    )
+    return ResultTable(("", *columns), rows, note)
+
+
+def _figure_cell(arm: LabelFigures, name: str) -> str:
+    figure, sign = getattr(arm, name), "+" if name.endswith("over_exchanged") else ""
+    return f"{figure:,}" if isinstance(figure, int) else with_ends(figure, sign)
+
+
+def with_ends(figure: Interval | Mean, sign: str = "") -> str:
     """A figure with half of its interval."""
     return f"{figure[0]:{sign}.3f} ±{(figure.high - figure.low) / 2:.3f}"
