@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from activations_cache.checks import Progress
-from monosema.checks import MonosemaError
+from monosema.checks import MonosemaError, Progress
 from sae.explain.config import ImageLabelConfig
 from sae.explain.examples import (
     N_FIFTHS,
