@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int, Int32, Int64
+from jaxtyping import Float, Float32, Int, Int32, Int64
 from torch import Tensor
 
 from activations_cache.tokens import PieceTable
@@ -169,7 +169,7 @@ class Activity(NamedTuple):
 
     n_fired: Int64[np.ndarray, " d_sae"]
     """Rows on which each fires."""
-    density: Float32[np.ndarray, " d_sae"]
+    density: Float[np.ndarray, " d_sae"]
     """The same as a share of all rows."""
     max_activation: Float32[np.ndarray, " d_sae"]
     """Largest activation; 0 for a dead latent."""
@@ -225,9 +225,9 @@ class ImageRows:
     """Index of each row's image among the images of the split."""
     patch: Int64[np.ndarray, " row"]
     """Number of each row's patch."""
-    numbers: Int64[np.ndarray, " example"]
+    numbers: Int[np.ndarray, " example"]
     """Numbers of the images in the cache."""
-    classes: Int64[np.ndarray, " example"]
+    classes: Int[np.ndarray, " example"]
     """Class of each image; -1 for none."""
 
 

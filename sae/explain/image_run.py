@@ -110,7 +110,8 @@ class Pictures(Units[ImagePart, ExplainedImages]):
         if self.words is None:
             assert not images.by_words, "the caller reads what the config names"
             concepts = concepts_of(cache.label_names, images.group_separator)
-            return ByClass(concepts, tuple(concepts.has(rows.classes) for rows in splits), images)
+            has = [concepts.has(rows.classes) for rows in splits]
+            return ByClass(concepts, (has[0], has[1]), images)
         folders = (splits[1].classes, cache.label_names)
         numbers = (splits[0].numbers, splits[1].numbers)
         return by_words(self.words, numbers, folders, images, self.config.words_per_label)

@@ -7,7 +7,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -372,7 +372,10 @@ class Texts(Units[SplitFirings, ExplainedTexts]):
     ) -> dict[str, Any]:
         """Which concepts have a latent, and what labels from weights are worth."""
         null, names, config = self.null, self.reader.names["word"], self.config
-        result: dict[str, Any] = {"completeness": self._concepts(parts, progress)}
+        concepts = concepts_in(self.reader.names, concept_families())
+        n_concepts = (config.atlas or AtlasConfig()).n_concepts
+        completeness = partial(concepts_with_a_latent, concepts, n=n_concepts, progress=progress)
+        result: dict[str, Any] = {"completeness": completeness(parts)}
         if config.weights:
             made = labels_by_weights(dictionary, parts, names, self.vectors, config)
             write_weight_labels(out_dir, made, names)
@@ -382,7 +385,7 @@ class Texts(Units[SplitFirings, ExplainedTexts]):
             generator = torch.Generator().manual_seed(config.seed)
             random = random_dictionary(dictionary, l0, generator)
             others = self.encoded(random, progress)
-            null = {**self._concepts(others, progress), "of": RANDOM}
+            null = {**completeness(others), "of": RANDOM}
             if config.weights:
                 of_random = labels_by_weights(random, others, names, self.vectors, config)
                 null["weights"] = of_random.summary
@@ -391,8 +394,3 @@ class Texts(Units[SplitFirings, ExplainedTexts]):
             if config.weights and null.get("weights"):
                 result["weights"] |= {"null": {**null["weights"], "of": null["of"]}}
         return result
-
-    def _concepts(self, parts: Sequence[SplitFirings], progress: Progress) -> dict[str, Any]:
-        concepts = concepts_in(self.reader.names, concept_families())
-        n = (self.config.atlas or AtlasConfig()).n_concepts
-        return concepts_with_a_latent(concepts, parts, n, progress)
