@@ -35,7 +35,7 @@ def at_least(field: str, value: float | int, least: float | int) -> None:
     require(math.isfinite(value) and value >= least, field, f"be at least {least}", value)
 
 
-def all_at_least(config: object, **least: float) -> None:
+def all_at_least(config: object, **least: float | int) -> None:
     """Require the same of several fields of a config, in their order."""
     for name, value in least.items():
         at_least(name, getattr(config, name), value)
