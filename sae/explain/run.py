@@ -105,7 +105,7 @@ class Units(ABC, Generic[P, E]):
     n_sampled: ClassVar[int]
     """Rows from which the thresholds of untrained latents are taken, about."""
 
-    @property
+    @cached_property
     @abstractmethod
     def splits(self) -> Mapping[str, SplitRows | ImageRows]:
         """The rows of each of `SPLITS`."""
@@ -289,7 +289,8 @@ class Texts(Units[SplitFirings, ExplainedTexts]):
             if len(split.ids) == 0:
                 what = f"split {name!r} must have rows, got none; build a larger cache"
                 raise MonosemaError(what)
-        shared = np.intersect1d(*(split.text.example for split in splits.values()))
+        made_from, scored_on = (splits[name].text.example for name in SPLITS)
+        shared = np.intersect1d(made_from, scored_on)
         if len(shared):
             raise MonosemaError(
                 f"splits must not share examples, got {len(shared)} in both, the first {shared[0]}"
