@@ -216,7 +216,7 @@ class PatchFiring(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ImageRows:
+class SplitImages:
     """The rows of the images of one split."""
 
     ids: Int[Tensor, " row"]
@@ -231,7 +231,7 @@ class ImageRows:
     """Class of each image; -1 for none."""
 
 
-def image_rows(cache: Cache, split: str, *, any_class: bool) -> ImageRows:
+def image_rows(cache: Cache, split: str, *, any_class: bool) -> SplitImages:
     """The rows of a split's images that have a class, or of all of them.
 
     Raises:
@@ -249,14 +249,14 @@ def image_rows(cache: Cache, split: str, *, any_class: bool) -> ImageRows:
     order = np.lexsort((patch, example))
     numbers, first, image = np.unique(example[order], return_index=True, return_inverse=True)
     classes = label.numpy()[order][first]
-    return ImageRows(rows[torch.from_numpy(order)], image, patch[order], numbers, classes)
+    return SplitImages(rows[torch.from_numpy(order)], image, patch[order], numbers, classes)
 
 
 @dataclass(frozen=True)
 class ImagePart(SplitCodes):
     """What the latents do on the images of one split."""
 
-    rows: ImageRows
+    rows: SplitImages
     """Which images."""
 
     @property

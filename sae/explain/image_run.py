@@ -19,7 +19,7 @@ from sae.explain.examples import (
     Activity,
     Context,
     ImagePart,
-    ImageRows,
+    SplitImages,
     activity,
     image_rows,
     top_pictures,
@@ -81,7 +81,7 @@ class Pictures(Units[ImagePart, ExplainedImages]):
     n_sampled = 16_384
 
     @cached_property
-    def splits(self) -> Mapping[str, ImageRows]:
+    def splits(self) -> Mapping[str, SplitImages]:
         """The rows of the images of each split."""
         images = self.config.images
         if not images.by_words:
@@ -134,7 +134,7 @@ class Pictures(Units[ImagePart, ExplainedImages]):
         ranks = _listed(labels, latent, best)[: self.config.words_per_label]
         listed = labels.order[latent, ranks]
         joint, has = labels.joint[latent, ranks], labels.n_has[listed]
-        n_images, n_fired = parts[0].n_images, np.array((parts[0].peaks[:, latent] > 0).sum())
+        n_images, n_fired = parts[0].n_images, (parts[0].peaks[:, [latent]] > 0).sum(axis=0)
         prior = PRIOR_IMAGES * n_fired / n_images
         counts = (joint, n_fired, has, n_images)
         return {
@@ -233,7 +233,7 @@ class _Written(Concepts):
 
 
 def _by_captions(
-    captions: Captions, splits: Sequence[ImageRows], images: ImageLabelConfig
+    captions: Captions, splits: Sequence[SplitImages], images: ImageLabelConfig
 ) -> ByClass:
     """Words that at least `min_images` and at most half of the images to label from have."""
     of_split = [

@@ -208,14 +208,14 @@ LEVEL = 0.01
 class LabelFigures:
     """The labels of texts or images in a few figures; nan where there is nothing to average."""
 
-    n_latents: int
-    """All latents."""
-    n_scored: int
-    """Live latents whose label was scored."""
     n_insufficient: int
     """Live latents that fire too seldom to be scored; counted, never dropped."""
     n_dead: int
     """Latents that never fire in the two splits."""
+    n_scored: int
+    """Live latents whose label was scored."""
+    n_latents: int
+    """All latents."""
     auc: Mean
     """Mean AUC over the scored latents; its interval is a bootstrap over latents, of images one
     over images."""

@@ -23,9 +23,9 @@ from sae.explain.examples import (
     Activity,
     Context,
     ContextFinder,
-    ImageRows,
     SplitCodes,
     SplitFirings,
+    SplitImages,
     activity,
 )
 from sae.explain.firings import Codes, encode_rows
@@ -107,7 +107,7 @@ class Units(ABC, Generic[P, E]):
 
     @cached_property
     @abstractmethod
-    def splits(self) -> Mapping[str, SplitRows | ImageRows]:
+    def splits(self) -> Mapping[str, SplitRows | SplitImages]:
         """The rows of each of `SPLITS`."""
 
     @property
