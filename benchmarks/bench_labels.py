@@ -23,7 +23,7 @@ from benchmarks.rows import append, surroundings
 from sae import pretrained
 from sae.explain.config import ExplainConfig
 from sae.explain.results import Summary
-from sae.explain.run import ExplainedTexts, Texts, explain
+from sae.explain.run import ExplainedTexts, TextUnits, explain
 from sae.explain.scores import Mean, flat
 from sae.run.caches import model_of
 from sae.statistics import Interval, weighted_sum
@@ -49,7 +49,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, ExplainedTexts]:
         )
         dictionary = pretrained.load(path)
         rows = cache.concatenated(dictionary.config.hook_points_or(hook_point)[0])
-        texts = Texts(rows, hook_point, config, strings)
+        texts = TextUnits(rows, hook_point, config, strings)
         results[Path(path).name] = explain(dictionary, texts, Path(arguments.out) / Path(path).name)
         print(f"{path} done", flush=True)
     return results

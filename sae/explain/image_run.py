@@ -65,7 +65,7 @@ class Captions(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures(Units[ImagePart, ExplainedImages]):
+class ImageUnits(Units[ImagePart, ExplainedImages]):
     """The images of a cache; of the config `images` and what is not of text is read.
 
     Needs 4 bytes for each image and latent beside the firings.

@@ -264,7 +264,7 @@ class ExplainedTexts(Explained):
 
 
 @dataclass(frozen=True, eq=False)
-class Texts(Units[SplitFirings, ExplainedTexts]):
+class TextUnits(Units[SplitFirings, ExplainedTexts]):
     """The rows of texts."""
 
     token_strings: Sequence[str]

@@ -27,7 +27,7 @@ from sae.explain.llm.local_client import LocalClient
 from sae.explain.llm.store import Cost
 from sae.explain.logit_lens import promoted_tokens, word_vectors
 from sae.explain.model_scorers import amplified, divergences
-from sae.explain.run import ExplainedTexts, Null, Texts
+from sae.explain.run import ExplainedTexts, Null, TextUnits
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import WITH_TOOLS, Subject, Tools, score_rules_of
 from sae.read_out import ReadOutName
@@ -204,7 +204,7 @@ def explain_texts(  # noqa: PLR0913
     subject, more = _subject(one, config, cache, loaded)
     vectors = word_vectors(loaded.tokenizer, readout(loaded.model)) if config.weights else None
     strings = subject.token_strings
-    texts = Texts(subject.cache, subject.hook_point, config, strings, null, vectors)
+    texts = TextUnits(subject.cache, subject.hook_point, config, strings, null, vectors)
     with steps("explain") as progress:
         labels = explain_latents(one.dictionary, texts, out, progress=progress)
     result = DictionaryExplanation(out, labels, differs=one.differs)

@@ -22,7 +22,7 @@ from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.downstream import AS_IT_IS, Downstream, Images, ReplacedStream, downstream
 from sae.evaluate.report import EvaluationReport
 from sae.explain.config import ExplainConfig
-from sae.explain.image_run import Captions, ImageWords, Pictures
+from sae.explain.image_run import Captions, ImageUnits, ImageWords
 from sae.explain.image_summary import ExplainedImages, with_interval
 from sae.explain.results import LabelFigures
 from sae.explain.run import Explained
@@ -97,7 +97,7 @@ def pictures_of(
     dictionary: SparseAutoencoder,
     hook_point: str,
     words: ImageWords | Captions | None = None,
-) -> Pictures:
+) -> ImageUnits:
     """The images of a cache, as a dictionary is explained on them.
 
     Args:
@@ -110,7 +110,7 @@ def pictures_of(
     names = [record.name for record in read_images(cache)]
     rows, columns = cache.identity["images"]["grid"]
     rows_read = cache.concatenated(dictionary.config.hook_points_or(hook_point)[0])
-    return Pictures(rows_read, hook_point, config, names, rows * columns, words)
+    return ImageUnits(rows_read, hook_point, config, names, rows * columns, words)
 
 
 class Rival(NamedTuple):

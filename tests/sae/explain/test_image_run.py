@@ -11,7 +11,7 @@ import torch
 
 from sae.explain.config import ExplainConfig, ImageLabelConfig, WordsConfig
 from sae.explain.image_labels import concepts_of
-from sae.explain.image_run import Captions, ImageWords, Pictures
+from sae.explain.image_run import Captions, ImageUnits, ImageWords
 from sae.explain.image_run import by_words as made_by_words
 from sae.explain.image_summary import aucs, held_out, with_interval
 from sae.explain.run import explain
@@ -30,7 +30,7 @@ def explained(image_cache, identity_dictionary, tmp_path):
         cache = image_cache(**options)
         names = [f"{n}.jpg" for n in range(len(cache.split))]
         dictionary = identity_dictionary(cache.acts.shape[2])
-        result = explain(dictionary, Pictures(cache, HOOK, config, names, 6), tmp_path)
+        result = explain(dictionary, ImageUnits(cache, HOOK, config, names, 6), tmp_path)
         return cache, result, read_latents(tmp_path / LATENTS)
 
     return run
@@ -101,7 +101,7 @@ def test_planted_words_are_the_labels_and_exchanged_ones_are_not(
 ):
     cache = image_cache()
     config = by_words(method, penalty=0.1)
-    pictures = Pictures(cache, HOOK, config, [""] * 499, 6, words_for(cache))
+    pictures = ImageUnits(cache, HOOK, config, [""] * 499, 6, words_for(cache))
     result = explain(identity_dictionary(39), pictures, tmp_path)
     records, summary = read_latents(tmp_path / LATENTS), result.summary
     assert [r.label for r in records[:5]] == list(cache.label_names)
@@ -128,7 +128,7 @@ def test_words_need_no_classes_and_nothing_planted_is_chance(image_cache, identi
     cache = image_cache(997, n_random=101)
     words = words_for(cache, known=False)
     cache.label[:] = -1
-    pictures = Pictures(cache, HOOK, by_words(), [""] * 997, 6, words)
+    pictures = ImageUnits(cache, HOOK, by_words(), [""] * 997, 6, words)
     result = explain(identity_dictionary(109), pictures, None).summary
     assert result.n_images_explain == int((cache.split == 0).sum())
     assert np.isnan(result.by_folders.mean)
@@ -147,7 +147,7 @@ def test_words_of_captions_are_the_labels(image_cache, identity_dictionary, tmp_
     images = ImageLabelConfig(captions="captions.jsonl", permutations=199)
     config = dataclasses.replace(CONFIG, images=images)
     captions = Captions(what, {"captions": "captions.jsonl"})
-    pictures = Pictures(cache, HOOK, config, [""] * 499, 6, captions)
+    pictures = ImageUnits(cache, HOOK, config, [""] * 499, 6, captions)
     result = explain(identity_dictionary(39), pictures, tmp_path)
     records = read_latents(tmp_path / LATENTS)
     assert [r.label for r in records[:6]] == ["birds", "bugs", "cakes", "fruit", "stars", "animals"]
@@ -245,7 +245,7 @@ def test_the_null_has_its_level():
 def test_one_class_is_refused(image_cache, identity_dictionary, names, message):
     cache = image_cache(101)
     cache.label_names = names
-    pictures = Pictures(cache, HOOK, CONFIG, [""] * 101, 6)
+    pictures = ImageUnits(cache, HOOK, CONFIG, [""] * 101, 6)
     with pytest.raises(ValueError, match=message):
         explain(identity_dictionary(39), pictures, None)
 
@@ -264,11 +264,11 @@ def test_groups_are_shared_beginnings():
 def test_images_without_a_class_are_left_out(image_cache, identity_dictionary):
     cache = image_cache(301)
     cache.label[::3] = -1
-    result = explain(identity_dictionary(39), Pictures(cache, HOOK, CONFIG, [""] * 301, 6), None)
+    result = explain(identity_dictionary(39), ImageUnits(cache, HOOK, CONFIG, [""] * 301, 6), None)
     labelled = cache.label >= 0
     assert result.summary.n_images_explain == int((labelled & (cache.split == 0)).sum())
     cache.label[torch.isin(cache.split, torch.tensor([1]))] = -1
-    pictures = Pictures(cache, HOOK, CONFIG, [""] * 301, 6)
+    pictures = ImageUnits(cache, HOOK, CONFIG, [""] * 301, 6)
     with pytest.raises(ValueError, match="split 'score' must have images with a class, got none"):
         explain(identity_dictionary(39), pictures, None)
 
