@@ -1,10 +1,11 @@
-"""Residuals of a model, streamed to Zarr shards and read back as shuffled batches.
+"""Activations of a model, streamed to Zarr shards and read back as shuffled batches.
 
 Nothing heavy is imported until a name is used: configurations are checked without torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from monosema.facade import on_first_use
 
 if TYPE_CHECKING:
     from activations_cache.builder import build as build
@@ -32,38 +33,4 @@ if TYPE_CHECKING:
     from activations_cache.live import stream as stream
     from activations_cache.vision import load_vision_model as load_vision_model
 
-_PLACES = {
-    "ActivationCache": ("reader", "ActivationCache"),
-    "ActivationStream": ("live", "ActivationStream"),
-    "CacheConfig": ("config", "CacheConfig"),
-    "CacheFormatError": ("checks", "CacheFormatError"),
-    "ImagePreprocessing": ("config", "ImagePreprocessing"),
-    "ImageSource": ("config", "ImageSource"),
-    "ImagesConfig": ("config", "ImagesConfig"),
-    "ModelConfig": ("config", "ModelConfig"),
-    "Pieces": ("tokens", "Pieces"),
-    "RowDataset": ("summary", "RowDataset"),
-    "TextConfig": ("config", "TextConfig"),
-    "TextSource": ("config", "TextSource"),
-    "as_dataset": ("summary", "as_dataset"),
-    "build": ("builder", "build"),
-    "capture": ("hooks", "capture"),
-    "edit": ("hooks", "edit"),
-    "load_model": ("models", "load_model"),
-    "load_vision_model": ("vision", "load_vision_model"),
-    "open": ("reader", "open_cache"),
-    "read_images": ("images", "read_images"),
-    "read_skipped": ("images", "read_skipped"),
-    "stream": ("live", "stream"),
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _PLACES[name]
-    return getattr(import_module(f"{__name__}.{module}"), attribute)
-
-
-def __dir__() -> list[str]:
-    return sorted(_PLACES)
+__getattr__, __dir__ = on_first_use(__name__, __file__)

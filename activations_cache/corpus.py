@@ -201,7 +201,7 @@ class Documents:
         return int(self._places.read(number, number + 1)[0])
 
 
-class Bucket(NamedTuple):
+class Portion(NamedTuple):
     """The documents of one source and one split, in their order."""
 
     source: int
@@ -218,26 +218,26 @@ def source_names(config: TextConfig) -> tuple[str, ...]:
     return tuple(f"{name}#{n + 1}" if n else name for name, n in zip(names, repeats, strict=True))
 
 
-def buckets_of(config: TextConfig, corpora: list[Corpus]) -> list[Bucket]:
+def portions_of(config: TextConfig, corpora: list[Corpus]) -> list[Portion]:
     """Return the documents of each source and split; the split varies fastest."""
     return [
-        Bucket(index, split, corpus.of(split), source.special_tokens)
+        Portion(index, split, corpus.of(split), source.special_tokens)
         for index, (source, corpus) in enumerate(zip(config.sources, corpora, strict=True))
         for split in range(len(SPLITS))
     ]
 
 
 def names_and_labels(
-    used: Int64[np.ndarray, " document"], corpora: list[Corpus], buckets: list[Bucket]
+    used: Int64[np.ndarray, " document"], corpora: list[Corpus], portions: list[Portion]
 ) -> tuple[tuple[str, ...], list[str | None]]:
-    """Return the names and the labels of documents that are numbered over all buckets."""
-    sizes = [len(bucket.documents) for bucket in buckets]
+    """Return the names and the labels of documents that are numbered over all portions."""
+    sizes = [len(portion.documents) for portion in portions]
     ends = np.cumsum(sizes)
-    bucket_of = np.searchsorted(ends, used, "right").tolist()
-    inside = (used - (ends - sizes)[bucket_of]).tolist()
+    portion_of = np.searchsorted(ends, used, "right").tolist()
+    inside = (used - (ends - sizes)[portion_of]).tolist()
     found = [
-        (corpora[buckets[b].source], buckets[b].documents.place(i))
-        for b, i in zip(bucket_of, inside, strict=True)
+        (corpora[portions[b].source], portions[b].documents.place(i))
+        for b, i in zip(portion_of, inside, strict=True)
     ]
     names = tuple(corpus.id(place) for corpus, place in found)
     return names, [corpus.label(place) for corpus, place in found]

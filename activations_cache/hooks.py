@@ -3,7 +3,7 @@
 `in` is the first argument of the module, `out` its result, or the first entry of a result that is
 a tuple. This is the only place where models are operated on.
 
-The hook points that a model offers: residual in and out of each block, attention, MLP.
+The hook points that a model offers: the stream in and out of each block, attention, MLP.
 
 Names of modules differ between families and between versions of transformers, so they are found in
 the model at hand and not spelled from its configuration.
@@ -51,7 +51,7 @@ FAMILIES = (
 """Of these the first counts whose modules a block has all; one entry adds a family."""
 
 
-def sites(model: nn.Module) -> list[str]:
+def hook_points_of(model: nn.Module) -> list[str]:
     """Return the hook points of a model, block by block, in the order in which they are passed.
 
     For each block: `B:in`, attention `:out`, MLP `:in`, MLP `:out`, `B:out`. What stands for
@@ -65,10 +65,10 @@ def sites(model: nn.Module) -> list[str]:
     Raises:
         ValueError: If the model has no list of blocks.
     """
-    return [point for point, note in noted_sites(model) if not note]
+    return [point for point, note in noted_hook_points(model) if not note]
 
 
-def noted_sites(model: nn.Module) -> list[tuple[str, str]]:
+def noted_hook_points(model: nn.Module) -> list[tuple[str, str]]:
     """Return the hook points of a model, and of those that are not added to the stream what is.
 
     Raises:

@@ -33,7 +33,7 @@ STORAGE: dict[str, tuple[torch.dtype, str]] = {
 """For each dtype of a cache: how torch holds a row, and how the file names its numbers."""
 
 ZSTD_LEVEL = 3
-"""Higher levels save under 1 % more of bfloat16 residuals, at several times the time."""
+"""Higher levels save under 1 % more of bfloat16 rows, at several times the time."""
 
 _STEPS = 127
 _SPARE_BITS = 0xFF  # of float32's mantissa: what a product with 7 bits needs to be exact

@@ -122,7 +122,7 @@ def files_of(config: ModelConfig, progress: Progress) -> tuple[Path, dict[str, s
 
 
 def stream_width(config: ModelConfig, *, of_images: bool = False) -> int:
-    """Return the width of a model's residual stream, from its config; no weights are read.
+    """Return the width of a model's stream, from its config; no weights are read.
 
     Raises:
         ModelError: If no config says it.

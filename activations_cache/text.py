@@ -32,11 +32,11 @@ from activations_cache.config import SPLITS, TRAINING_SPLITS, TextConfig
 from activations_cache.corpus import (
     CHARACTERS_PER_TOKEN,
     MEMORY_BYTES,
-    Bucket,
     Corpus,
-    buckets_of,
+    Portion,
     hashed,
     names_and_labels,
+    portions_of,
     source_names,
 )
 from activations_cache.tokens import Encoder
@@ -49,7 +49,7 @@ _TOKENIZER_BATCH = 64
 
 
 class Part(NamedTuple):
-    """Contexts of one bucket; for each token the index of its document there, or -1."""
+    """Contexts of one portion; for each token the index of its document there, or -1."""
 
     tokens: np.ndarray  # (example, pos)
     owners: np.ndarray  # (example, pos)
@@ -57,7 +57,7 @@ class Part(NamedTuple):
 
 
 class Packer:
-    """Cuts the documents of one bucket after another into contexts.
+    """Cuts the documents of one portion after another into contexts.
 
     With `attention: context` documents are joined by a blank line and cut wherever a context ends.
     With `attention: document` each is cut for itself, and every piece begins with what the
@@ -67,7 +67,7 @@ class Packer:
     Args:
         encoder: Turns text into ids.
         config: Length of a context, and how far attention reaches.
-        n_contexts: Contexts of all buckets, for the progress.
+        n_contexts: Contexts of all portions, for the progress.
         skip_positions: Positions at the start of each piece that give no row.
         progress: Called with the number of tokens packed so far.
     """
@@ -93,9 +93,9 @@ class Packer:
         self._progress = progress
         self._n_done, self._n_wanted = 0, n_contexts * self._width
 
-    def cut(self, bucket: Bucket, n_contexts: int) -> Part:
-        """Return `n_contexts` contexts, or as many as the bucket fills."""
-        documents = self._documents(bucket) if n_contexts else iter(())
+    def cut(self, portion: Portion, n_contexts: int) -> Part:
+        """Return `n_contexts` contexts, or as many as the portion fills."""
+        documents = self._documents(portion) if n_contexts else iter(())
         cutter = self._cut_alone if self._by_document else self._cut_joined
         return cutter(documents, n_contexts)
 
@@ -135,11 +135,11 @@ class Packer:
                 break
         return Part(tokens[:context], owners[:context], segments[:context])
 
-    def _documents(self, bucket: Bucket) -> Iterator[tuple[int, list[int]]]:
+    def _documents(self, portion: Portion) -> Iterator[tuple[int, list[int]]]:
         """Yield the number and the ids of each document."""
-        number, documents = 0, iter(bucket.documents)
+        number, documents = 0, iter(portion.documents)
         while some := list(islice(documents, _TOKENIZER_BATCH)):
-            for ids in self._encoder.of_documents(some, speak=bucket.speak):
+            for ids in self._encoder.of_documents(some, speak=portion.speak):
                 yield number, ids
                 number += 1
 
@@ -257,12 +257,12 @@ class _Given(NamedTuple):
 
 def _packed(given: _Given, corpora: list[Corpus], n_rows: int, report: Progress) -> PackedText:
     config, rows_per_context = given.config, given.config.context - given.skip_positions
-    buckets, n_wanted = buckets_of(config, corpora), n_rows
+    portions, n_wanted = portions_of(config, corpora), n_rows
     while True:
         quotas = _quotas(config, math.ceil(n_wanted / rows_per_context))
         packer = Packer(given.encoder, config, sum(quotas), given.skip_positions, report)
-        parts = [packer.cut(bucket, n) for bucket, n in zip(buckets, quotas, strict=True)]
-        n_given = sum(given.n_rows(part) for part in _training(buckets, parts))
+        parts = [packer.cut(portion, n) for portion, n in zip(portions, quotas, strict=True)]
+        n_given = sum(given.n_rows(part) for part in _training(portions, parts))
         if given.exclude_tokens and not n_given and any(len(part.tokens) for part in parts):
             raise MonosemaError(
                 f"exclude_tokens must leave rows, got {len(given.exclude_tokens)} tokens and no "
@@ -277,14 +277,14 @@ def _packed(given: _Given, corpora: list[Corpus], n_rows: int, report: Progress)
             )
         _require_enough(config, n_wanted, rows_per_context, [len(part.tokens) for part in parts])
         if n_given >= n_rows:
-            return _assemble(given, corpora, buckets, parts)
+            return _assemble(given, corpora, portions, parts)
         # Pieces of documents and padding give fewer rows than whole contexts would.
         n_wanted = math.ceil(n_wanted * n_rows / max(n_given, 1)) + rows_per_context
 
 
-def _training(buckets: list[Bucket], parts: list[Part]) -> list[Part]:
+def _training(portions: list[Portion], parts: list[Part]) -> list[Part]:
     numbers = [SPLITS.index(name) for name in TRAINING_SPLITS]
-    return [p for bucket, p in zip(buckets, parts, strict=True) if bucket.split in numbers]
+    return [p for portion, p in zip(portions, parts, strict=True) if portion.split in numbers]
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
@@ -298,7 +298,7 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def _quotas(config: TextConfig, n_training: int) -> list[int]:
-    """Return the contexts wanted from each bucket, in the order of `_read`."""
+    """Return the contexts wanted from each portion, in the order of `_read`."""
     shares = [source.share for source in config.sources]
     n_hold = math.ceil(n_training * config.hold / (config.explain + config.score) - 1e-9)
     quotas = []
@@ -333,22 +333,22 @@ def _require_enough(
 
 
 def _assemble(
-    given: _Given, corpora: list[Corpus], buckets: list[Bucket], parts: list[Part]
+    given: _Given, corpora: list[Corpus], portions: list[Portion], parts: list[Part]
 ) -> PackedText:
-    """Put the contexts of all buckets in one order that mixes them."""
+    """Put the contexts of all portions in one order that mixes them."""
     config = given.config
     origin = [
-        (bucket.source, bucket.split, i)
-        for bucket, part in zip(buckets, parts, strict=True)
+        (portion.source, portion.split, i)
+        for portion, part in zip(portions, parts, strict=True)
         for i in range(len(part.tokens))
     ]
     order = sorted(range(len(origin)), key=lambda e: hashed(config.seed, "context", *origin[e]))
     source, split, _ = np.array(origin, np.int64)[order].T
-    owners = _owners_in_every(buckets, parts)[order]
+    owners = _owners_in_every(portions, parts)[order]
     used = np.unique(owners[owners >= 0])
     label_names = tuple(sorted({name for corpus in corpora for name in corpus.label_names}))
     label_number: dict[str | None, int] = {name: i for i, name in enumerate(label_names)}
-    document_ids, labels = names_and_labels(used, corpora, buckets)
+    document_ids, labels = names_and_labels(used, corpora, portions)
     # One more entry, which an owner of -1 takes.
     label_of = np.array([label_number.get(label, -1) for label in (*labels, None)], np.int32)
     documents = np.where(owners < 0, -1, np.searchsorted(used, owners)).astype(np.int32)
@@ -375,9 +375,9 @@ def _assemble(
     )
 
 
-def _owners_in_every(buckets: list[Bucket], parts: list[Part]) -> np.ndarray:
-    """Return the owners of all parts as indices into the documents of all buckets."""
-    offsets = np.cumsum([0] + [len(bucket.documents) for bucket in buckets])[:-1]
+def _owners_in_every(portions: list[Portion], parts: list[Part]) -> np.ndarray:
+    """Return the owners of all parts as indices into the documents of all portions."""
+    offsets = np.cumsum([0] + [len(portion.documents) for portion in portions])[:-1]
     return np.concatenate([
         np.where(part.owners < 0, -1, part.owners + offset)
         for part, offset in zip(parts, offsets, strict=True)

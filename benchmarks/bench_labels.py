@@ -22,9 +22,9 @@ from activations_cache.tokens import Pieces
 from benchmarks.rows import append, surroundings
 from sae import pretrained
 from sae.explain.config import ExplainConfig
-from sae.explain.results import Summary, flat
-from sae.explain.run import Explained, explain
-from sae.explain.scores import Mean
+from sae.explain.results import Summary
+from sae.explain.run import ExplainedTexts, TextUnits, explain
+from sae.explain.scores import Mean, flat
 from sae.read_out import READ_OUTS
 from sae.run.caches import model_of
 from sae.statistics import Interval, weighted_sum
@@ -33,7 +33,7 @@ FROZEN = "-frozen"
 RESAMPLES = 1000
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, Explained]:
+def measured(arguments: argparse.Namespace) -> dict[str, ExplainedTexts]:
     """Label every dictionary; untrained latents beside the first one."""
     cache = activations_cache.open(arguments.cache)
     default = arguments.hook_point or cache.hook_points[0]
@@ -49,9 +49,9 @@ def measured(arguments: argparse.Namespace) -> dict[str, Explained]:
             n_baseline=0 if number else arguments.baseline,
         )
         dictionary = pretrained.load(path).reading(arguments.read_out)
-        inputs, _ = dictionary.config.sites(default)
-        rows, out = cache.concatenated(inputs), Path(arguments.out) / Path(path).name
-        results[Path(path).name] = explain(dictionary, rows, inputs[0], strings, config, out)
+        inputs, _ = dictionary.config.hook_points_or(default)
+        texts = TextUnits(cache.concatenated(inputs), inputs[0], config, strings)
+        results[Path(path).name] = explain(dictionary, texts, Path(arguments.out) / Path(path).name)
         print(f"{path} done", flush=True)
     return results
 
@@ -86,7 +86,7 @@ def matched_difference(
     return Interval(once(False), float(low), float(high))
 
 
-def compared(trained: Explained, frozen: Explained) -> dict[str, dict[str, float | str]]:
+def compared(trained: ExplainedTexts, frozen: ExplainedTexts) -> dict[str, dict[str, float | str]]:
     """All differences of a dictionary and its baseline, with a verdict in words."""
     results = {
         "share that beats its null": share_difference(

@@ -35,7 +35,7 @@ from benchmarks.rows import append, surroundings
 from sae.architecture import TopK
 from sae.train.config import AuxK, DictionaryConfig, TrainConfig
 from sae.train.fit import train
-from sae.train.hook_points import sites
+from sae.train.hook_points import hook_points_of
 from sae.train.initialise import new_autoencoder
 from sae.train.step import TrainStep
 
@@ -106,7 +106,7 @@ def measure(folder: Path, rounds: int, n_steps: int) -> dict:
 
 def bare(cache: ActivationCache, rows: list[torch.Tensor]) -> Time:
     """The step alone, on rows in memory."""
-    where = sites({"topk": ENTRY}, cache.hook_points)["topk"]
+    where = hook_points_of({"topk": ENTRY}, cache.hook_points)["topk"]
     step = TrainStep(new_autoencoder(cache, where, ENTRY, 0), ENTRY, len(rows))
     ends = []
     for x in rows:
@@ -164,7 +164,7 @@ def measure_live(folder: Path, rounds: int, n_steps: int, made_by: CacheConfig) 
 
 def bare_live(cache: ActivationCache, source: RowSource, config: TrainConfig, at_once: int) -> Time:
     """The truncated model and the steps, one after the other."""
-    where = sites({"topk": ENTRY}, cache.hook_points)["topk"]
+    where = hook_points_of({"topk": ENTRY}, cache.hook_points)["topk"]
     assert config.n_rows is not None
     n_steps = config.n_rows // config.batch
     step = TrainStep(new_autoencoder(cache, where, ENTRY, 0), ENTRY, n_steps)

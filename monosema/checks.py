@@ -35,6 +35,12 @@ def at_least(field: str, value: float | int, least: float | int) -> None:
     require(math.isfinite(value) and value >= least, field, f"be at least {least}", value)
 
 
+def all_at_least(config: object, **least: float | int) -> None:
+    """Require the same of several fields of a config, in their order."""
+    for name, value in least.items():
+        at_least(name, getattr(config, name), value)
+
+
 def positive(field: str, value: float | int) -> None:
     """Require a finite number above 0."""
     require(math.isfinite(value) and value > 0, field, "be a positive number", value)
@@ -48,6 +54,12 @@ def fraction(field: str, value: float | int) -> None:
 LATER = {"later": True}
 """Marks a key that came after caches and runs were made: at its default it is no part of what
 tells requests apart."""
+
+
+def formerly(name: str) -> dict[str, str]:
+    """Mark a key that was renamed: files may have its former name, and identities have it."""
+    return {"formerly": name}
+
 
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, unit)`, for example `progress(3, 16, "contexts")`.

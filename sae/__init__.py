@@ -3,8 +3,9 @@
 `import sae` imports nothing heavy; torch comes with the first name that is used.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from monosema.facade import on_first_use
 
 if TYPE_CHECKING:
     from activations_cache import capture
@@ -28,26 +29,4 @@ __all__ = [
     "train",
 ]
 
-_HOME = {
-    "Latents": "sae.autoencoder",
-    "SAEConfig": "sae.architecture",
-    "SparseAutoencoder": "sae.autoencoder",
-    "capture": "activations_cache",
-    "load": "sae.pretrained",
-    "save": "sae.pretrained",
-}
-
-
-_PACKAGES = ("evaluate", "explain", "pretrained", "run", "steer", "train")
-
-
-def __getattr__(name: str) -> object:
-    if name in _PACKAGES:
-        return import_module(f"sae.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'sae' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = on_first_use(__name__, __file__)

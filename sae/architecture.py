@@ -311,7 +311,7 @@ class SAEConfig:
             return self.slices_in
         return self.outputs or (Slice(hook_point="", width=self.width_out),)
 
-    def sites(self, default: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def hook_points_or(self, default: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The hook points that are read and those that are predicted; the default if unrecorded."""
         read = tuple(part.hook_point for part in self.inputs) or (default,)
         return read, tuple(part.hook_point for part in self.outputs) or read

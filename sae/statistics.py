@@ -18,7 +18,8 @@ from torch import Tensor
 
 from monosema.checks import MonosemaError
 
-_Z = 1.959964
+Z = 1.959964
+"""Half of a 95 % interval in standard errors."""
 _RESAMPLES = 1000
 
 
@@ -42,8 +43,8 @@ def wilson(n_right: float | int, n: float | int) -> Interval:
     if n <= 0:
         raise MonosemaError(f"n must be positive, got {n}")
     share = n_right / n
-    middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n)) / (1 + _Z**2 / n)
+    middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n * n)) / (1 + Z**2 / n)
     return Interval(share, min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share))
 
 

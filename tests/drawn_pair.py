@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel
 from activations_cache.config import ImagePreprocessing, ImagesConfig, ImageSource
 from activations_cache.images import PickedImages, pick, read_pixels
 from activations_cache.preprocessing import resolve
-from sae.explain.image_firings import spoken
+from sae.explain.image_labels import spoken
 from tests import pairs
 
 SOURCE = "package://sae/demo_data/openclipart_20x45.tar"

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from activations_cache.hooks import capture, sites
+from activations_cache.hooks import capture, hook_points_of
 from activations_cache.isolation import pieces_of, read_in_rows
 from activations_cache.logits import divided
 from activations_cache.probe import ModelRecord, readout, record_of
@@ -307,7 +307,7 @@ NORMED_AFTER = {"BertForMaskedLM", "RobertaForMaskedLM", "ElectraForMaskedLM"}
 
 def parts_of(model: nn.Module, blocks: str, inputs: Tensor, *, is_sum: bool) -> str:
     """The parts of a block that are listed as added, which must make up what the block does."""
-    points = [p for p in sites(model) if p.startswith(f"{blocks}.1")]
+    points = [p for p in hook_points_of(model) if p.startswith(f"{blocks}.1")]
     adding = [p for p in points if p.endswith(":out") and p != f"{blocks}.1:out"]
     if len(adding) != 2:
         return "the stream alone" if not adding else ", ".join(_short(p) for p in adding)

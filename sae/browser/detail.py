@@ -188,6 +188,6 @@ def _example(example: Example, latent: Latent, strings: dict[str, int]) -> dict[
         "fires": fires,
         "peak": example.peak,
         "source": strings[example.source],
-        "bucket": latent.bucket(example),
+        "fifth": latent.fifth(example),
         "image": image,
     }

@@ -48,7 +48,7 @@ Status = Literal["dead", "insufficient", "scored", "live"]
 """Dead; live but too rare to be scored; scored; live and nobody scored it."""
 
 STATUSES: tuple[Status, ...] = get_args(Status)
-N_BUCKETS = 5
+N_FIFTHS = 5
 """Equal steps from 0 to a latent's largest activation, into which its examples are sorted."""
 
 Pair = tuple[int, float]
@@ -211,8 +211,8 @@ class Latent:
         require_numbers("weights of words", [weight for _, weight in self.words])
         require_numbers("cosines of nearest", [cosine for _, cosine in self.nearest])
 
-    def bucket(self, example: Example) -> int:
+    def fifth(self, example: Example) -> int:
         """The step from 0 to the largest activation in which the example's peak lies."""
         peak = example.activations[example.peak]
         largest = max(self.max_activation, peak)
-        return min(N_BUCKETS - 1, int(N_BUCKETS * peak / largest)) if largest > 0 else 0
+        return min(N_FIFTHS - 1, int(N_FIFTHS * peak / largest)) if largest > 0 else 0

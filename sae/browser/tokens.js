@@ -106,9 +106,9 @@ function examplesBox(latent) {
   const scale =
     Math.max(latent.max_activation ?? 0, ...examples.flatMap(({ fires }) => [...fires.values()])) ||
     1;
-  const fifths = [4, 3, 2, 1, 0].filter((fifth) => examples.some(({ bucket }) => bucket === fifth));
+  const fifths = [4, 3, 2, 1, 0].filter((fifth) => examples.some((one) => one.fifth === fifth));
   const groups = fifths.map((fifth) => {
-    const those = examples.filter(({ bucket }) => bucket === fifth);
+    const those = examples.filter((one) => one.fifth === fifth);
     return fifthGroup(fifth, those, { scale, maximum: latent.max_activation, pictures });
   });
   const what = pictures

@@ -27,9 +27,11 @@ from sae.config.schema import (
     Problem,
     dotted,
     find_problems,
+    former,
     hints,
     implied,
     printable,
+    rename,
     show,
     walk,
 )
@@ -231,8 +233,8 @@ def to_dict(config: object, *, all_keys: bool = True) -> Any:
 
     Args:
         config: The configuration.
-        all_keys: False leaves out keys that came later and have their default, so that what was
-            made before them is recognised.
+        all_keys: False leaves out keys that came later and have their default, and gives renamed
+            keys their former names, so that what was made before is recognised.
 
     Raises:
         TypeError: If it holds anything else.
@@ -240,7 +242,7 @@ def to_dict(config: object, *, all_keys: bool = True) -> Any:
     if is_dataclass(config):
         given = ((field, getattr(config, field.name)) for field in fields(config))
         return {
-            field.name: to_dict(value, all_keys=all_keys)
+            field.name if all_keys else former(field): to_dict(value, all_keys=all_keys)
             for field, value in given
             if all_keys or not field.metadata.get("later") or value != field.default
         }
@@ -357,6 +359,7 @@ def _adapter(schema: type) -> TypeAdapter:
 
 
 def _build(schema: type[T], data: object, file: str, origins: Mapping[Keys, str]) -> T:
+    rename(schema, data)
     try:
         places = expand(schema, data)
     except BadGrid as bad:

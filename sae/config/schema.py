@@ -69,6 +69,23 @@ def walk(annotation: Any, value: object, keys: Keys = ()) -> Iterator[tuple[Keys
         yield from walk(child_annotation, child, (*keys, key))
 
 
+def rename(schema: Any, data: object) -> None:
+    """Give keys that have a former name, in place, the one that they have now."""
+    for _, node in list(walk(schema, data)):
+        if is_dataclass(node.member) and isinstance(node.value, dict):
+            now = {former(field): field.name for field in fields(node.member)}
+            given = dict(node.value)
+            node.value.clear()
+            for key, value in given.items():
+                new = now.get(key, key)
+                node.value[key if new in given else new] = value
+
+
+def former(field: Field) -> str:
+    """Return the name that a key of a configuration had at first."""
+    return field.metadata.get("formerly", field.name)
+
+
 def members(annotation: Any) -> tuple[Any, ...]:
     """Return the members of a union without None; of anything else, itself."""
     if get_origin(annotation) not in (Union, UnionType):

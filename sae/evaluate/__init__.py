@@ -1,7 +1,8 @@
 """How good a dictionary is: reconstruction, and the model with the dictionary spliced in."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from monosema.facade import on_first_use
 
 if TYPE_CHECKING:
     from sae.evaluate.config import EvaluateConfig
@@ -21,24 +22,4 @@ __all__ = [
     "write_json",
 ]
 
-_HOME = {
-    "EvaluateConfig": "sae.evaluate.config",
-    "Evaluation": "sae.evaluate.report",
-    "EvaluationReport": "sae.evaluate.report",
-    "evaluate": "sae.evaluate.report",
-    "firing_statistics": "sae.evaluate.reconstruction",
-    "measure_reconstruction": "sae.evaluate.reconstruction",
-    "measure_substitution": "sae.evaluate.substitution",
-    "read_json": "sae.evaluate.report",
-    "write_json": "sae.evaluate.report",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sae.evaluate' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = on_first_use(__name__, __file__)

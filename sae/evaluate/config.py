@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from activations_cache.checks import MonosemaError, at_least, positive, require
+from monosema.checks import MonosemaError, all_at_least, at_least, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,7 @@ class ScalingConfig:
     def __post_init__(self) -> None:
         """Check ranges, and the fields against each other."""
         require(len(self.output) > 0, "output", "name a directory", self.output)
-        for name in ("d_in", "batch"):
-            at_least(name, getattr(self, name), 1)
+        all_at_least(self, d_in=1, batch=1)
         at_least("passes", self.passes, 2)
         positive("budget_flops", self.budget_flops)
         require(self.spacing > 1, "spacing", "be above 1", self.spacing)
@@ -143,16 +142,10 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Check ranges, and the fields against each other."""
-        for name in (
-            "n_contexts",
-            "contexts_per_forward",
-            "rows_per_chunk",
-            "n_neighbours",
-            "n_resamples",
-        ):
-            at_least(name, getattr(self, name), 1)
-        for name in ("n_contexts_special", "n_rows_firing", "n_images", "seed"):
-            at_least(name, getattr(self, name), 0)
+        all_at_least(
+            self, n_contexts=1, contexts_per_forward=1, rows_per_chunk=1, n_neighbours=1,
+            n_resamples=1, n_contexts_special=0, n_rows_firing=0, n_images=0, seed=0,
+        )  # fmt: skip
         fewer = self.n_contexts_special <= self.n_contexts
         rule = f"be at most n_contexts={self.n_contexts}"
         require(fewer, "n_contexts_special", rule, self.n_contexts_special)

@@ -113,7 +113,7 @@ def measure_reconstruction(
     """
     _require_width(dictionaries, cache, hook_point)
     sums = {name: _ReconstructionSums(dictionary) for name, dictionary in dictionaries.items()}
-    where = {name: d.config.sites(hook_point) for name, d in dictionaries.items()}
+    where = {name: d.config.hook_points_or(hook_point) for name, d in dictionaries.items()}
     points = [point for of in where.values() for side in of for point in side]
     for x in _chunks(cache, points, rows, rows_per_chunk, progress or silent):
         for name, of_one in sums.items():
@@ -141,7 +141,7 @@ def firing_statistics(
     """
     firing = {name: Firing(d.config.d_sae) for name, d in dictionaries.items()}
     _require_width(dictionaries, cache, hook_point)
-    where = {name: d.config.sites(hook_point)[0] for name, d in dictionaries.items()}
+    where = {name: d.config.hook_points_or(hook_point)[0] for name, d in dictionaries.items()}
     points = [point for read in where.values() for point in read]
     for x in _chunks(cache, points, rows, rows_per_chunk, progress or silent):
         for name, dictionary in dictionaries.items():
@@ -188,7 +188,7 @@ def _concatenated(x: Mapping[str, Tensor], hook_points: Sequence[str]) -> Float[
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _require_sites(name: str, config: SAEConfig, cache: ActivationCache) -> None:
+def _require_hook_points(name: str, config: SAEConfig, cache: ActivationCache) -> None:
     """Refuse recorded hook points that the cache has not, or has in another width."""
     for part in (*config.inputs, *config.outputs):
         known = part.hook_point in cache.hook_points
@@ -207,7 +207,7 @@ def _require_width(
     d_model = cache.d_model(hook_point)
     for name, dictionary in dictionaries.items():
         if dictionary.config.inputs:
-            _require_sites(name, dictionary.config, cache)
+            _require_hook_points(name, dictionary.config, cache)
         elif dictionary.config.d_in != d_model or dictionary.config.width_out != d_model:
             raise MonosemaError(
                 f"dictionary {name!r} must have d_in = d_out = {d_model}, the width of {hook_point}"

@@ -180,7 +180,7 @@ def measure_substitution(
         raise MonosemaError(f"dictionaries must not be named {min(reserved)!r}; rename it")
     groups: dict[tuple[str, ...], dict[str, SparseAutoencoder]] = {}
     for name, dictionary in dictionaries.items():
-        groups.setdefault(dictionary.config.sites(hook_point)[1], {})[name] = dictionary
+        groups.setdefault(dictionary.config.hook_points_or(hook_point)[1], {})[name] = dictionary
     first = next(iter(groups), (hook_point,))
     main = (hook_point,) if (hook_point,) in groups else first
     results: dict[str, Substitution] = {}

@@ -33,7 +33,7 @@ class Cuts(NamedTuple):
     """All activations, in shares of the peak."""
     source: Int64[np.ndarray, " row"]
     """Index into SOURCES."""
-    bucket: Int64[np.ndarray, " row"]
+    step: Int64[np.ndarray, " row"]
     """Step of the peak; -1 for negatives."""
     inclusion: Float64[np.ndarray, " row"]
     """Probability with which a window of its stratum was taken."""
@@ -82,9 +82,9 @@ class Texts:
             example, place = divmod(int(cuts.window[row]), self.per_example)
             tokens = tuple(self._strings[names[row, :n]].tolist())
             acts = tuple(values[row, :n].tolist())
-            source, bucket = SOURCES[cuts.source[row]], int(cuts.bucket[row])
+            source, step = SOURCES[cuts.source[row]], int(cuts.step[row])
             p = float(cuts.inclusion[row])
-            yield Window(example, place * self.width, tokens, acts, source, bucket, p)
+            yield Window(example, place * self.width, tokens, acts, source, step, p)
 
     def columns(self, cuts: Cuts) -> dict[str, pa.Array]:
         """As columns; the same content."""
@@ -95,7 +95,7 @@ class Texts:
         tokens = self._arrow.take(pa.array(names[inside]))
         return {
             "source": pa.array(SOURCES).take(pa.array(cuts.source)),
-            "bucket": pa.array(cuts.bucket.astype(np.int16)),
+            "bucket": pa.array(cuts.step.astype(np.int16)),
             "inclusion": pa.array(cuts.inclusion),
             "example": pa.array(example),
             "start": pa.array((place * self.width).astype(np.int32)),
@@ -132,10 +132,10 @@ class _Active:
     acts: np.ndarray
     is_top: np.ndarray
 
-    def cuts(self, index: np.ndarray, source: Source, bucket: np.ndarray, p: np.ndarray) -> Cuts:
+    def cuts(self, index: np.ndarray, source: Source, step: np.ndarray, p: np.ndarray) -> Cuts:
         """Some of them, as what they are taken for."""
         origin = np.full(len(index), SOURCES.index(source))
-        return Cuts(self.window[index], self.peak[index], self.acts[index], origin, bucket, p)
+        return Cuts(self.window[index], self.peak[index], self.acts[index], origin, step, p)
 
 
 class Assembler:
@@ -210,8 +210,8 @@ class Assembler:
         config = self._state.config
         largest = float(self._state.counts["max_activation"][latent])
         is_weak = active.peak <= config.weak_share * largest
-        step = np.ceil(active.peak / max(largest, 1e-30) * config.n_buckets).astype(int) - 1
-        step = np.clip(step, 0, config.n_buckets - 1)
+        step = np.ceil(active.peak / max(largest, 1e-30) * config.n_steps).astype(int) - 1
+        step = np.clip(step, 0, config.n_steps - 1)
         bins = half_octave(active.peak)
         n_all = self._state.counts["n_windows"][latent, split]
         n_top = np.bincount(bins[active.is_top], minlength=N_BINS)
@@ -219,9 +219,9 @@ class Assembler:
         share_left = n_left / np.maximum(n_all - n_top, 1)
         top = np.flatnonzero(active.is_top & ~is_weak)
         yield active.cuts(top, "active", step[top], np.ones(len(top)))
-        for bucket in range(config.n_buckets):
-            candidates = np.flatnonzero((step == bucket) & ~active.is_top & ~is_weak)
-            taken = candidates[: config.per_bucket]
+        for number in range(config.n_steps):
+            candidates = np.flatnonzero((step == number) & ~active.is_top & ~is_weak)
+            taken = candidates[: config.per_step]
             p = share_left[bins[taken]] * len(taken) / max(len(candidates), 1)
             yield active.cuts(taken, "active", step[taken], np.minimum(p, 1.0))
         weak = np.flatnonzero(is_weak & ~active.is_top)[: config.n_negatives]

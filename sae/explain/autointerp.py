@@ -21,6 +21,7 @@ from sae.explain.model_scorers import Ablation, Sensitivity
 from sae.explain.pipeline import ExplainPlan, LatentOutcome, estimate_all, explain_all
 from sae.explain.results import export_neuronpedia, summarise, write_results
 from sae.explain.subject import WITH_TOOLS, Subject, Tools, chosen, scorers_of
+from sae.explain.text_at_rows import sampled_rows
 from sae.explain.windows import LatentWindows
 
 ANSWERS = "llm.sqlite"
@@ -212,12 +213,11 @@ def _baselines(
     subject: Subject, config: AutointerpConfig, latents: list[LatentWindows], report: Progress
 ) -> dict[str, list[LatentWindows]]:
     """Random directions and raw neurons as dense as the median of the latents."""
-    ids = subject.cache.rows(("explain",))
-    rows = subject.cache[subject.hook_point][ids[:: max(1, len(ids) // _SAMPLE)]]
+    rows = sampled_rows(subject.cache, subject.hook_point, _SAMPLE)
     densities = sorted(latent.density for latent in latents)
     n, density = config.n_baseline, densities[len(densities) // 2] if densities else 0.01
     seed = config.windows.seed
-    untrained = baseline_dictionary(rows.cpu(), n, min(max(density, 1e-4), 0.5), seed)
+    untrained = baseline_dictionary(rows, n, min(max(density, 1e-4), 0.5), seed)
     _, assembler = replace(subject, dictionary=untrained, known={}).collected(
         config.windows, progress=report
     )

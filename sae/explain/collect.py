@@ -4,7 +4,6 @@ windows.parquet and activity.parquet are sorted by latent.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +17,10 @@ from torch import Tensor
 from activations_cache import seals
 from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
+from sae.config import to_dict
 from sae.explain.assemble import Assembler, Cuts, histogram
 from sae.explain.config import WindowConfig
-from sae.explain.firings import ActivationRows
+from sae.explain.firings import ChunkFirings, encode_chunk
 from sae.explain.reservoir import (
     N_BINS,
     SPLITS,
@@ -44,14 +44,6 @@ class _ChunkRows(NamedTuple):
     window: np.ndarray
     offset: np.ndarray
     split: np.ndarray
-
-
-class _ChunkFirings(NamedTuple):
-    """The firings of a chunk, ordered by latent, then row."""
-
-    row: np.ndarray
-    latent: np.ndarray
-    value: np.ndarray
 
 
 class _WindowPeaks(NamedTuple):
@@ -96,12 +88,13 @@ def collect(
     """
     report = progress or silent
     state = State(dictionary.config.d_sae, window_width(cache, config), config)
-    known: dict[str, object] = {"hook_point": hook_point, **asdict(config), **(identity or {})}
+    settings = to_dict(config, all_keys=False)
+    known: dict[str, object] = {"hook_point": hook_point, **settings, **(identity or {})}
     if state_path is not None:
         state.load(state_path, known)
     rows = _ordered_rows(cache, state.width)
     for number, chunk in enumerate(_chunks(rows, state.n_done, config.rows_per_chunk), 1):
-        _add(state, chunk, _encode(dictionary, cache[hook_point], chunk.ids))
+        _add(state, chunk, encode_chunk(dictionary, cache[hook_point], chunk.ids))
         state.n_done += len(chunk.ids)
         if state_path is not None and number % config.save_every == 0:
             state.save(state_path, known)
@@ -138,26 +131,7 @@ def _chunks(rows: _ChunkRows, start: int, size: int) -> Iterator[_ChunkRows]:
         start = end
 
 
-@torch.no_grad()
-def _encode(
-    dictionary: SparseAutoencoder, activations: ActivationRows, ids: Int[Tensor, " row"]
-) -> _ChunkFirings:
-    latents = dictionary.encode(activations[ids].to(dictionary.enc_rows.device))
-    if not torch.isfinite(latents.values).all():
-        raise MonosemaError(
-            f"activations must be finite, got others in rows {int(ids[0])} to {int(ids[-1])}; "
-            "run `sae verify` on the cache and check the dictionary"
-        )
-    fires = latents.values != 0
-    row = fires.nonzero()[:, 0].cpu().numpy()
-    latent = latents.indices[fires].cpu().numpy()
-    value = latents.values[fires].float().cpu().numpy()
-    narrow = latent.astype(np.uint16 if dictionary.config.d_sae <= 1 << 16 else np.uint32)
-    order = np.argsort(narrow, kind="stable")  # 16-bit integers are sorted by radix
-    return _ChunkFirings(row[order], latent[order], value[order])
-
-
-def _add(state: State, rows: _ChunkRows, fired: _ChunkFirings) -> None:
+def _add(state: State, rows: _ChunkRows, fired: ChunkFirings) -> None:
     _count(state, rows, fired)
     peaks = _peaks(rows, fired)
     bins = half_octave(peaks.peak)
@@ -180,7 +154,7 @@ def _add(state: State, rows: _ChunkRows, fired: _ChunkFirings) -> None:
         _pool(state, split, rows, fired)
 
 
-def _count(state: State, rows: _ChunkRows, fired: _ChunkFirings) -> None:
+def _count(state: State, rows: _ChunkRows, fired: ChunkFirings) -> None:
     counts, d_sae = state.counts, state.d_sae
     counts["n_fired"] += np.bincount(fired.latent, minlength=d_sae)
     np.maximum.at(counts["max_activation"], fired.latent, fired.value)
@@ -198,7 +172,7 @@ def _count(state: State, rows: _ChunkRows, fired: _ChunkFirings) -> None:
     counts["square_length"] += float((length.astype(float) ** 2).sum())
 
 
-def _peaks(rows: _ChunkRows, fired: _ChunkFirings) -> _WindowPeaks:
+def _peaks(rows: _ChunkRows, fired: ChunkFirings) -> _WindowPeaks:
     window = rows.window[fired.row]
     begins = np.ones(len(window), bool)
     begins[1:] = (window[1:] != window[:-1]) | (fired.latent[1:] != fired.latent[:-1])
@@ -209,7 +183,7 @@ def _peaks(rows: _ChunkRows, fired: _ChunkFirings) -> _WindowPeaks:
 
 
 def _acts(
-    chosen: np.ndarray, peaks: _WindowPeaks, rows: _ChunkRows, fired: _ChunkFirings, width: int
+    chosen: np.ndarray, peaks: _WindowPeaks, rows: _ChunkRows, fired: ChunkFirings, width: int
 ) -> np.ndarray:
     """Activations of the chosen windows at each position, in shares of the peak."""
     ends = np.append(peaks.start[1:], len(fired.row))
@@ -224,7 +198,7 @@ def _acts(
     return acts
 
 
-def _pool(state: State, split: int, rows: _ChunkRows, fired: _ChunkFirings) -> None:
+def _pool(state: State, split: int, rows: _ChunkRows, fired: ChunkFirings) -> None:
     windows = np.unique(rows.window[rows.split == split])
     full = state.pool_windows[split]
     if len(full) == state.config.pool:  # whatever hashes beyond the last one cannot enter
@@ -329,7 +303,8 @@ def read_windows(directory: Path, latents: Sequence[int]) -> Iterator[LatentWind
         for row in _read(directory / WINDOWS, _WINDOW_SCHEMA, latent):
             row.pop("latent")
             tokens, acts = tuple(row.pop("tokens")), tuple(row.pop("activations"))
-            windows[row.pop("split")].append(Window(tokens=tokens, activations=acts, **row))
+            split, step = row.pop("split"), row.pop("bucket")
+            windows[split].append(Window(tokens=tokens, activations=acts, step=step, **row))
         known = activity[0]
         explain, score = (tuple(windows[split]) for split in SPLITS)
         largest, density = known["max_activation"], known["density"]

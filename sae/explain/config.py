@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from activations_cache.checks import LATER, at_least, positive, require
+from monosema.checks import LATER, all_at_least, at_least, formerly, positive, require
 
 WordMethod = Literal["clip_dissect", "text_direction", "splice"]
 """What makes labels of words: soft-WPMI, the nearest text of a latent's images, or SpLiCE."""
@@ -66,14 +66,12 @@ class ImageLabelConfig:
     """Permuted copies of the score split's classes that show what chance gives."""
     top_images: int = 8
     """Images kept per latent, by their largest activation."""
-    bucket_images: int = 1
+    images_per_fifth: int = field(default=1, metadata=formerly("bucket_images"))
     """Further images of each fifth of a latent's activations, from 0 to its largest."""
 
     def __post_init__(self) -> None:
         """Check every field; ValueError names the first that is wrong."""
-        least = {"min_images": 2, "permutations": 99, "top_images": 1, "bucket_images": 0}
-        for name, n in least.items():
-            require(getattr(self, name) >= n, name, f"be at least {n}", getattr(self, name))
+        all_at_least(self, min_images=2, permutations=99, top_images=1, images_per_fifth=0)
         require(0 < self.max_p <= 1, "max_p", "lie above 0 and be at most 1", self.max_p)
         separator = self.group_separator
         require(separator != "", "group_separator", "not be empty", separator)
@@ -166,11 +164,10 @@ class LLMConfig:
     def __post_init__(self) -> None:
         """Check every field; ValueError names the first that is wrong."""
         require(bool(self.model), "model", "name a model", self.model)
-        for name, least in (("concurrency", 1), ("retries", 0), ("attempts", 1)):
-            at_least(name, getattr(self, name), least)
-        for name in ("give_up_after", "stop_after_refusals", "longest_answer"):
-            at_least(name, getattr(self, name), 1)
-        at_least("max_answer_bytes", self.max_answer_bytes, 1000)
+        all_at_least(
+            self, concurrency=1, retries=0, attempts=1, give_up_after=1, stop_after_refusals=1,
+            longest_answer=1, max_answer_bytes=1000,
+        )  # fmt: skip
         if self.answer_tokens is not None:
             at_least("answer_tokens", self.answer_tokens, 1)
         for name in ("timeout_s", "max_wait_s"):
@@ -203,9 +200,9 @@ class WindowConfig:
     """Tokens of a window; 0 takes whole examples, as for images."""
     n_top: int = 10
     """Windows with the largest peaks."""
-    n_buckets: int = 5
+    n_steps: int = field(default=5, metadata=formerly("n_buckets"))
     """Equal steps of activation from 0 to the latent's maximum."""
-    per_bucket: int = 4
+    per_step: int = field(default=4, metadata=formerly("per_bucket"))
     """Windows taken at random from each step."""
     weak_share: float = 0.1
     """A window whose peak is at most this share of the maximum is weakly active, not active."""
@@ -224,10 +221,10 @@ class WindowConfig:
 
     def __post_init__(self) -> None:
         """Check every field; ValueError names the first that is wrong."""
-        least = {"tokens": 0, "n_top": 0, "per_bucket": 0, "n_negatives": 0, "n_neighbours": 0}
-        least |= {"n_buckets": 1, "pool": 1, "rows_per_chunk": 1, "save_every": 1, "seed": 0}
-        for name, value in least.items():
-            at_least(name, getattr(self, name), value)
+        all_at_least(
+            self, tokens=0, n_top=0, per_step=0, n_negatives=0, n_neighbours=0, n_steps=1, pool=1,
+            rows_per_chunk=1, save_every=1, seed=0,
+        )  # fmt: skip
         require(0 <= self.weak_share < 1, "weak_share", "lie in [0, 1)", self.weak_share)
 
 
@@ -284,9 +281,7 @@ class AutointerpConfig:
 
     def __post_init__(self) -> None:
         """Check every field; ValueError names the first that is wrong."""
-        least = {"n_latents": 1, "min_windows": 1, "n_controls": 0, "n_baseline": 0}
-        for name, n in least.items():
-            require(getattr(self, name) >= n, name, f"be at least {n}", getattr(self, name))
+        all_at_least(self, n_latents=1, min_windows=1, n_controls=0, n_baseline=0)
         is_set = 0 < len(self.scorers) == len(set(self.scorers))
         require(is_set, "scorers", "be one or more scorers, each once", self.scorers)
         is_list = len(self.latents) == len(set(self.latents)) and min(self.latents, default=0) >= 0
@@ -312,8 +307,7 @@ class RuleConfig:
 
     def __post_init__(self) -> None:
         """Check every field; ValueError names the first that is wrong."""
-        for name, least in {"n_latents": 0, "min_windows": 1}.items():
-            require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
+        all_at_least(self, n_latents=0, min_windows=1)
         is_set = 0 < len(self.scorers) == len(set(self.scorers))
         require(is_set, "scorers", "be one or more scorers, each once", self.scorers)
 
@@ -333,8 +327,7 @@ class AtlasConfig:
 
     def __post_init__(self) -> None:
         """Check every field; ValueError names the first that is wrong."""
-        for name, least in {"n_neighbours": 1, "n_rows": 2, "n_concepts": 10}.items():
-            require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
+        all_at_least(self, n_neighbours=1, n_rows=2, n_concepts=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,7 +356,7 @@ class ExplainConfig:
     """Random directions, and as many raw neurons, that are labelled and scored the same way."""
     top_contexts: int = 5
     """Contexts kept per latent, from different examples, by peak activation."""
-    bucket_contexts: int = 2
+    contexts_per_fifth: int = field(default=2, metadata=formerly("bucket_contexts"))
     """Further contexts from each fifth of a latent's activations, spread evenly over it."""
     context_tokens: int = 32
     """Tokens of a kept context, around its peak."""
@@ -384,13 +377,11 @@ class ExplainConfig:
 
     def __post_init__(self) -> None:
         """Check every field; ValueError names the first that is wrong."""
-        at_least = {
-            "min_firings": 2, "min_examples": 2, "words_per_label": 1, "min_word_count": 1,
-            "permutations": 2, "null_permutations": 1, "n_baseline": 0, "top_contexts": 1,
-            "bucket_contexts": 0, "context_tokens": 1, "histogram_bins": 1, "seed": 0, "weights": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            require(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name))
+        all_at_least(
+            self, min_firings=2, min_examples=2, words_per_label=1, min_word_count=1,
+            permutations=2, null_permutations=1, n_baseline=0, top_contexts=1,
+            contexts_per_fifth=0, context_tokens=1, histogram_bins=1, seed=0, weights=0,
+        )  # fmt: skip
         is_wide = self.words_per_label <= self.wide_words <= 255
         rule = f"lie between words_per_label={self.words_per_label} and 255"
         require(is_wide, "wide_words", rule, self.wide_words)

@@ -1,36 +1,46 @@
-"""The texts in which a latent fires most, and how strong its firings are."""
+"""What latents do on the rows of a split, and the texts or images in which they fire most."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+import torch
+from jaxtyping import Float, Float32, Int, Int32, Int64
+from torch import Tensor
 
 from activations_cache.tokens import PieceTable
-from sae.explain.config import ExplainConfig
+from monosema.checks import MonosemaError
+from sae.explain.config import ExplainConfig, ImageLabelConfig
 from sae.explain.firings import Codes
-from sae.explain.text_at_rows import CachedTexts, RowText
+from sae.explain.text_at_rows import Cache, CachedTexts, RowText
 
 N_FIFTHS = 5
-"""Steps from 0 to a latent's largest activation, from each of which contexts are shown."""
+"""Equal steps from 0 to a latent's largest activation."""
 
 
 @dataclass(frozen=True)
-class SplitFirings:
+class SplitCodes:
     """What the latents do on the rows of one split."""
 
     split: str
     """Name of the split."""
     codes: Codes
     """Firings on its rows."""
+
+
+@dataclass(frozen=True)
+class SplitFirings(SplitCodes):
+    """The same with the texts."""
+
     text: RowText
     """The text at its rows."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """A piece of text around one of the largest activations of a latent."""
+    """A piece of text around one of the largest activations of a latent, or an image."""
 
     latent: int
     """Number of the latent."""
@@ -52,6 +62,25 @@ class Context:
     """The tokens as text."""
     activations: tuple[float, ...]
     """The latent's activation on each token, 0 where it is silent."""
+
+
+def shown_of(peaks: Float32[np.ndarray, " example"], n_top: int, n_each: int) -> np.ndarray:
+    """Which examples are shown of a latent that fires, by its peaks; those with 0 are not.
+
+    Those with the largest peaks, then `n_each` of each fifth, spread evenly over it.
+    """
+    order = np.argsort(-peaks, kind="stable")
+    order = order[peaks[order] != 0]
+    if len(order) == 0:
+        return order
+    rest, largest = order[n_top:], peaks[order[0]]
+    fifth = np.ceil(peaks[rest] / largest * N_FIFTHS)
+    shown = [order[:n_top]]
+    for step in range(N_FIFTHS, 0, -1):
+        inside = rest[fifth == step]
+        n = min(n_each, len(inside))
+        shown.append(inside[np.arange(n) * len(inside) // max(n, 1)])
+    return np.concatenate(shown)
 
 
 class _LatentFirings(NamedTuple):
@@ -98,22 +127,10 @@ class ContextFinder:
         starts = np.flatnonzero(np.diff(fired.example, prepend=-1))
         ends = np.append(starts[1:], len(fired.value))
         peaks = np.maximum.reduceat(fired.value, starts)
-        order = np.argsort(-peaks, kind="stable")
-        for rank, run in enumerate(self._chosen(order, peaks[order])):
+        shown = shown_of(peaks, self._config.top_contexts, self._config.contexts_per_fifth)
+        for rank, run in enumerate(shown):
             inside = _LatentFirings(*(array[starts[run] : ends[run]] for array in fired))
             yield self._context(latent, rank, inside)
-
-    def _chosen(self, order: np.ndarray, peaks: np.ndarray) -> np.ndarray:
-        """The contexts with the largest peaks, then some of each fifth, spread evenly over it."""
-        n_top, n_each = self._config.top_contexts, self._config.bucket_contexts
-        rest, fifth = order[n_top:], np.ceil(peaks[n_top:] / peaks[0] * N_FIFTHS)
-        chosen = [order[:n_top]]
-        for lower in range(N_FIFTHS, 0, -1):
-            inside = rest[fifth == lower]
-            n = min(n_each, len(inside))
-            places = np.arange(n) * len(inside) // max(n, 1)
-            chosen.append(inside[places])
-        return np.concatenate(chosen)
 
     def _fired(self, latent: int) -> _LatentFirings:
         columns = []
@@ -152,7 +169,7 @@ class Activity(NamedTuple):
 
     n_fired: Int64[np.ndarray, " d_sae"]
     """Rows on which each fires."""
-    density: Float32[np.ndarray, " d_sae"]
+    density: Float[np.ndarray, " d_sae"]
     """The same as a share of all rows."""
     max_activation: Float32[np.ndarray, " d_sae"]
     """Largest activation; 0 for a dead latent."""
@@ -160,7 +177,7 @@ class Activity(NamedTuple):
     """Counts of activations in equal steps from 0 to the largest; silent rows are left out."""
 
 
-def activity(parts: Sequence[SplitFirings], n_bins: int) -> Activity:
+def activity(parts: Sequence[SplitCodes], n_bins: int) -> Activity:
     """Count firings, and sort their activations into `n_bins` steps per latent."""
     d_sae = parts[0].codes.d_sae
     n_fired = sum((part.codes.n_fired for part in parts), np.zeros(d_sae, np.int64))
@@ -185,3 +202,121 @@ def _histogram(codes: Codes, largest: np.ndarray, n_bins: int) -> np.ndarray:
         step = np.clip((share * n_bins).astype(np.int64), 0, n_bins - 1)
         counts[latent] = np.bincount(step, minlength=n_bins)
     return counts
+
+
+class PatchFiring(NamedTuple):
+    """Where a latent fires on images."""
+
+    image: Int64[np.ndarray, " entry"]
+    """Index into the images of the split; ascends."""
+    patch: Int64[np.ndarray, " entry"]
+    """Number of the patch in its image; those behind the patches are no place in the picture."""
+    value: Float32[np.ndarray, " entry"]
+    """Activation."""
+
+
+@dataclass(frozen=True)
+class SplitImages:
+    """The rows of the images of one split."""
+
+    ids: Int[Tensor, " row"]
+    """Their ids in the cache, in the order of (image, patch)."""
+    image: Int64[np.ndarray, " row"]
+    """Index of each row's image among the images of the split."""
+    patch: Int64[np.ndarray, " row"]
+    """Number of each row's patch."""
+    numbers: Int[np.ndarray, " example"]
+    """Numbers of the images in the cache."""
+    classes: Int[np.ndarray, " example"]
+    """Class of each image; -1 for none."""
+
+
+def image_rows(cache: Cache, split: str, *, any_class: bool) -> SplitImages:
+    """The rows of a split's images that have a class, or of all of them.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    rows = cache.rows((split,))
+    label = cache.token_labels(rows)
+    if not any_class:
+        rows, label = rows[label >= 0], label[label >= 0]
+    if len(rows) == 0:
+        what = "images" if any_class else "images with a class"
+        raise MonosemaError(f"split {split!r} must have {what}, got none; build a larger cache")
+    refs = cache.refs(rows)
+    example, patch = refs.example.numpy(), refs.token.numpy().astype(np.int64)
+    order = np.lexsort((patch, example))
+    numbers, first, image = np.unique(example[order], return_index=True, return_inverse=True)
+    classes = label.numpy()[order][first]
+    return SplitImages(rows[torch.from_numpy(order)], image, patch[order], numbers, classes)
+
+
+@dataclass(frozen=True)
+class ImagePart(SplitCodes):
+    """What the latents do on the images of one split."""
+
+    rows: SplitImages
+    """Which images."""
+
+    @property
+    def n_images(self) -> int:
+        """How many there are."""
+        return len(self.rows.numbers)
+
+    def of(self, latent: int) -> PatchFiring:
+        """Where one latent fires."""
+        rows, values = self.codes.of(latent)
+        return PatchFiring(self.rows.image[rows], self.rows.patch[rows], values)
+
+    @cached_property
+    def peaks(self) -> Float32[np.ndarray, "example d_sae"]:
+        """Largest activation of each latent on each image; 0 where it is silent."""
+        result = np.zeros((self.n_images, self.codes.d_sae), np.float32)
+        latent = np.repeat(np.arange(self.codes.d_sae), self.codes.n_fired)
+        np.maximum.at(result, (self.rows.image[self.codes.row], latent), self.codes.value)
+        return result
+
+
+def top_pictures(
+    parts: Sequence[ImagePart],
+    n_patches: int,
+    names: Sequence[str],
+    config: ImageLabelConfig,
+    latent: int,
+) -> Iterator[Context]:
+    """The images of one latent, the largest peak first, as contexts without tokens.
+
+    `activations` has one figure per patch, row by row, and `peak` is the largest one's number;
+    neither counts positions that are no patch. `source` is the picture's name.
+
+    Args:
+        parts: The splits.
+        n_patches: Patches of an image.
+        names: What the images of the cache are called, by number.
+        config: How many.
+        latent: Which.
+    """
+    peaks = np.concatenate([part.peaks[:, latent] for part in parts])
+    whose = np.repeat(np.arange(len(parts)), [part.n_images for part in parts])
+    numbers = np.concatenate([np.arange(part.n_images) for part in parts])
+    firing = [part.of(latent) for part in parts]
+    for rank, at in enumerate(shown_of(peaks, config.top_images, config.images_per_fifth).tolist()):
+        which, image = int(whose[at]), int(numbers[at])
+        part, inside = parts[which], firing[which].image == image
+        patch, value = firing[which].patch[inside], firing[which].value[inside]
+        heat = np.zeros(n_patches, np.float32)
+        heat[patch[patch < n_patches]] = value[patch < n_patches]
+        number = int(part.rows.numbers[image])
+        yield Context(
+            latent=latent,
+            rank=rank,
+            activation=float(peaks[at]),
+            example=number,
+            split=part.split,
+            source=names[number],
+            start=0,
+            peak=int(heat.argmax()),
+            tokens=(),
+            activations=tuple(heat.tolist()),
+        )

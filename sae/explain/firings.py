@@ -5,7 +5,7 @@ as units of the model do, with what a search for safety-relevant latents must sa
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -133,46 +133,56 @@ def encode_rows(
     Raises:
         ValueError: If an activation of the dictionary is not finite.
     """
-    chunks = [
-        _by_latent(*chunk, dictionary.config.d_sae)
-        for chunk in _chunks(dictionary, activations, rows, progress or silent)
-    ]
-    return _merged(chunks, dictionary.config.d_sae, len(rows))
-
-
-def _chunks(
-    dictionary: SparseAutoencoder,
-    activations: ActivationRows,
-    rows: Int[Tensor, " row"],
-    progress: Progress,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    report, d_sae = progress or silent, dictionary.config.d_sae
+    chunks = []
     for start in range(0, len(rows), _ROWS_PER_CHUNK):
         ids = rows[start : start + _ROWS_PER_CHUNK]
-        with torch.no_grad():  # not around the loop: whoever takes the chunks keeps his own mode
-            latents = dictionary.encode(activations[ids].to(dictionary.enc_rows.device))
-        if not torch.isfinite(latents.values).all():
-            raise MonosemaError(
-                f"activations must be finite, got others in rows {int(ids[0])} to {int(ids[-1])}; "
-                "run `sae verify` on the cache and check the dictionary"
-            )
-        fires = latents.values != 0
-        row = fires.nonzero()[:, 0].to(torch.int32) + start
-        values = latents.values[fires].float()
-        yield row.cpu().numpy(), latents.indices[fires].cpu().numpy(), values.cpu().numpy()
-        progress(start + len(ids), len(rows), "rows encoded")
+        row, latent, value = encode_chunk(dictionary, activations, ids)
+        n_fired = np.bincount(latent, minlength=d_sae)
+        chunks.append(_FiringChunk(n_fired, row.astype(np.int32) + np.int32(start), value))
+        report(start + len(ids), len(rows), "rows encoded")
+    return _merged(chunks, d_sae, len(rows))
+
+
+class ChunkFirings(NamedTuple):
+    """The firings on some rows, ordered by latent, then row."""
+
+    row: Int64[np.ndarray, " entry"]
+    """Which of the rows."""
+    latent: Int64[np.ndarray, " entry"]
+    """Which latent fires on it."""
+    value: Float32[np.ndarray, " entry"]
+    """Activation, never 0."""
+
+
+@torch.no_grad()
+def encode_chunk(
+    dictionary: SparseAutoencoder, activations: ActivationRows, ids: Int[Tensor, " row"]
+) -> ChunkFirings:
+    """Encode rows at once.
+
+    Raises:
+        ValueError: If an activation of the dictionary is not finite.
+    """
+    latents = dictionary.encode(activations[ids].to(dictionary.enc_rows.device))
+    if not torch.isfinite(latents.values).all():
+        raise MonosemaError(
+            f"activations must be finite, got others in rows {int(ids[0])} to {int(ids[-1])}; "
+            "run `sae verify` on the cache and check the dictionary"
+        )
+    fires = latents.values != 0
+    row, latent = fires.nonzero()[:, 0].cpu().numpy(), latents.indices[fires].cpu().numpy()
+    value = latents.values[fires].float().cpu().numpy()
+    # NumPy sorts 16-bit integers by radix, which is several times faster.
+    narrow = latent.astype(np.uint16 if dictionary.config.d_sae <= 1 << 16 else np.uint32)
+    order = np.argsort(narrow, kind="stable")
+    return ChunkFirings(row[order], latent[order], value[order])
 
 
 class _FiringChunk(NamedTuple):
     n_fired: np.ndarray
     row: np.ndarray
     value: np.ndarray
-
-
-def _by_latent(row: np.ndarray, latent: np.ndarray, value: np.ndarray, d_sae: int) -> _FiringChunk:
-    # NumPy sorts 16-bit integers by radix, which is several times faster.
-    narrow = latent.astype(np.uint16 if d_sae <= 1 << 16 else np.uint32)
-    order = np.argsort(narrow, kind="stable")
-    return _FiringChunk(np.bincount(latent, minlength=d_sae), row[order], value[order])
 
 
 def _merged(chunks: list[_FiringChunk], d_sae: int, n_rows: int) -> Codes:

@@ -25,7 +25,7 @@ from scipy import sparse
 from activations_cache.checks import Progress, silent
 from monosema.checks import MonosemaError
 from sae.explain.config import ExplainConfig, Kind
-from sae.explain.examples import SplitFirings
+from sae.explain.examples import N_FIFTHS, SplitFirings
 from sae.explain.firings import CAUTION, Codes, concatenated_ranges
 from sae.explain.labels import Labels, Rules, completeness
 from sae.explain.scores import levels
@@ -37,8 +37,6 @@ STRONGEST = 0.1
 """Share of a latent's firings, by activation, that count as strong."""
 LEAST_STRONG = 5
 """Fewer strong firings on the score split have no score."""
-N_STEPS = 5
-"""Equal steps of activation, from 0 to the latent's largest, of the curve."""
 
 _ENTRIES_AT_ONCE = 1 << 22
 
@@ -162,7 +160,7 @@ def held_out(
 
 def _empty(d_sae: int) -> HeldOut:
     nan = [np.full(d_sae, np.nan) for _ in range(4)]
-    steps = (d_sae, N_STEPS)
+    steps = (d_sae, N_FIFTHS)
     zeros = np.zeros(d_sae, np.int64), np.full(steps, np.nan), np.zeros(steps, np.int64)
     return HeldOut(nan[0], nan[1], nan[2], *zeros, nan[3])
 
@@ -190,7 +188,7 @@ def _chunk(
     value = codes.value[entry]
     largest = np.maximum.reduceat(value, start)
     share = value / np.repeat(largest, n_fired)
-    step = np.clip(np.ceil(share * N_STEPS).astype(np.int64) - 1, 0, N_STEPS - 1)
+    step = np.clip(np.ceil(share * N_FIFTHS).astype(np.int64) - 1, 0, N_FIFTHS - 1)
     level = levels(rules)
     by_level = np.zeros((len(latents), level.shape[1] + 1), np.int64)
     count = np.where(rules.value >= 0, n_rows[rules.value], 0)
@@ -209,7 +207,7 @@ def _fill(result: HeldOut, chunk: _Chunk, auc_strong: np.ndarray, values: np.nda
     n_strong = _runs(chunk.is_strong, chunk.start)
     result.n_strong[latent] = n_strong
     result.auc_strong[latent] = np.where(n_strong >= LEAST_STRONG, auc_strong, np.nan)
-    for step in range(N_STEPS):
+    for step in range(N_FIFTHS):
         inside = chunk.step == step
         n = _runs(inside, chunk.start)
         explained = chunk.firing(values, inside)[:, 1:].sum(axis=1)

@@ -6,19 +6,18 @@ for texts whose embeddings lie in one space with those of images.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from scipy import stats
+from sklearn.linear_model import Lasso
 from torch import Tensor
 
 from monosema.checks import MonosemaError
 from sae.explain.config import ImageLabelConfig, Method, WordsConfig
-from sae.explain.image_firings import splice, spoken, text_cosine
 
 _WORDS_AT_ONCE = 2048
 _LEAST_P = 1e-7
@@ -151,6 +150,61 @@ def class_enrichment(
     return Enrichment(lift, np.minimum(p * has.shape[1], 1.0), best.astype(np.int64))
 
 
+def spoken(name: str) -> str:
+    """A folder's name as words: "food-fruit" and "food_fruit" are "food fruit"."""
+    return " ".join(name.replace("-", " ").replace("_", " ").split())
+
+
+def text_cosine(
+    directions: Float[Tensor, "d_sae d_model"],
+    texts: Float[Tensor, "word d_model"],
+) -> Float[Tensor, "d_sae word"]:
+    """Cosine of latents' directions and text embeddings, the texts without their common mean.
+
+    A dictionary's directions have no offset of their modality, text embeddings have; taken off,
+    a constant shift of all texts changes no name.
+
+    Args:
+        directions: Decoder rows, in the space of the embeddings.
+        texts: One embedding per concept.
+
+    Raises:
+        ValueError: If there is only one concept to take the mean of.
+    """
+    if len(texts) < 2:
+        raise MonosemaError(f"concepts must be at least two to be centred, got {len(texts)}")
+    centred = torch.nn.functional.normalize(texts - texts.mean(dim=0), dim=1)
+    return torch.nn.functional.normalize(directions, dim=1) @ centred.T
+
+
+def splice(
+    z: Float[Tensor, "batch d_model"], concepts: Float[Tensor, "word d_in"], penalty: float
+) -> Float[Tensor, "batch word"]:
+    """Sparse non-negative weights of concepts: min over w >= 0 of |z - C w|^2 + penalty |w|_1.
+
+    SpLiCE (Bhalla et al. 2024, arXiv 2402.10376). Both sides are taken as they are: centre and
+    normalise them first, each modality by its own mean.
+
+    Raises:
+        ValueError: If widths differ or the penalty is not positive.
+    """
+    if z.shape[1] != concepts.shape[1]:
+        raise MonosemaError(f"concepts must be as wide as z, {z.shape[1]}, got {concepts.shape[1]}")
+    if penalty <= 0:
+        raise MonosemaError(f"penalty must be positive, got {penalty}")
+    # scikit-learn minimises |z - C w|^2 / (2 d) + alpha |w|_1.
+    model = Lasso(
+        alpha=penalty / (2 * z.shape[1]), positive=True, fit_intercept=False, max_iter=10_000,
+        tol=1e-6,
+    )  # fmt: skip
+    result = z.new_zeros(len(z), len(concepts))
+    is_any = (z != 0).any(dim=1)  # of nothing no weights are sought: old releases never end there
+    if bool(is_any.any()):
+        model.fit(concepts.T.double().numpy(), z[is_any].T.double().numpy())
+        result[is_any] = torch.from_numpy(model.coef_).reshape(-1, len(concepts)).to(z)
+    return result
+
+
 class ImageLabels(NamedTuple):
     """What each latent's images have in common."""
 
@@ -223,19 +277,6 @@ class ByClass:
         }
         joint = np.take_along_axis(fires.T.astype(np.int64) @ has.astype(np.int64), order, axis=1)
         return ImageLabels(concept, order, certain, p_value, joint, has.sum(axis=0))
-
-
-class ImageWords(NamedTuple):
-    """Words and images in one space."""
-
-    names: tuple[str, ...]
-    """Words, or captions."""
-    texts: Float32[Tensor, "word d_model"]
-    """Their embeddings, of norm 1."""
-    images: Float32[Tensor, "example d_model"]
-    """Of every image of the cache, of norm 1."""
-    facts: Mapping[str, Any]
-    """What is recorded of the towers."""
 
 
 @dataclass(frozen=True)
@@ -314,46 +355,6 @@ class ByWords:
 
 def _first(scores: Float[Tensor, "d_sae word"], n: int) -> Int64[Tensor, "d_sae rank"]:
     return scores.topk(min(n, scores.shape[1]), dim=1).indices
-
-
-def by_words(
-    words: ImageWords,
-    examples: tuple[Int64[np.ndarray, " example"], Int64[np.ndarray, " other"]],
-    folders: tuple[Int64[np.ndarray, " other"], tuple[str, ...]],
-    config: ImageLabelConfig,
-    n_listed: int,
-) -> ByWords:
-    """What labels of words are made of and scored on.
-
-    An image counts as having a word if it is in the `share` of its split's images with the largest
-    probability of the word, by softmax over all words of 10 x cosine as CLIP-Dissect takes it.
-
-    Args:
-        words: Of the towers, for every image of a cache.
-        examples: Numbers of the images of the explain and of the score split.
-        folders: Class of each image of the score split, and the names of the classes.
-        config: With `words`.
-        n_listed: Words that are kept of each latent.
-    """
-    assert config.words is not None, "only called where there are words"
-    has = tuple(_likeliest(words, numbers, config.words.share) for numbers in examples)
-    classes, names = folders
-    number = {spoken(name).casefold(): i for i, name in enumerate(names)}
-    of_word = np.array([number.get(spoken(name).casefold(), -2) for name in words.names])
-    in_folder = classes[:, None] == of_word if (of_word >= 0).sum() > 1 else None
-    seen = words.images[torch.from_numpy(examples[0])]
-    return ByWords(
-        words.names, words.texts, seen, (has[0], has[1]), in_folder, config.words,
-        config.min_images, n_listed,
-    )  # fmt: skip
-
-
-def _likeliest(
-    words: ImageWords, numbers: Int64[np.ndarray, " example"], share: float
-) -> Bool[np.ndarray, "example word"]:
-    p = (10.0 * words.images[torch.from_numpy(numbers)] @ words.texts.T).softmax(dim=1)
-    has = torch.zeros(p.shape, dtype=torch.bool)
-    return has.scatter_(0, p.topk(max(1, round(share * len(p))), dim=0).indices, True).numpy()
 
 
 class Concepts(NamedTuple):

@@ -1,142 +1,227 @@
-"""Explain a dictionary of images: encode, label by classes or words, score on others, write."""
+"""Images as what labels speak of: by classes, groups of classes, or words."""
 
-import dataclasses
-import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int64
+from torch import Tensor
 
-from activations_cache.checks import MonosemaError, Progress, silent
-from sae.autoencoder import SparseAutoencoder
-from sae.baselines import baseline_dictionary
-from sae.explain.config import ExplainConfig, ImageLabelConfig
-from sae.explain.examples import Context
-from sae.explain.image_firings import Captions, ImagePart, top_pictures
+from monosema.checks import MonosemaError, Progress
+from sae.explain.config import ImageLabelConfig
+from sae.explain.examples import (
+    N_FIFTHS,
+    Activity,
+    Context,
+    ImagePart,
+    SplitImages,
+    activity,
+    image_rows,
+    top_pictures,
+)
+from sae.explain.firings import Codes
 from sae.explain.image_labels import (
     ByClass,
     ByWords,
     Concepts,
-    ImageWords,
-    by_words,
+    ImageLabels,
     concepts_of,
+    spoken,
 )
-from sae.explain.image_summary import ImageLabelScorer, ImageSummary, Scored
-from sae.explain.scores import Mean
-from sae.explain.tables import LatentRecord, write_tables
-from sae.explain.text_at_rows import Cache
-from sae.statistics import Interval
-
-N_STEPS = 5
-"""Equal steps of a latent's peak, from 0 to its largest, of the curve."""
-
-SAMPLE = 16_384
-"""Rows from which the thresholds of untrained latents are taken, at most."""
+from sae.explain.image_summary import ExplainedImages, ImageLabelScorer
+from sae.explain.run import SPLITS, Units
+from sae.explain.scores import known_or_none
+from sae.explain.statistics import mutual_information, normalised_pmi
 
 PRIOR_IMAGES = 1.0
 """Pseudo-images, firing at the latent's own rate, in p(fires | class)."""
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """A cache of images, and what explaining needs to know of the images themselves."""
+class ImageWords(NamedTuple):
+    """Words and images in one space."""
 
-    cache: Cache
-    """Rows, classes and splits."""
+    names: tuple[str, ...]
+    """Words, or captions."""
+    texts: Float32[Tensor, "word d_model"]
+    """Their embeddings, of norm 1."""
+    images: Float32[Tensor, "example d_model"]
+    """Of every image of the cache, of norm 1."""
+    facts: Mapping[str, Any]
+    """What is recorded of the towers."""
+
+
+class Captions(NamedTuple):
+    """What was written about the images of a cache."""
+
+    texts: Sequence[str]
+    """One for each example of the cache."""
+    facts: Mapping[str, Any]
+    """What is recorded of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageUnits(Units[ImagePart, ExplainedImages]):
+    """The images of a cache; of the config `images` and what is not of text is read.
+
+    Needs 4 bytes for each image and latent beside the firings.
+    """
+
     names: Sequence[str]
     """What the image of each example is called."""
     n_patches: int
     """Patches of an image; row by row they are the first token numbers."""
     words: ImageWords | Captions | None = None
     """Words and every image in one space, or a caption of each; needed where the config says so."""
+    name = "pictures"
+    n_sampled = 16_384
+
+    @cached_property
+    def splits(self) -> Mapping[str, SplitImages]:
+        """The rows of the images of each split."""
+        images = self.config.images
+        if not images.by_words:
+            concepts_of(self.cache.label_names, images.group_separator)  # refused before all else
+        return {split: image_rows(self.cache, split, any_class=images.by_words) for split in SPLITS}
+
+    @property
+    def n_shown(self) -> int:
+        """Pictures with the largest peaks, and those of each fifth."""
+        return self.config.images.top_images + N_FIFTHS * self.config.images.images_per_fifth
+
+    def firings(self, split: str, codes: Codes) -> ImagePart:
+        """The codes with the images."""
+        return ImagePart(split, codes, self.splits[split])
+
+    def shown(self, parts: Sequence[ImagePart]) -> Callable[[int], Iterator[Context]]:
+        """Pictures of both splits."""
+        return partial(top_pictures, parts, self.n_patches, self.names, self.config.images)
+
+    @cached_property
+    def concepts(self) -> ByClass | ByWords:
+        """What the labels may say, and which images of the two splits have it."""
+        cache, images, splits = self.cache, self.config.images, tuple(self.splits.values())
+        if isinstance(self.words, Captions):
+            return _by_captions(self.words, splits, images)
+        if self.words is None:
+            assert not images.by_words, "the caller reads what the config names"
+            concepts = concepts_of(cache.label_names, images.group_separator)
+            has = [concepts.has(rows.classes) for rows in splits]
+            return ByClass(concepts, (has[0], has[1]), images)
+        folders = (splits[1].classes, cache.label_names)
+        numbers = (splits[0].numbers, splits[1].numbers)
+        return by_words(self.words, numbers, folders, images, self.config.words_per_label)
+
+    def labelled(self, parts: Sequence[ImagePart], progress: Progress) -> ExplainedImages:
+        """Labels of the first part's images, scored on the second's."""
+        del progress  # it is quick
+        concepts, words = self.concepts, self.words
+        more = {"words": {**words.facts, "n_concepts": len(concepts.names)}} if words else {}
+        active = _activity(parts, self.config.histogram_bins)
+        return ImageLabelScorer(parts, concepts, self.config).explained(active, more)
+
+    def said(
+        self, explained: ExplainedImages, parts: Sequence[ImagePart], latent: int
+    ) -> dict[str, Any]:
+        """The label and what else may stand beside it, and what they are worth on other images."""
+        concepts, labels = self.concepts, explained.labels
+        is_scored = explained.status[latent] == "scored"
+        best = int(labels.concept[concepts.method][latent]) if is_scored else -1
+        ranks = _listed(labels, latent, best)[: self.config.words_per_label]
+        listed = labels.order[latent, ranks]
+        joint, has = labels.joint[latent, ranks], labels.n_has[listed]
+        n_images, n_fired = parts[0].n_images, (parts[0].peaks[:, [latent]] > 0).sum(axis=0)
+        prior = PRIOR_IMAGES * n_fired / n_images
+        counts = (joint, n_fired, has, n_images)
+        return {
+            "label": concepts.names[best] if best >= 0 else "",
+            "kind": concepts.kind(best) if best >= 0 else "",
+            "words": tuple(concepts.names[i] for i in listed),
+            "weights": tuple(((joint + prior) / (has + PRIOR_IMAGES)).tolist()),
+            "joint": tuple(joint.tolist()),
+            "information": tuple(np.abs(mutual_information(*counts)).tolist()),
+            "npmi": tuple(normalised_pmi(*counts).tolist()),
+            "p_value": float(labels.p_value[latent, ranks[0]]) if ranks else None,
+            "p_held_out": known_or_none(explained.scores.p_value[latent]),
+            **_curve(parts[1], concepts, best, latent),
+        }
 
 
-class ExplainedImages(NamedTuple):
-    """The labels of a dictionary in figures."""
+def _activity(parts: Sequence[ImagePart], n_bins: int) -> Activity:
+    """How often and how strongly latents fire, counted in double precision."""
+    active, n_rows = activity(parts, n_bins), sum(part.codes.n_rows for part in parts)
+    for latent in np.flatnonzero(active.n_fired):
+        values = np.concatenate([part.codes.of(int(latent)).values for part in parts])
+        span = (0.0, float(active.max_activation[latent]) or 1.0)
+        active.histogram[latent], _ = np.histogram(values, n_bins, span)
+    return active._replace(density=active.n_fired / n_rows)
 
-    summary: ImageSummary
-    """Of its own latents."""
-    untrained: dict[str, ImageSummary]
-    """Of random directions and raw neurons that are as dense as its latents."""
-    words: Mapping[str, Any]
-    """What is recorded of the towers or captions, where labels are words; else empty."""
+
+def _listed(labels: ImageLabels, latent: int, best: int) -> list[int]:
+    """The rank of the label's concept, then of others that may stand beside it."""
+    if best < 0:
+        return []
+    first = int(np.flatnonzero(labels.order[latent] == best)[0])
+    others = np.flatnonzero(labels.listed[latent]).tolist()
+    return [first, *(rank for rank in others if rank != first)]
 
 
-def explain_images(
-    dictionary: SparseAutoencoder,
-    pictures: Pictures,
-    hook_point: str,
-    config: ExplainConfig,
-    out_dir: Path | None,
-    *,
-    progress: Progress | None = None,
-) -> ExplainedImages:
-    """Label all latents on the explain split and score the labels on the score split.
+def _curve(part: ImagePart, concepts: ByClass | ByWords, best: int, latent: int) -> dict[str, Any]:
+    """Share of the images with what the label says by fifths of the peak, on unseen images."""
+    if best < 0:
+        return {"curve": (), "curve_n": (), "base": None}
+    has, peaks = concepts.has[1][:, best], part.peaks[:, latent]
+    step = np.ceil(peaks / max(float(peaks.max()), 1e-12) * N_FIFTHS).astype(int)
+    inside = [has[step == i] for i in range(1, N_FIFTHS + 1)]
+    return {
+        "curve": tuple(float(each.mean()) if len(each) else None for each in inside),
+        "curve_n": tuple(len(each) for each in inside),
+        "base": float(has.mean()),
+    }
 
-    Labels are classes and groups of them, or with `images.words` and `images.captions` words.
 
-    Needs 4 bytes for each image and latent beside the firings.
+def by_words(
+    words: ImageWords,
+    examples: tuple[Int64[np.ndarray, " example"], Int64[np.ndarray, " other"]],
+    folders: tuple[Int64[np.ndarray, " other"], tuple[str, ...]],
+    config: ImageLabelConfig,
+    n_listed: int,
+) -> ByWords:
+    """What labels of words are made of and scored on.
+
+    An image counts as having a word if it is in the `share` of its split's images with the largest
+    probability of the word, by softmax over all words of 10 x cosine as CLIP-Dissect takes it.
 
     Args:
-        dictionary: What is explained.
-        pictures: Of what the dictionary was trained on, split by image.
-        hook_point: Which activations it reads.
-        config: How; of it `images`, `n_baseline`, `seed`, `histogram_bins`, `words_per_label`.
-        out_dir: Where latents.parquet, examples.parquet and summary.json go; None writes none.
-        progress: Called with the units "rows encoded" and "latents' pictures".
-
-    Raises:
-        ValueError: If there are not two classes, or a split is empty.
+        words: Of the towers, for every image of a cache.
+        examples: Numbers of the images of the explain and of the score split.
+        folders: Class of each image of the score split, and the names of the classes.
+        config: With `words`.
+        n_listed: Words that are kept of each latent.
     """
-    report = progress or silent
-    cache, images = pictures.cache, config.images
-    if not images.by_words:
-        concepts_of(cache.label_names, images.group_separator)  # refused before rows are encoded
-    parts = [
-        ImagePart(dictionary, cache, hook_point, s, report, any_class=images.by_words)
-        for s in ("explain", "score")
-    ]
-    said, d_sae = _said(parts, pictures, config), parts[0].codes.d_sae
-    result = ImageLabelScorer(parts[0].peaks, parts[1].peaks, said, images, config.seed).scored()
-    arms = _untrained(parts, pictures.cache, hook_point, said, config, report)
-    facts = {**pictures.words.facts, "n_concepts": len(said.names)} if pictures.words else {}
-    explained = ExplainedImages(result.summary, arms, facts)
-    if out_dir is None:
-        return explained
-    records = (_record(result, parts, said, config, latent) for latent in range(d_sae))
-    examples = _examples(parts, pictures, config, report)
-    n_rows = {f"n_rows_{part.split}": part.codes.n_rows for part in parts}
-    summary = {
-        **_flat(result.summary),
-        **n_rows,
-        "baselines": {name: _flat(arm) for name, arm in arms.items()},
-        "config": dataclasses.asdict(config),
-        **({"words": facts} if facts else {}),
-    }
-    n_examples = images.top_images + 5 * images.bucket_images
-    write_tables(out_dir, records, examples, n_examples, summary)
-    return explained
+    assert config.words is not None, "only called where there are words"
+    has = tuple(_likeliest(words, numbers, config.words.share) for numbers in examples)
+    classes, names = folders
+    number = {spoken(name).casefold(): i for i, name in enumerate(names)}
+    of_word = np.array([number.get(spoken(name).casefold(), -2) for name in words.names])
+    in_folder = classes[:, None] == of_word if (of_word >= 0).sum() > 1 else None
+    seen = words.images[torch.from_numpy(examples[0])]
+    return ByWords(
+        words.names, words.texts, seen, (has[0], has[1]), in_folder, config.words,
+        config.min_images, n_listed,
+    )  # fmt: skip
 
 
-def _said(
-    parts: Sequence[ImagePart], pictures: Pictures, config: ExplainConfig
-) -> ByClass | ByWords:
-    """What the labels may say, and which images of the two splits have it."""
-    cache, images = pictures.cache, config.images
-    if isinstance(pictures.words, Captions):
-        return _by_captions(pictures.words, parts, images)
-    if pictures.words is None:
-        assert not images.by_words, "the caller reads what the config names"
-        concepts = concepts_of(cache.label_names, images.group_separator)
-        has = [concepts.has(part.classes) for part in parts]
-        return ByClass(concepts, (has[0], has[1]), images)
-    folders, numbers = (parts[1].classes, cache.label_names), [part.numbers for part in parts]
-    where = (numbers[0], numbers[1])
-    return by_words(pictures.words, where, folders, images, config.words_per_label)
+def _likeliest(
+    words: ImageWords, numbers: Int64[np.ndarray, " example"], share: float
+) -> Bool[np.ndarray, "example word"]:
+    p = (10.0 * words.images[torch.from_numpy(numbers)] @ words.texts.T).softmax(dim=1)
+    has = torch.zeros(p.shape, dtype=torch.bool)
+    return has.scatter_(0, p.topk(max(1, round(share * len(p))), dim=0).indices, True).numpy()
 
 
 class _Written(Concepts):
@@ -148,12 +233,12 @@ class _Written(Concepts):
 
 
 def _by_captions(
-    captions: Captions, parts: Sequence[ImagePart], images: ImageLabelConfig
+    captions: Captions, splits: Sequence[SplitImages], images: ImageLabelConfig
 ) -> ByClass:
     """Words that at least `min_images` and at most half of the images to label from have."""
     of_split = [
-        [set(re.findall(r"\w+", captions.texts[int(n)].casefold())) for n in part.numbers.tolist()]
-        for part in parts
+        [set(re.findall(r"\w+", captions.texts[int(n)].casefold())) for n in rows.numbers.tolist()]
+        for rows in splits
     ]
     counts, most = Counter(word for words in of_split[0] for word in words), len(of_split[0]) / 2
     names = tuple(sorted(w for w, n in counts.items() if images.min_images <= n <= most))
@@ -164,157 +249,3 @@ def _by_captions(
         )
     has = [np.array([[name in words for name in names] for words in part]) for part in of_split]
     return ByClass(_Written(names, len(names), has[0]), (has[0], has[1]), images)
-
-
-def _untrained(
-    parts: Sequence[ImagePart],
-    cache: Cache,
-    hook_point: str,
-    said: ByClass | ByWords,
-    config: ExplainConfig,
-    report: Progress,
-) -> dict[str, ImageSummary]:
-    """Random directions and raw neurons, as dense as latents spread evenly over the live ones."""
-    n_fired = np.sum([part.codes.n_fired for part in parts], axis=0)
-    density = np.sort(n_fired[n_fired > 0] / sum(part.codes.n_rows for part in parts))
-    n = config.n_baseline
-    if not (n and len(density)):
-        return {}
-    places = np.linspace(0, len(density) - 1, n).round().astype(int)
-    ids = cache.rows(("explain",))
-    rows = cache[hook_point][ids[:: max(1, len(ids) // SAMPLE)]].cpu()
-    wanted = np.clip(density[places], 1 / len(rows), 0.5).tolist()
-    untrained = baseline_dictionary(rows, n, wanted, config.seed)
-    any_class = config.images.by_words
-    on = [
-        ImagePart(untrained, cache, hook_point, part.split, report, any_class=any_class)
-        for part in parts
-    ]
-    results = {}
-    for first, name in ((0, "random directions"), (n, "raw neurons")):
-        peaks = [part.peaks[:, first : first + n] for part in on]
-        judge = ImageLabelScorer(peaks[0], peaks[1], said, config.images, config.seed)
-        results[name] = judge.scored().summary
-    return results
-
-
-def _examples(
-    parts: Sequence[ImagePart], pictures: Pictures, config: ExplainConfig, progress: Progress
-) -> Iterator[Context]:
-    d_sae = parts[0].codes.d_sae
-    for latent in range(d_sae):
-        yield from top_pictures(parts, latent, pictures.n_patches, pictures.names, config.images)
-        if (latent + 1) % 256 == 0 or latent + 1 == d_sae:
-            progress(latent + 1, d_sae, "latents' pictures")
-
-
-def _record(
-    result: Scored,
-    parts: Sequence[ImagePart],
-    said: ByClass | ByWords,
-    config: ExplainConfig,
-    latent: int,
-) -> LatentRecord:
-    labels, status = result.labels, result.status[latent]
-    best = int(labels.concept[said.method][latent]) if status == "scored" else -1
-    ranks = _listed(result, latent, best, config)
-    listed = [int(labels.order[latent, rank]) for rank in ranks]
-    n_images, n_fired = parts[0].n_images, int((parts[0].peaks[:, latent] > 0).sum())
-    joint = [int(labels.joint[latent, rank]) for rank in ranks]
-    n_has = [int(labels.n_has[i]) for i in listed]
-    each = list(zip(joint, n_has, strict=True))
-    known = [mutual_information(j, n_fired, n, n_images) for j, n in each]
-    prior = PRIOR_IMAGES * n_fired / n_images
-    weights = [(j + prior) / (n + PRIOR_IMAGES) for j, n in each]
-    values = np.concatenate([part.codes.of(latent).values for part in parts])
-    largest = float(values.max()) if len(values) else 0.0
-    bins, _ = np.histogram(values, config.histogram_bins, (0.0, largest or 1.0))
-    return LatentRecord(
-        latent=latent,
-        status=status,
-        label=said.names[best] if best >= 0 else "",
-        kind=said.kind(best) if best >= 0 else "",
-        words=tuple(said.names[i] for i in listed),
-        weights=tuple(weights),
-        joint=tuple(joint),
-        information=tuple(information for information, _ in known),
-        npmi=tuple(npmi for _, npmi in known),
-        gain=None,
-        p_value=float(labels.p_value[latent, ranks[0]]) if ranks else None,
-        auc=_known(float(result.scores.auc[latent])),
-        low=_known(float(result.scores.low[latent])),
-        high=_known(float(result.scores.high[latent])),
-        control_auc=_known(float(result.control.auc[latent])),
-        auc_wide=None,
-        n_fired_explain=int(parts[0].codes.n_fired[latent]),
-        n_fired_score=int(parts[1].codes.n_fired[latent]),
-        density=len(values) / sum(part.codes.n_rows for part in parts),
-        max_activation=largest,
-        histogram=tuple(bins.tolist()) if len(values) else (),
-        p_held_out=_known(float(result.scores.p_value[latent])),
-        auc_strong=None,
-        p_strong=None,
-        **_curve(parts[1], said, best, latent),
-    )
-
-
-def _curve(part: ImagePart, said: ByClass | ByWords, best: int, latent: int) -> dict[str, Any]:
-    """Share of the images with what the label says by steps of the latent's peak, unseen images."""
-    if best < 0:
-        return {"curve": (), "curve_n": (), "base": None}
-    has, peaks = said.has[1][:, best], part.peaks[:, latent]
-    step = np.ceil(peaks / max(float(peaks.max()), 1e-12) * N_STEPS).astype(int)
-    inside = [has[step == i] for i in range(1, N_STEPS + 1)]
-    shares = tuple(float(each.mean()) if len(each) else None for each in inside)
-    return {
-        "curve": shares,
-        "curve_n": tuple(len(each) for each in inside),
-        "base": float(has.mean()),
-    }
-
-
-def _listed(result: Scored, latent: int, best: int, config: ExplainConfig) -> list[int]:
-    """The rank of the label's concept, then of others that may stand beside it."""
-    if best < 0:
-        return []
-    order, listed = result.labels.order[latent], result.labels.listed[latent]
-    first = int(np.flatnonzero(order == best)[0])
-    others = [int(rank) for rank in np.flatnonzero(listed) if rank != first]
-    return [first, *others][: config.words_per_label]
-
-
-def mutual_information(joint: int, n_fired: int, n_has: int, n_images: int) -> tuple[float, float]:
-    """Of firing and having, over images: in nats, and NPMI (-1: never together)."""
-    table = np.array([
-        [joint, n_fired - joint],
-        [n_has - joint, n_images - n_fired - n_has + joint],
-    ]) / n_images  # fmt: skip
-    expected = np.outer(table.sum(axis=1), table.sum(axis=0))
-    there = table > 0
-    information = float((table[there] * np.log(table[there] / expected[there])).sum())
-    share = float(table[0, 0])
-    if share <= 0:
-        return information, -1.0
-    npmi = 1.0 if share == 1 else float(np.log(share / expected[0, 0]) / -np.log(share))
-    return information, npmi
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _flat(summary: ImageSummary) -> dict[str, object]:
-    """The summary as JSON takes it: named tuples as objects, nan as null."""
-    return {f.name: _plain(getattr(summary, f.name)) for f in dataclasses.fields(summary)}
-
-
-def _plain(value: object) -> object:
-    match value:
-        case Mean() | Interval():
-            return _plain(value._asdict())
-        case dict():
-            return {str(key): _plain(entry) for key, entry in value.items()}
-        case float():
-            return _known(value)
-        case _:
-            return value

@@ -6,33 +6,33 @@ counting half. Images are what is independent, so they are what the intervals re
 of one dictionary share them.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 from scipy.stats import rankdata
 
-from sae.explain.config import ImageLabelConfig, Method
-from sae.explain.image_firings import NO_MEAN, Strongest, Z, strongest
+from sae.explain.config import ExplainConfig, Method
+from sae.explain.examples import Activity, ImagePart
 from sae.explain.image_labels import ByClass, ByWords, ImageLabels
-from sae.explain.scores import FLOOR, Mean
-from sae.statistics import Interval, wilson
+from sae.explain.results import LEVEL, LabelFigures, common_figures, share_of_live
+from sae.explain.run import Explained
+from sae.explain.scores import Mean, Scores
+from sae.statistics import Interval, Z
 from sae.statistics import auc as auc_with_interval
+
+NO_MEAN = Mean(float("nan"), float("nan"), float("nan"))
+"""Where there is nothing to take the mean of."""
 
 _LATENTS_AT_ONCE = 1024
 
 
-class ImageScores(NamedTuple):
-    """Scores on the score split; nan for latents without one."""
+@dataclass(frozen=True)
+class ImageScores(Scores):
+    """Scores on the score split, with DeLong's interval."""
 
-    auc: Float64[np.ndarray, " d_sae"]
-    """Area under the ROC curve."""
-    low: Float64[np.ndarray, " d_sae"]
-    """Lower end of its 95 % interval (DeLong's variance)."""
-    high: Float64[np.ndarray, " d_sae"]
-    """Upper end."""
     p_value: Float64[np.ndarray, " d_sae"]
     """Share of the permuted classes, the true ones among them, with an AUC as large."""
     influence: Float64[np.ndarray, " example"]
@@ -142,34 +142,71 @@ def _score(
         result.low[latent], result.high[latent] = ends.low, ends.high
 
 
-LEVEL = 0.01
-"""At which a label's AUC beats the permuted classes."""
+N_STRONGEST = 5
+"""So many images of the score split are a latent's strongest."""
 
-STATUSES = ("scored", "unlabelled", "insufficient", "dead")
+_RESAMPLES = 200
 
 
-@dataclass(frozen=True)
-class ImageSummary:
+class Strongest(NamedTuple):
+    """How often the images on which latents fire most have their labels, beyond chance."""
+
+    mean: Mean
+    """Mean over the latents; its interval is a bootstrap over images."""
+    resampled: Float64[np.ndarray, " resample"]
+    """The means of the resamples, which are the same images for every dictionary; empty where no
+    latent has a label."""
+
+
+def strongest(
+    peaks: Float32[np.ndarray, "example d_sae"],
+    has: Bool[np.ndarray, "example word"],
+    concept: Int64[np.ndarray, " d_sae"],
+    seed: int,
+) -> Strongest:
+    """Share of a latent's `N_STRONGEST` strongest images that its label names, less that of all.
+
+    Args:
+        peaks: Of every image.
+        has: Which concepts every image has.
+        concept: What each latent's label names; -1: none.
+        seed: Of the resamples.
+    """
+    latents = np.flatnonzero(concept >= 0)
+    if not len(latents):
+        return Strongest(NO_MEAN, np.zeros(0))
+    generator = np.random.default_rng(seed)
+    counts = generator.multinomial(len(peaks), np.full(len(peaks), 1 / len(peaks)), _RESAMPLES)
+    order = np.argsort(-peaks[:, latents], axis=0, kind="stable")[: 8 * N_STRONGEST]
+    fires = np.take_along_axis(peaks[:, latents], order, axis=0) > 0
+    right = has[order, concept[latents]]
+    rates = [_lift(weight, order, fires, right, has, concept[latents]) for weight in counts]
+    value = _lift(np.ones_like(counts[0]), order, fires, right, has, concept[latents])
+    half = Z * float(np.std(rates, ddof=1))
+    return Strongest(Mean(value, value - half, value + half), np.array(rates))
+
+
+def _lift(
+    weight: np.ndarray,
+    order: np.ndarray,
+    fires: np.ndarray,
+    right: np.ndarray,
+    has: np.ndarray,
+    concept: np.ndarray,
+) -> float:
+    """The mean over latents, where image i stands `weight[i]` times."""
+    fired_weight = weight[order] * fires
+    taken = np.clip(N_STRONGEST - (np.cumsum(fired_weight, axis=0) - fired_weight), 0, fired_weight)
+    share = (taken * right).sum(axis=0) / np.maximum(taken.sum(axis=0), 1)
+    return float((share - (weight @ has / weight.sum())[concept]).mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSummary(LabelFigures):
     """Shares are of all live latents; those without a label or a score count as not beating."""
 
-    n_latents: int
-    """All latents."""
-    n_scored: int
-    """Latents with a label that was scored."""
     n_unlabelled: int
     """Latents that fire often enough, and no class is certain."""
-    n_insufficient: int
-    """Live latents that fire on too few images of either split."""
-    n_dead: int
-    """Latents that fire on no image of the two splits."""
-    auc: Mean
-    """Mean AUC of the labels over the scored latents; its interval is over images."""
-    auc_median: float
-    """Median AUC over the scored latents."""
-    auc_all_live: float
-    """Mean AUC over the live latents, the others counted at the floor."""
-    control_auc: Mean
-    """Mean AUC of other latents' labels."""
     over_exchanged: Mean
     """Mean AUC of the labels less that of other latents' labels, on the same images."""
     by_folders: Mean
@@ -188,8 +225,6 @@ class ImageSummary:
     best_of_class: Mean
     """Mean over classes, or words that are labels, of the AUC of each one's best latent, chosen on
     the explain split."""
-    floor: float
-    """The AUC of knowing nothing."""
     n_images_explain: int
     """Images from which labels were made."""
     n_images_score: int
@@ -200,49 +235,49 @@ class ImageSummary:
     """Of each image of the score split on the mean AUC, for differences between dictionaries."""
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Labels and what the other images say of them."""
+@dataclass(frozen=True, kw_only=True)
+class ExplainedImages(Explained):
+    """The labels of a dictionary that reads images."""
 
     labels: ImageLabels
     """Of the explain split."""
     scores: ImageScores
-    """Of the labels."""
     control: ImageScores
-    """Of other latents' labels."""
-    status: tuple[str, ...]
-    """"scored", "unlabelled", "insufficient" or "dead" for each latent."""
     summary: ImageSummary
-    """All of it in a few figures."""
+    baselines: Mapping[str, ImageSummary] = field(default_factory=dict)
+
+    @property
+    def words(self) -> Mapping[str, Any]:
+        """What is recorded of the towers or captions, where labels are words; else empty."""
+        return self.more.get("words", {})
 
 
 class ImageLabelScorer:
     """Labels made from one split and scored on another.
 
     Args:
-        made_from: Peaks on the images of the explain split.
-        scored_on: On those of the score split.
+        parts: The explain and the score split.
         said: What labels may say, and which images have it.
-        config: How.
-        seed: Of the permutations and of the exchange.
+        config: How; of it `images` and the seed of the permutations and of the exchange.
     """
 
     def __init__(
-        self,
-        made_from: Float32[np.ndarray, "example d_sae"],
-        scored_on: Float32[np.ndarray, "other d_sae"],
-        said: ByClass | ByWords,
-        config: ImageLabelConfig,
-        seed: int,
+        self, parts: Sequence[ImagePart], said: ByClass | ByWords, config: ExplainConfig
     ) -> None:
-        self._peaks, self._said, self._config = (made_from, scored_on), said, config
-        self._seed, self._generator = seed, np.random.default_rng(seed)
+        self._parts, self._said, self._config = parts, said, config
+        self._peaks = [part.peaks for part in parts]
+        self._generator = np.random.default_rng(config.seed)
         fired = np.stack([(peaks > 0).sum(axis=0) for peaks in self._peaks])
-        self._enough = (fired >= config.min_images).all(axis=0)
+        self._enough = (fired >= config.images.min_images).all(axis=0)
         self._live = fired.any(axis=0)
 
-    def scored(self) -> Scored:
-        """Label and score, and do the same with other latents' labels and exchanged images."""
+    def explained(self, active: Activity, more: Mapping[str, Any]) -> ExplainedImages:
+        """Label and score, and do the same with other latents' labels and exchanged images.
+
+        Args:
+            active: How often and how strongly the latents fire.
+            more: What the result has beside the figures.
+        """
         said, method = self._said, self._said.method
         labels, has = said.labels(self._peaks[0]), said.has[1]
         judged: dict[Method, ImageScores] = {
@@ -256,15 +291,22 @@ class ImageLabelScorer:
         status = np.where(self._enough, "unlabelled", "insufficient")
         status = np.where(self._live, np.where(is_scored, "scored", status), "dead")
         labelled = np.where(is_scored, concept, -1)
-        top = strongest(self._peaks[1], has, labelled, self._seed)
-        summary = self._summary(status, labelled, judged, control, of_void, top)
-        return Scored(labels, verdicts, control, tuple(status.tolist()), summary)
+        top = strongest(self._peaks[1], has, labelled, self._config.seed)
+        return ExplainedImages(
+            labels=labels,
+            scores=verdicts,
+            control=control,
+            status=tuple(status.tolist()),
+            activity=active,
+            summary=self._summary(status, labelled, judged, control, of_void, top),
+            more=more,
+        )
 
     def _held_out(
         self, has: Bool[np.ndarray, "example word"], concept: Int64[np.ndarray, " d_sae"]
     ) -> ImageScores:
         wanted = np.where(self._enough, concept, -1)
-        n = self._config.permutations
+        n = self._config.images.permutations
         return held_out(self._peaks[1], has, wanted, n, self._generator)
 
     def _summary(
@@ -276,29 +318,22 @@ class ImageLabelScorer:
         of_void: ImageScores,
         top: Strongest,
     ) -> ImageSummary:
-        verdicts, n_live = judged[self._said.method], int(np.count_nonzero(self._live))
-        counts = {name: int(np.count_nonzero(status == name)) for name in STATUSES}
-        n_scored, best = counts["scored"], self._best_of_class(labelled)
+        verdicts = judged[self._said.method]
+        best = self._best_of_class(labelled)
         by_folders, over_exchanged = self._by_folders(labelled)
         return ImageSummary(
-            n_latents=len(status),
-            n_scored=n_scored,
-            n_unlabelled=counts["unlabelled"],
-            n_insufficient=counts["insufficient"],
-            n_dead=counts["dead"],
+            **common_figures(status, verdicts.auc, self._parts),
+            n_unlabelled=int(np.count_nonzero(status == "unlabelled")),
             auc=verdicts.mean,
-            auc_median=float(np.nanmedian(verdicts.auc)) if n_scored else float("nan"),
-            auc_all_live=_all_live(verdicts, n_live),
             control_auc=control.mean,
             over_exchanged=verdicts.less(control),
             by_folders=by_folders,
             by_folders_over_exchanged=over_exchanged,
             strongest=top.mean,
-            beats_null=_share(verdicts.beats(LEVEL), n_live),
-            beats_null_shuffled=_share(of_void.beats(LEVEL), n_live),
-            by_method={method: _figures(result, n_live) for method, result in judged.items()},
+            beats_null=share_of_live(verdicts.beats(LEVEL), status),
+            beats_null_shuffled=share_of_live(of_void.beats(LEVEL), status),
+            by_method={method: _figures(result, status) for method, result in judged.items()},
             best_of_class=best,
-            floor=FLOOR,
             n_images_explain=len(self._peaks[0]),
             n_images_score=len(self._peaks[1]),
             strongest_resampled=tuple(top.resampled.tolist()),
@@ -336,16 +371,7 @@ def _exchanged(
     return result
 
 
-def _share(holds: Bool[np.ndarray, " d_sae"], n_live: int) -> Interval:
-    return wilson(int(holds.sum()), n_live) if n_live else Interval(*[float("nan")] * 3)
-
-
-def _all_live(result: ImageScores, n_live: int) -> float:
-    scored = result.auc[np.isfinite(result.auc)]
-    return float(scored.sum() + FLOOR * (n_live - len(scored))) / n_live if n_live else float("nan")
-
-
-def _figures(result: ImageScores, n_live: int) -> dict[str, float]:
-    n = int(np.isfinite(result.auc).sum())
-    share = _share(result.beats(LEVEL), n_live).value
-    return {"auc": result.mean.mean, "beats_null": share, "n_scored": float(n)}
+def _figures(result: ImageScores, status: np.ndarray) -> dict[str, float]:
+    share = share_of_live(result.beats(LEVEL), status).value
+    n_scored = float(np.isfinite(result.auc).sum())
+    return {"auc": result.mean.mean, "beats_null": share, "n_scored": n_scored}

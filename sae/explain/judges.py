@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.chat import CallFailedError, Message, Request, Response, reply
+from sae.explain.llm.chat import CallFailedError, Message, Request, Response
 from sae.explain.llm.corpus_text import (
     NOTE,
     Item,
@@ -260,26 +260,6 @@ def _grade(words: list[tuple[float, bool]]) -> float:
         return 0.0
     near = any(abs(mark - fit) <= 3 for mark in marks for fit in fits)
     return 2.0 if near else 1.0
-
-
-class OracleClient:
-    """Reads every question back from its prompt and answers it by a rule.
-
-    That it can is the proof that prompts say what they should: a text that forged a mark or an item
-    would make it wrong.
-    """
-
-    def __init__(self, rule: Rule, label: str, name: str = "oracle") -> None:
-        """Keep the rule, what it is called in words, and a name."""
-        self._judge, self._label, self.name = RuleJudge(rule), label, f"{name} {label}"
-
-    async def complete(self, request: Request) -> Response:
-        """The right answer."""
-        task, _, items = read_question(request)
-        if task.startswith("explain"):
-            return reply(request, f"LABEL: {self._label}")
-        numbers = [round(number) for number in self._judge.decide(task, items)]
-        return reply(request, str(numbers))
 
 
 @dataclass(frozen=True)

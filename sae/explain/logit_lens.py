@@ -3,8 +3,8 @@
 Words for latents from weights alone: log p(c|w), the mutual-information form that works.
 """
 
-import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,12 +12,21 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
+from activations_cache import seals
 from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.models import Tokenizer
 from sae.autoencoder import SparseAutoencoder
+from sae.explain.config import ExplainConfig
 from sae.explain.examples import SplitFirings
-from sae.explain.labels import Rules
-from sae.explain.scores import Mean, bootstrap_mean, derangement, score_rules
+from sae.explain.labels import Rules, fires_enough
+from sae.explain.scores import (
+    bootstrap_mean,
+    exchanged_labels,
+    known_or_none,
+    plain,
+    score_rules,
+)
+from sae.explain.tables import WEIGHTS, as_json
 
 _CELLS = 1 << 25  # logits held at once: 128 MiB
 
@@ -103,14 +112,6 @@ def weight_pmi(
     return logits.log_softmax(dim=0) + torch.log(torch.tensor(float(len(enc_rows))))
 
 
-def published_score(
-    enc_rows: Float[Tensor, "d_sae d_in"], word_vectors: Float[Tensor, "word d_in"]
-) -> Float[Tensor, "d_sae word"]:
-    """p(w|c) log p(c|w) as it was released, for comparison; largest first."""
-    logits = torch.nn.functional.normalize(enc_rows, dim=1) @ word_vectors.T
-    return logits.softmax(dim=1) * logits.log_softmax(dim=0)
-
-
 WordVectors = Callable[[Sequence[str]], Float[Tensor, "word d_model"]]
 """Words to their mean output embeddings."""
 
@@ -149,6 +150,39 @@ def frequent_words(made_from: SplitFirings, names: Sequence[str], n: int) -> lis
     order = np.argsort(-counts, kind="stable")
     known = [i for i in order.tolist() if counts[i] and any(map(str.isalnum, names[i]))]
     return known[:n]
+
+
+def labels_by_weights(
+    dictionary: SparseAutoencoder,
+    parts: Sequence[SplitFirings],
+    names: Sequence[str],
+    vectors: WordVectors | None,
+    config: ExplainConfig,
+) -> WeightLabels:
+    """Labels from weights, scored on the latents that labels from the corpus are scored on.
+
+    Raises:
+        ValueError: If nothing gives words their vectors.
+    """
+    if vectors is None:
+        raise MonosemaError("vectors must be given for labels from weights, got None")
+    wanted = np.logical_and(*(fires_enough(p.codes, p.text, config) for p in parts))
+    words = frequent_words(parts[0], names, config.weights)
+    return weight_labels(
+        dictionary, vectors([names[i] for i in words]), words, parts[1], wanted,
+        n=min(config.words_per_label, len(words)), seed=config.seed,
+    )  # fmt: skip
+
+
+def write_weight_labels(directory: Path, made: WeightLabels, names: Sequence[str]) -> None:
+    """Write the labels from weights of all latents."""
+    latents = []
+    figures = zip(made.words.tolist(), made.pmi.tolist(), made.auc.tolist(), strict=True)
+    for latent, (numbers, values, auc) in enumerate(figures):
+        listed = [(names[i], pmi) for i, pmi in zip(numbers, values, strict=True) if i >= 0]
+        words, pmi = [word for word, _ in listed], [value for _, value in listed]
+        latents.append({"latent": latent, "words": words, "pmi": pmi, "auc": known_or_none(auc)})
+    seals.write(directory, {WEIGHTS: as_json({"summary": made.summary, "latents": latents})})
 
 
 @torch.no_grad()
@@ -194,18 +228,15 @@ def weight_labels(
     rules = Rules(np.zeros(len(enc), np.int64), number.astype(np.int32), weight)
     score = score_rules(rules, ("word",), scored_on.codes, scored_on.text, wanted)
     generator, scored = np.random.default_rng(seed), np.flatnonzero(wanted)
-    partner = np.arange(len(enc))
-    exchanged = wanted & (len(scored) > 1)
-    if len(scored) > 1:
-        partner[scored] = derangement(scored, generator)
+    partner, exchanged = exchanged_labels(wanted, generator)
     other = score_rules(rules.of(partner), ("word",), scored_on.codes, scored_on.text, exchanged)
     known = listed[scored]
     frequent = np.isin(number[scored], np.array(words[:N_FREQUENT]))[known]
     summary = {
         "n_scored": len(scored),
         "n_words": len(words),
-        "auc": _ends(bootstrap_mean(score.auc[scored], generator)),
-        "control_auc": _ends(bootstrap_mean(other.auc[exchanged], generator)),
+        "auc": plain(bootstrap_mean(score.auc[scored], generator)),
+        "control_auc": plain(bootstrap_mean(other.auc[exchanged], generator)),
         "n_different_words": len(np.unique(number[scored][known])),
         "share_frequent": float(frequent.mean()) if known.any() else 0.0,
     }
@@ -224,8 +255,3 @@ def _best_words(
         top = both[0].topk(n, dim=1)
         best = top.values, both[1].gather(1, top.indices)
     return best
-
-
-def _ends(mean: Mean) -> dict[str, float | None]:
-    """A mean as JSON takes it, which knows no nan."""
-    return {end: None if math.isnan(n) else n for end, n in mean._asdict().items()}

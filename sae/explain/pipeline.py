@@ -127,12 +127,8 @@ class _LatentWork:
 
     async def one(self, latent: LatentWindows) -> LatentOutcome:
         """Explain and score one latent."""
-        least = min(len(latent.of("explain", "active")), len(latent.of("score", "active")))
-        if least < self._plan.min_windows:
-            wanted = self._plan.min_windows
-            return LatentOutcome(
-                latent.latent, "insufficient", f"{least} active windows of {wanted} wanted"
-            )
+        if (outcome := too_few(latent, self._plan.min_windows)) is not None:
+            return outcome
         explanation = None
         with tallied() as tally:
             try:
@@ -168,6 +164,13 @@ class _LatentWork:
         if score.value is None and said:
             score = replace(score, reason=f"{score.reason}: {said}" if score.reason else said)
         return replace(score, lost=dict(sorted(tally.lost.items())))
+
+
+def too_few(latent: LatentWindows, wanted: int) -> LatentOutcome | None:
+    """What comes of a latent with fewer active windows in a split than are wanted."""
+    least = min(len(latent.of(split, "active")) for split in ("explain", "score"))
+    reason = f"{least} active windows of {wanted} wanted"
+    return LatentOutcome(latent.latent, "insufficient", reason) if least < wanted else None
 
 
 def _counted(explained: LatentOutcome, tally: Tally) -> LatentOutcome:

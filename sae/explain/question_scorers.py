@@ -230,7 +230,7 @@ class Rubric:
         if not known:
             return Score(self.name, 0.0, *count, reason="no answered windows")
         grades = np.array([grade for _, grade in known], np.float64)
-        levels = np.array([window.bucket for window, _ in known], np.float64)
+        levels = np.array([window.step for window, _ in known], np.float64)
         natural = np.array([1 / window.inclusion for window, _ in known])
         details = {"natural": float((grades * natural).sum() / natural.sum() / _HIGHEST)}
         details |= curve(levels, grades)

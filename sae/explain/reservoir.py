@@ -158,7 +158,7 @@ class State:
             "histogram": np.zeros((d_sae, N_BINS), np.int64),
             "n_windows": np.zeros((d_sae, len(SPLITS), N_BINS), np.int64),
         }
-        per_group = np.full(N_BINS + 1, config.per_bucket + 2)
+        per_group = np.full(N_BINS + 1, config.per_step + 2)
         per_group[N_BINS] = config.n_top  # the last stratum takes the largest peaks
         self.reservoir = Reservoir(np.tile(per_group, d_sae * len(SPLITS)), width)
         self.pool_windows = [np.empty(0, np.int64) for _ in SPLITS]

@@ -1,6 +1,5 @@
 """What explaining leaves: JSON lines, Parquet, an export, and a summary, failures first."""
 
-import dataclasses
 import gzip
 import json
 import math
@@ -8,22 +7,23 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from activations_cache import seals
-from sae.explain.held_out import N_STEPS, HeldOut
+from sae.explain.examples import SplitCodes
+from sae.explain.held_out import HeldOut
 from sae.explain.judges import Score
 from sae.explain.llm.caller import Caller
 from sae.explain.llm.chat import OPEN
 from sae.explain.pipeline import LatentOutcome
-from sae.explain.scores import FLOOR, Mean, Scores, bootstrap_mean
+from sae.explain.scores import FLOOR, Mean, RuleScores, bootstrap_mean
 from sae.explain.tables import WRITING, as_json
 from sae.explain.windows import LatentWindows
-from sae.statistics import wilson
+from sae.statistics import Interval, wilson
 
 STEM = "explanations"
 JSON_LINES = f"{STEM}.jsonl"
@@ -204,9 +204,9 @@ LEVEL = 0.01
 """Where a label beats its permutation null; 1 % of labels that say nothing do."""
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The dictionary's labels in a few figures; nan where there is nothing to average."""
+@dataclass(frozen=True, kw_only=True)
+class LabelFigures:
+    """The labels of texts or images in a few figures; nan where there is nothing to average."""
 
     n_insufficient: int
     """Live latents that fire too seldom to be scored; counted, never dropped."""
@@ -216,25 +216,38 @@ class Summary:
     """Live latents whose label was scored."""
     n_latents: int
     """All latents."""
+    auc: Mean
+    """Mean AUC over the scored latents; its interval is a bootstrap over latents, of images one
+    over images."""
+    auc_median: float
+    """Median AUC over the scored latents."""
+    auc_all_live: float
+    """Mean AUC over all live latents, those without a score counted at the floor."""
+    control_auc: Mean
+    """Mean AUC when every latent is scored with another latent's label."""
+    floor: float
+    """The AUC of knowing nothing."""
+    n_rows_explain: int
+    """Rows from which the labels were made."""
+    n_rows_score: int
+    """Rows on which they were scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(LabelFigures):
+    """What is said of labels of texts as well."""
+
     beats_null: Mean
     """Share of the live latents whose held-out AUC beats its permutation null at 1 %; Wilson's
     interval. Latents without a score count as not beating it."""
     beats_null_strong: Mean
     """The same for the AUC of the strongest tenth of the firings."""
-    auc: Mean
-    """Mean AUC over the scored latents; its interval is a bootstrap over latents."""
     auc_strong: Mean
     """Mean AUC of the strongest tenth of the firings, over the latents that have one."""
     n_strong: int
     """Latents that have one."""
-    auc_median: float
-    """Median AUC over the scored latents."""
-    auc_all_live: float
-    """Mean AUC over all live latents, the insufficient ones counted at the floor."""
     auc_wide: Mean
     """Mean AUC of the larger rules, which are not what the labels say."""
-    control_auc: Mean
-    """Mean AUC when every latent is scored with another latent's label."""
     share_above_chance: float
     """Share of the scored latents whose interval lies above the floor."""
     curve: tuple[float, ...]
@@ -244,94 +257,75 @@ class Summary:
     """Firings in each fifth, of all scored latents together."""
     base: float
     """What the curve is for words that say nothing: the mean share of rows with them."""
-    floor: float
-    """The AUC of knowing nothing."""
-    n_rows_explain: int
-    """Rows from which the labels were made."""
-    n_rows_score: int
-    """Rows on which they were scored."""
+
+
+def common_figures(
+    status: np.ndarray, auc: np.ndarray, parts: Sequence[SplitCodes]
+) -> dict[str, Any]:
+    """What `LabelFigures` holds besides the means, by the status and the AUC of all latents."""
+    n = Counter(status.tolist())
+    n_live, scored = len(status) - n["dead"], auc[status == "scored"]
+    at_floor = FLOOR * (n_live - len(scored))
+    return {
+        "n_latents": len(status),
+        "n_scored": len(scored),
+        "n_insufficient": n["insufficient"],
+        "n_dead": n["dead"],
+        "auc_median": float(np.median(scored)) if len(scored) else math.nan,
+        "auc_all_live": float(scored.sum() + at_floor) / n_live if n_live else math.nan,
+        "floor": FLOOR,
+        **{f"n_rows_{part.split}": part.codes.n_rows for part in parts},
+    }
+
+
+def share_of_live(holds: np.ndarray, status: np.ndarray) -> Interval:
+    """Share of the live latents of which something holds, with Wilson's interval."""
+    live = status != "dead"
+    n_live = int(live.sum())
+    return wilson(int(holds[live].sum()), n_live) if n_live else Interval(*[math.nan] * 3)
 
 
 class SummaryInputs(NamedTuple):
     """What a summary is made of."""
 
-    scores: Scores
-    wide: Scores
-    control: Scores
+    scores: RuleScores
+    wide: RuleScores
+    control: RuleScores
     held_out: HeldOut
 
 
 def summary_of(
     result: SummaryInputs,
-    wanted: np.ndarray,
-    live: np.ndarray,
-    n_rows: tuple[int, int],
+    status: np.ndarray,
+    parts: Sequence[SplitCodes],
     generator: np.random.Generator,
 ) -> Summary:
     """Average over latents.
 
     Args:
         result: Scores of all latents.
-        wanted: Which were scored.
-        live: Which fire at all.
-        n_rows: Of the explain and of the score split.
+        status: "scored", "insufficient" or "dead", of each.
+        parts: Firings on the explain and on the score split.
         generator: Of the bootstrap.
     """
     scores, wide, control, unseen = result
-    auc = scores.auc[wanted]
-    n_scored, n_live = int(wanted.sum()), int(live.sum())
-    at_floor = FLOOR * (n_live - n_scored)
+    wanted = status == "scored"
     strong = unseen.auc_strong[np.isfinite(unseen.auc_strong)]
     return Summary(
-        n_insufficient=n_live - n_scored,
-        n_dead=len(wanted) - n_live,
-        n_scored=n_scored,
-        n_latents=len(wanted),
-        beats_null=_counted(unseen.beats(LEVEL), live),
-        beats_null_strong=_counted(unseen.beats(LEVEL, strong=True), live),
-        auc=bootstrap_mean(auc, generator),
+        **common_figures(status, scores.auc, parts),
+        beats_null=Mean(*share_of_live(unseen.beats(LEVEL), status)),
+        beats_null_strong=Mean(*share_of_live(unseen.beats(LEVEL, strong=True), status)),
+        auc=bootstrap_mean(scores.auc[wanted], generator),
         auc_strong=bootstrap_mean(strong, generator),
         n_strong=len(strong),
-        auc_median=float(np.median(auc)) if n_scored else math.nan,
-        auc_all_live=float(auc.sum() + at_floor) / n_live if n_live else math.nan,
         auc_wide=bootstrap_mean(wide.auc[wanted], generator),
         control_auc=bootstrap_mean(control.auc[np.isfinite(control.auc)], generator),
-        share_above_chance=float((scores.low[wanted] > FLOOR).mean()) if n_scored else math.nan,
-        curve=_curve(unseen, wanted),
+        share_above_chance=_mean_of(scores.low[wanted] > FLOOR),
+        curve=tuple(_mean_of(step[np.isfinite(step)]) for step in unseen.curve[wanted].T),
         curve_n=tuple(unseen.curve_n[wanted].sum(axis=0).tolist()),
-        base=float(unseen.base[wanted].mean()) if n_scored else math.nan,
-        floor=FLOOR,
-        n_rows_explain=n_rows[0],
-        n_rows_score=n_rows[1],
+        base=_mean_of(unseen.base[wanted]),
     )
 
 
-def _counted(holds: np.ndarray, among: np.ndarray) -> Mean:
-    if not among.any():
-        return Mean(math.nan, math.nan, math.nan)
-    return Mean(*wilson(int(holds[among].sum()), int(among.sum())))
-
-
-def _curve(unseen: HeldOut, wanted: np.ndarray) -> tuple[float, ...]:
-    steps = [unseen.curve[wanted, step] for step in range(N_STEPS)]
-    known = [step[np.isfinite(step)] for step in steps]
-    return tuple(float(step.mean()) if len(step) else math.nan for step in known)
-
-
-def flat(summary: Summary) -> dict[str, object]:
-    """The summary as JSON takes it: means as objects, nan, which JSON does not know, as null."""
-    results: dict[str, object] = {}
-    for field in dataclasses.fields(summary):
-        value = getattr(summary, field.name)
-        if isinstance(value, Mean):
-            results[field.name] = {end: known_or_none(n) for end, n in value._asdict().items()}
-        elif isinstance(value, tuple):
-            results[field.name] = [known_or_none(float(number)) for number in value]
-        else:
-            results[field.name] = known_or_none(value) if isinstance(value, float) else value
-    return results
-
-
-def known_or_none(value: float) -> float | None:
-    """The value; None in the place of nan."""
-    return None if math.isnan(value) else value
+def _mean_of(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else math.nan

@@ -5,7 +5,10 @@ a silent one, ties counting half. Chance is 0.5. Rows of one example are not ind
 variance is that of sums over examples (Obuchowski 1997, Biometrics 53:567).
 """
 
-from typing import NamedTuple
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -16,6 +19,7 @@ from sae.explain.config import Kind
 from sae.explain.firings import Codes, FiringEntries, concatenated_ranges
 from sae.explain.labels import Rules
 from sae.explain.text_at_rows import RowText
+from sae.statistics import Interval
 
 FLOOR = 0.5
 """The AUC of any rule that knows nothing."""
@@ -23,15 +27,22 @@ FLOOR = 0.5
 _LATENTS_AT_ONCE = 64
 
 
-class Scores(NamedTuple):
-    """AUC with its 95 % interval; nan for latents that were not to be scored."""
+@dataclass(frozen=True)
+class Scores:
+    """AUC of labels with its 95 % interval; nan for latents that were not to be scored."""
 
     auc: Float64[np.ndarray, " d_sae"]
-    """Area under the ROC curve of the rule."""
+    """Area under the ROC curve."""
     low: Float64[np.ndarray, " d_sae"]
     """Lower end."""
     high: Float64[np.ndarray, " d_sae"]
     """Upper end."""
+
+
+@dataclass(frozen=True)
+class RuleScores(Scores):
+    """The same of rules that say of each row whether the latent fires."""
+
     error: Float64[np.ndarray, " d_sae"]
     """Standard error, clustered by example; the interval is wider where it cannot be trusted."""
 
@@ -62,7 +73,7 @@ def score_rules(
     codes: Codes,
     text: RowText,
     wanted: Bool[np.ndarray, " d_sae"],
-) -> Scores:
+) -> RuleScores:
     """Score rule i on the firings of latent i, for the latents that are wanted.
 
     Args:
@@ -74,7 +85,7 @@ def score_rules(
     """
     names, example = np.unique(text.example, return_inverse=True)
     example = example.astype(np.int32)
-    result = Scores(*np.full((4, codes.d_sae), np.nan))
+    result = RuleScores(*np.full((4, codes.d_sae), np.nan))
     for index, kind in enumerate(kinds):
         latents = np.flatnonzero(wanted & (rules.kind == index))
         if len(latents) == 0:
@@ -84,8 +95,8 @@ def score_rules(
         for first in range(0, len(latents), _LATENTS_AT_ONCE):
             chunk = latents[first : first + _LATENTS_AT_ONCE]
             scores = _score_chunk(rules.of(chunk), codes.take(chunk), values, example, present)
-            for array, part in zip(result, scores, strict=True):
-                array[chunk] = part
+            for name, part in vars(scores).items():
+                getattr(result, name)[chunk] = part
     return result
 
 
@@ -104,7 +115,7 @@ def _present(
 
 def _score_chunk(
     rules: Rules, entries: FiringEntries, values: np.ndarray, example: np.ndarray, present: _Present
-) -> Scores:
+) -> RuleScores:
     n_latents, n_levels = len(rules.kind), rules.value.shape[1] + 1
     level_of = levels(rules)
     table = np.zeros((n_latents, len(present.n_rows) + 1), np.uint8)  # last column: no value
@@ -215,7 +226,7 @@ def _summed_over_rows(
 
 def _interval(
     ranks: _Ranks, variance: np.ndarray, n_clusters: np.ndarray, n_firing: np.ndarray
-) -> Scores:
+) -> RuleScores:
     """Wilson's interval, for a mean of placements that lie between the lowest and the highest.
 
     The variance says how many independent firing rows the figure is worth: at most as many as there
@@ -235,7 +246,17 @@ def _interval(
     half = np.sqrt(z2 * (spread / worth + z2 / (4 * worth**2))) / (1 + z2 / worth)
     low, high = (ranks.lowest + np.clip(end, 0, 1) * span for end in (middle - half, middle + half))
     low, high = np.minimum(low, ranks.auc), np.maximum(high, ranks.auc)
-    return Scores(ranks.auc, low, high, np.sqrt(variance))
+    return RuleScores(ranks.auc, low, high, np.sqrt(variance))
+
+
+def exchanged_labels(
+    wanted: Bool[np.ndarray, " d_sae"], generator: np.random.Generator
+) -> tuple[Int64[np.ndarray, " d_sae"], Bool[np.ndarray, " d_sae"]]:
+    """Whose label each latent is scored with as a control, and which latents have another's."""
+    scored, partner = np.flatnonzero(wanted), np.arange(len(wanted))
+    if len(scored) > 1:
+        partner[scored] = derangement(scored, generator)
+    return partner, partner != np.arange(len(wanted))
 
 
 def derangement(
@@ -255,7 +276,7 @@ def derangement(
 
 
 class Mean(NamedTuple):
-    """A mean over latents with its 95 % interval."""
+    """A mean over latents or images with its 95 % interval."""
 
     mean: float
     """The mean; nan over none."""
@@ -273,3 +294,28 @@ def bootstrap_mean(values: Float64[np.ndarray, " k"], generator: np.random.Gener
     picks = generator.integers(0, len(values), (1000, len(values)), dtype=np.int32)
     low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
     return Mean(float(values.mean()), float(low), float(high))
+
+
+def flat(figures: Any) -> dict[str, object]:
+    """Figures as JSON takes them: means and intervals as objects, nan as null."""
+    return {f.name: plain(getattr(figures, f.name)) for f in dataclasses.fields(figures)}
+
+
+def plain(value: object) -> object:
+    """A figure, a mean, an interval, or several of them by name or in a row, as JSON takes it."""
+    match value:
+        case Mean() | Interval():
+            return plain(value._asdict())
+        case dict():
+            return {str(key): plain(entry) for key, entry in value.items()}
+        case tuple():
+            return [known_or_none(float(number)) for number in value]
+        case float():
+            return known_or_none(value)
+        case _:
+            return value
+
+
+def known_or_none(value: float) -> float | None:
+    """The value; None in the place of nan."""
+    return None if math.isnan(value) else float(value)

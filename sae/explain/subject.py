@@ -39,7 +39,7 @@ from sae.explain.model_scorers import (
     Sensitivity,
     Surprisal,
 )
-from sae.explain.pipeline import LatentOutcome, shuffled_windows
+from sae.explain.pipeline import LatentOutcome, shuffled_windows, too_few
 from sae.explain.question_scorers import Detection, Fuzzing, Intruder, Rubric, Simulation
 from sae.explain.reservoir import State
 from sae.explain.results import STEM as BY_MODEL
@@ -252,10 +252,8 @@ def _explained(
     scorers: Sequence[Scorer],
     min_windows: int,
 ) -> LatentOutcome:
-    least = min(len(windows.of("explain", "active")), len(windows.of("score", "active")))
-    if least < min_windows:
-        reason = f"{least} active windows of {min_windows} wanted"
-        return LatentOutcome(windows.latent, "insufficient", reason)
+    if (outcome := too_few(windows, min_windows)) is not None:
+        return outcome
     if rule is None:
         return LatentOutcome(
             windows.latent, "insufficient", "no label that a text can be tested by"

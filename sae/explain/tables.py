@@ -27,7 +27,7 @@ WRITING = {"compression": "zstd", "write_page_checksum": True}
 _LATENTS_PER_ROW_GROUP = 64
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentRecord:
     """Everything that is known of one latent; a row of latents.parquet.
 
@@ -54,7 +54,7 @@ class LatentRecord:
     """Mutual information of the latent and each word alone, in nats."""
     npmi: tuple[float, ...]
     """Normalised pointwise mutual information of the latent and each word."""
-    gain: float | None
+    gain: float | None = None
     """Information of the rule above that of permuted texts, in nats."""
     p_value: float | None
     """Of the rule, by permutation; the search over words and kinds is allowed for. Of images
@@ -67,7 +67,7 @@ class LatentRecord:
     """Upper end."""
     control_auc: float | None
     """AUC of another latent's label on this latent."""
-    auc_wide: float | None
+    auc_wide: float | None = None
     """AUC of the larger rule, which is not what the label says."""
     n_fired_explain: int
     """Rows of the explain split on which it fires."""
@@ -82,9 +82,9 @@ class LatentRecord:
     p_held_out: float | None
     """Share of permuted unseen texts on which the label scores as well; auc beats its null at 1 %
     where this is at most 0.01."""
-    auc_strong: float | None
+    auc_strong: float | None = None
     """AUC of the strongest tenth of the firings against the silent rows; None where too few."""
-    p_strong: float | None
+    p_strong: float | None = None
     """The same share for it."""
     curve: tuple[float | None, ...]
     """Share of the firings in each fifth of its largest activation with one of the words."""

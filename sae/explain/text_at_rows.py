@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import regex
 import torch
-from jaxtyping import Int, Int32
+from jaxtyping import Float, Int, Int32
 from pyarrow import compute
 from pyarrow import json as arrow_json
 from torch import Tensor
@@ -42,6 +42,11 @@ class RowRefsLike(Protocol):
     @property
     def position(self) -> Int[Tensor, " row"]:
         """Position in the example."""
+        ...
+
+    @property
+    def token(self) -> Int[Tensor, " row"]:
+        """Id of the token, or number of the patch."""
         ...
 
 
@@ -99,6 +104,12 @@ class Cache(Protocol):
     def __getitem__(self, hook_point: str) -> ActivationRows:
         """The activations at a hook point."""
         ...
+
+
+def sampled_rows(cache: Cache, hook_point: str, most: int) -> Float[Tensor, "row d_in"]:
+    """Activations of about so many rows of the explain split, evenly spread; all of fewer."""
+    ids = cache.rows(("explain",))
+    return cache[hook_point][ids[:: max(1, len(ids) // most)]].cpu()
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ class Window:
     """The latent's activation on each token."""
     source: Source
     """Why it was taken."""
-    bucket: int = -1
-    """Step of the peak, linear from 0 to the latent's largest activation; -1 for negatives."""
+    step: int = -1
+    """Step of the peak, equal ones from 0 to the latent's largest activation; -1 for negatives."""
     inclusion: float = 1.0
     """Probability with which a window of this stratum was taken."""
 
@@ -135,3 +135,25 @@ def _words(pieces: Sequence[str]) -> tuple[list[str], list[int]]:
             words[-1] += shown
         of_piece.append(len(words) - 1)
     return words, of_piece
+
+
+def caption_windows(latent: LatentWindows, captions: Sequence[str]) -> LatentWindows:
+    """The latent with each image replaced by its caption or report, and all of it marked.
+
+    This is the idea of SAE-Rad (Abdulaal et al. 2024, arXiv 2410.03334): explainers and the
+    detection scorer then work on images as they do on text. The activation of a caption is the
+    image's peak.
+
+    Args:
+        latent: Windows that are whole images.
+        captions: One text per example of the cache.
+    """
+
+    def captioned(window: Window) -> Window:
+        return Window(
+            window.example, 0, (captions[window.example],), (window.peak,), window.source,
+            window.step, window.inclusion,
+        )  # fmt: skip
+
+    explain, score = (tuple(map(captioned, part)) for part in (latent.explain, latent.score))
+    return LatentWindows(latent.latent, latent.max_activation, latent.density, explain, score)

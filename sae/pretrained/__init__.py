@@ -1,7 +1,8 @@
 """Dictionaries on disk: one file per format, one canonical form in memory."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from monosema.facade import on_first_use
 
 if TYPE_CHECKING:
     from sae.pretrained.canonical import Source
@@ -11,21 +12,4 @@ if TYPE_CHECKING:
 
 __all__ = ["DictionaryFormatError", "Loaded", "Source", "load", "load_with_source", "save"]
 
-_HOME = {
-    "DictionaryFormatError": "sae.pretrained.foreign",
-    "Loaded": "sae.pretrained.loading",
-    "Source": "sae.pretrained.canonical",
-    "load": "sae.pretrained.loading",
-    "load_with_source": "sae.pretrained.loading",
-    "save": "sae.pretrained.monosema_format",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sae.pretrained' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = on_first_use(__name__, __file__)

@@ -3,8 +3,9 @@
 Nothing heavy is imported until a job is used.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from monosema.facade import on_first_use
 
 if TYPE_CHECKING:
     from sae.run.browsing import browse
@@ -52,40 +53,4 @@ __all__ = [
     "verify_release",
 ]
 
-_HOME = {
-    "bottleneck": "concept_sets",
-    "browse": "browsing",
-    "cache": "caches",
-    "compare": "comparing",
-    "concepts": "concept_sets",
-    "convert": "releases",
-    "distil": "refining",
-    "evaluate": "measuring",
-    "explain": "explaining",
-    "find": "finding",
-    "hook_points": "caches",
-    "inspect": "releases",
-    "job": "pipeline",
-    "model": "caches",
-    "push": "releases",
-    "refine": "refining",
-    "show": "page",
-    "similar": "spaces",
-    "steer": "steering",
-    "steer_words": "steering_by_words",
-    "study": "widths",
-    "train": "pipeline",
-    "training_cost": "costs",
-    "verify": "caches",
-    "verify_release": "releases",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sae.run' has no attribute {name!r}")
-    return getattr(import_module(f"sae.run.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = on_first_use(__name__, __file__)

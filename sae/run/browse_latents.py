@@ -246,7 +246,7 @@ def attributions_of(
     really turned off, each at its strongest position. A model that does not predict the next token
     has none.
     """
-    hooks_read, writes = dictionary.config.sites(hook_point)
+    hooks_read, writes = dictionary.config.hook_points_or(hook_point)
     if (
         context.cache is None
         or context.loaded is None
@@ -338,7 +338,7 @@ class PromptReader:
         n = ids.shape[1]
         if not 0 < n <= MAX_TOKENS:
             raise MonosemaError(f"text must have 1 to {MAX_TOKENS} tokens, got {n}; shorten it")
-        points, _ = dictionary.config.sites(run.hook_point)
+        points, _ = dictionary.config.hook_points_or(run.hook_point)
         with capture(run.loaded.model, list(points)) as forward:
             rows = forward(ids)
         latents = dictionary.encode(torch.cat([rows[point][0].float() for point in points], dim=1))

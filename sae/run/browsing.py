@@ -133,7 +133,9 @@ def _cofiring(
     """Co-firing over rows that are spread evenly over the splits that labels come from."""
     if context.cache is None:
         return None
-    cache = context.cache.concatenated(subject.dictionary.config.sites(subject.hook_point)[0])
+    cache = context.cache.concatenated(
+        subject.dictionary.config.hook_points_or(subject.hook_point)[0]
+    )
     rows = cache.rows(("explain", "score"))
     sample = rows[:: max(1, math.ceil(len(rows) / ROWS_FOR_COFIRING))]
     codes = encode_rows(subject.dictionary, cache[subject.hook_point], sample, report)

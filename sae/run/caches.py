@@ -25,7 +25,7 @@ from activations_cache.config import (
     TextSource,
 )
 from activations_cache.documents import documents
-from activations_cache.hooks import noted_sites, sites
+from activations_cache.hooks import hook_points_of, noted_hook_points
 from activations_cache.image_rows import CachedImages
 from activations_cache.images import read_images
 from activations_cache.importing import import_array
@@ -39,8 +39,8 @@ from activations_cache.vision import LoadedVisionModel, load_any_model
 from sae.autoencoder import SparseAutoencoder
 from sae.evaluate.geometry import modality_gap
 from sae.explain.config import ImageLabelConfig, WordsConfig
-from sae.explain.image_firings import Captions, spoken
-from sae.explain.image_labels import ImageWords, concepts_of
+from sae.explain.image_labels import concepts_of, spoken
+from sae.explain.image_run import Captions, ImageWords
 from sae.run.context import (
     CacheOrPath,
     FactTable,
@@ -222,7 +222,7 @@ def model(cache: CacheOrPath, moved: str | Path | None = None) -> LoadedModel | 
 
 def hook_points(model: ModelConfig | str | Path, progress: Progress = silent) -> list[str]:
     """Return the hook points of a model."""
-    return list(sites(load_any_model(_model(model), progress=progress).model))
+    return list(hook_points_of(load_any_model(_model(model), progress=progress).model))
 
 
 class Listing(NamedTuple):
@@ -238,7 +238,7 @@ def list_hook_points(model: ModelConfig | str | Path, progress: Progress = silen
     """Return every hook point of a model, with notes, and the record of the model."""
     loaded = load_any_model(_model(model), progress=progress)
     record = record_of(loaded.model).lines() if isinstance(loaded, LoadedModel) else []
-    return Listing(noted_sites(loaded.model), record)
+    return Listing(noted_hook_points(loaded.model), record)
 
 
 def import_rows(
@@ -273,8 +273,8 @@ def as_trained(
     """
     recorded = (d.provenance.get("rows_left_out") or {} for d in dictionaries.values())
     known = [part["max_norm"] for part in recorded if part.get("max_norm")]
-    sites = (d.config.sites(hook_point) for d in dictionaries.values())
-    points = sorted({point for sides in sites for side in sides for point in side})
+    sides = (d.config.hook_points_or(hook_point) for d in dictionaries.values())
+    points = sorted({point for side in sides for part in side for point in part})
     return within(cache, points, max_norm or min(known, default=None))
 
 

@@ -14,18 +14,18 @@ from activations_cache.checks import (
     require_reader,
 )
 from activations_cache.config import CacheConfig
-from monosema.checks import LATER, MonosemaError
+from monosema.checks import LATER, MonosemaError, all_at_least
 from sae.evaluate.config import EvaluateConfig
 from sae.explain.config import ExplainConfig
 from sae.steer.config import OnModel, SteerConfig
 from sae.train.config import TrainConfig
-from sae.train.hook_points import sites
+from sae.train.hook_points import hook_points_of
 
 OF_TEXT = {
     "evaluate": ("n_contexts", "n_contexts_special", "contexts_per_forward"),
     "explain": (
         "kinds", "min_firings", "min_examples", "wide_words", "min_word_count", "prior_rows",
-        "permutations", "null_permutations", "top_contexts", "bucket_contexts", "context_tokens",
+        "permutations", "null_permutations", "top_contexts", "contexts_per_fifth", "context_tokens",
         "weights", "rules", "atlas", "autointerp",
     ),
     "steer": tuple(entry.name for entry in fields(SteerConfig)),
@@ -102,8 +102,7 @@ class StudyConfig:
             require(0 < share < 1, "passes", "lie above 0 and below 1", share)
         distinct = len(set(self.passes)) == len(self.passes)
         require(distinct, "passes", "be shares of the rows, each once", self.passes)
-        for name, least in {"exchanges": 19, "trees": 1, "resamples": 20, "seed": 0}.items():
-            at_least(name, getattr(self, name), least)
+        all_at_least(self, exchanges=19, trees=1, resamples=20, seed=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +144,7 @@ class RunConfig(_Output):
         of_images = self.cache.images is not None
         for part in OF_TEXT:
             refuse_unread(part, getattr(self, part), of_images=of_images)
-        where = sites(self.train.saes, self.cache.hook_points, "train.")
+        where = hook_points_of(self.train.saes, self.cache.hook_points, "train.")
         other = next((entry for entry, place in where.items() if place.outputs), None)
         if self.read_out == "refined" and other is not None:
             raise MonosemaError(

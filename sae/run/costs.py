@@ -19,7 +19,7 @@ from sae.config import config_file, load
 from sae.run.config import RunConfig
 from sae.run.context import Run, wrong_class
 from sae.train.cost import DEVICES, Memory, StepTime, devices_of, estimate, step_seconds
-from sae.train.hook_points import sites
+from sae.train.hook_points import hook_points_of
 
 ENCODER_SHAPE = (1024, 576, 4608)
 """How many products of this shape a training step takes, sparse work and the optimiser included,
@@ -167,5 +167,5 @@ def _widths(config: RunConfig) -> dict[str, tuple[int, int]]:
         width_of = dict.fromkeys(points, width).__getitem__
     return {
         name: (sum(map(width_of, where.inputs)), sum(map(width_of, where.predicted)))
-        for name, where in sites(config.train.saes, points).items()
+        for name, where in hook_points_of(config.train.saes, points).items()
     }

@@ -21,13 +21,13 @@ from sae.config import ConfigError
 from sae.explain.atlas import draw_atlas
 from sae.explain.autointerp import client_of, estimate_cost, label_with_llm
 from sae.explain.config import AtlasConfig, AutointerpConfig, ExplainConfig, RuleConfig
-from sae.explain.image_run import ExplainedImages
+from sae.explain.image_summary import ExplainedImages
 from sae.explain.llm.chat import Client
 from sae.explain.llm.local_client import LocalClient
 from sae.explain.llm.store import Cost
-from sae.explain.logit_lens import WordVectors, promoted_tokens, word_vectors
+from sae.explain.logit_lens import promoted_tokens, word_vectors
 from sae.explain.model_scorers import amplified, divergences
-from sae.explain.run import Explained
+from sae.explain.run import ExplainedTexts, Null, TextUnits
 from sae.explain.run import explain as explain_latents
 from sae.explain.subject import WITH_TOOLS, Subject, Tools, score_rules_of
 from sae.read_out import ReadOutName
@@ -47,7 +47,7 @@ from sae.run.context import (
     silent_steps,
     steps_to,
 )
-from sae.run.images import explain_pictures, image_label_table
+from sae.run.images import image_label_table, pictures_of
 
 N_PROMPTS, PROMPT_TOKENS, N_PROMOTED = 8, 16, 10
 N_TOKENS = 10
@@ -76,7 +76,7 @@ class DictionaryExplanation(NamedTuple):
 
     path: Path | None
     """Directory of the files; None where none were written."""
-    labels: Explained | ExplainedImages
+    labels: ExplainedTexts | ExplainedImages
     """Labels without a language model, and their scores."""
     rules: dict[str, Any] | None = None
     """Scores of the labels, executed as rules on windows; of texts."""
@@ -159,17 +159,77 @@ def _explained(
     if holds_images(cache):
         with steps("explain") as progress:
             words = words_of(cache, config.images, progress)
-            where = (one.dictionary, cache, one.hook_point)
-            labels = explain_pictures(*where, config, out, progress, words)
+            pictures = pictures_of(cache, config, one.dictionary, one.hook_point, words)
+            labels = explain_latents(one.dictionary, pictures, out, progress=progress)
         return DictionaryExplanation(out, labels, differs=one.differs)
-    subject, more, vectors = _subject(one, config, cache)
-    explained = without_llm(subject, config, out, more["identity"], narrow, vectors, steps)
-    explained = explained._replace(differs=one.differs)
-    if config.autointerp is None or client is None or out is None:
-        return explained
-    with steps("labels") as progress:
-        summary = label_with_llm(subject, config.autointerp, out, client, **more, progress=progress)
-    return explained._replace(by_llm=summary)
+    if out is not None:
+        rules, atlas = config.rules or RuleConfig(), config.atlas or AtlasConfig()
+        config = replace(config, rules=rules, atlas=atlas)
+    return explain_texts(
+        one, cache, _language_model(cache), config, out, narrow=narrow, client=client, steps=steps
+    )
+
+
+def _language_model(cache: ActivationCache) -> LoadedModel:
+    loaded = load_any_model(model_of(cache))
+    assert isinstance(loaded, LoadedModel), "a cache of texts records a language model"
+    return loaded
+
+
+def explain_texts(  # noqa: PLR0913
+    one: FittedDictionary,
+    cache: ActivationCache,
+    loaded: LoadedModel,
+    config: ExplainConfig,
+    out: Path | None,
+    *,
+    null: Null = "random",
+    narrow: SparseAutoencoder | None = None,
+    client: Client | None = None,
+    steps: Steps = silent_steps,
+) -> DictionaryExplanation:
+    """Label a dictionary, and do what else the config has: the rules executed, the map, a model.
+
+    Args:
+        one: The dictionary.
+        cache: Of texts.
+        loaded: The model that made it.
+        config: How.
+        out: Where the files go; None writes none, and then only labels are made.
+        null: What stands beside the curve of completeness.
+        narrow: A narrower dictionary, whose latents are the parents.
+        client: Who answers; the one that the config names when absent.
+        steps: Shows the steps.
+    """
+    subject, more = _subject(one, config, cache, loaded)
+    vectors = word_vectors(loaded.tokenizer, readout(loaded.model)) if config.weights else None
+    strings = subject.token_strings
+    texts = TextUnits(subject.cache, subject.hook_point, config, strings, null, vectors)
+    with steps("explain") as progress:
+        labels = explain_latents(one.dictionary, texts, out, progress=progress)
+    result = DictionaryExplanation(out, labels, differs=one.differs)
+    if out is None:
+        return result
+    if config.rules is not None:
+        with steps("rules") as progress:
+            rules = score_rules_of(
+                subject, labels.labels, labels.names, config.rules, out,
+                identity=more["identity"], progress=progress,
+            )  # fmt: skip
+        result = result._replace(rules=rules)
+    if config.atlas is not None:
+        with steps("atlas") as progress:
+            atlas = draw_atlas(
+                one.dictionary, subject.cache, subject.hook_point, config.atlas, out,
+                narrow=narrow, progress=progress,
+            )  # fmt: skip
+        result = result._replace(atlas=atlas)
+    if (asked := config.autointerp) is not None:
+        client = client or client_of(asked)
+        with steps("labels") as progress:
+            by_llm = label_with_llm(subject, asked, out, client, **more, progress=progress)
+        result = result._replace(by_llm=by_llm)
+    return result
 
 
 def estimate(request: ExplainRequest, config: ExplainConfig, progress: Progress = silent) -> Cost:
@@ -181,7 +241,7 @@ def estimate(request: ExplainRequest, config: ExplainConfig, progress: Progress 
     cache, one, _ = _parts(request, config)
     if config.autointerp is None:
         raise ConfigError("autointerp.llm.model must be named to be estimated, got none")
-    subject, more, _ = _subject(one, config, cache)
+    subject, more = _subject(one, config, cache, _language_model(cache))
     out = _out_of(request) or Path()
     return estimate_cost(subject, config.autointerp, out, **more, progress=progress)
 
@@ -234,11 +294,9 @@ def _record_origin(out: Path, cache: ActivationCache, one: FittedDictionary) -> 
 
 
 def _subject(
-    one: FittedDictionary, config: ExplainConfig, cache: ActivationCache
-) -> tuple[Subject, dict[str, Any], WordVectors | None]:
-    """What is explained, what a language model is told beside it, and what gives words vectors."""
-    loaded = load_any_model(model_of(cache))
-    assert isinstance(loaded, LoadedModel), "a cache of texts records a language model"
+    one: FittedDictionary, config: ExplainConfig, cache: ActivationCache, loaded: LoadedModel
+) -> tuple[Subject, dict[str, Any]]:
+    """What is explained, and what a language model is told beside it."""
     dictionary, strings = one.dictionary, pieces_of(loaded)
     tools = tools_for(config, one, cache, loaded)
     subject = Subject(dictionary, one.rows_of(cache), one.hook_point, strings, tools)
@@ -246,67 +304,7 @@ def _subject(
     if config.autointerp is not None:
         promoted = promoted_strings(dictionary, loaded.model, strings, config.autointerp)
     identity = {"cache": cache.fingerprint, "dictionary": digest_of(dictionary)}
-    return subject, {"promoted": promoted, "identity": identity}, vectors_for(config, loaded)
-
-
-def vectors_for(config: ExplainConfig, loaded: LoadedModel) -> WordVectors | None:
-    """What gives words the model's output embeddings, if the config asks for labels from weights.
-
-    Raises:
-        ValueError: If the model's logits are not its head on the norm of its last stream.
-    """
-    return word_vectors(loaded.tokenizer, readout(loaded.model)) if config.weights else None
-
-
-def without_llm(
-    subject: Subject,
-    config: ExplainConfig,
-    out: Path | None,
-    identity: dict[str, object],
-    narrow: SparseAutoencoder | None,
-    vectors: WordVectors | None,
-    steps: Steps,
-) -> DictionaryExplanation:
-    """Labels, and where files are written the rules executed and the map."""
-    dictionary, cache, hook = subject.dictionary, subject.cache, subject.hook_point
-    with steps("explain") as progress:
-        labels = explain_latents(
-            dictionary, cache, hook, subject.token_strings, config, out,
-            null="random", vectors=vectors, progress=progress,
-        )  # fmt: skip
-    if out is None:
-        return DictionaryExplanation(None, labels)
-    wanted = replace(
-        config, rules=config.rules or RuleConfig(), atlas=config.atlas or AtlasConfig()
-    )
-    rules, atlas = rules_and_atlas(subject, labels, wanted, out, identity, narrow, steps)
-    return DictionaryExplanation(out, labels, rules, atlas)
-
-
-def rules_and_atlas(
-    subject: Subject,
-    labels: Explained,
-    config: ExplainConfig,
-    out: Path,
-    identity: dict[str, object],
-    narrow: SparseAutoencoder | None = None,
-    steps: Steps = silent_steps,
-) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Execute the labels as rules and draw the map, each if the config has it; the summaries."""
-    rules = atlas = None
-    if config.rules is not None:
-        with steps("rules") as progress:
-            rules = score_rules_of(
-                subject, labels.labels, labels.names, config.rules, out,
-                identity=identity, progress=progress,
-            )  # fmt: skip
-    if config.atlas is not None:
-        with steps("atlas") as progress:
-            atlas = draw_atlas(
-                subject.dictionary, subject.cache, subject.hook_point, config.atlas, out,
-                narrow=narrow, progress=progress,
-            )  # fmt: skip
-    return rules, atlas
+    return subject, {"promoted": promoted, "identity": identity}
 
 
 def tools_for(

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,14 +22,13 @@ from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.downstream import AS_IT_IS, Downstream, Images, ReplacedStream, downstream
 from sae.evaluate.report import EvaluationReport
 from sae.explain.config import ExplainConfig
-from sae.explain.image_firings import Captions
-from sae.explain.image_labels import ImageWords
-from sae.explain.image_run import ExplainedImages, Pictures, explain_images
-from sae.explain.image_summary import with_interval
+from sae.explain.image_run import Captions, ImageUnits, ImageWords
+from sae.explain.image_summary import ExplainedImages, with_interval
+from sae.explain.results import LabelFigures
+from sae.explain.run import Explained
 from sae.explain.scores import Mean
 from sae.run.caches import check_splits, classes_of, in_splits
 from sae.statistics import Interval, difference
-from sae.statistics import Interval as Share
 
 
 def with_downstream(
@@ -51,7 +49,7 @@ def with_downstream(
     spliced = {
         name: dictionary
         for name, dictionary in dictionaries.items()
-        if dictionary.config.sites(report.hook_point)
+        if dictionary.config.hook_points_or(report.hook_point)
         == ((report.hook_point,), (report.hook_point,))
     }
     accuracies = _downstream(spliced, report.hook_point, cache, loaded, config, progress)
@@ -93,35 +91,26 @@ def _some(
     return numbers[order[: config.n_images]].sort().values
 
 
-def explain_pictures(
-    dictionary: SparseAutoencoder,
+def pictures_of(
     cache: ActivationCache,
-    hook_point: str,
     config: ExplainConfig,
-    path: Path | None,
-    report: Progress,
+    dictionary: SparseAutoencoder,
+    hook_point: str,
     words: ImageWords | Captions | None = None,
-) -> ExplainedImages:
-    """Label a dictionary's latents by classes of a cache's images or by words; write the files.
+) -> ImageUnits:
+    """The images of a cache, as a dictionary is explained on them.
 
     Args:
-        dictionary: What is explained.
         cache: Of images.
-        hook_point: Which rows it reads.
         config: How.
-        path: Where the files go; none are written when absent.
-        report: Called while it runs.
+        dictionary: What is explained.
+        hook_point: Which rows it reads.
         words: What `words_of` gives for `config.images`.
-
-    Raises:
-        ValueError: If the images have fewer than two classes, where classes are labels.
     """
     names = [record.name for record in read_images(cache)]
     rows, columns = cache.identity["images"]["grid"]
-    pictures = Pictures(
-        cache.concatenated(dictionary.config.sites(hook_point)[0]), names, rows * columns, words
-    )
-    return explain_images(dictionary, pictures, hook_point, config, path, progress=report)
+    rows_read = cache.concatenated(dictionary.config.hook_points_or(hook_point)[0])
+    return ImageUnits(rows_read, hook_point, config, names, rows * columns, words)
 
 
 class Rival(NamedTuple):
@@ -319,7 +308,7 @@ def _verdicts(labels: Mapping[str, dict[str, Any]], frozen: list[str]) -> Iterat
         if partner is None:
             continue
         rival = rival_of(labels[name], labels[partner])
-        share = Share(*(100 * end for end in rival.share))
+        share = Interval(*(100 * end for end in rival.share))
         others = {"label AUC": rival.auc, "strongest pictures": rival.strongest}
         accuracies = (
             f"{what} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], it {verdict(d)}"
@@ -333,38 +322,44 @@ def _verdicts(labels: Mapping[str, dict[str, Any]], frozen: list[str]) -> Iterat
 
 def image_label_table(labelled: ExplainedImages) -> ResultTable:
     """What came of the labels of one dictionary, failures first."""
-    summary = labelled.summary
-    arms = {"its latents": summary, **labelled.untrained}
-    rows = tuple(
-        (
-            name,
-            f"{arm.n_insufficient:,}",
-            f"{arm.n_unlabelled:,}",
-            f"{arm.n_scored:,}",
-            with_ends(arm.beats_null),
-            with_ends(arm.auc),
-            with_ends(arm.best_of_class),
-            with_ends(arm.control_auc),
-            with_ends(arm.over_exchanged, sign="+"),
-            *([with_ends(arm.by_folders_over_exchanged, sign="+")] if labelled.words else []),
-        )
-        for name, arm in arms.items()
-    )
-    columns = (
-        "", "insufficient", "unlabelled", "scored", "beat null", "AUC",
-        f"best per {_each(labelled.words)}", "exchanged", "over exchanged",
-        *(["the same by folders"] if labelled.words else []),
-    )  # fmt: skip
+    summary, words = labelled.summary, labelled.words
+    columns = {
+        "insufficient": "n_insufficient", "unlabelled": "n_unlabelled", "scored": "n_scored",
+        "beat null": "beats_null", "AUC": "auc", f"best per {_each(words)}": "best_of_class",
+        "exchanged": "control_auc", "over exchanged": "over_exchanged",
+        **({"the same by folders": "by_folders_over_exchanged"} if words else {}),
+    }  # fmt: skip
     note = (
         f"{summary.n_latents:,} latents, {summary.n_dead:,} dead; labels are "
-        f"{_said(labelled.words)}, scored on {summary.n_images_score:,} other images; beat null: "
+        f"{_said(words)}, scored on {summary.n_images_score:,} other images; beat null: "
         f"share of the live latents whose AUC beats permuted "
-        f"{'images' if labelled.words else 'classes'} at 1 %; the untrained ones are as dense; "
+        f"{'images' if words else 'classes'} at 1 %; the untrained ones are as dense; "
         "chance is 0.5; over exchanged: AUC less that with other latents' labels"
     )
-    return ResultTable(columns, rows, note)
+    return arms_table(labelled, columns, note)
 
 
-def with_ends(figure: Share | Mean, sign: str = "") -> str:
+def arms_table(labelled: Explained, columns: Mapping[str, str], note: str) -> ResultTable:
+    """A row for a dictionary's latents and one for each baseline.
+
+    Args:
+        labelled: The labels of the dictionary.
+        columns: Title -> which figure of a summary.
+        note: What stands below.
+    """
+    arms = {"its latents": labelled.summary, **labelled.baselines}
+    rows = tuple(
+        (name, *(_figure_cell(arm, figure) for figure in columns.values()))
+        for name, arm in arms.items()
+    )
+    return ResultTable(("", *columns), rows, note)
+
+
+def _figure_cell(arm: LabelFigures, name: str) -> str:
+    figure, sign = getattr(arm, name), "+" if name.endswith("over_exchanged") else ""
+    return f"{figure:,}" if isinstance(figure, int) else with_ends(figure, sign)
+
+
+def with_ends(figure: Interval | Mean, sign: str = "") -> str:
     """A figure with half of its interval."""
     return f"{figure[0]:{sign}.3f} ±{(figure.high - figure.low) / 2:.3f}"

@@ -9,41 +9,33 @@ from typing import Any
 
 from sae.browser import ResultTable
 from sae.explain.config import AutointerpConfig
-from sae.explain.image_run import ExplainedImages
+from sae.explain.image_summary import ExplainedImages
 from sae.explain.llm.store import Cost
 from sae.explain.logit_lens import N_FREQUENT
-from sae.explain.results import Summary
+from sae.explain.run import ExplainedTexts
 from sae.explain.scores import Mean
 from sae.run.context import FactTable, Section, with_differences
 from sae.run.explaining import DictionaryExplanation
-from sae.run.images import image_label_table, with_ends
+from sae.run.images import arms_table, image_label_table, with_ends
 from sae.run.page import LinePanel, ShownLine
 
 _BOTH = ("auc", "control_auc")
 
 
-def label_table(summary: Summary, baselines: Mapping[str, Summary]) -> ResultTable:
+def label_table(labelled: ExplainedTexts) -> ResultTable:
     """What came of the labels without a language model, failures first."""
-    arms = {"its latents": summary, **baselines}
-    rows = tuple(
-        (
-            name,
-            f"{arm.n_insufficient:,}",
-            f"{arm.n_scored:,}",
-            with_ends(arm.beats_null),
-            with_ends(arm.auc),
-            with_ends(arm.auc_strong),
-        )
-        for name, arm in arms.items()
-    )
-    columns = ("", "too rare", "scored", "beat null", "AUC", "strongest 10 %")
+    summary = labelled.summary
+    columns = {
+        "too rare": "n_insufficient", "scored": "n_scored", "beat null": "beats_null",
+        "AUC": "auc", "strongest 10 %": "auc_strong",
+    }  # fmt: skip
     note = (
         f"{summary.n_latents:,} latents, {summary.n_dead:,} dead; labels without a language model, "
         f"scored on {summary.n_rows_score:,} rows of other documents; beat null: share of the live "
         "latents whose AUC beats its permutations at 1 %; AUC of all and of the strongest tenth of "
         f"the firings, chance is 0.5; with another latent's label {with_ends(summary.control_auc)}"
     )
-    return ResultTable(columns, rows, note)
+    return arms_table(labelled, columns, note)
 
 
 def score_facts(title: str, summary: dict[str, Any], path: Path) -> FactTable:
@@ -154,9 +146,7 @@ def explanation_parts(name: str, explanation: DictionaryExplanation) -> list[Sec
     labels, path = explanation.labels, explanation.path or Path()
     title = name if explanation.path is None else str(path)
     is_of_images = isinstance(labels, ExplainedImages)
-    table = (
-        image_label_table(labels) if is_of_images else label_table(labels.summary, labels.baselines)
-    )
+    table = image_label_table(labels) if is_of_images else label_table(labels)
     if explanation.differs:
         table = replace(table, note=with_differences(table.note, {name: explanation.differs}))
     parts: list[Section | FactTable] = [Section(title, table)]

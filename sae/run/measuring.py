@@ -227,7 +227,11 @@ def measure(request: MeasureRequest, steps: Steps = silent_steps) -> Measurement
     probes = None
     if request.probe:
         l0 = {name: entry.l0 for name, entry in report.reconstruction.items()}
-        alone = {n: d for n, d in trained.items() if d.config.sites(hook_point)[0] == (hook_point,)}
+        alone = {
+            n: d
+            for n, d in trained.items()
+            if d.config.hook_points_or(hook_point)[0] == (hook_point,)
+        }
         with steps("probe") as progress:
             probes = survey(
                 alone, l0, cache, hook_point, request.probe, labels=given, progress=progress

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,16 @@ from sae import train as training  # imports Lightning when it trains
 from sae.browser import write_site
 from sae.evaluate.report import evaluate as measure
 from sae.evaluate.report import write_json
-from sae.explain.autointerp import client_of, label_with_llm
 from sae.explain.run import TWIN, Null
 from sae.explain.run import explain as explain_latents
-from sae.explain.subject import Subject
 from sae.explain.tables import LATENTS, SUMMARY, LatentRecord, read_latents, read_summary
 from sae.metrics import STATS, stats_file
 from sae.pretrained.monosema_format import CONFIG, PROVENANCE, WEIGHTS
 from sae.run.browsing import site_of_run
 from sae.run.caches import as_trained, check_splits, words_of
 from sae.run.context import Run, steps_to
-from sae.run.explaining import (
-    digest_of,
-    promoted_strings,
-    rules_and_atlas,
-    tools_for,
-    vectors_for,
-)
-from sae.run.images import explain_pictures, with_downstream
+from sae.run.explaining import explain_texts
+from sae.run.images import pictures_of, with_downstream
 from sae.run.studies import baselines
 from sae.steer.choice import (
     Candidate,
@@ -115,46 +107,22 @@ def explain(run: Run, report: Progress) -> dict[str, Any]:
     words = words_of(run.cache, run.config.explain.images, report)
     frozen_first = sorted(run.fitted.items(), key=lambda item: not run.is_frozen(item[0]))
     for name, one in frozen_first:
-        path = run.path("explain") / name
+        path, config = run.path("explain") / name, run.config.explain
 
         def report_named(done: int, total: int, unit: str, name: str = name) -> None:
             report(done, total, f"{unit} of {name}")
 
         if run.of_images:
-            where = (one.dictionary, run.cache, one.hook_point)
-            explain_pictures(*where, run.config.explain, path, report_named, words)
+            pictures = pictures_of(run.cache, config, one.dictionary, one.hook_point, words)
+            explain_latents(one.dictionary, pictures, path, progress=report_named)
             continue
-        summary = explain_texts(run, name, report_named)
-        if summary is not None:
-            summaries[name] = summary
+        if run.is_frozen(name):
+            config = replace(config, autointerp=None)
+        null, steps = _null_of(run, name), steps_to(report_named)
+        result = explain_texts(one, run.cache, run.loaded, config, path, null=null, steps=steps)
+        if result.by_llm is not None:
+            summaries[name] = result.by_llm
     return summaries
-
-
-def explain_texts(run: Run, name: str, report: Progress) -> dict[str, Any] | None:
-    """Label one dictionary; return the summary of the labels by a language model, if it has any."""
-    config, one, path = run.config.explain, run.fitted[name], run.path("explain") / name
-    rows, hook, strings = one.rows_of(run.cache), one.hook_point, run.pieces
-    labels = explain_latents(
-        one.dictionary, rows, hook, strings, config, path,
-        null=_null_of(run, name), vectors=vectors_for(config, run.loaded), progress=report,
-    )  # fmt: skip
-    llm = None if run.is_frozen(name) else config.autointerp
-    if llm is None and config.rules is None and config.atlas is None:
-        return None
-    subject = Subject(
-        one.dictionary, rows, hook, strings, tools_for(config, one, run.cache, run.loaded)
-    )
-    identity: dict[str, object] = {
-        "cache": run.cache.fingerprint,
-        "dictionary": digest_of(one.dictionary),
-    }
-    rules_and_atlas(subject, labels, config, path, identity, steps=steps_to(report))
-    if llm is None:
-        return None
-    promoted = promoted_strings(one.dictionary, run.loaded.model, strings, llm)
-    return label_with_llm(
-        subject, llm, path, client_of(llm), promoted=promoted, identity=identity, progress=report
-    )
 
 
 def _null_of(run: Run, name: str) -> Null:

@@ -181,7 +181,9 @@ def structure_table(
 ) -> ResultTable | None:
     """A row for each dictionary of this hook point alone; None without one."""
     of_place = {
-        n: d for n, d in dictionaries.items() if d.config.sites(hook_point) == _at(hook_point)
+        n: d
+        for n, d in dictionaries.items()
+        if d.config.hook_points_or(hook_point) == _at(hook_point)
     }
     if not of_place:
         return None

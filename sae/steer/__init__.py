@@ -1,7 +1,8 @@
 """Puts a dictionary back into its model: steering, attribution, search."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from monosema.facade import on_first_use
 
 if TYPE_CHECKING:
     from sae.steer.attribution import (
@@ -57,46 +58,4 @@ __all__ = [
     "target_tokens",
 ]
 
-_HOME = {
-    "Calibrate": "sae.steer.edits",
-    "Candidate": "sae.steer.choice",
-    "Choice": "sae.steer.choice",
-    "Count": "sae.steer.steering",
-    "Edit": "sae.steer.edits",
-    "Effect": "sae.steer.generation",
-    "MetricOfLatents": "sae.steer.paths",
-    "Patch": "sae.steer.edits",
-    "Patches": "sae.steer.generation",
-    "Push": "sae.steer.edits",
-    "Splice": "sae.steer.edits",
-    "SteerConfig": "sae.steer.config",
-    "Steering": "sae.steer.steering",
-    "SteerSubject": "sae.steer.choice",
-    "SweepConfig": "sae.steer.config",
-    "Target": "sae.steer.sweep",
-    "ablation_effects": "sae.steer.attribution",
-    "agreement": "sae.steer.attribution",
-    "attribute": "sae.steer.attribution",
-    "choose_latent": "sae.steer.choice",
-    "direct_logits": "sae.steer.attribution",
-    "find_latents": "sae.steer.search",
-    "generate": "sae.steer.generation",
-    "integrated_gradients": "sae.steer.paths",
-    "logit_difference": "sae.steer.attribution",
-    "mean_difference": "sae.steer.attribution",
-    "measure_effect": "sae.steer.generation",
-    "nearest_latents": "sae.steer.search",
-    "random_direction": "sae.steer.attribution",
-    "stream_of": "sae.steer.attribution",
-    "target_tokens": "sae.steer.choice",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sae.steer' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = on_first_use(__name__, __file__)

@@ -266,7 +266,7 @@ def direct_logits(
 
     Args:
         model: A causal language model in evaluation mode.
-        placed: The dictionary and where it reads and writes; the place must lie on the residual.
+        placed: The dictionary and where it reads and writes; the place must lie on the stream.
         input_ids: One prompt.
         target: Token.
         against: Token whose logit is taken off.

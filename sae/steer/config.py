@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
-from activations_cache.checks import LATER, MonosemaError, at_least, require
+from monosema.checks import LATER, MonosemaError, all_at_least, at_least, require
 
 Unit = Literal["max", "norm", "absolute"]
 """`max`: times the largest activation that the latent had when the dictionary was evaluated;
@@ -324,8 +324,7 @@ class FindRequest(OnModel):
         for way, names in _READ_BY.items():
             if way != asked[0]:
                 _refuse_unread(self, [n for n in names if n not in _READ_BY[asked[0]]], way)
-        for name in ("n", "n_ablated"):
-            at_least(name, getattr(self, name), 1)
+        all_at_least(self, n=1, n_ablated=1)
         at_least("first_position", self.first_position, 0)
 
 
@@ -368,8 +367,7 @@ class SteerWordsRequest(_Prompts, OnModel):
         require(is_target, "calibrate", "be above 0", amount.value)
         filled = bool(self.words) and all(word.strip() for word in self.words)
         require(filled, "words", "name at least one, none of them empty", self.words)
-        for name, least in {"n_latents": 1, "n_neutral": 1, "controls": 0, "seed": 0}.items():
-            at_least(name, getattr(self, name), least)
+        all_at_least(self, n_latents=1, n_neutral=1, controls=0, seed=0)
 
     @property
     def change(self) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """Training: TrainStep is the step; Lightning and a bare loop call the same one."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from monosema.facade import on_first_use
 
 if TYPE_CHECKING:
     from sae.train.config import DictionaryConfig, TrainConfig
@@ -20,22 +21,4 @@ __all__ = [
     "train",
 ]
 
-_HOME = {
-    "ActivationDataModule": "sae.train.data_module",
-    "Checkpoints": "sae.train.module",
-    "SAEModule": "sae.train.module",
-    "DictionaryConfig": "sae.train.config",
-    "TrainConfig": "sae.train.config",
-    "TrainStep": "sae.train.step",
-    "train": "sae.train.fit",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sae.train' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = on_first_use(__name__, __file__)

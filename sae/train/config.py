@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from monosema.checks import LATER, at_least, positive, require
+from monosema.checks import LATER, all_at_least, at_least, positive, require
 from sae.architecture import Activation, Gated, SAEConfig, Slice, TopK
 from sae.train.loss_config import (
     L0,
@@ -138,7 +138,7 @@ class DictionaryConfig:
         self._check_terms()
         self.activation.check_width(self.d_sae)
         self._check_k(self.activation.per_row or self.d_sae)
-        self._check_sites()
+        self._check_hook_points()
         self._check_refine()
         alone = self.control is None or self.p_anneal is None
         require(alone, "control", "be absent beside p_anneal, which scales too", self.control)
@@ -217,7 +217,7 @@ class DictionaryConfig:
         if len(given) > 1:
             require(False, given[1], f"be absent beside {given[0]}", getattr(self, given[1]))
 
-    def _check_sites(self) -> None:
+    def _check_hook_points(self) -> None:
         """Check the hook points, and what is said of input and output, against each other."""
         for name in ("inputs", "outputs"):
             points = getattr(self, name)
@@ -370,8 +370,7 @@ class TrainConfig:
             is_name = _NAME.fullmatch(name) is not None and name not in TAKEN
             rule = "have names of letters, digits, - and _, 100 at most, the first one no - or _"
             require(is_name, "saes", f"{rule}, and not {' or '.join(TAKEN)}", name)
-        for name in ("batch", "epochs", "log_every", "latent_shards"):
-            at_least(name, getattr(self, name), 1)
+        all_at_least(self, batch=1, epochs=1, log_every=1, latent_shards=1)
         for name, entry in self.saes.items():
             rule = f"be at most batch={self.batch}"
             parts = entry.accumulate

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from monosema.checks import MonosemaError
 from sae.train.config import DictionaryConfig
-from sae.train.hook_points import sites
+from sae.train.hook_points import hook_points_of
 from sae.train.loss_term import COMPOSED, Sizes
 from sae.train.optim_config import Adam
 
@@ -281,7 +281,7 @@ class Needs(NamedTuple):
     def total(self, batch: int) -> int:
         """The estimate for so many rows of all processes together."""
         needed = 0
-        for name, where in sites(self.saes, self.hook_points).items():
+        for name, where in hook_points_of(self.saes, self.hook_points).items():
             needed += estimate(
                 self.saes[name],
                 sum(map(self.cache.d_model, where.inputs)),

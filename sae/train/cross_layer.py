@@ -60,7 +60,7 @@ class CrossLayerStep:
         self.transcoder = transcoder
         self.steps: list[TrainStep] = []
         for source in transcoder.autoencoders:
-            read, predicted = source.config.sites("")
+            read, predicted = source.config.hook_points_or("")
             entry = replace(config, inputs=read, outputs=predicted, skip=source.config.skip)
             self.steps.append(TrainStep(source, entry, total_steps, precision=precision))
 

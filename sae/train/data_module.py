@@ -18,7 +18,7 @@ from torch import Tensor
 
 from activations_cache.summary import looked_at
 from monosema.checks import at_least
-from sae.train.hook_points import Sites
+from sae.train.hook_points import HookPoints
 from sae.train.ranks import Axis
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ class Reads(NamedTuple):
     """By dictionary."""
 
 
-def reads(sites: Mapping[str, Sites], widths: Mapping[str, int]) -> Reads:
+def reads(where: Mapping[str, HookPoints], widths: Mapping[str, int]) -> Reads:
     """Lay out the hook points of all dictionaries; `widths` are the cache's, in its order."""
-    needed = {point for of in sites.values() for point in (*of.inputs, *of.outputs)}
+    needed = {point for of in where.values() for point in (*of.inputs, *of.outputs)}
     found: dict[str, slice] = {}
     start = 0
     for point in (point for point in widths if point in needed):
@@ -60,7 +60,7 @@ def reads(sites: Mapping[str, Sites], widths: Mapping[str, int]) -> Reads:
         start += widths[point]
     columns = {
         name: Columns(*(tuple(found[point] for point in points) for points in of))
-        for name, of in sites.items()
+        for name, of in where.items()
     }
     return Reads(tuple(found), columns)
 

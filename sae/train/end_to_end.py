@@ -72,7 +72,7 @@ class EndToEndStep:
         require_next_token(model, "to train on what it predicts")
         self.step, self.model = step, model
         self.coefficient, self.skip_positions = coefficient, skip_positions
-        self.read, self.predicted = step.autoencoder.config.sites(hook_point)
+        self.read, self.predicted = step.autoencoder.config.hook_points_or(hook_point)
 
     def __call__(
         self,

@@ -28,7 +28,7 @@ from sae.train.config import TrainConfig, Wandb
 from sae.train.cost import Needs, require_room
 from sae.train.data_module import ActivationDataModule
 from sae.train.end_to_end import fine_tuned, require_contexts
-from sae.train.hook_points import sites
+from sae.train.hook_points import hook_points_of
 from sae.train.launch import joined, local_rank, requeue
 from sae.train.live import live_rows, record_of
 from sae.train.module import SAEModule, take_up
@@ -94,7 +94,7 @@ def _train(
     progress: Progress,
 ) -> dict[str, Path]:
     require_wandb(config.wandb)
-    where = sites(config.saes, cache.hook_points)
+    where = hook_points_of(config.saes, cache.hook_points)
     points = tuple(dict.fromkeys(p for s in where.values() for p in (*s.inputs, *s.outputs)))
     data = ActivationDataModule(
         cache,

@@ -7,7 +7,7 @@ from monosema.checks import require
 from sae.train.config import DictionaryConfig
 
 
-class Sites(NamedTuple):
+class HookPoints(NamedTuple):
     """The hook points of one dictionary."""
 
     inputs: tuple[str, ...]
@@ -21,9 +21,9 @@ class Sites(NamedTuple):
         return self.outputs or self.inputs
 
 
-def sites(
+def hook_points_of(
     saes: Mapping[str, DictionaryConfig], hook_points: Sequence[str], prefix: str = ""
-) -> dict[str, Sites]:
+) -> dict[str, HookPoints]:
     """The hook points of each entry of `saes:` among those of a cache.
 
     Raises:
@@ -31,11 +31,12 @@ def sites(
             has several.
     """
     return {
-        name: _sites(entry, hook_points, f"{prefix}saes.{name}") for name, entry in saes.items()
+        name: _hook_points_of(entry, hook_points, f"{prefix}saes.{name}")
+        for name, entry in saes.items()
     }
 
 
-def _sites(entry: DictionaryConfig, hook_points: Sequence[str], where: str) -> Sites:
+def _hook_points_of(entry: DictionaryConfig, hook_points: Sequence[str], where: str) -> HookPoints:
     among = f"name hook points of the cache ({', '.join(hook_points)})"
     for field in ("inputs", "outputs"):
         for point in getattr(entry, field):
@@ -44,4 +45,4 @@ def _sites(entry: DictionaryConfig, hook_points: Sequence[str], where: str) -> S
     inputs = entry.inputs or only
     require(len(inputs) > 0, f"{where}.inputs", among, inputs)
     require(entry.outputs != inputs, f"{where}.outputs", "differ from inputs", entry.outputs)
-    return Sites(inputs, entry.outputs)
+    return HookPoints(inputs, entry.outputs)

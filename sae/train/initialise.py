@@ -22,7 +22,7 @@ from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import DictionaryConfig
 from sae.train.forward.common import Moment, Rows
 from sae.train.forward.run import forward
-from sae.train.hook_points import Sites
+from sae.train.hook_points import HookPoints
 from sae.train.optim_config import DataPoints
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def _choose_norm_(autoencoder: SparseAutoencoder, entry: DictionaryConfig, rows:
 
 
 def new_autoencoder(
-    cache: "ActivationCache", where: Sites, entry: DictionaryConfig, seed: int
+    cache: "ActivationCache", where: HookPoints, entry: DictionaryConfig, seed: int
 ) -> SparseAutoencoder:
     """The dictionary of these hook points of a cache that training begins with, on the CPU."""
     inputs = [_unit(cache, point, entry) for point in where.inputs]
@@ -214,7 +214,7 @@ def new_autoencoder(
 
 
 def _drawn(
-    cache: "ActivationCache", where: Sites, n: int, generator: torch.Generator
+    cache: "ActivationCache", where: HookPoints, n: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_out"]]:
     """Rows of the cache that are trained on: what is read, and what is predicted."""
     every = cache.rows(TRAINING_SPLITS)

@@ -27,7 +27,7 @@ from sae.train.checkpoint import Saver
 from sae.train.config import DictionaryConfig, TrainConfig
 from sae.train.cost import Needs, out_of_memory, require_room
 from sae.train.data_module import ActivationDataModule, ahead, copies_to, reads
-from sae.train.hook_points import sites
+from sae.train.hook_points import hook_points_of
 from sae.train.initialise import new_autoencoder
 from sae.train.launch import PRECISIONS, count, go_on, require_flags
 from sae.train.optim import OneOptimizer
@@ -102,7 +102,7 @@ class SAEModule(lightning.LightningModule):
         self.total_steps = total_steps
         of = (data.cache, data.hook_points, data.batch, precision, ranks, device)
         self.needs = Needs(self.saes, *of)
-        self.where = sites(self.saes, data.hook_points)
+        self.where = hook_points_of(self.saes, data.hook_points)
         self.steps = {
             name: TrainStep(
                 new_autoencoder(data.cache, self.where[name], entry, self.seed).to(device),

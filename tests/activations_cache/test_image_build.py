@@ -23,7 +23,7 @@ from activations_cache.config import (
     ImageSource,
     ModelConfig,
 )
-from activations_cache.hooks import sites
+from activations_cache.hooks import hook_points_of
 from activations_cache.images import IMAGE_TABLE, read_images, read_skipped
 from activations_cache.live import ActivationStream, stream, stream_beside
 from activations_cache.reader import ActivationCache
@@ -118,7 +118,7 @@ def other(config: CacheConfig, model: torch.nn.Module, path: Path, **changes: ob
         config,
         model=ModelConfig(path=str(directory), dtype="float32"),
         images=replace(config.images, **changes),
-        hook_points=(sites(model)[9],),
+        hook_points=(hook_points_of(model)[9],),
         rows_per_shard=43,
     )
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from activations_cache.builder import build
 from activations_cache.config import CacheConfig, ModelConfig, TextConfig, TextSource
-from activations_cache.hooks import blocks_of, capture, edit, noted_sites, sites
+from activations_cache.hooks import blocks_of, capture, edit, hook_points_of, noted_hook_points
 from activations_cache.isolation import Piece, pieces_of, read_in_rows
 from activations_cache.models import load_model
 from activations_cache.probe import readout, record_of, require_next_token, way_of
@@ -204,7 +204,7 @@ def test_the_blocks_of_a_text_are_those_that_it_passes():
     assert blocks_of(model)[0] == "model.language_model.layers"
     (other,) = record_of(model).other_blocks
     assert "vision" in other
-    assert all(point.startswith("model.language_model.layers.") for point in sites(model))
+    assert all(point.startswith("model.language_model.layers.") for point in hook_points_of(model))
 
 
 def test_blocks_of_several_classes_are_one_list():
@@ -230,8 +230,8 @@ def test_a_decoder_that_reads_what_it_writes_gives_no_rows_of_a_text():
 )
 def test_the_listing_says_what_is_added_to_the_stream(family, note):
     model = make(family)
-    assert dict(noted_sites(model))["model.layers.1.self_attn:out"] == note
-    assert ("model.layers.1.self_attn:out" in sites(model)) is (note == "")
+    assert dict(noted_hook_points(model))["model.layers.1.self_attn:out"] == note
+    assert ("model.layers.1.self_attn:out" in hook_points_of(model)) is (note == "")
 
 
 MOE = {

@@ -10,7 +10,7 @@ import torch
 from activations_cache.builder import load_source, write_shards
 from activations_cache.checks import silent
 from activations_cache.config import CacheConfig
-from activations_cache.hooks import sites
+from activations_cache.hooks import hook_points_of
 from activations_cache.reader import ActivationCache, open_cache
 from activations_cache.recompute import N_ROWS, recompute
 from activations_cache.writer import CacheWriter
@@ -42,7 +42,7 @@ def made_of(claimed: str, taken: str, config: CacheConfig, loaded, path: Path) -
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_every_site_of_the_model_agrees(tmp_path, tiny_cache_config, tiny_model, dtype):
     config = dataclasses.replace(
-        tiny_cache_config, hook_points=tuple(sites(tiny_model.model)), dtype=dtype
+        tiny_cache_config, hook_points=tuple(hook_points_of(tiny_model.model)), dtype=dtype
     )
     source = load_source(config, tiny_model, silent)
     with CacheWriter(tmp_path, source.plan) as writer:

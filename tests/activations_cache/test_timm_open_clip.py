@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from activations_cache.config import ImagePreprocessing, ModelConfig
-from activations_cache.hooks import capture, sites
+from activations_cache.hooks import capture, hook_points_of
 from activations_cache.vision import LoadedVisionModel, load_any_model, load_vision_model
 
 SIZE = 32
@@ -54,7 +54,7 @@ def load(directory: Path) -> LoadedVisionModel:
 
 def check_blocks(loaded: LoadedVisionModel, size: int) -> None:
     """Each block adds its attention and its MLP to a stream of the length that is told."""
-    points = sites(loaded.model)
+    points = hook_points_of(loaded.model)
     assert len(points) == 15
     with capture(loaded.model, points) as run:
         seen = run(torch.randn(2, 3, size, size), **loaded.reading.options(size))

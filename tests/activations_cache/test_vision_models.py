@@ -14,7 +14,7 @@ from torch import nn
 from activations_cache import vision
 from activations_cache.checks import MissingPackageError
 from activations_cache.config import ImagePreprocessing, ModelConfig
-from activations_cache.hooks import capture, sites
+from activations_cache.hooks import capture, hook_points_of
 from activations_cache.loading import ModelError
 from activations_cache.vision import (
     ImageReading,
@@ -78,7 +78,7 @@ def pixels(size: int) -> torch.Tensor:
 
 
 def streams(loaded: LoadedVisionModel, size: int) -> list[torch.Tensor]:
-    points = [point for point in sites(loaded.model) if point.count(".") < 4]
+    points = [point for point in hook_points_of(loaded.model) if point.count(".") < 4]
     with capture(loaded.model, points) as run:
         return list(run(pixels(size), **loaded.reading.options(size)).values())
 
@@ -96,9 +96,9 @@ def test_the_tower_is_loaded_alone_with_its_own_weights(kind: str, tmp_path: Pat
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     theirs = getattr(original, "vision_model", original)
-    with capture(theirs, [sites(theirs)[9]]) as run:
+    with capture(theirs, [hook_points_of(theirs)[9]]) as run:
         [expected] = run(pixels(SIZE)).values()
-    with capture(loaded.model, [sites(loaded.model)[9]]) as run:
+    with capture(loaded.model, [hook_points_of(loaded.model)[9]]) as run:
         [result] = run(pixels(SIZE)).values()
     assert torch.equal(result, expected)
     assert result.std() > 0.1
@@ -123,7 +123,7 @@ def test_patches_stand_row_by_row_behind_the_prefix(kind: str, tmp_path: Path):
     loaded = load(tmp_path)
     changed = pixels(SIZE)
     changed[:, :, 2 * PATCH :, PATCH : 2 * PATCH] += 3  # the patch in row 2, column 1
-    with capture(loaded.model, sites(loaded.model)[:1]) as run:
+    with capture(loaded.model, hook_points_of(loaded.model)[:1]) as run:
         [before], [after] = (list(run(x).values()) for x in (pixels(SIZE), changed))
     moved = (after - before).abs().amax(dim=(0, 2)).nonzero().flatten().tolist()
     assert moved == [loaded.reading.n_prefix + 2 * 3 + 1]

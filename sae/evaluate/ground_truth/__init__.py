@@ -1,7 +1,8 @@
 """Worlds whose features are known, and how well a dictionary finds them; no model, no cache."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from monosema.facade import on_first_use
 
 if TYPE_CHECKING:
     from sae.evaluate.ground_truth.config import TIERS, GroundTruthConfig
@@ -25,28 +26,4 @@ __all__ = [
     "table_text",
 ]
 
-_HOME = {
-    "TIERS": "config",
-    "Ceilings": "scores",
-    "GroundTruthConfig": "config",
-    "GroundTruthReport": "run",
-    "TrueBatch": "world",
-    "World": "world",
-    "batches": "world",
-    "evaluate": "run",
-    "make_world": "world",
-    "measure_ceilings": "scores",
-    "set_true_decoder": "scores",
-    "table_rows": "run",
-    "table_text": "run",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sae.evaluate.ground_truth' has no attribute {name!r}")
-    return getattr(import_module(f"sae.evaluate.ground_truth.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = on_first_use(__name__, __file__)

@@ -7,7 +7,7 @@ follows the same distribution as the published one; it is not the published chec
 from dataclasses import dataclass
 from typing import Literal
 
-from activations_cache.checks import at_least, fraction, positive, require
+from monosema.checks import all_at_least, at_least, fraction, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +105,7 @@ class Hierarchy:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("n_roots", "branching", "depth"):
-            at_least(name, getattr(self, name), 1)
+        all_at_least(self, n_roots=1, branching=1, depth=1)
 
     @property
     def size(self) -> int:
@@ -175,10 +174,7 @@ class GroundTruthConfig:
 
     def __post_init__(self) -> None:
         """Check ranges, and the fields against each other."""
-        for name in ("n_features", "d_model", "n_rows"):
-            at_least(name, getattr(self, name), 1)
-        for name in ("bias", "noise"):
-            at_least(name, getattr(self, name), 0)
+        all_at_least(self, n_features=1, d_model=1, n_rows=1, bias=0, noise=0)
         if self.hierarchy is not None:
             rule = f"fit into n_features={self.n_features}"
             fits = self.hierarchy.size <= self.n_features

@@ -1,7 +1,8 @@
 """Scaling laws of dictionaries: which runs to train, and what their losses say of larger ones."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from monosema.facade import on_first_use
 
 if TYPE_CHECKING:
     from sae.evaluate.config import PlannedRun, ScalingConfig, plan
@@ -23,27 +24,4 @@ __all__ = [
     "read_runs",
 ]
 
-_HOME = {
-    "Fitted": "scaling.runs",
-    "FittedLaw": "scaling.fit",
-    "Laws": "scaling.fit",
-    "Optimum": "scaling.fit",
-    "PlannedRun": "config",
-    "RateLaw": "scaling.runs",
-    "FinishedRun": "scaling.runs",
-    "ScalingConfig": "config",
-    "draw": "scaling.fit",
-    "fit_laws": "scaling.fit",
-    "plan": "config",
-    "read_runs": "scaling.runs",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sae.evaluate.scaling' has no attribute {name!r}")
-    return getattr(import_module(f"sae.evaluate.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = on_first_use(__name__, __file__)

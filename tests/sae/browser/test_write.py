@@ -122,9 +122,9 @@ def test_values_come_back_exactly(tmp_path: Path) -> None:
     text, image = shown["examples"]
     assert [strings[i] for i in text["tokens"]] == [NASTY, " b", NASTY]
     assert text["fires"] == [1, 8.0, 2, 0.015625]
-    assert (text["peak"], text["bucket"], text["image"]) == (1, 4, None)
+    assert (text["peak"], text["fifth"], text["image"]) == (1, 4, None)
     assert image["fires"] == [2, 3.0, 5, 0.5]
-    assert image["bucket"] == 1  # 3 of 8 lies in the second fifth
+    assert image["fifth"] == 1  # 3 of 8 lies in the second fifth
     assert image["image"] | {"name": strings[image["image"]["name"]]} == {
         "id": 3, "name": NASTY, "grid": [2, 3], "width": 40, "height": 30,
     }  # fmt: skip

@@ -77,7 +77,7 @@ def test_the_logit_lens_reads_the_last_place(run):
 
 def test_what_was_trained_knows_its_places(run):
     config = sae.load(run / "train" / "trans").config
-    assert config.sites("") == ((IN,), (OUT,))
+    assert config.hook_points_or("") == ((IN,), (OUT,))
 
 
 FEW = ExplainConfig(min_firings=5, min_examples=2)

@@ -23,7 +23,7 @@ from sae.cli import main
 from sae.evaluate.report import read_json
 from sae.explain import read_latents
 from sae.explain.config import ExplainConfig, ImageLabelConfig, WordsConfig
-from sae.explain.image_run import ExplainedImages
+from sae.explain.image_summary import ExplainedImages
 from sae.explain.tables import read_examples
 from sae.pretrained import load as load_dictionary
 from sae.run.context import model_of

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sae.config import ConfigError, digest, dump, from_dict, load, to_dict
+from sae.explain.config import ExplainConfig, ImageLabelConfig
 
 
 def test_a_valid_file_becomes_the_schemas_own_objects(schema, file):
@@ -120,3 +121,20 @@ def test_a_class_with_slots_is_a_schema_too(file):
 
     file.write_text("n: 3")
     assert load(Small, file) == Small(3)
+
+
+def test_a_renamed_key_is_read_by_either_name_and_identities_have_the_former_one():
+    images = ImageLabelConfig(images_per_fifth=2)
+    now = ExplainConfig(contexts_per_fifth=3, images=images)
+    former = {"bucket_contexts": 3, "images": {"bucket_images": 2}}
+    assert from_dict(ExplainConfig, former, "FILE") == now
+    assert from_dict(ExplainConfig, to_dict(now), "FILE") == now
+    assert to_dict(now)["contexts_per_fifth"] == 3
+    recorded = to_dict(now, all_keys=False)
+    assert recorded["bucket_contexts"] == 3
+    assert recorded["images"]["bucket_images"] == 2
+    assert digest(now) == digest(recorded)
+    # as it was when these keys had their former names
+    assert digest(ExplainConfig()).startswith("eeb7308d48fc732c")
+    with pytest.raises(ConfigError, match="FILE: bucket_contexts is not a top-level key"):
+        from_dict(ExplainConfig, {"bucket_contexts": 3, "contexts_per_fifth": 3}, "FILE")

@@ -68,7 +68,7 @@ def test_as_a_dictionary_it_gives_the_mapped_rows(draw):
     stitch = fit_stitch(x, y)
     dictionary = stitch.dictionary("l.0:out", "l.3:out")
     assert torch.allclose(dictionary(x.float()).double(), stitch(x), atol=1e-6)
-    assert dictionary.config.sites("") == (("l.0:out",), ("l.3:out",))
+    assert dictionary.config.hook_points_or("") == (("l.0:out",), ("l.3:out",))
 
 
 def test_rows_of_other_examples_are_refused(draw):

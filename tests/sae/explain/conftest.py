@@ -204,12 +204,12 @@ def planted_latent(latent: int, n: int = 24, width: int = 7) -> LatentWindows:
     def window(number: int, source: str) -> Window:
         tokens = [f" w{made.integers(0, 97)}" for _ in range(width)]
         acts = [0.0] * width
-        bucket, place = -1, int(made.integers(0, width))
+        step, place = -1, int(made.integers(0, width))
         if source == "active":
-            bucket = number % 5
+            step = number % 5
             tokens[place] = " " + topic(latent)
-            acts[place] = 1.0 + bucket
-        return Window(number, 0, tuple(tokens), tuple(acts), source, bucket, 0.5)
+            acts[place] = 1.0 + step
+        return Window(number, 0, tuple(tokens), tuple(acts), source, step, 0.5)
 
     sources = ["active"] * n + ["random", "lexical", "similar", "weak"] * (n // 4)
     windows = [window(number, source) for number, source in enumerate(sources)]

@@ -17,7 +17,7 @@ from sae.explain.reservoir import Reservoir, WindowRows, half_octave
 HOOK = "model.layers.3:out"
 WIDTH = 7
 CONFIG = WindowConfig(
-    tokens=WIDTH, n_top=3, n_buckets=4, per_bucket=3, n_negatives=5, pool=211, rows_per_chunk=503,
+    tokens=WIDTH, n_top=3, n_steps=4, per_step=3, n_negatives=5, pool=211, rows_per_chunk=503,
     n_neighbours=3,
 )  # fmt: skip
 

@@ -48,7 +48,7 @@ def _finder(parts, **settings: int) -> ContextFinder:
 
 
 def test_contexts_come_from_different_examples_by_peak(parts):
-    contexts = list(_finder(parts, top_contexts=4, bucket_contexts=0, context_tokens=5).find(0))
+    contexts = list(_finder(parts, top_contexts=4, contexts_per_fifth=0, context_tokens=5).find(0))
     assert [context.rank for context in contexts] == [0, 1, 2, 3]
     assert [context.example for context in contexts] == [3, 0, 2, 5]
     assert [context.activation for context in contexts] == [9.0, 5.0, 4.0, 3.0]
@@ -59,13 +59,13 @@ def test_contexts_come_from_different_examples_by_peak(parts):
 
 
 def test_further_contexts_come_from_each_fifth(parts):
-    contexts = list(_finder(parts, top_contexts=1, bucket_contexts=1).find(0))
+    contexts = list(_finder(parts, top_contexts=1, contexts_per_fifth=1).find(0))
     # Peaks 9 | 5, 4, 3, 0.5: of 9 the fifths 3, 3, 2, 1; of two in the same fifth the larger.
     assert [context.activation for context in contexts] == [9.0, 5.0, 3.0, 0.5]
     assert [context.rank for context in contexts] == [0, 1, 2, 3]
-    more = list(_finder(parts, top_contexts=1, bucket_contexts=3).find(0))
+    more = list(_finder(parts, top_contexts=1, contexts_per_fifth=3).find(0))
     assert [context.activation for context in more] == [9.0, 5.0, 4.0, 3.0, 0.5]
-    none = list(_finder(parts, top_contexts=2, bucket_contexts=0).find(0))
+    none = list(_finder(parts, top_contexts=2, contexts_per_fifth=0).find(0))
     assert [context.activation for context in none] == [9.0, 5.0]
 
 

@@ -6,8 +6,8 @@ import torch
 from scipy import stats
 
 from sae.explain import image_labels
-from sae.explain.image_firings import caption_windows, splice, text_cosine
-from sae.explain.image_labels import class_enrichment, soft_wpmi
+from sae.explain.image_labels import class_enrichment, soft_wpmi, splice, text_cosine
+from sae.explain.windows import caption_windows
 
 
 def planted_images(n: int = 997, rate: float = 0.05, noise: float = 0.05):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from sae.explain import image_labels
 from sae.explain.config import ExplainConfig, ImageLabelConfig, WordsConfig
-from sae.explain.image_firings import Captions
-from sae.explain.image_labels import ImageWords, concepts_of
-from sae.explain.image_run import Pictures, explain_images
+from sae.explain.image_labels import concepts_of
+from sae.explain.image_run import Captions, ImageUnits, ImageWords
+from sae.explain.image_run import by_words as made_by_words
 from sae.explain.image_summary import aucs, held_out, with_interval
+from sae.explain.run import explain
 from sae.explain.tables import EXAMPLES, LATENTS, SUMMARY, read_examples, read_latents
 from sae.statistics import auc
 
@@ -30,7 +30,7 @@ def explained(image_cache, identity_dictionary, tmp_path):
         cache = image_cache(**options)
         names = [f"{n}.jpg" for n in range(len(cache.split))]
         dictionary = identity_dictionary(cache.acts.shape[2])
-        result = explain_images(dictionary, Pictures(cache, names, 6), HOOK, config, tmp_path)
+        result = explain(dictionary, ImageUnits(cache, HOOK, config, names, 6), tmp_path)
         return cache, result, read_latents(tmp_path / LATENTS)
 
     return run
@@ -66,8 +66,8 @@ def test_latents_that_know_nothing_are_not_labelled_and_get_chance(explained):
     assert np.mean([r.p_held_out <= 0.01 for r in records[8:]]) <= 0.03
     assert result.summary.control_auc.mean == pytest.approx(0.5, abs=0.03)
     assert result.summary.beats_null_shuffled.value <= 0.03
-    assert set(result.untrained) == {"random directions", "raw neurons"}
-    assert all(arm.n_latents == 7 for arm in result.untrained.values())
+    assert set(result.baselines) == {"random directions", "raw neurons"}
+    assert all(arm.n_latents == 7 for arm in result.baselines.values())
 
 
 def test_soft_wpmi_labels_by_classes_alone(explained):
@@ -100,9 +100,9 @@ def test_planted_words_are_the_labels_and_exchanged_ones_are_not(
     image_cache, identity_dictionary, tmp_path, method
 ):
     cache = image_cache()
-    pictures = Pictures(cache, [""] * 499, 6, words_for(cache))
     config = by_words(method, penalty=0.1)
-    result = explain_images(identity_dictionary(39), pictures, HOOK, config, tmp_path)
+    pictures = ImageUnits(cache, HOOK, config, [""] * 499, 6, words_for(cache))
+    result = explain(identity_dictionary(39), pictures, tmp_path)
     records, summary = read_latents(tmp_path / LATENTS), result.summary
     assert [r.label for r in records[:5]] == list(cache.label_names)
     assert {r.kind for r in records[:5]} == {"image word"}
@@ -119,7 +119,7 @@ def test_planted_words_are_the_labels_and_exchanged_ones_are_not(
     assert summary.over_exchanged.mean == pytest.approx(summary.auc.mean - summary.control_auc.mean)
     assert summary.over_exchanged.low > 0
     assert summary.by_folders_over_exchanged.low > 0
-    assert set(result.untrained) == {"random directions", "raw neurons"}
+    assert set(result.baselines) == {"random directions", "raw neurons"}
     written = json.loads((tmp_path / SUMMARY).read_text())
     assert written["words"] == {"tower": "planted", "n_concepts": 11}
 
@@ -128,13 +128,13 @@ def test_words_need_no_classes_and_nothing_planted_is_chance(image_cache, identi
     cache = image_cache(997, n_random=101)
     words = words_for(cache, known=False)
     cache.label[:] = -1
-    pictures = Pictures(cache, [""] * 997, 6, words)
-    result = explain_images(identity_dictionary(109), pictures, HOOK, by_words(), None).summary
+    pictures = ImageUnits(cache, HOOK, by_words(), [""] * 997, 6, words)
+    result = explain(identity_dictionary(109), pictures, None).summary
     assert result.n_images_explain == int((cache.split == 0).sum())
     assert np.isnan(result.by_folders.mean)
     assert result.over_exchanged.low > 0
     noise = dataclasses.replace(pictures, words=words._replace(images=words.images.roll(7, dims=0)))
-    chance = explain_images(identity_dictionary(109), noise, HOOK, by_words(), None).summary
+    chance = explain(identity_dictionary(109), noise, None).summary
     assert chance.auc.mean == pytest.approx(0.5, abs=0.012)
     assert chance.over_exchanged.low < 0 < chance.over_exchanged.high
     assert chance.beats_null_shuffled.value <= 0.05
@@ -146,8 +146,9 @@ def test_words_of_captions_are_the_labels(image_cache, identity_dictionary, tmp_
     cache.label[:] = -1
     images = ImageLabelConfig(captions="captions.jsonl", permutations=199)
     config = dataclasses.replace(CONFIG, images=images)
-    pictures = Pictures(cache, [""] * 499, 6, Captions(what, {"captions": "captions.jsonl"}))
-    result = explain_images(identity_dictionary(39), pictures, HOOK, config, tmp_path)
+    captions = Captions(what, {"captions": "captions.jsonl"})
+    pictures = ImageUnits(cache, HOOK, config, [""] * 499, 6, captions)
+    result = explain(identity_dictionary(39), pictures, tmp_path)
     records = read_latents(tmp_path / LATENTS)
     assert [r.label for r in records[:6]] == ["birds", "bugs", "cakes", "fruit", "stars", "animals"]
     assert {r.kind for r in records[:6]} == {"image word"}
@@ -156,7 +157,7 @@ def test_words_of_captions_are_the_labels(image_cache, identity_dictionary, tmp_
     assert result.words == {"captions": "captions.jsonl", "n_concepts": 7}
     nothing = dataclasses.replace(pictures, words=Captions(["one", "two"] + [""] * 497, {}))
     with pytest.raises(ValueError, match=r"two words that 5 to 132 of the images .*, got 0; write"):
-        explain_images(identity_dictionary(39), nothing, HOOK, config, None)
+        explain(identity_dictionary(39), nothing, None)
     with pytest.raises(ValueError, match=r"must be absent where images\.captions is given"):
         ImageLabelConfig(captions="a", group_separator="-")
 
@@ -166,7 +167,7 @@ def test_exchanged_images_take_their_words_along(image_cache):
     cache = image_cache(211)
     numbers = tuple((cache.split == split).nonzero().flatten().numpy() for split in (0, 1))
     folders = (cache.label[numbers[1]].numpy(), cache.label_names)
-    said = image_labels.by_words(words_for(cache), numbers, folders, by_words().images, 3)
+    said = made_by_words(words_for(cache), numbers, folders, by_words().images, 3)
     assert said.folders is not None
     assert (said.folders[:, :5] == (folders[0][:, None] == np.arange(5))).all()
     assert not said.folders[:, 5:].any()
@@ -244,8 +245,9 @@ def test_the_null_has_its_level():
 def test_one_class_is_refused(image_cache, identity_dictionary, names, message):
     cache = image_cache(101)
     cache.label_names = names
+    pictures = ImageUnits(cache, HOOK, CONFIG, [""] * 101, 6)
     with pytest.raises(ValueError, match=message):
-        explain_images(identity_dictionary(39), Pictures(cache, [""] * 101, 6), HOOK, CONFIG, None)
+        explain(identity_dictionary(39), pictures, None)
 
 
 def test_groups_are_shared_beginnings():
@@ -262,14 +264,13 @@ def test_groups_are_shared_beginnings():
 def test_images_without_a_class_are_left_out(image_cache, identity_dictionary):
     cache = image_cache(301)
     cache.label[::3] = -1
-    result = explain_images(
-        identity_dictionary(39), Pictures(cache, [""] * 301, 6), HOOK, CONFIG, None
-    )
+    result = explain(identity_dictionary(39), ImageUnits(cache, HOOK, CONFIG, [""] * 301, 6), None)
     labelled = cache.label >= 0
     assert result.summary.n_images_explain == int((labelled & (cache.split == 0)).sum())
     cache.label[torch.isin(cache.split, torch.tensor([1]))] = -1
+    pictures = ImageUnits(cache, HOOK, CONFIG, [""] * 301, 6)
     with pytest.raises(ValueError, match="split 'score' must have images with a class, got none"):
-        explain_images(identity_dictionary(39), Pictures(cache, [""] * 301, 6), HOOK, CONFIG, None)
+        explain(identity_dictionary(39), pictures, None)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import pytest
 
 from sae.explain.config import LLMConfig
 from sae.explain.explainers import LLMExplainer
-from sae.explain.judges import OracleClient, RuleJudge
+from sae.explain.judges import RuleJudge
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.chat import ConstantClient, FlakyClient, RandomClient
+from sae.explain.llm.chat import ConstantClient
 from sae.explain.pipeline import ExplainPlan, estimate_all, explain_all, shuffled_windows
 from sae.explain.question_scorers import Detection, Fuzzing, Intruder, Rubric, Simulation
 from sae.explain.windows import WordRule
+from tests.clients import FlakyClient, OracleClient, RandomClient
 
 SCORERS = (Detection(), Fuzzing(), Simulation(), Rubric(), Intruder())
 CONFIG = LLMConfig(model="m", retries=30, attempts=1, backoff_s=0.0, give_up_after=10**6)

@@ -9,7 +9,7 @@ import torch
 from sae.explain.config import ExplainConfig
 from sae.explain.firings import encode_rows
 from sae.explain.labels import fires_enough, make_labels, n_examples
-from sae.explain.run import explain
+from sae.explain.run import TextUnits, explain
 from sae.explain.subject import rule_of
 from sae.explain.text_at_rows import TextReader
 
@@ -234,7 +234,8 @@ def test_a_latent_of_two_words_in_a_row_gets_their_pair_and_its_rule(
     acts[:, 1:, 0] = ((tokens[:, :-1] == 3) & (tokens[:, 1:] == 5)).float()
     cache = fake_cache(tokens, acts, torch.arange(211) % 2, torch.zeros(211, dtype=torch.int64))
     config = ExplainConfig(kinds=("word", "previous word", "word pair"), n_baseline=0)
-    result = explain(identity_dictionary(1), cache, "model.layers.3:out", strings, config, None)
+    texts = TextUnits(cache, "model.layers.3:out", config, strings)
+    result = explain(identity_dictionary(1), texts, None)
     assert result.labels.text(0, result.names) == 'words: "wd wf"'
     assert result.scores.auc[0] > 0.99
     rule = rule_of(result.labels, 0, result.names)

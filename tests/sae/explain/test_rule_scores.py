@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sae.explain.config import ExplainConfig, RuleConfig, WindowConfig
-from sae.explain.run import explain
+from sae.explain.run import TextUnits, explain
 from sae.explain.subject import Subject, by_level, score_rules_of
 from sae.explain.tables import LatentRecord
 
@@ -21,8 +21,8 @@ def scored(planted, identity_dictionary, tmp_path_factory):
     dictionary = identity_dictionary(planted.cache.acts.shape[2])
     subject = Subject(dictionary, planted.cache, HOOK, planted.strings)
     config = ExplainConfig(n_baseline=0, null_permutations=1)
-    result = explain(dictionary, planted.cache, HOOK, planted.strings, config, None)
-    windows = WindowConfig(tokens=13, n_top=4, pool=101, n_negatives=4, per_bucket=2)
+    result = explain(dictionary, TextUnits(planted.cache, HOOK, config, planted.strings), None)
+    windows = WindowConfig(tokens=13, n_top=4, pool=101, n_negatives=4, per_step=2)
     rules = RuleConfig(windows=windows, min_windows=4)
     return score_rules_of(subject, result.labels, result.names, rules, out), out, subject, rules
 

@@ -12,7 +12,7 @@ import torch
 from sae.explain import tables
 from sae.explain.config import ExplainConfig
 from sae.explain.examples import Context
-from sae.explain.run import explain
+from sae.explain.run import TextUnits, explain
 from sae.explain.tables import read_examples, read_latents
 
 CONFIG = ExplainConfig(top_contexts=3, context_tokens=17)
@@ -35,10 +35,8 @@ def _run(planted, out: Path | None, config: ExplainConfig = CONFIG, progress=Non
     )
     with torch.no_grad():
         dictionary.enc_rows.copy_(torch.eye(d_sae))
-    return explain(
-        dictionary, planted.cache, "model.layers.3:out", planted.strings, config, out,
-        progress=progress,
-    )  # fmt: skip
+    texts = TextUnits(planted.cache, "model.layers.3:out", config, planted.strings)
+    return explain(dictionary, texts, out, progress=progress)
 
 
 def test_planted_latents_are_labelled_and_score_well(planted, finished):

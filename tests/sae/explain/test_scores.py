@@ -74,7 +74,7 @@ def test_auc_and_its_error_equal_brute_force(small):
         variance = _obuchowski(score, fired, text.example)
         assert result.error[latent] ** 2 == pytest.approx(variance, rel=1e-9)
         assert result.low[latent] < result.auc[latent] < result.high[latent]
-    assert np.isnan([array[4] for array in result]).all()
+    assert np.isnan([array[4] for array in vars(result).values()]).all()
 
 
 def test_levels_rank_the_scores_and_share_ties():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sae.explain.image_firings import N_STRONGEST, strongest
+from sae.explain.image_summary import N_STRONGEST, strongest
 
 N_IMAGES, N_CONCEPTS = 211, 3
 

@@ -11,22 +11,15 @@ import torch
 from sae.baselines import baseline_dictionary
 from sae.explain.autointerp import label_with_llm
 from sae.explain.config import AutointerpConfig, LLMConfig, WindowConfig
-from sae.explain.judges import OracleClient
-from sae.explain.llm.chat import (
-    ConstantClient,
-    RandomClient,
-    ReplayMissError,
-    ScriptedClient,
-    UnavailableError,
-    UnfinishedError,
-)
+from sae.explain.llm.chat import ConstantClient, ReplayMissError, UnavailableError, UnfinishedError
 from sae.explain.subject import Subject
 from sae.explain.windows import WordRule
+from tests.clients import OracleClient, RandomClient, ScriptedClient
 
 HOOK = "model.layers.3:out"
 CONFIG = AutointerpConfig(
     llm=LLMConfig(model="m", attempts=1),
-    windows=WindowConfig(tokens=13, n_top=4, pool=101, n_negatives=4, per_bucket=2),
+    windows=WindowConfig(tokens=13, n_top=4, pool=101, n_negatives=4, per_step=2),
     scorers=("detection",), latents=(0, 3, 17, 18, 19), min_windows=4, n_controls=2, n_baseline=0,
 )  # fmt: skip
 FILES = ("explanations.jsonl", "explanations.parquet", "explanations.json")

@@ -35,7 +35,7 @@ def record_of(path, model, text) -> dict:
         "dead_after_tokens": 404, "grid": {"d_sae": [13, 23, 37]},
     }  # fmt: skip
     twin = {**entry, "frozen": "decoder", "grid": {"d_sae": [13, 23]}}
-    windows = {"tokens": 8, "pool": 16, "n_top": 4, "per_bucket": 1, "n_negatives": 1}
+    windows = {"tokens": 8, "pool": 16, "n_top": 4, "per_step": 1, "n_negatives": 1}
     return {
         "output": str(path / "study"),
         "title": "three widths",
@@ -48,7 +48,7 @@ def record_of(path, model, text) -> dict:
         "evaluate": {"n_contexts": 2, "n_contexts_special": 1},
         "explain": {
             "min_firings": 5, "n_baseline": 0, "null_permutations": 1, "permutations": 2,
-            "kinds": ["word"], "top_contexts": 1, "bucket_contexts": 0,
+            "kinds": ["word"], "top_contexts": 1, "contexts_per_fifth": 0,
             "rules": {"n_latents": 5, "min_windows": 2, "scorers": ["rubric"], "windows": windows},
             "atlas": {"plane": "pca", "n_rows": 512},
         },

@@ -131,8 +131,8 @@ ALIKE = (1.0, 1.0, 1.0)
 
 
 def whole_entry(activation, **fields) -> DictionaryConfig:
-    sites = {"inputs": tuple(IN), "outputs": tuple(OUT)}
-    return entry(activation, cross_layer=True, d_sae=N * D_SAE, **sites, **fields)
+    points = {"inputs": tuple(IN), "outputs": tuple(OUT)}
+    return entry(activation, cross_layer=True, d_sae=N * D_SAE, **points, **fields)
 
 
 def whole_of(made: CrossLayerTranscoder, config: DictionaryConfig) -> SparseAutoencoder:

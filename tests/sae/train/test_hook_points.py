@@ -23,7 +23,7 @@ def cache(tmp_path_factory, tiny_model_dir, tiny_text):
         hook_points=("model.layers.0:out", "model.layers.1.mlp:in", "model.layers.1:out"),
         n_rows=1009,
     )
-    return activations_cache.build(made, tmp_path_factory.mktemp("sites") / "cache")
+    return activations_cache.build(made, tmp_path_factory.mktemp("hook_points") / "cache")
 
 
 def entries(cache) -> dict[str, DictionaryConfig]:

@@ -12,7 +12,7 @@ from sae.architecture import ReLU, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import L1, DictionaryConfig, TrainConfig
 from sae.train.fit import train
-from sae.train.hook_points import sites
+from sae.train.hook_points import hook_points_of
 from sae.train.initialise import geometric_median, new_autoencoder, refine_
 from sae.train.optim_config import DataPoints, Tied
 
@@ -26,7 +26,7 @@ def cache(tmp_path_factory):
 
 
 def made(cache, entry, seed=0):
-    where = sites({"x": entry}, cache.hook_points)["x"]
+    where = hook_points_of({"x": entry}, cache.hook_points)["x"]
     return new_autoencoder(cache, where, entry, seed).requires_grad_(False)
 
 

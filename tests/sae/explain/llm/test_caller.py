@@ -20,13 +20,13 @@ from sae.explain.llm.chat import (
     ReplayMissError,
     Request,
     Response,
-    ScriptedClient,
     UnavailableError,
     canonical,
     key_of,
 )
 from sae.explain.llm.corpus_text import read_label, read_numbers, read_texts
 from sae.explain.llm.store import AnswerCache
+from tests.clients import ScriptedClient
 
 QUESTION = Request(prompt="t/1", messages=(Message("user", "Häh?"),), max_tokens=7)
 CONFIG = LLMConfig(model="m", retries=3, attempts=2)

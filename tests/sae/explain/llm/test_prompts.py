@@ -10,9 +10,9 @@ from sae.explain.config import LLMConfig
 from sae.explain.explainers import Explanation, LLMExplainer
 from sae.explain.judges import question, read_question
 from sae.explain.llm.caller import Caller
-from sae.explain.llm.chat import ScriptedClient
 from sae.explain.llm.corpus_text import Item, Span, as_label, escape, item, read_items, unescape
 from sae.explain.windows import LatentWindows, Window
+from tests.clients import ScriptedClient
 
 INJECTIONS = (
     "<<cats>>", "<< >>", "<<<<", ">>>>", "a<<b", ">>", "<", "\\<<x\\>>", "\\", "\\\\<<",

@@ -11,7 +11,7 @@ from sae.train.config import DictionaryConfig, TrainConfig
 from sae.train.data_module import reads
 from sae.train.forward.common import Moment, Rows
 from sae.train.forward.run import forward
-from sae.train.hook_points import Sites, sites
+from sae.train.hook_points import HookPoints, hook_points_of
 from sae.train.loss_config import L1, FixedPrefixes, PAnneal, Tanh
 from sae.train.step import TrainStep
 
@@ -185,7 +185,7 @@ def test_a_gate_by_decoder_norm_sums_the_norms_of_the_hook_points():
 
 
 def test_columns_come_in_the_order_of_the_entry_and_memory_of_their_own():
-    where = {"ba": Sites((B, A), ()), "ac": Sites((A,), (C,))}
+    where = {"ba": HookPoints((B, A), ()), "ac": HookPoints((A,), (C,))}
     found = reads(where, {A: 2, "unused:out": 9, B: 3, C: 1})
     assert found.hook_points == (A, B, C)
     x = torch.arange(12.0).view(2, 6)
@@ -209,7 +209,7 @@ def test_columns_come_in_the_order_of_the_entry_and_memory_of_their_own():
 )
 def test_hook_points_that_the_cache_has_not_cost_one_line(fields, message):
     with pytest.raises(ValueError, match=message) as error:
-        sites({"x": DictionaryConfig(d_sae=53, **fields)}, ("a:out", "b:out"))
+        hook_points_of({"x": DictionaryConfig(d_sae=53, **fields)}, ("a:out", "b:out"))
     assert "\n" not in str(error.value)
 
 

@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from activations_cache.hooks import blocks_of, capture, sites
+from activations_cache.hooks import blocks_of, capture, hook_points_of
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 N_BLOCKS, D_MODEL = 3, 22
@@ -51,7 +51,7 @@ def inputs(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("family", ADDING)
 def test_a_block_is_what_its_attention_and_mlp_add(family: str):
     model = make(ADDING[family][0], family, ADDING[family][1])
-    points = sites(model)
+    points = hook_points_of(model)
     assert len(points) == 5 * N_BLOCKS
     with capture(model, points) as run:
         seen = run(inputs(model))
@@ -66,9 +66,9 @@ def test_a_block_is_what_its_attention_and_mlp_add(family: str):
     assert torch.equal(seen[points[9]], seen[points[10]])
 
 
-def test_an_encoder_that_normalises_after_adding_has_the_same_sites():
+def test_an_encoder_that_normalises_after_adding_has_the_same_hook_points():
     model = make("BertForMaskedLM", "Bert", WIDE | LANGUAGE)
-    points = sites(model)
+    points = hook_points_of(model)
     assert points[5:10] == [
         "bert.encoder.layer.1:in",
         "bert.encoder.layer.1.attention.output.dense:out",
@@ -86,7 +86,7 @@ def test_an_encoder_that_normalises_after_adding_has_the_same_sites():
 
 
 def test_the_names_are_those_of_hook_points():
-    points = sites(make("LlamaForCausalLM", "Llama", WIDE | LANGUAGE))
+    points = hook_points_of(make("LlamaForCausalLM", "Llama", WIDE | LANGUAGE))
     assert points[:5] == [
         "model.layers.0:in",
         "model.layers.0.self_attn:out",
@@ -100,11 +100,11 @@ def test_an_unknown_block_has_its_in_and_out():
     model = nn.Sequential()
     model.add_module("stem", nn.Linear(5, 5))
     model.add_module("blocks", nn.ModuleList(nn.Linear(5, 5) for _ in range(2)))
-    assert sites(model) == ["blocks.0:in", "blocks.0:out", "blocks.1:in", "blocks.1:out"]
+    assert hook_points_of(model) == ["blocks.0:in", "blocks.0:out", "blocks.1:in", "blocks.1:out"]
 
 
 def test_a_model_that_is_itself_the_list_has_paths_without_a_dot_in_front():
-    assert sites(nn.Sequential(nn.Linear(5, 5))) == ["0:in", "0:out"]
+    assert hook_points_of(nn.Sequential(nn.Linear(5, 5))) == ["0:in", "0:out"]
 
 
 def test_experts_inside_a_block_are_not_taken_for_blocks():
@@ -115,4 +115,4 @@ def test_experts_inside_a_block_are_not_taken_for_blocks():
 
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match="model must have a list of blocks, got none in Linear"):
-        sites(nn.Linear(3, 5))
+        hook_points_of(nn.Linear(3, 5))

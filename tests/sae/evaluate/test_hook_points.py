@@ -39,7 +39,7 @@ def cache(tmp_path_factory, model_config, tiny_text):
         n_rows=1009,
         dtype="float32",
     )
-    return activations_cache.build(made, tmp_path_factory.mktemp("sites") / "cache")
+    return activations_cache.build(made, tmp_path_factory.mktemp("hook_points") / "cache")
 
 
 def slices(cache, *points: str) -> tuple[Slice, ...]:
