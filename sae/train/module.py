@@ -122,7 +122,7 @@ class SAEModule(lightning.LightningModule):
         read = reads(self.where, {point: data.cache.d_model(point) for point in data.hook_points})
         self.columns = read.columns
         data.rows.hook_points, data.rows.meter = read.hook_points, self.meter
-        data.rows.part = ranks.rows.share(data.batch)
+        data.rows.part, data.rows.as_stored = ranks.rows.share(data.batch), device.type != "cpu"
 
     @property
     def made_of(self) -> str:
@@ -248,7 +248,7 @@ class SAEModule(lightning.LightningModule):
             What was logged; nothing at most steps.
         """
         is_due = self.meter.before(self.n_steps + 1, self.total_steps)
-        metrics = {}
+        metrics, x = {}, x.float()  # to a GPU rows come as the cache holds them
         bf16 = self.precision == "bf16"  # the step knows best which products may have it
         try:
             with torch.autocast(x.device.type, enabled=False) if bf16 else contextlib.nullcontext():
