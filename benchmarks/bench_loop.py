@@ -24,7 +24,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -142,12 +142,12 @@ def measure_checkpoints(folder: Path, rounds: int, n_steps: int) -> dict:
     waited, begun, ratios = [], [], []
     call, begin = Saver.__call__, Saver._begin
 
-    def timed(saver: Saver, *given: object) -> None:
+    def timed(saver: Saver, *given: Any) -> None:
         start = time.perf_counter()
         call(saver, *given)
         waited.append(time.perf_counter() - start)
 
-    def counted(saver: Saver, *given: object) -> None:
+    def counted(saver: Saver, *given: Any) -> None:
         begun.append(given[0])
         begin(saver, *given)
 

@@ -80,19 +80,15 @@ def _file(state: Mapping[str, Tensor], see: Callable[[io.Buffer], None]) -> io.P
         entry |= {"shape": list(state[name].shape), "data_offsets": [begin, size]}
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
+    header = struct.pack("<Q", len(header)) + header
 
     def parts() -> Iterator[io.Buffer]:
-        yield struct.pack("<Q", len(header)) + header
-        for name in entries:
-            here = state[name].detach().cpu().contiguous()
-            yield here.reshape(-1).view(torch.uint8).numpy()
-
-    def seen() -> Iterator[io.Buffer]:
-        for part in parts():
+        here = (state[name].detach().cpu().contiguous().reshape(-1) for name in entries)
+        for part in itertools.chain([header], (t.view(torch.uint8).numpy() for t in here)):
             see(part)
             yield part
 
-    return io.Parts(8 + len(header) + size, seen())
+    return io.Parts(len(header) + size, parts())
 
 
 def _place(root: Path, n_steps: int, identity: str) -> Path:
@@ -349,9 +345,10 @@ class Saver:
         self.saved_at = time.monotonic()
 
     def close(self) -> None:
-        """End the thread, once it has written."""
+        """End the thread, once it has written, and give the memory back."""
         self._settle_or_say()
         self._thread.shutdown()
+        self._snapshot = Snapshot()
 
     def _settle_or_say(self) -> None:
         """Wait for the write; an error of it must not hide another, nor keep a later one back."""

@@ -112,7 +112,7 @@ class Memory(NamedTuple):
 
     @property
     def snapshot(self) -> int:
-        """Of the host besides: the copy of the state from which a checkpoint is written."""
+        """Of the host besides: the copy from which a checkpoint is written, if it has the room."""
         return self.weights + self.moments + self.means
 
 

@@ -201,7 +201,7 @@ def cache(tmp_path_factory):
     return write_synthetic(tmp_path_factory.mktemp("cache") / "cache", plan)
 
 
-OFTEN = TrainConfig(saes=SAES, batch=53, epochs=40, precision="fp32", checkpoint_seconds=1e-3)
+OFTEN = TrainConfig(saes=SAES, batch=53, epochs=8, precision="fp32", checkpoint_seconds=1e-3)
 
 
 def full_from(monkeypatch, n_checkpoints):
@@ -314,7 +314,7 @@ def test_several_processes_save_beside_their_steps_and_go_on_with_the_same_bits(
     saes = {"a": DictionaryConfig(d_sae=24, activation=TopK(k=3))}
     for shards in (1, 2):
         config = TrainConfig(
-            saes=saes, batch=53, epochs=9, precision="fp32", checkpoint_seconds=1e-3,
+            saes=saes, batch=53, epochs=4, precision="fp32", checkpoint_seconds=1e-3,
             latent_shards=shards,
         )  # fmt: skip
         runs = {name: tmp_path / f"{name}-{shards}" for name in ("whole", "killed")}
