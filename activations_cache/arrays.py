@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Bool, Int, Int64, Shaped
+from torch import Tensor
 
 from activations_cache import io
 from activations_cache.checks import CacheFormatError
 from activations_cache.journal import ShardRecord
 from activations_cache.layout import ArraySpec, decompress
+
+RowIds = Int[Tensor, " row"] | slice
+"""Global row numbers; a slice means the valid rows among the numbers that it covers."""
 
 _MAP_FIXED = 0x10
 """Replace what is mapped there; Python does not name it. Linux, macOS and the BSDs agree."""
@@ -120,15 +124,18 @@ class ShardedArray:
         """Return the part of a shard that holds something."""
         return self.shard(shard)[: self._records[shard].valid_rows]
 
-    def take(self, rows: Int64[np.ndarray, " row"]) -> Shaped[np.ndarray, "row ..."]:
-        """Return rows by their global numbers, in the order asked for."""
+    def take(
+        self, rows: Int64[np.ndarray, " row"], out: Shaped[np.ndarray, "row ..."] | None = None
+    ) -> Shaped[np.ndarray, "row ..."]:
+        """Return rows by their global numbers, in the order asked for; in `out` if it is given."""
         shards, offsets = np.divmod(rows, self._spec.chunk[0])
         for shard in np.unique(shards[~self._is_open[shards]]):
             self.shard(int(shard))
         if self._space is None:  # no rows were asked for
             return np.empty((0, *self._spec.chunk[1:]), self._spec.numpy)
+        places = shards * self._space.stride + offsets
         # "raise", the default, copies once more; the numbers are in range.
-        return self._space.rows.take(shards * self._space.stride + offsets, axis=0, mode="clip")
+        return self._space.rows.take(places, axis=0, mode="clip", out=out)
 
     def _map(self, shard: int) -> None:
         name = self._spec.file(shard)
@@ -152,6 +159,40 @@ class ShardedArray:
         with tempfile.TemporaryFile(prefix="activations-") as file:
             _unpack(io.map_file(self._path / name), self._spec.chunk_bytes, file)
             self._space.map(shard, file)
+
+
+class RowGrid:
+    """Which row numbers hold something: shard * capacity + offset, below the shard's valid rows.
+
+    Args:
+        records: The journal's records of all shards.
+        capacity: Rows that a shard can hold.
+    """
+
+    def __init__(self, records: Mapping[int, ShardRecord], capacity: int) -> None:
+        self.capacity = capacity
+        self._valid_rows = np.array([record.valid_rows for record in records.values()])
+
+    def numbers(self, rows: RowIds) -> Int64[np.ndarray, " row"]:
+        """Return row numbers as an array, after checking that each of them holds something.
+
+        Raises:
+            IndexError: If one does not.
+        """
+        n_numbers = len(self._valid_rows) * self.capacity
+        if isinstance(rows, slice):
+            numbers = np.arange(*rows.indices(n_numbers))
+            return numbers[self._is_valid(numbers)]
+        numbers = rows.numpy().astype(np.int64, copy=False)
+        inside = (numbers >= 0) & (numbers < n_numbers)
+        if inside.all() and (inside := self._is_valid(numbers)).all():
+            return numbers
+        wrong = numbers[~inside][0]
+        raise IndexError(f"rows must be numbers that cache.rows() gives, got {wrong}")
+
+    def _is_valid(self, numbers: Int64[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
+        shards, offsets = np.divmod(numbers, self.capacity)
+        return offsets < self._valid_rows[shards]
 
 
 def _unpack(packed: np.ndarray, n_bytes: int, file: IO[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""Shuffled batches of rows, the next ones read ahead by a thread.
+"""Shuffled batches of rows, the next ones read ahead by threads.
 
 The order in which rows are read: a pure function of seed, epoch and position.
 
@@ -7,9 +7,12 @@ window of consecutive permuted blocks. So a batch mixes rows from everywhere, wh
 at a time stays within a window, and going on from any position needs no state.
 """
 
+import os
+from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -133,6 +136,8 @@ WINDOW_BLOCKS = 1024
 READ_AT_ONCE = 4 << 20
 """Bytes that are read at a time where batches are smaller: Python's part of a reading takes turns
 with the training step, and does not grow with the rows."""
+READERS = 4
+"""Threads that read a cache, if there are so many cores; one is slower than a GPU trains."""
 ALL = slice(None)
 """All rows of a batch."""
 
@@ -141,7 +146,8 @@ class Batch(NamedTuple):
     """Rows for one training step."""
 
     x: Float[Tensor, "batch d_in"]
-    """float32; several hook points stand side by side in the order in which they were named."""
+    """float32, or as the cache holds them where that was asked for; several hook points stand side
+    by side in the order in which they were named."""
     rows: Int[Tensor, " batch"]
     """Their global row numbers."""
 
@@ -174,6 +180,13 @@ def count_batches(n_rows: int, *, batch: int, start: int = 0, epochs: int = 1) -
     return total - start
 
 
+def n_readers() -> int:
+    """Threads that read a cache: one a core of this process, and a few at most."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), READERS)
+    return min(os.cpu_count() or 1, READERS)
+
+
 def read_batches(
     take: Callable[[int, int], Int64[np.ndarray, " row"]],
     read: Callable[[Int64[np.ndarray, " row"]], Float[Tensor, "batch d_in"]],
@@ -182,10 +195,11 @@ def read_batches(
     numbers: range,
     part: slice = ALL,
     at_once: int = READ_AT_ONCE,
+    threads: int = 1,
 ) -> Generator[Batch]:
-    """Yield the batches with the given numbers; a thread reads the next ones meanwhile.
+    """Yield the batches with the given numbers; threads read the next ones meanwhile.
 
-    Small batches are read several at a time, as views of the same memory. The thread ends with the
+    Small batches are read several at a time, as views of the same memory. The threads end with the
     iterator, also when that is closed or dropped early.
 
     Args:
@@ -195,22 +209,27 @@ def read_batches(
         numbers: Which batches, counted from the first of the first epoch.
         part: Which rows of each batch to read.
         at_once: Bytes to read at a time where that is more than one batch.
+        threads: How many of these readings there are at a time.
     """
     first, last, _ = part.indices(batch)
+    one_takes = Lock()  # or several threads would permute the same window
 
     def fetch(some: range) -> list[Batch]:
-        if not some:
-            return []
-        found = [take(number * batch + first, number * batch + last) for number in some]
+        with one_takes:
+            found = [take(number * batch + first, number * batch + last) for number in some]
         x = read(np.concatenate(found))
-        # From pinned memory a copy to the device runs beside the training step.
-        x = x.pin_memory() if torch.cuda.is_available() else x
+        if torch.cuda.is_available() and not x.is_pinned():
+            x = x.pin_memory()  # from there a copy to the device runs beside the training step
         parts = x.split([len(rows) for rows in found])
         return [Batch(x, torch.from_numpy(rows)) for x, rows in zip(parts, found, strict=True)]
 
-    with ThreadPoolExecutor(1, thread_name_prefix="activations") as reader:
-        coming, rest = reader.submit(fetch, numbers[:1]), numbers[1:]
-        while ready := coming.result():
+    with ThreadPoolExecutor(threads, thread_name_prefix="activations") as readers:
+        coming = deque([readers.submit(fetch, numbers[:1])] if numbers else [])
+        rest = numbers[1:]
+        while coming:
+            ready = coming.popleft().result()
             n = max(at_once // max(ready[0].x.nbytes, 1), 1)
-            coming, rest = reader.submit(fetch, rest[:n]), rest[n:]
+            while rest and len(coming) < threads:
+                coming.append(readers.submit(fetch, rest[:n]))
+                rest = rest[n:]
             yield from ready

@@ -13,8 +13,9 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -23,6 +24,15 @@ from activations_cache.checks import CacheBusyError, DiskFullError
 
 Buffer = bytes | np.ndarray
 """What a file is written from; an array gives its bytes in C order."""
+
+
+class Parts(NamedTuple):
+    """A file that is made part by part while it is written, so that no memory holds all of it."""
+
+    n_bytes: int
+    """Of all of them."""
+    parts: Iterable[Buffer]
+
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -69,8 +79,10 @@ def crc32c(data: Buffer) -> str:
     return f"{google_crc32c.value(data):08x}"  # pyright: ignore[reportArgumentType]
 
 
-def n_bytes(data: Buffer) -> int:
+def n_bytes(data: Buffer | Parts) -> int:
     """Return how many bytes a file written from this has."""
+    if isinstance(data, Parts):
+        return data.n_bytes
     return data.nbytes if isinstance(data, np.ndarray) else len(data)
 
 
@@ -102,7 +114,7 @@ def problem(path: Path, expected: Mapping[str, int | str]) -> str | None:
     return None
 
 
-def write_files(files: Mapping[Path, Buffer]) -> None:
+def write_files(files: Mapping[Path, Buffer | Parts]) -> None:
     """Put files in place durably: all are on the disk, under their names, when this returns.
 
     Each is written beside its target, synced and renamed; then the directories are synced. The
@@ -282,11 +294,12 @@ def _holder(path: Path) -> str:
         return "another process"
 
 
-def _write_temporary(path: Path, data: Buffer) -> None:
+def _write_temporary(path: Path, data: Buffer | Parts) -> None:
     with _closing(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)) as descriptor:
-        if isinstance(data, np.ndarray):
-            data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        write(descriptor, memoryview(data))  # pyright: ignore[reportArgumentType]
+        for part in data.parts if isinstance(data, Parts) else (data,):
+            if isinstance(part, np.ndarray):
+                part = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+            write(descriptor, memoryview(part))  # pyright: ignore[reportArgumentType]
         fsync(descriptor)
 
 

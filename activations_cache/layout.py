@@ -75,9 +75,7 @@ def as_stored(rows: Float[Tensor, "row d_model"], dtype: str) -> dict[str, np.nd
             "acts": torch.round(rows / scale[:, None]).to(torch.int8).numpy(),
             "scale": scale.numpy(),
         }
-    if dtype == "bfloat16":
-        return {"acts": rows.view(torch.int16).numpy().view(np.uint16)}
-    return {"acts": rows.numpy()}
+    return {"acts": bits(rows)}
 
 
 def read_into(
@@ -99,6 +97,13 @@ def read_into(
         np.copyto(rows, acts)
     if scale is not None:
         np.multiply(rows, scale[:, None], out=rows)
+
+
+def bits(rows: Shaped[Tensor, "row d_model"]) -> np.ndarray:
+    """Return the memory of rows in a cache's number format as NumPy names it."""
+    if rows.dtype == torch.bfloat16:
+        return rows.view(torch.int16).numpy().view(np.uint16)
+    return rows.numpy()
 
 
 def compress(data: np.ndarray) -> bytes:

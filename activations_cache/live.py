@@ -158,7 +158,7 @@ class ActivationStream:
         n_rows = self._n_rows or sum(len(f.rows) for f in self._forwards(splits))
         return count_batches(n_rows, batch=batch, start=start, epochs=epochs)
 
-    def batches(
+    def batches(  # noqa: PLR0913
         self,
         hook_points: Sequence[str] | None = None,
         *,
@@ -168,6 +168,7 @@ class ActivationStream:
         start: int = 0,
         epochs: int = 1,
         part: slice = ALL,
+        as_stored: bool = False,
     ) -> Generator[Batch]:
         """Yield shuffled batches; the arguments are those of `ActivationCache.batches`.
 
@@ -192,7 +193,7 @@ class ActivationStream:
         order = RowOrder(rows, starts, window=self._window, seed=seed)
         size = len(range(*part.indices(batch)))
         points = tuple(hook_points or self.hook_points)
-        return self._read(order, forwards, points, size, range(start, total))
+        return self._read(order, forwards, points, size, range(start, total), as_stored)
 
     def _read(
         self,
@@ -201,6 +202,7 @@ class ActivationStream:
         points: tuple[str, ...],
         size: int,
         numbers: range,
+        as_stored: bool,
     ) -> Generator[Batch]:
         """Yield batches of `size` rows; the model runs in a thread that ends with the iterator."""
         with ThreadPoolExecutor(1, thread_name_prefix="activations-model") as thread:
@@ -212,8 +214,9 @@ class ActivationStream:
                     return self._run(forwards[forward].examples, points)
 
             buffer = _Buffer(order, lambda f: thread.submit(run, f), self._left_out, self._progress)
+            read = buffer.read if as_stored else lambda rows: buffer.read(rows).float()
             # One batch at a time: the buffer is what is read ahead.
-            batches = read_batches(buffer.take, buffer.read, batch=size, numbers=numbers, at_once=0)
+            batches = read_batches(buffer.take, read, batch=size, numbers=numbers, at_once=0)
             try:
                 for batch in batches:  # noqa: UP028  # which would close them first
                     yield batch
@@ -346,8 +349,8 @@ class _Buffer:
             at = np.minimum(np.searchsorted(run.rows, numbers), len(run.rows) - 1)
             here = np.flatnonzero(run.rows[at] == numbers)
             if out is None:
-                out = torch.empty(len(numbers), run.x.shape[1])
-            out[torch.from_numpy(here)] = run.x[torch.from_numpy(at[here])].float()
+                out = torch.empty(len(numbers), run.x.shape[1], dtype=run.x.dtype)
+            out[torch.from_numpy(here)] = run.x[torch.from_numpy(at[here])]
         assert out is not None, "what was taken was run"
         return out
 

@@ -14,55 +14,32 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from activations_cache import io
-from activations_cache.arrays import ShardedArray
-from activations_cache.batches import ALL, Batch, count_batches, read_batches, row_order
+from activations_cache.arrays import RowGrid, RowIds, ShardedArray
+from activations_cache.batches import (
+    ALL,
+    Batch,
+    count_batches,
+    n_readers,
+    read_batches,
+    row_order,
+)
 from activations_cache.checks import CacheFormatError, HookPointError, MonosemaError, Progress
 from activations_cache.config import SPLITS, TRAINING_SPLITS
 from activations_cache.journal import ShardRecord, first_difference, journals_at, newest
-from activations_cache.layout import HookArrays, layout_of, read_into, require_complete
+from activations_cache.layout import (
+    STORAGE,
+    HookArrays,
+    bits,
+    layout_of,
+    read_into,
+    require_complete,
+)
 from activations_cache.manifest import HookStatistics, Manifest, read_manifest, read_plan
 from activations_cache.seals import verify
 from activations_cache.shard import Examples, is_in
 
-RowIds = Int[Tensor, " row"] | slice
-"""Global row numbers; a slice means the valid rows among the numbers that it covers."""
-
 _BYTES_AT_ONCE = 1 << 20
 """Of float32: so few that rows are still in the processor's cache when they are made it."""
-
-
-class RowGrid:
-    """Which row numbers hold something: shard * capacity + offset, below the shard's valid rows.
-
-    Args:
-        records: The journal's records of all shards.
-        capacity: Rows that a shard can hold.
-    """
-
-    def __init__(self, records: Mapping[int, ShardRecord], capacity: int) -> None:
-        self.capacity = capacity
-        self._valid_rows = np.array([record.valid_rows for record in records.values()])
-
-    def numbers(self, rows: RowIds) -> Int64[np.ndarray, " row"]:
-        """Return row numbers as an array, after checking that each of them holds something.
-
-        Raises:
-            IndexError: If one does not.
-        """
-        n_numbers = len(self._valid_rows) * self.capacity
-        if isinstance(rows, slice):
-            numbers = np.arange(*rows.indices(n_numbers))
-            return numbers[self._is_valid(numbers)]
-        numbers = rows.numpy().astype(np.int64, copy=False)
-        inside = (numbers >= 0) & (numbers < n_numbers)
-        if inside.all() and (inside := self._is_valid(numbers)).all():
-            return numbers
-        wrong = numbers[~inside][0]
-        raise IndexError(f"rows must be numbers that cache.rows() gives, got {wrong}")
-
-    def _is_valid(self, numbers: Int64[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
-        shards, offsets = np.divmod(numbers, self.capacity)
-        return offsets < self._valid_rows[shards]
 
 
 class HookRows:
@@ -105,17 +82,28 @@ class HookRows:
             IndexError: If a number is not that of a valid row.
             CacheFormatError: If a file that is touched for the first time is damaged.
         """
-        return self.gather(self._grid.numbers(rows))
-
-    def gather(self, numbers: Int64[np.ndarray, " row"]) -> Float[Tensor, "row d_model"]:
-        """Return rows by numbers that are known to be valid."""
+        numbers = self._grid.numbers(rows)
         found = torch.empty(len(numbers), self.d_model)
+        self.gather(numbers, found)
+        return found
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The number format in which the cache holds rows; float32 where they have a scale."""
+        return STORAGE[self._dtype][0]
+
+    def gather(
+        self, numbers: Int64[np.ndarray, " row"], found: Float[Tensor, "row d_model"]
+    ) -> None:
+        """Put rows, by numbers that are known to be valid, into `found`: float32, or as stored."""
+        if self._scale is None and found.dtype == self.stored:
+            self._acts.take(numbers, bits(found))
+            return
         at_once = max(_BYTES_AT_ONCE // (4 * self.d_model), 1)
         for first in range(0, len(numbers), at_once):
             part = numbers[first : first + at_once]
             scale = None if self._scale is None else self._scale.take(part)
             read_into(found[first : first + len(part)], self._acts.take(part), scale, self._dtype)
-        return found
 
     def norms(self, rows: RowIds) -> Float[Tensor, " row"]:
         """Return the Euclidean norms of rows without reading the rows."""
@@ -247,7 +235,7 @@ class ActivationCache:
             return torch.full_like(refs.token, -1)
         return self.examples.label[refs.example, refs.position]
 
-    def batches(
+    def batches(  # noqa: PLR0913
         self,
         hook_points: Sequence[str] | None = None,
         *,
@@ -257,6 +245,7 @@ class ActivationCache:
         start: int = 0,
         epochs: int = 1,
         part: slice = ALL,
+        as_stored: bool = False,
     ) -> Generator[Batch]:
         """Yield shuffled batches: each valid row of the splits once per epoch.
 
@@ -271,6 +260,8 @@ class ActivationCache:
             start: Batches to leave out at the start, because they were used already.
             epochs: How often each row comes.
             part: Which rows of each batch to read, for one of several processes that share them.
+            as_stored: Give rows in the cache's number format instead of float32: half the bytes of
+                bfloat16 on their way to a GPU, where they are made float32 without loss.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -279,13 +270,18 @@ class ActivationCache:
         count_batches(len(rows), batch=batch, start=start, epochs=epochs)
         hooks = [self[name] for name in hook_points or self.hook_points]
         total = count_batches(len(rows), batch=batch, epochs=epochs)
+        widths = [hook.d_model for hook in hooks]
+        dtype = hooks[0].stored if as_stored else torch.float32
 
         def read(numbers: Int64[np.ndarray, " row"]) -> Float[Tensor, "row d_in"]:
-            parts = [hook.gather(numbers) for hook in hooks]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            pinned = torch.cuda.is_available()
+            found = torch.empty(len(numbers), sum(widths), dtype=dtype, pin_memory=pinned)
+            for hook, columns in zip(hooks, found.split(widths, dim=1), strict=True):
+                hook.gather(numbers, columns)
+            return found
 
-        take, numbers = row_order(rows, seed).take, range(start, total)
-        return read_batches(take, read, batch=batch, numbers=numbers, part=part)
+        take, numbers, threads = row_order(rows, seed).take, range(start, total), n_readers()
+        return read_batches(take, read, batch=batch, numbers=numbers, part=part, threads=threads)
 
     @property
     def n_bytes(self) -> int:

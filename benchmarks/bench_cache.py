@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from activations_cache.batches import Batch
+from activations_cache.batches import Batch, n_readers
 from activations_cache.builder import ModelSource, load_source, write_shards
 from activations_cache.checks import Progress, silent
 from activations_cache.config import CacheConfig, ModelConfig, TextConfig, TextSource
@@ -95,34 +95,41 @@ def compare(cache: ActivationCache, loaded: LoadedModel, source: ModelSource) ->
 
 
 def reading(gigabytes: float, rounds: int, folder: Path) -> list[dict[str, object]]:
-    """Compare shuffled batches with the same gather from one memory map, page cache warm."""
+    """Compare shuffled batches with the same gather from one memory map, page cache warm.
+
+    In float32, as a CPU's step takes them, and as they lie there, as they go to a GPU.
+    """
     d_model, context = 768, 257
     n_examples = int(gigabytes * 1e9 / (2 * d_model * (context - 1)))
-    outcome, single = [], np.empty((0, d_model), np.uint16)
+    caches = {}
     for dtype in ("bfloat16", "int8"):
         plan = synthetic_plan(
             {HOOK: d_model}, n_examples=n_examples, context=context, rows_per_shard=65536,
             n_labels=0, dtype=dtype,
         )  # fmt: skip
-        cache = write_synthetic(folder / dtype, plan)
-        if dtype == "bfloat16":
-            single = one_file(cache, folder / "single.bin")
+        caches[dtype] = write_synthetic(folder / dtype, plan)
+    single = one_file(caches["bfloat16"], folder / "single.bin")
+    outcome = []
+    for dtype, as_stored in (("bfloat16", False), ("bfloat16", True), ("int8", False)):
+        cache = caches[dtype]
         rows = cache.rows(("explain", "score"))
         orders = [batch.rows.numpy() for batch in batches(cache)]
         candidates = {
-            "memory map": functools.partial(gather, single, orders),
-            "cache": functools.partial(read, cache),
+            "memory map": functools.partial(gather, single, orders, as_stored),
+            "cache": functools.partial(read, cache, as_stored),
         }
         seconds = interleaved(candidates, rounds)
         n_bytes = len(orders) * BATCH * d_model * (2 if dtype == "bfloat16" else 1)
         outcome.append(
-            result(f"shuffled reading, {dtype}", "memory map", seconds)
+            result(f"shuffled reading, {dtype}{', as stored' * as_stored}", "memory map", seconds)
             | {
                 "rows": len(rows),
                 "d_model": d_model,
                 "batch": BATCH,
+                "threads": n_readers(),
                 "gb_per_s": n_bytes / statistics.median(seconds["cache"]) / 1e9,
                 "rows_per_s": len(orders) * BATCH / statistics.median(seconds["cache"]),
+                "fastest_rows_per_s": len(orders) * BATCH / min(seconds["cache"]),
             }
         )
     return outcome
@@ -192,14 +199,14 @@ def anonymous_mib() -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def batches(cache: ActivationCache) -> Iterator[Batch]:
+def batches(cache: ActivationCache, as_stored: bool = False) -> Iterator[Batch]:
     """Return an epoch of shuffled batches."""
-    return cache.batches(batch=BATCH, seed=0)
+    return cache.batches(batch=BATCH, seed=0, as_stored=as_stored)
 
 
-def read(cache: ActivationCache) -> None:
+def read(cache: ActivationCache, as_stored: bool = False) -> None:
     """Read an epoch and drop it."""
-    for _ in batches(cache):
+    for _ in batches(cache, as_stored):
         pass
 
 
@@ -215,10 +222,11 @@ def one_file(cache: ActivationCache, path: Path) -> np.ndarray:
     return np.memmap(path, np.uint16, "r", shape=(n_numbers, width))
 
 
-def gather(single: np.ndarray, orders: list[np.ndarray]) -> None:
+def gather(single: np.ndarray, orders: list[np.ndarray], as_stored: bool) -> None:
     """What a user would write: index the map, make it float32."""
     for rows in orders:
-        torch.from_numpy(single[rows].view(np.int16)).view(torch.bfloat16).float()
+        found = torch.from_numpy(single[rows].view(np.int16)).view(torch.bfloat16)
+        _ = found if as_stored else found.float()
 
 
 def result(case: str, base: str, seconds: dict[str, list[float]]) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """What the whole training loop costs beside a bare loop over TrainStep, at steps of about 5 ms.
 
-    python -m benchmarks.bench_loop [--rounds 15] [--steps 400] [--live] [--record]
+    python -m benchmarks.bench_loop [--rounds 15] [--steps 400] [--live | --checkpoints] [--record]
 
 `bare` calls the step on rows in memory; `loop` is `sae.train.fit.train` as it is: rows are read
 from a cache on disk, Lightning, figures to CSV and TensorBoard every 20 steps, signals, progress.
@@ -12,6 +12,10 @@ them, and on a machine that others use, theirs. The CPU time of the thread that 
 With `--live` rows come from SmolLM2 at once: `bare` runs the truncated model and then the steps,
 one after the other in one thread; `loop` is `train.source: live`, whose model runs in a thread
 beside the steps. Both are timed from the end of the first forward to the end of the last step.
+
+With `--checkpoints` 24,576 latents of width 768 are trained with a checkpoint every 2 seconds, and
+with none: for which share of the time steps wait for them, and how much longer a run takes, whose
+cores a thread that writes has its share of. `--steps 50 --rounds 1` takes minutes.
 """
 
 import argparse
@@ -20,7 +24,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -33,6 +38,7 @@ from activations_cache.shard import rows_of
 from activations_cache.testing import synthetic_plan, write_synthetic
 from benchmarks.rows import append, surroundings
 from sae.architecture import TopK
+from sae.train.checkpoint import SHARE, Saver
 from sae.train.config import AuxK, DictionaryConfig, TrainConfig
 from sae.train.fit import train
 from sae.train.hook_points import hook_points_of
@@ -64,18 +70,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--live", action="store_true", help="rows come from a model")
+    parser.add_argument("--checkpoints", action="store_true", help="one every 2 seconds, or none")
     parser.add_argument("--record", action="store_true", help="append to results/loop.jsonl")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.live:
             row = measure_live(Path(folder), arguments.rounds, arguments.steps, live_cache())
+        elif arguments.checkpoints:
+            row = measure_checkpoints(Path(folder), arguments.rounds, arguments.steps)
         else:
             found = measure(Path(folder), arguments.rounds, arguments.steps)
             row = {"shape": {"batch": BATCH, "d_in": D_IN, "d_sae": ENTRY.d_sae}, **found}
-    row |= {"rounds": arguments.rounds, "steps": arguments.steps, "goal": GOAL}
-    ratios = (f"{name[6:]} {row[name]['median']:.3f}" for name in RATIOS if name in row)
-    print(f"bare step {row['bare_step_cpu_ms']:.2f} ms of CPU; loop / bare: {', '.join(ratios)}")
+    row = {"rounds": arguments.rounds, "steps": arguments.steps, "goal": GOAL, **row}
+    if arguments.checkpoints:
+        print("{n_checkpoints} checkpoints: steps wait {share_waited:.2%}".format_map(row))
+    else:
+        print(f"bare step {row['bare_step_cpu_ms']:.2f} ms of CPU; loop / bare:")
+    print(", ".join(f"{name[6:]} {row[name]['median']:.3f}" for name in RATIOS if name in row))
     if arguments.record:
         append("loop", [{**row, **surroundings(("lightning",))}])
 
@@ -120,6 +132,50 @@ def whole(cache: ActivationCache, config: TrainConfig, path: Path) -> Time:
     ends = []
     train(cache, config, path, progress=lambda done, total, unit: ends.append(_now()))  # noqa: ARG005
     return _between(ends)
+
+
+def measure_checkpoints(folder: Path, rounds: int, n_steps: int) -> dict:
+    """Runs with a checkpoint every 2 seconds beside runs with none."""
+    plan = synthetic_plan({HOOK: 768}, n_examples=-(-n_steps * BATCH * 10 // (8 * 16)) + 10)
+    cache = write_synthetic(folder / "cache", plan)
+    entry = DictionaryConfig(d_sae=24_576, activation=TopK(k=32))
+    waited, begun, ratios = [], [], []
+    call, begin = Saver.__call__, Saver._begin
+
+    def timed(saver: Saver, *given: Any) -> None:
+        start = time.perf_counter()
+        call(saver, *given)
+        waited.append(time.perf_counter() - start)
+
+    def counted(saver: Saver, *given: Any) -> None:
+        begun.append(given[0])
+        begin(saver, *given)
+
+    shares = []
+    for n in range(rounds):
+        times = {}
+        for seconds in (2.0, 1e6)[:: 1 if n % 2 else -1]:
+            config = TrainConfig(
+                saes={"topk": entry}, batch=BATCH, precision="fp32", checkpoint_seconds=seconds
+            )
+            waited.clear()
+            with (
+                mock.patch.object(Saver, "__call__", timed),
+                mock.patch.object(Saver, "_begin", counted),
+            ):
+                times[seconds] = whole(cache, config, folder / f"{n}-{seconds}").clock
+            if seconds == 2.0:
+                shares.append(sum(waited) / times[seconds])
+        ratios.append(times[2.0] / times[1e6])
+    return {
+        "case": "checkpoints",
+        "shape": {"batch": BATCH, "d_in": 768, "d_sae": entry.d_sae},
+        "checkpoint_seconds": 2.0,
+        "n_checkpoints": len(begun),
+        "share_waited": median(shares),
+        "ratio_clock": _spread(ratios),
+        "goal": SHARE,
+    }
 
 
 def live_cache() -> CacheConfig:

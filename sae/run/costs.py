@@ -18,7 +18,7 @@ from sae.browser import ResultTable
 from sae.config import config_file, load
 from sae.run.config import RunConfig
 from sae.run.context import Run, wrong_class
-from sae.train.cost import DEVICES, Memory, StepTime, devices_of, estimate, step_seconds
+from sae.train.cost import DEVICES, Memory, StepTime, devices_of, estimate, pinned, step_seconds
 from sae.train.hook_points import hook_points_of
 
 ENCODER_SHAPE = (1024, 576, 4608)
@@ -147,12 +147,16 @@ def _cost_table(
         for name, step in steps.items()
     )
     needed = sum(entry.total for entry in memory.values()) / 2**30
+    shards = config.train.latent_shards
+    copied = sum(entry.snapshot for entry in memory.values()) * shards
+    copied = (pinned(copied) if shards == 1 else copied) / 2**30
     note = (
         f"A model of the step on {gpus}: no GPU has confirmed it, and reading the rows is not in "
         f"it. All dictionaries together need {needed:,.1f} of {room} GiB"
     )
     if needed > room:
         note += ": they do not fit; lower d_sae or batch, use --part, or raise train.latent_shards"
+    note += f". A checkpoint is written from a copy of {copied:,.1f} GiB in the host's memory"
     return ResultTable(columns, rows, f"{note}.")
 
 

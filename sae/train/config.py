@@ -353,7 +353,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     """Format of the encoder's and the dense products; auto: bf16 where the device has it."""
     checkpoint_seconds: float = 60.0
-    """A checkpoint is written so often."""
+    """A checkpoint is begun so often, or as seldom as keeps waiting for them at 1 % of the time."""
     log_every: int = 20
     """Steps between two points of the training curves."""
     wandb: Wandb | None = None

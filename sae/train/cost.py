@@ -48,7 +48,11 @@ MOMENTS = {"float32": 2.0, "bfloat16": 1.0, "int8": 0.55, "muon": 1.0, "schedule
 """What the optimiser keeps of the weights it trains, in units of their size."""
 UPDATES = {"muon": 1.0, "schedule_free": 1.0}
 """What it works with while it updates them, in the same units; torch's Adam is fused."""
-MEMORY_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CONTAINER = {
+    "/sys/fs/cgroup/memory.max": ("memory.current", "inactive_file"),
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes": ("memory.usage_in_bytes", "total_inactive_file"),
+}
+"""A container's limit, what of it is in use, and what of that is files that can be read again."""
 
 
 class Device(NamedTuple):
@@ -105,6 +109,11 @@ class Memory(NamedTuple):
     def total(self) -> int:
         """All of it."""
         return sum(self)
+
+    @property
+    def snapshot(self) -> int:
+        """Of the host besides: the copy from which a checkpoint is written, if it has the room."""
+        return self.weights + self.moments + self.means
 
 
 def estimate(  # noqa: PLR0913
@@ -345,12 +354,23 @@ def require_memory(needed: int, free: int, what: str, where: str) -> None:
         )
 
 
+def pinned(n_bytes: int) -> int:
+    """What torch takes for so many bytes of pinned memory: a power of two."""
+    return 1 << (n_bytes - 1).bit_length() if n_bytes else 0
+
+
 def free_on_cpu() -> int:
     """Bytes that this machine, or the container that we are in, can still give."""
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    lines = _text(Path("/proc/meminfo")).splitlines()
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    for name in MEMORY_FILES:
+    for name, (used, cached) in CONTAINER.items():
         path = Path(name)
-        if path.exists() and (limit := path.read_text().strip()).isdigit():
-            found.append(int(limit))
+        if (limit := _text(path)).isdigit():
+            statistics = dict(map(str.split, _text(path.with_name("memory.stat")).splitlines()))
+            in_use = int(_text(path.with_name(used)) or 0) - int(statistics.get(cached, 0))
+            found.append(max(int(limit) - in_use, 0))
     return min(found, default=1 << 62)
+
+
+def _text(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""

@@ -123,6 +123,8 @@ class TrainingRows:
         self.part = slice(None)
         """The rows of each batch that are this process's."""
         self.hook_points = data.hook_points
+        self.as_stored = False
+        """Whether rows come in the cache's number format, to be made float32 where they go."""
         self.n_passes = 1
         """Passes that are to come, as far as that is known."""
         self.meter: Meter | None = None
@@ -188,6 +190,7 @@ class TrainingRows:
                 start=self.next,
                 epochs=epochs,
                 part=self.part,
+                as_stored=self.as_stored,
             )
             self._at = self.next
         return self._open

@@ -122,21 +122,29 @@ def _train(
         precision=precision, ranks=ranks, device=device(), log_every=config.log_every,
     )  # fmt: skip
     identity = _identity(cache, config, precision, live)
-    module.after_step = saver = Saver(path / CHECKPOINTS, identity, config, ranks, progress)
-    take_up(module, saver)
-    if module.n_steps < total_steps:
-        made = []
-        if ranks.is_first:
-            made = loggers(path / curves.LOGS, module.n_steps, config.wandb, identity)
-        _fit(module, data, made, config.log_every)
-        if module.n_steps < total_steps:
-            raise OSError(
-                f"{cache.path} must give {total_steps} batches of {config.batch} rows, got "
-                f"{module.n_steps}; run `sae verify`"
-            )
-        saver.save(module.n_steps, module.full_state())
+    saver = Saver(path / CHECKPOINTS, identity, config, ranks, progress)
+    with contextlib.closing(saver):
+        _go_on(module, data, saver, path)
     finished = _finished(module.steps, cache, made_by, config.seed, progress)
     return module.save(path, finished, **live)
+
+
+def _go_on(module: SAEModule, data: ActivationDataModule, saver: Saver, path: Path) -> None:
+    """Train to the last step from the newest checkpoint on, and write one of it."""
+    module.after_step, config = saver, saver.config
+    take_up(module, saver)
+    if module.n_steps == module.total_steps:
+        return
+    made = []
+    if saver.ranks.is_first:
+        made = loggers(path / curves.LOGS, module.n_steps, config.wandb, saver.identity)
+    _fit(module, data, made, config.log_every)
+    if module.n_steps < module.total_steps:
+        raise OSError(
+            f"{data.cache.path} must give {module.total_steps} batches of {config.batch} rows, got "
+            f"{module.n_steps}; run `sae verify`"
+        )
+    saver.save(module.n_steps, module.full_state())
 
 
 def _finished(

@@ -122,7 +122,7 @@ class SAEModule(lightning.LightningModule):
         read = reads(self.where, {point: data.cache.d_model(point) for point in data.hook_points})
         self.columns = read.columns
         data.rows.hook_points, data.rows.meter = read.hook_points, self.meter
-        data.rows.part = ranks.rows.share(data.batch)
+        data.rows.part, data.rows.as_stored = ranks.rows.share(data.batch), device.type != "cpu"
 
     @property
     def made_of(self) -> str:
@@ -248,7 +248,7 @@ class SAEModule(lightning.LightningModule):
             What was logged; nothing at most steps.
         """
         is_due = self.meter.before(self.n_steps + 1, self.total_steps)
-        metrics = {}
+        metrics, x = {}, x.float()  # to a GPU rows come as the cache holds them
         bf16 = self.precision == "bf16"  # the step knows best which products may have it
         try:
             with torch.autocast(x.device.type, enabled=False) if bf16 else contextlib.nullcontext():
@@ -363,6 +363,7 @@ class Checkpoints(lightning.Callback):
     ) -> None:
         """Take the directory, how often it gets a checkpoint, and who is told of rows."""
         self.path, self.seconds, self.progress = Path(path), seconds, progress
+        self.saver: Saver | None = None
 
     def on_fit_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -371,11 +372,21 @@ class Checkpoints(lightning.Callback):
         assert isinstance(pl_module, SAEModule)
         module, data = pl_module, pl_module.data
         config = TrainConfig(saes=module.saes, batch=data.batch, checkpoint_seconds=self.seconds)
-        module.after_step = saver = Saver(
-            self.path, module.made_of, config, module.ranks, self.progress
-        )
+        of = (self.path, module.made_of, config, module.ranks, self.progress)
+        module.after_step = self.saver = Saver(*of)
         if trainer.ckpt_path is None:
-            take_up(module, saver)
+            take_up(module, self.saver)
+
+    def on_exception(self, *_: Any, **__: Any) -> None:
+        """Finish what is being written."""
+        if self.saver is not None:
+            self.saver.close()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """See that the last one is written, or raise why it is not."""
+        if self.saver is not None:
+            self.saver.settle()
+            self.saver.close()
 
 
 def take_up(module: SAEModule, saver: Saver) -> None:

@@ -316,10 +316,14 @@ def gradient_norm(
 
 
 def whole_state(state: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The state of the whole dictionary, on the CPU; only the first process gets it right."""
+    """The state of the whole dictionary; only the first process gets it right.
+
+    Where others hold parts of it, it is a copy on the CPU.
+    """
     if ranks.latents.size == 1:
         return state
-    return {n: _joined(t, ranks) if of_latents(n, t) else t.cpu() for n, t in state.items()}
+    here = {n: t.to("cpu", copy=True) for n, t in state.items() if not of_latents(n, t)}
+    return {n: here[n] if n in here else _joined(t, ranks) for n, t in state.items()}
 
 
 def own_state(state: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

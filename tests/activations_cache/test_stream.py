@@ -57,6 +57,11 @@ def test_a_stream_gives_the_rows_of_the_cache(
     for batch in batches:
         both = [cache[name][batch.rows] for name in cache.hook_points]
         assert torch.equal(batch.x, torch.cat(both, dim=1))
+    as_stored = list(stream.batches(batch=101, seed=1, as_stored=True))
+    assert as_stored[0].x.dtype == getattr(torch, tiny_cache_config.dtype)
+    for low, batch in zip(as_stored, batches, strict=True):
+        assert torch.equal(low.rows, batch.rows)
+        assert torch.equal(low.x.float(), batch.x)
 
 
 def test_each_row_comes_once_per_epoch(model: CountingModel):

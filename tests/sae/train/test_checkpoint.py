@@ -41,12 +41,12 @@ def test_a_damaged_newest_falls_back_to_the_older(tmp_path, damage):
 def test_what_does_not_read_back_is_no_checkpoint_and_removes_none(tmp_path, monkeypatch):
     for n in (1, 2):
         checkpoint.save(tmp_path, n, STATE, "id")
-    write = checkpoint.io.write_files
+    write = checkpoint.io.write
 
-    def rotten(files):
-        write({path: data[:-1] + b"?" for path, data in files.items()})
+    def rotten(descriptor, data):
+        write(descriptor, memoryview(bytes(data)[:-1] + b"?"))
 
-    monkeypatch.setattr(checkpoint.io, "write_files", rotten)
+    monkeypatch.setattr(checkpoint.io, "write", rotten)
     with pytest.raises(OSError, match="step-00000003 must read back as it was written, got other"):
         checkpoint.save(tmp_path, 3, STATE, "id")
     assert checkpoint.load_newest(tmp_path, "id")[0] == 2

@@ -7,14 +7,18 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import Gated, JumpReLU, ReLU, TopK
+from sae.autoencoder import SparseAutoencoder, initialise
+from sae.train import cost
 from sae.train.config import Adam, AuxK, DictionaryConfig, TrainConfig
-from sae.train.cost import DEVICES, estimate, free_on_cpu, step_seconds
+from sae.train.cost import DEVICES, estimate, free_on_cpu, pinned, step_seconds
 from sae.train.fit import train
 from sae.train.loss_config import L0, L1, Refine, Tanh
 from sae.train.optim_config import Muon, ScheduleFree
+from sae.train.step import TrainStep
 
 MEASURE = """
 import json, sys, torch
@@ -141,6 +145,37 @@ def test_what_a_config_adds_is_counted():
     assert parts("refine").total - plain.total == plain.weights // 2 + 3 * 4 * 4096 * 512
     whole, in_parts = (parts(kind).activations for kind in ("relu", "parts"))
     assert whole - in_parts == dense * 3 // 4
+
+
+@pytest.mark.parametrize("kind", ["topk", "ema", "soft", "bf16 states", "int8 states", "muon"])
+def test_the_copy_for_a_checkpoint_is_as_large_as_the_state(kind):
+    config = config_of(kind, 4096)
+    made = SparseAutoencoder(config.architecture(256))
+    initialise(made, torch.Generator().manual_seed(0))
+    step = TrainStep(made, config, 9)
+    step(torch.randn(64, 256))
+    n_bytes = sum(t.nbytes for t in step.state_dict().values())
+    assert estimate(config, 256, 64).snapshot == pytest.approx(n_bytes, rel=0.03)
+
+
+def test_pinned_memory_comes_in_powers_of_two():
+    assert [pinned(n) for n in (0, 1, 4096, 4097)] == [0, 1, 4096, 8192]
+
+
+def test_what_a_container_can_still_give_is_its_limit_without_what_is_in_use(tmp_path, monkeypatch):
+    """Files that can be read again are free; a limit of `max` is none."""
+    names = {tmp_path / "memory.max": ("memory.current", "inactive_file")}
+    monkeypatch.setattr(cost, "CONTAINER", names)
+    free = free_on_cpu()
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_on_cpu() > 0.5 * free
+    (tmp_path / "memory.max").write_text("50000000\n")
+    assert free_on_cpu() == 50_000_000
+    (tmp_path / "memory.current").write_text("45000000\n")
+    (tmp_path / "memory.stat").write_text("anon 40000000\ninactive_file 3000000\n")
+    assert free_on_cpu() == 8_000_000
+    (tmp_path / "memory.current").write_text("53000001\n")
+    assert free_on_cpu() == 0
 
 
 def test_a_width_that_cannot_fit_is_refused_before_the_first_step(tmp_path):

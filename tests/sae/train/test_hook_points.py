@@ -6,11 +6,13 @@ import torch
 import activations_cache
 import sae
 from activations_cache.config import CacheConfig, ModelConfig, TextConfig, TextSource
+from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import ReLU, TopK
 from sae.metrics import fvu
 from sae.train.config import Adam, DictionaryConfig, TrainConfig
 from sae.train.fit import train
 from sae.train.loss_config import L1, AuxK
+from sae.train.module import SAEModule
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +87,28 @@ def test_what_is_learned_predicts_the_output(cache, together):
     rows = cache.rows(("hold",))
     target = cache[last][rows]
     assert fvu(target, trans(cache[mlp][rows])) < 0.7
+
+
+def test_rows_that_come_in_16_bits_train_the_same_bits(tmp_path, monkeypatch):
+    """A GPU gets them so from the cache; what they are made there, a CPU gets from the start."""
+    plan = synthetic_plan({"a:out": 7, "b:out": 5}, n_examples=41, dtype="bfloat16")
+    cache = write_synthetic(tmp_path / "cache", plan)
+    both = DictionaryConfig(d_sae=22, activation=TopK(k=2), inputs=("a:out", "b:out"))
+    saes = {"a": DictionaryConfig(d_sae=30, activation=TopK(k=3), inputs=("a:out",)), "both": both}
+    config = TrainConfig(saes=saes, batch=53, precision="fp32")
+    seen, build, step = [], SAEModule.build, SAEModule.step
+
+    def built(module, data, *given, **named):
+        build(module, data, *given, **named)
+        assert not data.rows.as_stored
+        data.rows.as_stored = as_stored
+
+    monkeypatch.setattr(SAEModule, "build", built)
+    monkeypatch.setattr(SAEModule, "step", lambda m, x: (seen.append(x.dtype), step(m, x))[1])
+    files = {}
+    for as_stored in (False, True):
+        paths = train(cache, config, tmp_path / str(as_stored))
+        files[as_stored] = {n: (p / "sae.safetensors").read_bytes() for n, p in paths.items()}
+    n = cache.n_batches(batch=53)
+    assert seen == [torch.float32] * n + [torch.bfloat16] * n
+    assert files[True] == files[False]

@@ -29,6 +29,7 @@ from sae.train import (
     DictionaryConfig,
     SAEModule,
     TrainConfig,
+    checkpoint,
     train,
 )
 from sae.train.config import AuxK
@@ -156,14 +157,22 @@ class StopAt(lightning.Callback):
             raise ConnectionError("the machine is gone")
 
 
+class EveryStep(Checkpoints):
+    """Each step's checkpoint is written before the step after it."""
+
+    def on_train_batch_end(self, *args, **named):
+        self.saver.settle()
+
+
 @pytest.mark.parametrize("stop", [3, 8, 11])
-def test_checkpoints_of_ours_go_on_in_any_trainer(cache, tmp_path, stop):
+def test_checkpoints_of_ours_go_on_in_any_trainer(cache, tmp_path, monkeypatch, stop):
     """Lightning's counters follow: passes end where they would have, its files have the numbers."""
+    monkeypatch.setattr(checkpoint, "SHARE", 1.0)
     n, ours = 8, tmp_path / "ours"
     flags = {"max_epochs": 3, "limit_train_batches": n}
     _, uninterrupted = fit(cache, **flags)
     with pytest.raises(ConnectionError):
-        fit(cache, callbacks=[Checkpoints(ours, seconds=1e-9), StopAt(stop)], **flags)
+        fit(cache, callbacks=[EveryStep(ours, seconds=1e-9), StopAt(stop)], **flags)
     assert max(path.name for path in ours.iterdir()) == f"step-{stop:08d}"
     keep = ModelCheckpoint(
         tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{epoch}-{step}"

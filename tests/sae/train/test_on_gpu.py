@@ -8,6 +8,7 @@ import torch
 
 from sae.architecture import TopK
 from sae.autoencoder import SparseAutoencoder, initialise
+from sae.train.checkpoint import Snapshot
 from sae.train.config import Adam, DictionaryConfig
 from sae.train.step import TrainStep
 from sae.train.throughput import StepGraph
@@ -89,6 +90,23 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_count(config):
     assert not bool(metrics.finite)
     after = step.state_dict()
     assert [n for n, v in before.items() if not torch.equal(v, after[n])] == ["n_steps"]
+
+
+@every_recipe
+def test_a_checkpoint_s_copy_is_the_state_behind_its_step_and_nobody_waits_for_it(config):
+    step, parts, snapshot = on_gpu(config), [given(config)(x) for x in rows()], Snapshot()
+    for part in parts[:8]:
+        step(*part)
+    assert snapshot.take(step.state_dict()) is not None  # which makes the room
+    step.bound.until = 1 << 30
+    state = {name: value.clone() for name, value in step.state_dict().items()}
+    with without_waits():
+        copy = snapshot.take(step.state_dict())
+        step(*parts[8])
+    assert copy is not None
+    assert copy.whole() > 0
+    assert all(value.is_pinned() for value in copy.state.values())
+    assert {n for n, value in state.items() if not value.cpu().equal(copy.state[n])} == set()
 
 
 @pytest.mark.parametrize("of_batch", [False, True])
