@@ -154,8 +154,10 @@ class JumpReLU(Kind):
     """Tells the activations apart."""
     threshold: float = 0.1
     """Thresholds at the start of training, in the dictionary's units."""
-    bandwidth: float = 0.1
-    """Width of the window around a threshold in which pre-activations move it, in these units."""
+    bandwidth: float = 1.0
+    """Width of the window around a threshold in which pre-activations move it, in these units.
+
+    Before training they have a variance of 1: a window much narrower sees too few of them."""
     facts: ClassVar = Facts(
         "dense",
         6.5,
