@@ -1,12 +1,12 @@
 """Whether every kind of dictionary finds planted features and has its L0, over a grid of worlds.
 
-    python -m benchmarks.ground_truth_grid [--d 64] [--active 4 8 32] [--steps 2000] [--seeds 3]
+    python -m benchmarks.ground_truth_grid [--d 64] [--active 4 8 32] [--steps 2000] [--record]
 
 A cell is a world (width of the rows, features that fire in a row, law by which they fire), a number
 of steps, a seed and an entry of configs/kinds.yaml at the world's size. Each is trained, scored on
-unseen rows and appended to results/ground_truth_grid.jsonl at once; cells that stand there are
-skipped, so a grid that was stopped goes on. At the end one table of all recorded cells of the
-request is printed; cells beyond --most-seconds (at 10 GFLOP/s) are `not run` on a CPU.
+unseen rows and, with --record, appended to results/ground_truth_grid.jsonl at once; cells there
+are skipped, so a grid that was stopped goes on. At the end one table of all cells of the
+request is printed; those beyond --most-seconds (at 10 GFLOP/s) are `not run` on a CPU.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def main() -> None:
     for _, alike in itertools.groupby(cells, key=lambda cell: cell.world):
         missing = [cell for cell in alike if cell not in known and _fits(cell, arguments, device)]
         if missing:
-            known |= _trained(missing, device)
+            known |= _trained(missing, device, record=arguments.record)
     print(table_text(_lines(cells, known)))
 
 
@@ -122,6 +122,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--recipes", choices=RECIPES, nargs="+", default=RECIPES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--most-seconds", type=float, default=900.0, help="of a cell on a CPU")
+    parser.add_argument(
+        "--record", action="store_true", help="append to results/ground_truth_grid.jsonl"
+    )
     return parser.parse_args()
 
 
@@ -148,8 +151,10 @@ def entry_of(cell: Cell) -> DictionaryConfig:
     return recipe("kinds", cell.recipe, cell.n_features, cell.active, BATCH)
 
 
-def _trained(cells: list[Cell], device: torch.device) -> dict[Cell, dict[str, float]]:
-    """Train these cells on the rows of their one world, score and record them."""
+def _trained(
+    cells: list[Cell], device: torch.device, *, record: bool
+) -> dict[Cell, dict[str, float]]:
+    """Train these cells on the rows of their one world, score them and, if so, record them."""
     config, seed, n_steps = world_of(cells[0]), cells[0].seed, cells[0].steps
     world = make_world(config, seed, device=device)
     steps = {cell: new_step(world, entry_of(cell), n_steps) for cell in cells}
@@ -159,9 +164,10 @@ def _trained(cells: list[Cell], device: torch.device) -> dict[Cell, dict[str, fl
     for cell, step in steps.items():
         report = evaluate(step.autoencoder, config, seed)
         found[cell] = figures = {**_figures(report), "L0 in training": l0[cell]}
-        row: dict[str, Any] = {"cell": vars(cell), "figures": figures}
-        together = {"seconds": seconds, "dictionaries": len(cells)}
-        append(NAME, [{**row, "together": together, **surroundings()}])
+        if record:
+            together = {"seconds": seconds, "dictionaries": len(cells)}
+            row = {"cell": vars(cell), "figures": figures, "together": together}
+            append(NAME, [{**row, **surroundings()}])
         print(cell, figures, file=sys.stderr, flush=True)
     return found
 
