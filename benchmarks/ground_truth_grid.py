@@ -107,7 +107,7 @@ def main() -> None:
     for _, alike in itertools.groupby(cells, key=lambda cell: cell.world):
         missing = [cell for cell in alike if cell not in known and _fits(cell, arguments, device)]
         if missing:
-            known |= _trained(missing, device, record=arguments.record)
+            known |= _trained(missing, device, arguments)
     print(table_text(_lines(cells, known)))
 
 
@@ -152,7 +152,7 @@ def entry_of(cell: Cell) -> DictionaryConfig:
 
 
 def _trained(
-    cells: list[Cell], device: torch.device, *, record: bool
+    cells: list[Cell], device: torch.device, arguments: argparse.Namespace
 ) -> dict[Cell, dict[str, float]]:
     """Train these cells on the rows of their one world, score them and, if so, record them."""
     config, seed, n_steps = world_of(cells[0]), cells[0].seed, cells[0].steps
@@ -164,7 +164,7 @@ def _trained(
     for cell, step in steps.items():
         report = evaluate(step.autoencoder, config, seed)
         found[cell] = figures = {**_figures(report), "L0 in training": l0[cell]}
-        if record:
+        if arguments.record:
             together = {"seconds": seconds, "dictionaries": len(cells)}
             row = {"cell": vars(cell), "figures": figures, "together": together}
             append(NAME, [{**row, **surroundings()}])

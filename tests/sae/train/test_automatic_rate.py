@@ -79,12 +79,12 @@ def test_thresholds_are_single_numbers_that_no_width_slows_down(own, expected):
     made = SparseAutoencoder(config.architecture(401))
     initialise(made, torch.Generator().manual_seed(1))
     step = TrainStep(made, config, STEPS)
-    before = step.autoencoder.get_parameter("threshold").clone()
+    before = step.autoencoder.get_parameter("threshold").detach().clone()
     step(torch.randn(BATCH, 401, generator=torch.Generator().manual_seed(2)))
     rest, thresholds = step.optimizer.param_groups
     assert rest["lr"] == pytest.approx(0.1 / 401**0.5 / 2)
     assert thresholds["lr"] == expected
-    moved = (step.autoencoder.get_parameter("threshold") - before).abs().max()
+    moved = (step.autoencoder.get_parameter("threshold").detach() - before).abs().max()
     assert float(moved) == pytest.approx(expected, rel=1e-3)
 
 
