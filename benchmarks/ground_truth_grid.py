@@ -199,7 +199,9 @@ def _figures(report: GroundTruthReport) -> dict[str, float]:
 def _lines(cells: list[Cell], known: dict[Cell, dict[str, float]]) -> list[tuple[str, ...]]:
     """One row for the seeds of each cell; L0 over what was asked."""
     names = ("recovered", "MMCS", "F1", "FVU", "dead")
-    lines = [("d", "active", "steps", "law", "recipe", "seeds", *names, "L0 / asked")]
+    lines: list[tuple[str, ...]] = [
+        ("d", "active", "steps", "law", "recipe", "seeds", *names, "L0 / asked")
+    ]
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((*cell.world[:4], cell.recipe), []).append(cell)

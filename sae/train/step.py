@@ -92,8 +92,7 @@ class StepMetrics(NamedTuple):
     loss: Float[Tensor, ""]
     """What was minimised."""
     fvu: Float[Tensor, ""]
-    """Squared error over this batch's variance, centred per dimension, of rows in the dictionary's
-    units."""
+    """Squared error over a batch's variance, centred per dimension, in the dictionary's units."""
     l0: Float[Tensor, ""]
     """Mean number of latents that fire in a row."""
     dead: Float[Tensor, ""]
@@ -265,8 +264,9 @@ class TrainStep:
         """Bring the learning rates to those of the coming step, which has so many rows."""
         factor = rate_factor(self.config.optimizer, self.n_steps, self.total_steps)
         for group in self.optimizer.param_groups:
-            auto, base = automatic_rate(*group["of"], n_rows, self.total_steps), group["base_lr"]
-            base = auto if base == "auto" else base
+            base, (d_sae, d_in) = group["base_lr"], group["of"]
+            if base == "auto":
+                base = automatic_rate(d_sae, d_in, n_rows, self.total_steps)
             group["attempt"] = self.n_steps
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(base * factor)
