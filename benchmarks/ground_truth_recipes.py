@@ -34,6 +34,10 @@ def _resized(entry: DictionaryConfig, d_sae: int, k: int, dead: int) -> Dictiona
     activation, prefixes = entry.activation, entry.matryoshka
     if hasattr(activation, "k"):
         activation = replace(activation, k=k)
+    aims = {}
+    for name in ("control", "l0"):
+        if getattr(term := getattr(entry, name), "target", None) is not None:
+            aims[name] = replace(term, target=float(k))
     if isinstance(prefixes, FixedPrefixes):
         ends = sorted({max(1, end * d_sae // entry.d_sae) for end in prefixes.ends})
         prefixes = replace(prefixes, ends=tuple(ends))
@@ -46,6 +50,7 @@ def _resized(entry: DictionaryConfig, d_sae: int, k: int, dead: int) -> Dictiona
         activation=activation,
         matryoshka=prefixes,
         dead_after_tokens=max(1, dead),
+        **aims,
     )
 
 
@@ -80,13 +85,13 @@ def new_step(world: World, entry: DictionaryConfig, n_steps: int) -> TrainStep:
 
 
 def at_l0(world: World, entry: DictionaryConfig, l0: float, batch: int) -> DictionaryConfig:
-    """The entry with the coefficient of its penalty that gives an L0, found by bisection."""
+    """The entry with the coefficient that gives an L0, found by bisection where nothing aims."""
     name = next((p for p in PENALTIES if getattr(entry, p) is not None), None)
-    if name is None:
+    if name is None or entry.control is not None:
         return entry
     penalty = getattr(entry, name)
     if getattr(penalty, "target", None) is not None:
-        return replace(entry, **{name: replace(penalty, target=l0)})
+        return entry
     low, high = 1e-3 * penalty.coefficient, 1e2 * penalty.coefficient
     rows = [made.x for made in batches(world, batch, TRIAL_STEPS)]
     for _ in range(TRIALS):

@@ -155,7 +155,9 @@ class JumpReLU(Kind):
     threshold: float = 0.1
     """Thresholds at the start of training, in the dictionary's units."""
     bandwidth: float = 0.1
-    """Width of the window around a threshold in which pre-activations move it, in these units."""
+    """Width of the window around a threshold in which pre-activations move it, in these units.
+
+    Before training they have a variance of 1, and a window of 1 sees enough of them."""
     facts: ClassVar = Facts(
         "dense",
         6.5,

@@ -241,7 +241,7 @@ def distilled(
     student = _student(dictionary)
     weights = student.dec_rows.detach().square().sum(dim=1)
     batch = min(BATCH, len(x))
-    lr = automatic_rate(student.config.d_sae, batch, student.config.d_in)
+    lr = automatic_rate(student.config.d_sae, student.config.d_in, batch, steps)
     adam = torch.optim.Adam([student.enc_rows, student.b_enc], lr=lr, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):

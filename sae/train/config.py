@@ -237,10 +237,8 @@ class DictionaryConfig:
 
     def _check_cross_layer(self) -> None:
         """Check what follows from weights that are 0 and stay so."""
-        n, rule = (
-            len(self.inputs),
-            "name as many hook points as inputs, at least 2, for cross_layer",
-        )
+        n = len(self.inputs)
+        rule = "name as many hook points as inputs, at least 2, for cross_layer"
         require(n > 1 and len(self.outputs) == n, "outputs", rule, self.outputs)
         rule = f"be a multiple of its {n} inputs for cross_layer"
         require(self.d_sae % n == 0, "d_sae", rule, self.d_sae)
@@ -264,6 +262,9 @@ class DictionaryConfig:
     def _check_k(self, k: int) -> None:
         """Check what counts latents against their number."""
         limit = f"be at most d_sae={self.d_sae}"
+        for name in ("control", "l0"):
+            target = getattr(getattr(self, name), "target", None)
+            require(target is None or target <= self.d_sae, f"{name}.target", limit, target)
         if self.k_anneal is not None:
             start = self.k_anneal.start
             require(start <= self.d_sae, "k_anneal.start", limit, start)

@@ -9,6 +9,8 @@ from sae.train.loss_term import LossFacts, Sizes, Term
 
 DENSE_OF_DEAD = 2.0
 """Matrices (batch, dead) that AuxK holds at once."""
+STIFF = 4.0
+"""Weight of the L0 penalty beside a target, in units of d_in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +83,8 @@ class L0(Term):
     coefficient that is large enough; without, it is the L0 itself (arXiv 2407.14435).
     """
 
-    coefficient: float = 1.0
-    """Weight of the penalty, when E||u||^2 = d_in; without a target, small values belong here."""
+    coefficient: float | None = None
+    """Weight of the penalty, when E||u||^2 = d_in; if absent 1, or beside a target STIFF d_in."""
     target: float | None = None
     """The L0 that is wanted."""
     ramp: float = 0.05
@@ -94,11 +96,23 @@ class L0(Term):
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        at_least("coefficient", self.coefficient, 0)
+        if self.coefficient is not None:
+            at_least("coefficient", self.coefficient, 0)
         fraction("ramp", self.ramp)
         for name in ("target", "threshold_lr"):
             if (value := getattr(self, name)) is not None:
                 positive(name, value)
+
+    def weight(self, d_in: int) -> float:
+        """The coefficient, for rows of this width.
+
+        What the last activation takes off the squared error is some .1 d_in / target (docs,
+        ground_truth_notebook), and the penalty's slope is 2 weight (L0 / target - 1) / target. Both
+        are equal where L0 is 1.3 % above the target, at 4 d_in.
+        """
+        if self.coefficient is not None:
+            return self.coefficient
+        return 1.0 if self.target is None else STIFF * d_in
 
     @property
     def whole_batch(self) -> str | None:
@@ -282,14 +296,19 @@ Matryoshka = FixedPrefixes | RandomPrefixes | NestedK
 class Control(Term):
     """A controller of the penalty's weight: after each step it is multiplied by exp(rate * e).
 
-    e = L0 / target - 1 of that step's batch, cut at -1 and 1; so the weight rises while too many
-    latents fire, whatever the coefficient that it starts from.
+    e = L0 / T - 1 of that step's batch, cut at -1 and 1; so the weight rises while too many latents
+    fire, whatever the coefficient that it starts from. T falls to the target while latents find
+    their directions: those that a penalty silences before that are never found.
     """
 
     target: float
     """The L0 that is wanted."""
     rate: float = 0.01
     """How fast the weight moves."""
+    start: float = 16.0
+    """T is so many times the target at first, and a quarter of the latents at most."""
+    until: float = 0.6
+    """Fraction of the steps after which T is the target."""
 
     facts: ClassVar = LossFacts(trains=("dense", "gated"), is_sharded=False)
 
@@ -297,6 +316,9 @@ class Control(Term):
         """Check ranges."""
         positive("target", self.target)
         positive("rate", self.rate)
+        at_least("start", self.start, 1)
+        positive("until", self.until)
+        fraction("until", self.until)
 
     @property
     def whole_batch(self) -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from monosema.checks import at_least, fraction, positive, require
-from sae.train.loss_config import Refine
+from sae.train.loss_config import Control, Refine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,23 +261,32 @@ def rate_factor(settings: Optimizer, step: int, total_steps: int) -> float:
     return warmup_decay(*at, settings.warmup, settings.decay, settings.decay_shape)
 
 
-def automatic_rate(d_sae: int, n_rows: int, d_in: int) -> float:
-    """The learning rate `auto`: 0.01 min(1, sqrt(rows of a step / latents)) min(1, 10/sqrt(d_in)).
+SHORT, FEW = 2000, 4 / 9
+"""Steps up to which the learning rate `auto` does not depend on their number; rows of a step over
+latents, down to which it falls with their square root, and beyond with the fourth."""
 
-    The fall with the width is Gao et al.'s (arXiv 2406.04093, A.3), the rise with the batch that of
-    Adam's noise. A step of Adam has the norm lr sqrt(d_in), a decoder row the norm 1: so wide rows
-    get a lower rate, or the first steps throw latents to where no row reaches them. The factors are
-    what worked on worlds with known features (d_in to 96) and two real models (docs,
-    ground_truth). The scale of the input is not in it: rows reach the step in the dictionary's
-    units, where their mean square norm is d_in whatever the model's is, and Adam's steps do not
-    depend on the scale of the loss.
+
+def automatic_rate(d_sae: int, d_in: int, n_rows: int, total_steps: int) -> float:
+    """The learning rate `auto`: 0.01 times three factors, each of them 1 at most.
+
+    sqrt(rows of a step / latents), 10 / sqrt(d_in) and sqrt(2000 / steps). A step of Adam has the
+    norm lr sqrt(d_in), a decoder row the norm 1: so wide rows get a lower rate, or the first steps
+    throw latents to where no row reaches them. The noise of N steps adds up to lr sqrt(N): so long
+    runs get a lower rate. Short ones get no higher one, since it is the first steps that throw. The
+    fall with the width is Gao et al.'s (arXiv 2406.04093, A.3), and half as steep from 9 / 4
+    latents a row on, as was measured (docs, ground_truth_notebook). The scale of the input is not
+    in it: rows reach the step in the dictionary's units, where their mean square norm is d_in
+    whatever the model's is, and Adam's steps do not depend on the scale of the loss.
 
     Args:
         d_sae: Latents of the whole dictionary.
-        n_rows: Rows of a step, over all processes.
         d_in: Width of the rows that are read.
+        n_rows: Rows of a step, over all processes.
+        total_steps: Length of the run.
     """
-    return 0.01 * min(1.0, (n_rows / d_sae) ** 0.5) * min(1.0, 10 / d_in**0.5)
+    ratio = n_rows / d_sae
+    wide = min(1.0, ratio**0.5) if ratio >= FEW else FEW**0.5 * (ratio / FEW) ** 0.25
+    return 0.01 * wide * min(1.0, 10 / d_in**0.5) * min(1.0, (SHORT / total_steps) ** 0.5)
 
 
 def is_refined(settings: Refine, step: int, total_steps: int) -> bool:
@@ -296,6 +305,13 @@ def slack_now(settings: Refine | None, step: int, total_steps: int) -> float:
     if settings is None or is_refined(settings, step, total_steps):
         return 1.0
     return settings.slack if step >= round(settings.slack_from * total_steps) else 1.0
+
+
+def target_now(settings: Control, d_sae: int, step: int, total_steps: int) -> float:
+    """The L0 that a controller aims at: it falls geometrically, from a quarter of all at most."""
+    first = max(settings.target, min(settings.start * settings.target, d_sae / 4))
+    left = max(0.0, 1 - step / (settings.until * total_steps))
+    return settings.target * (first / settings.target) ** left
 
 
 def falling_k(step: int, total_steps: int, start: int, end: int, fraction: float) -> int:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from monosema.checks import MonosemaError
+from monosema.checks import MonosemaError, at_least
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
 from sae.losses import Loss
@@ -92,8 +92,7 @@ class StepMetrics(NamedTuple):
     loss: Float[Tensor, ""]
     """What was minimised."""
     fvu: Float[Tensor, ""]
-    """Squared error over this batch's variance, centred per dimension, of rows in the dictionary's
-    units."""
+    """Squared error over a batch's variance, centred per dimension, in the dictionary's units."""
     l0: Float[Tensor, ""]
     """Mean number of latents that fire in a row."""
     dead: Float[Tensor, ""]
@@ -135,8 +134,7 @@ class TrainStep:
                 and `self.autoencoder` has its own latents.
             losses: Losses of your own, added to those of the config.
         """
-        if total_steps < 1:
-            raise MonosemaError(f"total_steps must be at least 1, got {total_steps}")
+        at_least("total_steps", total_steps, 1)
         _require_fit(autoencoder.config, config)
         if not bool(autoencoder.dec_rows.any()):
             raise MonosemaError(
@@ -176,12 +174,13 @@ class TrainStep:
         self.ema = None if config.ema is None else EMA(self.learned, config.ema)
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The parameters with their learning rates: JumpReLU's thresholds may have their own."""
+        """The parameters with their rates: JumpReLU's thresholds have their own, or one by auto."""
         lr, own = self.config.optimizer.lr, self.config.threshold_lr
-        thresholds = [] if own is None else [self.autoencoder.get_parameter("threshold")]
+        moves = self.form.activation.facts.threshold == "per latent" and (own or lr == "auto")
+        thresholds = [self.autoencoder.get_parameter("threshold")] if moves else []
         rest = [p for p in self.params if all(p is not t for t in thresholds)]
-        groups = [{"params": rest, "base_lr": lr}]
-        return [*groups, {"params": thresholds, "base_lr": own}] if thresholds else groups
+        groups = [(rest, lr, (self.config.d_sae, self.form.d_in)), (thresholds, own or lr, (1, 1))]
+        return [{"params": p, "base_lr": rate, "of": of} for p, rate, of in groups if p]
 
     def __call__(
         self,
@@ -264,9 +263,10 @@ class TrainStep:
     def set_rates(self, n_rows: int) -> None:
         """Bring the learning rates to those of the coming step, which has so many rows."""
         factor = rate_factor(self.config.optimizer, self.n_steps, self.total_steps)
-        auto = automatic_rate(self.config.d_sae, n_rows, self.form.d_in)
         for group in self.optimizer.param_groups:
-            base = auto if group["base_lr"] == "auto" else group["base_lr"]
+            base, (d_sae, d_in) = group["base_lr"], group["of"]
+            if base == "auto":
+                base = automatic_rate(d_sae, d_in, n_rows, self.total_steps)
             group["attempt"] = self.n_steps
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(base * factor)

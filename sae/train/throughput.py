@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.train.config import DictionaryConfig
 from sae.train.diagnostics import Watch
 from sae.train.forward import sparse
 from sae.train.optim import LatentAdam
@@ -24,6 +25,9 @@ STUCK = 0.9
 """A share of JumpReLU's thresholds without a gradient from which on something is wrong."""
 PATIENCE = 3
 """Logged points at which that has to be so, one after the other, before it is said."""
+OFF, BEGUN, SETTLED = 0.05, 0.1, 0.75
+"""How far from the L0 that is asked for it is said; the shares of the steps from which on too few
+latents of the k count, and from which on a penalty has had its time."""
 MOST_IN_A_ROW = 3
 """Steps in a row that are not finite, after which a run ends."""
 
@@ -53,7 +57,8 @@ class Meter:
         for name, step in steps.items():
             step.watch = self.watches[name]
         self.windows = {name: step.config.activation.window for name, step in steps.items()}
-        self.stuck = dict.fromkeys(steps, 0)
+        self.asked = {name: _asked(step.config) for name, step in steps.items()}
+        self.stuck, self.off = dict.fromkeys(steps, 0), dict.fromkeys(steps, 0)
         self.seconds = dict.fromkeys((*steps, ""), 0.0)
         self.n_steps = 0
         self.began = self.read_at = time.perf_counter()
@@ -90,6 +95,7 @@ class Meter:
             own |= self.watches[name].read()
             own["rows_per_second"] = self.n_steps * self.rows_per_step / self.seconds[name]
             self._warn_of_stuck(name, own)
+            self._warn_of_l0(name, own["l0"], n_steps / total_steps)
             found |= {f"{name}/{key}": value for key, value in own.items()}
         found |= self._pace(total_steps - n_steps)
         self.seconds = dict.fromkeys(self.seconds, 0.0)
@@ -123,6 +129,34 @@ class Meter:
                 PATIENCE * self.every,
                 self.windows[name],
             )
+
+    def _warn_of_l0(self, name: str, l0: float, done: float) -> None:
+        """Say once that as many latents as are asked for do not fire, or more."""
+        key, wanted = self.asked[name]
+        is_k = key == "activation.k"
+        is_off = l0 < (1 - OFF) * wanted or (not is_k and l0 > (1 + OFF) * wanted)
+        counts = is_off and wanted > 0 and done > (BEGUN if is_k else SETTLED)
+        self.off[name] = self.off[name] + 1 if counts else 0
+        if self.off[name] == PATIENCE and self.ranks.is_first:
+            logger.warning(
+                "saes.%s: L0 is %.3g and has not been the %g of %s for %d steps; ask for as many "
+                "latents as rows hold, or train longer",
+                name,
+                l0,
+                wanted,
+                key,
+                PATIENCE * self.every,
+            )
+
+
+def _asked(config: DictionaryConfig) -> tuple[str, float]:
+    """The key that asks for an L0, and the L0; 0 where none does."""
+    found = {
+        "activation.k": config.activation.per_row,
+        "control.target": config.control and config.control.target,
+        "l0.target": config.l0 and config.l0.target,
+    }
+    return next(((key, float(l0)) for key, l0 in found.items() if l0), ("", 0.0))
 
 
 def _line(name: str, figures: Mapping[str, float]) -> str:

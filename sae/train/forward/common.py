@@ -15,7 +15,7 @@ from sae.activations import EncoderWeights, Latents
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
 from sae.train.loss_config import Control, FixedPrefixes, Matryoshka, RandomPrefixes
-from sae.train.optim_config import random_prefixes
+from sae.train.optim_config import random_prefixes, target_now
 from sae.train.ranks import ALONE, Ranks
 from sae_kernels import Csr, encode_batch_topk
 from sae_kernels import auxk as reconstruction_by_dead
@@ -225,7 +225,8 @@ def own_losses(
 def controlled(control: Control, found: Forward, moment: Moment) -> Forward:
     """The same with the penalty's new weight."""
     l0, before = moment.ranks.mean(found.l0, moment.share), moment.power
-    off = (l0.double() / control.target - 1).clamp(-1.0, 1.0)
+    target = target_now(control, len(moment.dead), moment.n_steps, moment.total_steps)
+    off = (l0.double() / target - 1).clamp(-1.0, 1.0)
     return found._replace(power=Power(before.p, before.scale * (control.rate * off).exp()))
 
 

@@ -62,7 +62,7 @@ def _fused(
         )
         y = step.x_hat + autoencoder.skipped(rows.u)
     error = losses.squared_error(rows.v, y)
-    loss = error + penalty(config, moment, step.l1, step.l0)
+    loss = error + penalty(config, moment, rows, step.l1, step.l0)
     loss = loss + common.auxk(autoencoder, config, rows, moment, y)
     return Forward(loss, error, step.n_fired, step.l0.detach(), y.detach())
 
@@ -100,7 +100,7 @@ def _composed(
         loss = loss + common.weighed(config.p_anneal.coefficient * weight, found)
     else:
         l1 = losses.l1_decoder_norm(acts, norms)
-        loss = loss + penalty(config, moment, l1, l0)
+        loss = loss + penalty(config, moment, rows, l1, l0)
     if config.preact is not None and common.may_be_dead(moment):
         loss = loss + config.preact.coefficient * _distance(pre, weights, norms, moment)
     loss = loss + common.own_losses(autoencoder, rows, moment, y, acts)
@@ -191,7 +191,11 @@ def _distance(
 
 
 def penalty(
-    config: DictionaryConfig, moment: Moment, l1: Float[Tensor, ""], l0: Float[Tensor, ""]
+    config: DictionaryConfig,
+    moment: Moment,
+    rows: Rows,
+    l1: Float[Tensor, ""],
+    l0: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """The sparsity penalty that is asked for, at its weight of this moment."""
     if config.l1 is not None:
@@ -200,7 +204,8 @@ def penalty(
     assert config.l0 is not None
     weight = ramp(moment.n_steps, moment.total_steps, config.l0.ramp) * moment.power.scale
     l0 = moment.ranks.mean(l0, moment.share)  # the target is that of the whole batch
-    return common.weighed(config.l0.coefficient * weight, losses.l0_penalty(l0, config.l0.target))
+    coefficient = config.l0.weight(rows.v.shape[1])
+    return common.weighed(coefficient * weight, losses.l0_penalty(l0, config.l0.target))
 
 
 def gated_forward(

@@ -149,7 +149,7 @@ def _dense(
     error = losses.squared_error(rows.v, y)
     l1 = axis.total(losses.l1_decoder_norm(acts, autoencoder.decoder_norms()))
     l0 = axis.total(n_active.sum(dim=1).mean())
-    loss = error + dense.penalty(config, moment, l1, l0)
+    loss = error + dense.penalty(config, moment, rows, l1, l0)
     loss = loss + _auxk(autoencoder, config, rows, moment, y)
     return Forward(loss, error, (acts.detach() > 0).sum(dim=0), l0.detach(), y.detach())
 

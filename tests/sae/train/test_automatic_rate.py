@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae.architecture import TopK
+from sae.architecture import JumpReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.config import ConfigError, load
 from sae.run.config import RunConfig
-from sae.train.config import Adam, DictionaryConfig
+from sae.train.config import L0, Adam, DictionaryConfig
 from sae.train.optim_config import automatic_rate
 from sae.train.step import TrainStep
 
@@ -18,17 +18,24 @@ D_IN, D_SAE, BATCH, STEPS = 13, 409, 101, 5
 CONFIG = Path(__file__).parents[3] / "configs" / "default.yaml"
 
 
-def test_it_falls_with_the_root_of_the_width_and_rises_with_that_of_the_batch_up_to_a_limit():
-    assert automatic_rate(400, 100, D_IN) == pytest.approx(0.005)
-    assert automatic_rate(1600, 100, D_IN) == pytest.approx(0.0025)
-    assert automatic_rate(1600, 400, D_IN) == pytest.approx(0.005)
-    assert automatic_rate(100, 400, D_IN) == 0.01
+def test_it_falls_with_the_root_of_latents_over_rows_and_half_as_steeply_where_they_are_many():
+    assert automatic_rate(144, D_IN, 100, STEPS) == pytest.approx(0.01 / 1.2)
+    assert automatic_rate(225, D_IN, 100, STEPS) == pytest.approx(0.01 / 1.5)
+    assert automatic_rate(3600, D_IN, 100, STEPS) == pytest.approx(0.01 / 3)
+    assert automatic_rate(3600, D_IN, 1600, STEPS) == pytest.approx(0.01 / 1.5)
+    assert automatic_rate(100, D_IN, 400, STEPS) == 0.01
 
 
 def test_it_falls_with_the_root_of_the_rows_width_from_a_hundred_on():
-    assert automatic_rate(100, 400, 97) == 0.01
-    assert automatic_rate(100, 400, 400) == pytest.approx(0.005)
-    assert automatic_rate(1600, 400, 400) == pytest.approx(0.0025)
+    assert automatic_rate(100, 97, 400, STEPS) == 0.01
+    assert automatic_rate(100, 400, 400, STEPS) == pytest.approx(0.005)
+    assert automatic_rate(225, 400, 100, STEPS) == pytest.approx(0.005 / 1.5)
+
+
+def test_it_falls_with_the_root_of_the_steps_from_two_thousand_on():
+    assert automatic_rate(100, 97, 400, 2000) == 0.01
+    assert automatic_rate(100, 97, 400, 8000) == pytest.approx(0.005)
+    assert automatic_rate(225, 400, 100, 200_000) == pytest.approx(0.0005 / 1.5)
 
 
 def trained(rows: list[torch.Tensor], lr: float | str, scale: float = 0.5) -> SparseAutoencoder:
@@ -45,7 +52,9 @@ def trained(rows: list[torch.Tensor], lr: float | str, scale: float = 0.5) -> Sp
 def test_a_step_takes_it_from_the_width_and_the_rows(planted):
     rows = planted(STEPS)
     auto = trained(rows, "auto")
-    assert torch.equal(auto.dec_rows, trained(rows, automatic_rate(D_SAE, BATCH, D_IN)).dec_rows)
+    assert torch.equal(
+        auto.dec_rows, trained(rows, automatic_rate(D_SAE, D_IN, BATCH, STEPS)).dec_rows
+    )
     assert not torch.equal(auto.dec_rows, trained(rows, 0.01).dec_rows)
 
 
@@ -56,7 +65,28 @@ def test_a_step_takes_it_from_the_width_of_its_rows():
     step = TrainStep(made, config, STEPS)
     step(torch.randn(BATCH, 401))
     (group,) = step.optimizer.param_groups
-    assert group["lr"] == automatic_rate(17, BATCH, 401) == pytest.approx(0.1 / 401**0.5)
+    rate = automatic_rate(17, 401, BATCH, STEPS)
+    assert group["lr"] == rate == pytest.approx(0.1 / 401**0.5)
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, 0.01), (3e-3, 3e-3)])
+def test_thresholds_are_single_numbers_that_no_width_slows_down(own, expected):
+    config = DictionaryConfig(
+        d_sae=909,
+        activation=JumpReLU(),
+        l0=L0(target=3.0, threshold_lr=own),
+        optimizer=Adam(lr="auto"),
+    )
+    made = SparseAutoencoder(config.architecture(401))
+    initialise(made, torch.Generator().manual_seed(1))
+    step = TrainStep(made, config, STEPS)
+    before = step.autoencoder.get_parameter("threshold").detach().clone()
+    step(torch.randn(BATCH, 401, generator=torch.Generator().manual_seed(2)))
+    rest, thresholds = step.optimizer.param_groups
+    assert rest["lr"] == pytest.approx(0.1 / 401**0.5 / 2**0.5 / 1.5)
+    assert thresholds["lr"] == expected
+    moved = (step.autoencoder.get_parameter("threshold").detach() - before).abs().max()
+    assert float(moved) == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_scale_of_the_rows_does_not_matter(planted):

@@ -84,6 +84,18 @@ from sae.train.optim_config import Resample
         ),
         (lambda: NestedK(ks=(2, 2)), "ks must rise from at least 1, got (2, 2)"),
         (lambda: Control(target=0.0), "target must be a positive number"),
+        (lambda: Control(target=3.0, start=0.5), "start must be at least 1, got 0.5"),
+        (lambda: Control(target=3.0, until=1.1), "until must lie between 0 and 1, got 1.1"),
+        (
+            lambda: DictionaryConfig(
+                d_sae=7, activation=Gated(), l1=L1(), control=Control(target=8.0)
+            ),
+            "control.target must be at most d_sae=7, got 8.0",
+        ),
+        (
+            lambda: DictionaryConfig(d_sae=7, activation=JumpReLU(), l0=L0(target=7.5)),
+            "l0.target must be at most d_sae=7, got 7.5",
+        ),
         (
             lambda: DictionaryConfig(
                 d_sae=7, activation=BatchTopK(k=3), matryoshka=NestedK(ks=(2,))

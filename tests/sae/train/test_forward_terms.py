@@ -11,6 +11,7 @@ from sae.train.forward.run import forward
 from sae.train.loss_config import L0, AuxK, Control, FixedPrefixes, NestedK
 from tests.sae.train.formulas import (
     BATCH,
+    D_IN,
     D_SAE,
     DEAD,
     ENDS,
@@ -105,16 +106,42 @@ def test_loss_and_gradients_equal_the_formula(case):
         torch.testing.assert_close(grad, by_name[name], msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize(("target", "factor"), [(1.0, 1.0), (1e6, -1.0)])
-def test_a_controller_moves_the_weight_towards_its_target(target, factor):
+@pytest.mark.parametrize("target", [1.0, float(D_SAE)])
+def test_a_controller_moves_the_weight_towards_its_target(target):
     plain = config(ReLU(), l1=L1_NOW)
     dictionary, u = filled(plain), rows()
-    held = config(ReLU(), l1=L1_NOW, control=Control(target=target, rate=0.25))
+    held = config(ReLU(), l1=L1_NOW, control=Control(target=target, rate=0.25, start=1.0))
     one = forward(dictionary, plain, Rows(u, u), moment())
     other = forward(dictionary, held, Rows(u, u), moment())
     assert torch.equal(one.loss, other.loss)
     assert one.power is None
+    factor = min(float(one.l0) / target - 1, 1.0)
+    assert (factor > 0) == (target == 1.0)
     assert other.power == pytest.approx(Power(0.75, 1.3 * math.exp(0.25 * factor)), rel=1e-4)
-    near = config(ReLU(), l1=L1_NOW, control=Control(target=float(one.l0) / 1.1, rate=0.25))
+    at_it = Control(target=float(one.l0) / 1.1, rate=0.25, start=1.0)
+    near = config(ReLU(), l1=L1_NOW, control=at_it)
     moved = forward(dictionary, near, Rows(u, u), moment()).power
     assert moved == pytest.approx(Power(0.75, 1.3 * math.exp(0.25 * 0.1)), rel=1e-4)
+
+
+def test_a_controller_aims_high_first():
+    """At step 3 of 10 the target is as far down as 3 of 6 steps bring it, here from a quarter."""
+    plain = config(ReLU(), l1=L1_NOW)
+    dictionary, u = filled(plain), rows()
+    aims = config(ReLU(), l1=L1_NOW, control=Control(target=2.0, rate=0.25))
+    l0 = float(forward(dictionary, plain, Rows(u, u), moment()).l0)
+    now = 2.0 * (D_SAE / 4 / 2.0) ** 0.5
+    moved = forward(dictionary, aims, Rows(u, u), moment()).power
+    factor = min(l0 / now - 1, 1.0)
+    assert moved == pytest.approx(Power(0.75, 1.3 * math.exp(0.25 * factor)), rel=1e-4)
+
+
+@pytest.mark.parametrize("coefficient", [None, 5.0])
+def test_an_l0_penalty_that_aims_is_as_stiff_as_the_rows_are_wide(coefficient):
+    aims = config(JumpReLU(), l0=L0(target=2.0, ramp=0.0, coefficient=coefficient))
+    free = config(JumpReLU(), l0=L0(ramp=0.0, coefficient=0.0))
+    dictionary, u = filled(aims), rows()
+    found, without = (forward(dictionary, c, Rows(u, u), moment()) for c in (aims, free))
+    weight = 1.3 * (coefficient or 4 * D_IN)
+    expected = weight * (float(found.l0) / 2 - 1) ** 2
+    assert float(found.loss - without.loss) == pytest.approx(expected)

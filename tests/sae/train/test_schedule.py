@@ -1,6 +1,15 @@
 import pytest
 
-from sae.train.optim_config import Adam, falling_k, falling_p, ramp, random_prefixes, warmup_decay
+from sae.train.loss_config import Control
+from sae.train.optim_config import (
+    Adam,
+    falling_k,
+    falling_p,
+    ramp,
+    random_prefixes,
+    target_now,
+    warmup_decay,
+)
 
 
 def test_ramp_table():
@@ -31,6 +40,15 @@ def test_the_shape_of_the_fall_reaches_the_optimiser(entry, step_of, planted):
 
 def test_no_decay_stays_at_1():
     assert [warmup_decay(i, 5, 0.0, 0.0) for i in range(5)] == [1.0] * 5
+
+
+def test_the_l0_aimed_at_falls_by_equal_factors_and_stays():
+    aim = Control(target=4.0)
+    found = [target_now(aim, 1000, step, 20) for step in range(14)]
+    assert found == pytest.approx([4.0 * 16 ** (1 - step / 12) for step in range(12)] + [4.0, 4.0])
+    assert target_now(aim, 80, 0, 20) == pytest.approx(20)
+    assert target_now(aim, 12, 0, 20) == pytest.approx(4)
+    assert target_now(Control(target=4.0, start=1.0), 1000, 0, 20) == pytest.approx(4)
 
 
 def test_k_falls_to_its_end_and_stays():

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from sae.architecture import JumpReLU
+from sae.architecture import JumpReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
+from sae.train.config import L0
 from sae.train.diagnostics import Watch
 from sae.train.forward.common import Forward, Rows
 from sae.train.ranks import ALONE, connect
@@ -118,6 +119,44 @@ def test_thresholds_that_get_no_gradient_are_told_once(bandwidth, step_of, entry
         "pre-activation came within half of activation.bandwidth=1e-09 of them; raise "
         "activation.bandwidth"
     )
+
+
+D_SAE = 53
+JUMP = {"activation": JumpReLU(threshold=0.1, bandwidth=0.3)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "terms", "said"),
+    [
+        ("topk", {"activation": TopK(k=D_SAE - 3)}, f"{D_SAE - 3} of activation.k"),
+        ("topk", {"activation": TopK(k=3)}, None),
+        ("jumprelu", {**JUMP, "l0": L0(target=float(D_SAE), coefficient=0.0)}, "53 of l0.target"),
+        ("jumprelu", {**JUMP, "l0": L0(target=1.0, coefficient=0.0)}, "1 of l0.target"),
+        ("jumprelu", {**JUMP, "l0": L0(coefficient=0.0)}, None),
+    ],
+)
+def test_an_l0_that_is_not_reached_is_told_once_while_training(
+    kind, terms, said, step_of, entry, planted, caplog
+):
+    step = step_of(entry(kind, **terms))
+    meter = Meter({"a": step}, 101, 2, ALONE)
+    with caplog.at_level(logging.WARNING):
+        for n, x in enumerate(planted(20)):
+            is_due = meter.before(n + 1, 20)
+            with meter.timed("a"):
+                metrics = {"a": step(x)}
+            if is_due:
+                found = meter.read(metrics, n + 1, 20)
+            if said and "k" in said.split(".")[-1] and n == 8:
+                assert len(caplog.messages) == 1  # long before the end
+    if said is None:
+        assert not caplog.messages
+        return
+    [message] = caplog.messages
+    assert said in message
+    assert message.startswith("saes.a: L0 is ")
+    assert message.endswith("ask for as many latents as rows hold, or train longer")
+    assert found["a/l0"] > 0
 
 
 def test_pace_and_time_left_are_those_of_the_clock(step_of, entry, planted, monkeypatch):
