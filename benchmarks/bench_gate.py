@@ -35,7 +35,7 @@ SHAPES = (
 NOISE, BIAS = 0.1, -0.2
 
 
-class Encoder(NamedTuple):
+class ReadRows(NamedTuple):
     """Some rows, and what reads them."""
 
     x: Tensor
@@ -43,12 +43,12 @@ class Encoder(NamedTuple):
     bias: Tensor
 
 
-def drawn(kind: str, s: Shape, n_rows: int) -> Encoder:
+def drawn(kind: str, s: Shape, n_rows: int) -> ReadRows:
     """Rows of a kind, and an encoder for them."""
     draw = torch.Generator().manual_seed(0)
     rows = normalize(torch.randn(s.d_sae, s.d_model, generator=draw), dim=1)
     if kind == "gaussian":
-        return Encoder(torch.randn(n_rows, s.d_model, generator=draw), rows, torch.zeros(s.d_sae))
+        return ReadRows(torch.randn(n_rows, s.d_model, generator=draw), rows, torch.zeros(s.d_sae))
     often = 1.0 / torch.arange(1, s.d_sae + 1)
     if kind == "features":
         often = often[torch.randperm(s.d_sae, generator=draw)]
@@ -58,16 +58,16 @@ def drawn(kind: str, s: Shape, n_rows: int) -> Encoder:
     strength = 1 + torch.rand(n_rows, 2 * s.k, generator=draw)
     x = torch.einsum("nk,nkd->nd", strength, rows[fires])
     x += NOISE * torch.randn(x.shape, generator=draw)
-    return Encoder(x, rows, torch.full((s.d_sae,), BIAS))
+    return ReadRows(x, rows, torch.full((s.d_sae,), BIAS))
 
 
-def parts(encoder: Encoder) -> Iterator[Tensor]:
+def parts(encoder: ReadRows) -> Iterator[Tensor]:
     """The pre-activations, some rows at a time."""
     for x in encoder.x.split(16):
         yield torch.addmm(encoder.bias, x, encoder.rows.T)
 
 
-def figures(encoder: Encoder, k: int) -> dict[str, float]:
+def figures(encoder: ReadRows, k: int) -> dict[str, float]:
     """MB a row that both ways write and read, and the share of the groups that is stored."""
     d_sae = len(encoder.rows)
     size = blocks.group_size(d_sae, k)

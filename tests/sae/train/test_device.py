@@ -10,7 +10,6 @@ from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig
 from sae.train.cost import GPU_WORKSPACE
-from sae.train.data_module import ahead
 from sae.train.diagnostics import Watch
 from sae.train.forward import run
 from sae.train.forward.common import DeadBound
@@ -391,23 +390,3 @@ def test_a_recording_that_would_leave_no_room_for_a_step_is_refused(monkeypatch)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (4 << 20, 1 << 30))
     with pytest.raises(RuntimeError, match="it takes 5 MiB, and 4 MiB are free"):
         cuda_graph(lambda: None)
-
-
-def test_two_batches_are_on_their_way_while_a_step_runs():
-    events: list[str] = []
-
-    def read():
-        for n in range(4):
-            events.append(f"read {n}")
-            yield torch.full((1,), n)
-
-    def begin(x):
-        events.append(f"copy {int(x)}")
-        return x + 10, lambda: events.append(f"wait {int(x)}")
-
-    events.extend(f"step {int(x) - 10}" for x in ahead(read(), begin))
-    first = ["read 0", "copy 0", "read 1", "copy 1", "wait 0", "step 0"]
-    assert events[: len(first)] == first
-    rest = ["read 2", "copy 2", "wait 1", "step 1", "read 3", "copy 3", "wait 2", "step 2"]
-    assert events[len(first) :] == [*rest, "wait 3", "step 3"]
-    assert list(ahead(iter(()), begin)) == []
