@@ -81,10 +81,24 @@ def _select(d_sae: int, k: int, dtype: torch.dtype, batch: int = BATCH) -> Kerne
     return KernelCall(name, partial(select_triton.topk_select, pre, k, True, False))
 
 
-def _encode(width: int, k: int, dtype: torch.dtype, batch: int = BATCH) -> KernelCall:
+def _encode(
+    width: int, k: int, dtype: torch.dtype, batch: int = BATCH, gated: bool = False
+) -> KernelCall:
     x, rows = _floats(batch, width, dtype=dtype), _floats(131072, width, dtype=dtype)
-    call = partial(encode_triton.encode_topk, x, rows, _floats(131072), k, True)
-    return KernelCall(f"encode_topk d_in={width} d_sae=131072 k={k} {dtype}", call)
+    call = partial(encode_triton.encode_topk, x, rows, _floats(131072), k, True, gated)
+    way = "gated " * gated
+    return KernelCall(f"{way}encode_topk d_in={width} d_sae=131072 k={k} {dtype}", call)
+
+
+def _gated(width: int, size: int, of_groups: bool) -> KernelCall:
+    """Name the product behind bounds that are known before: one of each group, or one for all."""
+    x, rows = (_floats(n, width, dtype=torch.bfloat16) for n in (2048, 131072))
+    bounds = _integers(*([131072 // size] if of_groups else []), dtype=torch.int32)
+    operands = encode_triton.Operands(x, rows, _floats(131072))
+    gate = encode_triton.Gate(size, 0, lambda _: bounds)
+    call = partial(encode_triton.gated_product, operands, _floats(2048, 131072), gate)
+    name = "bounds of groups" if of_groups else "one bound"
+    return KernelCall(f"gated_product d_in={width} size={size} {name}", call)
 
 
 def _decode(width: int, k: int, dtype: torch.dtype, batch: int = BATCH) -> Iterator[KernelCall]:
@@ -170,7 +184,9 @@ def cases() -> list[KernelCall]:
     return [
         _select(131072, 32, half),
         _select(131072, 1024, single),
-        _encode(768, 32, half),
+        _encode(768, 32, half, gated=True),
+        _gated(768, 32, of_groups=False),
+        _gated(1536, 64, of_groups=True),
         _encode(2304, 32, half),
         *_decode(768, 32, half),
         *_decode(2304, 64, single),
@@ -196,7 +212,7 @@ def annealed_cases() -> list[KernelCall]:
         for k, batch in ((31, 8191), (17, 8177))
         for case in (
             _select(131072, k, half, batch),
-            _encode(768, k, half, batch),
+            _encode(768, k, half, batch, gated=True),
             _encode(2304, k, half, batch),
             *_decode(768, k, half, batch),
             _grads(768, k, half, batch),

@@ -29,6 +29,7 @@ from sae_kernels import (
     blocks,
     encode_batch_topk,
     encode_topk,
+    encode_triton,
     latent_adam_,
     sparse_decode,
     sparse_decode_mse,
@@ -71,6 +72,27 @@ def not_numbers(device: torch.device) -> None:
     assert bool(encode_topk(x, rows, bias, 3).values[3].isnan().all()), "a NaN was lost"
 
 
+def gated(device: torch.device) -> None:
+    """The gated product beside the library's, which are exact where all numbers are whole."""
+    on_gpu, draw = device.type == "cuda", Draw(0, str(device))
+    (batch, width, d_sae), k = (261, 768, 24579) if on_gpu else (3, 5, 2309), 32 if on_gpu else 3
+    x, rows, bias = (
+        draw.normal(*shape).round() for shape in ((batch, width), (d_sae, width), (d_sae,))
+    )
+    x[1, 2], bias[70], bias[d_sae - 1] = math.nan, math.inf, -math.inf
+    low = torch.bfloat16 if on_gpu else torch.float32
+    given = encode_triton.Operands(x.to(low), rows.to(low), bias)
+    limit = bias.roll(1) + float(3 * width**0.5)
+    assert encode_triton.row_gate(d_sae, k) is not None, "nothing was gated"
+    for name, run in {
+        "TopK": lambda is_gated: encode_triton.encode_topk(*given, k, True, is_gated),
+        "BatchTopK": lambda is_gated: encode_triton.encode_batch_topk(given, k * batch, is_gated),
+        "thresholds": lambda is_gated: encode_triton.encode_threshold(given, limit, is_gated),
+    }.items():
+        for one, other in zip(run(True), run(False), strict=True):
+            assert torch.equal(one.nan_to_num(), other.nan_to_num()), name
+
+
 def offsets(device: torch.device) -> str | None:
     """Elements past 2^31 of what is selected from, decoded with, written and stepped."""
     on_gpu, needed = device.type == "cuda", 44 << 30
@@ -88,6 +110,10 @@ def offsets(device: torch.device) -> str | None:
     table[-1] = 2.0
     values, indices = table.new_ones(5, 1), torch.full((5, 1), d_sae - 1, device=device)
     assert bool((sparse_decode(values, indices, table) == 2).all()), "decoding"
+    bias, x = torch.zeros(d_sae, device=device), table.new_ones(5, width)
+    for is_gated in (False, True):
+        latents = encode_triton.encode_topk(x, table, bias, 1, False, is_gated)[1]
+        assert bool((latents == d_sae - 1).all()), "encoding"
     del table
     values, x = values.float(), torch.ones(5, 1, device=device)
     grads = sparse_weight_grads(values, values, indices, x.expand(5, width), x, d_sae)
@@ -221,7 +247,7 @@ def graph(device: torch.device) -> str | None:
     """Steps that are replayed beside those that are launched."""
     if device.type != "cuda":
         return "not run: a GPU is missing"
-    for name in ("topk", "batchtopk"):
+    for name in ("topk", "batchtopk", "relu", "jumprelu", "gated"):
         launched, step = (_step(KINDS[name], device) for _ in range(2))
         replayed = StepGraph(step)
         for x in _rows(12):
@@ -296,6 +322,7 @@ CHECKS: dict[str, Check] = {
     "ties": ties,
     "NaN and infinities": not_numbers,
     "offsets past 2^31": offsets,
+    "gated product": gated,
     "dispatch": dispatch,
     "autograd": autograd,
     **{f"TrainStep: {name}": partial(kind, config) for name, config in KINDS.items()},

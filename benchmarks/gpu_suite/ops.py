@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.gpu_suite import tuning
 from benchmarks.gpu_suite.case import Case, Inputs, Shape, Variant, relative, rows_checked
 from sae_kernels import decode_triton, encode_triton, grads_triton, select_triton
 
@@ -88,10 +89,14 @@ def encode(s: Shape, dtype: torch.dtype, device: str) -> Case:
         pre = functional.linear(x, rows, bias.to(x.dtype))
         return select_triton.topk_select(pre, s.k, False, False)
 
-    def ours(x: Tensor, rows: Tensor, bias: Tensor) -> Any:
-        return encode_triton.encode_topk(x, rows, bias, s.k, False)
+    def ours(gated: bool | None) -> Variant:
+        def run(x: Tensor, rows: Tensor, bias: Tensor) -> Any:
+            return encode_triton.encode_topk(x, rows, bias, s.k, False, gated)
+
+        return Variant(run, 1e-4)
 
     n = s.batch
+    can_be_gated = encode_triton.row_gate(s.d_sae, s.k) is not None
     return Case(
         op="encode",
         shape=s,
@@ -101,7 +106,8 @@ def encode(s: Shape, dtype: torch.dtype, device: str) -> Case:
         make=make,
         error=error,
         candidates={
-            "triton": Variant(ours, 1e-4),
+            "triton": ours(None),
+            **({tuning.GATED: ours(True)} if can_be_gated else {}),
             "linear + triton select": Variant(mixed, 2e-2),
             "linear + torch.topk": Variant(dense, 2e-2),
         },

@@ -1,10 +1,11 @@
 """Steps of other projects, written from what their papers and pages say of them; no code of theirs.
 
 `dense, compiled`: the plain step of PyTorch under autocast, which most projects have, through
-torch.compile. `sparse decoder and gradients`: Gao et al. (arXiv 2406.04093, appendix D) and
-sparsify: a dense product and torch.topk, then sparse products forward and backward. `sparse decoder
-alone`: BioNeMo's recipes, whose encoder is differentiated densely. The sparse products are ours, in
-float32 as theirs, so what they are slower by is not in these rows.
+torch.compile; JumpReLU's thresholds learn through a rectangle (arXiv 2407.14435). `sparse decoder
+and gradients`: Gao et al. (arXiv 2406.04093, appendix D) and sparsify: a dense product and
+torch.topk, then sparse products forward and backward. `sparse decoder alone`: BioNeMo's recipes,
+whose encoder is differentiated densely. The sparse products are ours, in float32 as theirs, so what
+they are slower by is not in these rows.
 """
 
 from abc import ABC, abstractmethod
@@ -21,6 +22,7 @@ from sae_kernels.grads import segment_product, segment_sum
 from sae_kernels.launch import Entries, choose
 
 LR, BETAS, EPS, CLIP = 1e-3, (0.9, 0.999), 1e-8, 1.0
+THRESHOLD, BANDWIDTH, L0_WEIGHT = 1e-3, 1e-2, 1e-3
 
 
 class SuiteWeights(NamedTuple):
@@ -42,14 +44,15 @@ class SuiteWeights(NamedTuple):
 class PeerStep(ABC):
     """What these steps share: fused Adam, clipping, decoder rows that stay at norm 1."""
 
-    def __init__(self, s: Shape, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, s: Shape, dtype: torch.dtype, device: str, *more: Tensor) -> None:
         self.shape, self.dtype, self.device = s, dtype, torch.device(device)
         self.weights = SuiteWeights(*(w.requires_grad_() for w in SuiteWeights.draw(s, device)))
-        self.adam = torch.optim.Adam(self.weights, lr=LR, betas=BETAS, eps=EPS, fused=True)
+        self.params = (*self.weights, *more)
+        self.adam = torch.optim.Adam(self.params, lr=LR, betas=BETAS, eps=EPS, fused=True)
 
     @abstractmethod
     def loss(self, x: Tensor) -> Tensor:
-        """The mean squared error of these rows."""
+        """What is minimised: the mean squared error of these rows."""
 
     def project(self) -> None:
         """Take the part of the decoder's gradient along its rows out."""
@@ -68,11 +71,11 @@ class PeerStep(ABC):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_on)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Take one step; return the mean squared error before it."""
+        """Take one step; return the loss before it."""
         self.adam.zero_grad()
         loss = self.loss(x)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
+        torch.nn.utils.clip_grad_norm_(self.params, CLIP)
         with torch.no_grad():
             self.project()
             self.adam.step()
@@ -81,11 +84,12 @@ class PeerStep(ABC):
 
 
 class CompiledDenseStep(PeerStep):
-    """Dense products, torch.topk or a ReLU, compiled; on a CPU traced and not compiled."""
+    """Dense products and torch.topk, or JumpReLU, compiled; on a CPU traced and not compiled."""
 
-    def __init__(self, s: Shape, dtype: torch.dtype, device: str, relu: bool = False) -> None:
-        super().__init__(s, dtype, device)
-        self.relu = relu
+    def __init__(self, s: Shape, dtype: torch.dtype, device: str, jumps: bool = False) -> None:
+        threshold = torch.full((s.d_sae,), THRESHOLD, device=device).requires_grad_()
+        self.threshold = threshold if jumps else None
+        super().__init__(s, dtype, device, *([threshold] if jumps else []))
         torch.compiler.reset()  # or after eight of these the next one is not compiled any more
         backend = "inductor" if self.device.type == "cuda" else "eager"
         for name in ("loss", "project", "renorm"):
@@ -93,15 +97,33 @@ class CompiledDenseStep(PeerStep):
             setattr(self, name, compiled)
 
     def loss(self, x: Tensor) -> Tensor:
-        """The mean squared error of these rows."""
+        """The mean squared error of these rows, and for JumpReLU the weighed L0."""
         enc_rows, dec_rows, b_enc, b_dec = self.weights
         with self.autocast():
-            acts = functional.linear(x.float() - b_dec, enc_rows, b_enc)
-            if not self.relu:
-                values, indices = acts.topk(self.shape.k, dim=1)
-                acts = torch.zeros_like(acts).scatter(1, indices, values)
-            x_hat = functional.linear(acts.relu(), dec_rows.T, b_dec)
-        return (x_hat.float() - x.float()).square().sum(1).mean()
+            pre = functional.linear(x.float() - b_dec, enc_rows, b_enc)
+            if self.threshold is None:
+                values, indices = pre.topk(self.shape.k, dim=1)
+                acts, l0 = torch.zeros_like(pre).scatter(1, indices, values.relu()), 0.0
+            else:
+                acts, l0 = _jump(pre, self.threshold)
+            x_hat = functional.linear(acts, dec_rows.T, b_dec)
+        return (x_hat.float() - x.float()).square().sum(1).mean() + L0_WEIGHT * l0
+
+    def renorm(self) -> None:
+        """Bring the decoder's rows to norm 1, and thresholds to what they may be."""
+        super().renorm()
+        if self.threshold is not None:
+            self.threshold.clamp_(min=0)
+
+
+def _jump(pre: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """JumpReLU and its mean L0; terms of value 0 carry the gradients of the thresholds."""
+    fixed = threshold.detach()
+    fires = pre.detach() > fixed
+    near = (pre.detach() - fixed).abs() < BANDWIDTH / 2
+    moved = near / BANDWIDTH * (threshold - fixed)
+    l0 = (fires.float() - moved).sum(1).mean()
+    return torch.where(fires, pre, 0.0) - fixed * moved, l0
 
 
 class _SparseEncode(torch.autograd.Function):

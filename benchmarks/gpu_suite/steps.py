@@ -10,7 +10,16 @@ from torch import Tensor
 from benchmarks.gpu_suite import peers
 from benchmarks.gpu_suite.case import Case, Inputs, Shape, Variant, relative, rows_checked
 from benchmarks.gpu_suite.ops import Draw
-from benchmarks.gpu_suite.peers import BETAS, CLIP, EPS, LR, SuiteWeights
+from benchmarks.gpu_suite.peers import (
+    BANDWIDTH,
+    BETAS,
+    CLIP,
+    EPS,
+    L0_WEIGHT,
+    LR,
+    THRESHOLD,
+    SuiteWeights,
+)
 from sae.architecture import BatchTopK, JumpReLU, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.train import optim_config as config_of
@@ -114,7 +123,8 @@ def _topk(s: Shape) -> dict[str, Any]:
 
 
 def _jumprelu(s: Shape) -> dict[str, Any]:  # noqa: ARG001
-    return {"activation": JumpReLU(threshold=1e-3, bandwidth=1e-2), "l0": L0(coefficient=1e-3)}
+    activation = JumpReLU(threshold=THRESHOLD, bandwidth=BANDWIDTH)
+    return {"activation": activation, "l0": L0(coefficient=L0_WEIGHT, ramp=0.0)}
 
 
 def _default(s: Shape) -> dict[str, Any]:
@@ -167,7 +177,7 @@ def _fired(x: Tensor, rows: Tensor, op: str, k: int) -> Tensor:
     """The latents' activations in float64, where all weights are those that are drawn."""
     pre = x @ rows.T
     if op == "step, jumprelu":
-        return pre * (pre > 1e-3)
+        return pre * (pre > THRESHOLD)
     values, indices = pre.topk(k, dim=1)
     return torch.zeros_like(pre).scatter(1, indices, values.relu())
 
@@ -182,7 +192,7 @@ STEPS: dict[str, dict[str, Callable[[Shape, torch.dtype, str], Step]]] = {
     },
     "step, jumprelu": {
         "TrainStep": partial(ProductStep, _jumprelu),
-        "dense, compiled": partial(peers.CompiledDenseStep, relu=True),
+        "dense, compiled": partial(peers.CompiledDenseStep, jumps=True),
     },
     "step, default": {"TrainStep": partial(ProductStep, _default)},
 }

@@ -163,7 +163,6 @@ class ProductTile(NamedTuple):
     stages: int
 
 
-MAX_FUSED_WIDTH = 1536  # beyond, the library's product gains more than one pass over `pre` costs
 WORKSPACE_BYTES = 1 << 30  # worked on at a time on a GPU: enough rows to keep a product busy
 
 
@@ -178,9 +177,26 @@ def rows_at_a_time(batch: int, d_sae: int) -> int:
     return n_rows if n_rows < 128 or n_rows == batch else n_rows // 128 * 128
 
 
-def fuses(d_sae: int, width: int, itemsize: int, k: int) -> bool:
-    """Tell whether an own product, with the maxima of groups in it, is expected to pay."""
-    return itemsize == 2 and width <= MAX_FUSED_WIDTH and group_size(d_sae, k) is not None
+GATED_WIDTH = 0
+"""Widest rows of 16 bits whose product is the gated one; beyond, it is the library's.
+
+By arithmetic it pays up to 1536. No GPU has run it, so none takes it before the suite proposes it.
+"""
+
+
+def gates(width: int, itemsize: int) -> bool:
+    """Tell whether the encoder's product stores only the groups that its maxima let through."""
+    return itemsize == 2 and width <= GATED_WIDTH
+
+
+def first_latents(d_sae: int, size: int, k: float | int) -> int:
+    """Choose how many latents are stored whole, and bound those of which k of a row are wanted.
+
+    An eighth, which writes the least where there are 64 times k groups. 0 where it has fewer
+    groups than twice k: then more than half of the others would be stored as well.
+    """
+    n_latents = min(d_sae // 8, MAX_KEYS * size) // MAX_GROUP * MAX_GROUP
+    return n_latents if n_latents >= 2 * k * size else 0
 
 
 def launch(

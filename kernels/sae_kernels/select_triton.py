@@ -11,6 +11,7 @@ they are many. The k-th largest of the keys in a program's registers is found bi
 # pyright: reportCallIssue=false
 # Kernels take what they need one by one, and a launch takes num_warps besides.
 
+import math
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -96,6 +97,16 @@ def _kth_largest(key, k, BITS: tl.constexpr):
     return kth
 
 
+@triton.jit(do_not_specialize=["k"])
+@no_type_check
+def _bound_kernel(maxima, n_groups, n_first, bounds, k, BLOCK: tl.constexpr):
+    """Store the k-th largest of the first keys of a row; one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, BLOCK)
+    key = tl.load(maxima + row * n_groups + group, mask=group < n_first, other=-(1 << 31))
+    tl.store(bounds + row, _kth_largest(key, k, 32))
+
+
 @triton.jit(do_not_specialize=["k", "relu"])
 @no_type_check
 def _pick_kernel(
@@ -171,6 +182,17 @@ def group_maxima(source: TopKRows, size: int) -> Int[Tensor, "batch group"]:
         num_warps=block.warps,
     )  # fmt: skip
     return maxima
+
+
+def kth_of_rows(maxima: Int[Tensor, "batch group"], n_first: int, k: int) -> Int[Tensor, " batch"]:
+    """Return the k-th largest of the first keys of each row."""
+    bounds = torch.empty(len(maxima), dtype=torch.int32, device=maxima.device)
+    block = blocks.picker(n_first)
+    launch(
+        _bound_kernel, (len(maxima),), maxima,
+        maxima, maxima.shape[1], n_first, bounds, k, BLOCK=block.block, num_warps=block.warps,
+    )  # fmt: skip
+    return bounds
 
 
 def pick(
@@ -254,7 +276,7 @@ def topk_select(
     return values, indices
 
 
-def keys_of(floats: Float[Tensor, " entry"]) -> Int[Tensor, " entry"]:
+def keys_of(floats: Float[Tensor, "*place"]) -> Int[Tensor, "*place"]:
     """Map float32 to int32 of the same order, as the kernels do."""
     bits = floats.view(torch.int32)
     largest = (1 << 31) - 1
@@ -270,20 +292,52 @@ def first_of_largest(keys: Int[Tensor, " entry"], k: int) -> Int[Tensor, " k"]:
     return picked.nonzero_static(size=k).squeeze(1)
 
 
-def best_of_batch(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, " k"]:
-    """Name, ascending, the places of the k largest in the flattened, contiguous float32 `pre`.
+class Members(NamedTuple):
+    """The members of some groups of `size` neighbours: their columns, and as floats and keys.
+
+    A member past the end of its row has a key below all others, and its column is the last one.
+    """
+
+    columns: Int[Tensor, "group size"]
+    floats: Float[Tensor, "group size"]
+    keys: Int[Tensor, "group size"]
+
+
+LEAST = -(1 << 31)
+"""A key below that of every float."""
+
+
+def members_of(
+    source: TopKRows, rows: Int[Tensor, " group"], groups: Int[Tensor, " group"], size: int
+) -> Members:
+    """Look the members of some groups of float32 up."""
+    n = source.rows.shape[1]
+    column = groups[:, None] * size + torch.arange(size, device=groups.device)
+    inside = column.clamp_max(n - 1)
+    floats = source.rows.view(torch.float32)[rows[:, None], inside]
+    if source.bias is not None:
+        floats = floats + source.bias[inside]
+    return Members(inside, floats, keys_of(floats).masked_fill(column >= n, LEAST))
+
+
+def best_of_batch(
+    source: TopKRows,
+    maxima: Int[Tensor, "batch group"],
+    size: int,
+    k: int,
+    bound: Int[Tensor, ""] | None = None,
+) -> tuple[Float[Tensor, " k"], Int[Tensor, " k"]]:
+    """Return the k largest of all float32 and, ascending, their places in the flattened rows.
 
     By the groups' maxima, as in a row: the groups of all rows stand in the order of their places.
+    Where fewer than k are not below the bound, -inf takes the place of the others.
     """
-    source, n = source_of(pre), pre.shape[1]
-    size = blocks.batch_group_size(pre.numel(), k)
-    maxima = group_maxima(source, size)
     best = first_of_largest(maxima.flatten(), k)
-    if size == 1:
-        return best
     row, group = best // maxima.shape[1], best % maxima.shape[1]
-    column = group[:, None] * size + torch.arange(size, device=pre.device)
-    place = row[:, None] * n + column.clamp_max(n - 1)
-    keys = keys_of(pre.flatten()[place.flatten()]).view(place.shape)
-    keys = keys.masked_fill(column >= n, -(1 << 31))
-    return place.flatten()[first_of_largest(keys.flatten(), k)]
+    columns, floats, keys = members_of(source, row, group, size)
+    if bound is not None:
+        keys = keys.masked_fill(maxima.flatten()[best, None] < bound, LEAST)
+    picked = first_of_largest(keys.flatten(), k)
+    values = floats.flatten()[picked].masked_fill(keys.flatten()[picked] == LEAST, -math.inf)
+    place = row[:, None] * source.rows.shape[1] + columns
+    return values, place.flatten()[picked]

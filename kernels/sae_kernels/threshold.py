@@ -52,7 +52,23 @@ def _passing(
     return (~(pre <= threshold)).flatten().nonzero().squeeze(1)
 
 
-def _keep_passing(product: Product, threshold: Float[Tensor, "*d_sae"]) -> SelectedPre:
+def _by_row(
+    values: Float[Tensor, " entry"], places: Int[Tensor, " entry"], product: Product
+) -> SelectedPre:
+    """Part the places in the flattened batch into rows and latents, without a wait."""
+    batch, d_sae = len(product.x), len(product.bias)
+    bounds = torch.arange(batch + 1, device=places.device) * d_sae
+    return SelectedPre(values, places % d_sae, torch.searchsorted(places, bounds))
+
+
+def _keep_passing(
+    product: Product, threshold: Float[Tensor, "*d_sae"], backend: Backend
+) -> SelectedPre:
+    if backend == "triton":
+        from sae_kernels import encode_triton
+
+        operands = encode_triton.Operands(*(t.contiguous() for t in product))
+        return _by_row(*encode_triton.encode_threshold(operands, threshold), product)
     parts = [_csr(pre, _passing(pre, threshold), False) for _, pre in product.chunks()]
     return _joined(parts, product)
 
@@ -110,7 +126,7 @@ def encode_threshold(
     if name == "reference":
         pre = dense_pre(x, enc_rows, b_enc, b_in)
         return _csr(pre, _passing(pre.detach(), limit), False)
-    rule = SelectionRule(partial(_keep_passing, threshold=limit), False, name)
+    rule = SelectionRule(partial(_keep_passing, threshold=limit, backend=name), False, name)
     return Csr(*Encode.apply(x, enc_rows, b_enc, b_in, rule))
 
 
@@ -170,7 +186,11 @@ def _keep_batch_topk(product: Product, k: int, relu: bool, backend: Backend) -> 
     An equal value of a later row loses, so that nothing else can belong to the answer.
     """
     if backend == "triton":
-        return _batch_topk_on_gpu(product, k, relu)
+        from sae_kernels import encode_triton
+
+        operands = encode_triton.Operands(*(t.contiguous() for t in product))
+        values, places = encode_triton.encode_batch_topk(operands, k * len(product.x))
+        return _by_row(values.relu() if relu else values, places, product)
     n_selected, bias = k * len(product.x), product.bias
     none = torch.zeros(0, dtype=torch.int64, device=bias.device)
     best, worst = _BestEntries(bias[:0], none, none), -math.inf
@@ -189,25 +209,6 @@ def _keep_batch_topk(product: Product, k: int, relu: bool, backend: Backend) -> 
         worst = float(best.values.nan_to_num(math.inf, math.inf, -math.inf).min())
     lengths = torch.bincount(best.rows, minlength=len(product.x))
     return SelectedPre(best.values.relu() if relu else best.values, best.indices, _bounds(lengths))
-
-
-def _batch_topk_on_gpu(product: Product, k: int, relu: bool) -> SelectedPre:
-    """Do the same with the shapes that are known beforehand, so that nothing is waited for."""
-    from sae_kernels import select_triton
-
-    batch, d_sae = len(product.x), len(product.bias)
-    values = product.bias[:0]
-    places = torch.zeros(0, dtype=torch.int64, device=values.device)
-    for rows, pre in product.chunks():
-        best = select_triton.best_of_batch(pre, min(k * batch, pre.numel()))
-        values = torch.cat([values, pre.flatten()[best]])
-        places = torch.cat([places, best + rows.start * d_sae])
-        if len(values) > k * batch:
-            kept = select_triton.first_of_largest(select_triton.keys_of(values), k * batch)
-            values, places = values[kept], places[kept]
-    bounds = torch.arange(batch + 1, device=values.device) * d_sae
-    row_ptr = torch.searchsorted(places, bounds)
-    return SelectedPre(values.relu() if relu else values, places % d_sae, row_ptr)
 
 
 def encode_batch_topk(

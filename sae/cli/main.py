@@ -42,7 +42,7 @@ app = typer.Typer(
 
 Bench = Literal[
     "auto", "gpu", "cpu", "cache", "storage", "loop", "labels", "image-labels", "windows",
-    "browser", "run", "ground-truth", "ground-truth-grid", "compare-recipes",
+    "browser", "run", "ground-truth", "ground-truth-grid", "compare-recipes", "gate",
 ]  # fmt: skip
 MODULES: dict[Bench, tuple[str, str]] = {
     "gpu": ("benchmarks.gpu_suite", "every kernel and whole steps on a CUDA device"),
@@ -58,6 +58,7 @@ MODULES: dict[Bench, tuple[str, str]] = {
     "ground-truth": ("benchmarks.ground_truth", "what recipes find of known features"),
     "ground-truth-grid": ("benchmarks.ground_truth_grid", "every kind over a grid of worlds"),
     "compare-recipes": ("benchmarks.compare_recipes", "tables of what `sae compare` measured"),
+    "gate": ("benchmarks.bench_gate", "bytes that the encoder's gate saves, by arithmetic"),
 }
 """The module of each benchmark, and what it measures."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae.train.config import DictionaryConfig
 from sae.train.diagnostics import Watch
-from sae.train.forward import sparse
+from sae.train.forward import run
 from sae.train.optim import LatentAdam
 from sae.train.ranks import Ranks
 from sae.train.step import StepMetrics, TrainStep
@@ -239,7 +239,7 @@ class StepGraph:
     """A TrainStep that is recorded once and replayed for as long as the host decides nothing new.
 
     What a step does depends on its number (learning rates aside, which lie on the device) only
-    through `sparse.choices` and a few more, which are compared; whatever cannot be recorded is
+    through `run.choices` and a few more, which are compared; whatever cannot be recorded is
     launched as ever, which is said once.
     """
 
@@ -287,8 +287,8 @@ class StepGraph:
             return "several processes train it"
         if not isinstance(optimizer, LatentAdam) or optimizer.dtype != torch.float32:
             return "its optimiser is not Adam with states in float32"
-        if not sparse.fits(step.autoencoder, step.config, step.moment(n_rows)):
-            return "its kind of step is not the fused one"
+        if run.choices(step.autoencoder, step.config, step.moment(n_rows)) is None:
+            return "its kind of step is not recorded"
         return None
 
     def _choices(self, given: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
@@ -301,7 +301,7 @@ class StepGraph:
         moment = step.moment(len(given[0]))
         rate = None if step.ema is None else step.ema.rate(step.n_steps)
         shapes = tuple((x.shape, x.dtype) for x in given)
-        chosen = sparse.choices(step.config, moment)
+        chosen = run.choices(step.autoencoder, step.config, moment)
         # a checkpoint that is taken up brings states of its own
         states = tuple(state["step"].data_ptr() for state in step.optimizer.state.values())
         return (chosen, moment.most_dead, step.holds_decoder, rate, shapes, states)

@@ -66,8 +66,16 @@ def test_what_is_faster_by_more_than_it_differs_is_proposed():
         row("tuning: decode", "weighted_rows: 2 x warps", 7.0, 8.0, 8.5),
         row("tuning: decode", "weighted_rows: 2 x width", 7.0, 8.0, 9.5),
         row("tuning: decode", "weighted_rows: 0.5 x warps", 9.8, 9.8, 9.9),
+        row("encode", "triton", 9.0, 10.0, 11.0),
+        row("encode", "triton, gated product", 7.9, 8.0, 8.1),
+        row("tuning: encode", "product: 0.5 x warps", 7.0, 7.2, 7.8),
+        row("tuning: encode", "product: 0.5 x latents", 8.2, 8.4, 8.6),
     ]
-    assert tuning.proposals(rows) == [f"decode, {SHAPE}: weighted_rows: 2 x warps saves 20%"]
+    assert tuning.proposals(rows) == [
+        f"decode, {SHAPE}: weighted_rows: 2 x warps saves 20%",
+        f"encode, {SHAPE}: triton, gated product saves 20%",
+        f"encode, {SHAPE}: product: 0.5 x warps saves 10%",
+    ]
 
 
 def test_a_change_reaches_the_kernel_and_goes_again():
@@ -76,7 +84,7 @@ def test_a_change_reaches_the_kernel_and_goes_again():
     with change.made():
         assert blocks.weighted_rows(768) == before._replace(warps=2 * before.warps)
     assert blocks.weighted_rows(768) == before
-    for rule in tuning.RULES.values():
+    for rule, _ in tuning.RULES.values():
         fields = getattr(blocks, rule).__annotations__["return"]._fields
         assert {"warps"} <= set(fields)
 

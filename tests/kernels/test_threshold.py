@@ -11,6 +11,7 @@ from sae_kernels import (
     encode_batch_topk,
     encode_threshold,
     encode_topk,
+    encode_triton,
     product,
     select_triton,
 )
@@ -318,12 +319,26 @@ def test_bad_arguments_are_refused(shipped, tensors, threshold):
 def test_the_path_of_a_gpu_selects_the_same_and_waits_for_nothing(make, k, normal, monkeypatch):
     pre = make(normal(7, 117, dtype=torch.float64)).float()
     expected = batch_topk(pre, k, backend="reference")
-    identity, none = torch.eye(7), torch.zeros(117)
-    chunks = [(slice(0, 3), pre[:3]), (slice(3, 7), pre[3:])]
-    monkeypatch.setattr(product.Product, "chunks", lambda _: iter(chunks))
+    monkeypatch.setattr(encode_triton, "_multiply", lambda operands, out: out.copy_(operands.x))
+    monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 3 * 117 * 4)
     monkeypatch.setattr(torch.Tensor, "nonzero", None)  # whose shape the host would wait for
     monkeypatch.setattr(torch.Tensor, "item", None)
-    rows = threshold_module._batch_topk_on_gpu(product.Product(identity, identity, none), k, True)
+    whole = product.Product(pre, torch.zeros(117, 117), torch.zeros(117))
+    rows = threshold_module._keep_batch_topk(whole, k, True, "triton")
+    for got, want in zip(rows, expected, strict=True):
+        assert torch.equal(got.nan_to_num(7e30), want.nan_to_num(7e30))
+
+
+@pytest.mark.parametrize("make", HARD)
+@pytest.mark.parametrize("limit", [0.25, -math.inf, math.nan])
+def test_the_path_of_a_gpu_lets_the_same_pass(make, limit, normal, monkeypatch):
+    pre = make(normal(7, 117, dtype=torch.float64)).float()
+    limit = torch.where(torch.arange(117) % 5 > 0, normal(117).abs(), limit)
+    monkeypatch.setattr(encode_triton, "_multiply", lambda operands, out: out.copy_(operands.x))
+    monkeypatch.setattr(blocks, "WORKSPACE_BYTES", 3 * 117 * 4)
+    whole = product.Product(pre, torch.zeros(117, 117), torch.zeros(117))
+    rows = threshold_module._keep_passing(whole, limit, "triton")
+    expected = threshold_module._csr(pre, threshold_module._passing(pre, limit), False)
     for got, want in zip(rows, expected, strict=True):
         assert torch.equal(got.nan_to_num(7e30), want.nan_to_num(7e30))
 
@@ -331,6 +346,8 @@ def test_the_path_of_a_gpu_selects_the_same_and_waits_for_nothing(make, k, norma
 def test_the_path_of_a_gpu_takes_groups_where_they_pay_and_rows_end_in_short_ones(normal):
     pre = normal(5, 1003)
     assert blocks.batch_group_size(pre.numel(), 10) == 16
-    best = select_triton.best_of_batch(pre, 10)
-    assert torch.equal(best, pre.flatten().topk(10).indices.sort().values)
+    source = select_triton.source_of(pre)
+    best = select_triton.best_of_batch(source, select_triton.group_maxima(source, 16), 16, 10)
+    assert torch.equal(best[1], pre.flatten().topk(10).indices.sort().values)
+    assert torch.equal(best[0], pre.flatten()[best[1]])
     assert blocks.batch_group_size(40, 10) == 1

@@ -23,6 +23,30 @@ from sae_kernels import dense_autoencode
 from sae_kernels.auxk import few_of
 
 
+class DenseChoices(NamedTuple):
+    """What of the pass the number of the step decides; all else is decided on the device."""
+
+    weights: tuple[float, ...]
+    """Of the penalties, as far as they have risen."""
+    ends: tuple[int, ...] | None
+    """Ends of the prefixes."""
+    share: float
+    """Weight of the mean over them."""
+
+
+def choices(config: DictionaryConfig, moment: Moment) -> DenseChoices | None:
+    """Decide them; None where the host has a part in what one step hands to the next."""
+    if moment.losses or config.control is not None or config.p_anneal is not None:
+        return None
+    at = (moment.n_steps, moment.total_steps)
+    terms = [term for term in (config.l1, config.l0, config.tanh) if term is not None]
+    weights = tuple(ramp(*at, term.ramp) for term in terms)
+    if config.matryoshka is None:
+        return DenseChoices(weights, None, 0.0)
+    ends = common.prefix_ends(config.matryoshka, config.d_sae, moment.n_steps)
+    return DenseChoices(weights, ends, common.prefix_share(config.matryoshka, *at))
+
+
 def forward(
     autoencoder: SparseAutoencoder,
     config: DictionaryConfig,

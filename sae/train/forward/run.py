@@ -13,6 +13,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
 from sae.train.forward import dense, sharded, sparse
 from sae.train.forward.common import Forward, Moment, Rows, autocast, controlled
+from sae_kernels import launch
 
 
 def forward(
@@ -42,6 +43,17 @@ def _forward(
                 return dense.gated_forward(autoencoder, config, rows, moment)
             case _:
                 assert_never(trains)
+
+
+def choices(
+    autoencoder: SparseAutoencoder, config: DictionaryConfig, moment: Moment
+) -> sparse.Choices | dense.DenseChoices | None:
+    """What the number of the step decides, where nothing else is the host's; None elsewhere."""
+    if launch.choose(autoencoder.enc_rows, None) != "triton":
+        return None
+    if config.activation.facts.trains != "sparse":
+        return dense.choices(config, moment)
+    return sparse.choices(config, moment) if sparse.fits(autoencoder, config, moment) else None
 
 
 def backward(

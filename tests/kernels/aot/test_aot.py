@@ -20,6 +20,7 @@ REGENERATE = (
 )
 EVIDENCE = {
     "group_max": ["LDG.128"],
+    "bound": ["LDG.128"],
     "pick": ["LDG.128"],
     "product": ["LDGSTS.128", "STG.128", "tensor cores"],
     "weighted_rows": ["LDG.128", "STG.128"],

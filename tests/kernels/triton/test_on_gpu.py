@@ -56,11 +56,12 @@ def test_selection_is_exact(d_sae, k, dtype, draw):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [256, 768, 771, 2304])
-def test_encoding(width, dtype, draw):
+@pytest.mark.parametrize("gated", [False, True])
+def test_encoding(gated, width, dtype, draw):
     torch.backends.cuda.matmul.allow_tf32 = False
     x, rows = draw(BATCH, width, dtype=dtype), draw(D_SAE + 3, width, dtype=dtype)
     bias = draw(D_SAE + 3)
-    values, indices = encode_topk(x, rows, bias, K, False)
+    values, indices = encode_topk(x, rows, bias, K, False, gated)
     pre = x.double() @ rows.double().T + bias.double()
     best = pre.topk(K, dim=1).values
     chosen = pre.gather(1, indices)

@@ -10,7 +10,6 @@ from sae.architecture import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig
 from sae.train.cost import GPU_WORKSPACE
-from sae.train.data_module import ahead
 from sae.train.diagnostics import Watch
 from sae.train.forward import run
 from sae.train.forward.common import DeadBound
@@ -20,7 +19,7 @@ from sae.train.optim_config import Muon, ScheduleFree
 from sae.train.ranks import connect
 from sae.train.step import StepMetrics, TrainStep
 from sae.train.throughput import Failures, StepGraph, cuda_graph
-from sae_kernels import launch
+from sae_kernels import blocks, launch
 from sae_kernels.blocks import WORKSPACE_BYTES
 from tests.golden.recipes import rows
 from tests.sae.train import gpu_branches, test_recipes
@@ -91,6 +90,18 @@ def test_the_host_waits_for_nothing_in_a_step(config, monkeypatch):
     found = counted_step(step, lambda x: test_recipes.given(config, x), monkeypatch)
     assert dict(found.waits) == {}
     assert found.ops.total() < 600
+
+
+@pytest.mark.parametrize("activation", [TopK(k=3), BatchTopK(k=3)], ids=["topk", "batchtopk"])
+def test_the_host_waits_for_nothing_behind_a_gate(activation, monkeypatch):
+    gpu_branches.branches_of_a_gpu(monkeypatch)
+    monkeypatch.setattr(blocks, "gates", lambda *_: True)
+    monkeypatch.setattr(blocks, "DIRECT_KEYS", 31)
+    step = step_of(DictionaryConfig(d_sae=1031, dead_after_tokens=1000, activation=activation))
+    found = counted_step(step, lambda x: (x,), monkeypatch)
+    assert dict(found.waits) == {}
+    assert found.ops["triton _product_kernel"] == 2
+    assert found.ops.total() < 250
 
 
 FUSED = {
@@ -298,6 +309,12 @@ RECORDED = {
         "activation": BatchTopK(k=3), "matryoshka": FixedPrefixes(ends=(5, 11)),
         "refine": Refine(steps=1, rate=0.5, until=0.5, held_until=0.9),
     },
+    "jumprelu": {
+        "activation": JumpReLU(threshold=0.1, bandwidth=0.3), "preact": PreAct(coefficient=0.01),
+        "l0": L0(coefficient=0.1, ramp=0.15, threshold_lr=3e-3),
+    },
+    "relu": {"activation": ReLU(), "l1": L1(coefficient=0.3), "unit_norm": False, "accumulate": 2},
+    "gated": {"activation": Gated(), "l1": L1(coefficient=0.3)},
 }  # fmt: skip
 
 
@@ -356,16 +373,14 @@ def test_what_cannot_be_recorded_is_launched_and_said_once(monkeypatch, caplog):
     assert step.n_steps == 8
     assert step.sets_rates
     caplog.set_level("INFO")
-    dense = step_of(
-        DictionaryConfig(d_sae=D_SAE, activation=ReLU(), l1=L1(coefficient=0.3), unit_norm=False)
-    )
-    StepGraph(dense)(rows()[0])
-    dense.looks = False
-    again = StepGraph(dense, "two", record)
+    steered = step_of(KINDS["control"])  # its penalty's weight is made from one step to the next
+    StepGraph(steered)(rows()[0])
+    steered.looks = False
+    again = StepGraph(steered, "two", record)
     again(rows()[1])
     again(rows()[2])
     assert caplog.messages[1:] == [
-        "saes.two: no CUDA graph, its steps are launched: its kind of step is not the fused one"
+        "saes.two: no CUDA graph, its steps are launched: its kind of step is not recorded"
     ]
 
 
@@ -375,23 +390,3 @@ def test_a_recording_that_would_leave_no_room_for_a_step_is_refused(monkeypatch)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (4 << 20, 1 << 30))
     with pytest.raises(RuntimeError, match="it takes 5 MiB, and 4 MiB are free"):
         cuda_graph(lambda: None)
-
-
-def test_two_batches_are_on_their_way_while_a_step_runs():
-    events: list[str] = []
-
-    def read():
-        for n in range(4):
-            events.append(f"read {n}")
-            yield torch.full((1,), n)
-
-    def begin(x):
-        events.append(f"copy {int(x)}")
-        return x + 10, lambda: events.append(f"wait {int(x)}")
-
-    events.extend(f"step {int(x) - 10}" for x in ahead(read(), begin))
-    first = ["read 0", "copy 0", "read 1", "copy 1", "wait 0", "step 0"]
-    assert events[: len(first)] == first
-    rest = ["read 2", "copy 2", "wait 1", "step 1", "read 3", "copy 3", "wait 2", "step 2"]
-    assert events[len(first) :] == [*rest, "wait 3", "step 3"]
-    assert list(ahead(iter(()), begin)) == []

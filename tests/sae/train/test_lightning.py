@@ -33,6 +33,7 @@ from sae.train import (
     train,
 )
 from sae.train.config import AuxK
+from sae.train.data_module import ahead
 from sae.train.optim_config import Adam
 from sae.train.step import TrainStep
 
@@ -355,3 +356,23 @@ def test_lightning_s_checkpoints_are_refused_where_it_cannot_load_them(cache):
     mesh = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
     with pytest.raises(MonosemaError, match="enable_checkpointing must be False beside Model"):
         fit(cache, strategy=mesh, enable_checkpointing=True)
+
+
+def test_two_batches_are_on_their_way_while_a_step_runs():
+    events: list[str] = []
+
+    def read():
+        for n in range(4):
+            events.append(f"read {n}")
+            yield torch.full((1,), n)
+
+    def begin(x):
+        events.append(f"copy {int(x)}")
+        return x + 10, lambda: events.append(f"wait {int(x)}")
+
+    events.extend(f"step {int(x) - 10}" for x in ahead(read(), begin))
+    first = ["read 0", "copy 0", "read 1", "copy 1", "wait 0", "step 0"]
+    assert events[: len(first)] == first
+    rest = ["read 2", "copy 2", "wait 1", "step 1", "read 3", "copy 3", "wait 2", "step 2"]
+    assert events[len(first) :] == [*rest, "wait 3", "step 3"]
+    assert list(ahead(iter(()), begin)) == []
