@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.ground_truth_recipes import at_l0, new_step, others, recipe
 from benchmarks.peer_recipes import train_peers
-from benchmarks.resumable import Checkpoints, train
+from benchmarks.resumable import Saved, train
 from benchmarks.rows import append, surroundings
 from sae.architecture import TopK
 from sae.autoencoder import SparseAutoencoder
@@ -176,12 +176,12 @@ def _trained(
 
 def _checkpoints(
     world: World, entries: dict[str, DictionaryConfig], arguments: argparse.Namespace
-) -> Checkpoints | None:
+) -> Saved | None:
     if arguments.checkpoints is None:
         return None
     identity = repr((world.config, world.seed, arguments.rows, arguments.batch, entries))
     root = arguments.checkpoints / f"seed-{world.seed}"
-    return Checkpoints(root, identity, arguments.checkpoint_seconds)
+    return Saved(root, identity, arguments.checkpoint_seconds)
 
 
 def _read_otherwise(world: World, dictionary: SparseAutoencoder) -> dict[str, SparseAutoencoder]:

@@ -11,7 +11,7 @@ from sae.train import checkpoint
 from sae.train.step import TrainStep
 
 
-class Checkpoints(NamedTuple):
+class Saved(NamedTuple):
     """Where they lie, of what they are, and how often one is written."""
 
     root: Path
@@ -23,7 +23,7 @@ class Checkpoints(NamedTuple):
 def train(
     steps: Mapping[str, TrainStep],
     batches_from: Callable[[int], Iterable[Tensor]],
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Saved | None = None,
 ) -> None:
     """Let all steps see each batch once; go on from the newest checkpoint that is whole.
 
@@ -42,7 +42,7 @@ def train(
             saved_at = time.monotonic()
 
 
-def _resumed(steps: Mapping[str, TrainStep], checkpoints: Checkpoints) -> int:
+def _resumed(steps: Mapping[str, TrainStep], checkpoints: Saved) -> int:
     newest = checkpoint.load_newest(checkpoints.root, checkpoints.identity)
     if newest is None:
         return 0

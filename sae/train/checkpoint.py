@@ -65,7 +65,7 @@ def save(root: Path, n_steps: int, state: dict[str, Tensor], identity: str) -> P
     return path
 
 
-def _file(state: Mapping[str, Tensor], see: Callable[[io.Buffer], None]) -> io.Parts:
+def _file(state: Mapping[str, Tensor], see: Callable[[Any], None]) -> io.Parts:
     """The bytes that safetensors would write, tensor by tensor: it holds them all a second time.
 
     Args:
@@ -165,7 +165,7 @@ ALIGNED = 64
 """Bytes at a multiple of which each tensor of the copy begins."""
 
 
-class Copy(NamedTuple):
+class StateCopy(NamedTuple):
     """The state as it was after a step."""
 
     state: dict[str, Tensor]
@@ -182,8 +182,8 @@ class Snapshot:
         self._room = torch.empty(0, dtype=torch.uint8)
         self._has_said = False
 
-    def take(self, state: Mapping[str, Tensor]) -> Copy | None:
-        """Copy the state, or nothing where there is no room, which is said once.
+    def take(self, state: Mapping[str, Tensor]) -> StateCopy | None:
+        """StateCopy the state, or nothing where there is no room, which is said once.
 
         From a GPU it goes to pinned memory in the step's own stream: the host waits for nothing,
         and the next step, which changes what is copied, begins behind it.
@@ -209,7 +209,7 @@ class Snapshot:
             events[1].synchronize()
             return events[0].elapsed_time(events[1]) / 1e3
 
-        return Copy(copy, whole)
+        return StateCopy(copy, whole)
 
     def _has_room(self, n_bytes: int, *, pinned: bool) -> bool:
         if n_bytes <= len(self._room):
@@ -308,11 +308,11 @@ class Saver:
         return False
 
     def _begin(self, n_steps: int, state: Callable[[], dict[str, Tensor]]) -> None:
-        """Copy the state and let the thread write it; without room for a copy, write it here."""
+        """StateCopy the state and let the thread write it; without room for a copy, write it here."""
         began, found = time.monotonic(), state()
         if self.ranks.is_first:
             # what several processes held in parts was joined into memory of its own
-            joined = Copy(found, lambda: 0.0) if self.ranks.latents.size > 1 else None
+            joined = StateCopy(found, lambda: 0.0) if self.ranks.latents.size > 1 else None
             copy = joined or self._snapshot.take(found)
             if copy is None:
                 save(self.root, n_steps, found, self.identity)
@@ -321,7 +321,7 @@ class Saver:
         self.saved_at = began
         self.waited += time.monotonic() - began
 
-    def _written(self, n_steps: int, copy: Copy) -> float:
+    def _written(self, n_steps: int, copy: StateCopy) -> float:
         held_up = copy.whole()
         save(self.root, n_steps, copy.state, self.identity)
         return held_up

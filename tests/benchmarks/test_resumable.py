@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import ground_truth
 from benchmarks.ground_truth_recipes import new_step
-from benchmarks.resumable import Checkpoints, train
+from benchmarks.resumable import Saved, train
 from sae.architecture import TopK
 from sae.evaluate.ground_truth import TIERS, batches, make_world
 from sae.train.config import Adam, AuxK, DictionaryConfig
@@ -43,7 +43,7 @@ def new_steps():
 def test_a_killed_training_ends_with_the_same_bits(tmp_path):
     whole, killed, again = new_steps(), new_steps(), new_steps()
     train(whole, rows)
-    every_step = Checkpoints(tmp_path, "these two", 0.0)
+    every_step = Saved(tmp_path, "these two", 0.0)
     with pytest.raises(Killed):
         train(killed, lambda start: rows(start, 13), every_step)
     starts = []
@@ -61,14 +61,14 @@ def test_a_killed_training_ends_with_the_same_bits(tmp_path):
 
 def test_checkpoints_of_other_arguments_are_left_alone(tmp_path):
     with pytest.raises(Killed):
-        train(new_steps(), lambda start: rows(start, 5), Checkpoints(tmp_path, "these two", 0.0))
+        train(new_steps(), lambda start: rows(start, 5), Saved(tmp_path, "these two", 0.0))
     starts = []
 
     def rest(start):
         starts.append(start)
         return rows(start)
 
-    train(new_steps(), rest, Checkpoints(tmp_path, "others", 0.0))
+    train(new_steps(), rest, Saved(tmp_path, "others", 0.0))
     assert starts == [0]
 
 
