@@ -183,7 +183,7 @@ class Snapshot:
         self._has_said = False
 
     def take(self, state: Mapping[str, Tensor]) -> StateCopy | None:
-        """StateCopy the state, or nothing where there is no room, which is said once.
+        """Copy the state, or nothing where there is no room, which is said once.
 
         From a GPU it goes to pinned memory in the step's own stream: the host waits for nothing,
         and the next step, which changes what is copied, begins behind it.
@@ -308,7 +308,7 @@ class Saver:
         return False
 
     def _begin(self, n_steps: int, state: Callable[[], dict[str, Tensor]]) -> None:
-        """StateCopy the state and let the thread write it; without room for a copy, write it here."""
+        """Copy the state and let the thread write it; without room for a copy, write it here."""
         began, found = time.monotonic(), state()
         if self.ranks.is_first:
             # what several processes held in parts was joined into memory of its own
