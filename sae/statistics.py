@@ -3,20 +3,28 @@
 Bootstrap intervals of means over tokens, where the contexts are what is independent.
 
 Reseed noise: what differences between dictionaries can be told apart from another seed.
+
+Many small computations, each on one core.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from scipy import stats
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from monosema.checks import MonosemaError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 Z = 1.959964
 """Half of a 95 % interval in standard errors."""
@@ -219,3 +227,26 @@ def compare_all(groups: Mapping[str, Sequence[float]]) -> list[Comparison]:
     return [
         compare(a, groups[a], b, groups[b]) for i, a in enumerate(names) for b in names[i + 1 :]
     ]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """No operation is spread over threads meanwhile, so sums have the same last bit anywhere."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def each_on_a_core(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """The results in order; several items at a time, each on one of torch's threads alone.
+
+    A small decomposition that is spread over threads waits for the slowest of them hundreds of
+    times: on a busy machine one of 576 x 576 takes 1.4 s on two threads, and 0.03 s on one.
+    """
+    n_threads = torch.get_num_threads()
+    with one_thread(), ThreadPoolExecutor(n_threads) as pool:
+        yield from pool.map(function, items)

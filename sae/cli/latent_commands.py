@@ -160,7 +160,9 @@ def steer(  # noqa: PLR0913  (options are parameters)
         list[str] | None,
         typer.Option(help="All latents whose labels name it; repeatable."),
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="What is continued; repeatable.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What is continued, or a picture; repeatable.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="If the dictionary does not name it.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Prompts are what a user says: use the chat template.")
@@ -176,7 +178,8 @@ def steer(  # noqa: PLR0913  (options are parameters)
 
     A dictionary takes KEY=VALUE too: positions=generated max_new_tokens=60 strengths=[1,2,4]
     unit=norm max_kl=0.3 neutral=news.txt hook_point=model.layers.7:out dtype=float32. With --word
-    amplify=1x or calibrate=1x, n_latents=8 controls=3 by=weights explained=DIR.
+    amplify=1x or calibrate=1x, n_latents=8 controls=3 by=weights explained=DIR. For a dictionary of
+    images, prompts are files of pictures, beside targets=[dog, cat] and cache=CACHE.
     """
     if is_config(path):
         given = {"--latent": latent, "--word": word, "--prompt": prompt, "--model": model}
@@ -202,10 +205,14 @@ def steer(  # noqa: PLR0913  (options are parameters)
 
 
 def _steer_latents(path: str, request: SteerRequest) -> None:
-    """Print texts with latents changed; or sweep one, and write what came of it."""
+    """Print texts, or words of pictures, with latents changed; or write a sweep of one."""
     from sae.run.context import with_differences
     from sae.run.steering import continuations, placed_in_model, sweep_latent
+    from sae.run.steering_by_words import steer_pictures_of
 
+    if request.targets:
+        console.parts([steer_pictures_of(path, request).section])
+        return
     where = (request.model, request.dtype, request.hook_point)
     dictionary, loaded, differs = placed_in_model(
         path, *where, force=request.force, read_out=request.read_out

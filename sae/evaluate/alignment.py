@@ -13,9 +13,10 @@ from torch import Tensor
 
 from activations_cache.checks import Progress
 from monosema.checks import MonosemaError
+from sae.statistics import each_on_a_core
 
-ROWS_AT_ONCE = 64
-"""Of the matrices of all sets, while they are permuted."""
+PERMUTATIONS_AT_ONCE = 8
+"""A row of the matrices of all sets, permuted so often, stays in a core's cache at 2,000 rows."""
 
 Measure = Callable[[Tensor, Tensor], float]
 """From two sets of rows of the same examples to a figure."""
@@ -109,20 +110,53 @@ def product_nulls(
     report: Progress,
 ) -> Float64[Tensor, "batch space other"]:
     """Inner products of every left matrix with every right one, permuted; all are symmetric."""
-    starts, blocks = range(0, left.shape[1], ROWS_AT_ONCE), []
-    for start in starts:
-        block = left[:, start : start + ROWS_AT_ONCE, start:].clone()
-        block[:, :, ROWS_AT_ONCE:] *= 2  # for what lies mirrored below
-        blocks.append(block.flatten(1))
-    # With the spaces last a permutation moves runs of numbers and not single ones.
-    moving = right.permute(1, 2, 0).contiguous()
-    results = torch.zeros(len(orders), len(left), len(right), dtype=torch.float64)
-    for done, order in enumerate(orders):
-        for start, block in zip(starts, blocks, strict=True):
-            rows = moving[order[start : start + ROWS_AT_ONCE]]
-            results[done] += block @ rows.index_select(1, order[start:]).flatten(0, 1)
-        report(done + 1, len(orders), "permutations")
-    return results
+    n_rows, n_left, n_right = left.shape[1], len(left), len(right)
+    # With the sets last a permutation moves runs of numbers and not single ones.
+    moving = right.permute(1, 2, 0).reshape(n_rows * n_rows, n_right)
+    diagonal, other_diagonal = (side.diagonal(dim1=1, dim2=2).double() for side in (left, right))
+
+    def of(batch: Tensor) -> Tensor:
+        to = batch.T.contiguous()
+        above = torch.zeros(n_left, len(batch) * n_right, dtype=torch.float64)
+        for row in range(n_rows):
+            cells = (to[row] * n_rows + to[row:]).flatten()
+            above += left[:, row, row:] @ moving.index_select(0, cells).view(n_rows - row, -1)
+        on = torch.einsum("lr,opr->plo", diagonal, other_diagonal[:, batch])
+        return 2 * above.view(n_left, len(batch), n_right).transpose(0, 1) - on
+
+    results: list[Tensor] = []
+    for result in each_on_a_core(of, orders.split(PERMUTATIONS_AT_ONCE)):
+        results += result
+        report(len(results), len(orders), "permutations")
+    return torch.stack(results)
+
+
+class Products:
+    """Cosine of two matrices whose diagonals are 0."""
+
+    def __init__(self, matrices: Float32[Tensor, "space row row"]) -> None:
+        """Take matrices of norm 1."""
+        self._matrices = matrices
+        self._sizes: dict[int, Tensor] = {}
+
+    def value(self, a: int, b: int) -> float:
+        """The cosine, summed in float64."""
+        return float((self._matrices[a].double() * self._matrices[b].double()).sum())
+
+    def nulls(self, orders: Tensor, progress: Progress) -> Float64[Tensor, "batch space space"]:
+        """The cosines of all pairs with the rows of the second permuted."""
+        return product_nulls(self._matrices, self._matrices, orders, progress)
+
+    def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
+        """The cosine with weights of pairs of rows."""
+        for one in (a, b):
+            if one not in self._sizes:
+                self._sizes[one] = self._weighted(one, one, weights)
+        return self._weighted(a, b, weights) / (self._sizes[a] * self._sizes[b]).sqrt()
+
+    def _weighted(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
+        w = weights.float()
+        return ((w @ (self._matrices[a] * self._matrices[b])) * w).sum(dim=1).double()
 
 
 class Match(NamedTuple):
@@ -209,14 +243,13 @@ class Matching:
         """Take sets whose columns are centred and of norm 1."""
         self._rows = rows
 
-    def value(self, a: int, b: int, order: Tensor | None = None) -> float:
-        """The mean over the units of the narrower set."""
-        x, y = self._rows[a], self._rows[b]
-        product = x.T @ y if order is None else x.float().T @ y.float()[order]
-        return float(match(product).values.mean())
+    def null(self, a: int, b: int, orders: Tensor) -> Float64[Tensor, " batch"]:
+        """The mean over the units of the narrower set, with the rows of b permuted."""
+        x, y = self._rows[a].float().T, self._rows[b].float()
+        return torch.stack([match(x @ y[order]).values.mean() for order in orders])
 
     def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
-        """The same with weights of rows; the match stays."""
+        """The mean with weights of rows; the match stays."""
         x, y = self._rows[a], self._rows[b]
         units = match(x.T @ y)
         x, y = x[:, units.x], y[:, units.y]

@@ -1,5 +1,7 @@
 """The shape of one set of rows: effective rank, heavy tails, and the gap between two sets.
 
+Which concepts the principal directions of rows tell, and which directions an answer needs.
+
 Intrinsic dimension of a set of rows from the distances to the two nearest neighbours.
 
 ZEBRA: which features of a sample are rare, so that an outlier is explained by them.
@@ -13,7 +15,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int, Int64
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from monosema.checks import MonosemaError
@@ -72,6 +75,109 @@ def outlier_dimensions(x: Float[Tensor, "row d_in"], ratio: float = 6.0) -> Outl
     order = (sizes / median).sort(descending=True)
     n_large = int((order.values > ratio).sum())
     return Outliers(order.indices[:n_large], order.values[:n_large])
+
+
+class EncodedConcepts(NamedTuple):
+    """How well each principal direction of rows ranks the rows that have a concept."""
+
+    precision: Float64[Tensor, "direction concept"]
+    """Average precision, of the better sign; nan where no row has the concept."""
+
+    def unique(self, least: float = 0.9) -> int:
+        """The number of concepts that are the best one of a direction with such a precision."""
+        best, concept = self.precision.nan_to_num(0).max(dim=1)
+        return len(concept[best >= least].unique())
+
+    def per_direction(self, least: float = 0.9) -> float:
+        """Concepts with such a precision, mean over the directions that have one; nan without."""
+        counts = (self.precision >= least).sum(dim=1).double()
+        return float(counts[counts > 0].mean())
+
+
+def encoded_concepts(
+    x: Float[Tensor, "row d_in"], has: Bool[Tensor, "other concept"]
+) -> EncodedConcepts:
+    """Concepts by direction, the signature of Crabbé et al. (arXiv 2310.13040).
+
+    Their directions are those of a linear head's weights; these are of the rows alone, so that any
+    hook point has them.
+
+    Args:
+        x: Rows, such as the mean rows of images.
+        has: Which concepts each row has.
+
+    Raises:
+        ValueError: If both are not of the same rows.
+    """
+    if len(x) != len(has) or len(x) == 0:
+        raise MonosemaError(f"has must have a row for each of the {len(x)} rows, got {len(has)}")
+    along = centred(x.detach().double()) @ _directions(x)
+    rank, results = torch.arange(1, len(x) + 1, dtype=torch.float64)[:, None], []
+    for column in along.unbind(dim=1):
+        signs = []
+        for order in (column.argsort(descending=True), column.argsort()):
+            hits = has[order].double()
+            signs.append((hits * hits.cumsum(dim=0) / rank).sum(dim=0) / hits.sum(dim=0))
+        results.append(torch.stack(signs).amax(dim=0))
+    return EncodedConcepts(torch.stack(results))
+
+
+def _directions(x: Float[Tensor, "row d_in"]) -> Float64[Tensor, "d_in direction"]:
+    """Principal directions along which rows vary, that of the largest variance first."""
+    _, sizes, v = torch.linalg.svd(centred(x.detach().double()), full_matrices=False)
+    return v[sizes > 1e-10 * sizes[0]].T
+
+
+class Pruned(NamedTuple):
+    """Accuracy on other rows with some of the principal directions taken out."""
+
+    smallest: float
+    """Those of the smallest variance."""
+    largest: float
+    """As many of the largest variance."""
+
+
+def pruned(
+    x: Float[Tensor, "row d_in"],
+    labels: Int[Tensor, " row"],
+    other: Float[Tensor, "other d_in"],
+    other_labels: Int[Tensor, " other"],
+    shares: Sequence[float] = (0.0, 0.5, 0.8, 0.9, 0.95),
+) -> dict[float, Pruned]:
+    """How few directions an answer needs (after Crabbé et al., who prune a trained head).
+
+    A logistic regression is fitted anew on what is left of the rows at each share. Where the
+    smallest can go and the largest cannot, a few privileged directions carry the answer.
+
+    Args:
+        x: Rows to fit on; the directions are theirs.
+        labels: Their classes.
+        other: Rows to score on.
+        other_labels: Their classes.
+        shares: Of the directions that are taken out; at least one stays.
+
+    Raises:
+        ValueError: If there is one class, or a share is not in 0..1.
+    """
+    if len(labels.unique()) < 2:
+        raise MonosemaError(f"labels must be of two classes, got {len(labels.unique())}")
+    directions = _directions(x)
+    mean, n = x.detach().double().mean(dim=0), directions.shape[1]
+    sides = [((rows.detach().double() - mean) @ directions) for rows in (x, other)]
+    scale = sides[0].square().mean().sqrt()
+
+    def accuracy(part: slice) -> float:
+        fitted, scored = ((side[:, part] / scale).numpy() for side in sides)
+        head = LogisticRegression(max_iter=1000).fit(fitted, labels.numpy())
+        return float(head.score(scored, other_labels.numpy()))
+
+    results = {}
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise MonosemaError(f"shares must be in 0..1, got {share}")
+        left = max(1, round(n * (1 - share)))
+        results[share] = Pruned(accuracy(slice(left)), accuracy(slice(n - left, n)))
+    return results
 
 
 def modality_gap(

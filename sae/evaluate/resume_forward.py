@@ -76,6 +76,24 @@ class Replay:
         return self._base(input_ids)
 
     @torch.no_grad()
+    def follow(self, deeper: "Replay", input_ids: Shaped[Tensor, "example ..."]) -> None:
+        """Take what the last `base` of another replay kept, in place of one of our own.
+
+        Args:
+            deeper: Of the same model, whose hook point lies no earlier than ours.
+            input_ids: What its `base` was given.
+        """
+        if not self._tried:
+            self._try(input_ids[:1])
+        kept = deeper._returned
+        self._returned = {block: kept[block] for block in self._blocks if block in kept}
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks that need not run again."""
+        return len(self._blocks)
+
+    @torch.no_grad()
     def spliced(
         self,
         input_ids: Shaped[Tensor, "example ..."],

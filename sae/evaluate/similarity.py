@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, assert_never
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
-from scipy import stats
+from scipy import linalg, stats
 from torch import Tensor
 
 from monosema.checks import MonosemaError
@@ -104,13 +104,13 @@ class Neighbourhoods:
         self._sides = [(kernel, *neighbours(kernel, k)) for kernel in kernels]
         self._sizes: dict[tuple[int, int], Tensor] = {}
 
-    def value(self, a: int, b: int, order: Tensor | None = None) -> float:
-        """The figure of `similarity.cknna`."""
+    def null(self, a: int, b: int, orders: Tensor) -> Float64[Tensor, " batch"]:
+        """The figure with the rows of b permuted."""
         one = torch.ones(1, len(self._sides[a][0]), dtype=torch.float64)
-        return float(self._figure(a, b, order, one)[0])
+        return torch.cat([self._figure(a, b, order, one) for order in orders])
 
     def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
-        """The same with weights of rows."""
+        """The figure of `similarity.cknna` with weights of rows."""
         return self._figure(a, b, None, weights)
 
     def _figure(self, a: int, b: int, order: Tensor | None, weights: Tensor) -> Tensor:
@@ -222,36 +222,56 @@ def canonical(x: Basis, y: Basis) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Canonical:
-    """Mean canonical correlation, or weighted by what each direction accounts for in x."""
+    """Mean canonical correlation, or weighted by what each direction accounts for in x.
+
+    Permuted sides are multiplied and decomposed in float32, within 1e-5 of float64.
+    """
 
     def __init__(self, bases: list[Basis], *, by_x: bool) -> None:
         """Take what is kept of each set."""
         self._bases, self._by_x = bases, by_x
+        self._short = [basis.q.float() for basis in bases]
+        self._onto = [basis.q.T @ basis.rows for basis in bases] if by_x else []
 
-    def value(self, a: int, b: int, order: Tensor | None = None) -> float:
-        """The figure of `similarity.svcca` or `similarity.pwcca`."""
-        x, y = self._bases[a], self._bases[b]
-        y = y if order is None else Basis(y.q[order], y.rows)
-        if order is not None and not self._by_x:  # the mean needs no directions
-            return float(torch.linalg.svdvals(x.q.T @ y.q).clamp_max(1).mean())
-        left, correlations, _ = canonical(x, y)
-        return float(self._weights(x, left) @ correlations)
+    def null(self, a: int, b: int, orders: Tensor) -> Float64[Tensor, " batch"]:
+        """The figure with the rows of b permuted."""
+        x, y = self._short[a].T, self._short[b]
+        results = torch.zeros(len(orders), dtype=torch.float64)
+        for i, order in enumerate(orders):
+            product = x @ y[order]
+            if self._by_x:
+                left, correlations, _ = _decomposed(product)
+                results[i] = self._weights(a, left) @ correlations.double()
+            else:  # the mean needs no directions
+                results[i] = singular_values(product).clamp_max(1).mean()
+        return results
 
     def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
-        """The figure moved along its influence function; the directions' weights stay."""
+        """The figure of `svcca` or `pwcca` moved along its influence function by weights of rows.
+
+        The directions' weights stay.
+        """
         x, y = self._bases[a], self._bases[b]
         left, correlations, right = canonical(x, y)
-        u, v = x.q @ left, y.q @ right.T
-        spread = correlations * (u.square() + v.square()) / 2
-        influence = (u * v - spread) @ self._weights(x, left)
-        moved = (weights - 1) @ influence
-        return (self._weights(x, left) @ correlations + moved).clamp(0, 1)
+        u, v, along = x.q @ left, y.q @ right.T, self._weights(a, left)
+        influence = (u * v) @ along - (u.square() + v.square()) @ (along * correlations / 2)
+        return (along @ correlations + (weights - 1) @ influence).clamp(0, 1)
 
-    def _weights(self, x: Basis, left: Tensor) -> Float64[Tensor, " k"]:
+    def _weights(self, a: int, left: Tensor) -> Float64[Tensor, " k"]:
         if not self._by_x:
             return torch.full((left.shape[1],), 1 / left.shape[1], dtype=torch.float64)
-        sizes = ((x.q @ left).T @ x.rows).abs().sum(dim=1)
+        sizes = (left.T.double() @ self._onto[a]).abs().sum(dim=1)
         return sizes / sizes.sum()
+
+
+def singular_values(matrix: Float[Tensor, "d_in d_out"]) -> Float[Tensor, " k"]:
+    """In the dtype given; scipy's are the faster ones on a CPU."""
+    return torch.from_numpy(linalg.svdvals(matrix.numpy(), check_finite=False))
+
+
+def _decomposed(matrix: Float[Tensor, "d_in d_out"]) -> tuple[Tensor, ...]:
+    parts = linalg.svd(matrix.numpy(), full_matrices=False, check_finite=False)
+    return tuple(map(torch.from_numpy, parts))
 
 
 Dissimilarity = Literal["euclidean", "cosine", "correlation"]
@@ -287,7 +307,7 @@ def dissimilarities(
     """The dissimilarity of every pair of rows; a row of norm 0 has cosine 0 with all others."""
     match dissimilarity:
         case "euclidean":
-            return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+            return _distances(x)
         case "cosine":
             unit = torch.nn.functional.normalize(x, dim=1, eps=torch.finfo(x.dtype).tiny)
             return 1 - unit @ unit.T
@@ -295,6 +315,14 @@ def dissimilarities(
             return dissimilarities(x - x.mean(dim=1, keepdim=True), "cosine")
         case _:
             assert_never(dissimilarity)
+
+
+def _distances(x: Float64[Tensor, "row d_in"]) -> Float64[Tensor, "row row"]:
+    """Euclidean, by differences: a product would lose digits of near rows, and break ties."""
+    above = torch.triu_indices(len(x), len(x), offset=1).unbind()
+    result = torch.zeros(len(x), len(x), dtype=x.dtype)
+    result[above] = torch.pdist(x)
+    return result + result.T
 
 
 def procrustes_distance(x: Float[Tensor, "row d_in"], y: Float[Tensor, "other d_out"]) -> float:

@@ -10,6 +10,7 @@ measure sees what it should in these rows.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -19,15 +20,17 @@ from torch import Tensor
 
 from activations_cache.checks import Progress, silent
 from monosema.checks import MonosemaError
-from sae.evaluate.alignment import Matching, centred, product_nulls
+from sae.evaluate.alignment import Matching, Products, centred
 from sae.evaluate.similarity import (
     Canonical,
     Neighbourhoods,
     basis_of,
     dissimilarities,
     doubly_centred,
+    singular_values,
 )
 from sae.evaluate.translation import Anchored, Stitching
+from sae.statistics import each_on_a_core
 
 MeasureName = Literal[
     "cka", "cknna", "rsa", "distance correlation", "svcca", "pwcca", "procrustes", "matching",
@@ -42,6 +45,8 @@ DIRECTED: tuple[MeasureName, ...] = ("stitching",)
 """From a to b is something else than from b to a, and both are worth to know."""
 COSTLY_PERMUTATIONS = 19
 """Of the costly measures at most: as many as a p of 0.05 takes."""
+NEAR = 1e-5
+"""A permutation this near to the value reaches it: some are computed in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +101,33 @@ class Draws(NamedTuple):
         return cls(torch.stack(orders), counts[:, number], half[number])
 
 
+class Rotation:
+    """1 - half the Procrustes distance: the nuclear norm of A^T B, both of norm 1.
+
+    Permuted sides are multiplied and decomposed in float32, within 1e-5 of float64.
+    """
+
+    def __init__(self, rows: list[Float64[Tensor, "row _"]]) -> None:
+        """Take centred sets of norm 1."""
+        self._rows, self._short = rows, [x.float() for x in rows]
+
+    def null(self, a: int, b: int, orders: Tensor) -> Float64[Tensor, " batch"]:
+        """The nuclear norm with the rows of b permuted."""
+        x, y = self._short[a].T, self._short[b]
+        return torch.stack([singular_values(x @ y[order]).double().sum() for order in orders])
+
+    def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
+        """The nuclear norm with weights of rows; the rotation stays."""
+        x, y = self._rows[a], self._rows[b]
+        u, _, v = torch.linalg.svd(x.T @ y, full_matrices=False)
+        sizes = [weights @ side.square().sum(dim=1) for side in (x, y)]
+        along = ((x @ u) * (y @ v.T)).sum(dim=1)
+        return (weights @ along) / (sizes[0] * sizes[1]).sqrt()
+
+
+Prepared = Products | Neighbourhoods | Canonical | Rotation | Matching | Stitching | Anchored
+
+
 def compare(
     spaces: Mapping[str, Float[Tensor, "row _"]],
     pairs: Iterable[tuple[int, int]],
@@ -130,34 +162,49 @@ def compare(
         prepared = _prepared(rows, measure, draws.fitted, k, progress)
     except MonosemaError as error:
         return {}, [str(error)] * len(pairs)
-    nulls, n_permutations = None, len(draws.orders)
+    nulls, n_permutations = torch.empty(0), len(draws.orders)
     if isinstance(prepared, Products | Stitching):
         nulls = prepared.nulls(draws.orders, progress)
     elif measure in COSTLY:
         n_permutations = min(COSTLY_PERMUTATIONS, n_permutations)
-    results, problems = {}, []
-    for done, (a, b) in enumerate(pairs, start=1):
+    weights = torch.cat([torch.ones(1, n_rows, dtype=torch.float64), draws.weights])
+
+    def of(pair: tuple[int, int]) -> Similarity | str:
         try:
-            value = prepared.value(a, b)
+            figures = _figures(prepared, *pair, weights)
         except MonosemaError as error:
-            problems.append(str(error))
-            continue
-        if nulls is None:
-            orders = draws.orders[:n_permutations]
-            null = torch.tensor([prepared.value(a, b, order) for order in orders])
+            return str(error)
+        if isinstance(prepared, Products | Stitching):
+            null = nulls[:, *pair]
         else:
-            null = nulls[:, a, b]
-        resampled = prepared.resampled(a, b, draws.weights)
-        results[a, b] = _judged(value, null.double(), resampled)
-        progress(done, len(pairs), f"pairs by {measure}")
+            null = prepared.null(*pair, draws.orders[:n_permutations])
+        return _judged(float(figures[0]), null.double(), figures[1:])
+
+    results, problems = {}, []
+    for done, (pair, result) in enumerate(zip(pairs, each_on_a_core(of, pairs), strict=True), 1):
+        if isinstance(result, str):
+            problems.append(result)
+        else:
+            results[pair] = result
+            progress(done, len(pairs), f"pairs by {measure}")
     return results, problems
+
+
+def _figures(
+    prepared: Prepared, a: int, b: int, weights: Float64[Tensor, "batch row"]
+) -> Float64[Tensor, " batch"]:
+    """A measure with weights of rows, of which the first are 1."""
+    result = prepared.resampled(a, b, weights)
+    if isinstance(prepared, Products):
+        result[0] = prepared.value(a, b)  # the others are products of float32
+    return result
 
 
 def _judged(value: float, null: Tensor, resampled: Tensor) -> Similarity:
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     known = resampled[resampled.isfinite()]
     low, high = torch.quantile(known, ends).tolist() if len(known) else (math.nan, math.nan)
-    reached = 1 + int((null >= value - 1e-12).sum())
+    reached = 1 + int((null >= value - NEAR).sum())
     return Similarity(
         value=value, low=min(low, value), high=max(high, value), chance=float(null.mean()),
         chance_high=float(null.quantile(0.95)), p=reached / (1 + len(null)),
@@ -169,8 +216,8 @@ def _matrices(
     rows: list[Float64[Tensor, "row _"]], measure: MeasureName, progress: Progress
 ) -> Float32[Tensor, "space row row"]:
     """One matrix of norm 1 for each set, whose cosine with another's is the measure."""
-    results = torch.empty(len(rows), len(rows[0]), len(rows[0]))
-    for i, x in enumerate(rows):
+
+    def of(x: Tensor) -> Tensor:
         if measure == "cka":
             kernel = centred(x) @ centred(x).T
             matrix = doubly_centred(kernel.fill_diagonal_(0), debiased=True)
@@ -178,7 +225,11 @@ def _matrices(
             matrix = _ranks(dissimilarities(x))
         else:
             matrix = doubly_centred(dissimilarities(x), debiased=True)
-        results[i] = matrix / matrix.norm()
+        return (matrix / matrix.norm()).float()
+
+    results = torch.empty(len(rows), len(rows[0]), len(rows[0]))
+    for i, matrix in enumerate(each_on_a_core(of, rows)):
+        results[i] = matrix
         progress(i + 1, len(rows), f"sets of rows for {measure}")
     return results
 
@@ -191,72 +242,21 @@ def _ranks(distances: Float64[Tensor, "row row"]) -> Float64[Tensor, "row row"]:
     return result + result.T
 
 
-class Products:
-    """Cosine of two matrices whose diagonals are 0."""
-
-    def __init__(self, matrices: Float32[Tensor, "space row row"]) -> None:
-        """Take matrices of norm 1."""
-        self._matrices = matrices
-        self._sizes: dict[int, Tensor] = {}
-
-    def value(self, a: int, b: int, order: Tensor | None = None) -> float:
-        """The cosine."""
-        other = self._matrices[b] if order is None else self._matrices[b][order][:, order]
-        return float((self._matrices[a].double() * other.double()).sum())
-
-    def nulls(self, orders: Tensor, progress: Progress) -> Float64[Tensor, "batch space space"]:
-        """The cosines of all pairs with the rows of the second permuted."""
-        return product_nulls(self._matrices, self._matrices, orders, progress)
-
-    def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
-        """The cosine with weights of pairs of rows."""
-        for one in (a, b):
-            if one not in self._sizes:
-                self._sizes[one] = self._weighted(one, one, weights)
-        return self._weighted(a, b, weights) / (self._sizes[a] * self._sizes[b]).sqrt()
-
-    def _weighted(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
-        w = weights.float()
-        return ((w @ (self._matrices[a] * self._matrices[b])) * w).sum(dim=1).double()
-
-
-class Rotation:
-    """1 - half the Procrustes distance: the nuclear norm of A^T B, both of norm 1."""
-
-    def __init__(self, rows: list[Float64[Tensor, "row _"]]) -> None:
-        """Take centred sets of norm 1."""
-        self._rows, self._short = rows, [x.float() for x in rows]
-
-    def value(self, a: int, b: int, order: Tensor | None = None) -> float:
-        """The nuclear norm."""
-        x, y = (self._rows if order is None else self._short)[a], self._rows[b]
-        product = x.T @ (y if order is None else self._short[b][order])
-        return float(torch.linalg.svdvals(product).sum())
-
-    def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
-        """The same with weights of rows; the rotation stays."""
-        x, y = self._rows[a], self._rows[b]
-        u, _, v = torch.linalg.svd(x.T @ y, full_matrices=False)
-        sizes = [weights @ side.square().sum(dim=1) for side in (x, y)]
-        along = ((x @ u) * (y @ v.T)).sum(dim=1)
-        return (weights @ along) / (sizes[0] * sizes[1]).sqrt()
-
-
 def _prepared(
     rows: list[Float64[Tensor, "row _"]],
     measure: MeasureName,
     fitted: Bool[Tensor, " row"],
     k: int,
     progress: Progress = silent,
-) -> Products | Neighbourhoods | Canonical | Rotation | Matching | Stitching | Anchored:
+) -> Prepared:
     if measure in PRODUCTS:
         return Products(_matrices(rows, measure, progress))
     if measure == "cknna":
         return Neighbourhoods(rows, k)
     if measure == "svcca":
-        return Canonical([basis_of(x, 0.99) for x in rows], by_x=False)
+        return Canonical(list(each_on_a_core(partial(basis_of, variance=0.99), rows)), by_x=False)
     if measure == "pwcca":
-        return Canonical([basis_of(x, 1.0) for x in rows], by_x=True)
+        return Canonical(list(each_on_a_core(partial(basis_of, variance=1.0), rows)), by_x=True)
     if measure == "procrustes":
         return Rotation([centred(x) / centred(x).norm() for x in rows])
     if measure == "stitching":
@@ -340,7 +340,7 @@ def _alike_to_itself(
     for copy in copies:
         try:
             prepared = _prepared([copy, x], measure, fitted, k)
-            results.append(prepared.value(0, 1))
+            results.append(float(_figures(prepared, 0, 1, torch.ones(1, len(x)).double())[0]))
         except MonosemaError:
             results.append(math.nan)
     return results

@@ -100,6 +100,7 @@ class Substitution:
 
 
 class _Task(NamedTuple):
+    places: tuple[str, ...]
     special: str
     name: str
     replacements: Mapping[str, Replacement]
@@ -110,7 +111,7 @@ class _Streams:
     """What dictionaries of several or other hook points read, of the contexts at hand.
 
     It is read from the model as it is, so that every part of a dictionary's output stands for the
-    same rows.
+    same rows. The dictionaries of all places are read at once.
     """
 
     def __init__(self, model: nn.Module, dictionaries: Mapping[str, SparseAutoencoder]) -> None:
@@ -183,36 +184,22 @@ def measure_substitution(
         groups.setdefault(dictionary.config.hook_points_or(hook_point)[1], {})[name] = dictionary
     first = next(iter(groups), (hook_point,))
     main = (hook_point,) if (hook_point,) in groups else first
-    results: dict[str, Substitution] = {}
-    for points in sorted(groups or {main: {}}, key=lambda points: points != main):
+    ordered = sorted(groups or {main: {}}, key=lambda points: points != main)
+    streams = _Streams(source or model, dictionaries)
+    tasks: list[_Task] = []
+    for points in ordered:
         means = {point: held_out.means.get(point, held_out.mean) for point in points}
         here = held_out._replace(means=means)
-        suffix = "" if points == main else f" at {' + '.join(points)}"
-        streams = _Streams(source or model, groups.get(points, {}))
-        measured = _measured(groups.get(points, {}), streams, model, here, config,
-                             progress or silent)  # fmt: skip
-        results |= {f"{special}{suffix}": of_one for special, of_one in measured.items()}
-    return results
-
-
-def _measured(
-    dictionaries: Mapping[str, SparseAutoencoder],
-    streams: _Streams,
-    model: nn.Module,
-    held_out: EvaluationContexts,
-    config: EvaluateConfig,
-    progress: Progress,
-) -> dict[str, Substitution]:
-    """By treatment, of the dictionaries that predict the places in `held_out.means`."""
-    tasks = list(_tasks(dictionaries, streams, held_out, config))
+        tasks += _tasks(groups.get(points, {}), streams, here, config)
     read = logits_of if held_out.mask_token is None else logits_of_padded
-    replay = Replay(model, *held_out.means, read=read)
-    tallies = _run(tasks, replay, streams, held_out, config, progress)
-    return {
-        special: _summary(special, of_special, config, held_out)
-        for special in dict.fromkeys(task.special for task in tasks)
-        if (of_special := {n: t for (s, n), t in tallies.items() if s == special})
-    }
+    replays = {points: Replay(model, *points, read=read) for points in ordered}
+    tallies = _run(tasks, replays, streams, held_out, config, progress or silent)
+    results: dict[str, Substitution] = {}
+    for points, special in dict.fromkeys((task.places, task.special) for task in tasks):
+        suffix = "" if points == main else f" at {' + '.join(points)}"
+        of_one = {n: t for (p, s, n), t in tallies.items() if (p, s) == (points, special)}
+        results[f"{special}{suffix}"] = _summary(special, of_one, config, held_out)
+    return results
 
 
 def _tasks(
@@ -235,10 +222,11 @@ def _tasks(
     n_contexts = len(held_out.tokens)
     for name, each in rows.items():
         replacements = {p: _keeping(fn, held_out, streams, p) for p, fn in each.items()}
-        yield _Task("intact", name, replacements, n_contexts)
+        yield _Task(points, "intact", name, replacements, n_contexts)
     if config.n_contexts_special:
         for name, each in rows.items():
-            yield _Task("spliced", name, each, min(n_contexts, config.n_contexts_special))
+            n_spliced = min(n_contexts, config.n_contexts_special)
+            yield _Task(points, "spliced", name, each, n_spliced)
 
 
 def _constant(row: Float[Tensor, " d_model"]) -> Replacement:
@@ -268,13 +256,15 @@ def _keeping(
 
 def _run(
     tasks: list[_Task],
-    replay: Replay,
+    replays: Mapping[tuple[str, ...], Replay],
     streams: _Streams,
     held_out: EvaluationContexts,
     config: EvaluateConfig,
     progress: Progress,
-) -> dict[tuple[str, str], LogitTally]:
-    parts: dict[tuple[str, str], list[LogitTally]] = {}
+) -> dict[tuple[tuple[str, ...], str, str], LogitTally]:
+    """By places, treatment and name; the model as it is runs once for all places."""
+    parts: dict[tuple[tuple[str, ...], str, str], list[LogitTally]] = {}
+    deepest = max(replays.values(), key=lambda replay: replay.depth)
     total = sum(task.n_contexts for task in tasks)
     done = 0
     hidden = _hidden(held_out, config)
@@ -290,17 +280,20 @@ def _run(
             assert held_out.mask_token is not None  # else nothing is hidden
             input_ids = tokens.masked_fill(hidden[here], held_out.mask_token)
             scored = tokens.where(hidden[here], -1)
-        base = replay.base(input_ids).logits
+        base = deepest.base(input_ids).logits
+        for replay in replays.values():
+            if replay is not deepest:
+                replay.follow(deepest, input_ids)
         streams.read(input_ids, excluded)
         for task in tasks:
             n_here = min(len(tokens), task.n_contexts - start)
             if n_here <= 0:
                 continue
             first, *more = task.replacements.items()
-            logits = replay.spliced(input_ids, first[1], dict(more))
+            logits = replays[task.places].spliced(input_ids, first[1], dict(more))
             tally = compare(base, logits, scored, held_out.skip_positions, ahead)
             part = LogitTally(*(values[:n_here] for values in tally))
-            parts.setdefault((task.special, task.name), []).append(part)
+            parts.setdefault((task.places, task.special, task.name), []).append(part)
             done += n_here
             progress(done, total, "spliced contexts")
     return {key: LogitTally.joined(of_key) for key, of_key in parts.items()}

@@ -120,28 +120,25 @@ class Anchored:
             if kind == "asif":
                 cosine = sparse_relative(cosine, max(1, round(ASIF_SHARE * n_anchors)), ASIF_POWER)
             self._unit.append(torch.nn.functional.normalize(cosine, dim=1))
-        self._last: tuple[int, int, Tensor] | None = None
 
-    def value(self, a: int, b: int, order: Tensor | None = None) -> float:
-        """The mean over the rows that are no anchors."""
+    def null(self, a: int, b: int, orders: Tensor) -> Float64[Tensor, " batch"]:
+        """The mean over the rows that are no anchors, with other partners."""
         scores = self._scores(a, b)
-        partner = torch.arange(len(scores)) if order is None else order[self._scored].argsort()
-        return float(scores[torch.arange(len(scores)), partner].mean())
+        rows, scored = torch.arange(len(scores)), self._scored
+        return torch.stack([scores[rows, order[scored].argsort()].mean() for order in orders])
 
     def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
-        """The same with weights of rows; anchors and candidates stay."""
+        """The mean with weights of rows; anchors and candidates stay."""
         weights = weights[:, self._scored]
         return weights @ self._scores(a, b).diagonal() / weights.sum(dim=1)
 
     def _scores(self, a: int, b: int) -> Float64[Tensor, "row row"]:
         """Cosines, or 1 where a row of b is among the k nearest to a row of a."""
-        if self._last is None or self._last[:2] != (a, b):
-            scores = self._unit[a] @ self._unit[b].T
-            if self._kind != "relative":
-                near = scores.topk(self._k, dim=1).indices
-                scores = torch.zeros_like(scores).scatter_(1, near, 1.0)
-            self._last = (a, b, scores)
-        return self._last[2]
+        scores = self._unit[a] @ self._unit[b].T
+        if self._kind == "relative":
+            return scores
+        near = scores.topk(self._k, dim=1).indices
+        return torch.zeros_like(scores).scatter_(1, near, 1.0)
 
 
 class Stitch(NamedTuple):
@@ -222,20 +219,15 @@ class Stitching:
         """
         self._rows, self._fitted = rows, fitted
         _require_halves("stitching", fitted)
-        self._last: tuple[int, int, Stitch] | None = None
 
-    def value(self, a: int, b: int, order: Tensor | None = None) -> float:
-        """R^2 over all columns, below 0 where the mean of b would do better.
+    def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
+        """R^2 over all columns with weights of rows; the map and the mean stay.
+
+        Below 0 where the mean of b would do better.
 
         Raises:
             ValueError: If there are no more rows to fit on than columns of a.
         """
-        assert order is None  # `nulls` has all permutations
-        rest, spread = self._squares(a, b)
-        return 1 - float(rest.sum() / spread.sum())
-
-    def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
-        """The same with weights of rows; the map and the mean stay."""
         rest, spread = self._squares(a, b)
         weights = weights[:, ~self._fitted]
         return 1 - (weights @ rest) / (weights @ spread)
@@ -245,8 +237,10 @@ class Stitching:
 
         What is left of y is R y, R of the first side alone, so its square is <R^T R, y y^T>.
         """
-        makers = [self._remainder(x) for x in self._rows]
-        left = [*makers, self._remainder(torch.zeros(len(self._fitted), 1).double())]
+        left = [
+            *map(self._remainder, self._rows),
+            self._remainder(torch.zeros(len(self._fitted), 1).double()),
+        ]
         left[-1][:, self._fitted] = 0
         left[-1][:, ~self._fitted] -= 1 / len(left[-1])
         right = [centred(y) / centred(y).norm() for y in self._rows]
@@ -274,8 +268,6 @@ class Stitching:
                 f"stitching must have more rows to fit on than columns ({x.shape[1]}), got "
                 f"{n_fitted}; take more rows"
             )
-        if self._last is None or self._last[:2] != (a, b):
-            self._last = (a, b, fit_stitch(x[self._fitted], y[self._fitted]))
         scored = y[~self._fitted]
-        rest = scored - self._last[2](x[~self._fitted])
+        rest = scored - fit_stitch(x[self._fitted], y[self._fitted])(x[~self._fitted])
         return rest.square().sum(dim=1), centred(scored).square().sum(dim=1)

@@ -5,8 +5,7 @@ groups of latents with similar directions, with what their labels have in common
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,6 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_matrix
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.manifold import TSNE
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from activations_cache import seals
@@ -31,6 +29,7 @@ from sae.explain.firings import CAUTION, MaxCorrelation, before, summary_of_larg
 from sae.explain.tables import WRITING, as_json
 from sae.explain.text_at_rows import Cache
 from sae.neighbours import Nearest, Splitting, nearest, splitting
+from sae.statistics import one_thread
 
 Method = Literal["tsne", "pca", "umap"]
 
@@ -68,7 +67,7 @@ def plane(
     unit = torch.nn.functional.normalize(rows, dim=1)
     if method == "umap":
         return torch.from_numpy(_umap(seed).fit_transform(unit.numpy())).float()
-    with _one_thread():
+    with one_thread():  # else t-SNE makes another picture
         if method == "pca":
             return _pca(unit)
         return _tsne(unit) if len(unit) < LARGE else _sampled_tsne(unit)
@@ -100,18 +99,6 @@ def share_preserved(
     by_direction = cosine.topk(k, dim=1).indices
     by_point = distance.topk(k, dim=1, largest=False).indices
     return float((by_direction[:, :, None] == by_point[:, None]).any(dim=2).float().mean())
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums of several threads differ in their last bit, and t-SNE makes that another picture."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 def _spread(n: int, n_sample: int) -> Tensor:

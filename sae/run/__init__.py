@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sae.run.releases import convert, inspect, push, verify_release
     from sae.run.spaces import similar
     from sae.run.steering import steer
-    from sae.run.steering_by_words import steer_words
+    from sae.run.steering_by_words import steer_pictures, steer_words
     from sae.run.widths import study
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "show",
     "similar",
     "steer",
+    "steer_pictures",
     "steer_words",
     "study",
     "train",

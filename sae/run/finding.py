@@ -91,6 +91,11 @@ def find_latents_of(
     )
     differs += of_model
     if isinstance(loaded, LoadedVisionModel):
+        for name, default in {"where": "any", "first_position": 1}.items():
+            if (got := getattr(request, name)) != default:
+                raise MonosemaError(
+                    f"{name} must be absent for pictures, got {got!r}; leave it out"
+                )
         show = _by_pictures if request.prompt is None else _behind_picture
         matches = show(known, loaded, request, steps)
     elif request.cache is not None:
@@ -224,23 +229,15 @@ def _paths(
     return paths
 
 
-class _PictureReader:
-    """Reads image files as the model of a dictionary does.
+class PictureReader:
+    """Reads image files as the model of a dictionary does."""
 
-    Pixels are made as the cache that is named says, else as the model's own files do.
-    """
-
-    def __init__(self, loaded: LoadedVisionModel, request: FindRequest) -> None:
-        defaults = {"where": "any", "first_position": 1}
-        for name, default in defaults.items():
-            if (got := getattr(request, name)) != default:
-                raise MonosemaError(
-                    f"{name} must be absent for pictures, got {got!r}; leave it out"
-                )
-        if request.cache is None:
+    def __init__(self, loaded: LoadedVisionModel, cache: str | None) -> None:
+        """Make pixels as the cache says, else as the model's own files do."""
+        if cache is None:
             self._made = resolve(ImagePreprocessing(), loaded.settings)
         else:
-            self._made = CachedImages(opened(request.cache)).preprocessing
+            self._made = CachedImages(opened(cache)).preprocessing
         self.options = loaded.reading.options(self._made.size)
         self.n_prefix = loaded.reading.n_prefix
         self._side = self._made.size // loaded.reading.patch
@@ -273,7 +270,7 @@ def _picture(file: str) -> Image.Image:
 def _by_pictures(
     placed: SparseAutoencoder, loaded: LoadedVisionModel, request: FindRequest, steps: Steps
 ) -> LatentMatches:
-    reader = _PictureReader(loaded, request)
+    reader = PictureReader(loaded, request.cache)
     with steps("find"):
         entries = find_in_pictures(
             loaded.model, placed, reader.pixels(request.pos), reader.pixels(request.neg),
@@ -306,11 +303,9 @@ def _behind_picture(
     assert request.target is not None
     if unread := sorted({"mean", "sampled"} & set(request.baselines)):
         raise MonosemaError(f"baselines must be off or zero for a picture, got {unread[0]}")
-    reader = _PictureReader(loaded, request)
-    towers = load_towers(ModelConfig(path=loaded.provenance["path"], dtype="float32"))
-    nn.Module.to(towers.model, "cpu")  # where the dictionary is; there is but one picture
+    reader = PictureReader(loaded, request.cache)
     words = [word for word in (request.target, request.against) if word is not None]
-    model, pixels = ZeroShot(towers, towers.texts(words)), reader.pixels([request.prompt])
+    model, pixels = zero_shot(loaded, words), reader.pixels([request.prompt])
     metric = logit_difference(0, None if request.against is None else 1)
     first = reader.n_prefix
     attributed = attribute(model, placed, pixels, metric, first_position=first)
@@ -325,6 +320,17 @@ def _behind_picture(
     where = [reader.place(i - reader.n_prefix) for i in range(len(attributed.scores))]
     what = f"{request.target!r} for {request.prompt}"
     return _attributed(attributed, paths, agreed, where, request.n, what)
+
+
+def zero_shot(loaded: LoadedVisionModel, words: Sequence[str]) -> ZeroShot:
+    """The whole of a model of which the tower for images is loaded, asked for some words.
+
+    Raises:
+        ModelError: If it has no tower for texts.
+    """
+    towers = load_towers(ModelConfig(path=loaded.provenance["path"], dtype="float32"))
+    nn.Module.to(towers.model, "cpu")  # where the dictionary is; there are but a few pictures
+    return ZeroShot(towers, towers.texts(words))
 
 
 def token_of(loaded: LoadedModel, text: str) -> int:

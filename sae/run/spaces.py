@@ -1,14 +1,14 @@
 """How alike sets of rows are: caches, hook points, dictionaries' latents, captions of images."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
-from itertools import combinations, pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from activations_cache import ActivationCache, io
@@ -276,6 +276,8 @@ def _stitched(
 ) -> tuple[StitchedPlace, ...]:
     """Each set mapped into the place of the next; maps are fitted on rows of the training splits.
 
+    The model as it is runs once for all places of a cache.
+
     Raises:
         ValueError: If there are no more such rows than columns, or a model has no loss.
     """
@@ -285,28 +287,63 @@ def _stitched(
     models: dict[str, LoadedModel] = {}
     config = EvaluateConfig(n_contexts=request.contexts, n_contexts_special=0, seed=request.seed)
     results = []
-    for a, b in pairwise(sides):
-        x, y = (read[side.name][fitted] for side in (a, b))
-        if len(x) <= x.shape[1]:
-            raise MonosemaError(
-                f"--rows must give more training rows than {a.name} has columns ({x.shape[1]}) to "
-                f"fit a stitch, got {len(x)}; take more rows"
-            )
-        source, reader = (_model_of(side.cache, models, report) for side in (a, b))
-        maps = {"stitched": fit_stitch(x, y), "exchanged rows": fit_stitch(x, y[order])}
-        if x.shape[1] == y.shape[1]:
-            eye = torch.eye(x.shape[1], dtype=torch.float64)
-            maps["identity"] = Stitch(eye, torch.zeros_like(eye[0]))
-        [here], [there] = a.hook_points, b.hook_points
-        contexts = held_out(b.cache, there, config)
+    for pairs in _places_at_once(sides, read):
+        first, second = pairs[0]
+        maps = {
+            f"{name} {i}": one.dictionary(*a.hook_points, *b.hook_points)
+            for i, (a, b) in enumerate(pairs)
+            for name, one in _maps(a.name, read[a.name][fitted], read[b.name][fitted], order)
+        }
+        source, reader = (_model_of(side.cache, models, report) for side in (first, second))
+        [main] = second.hook_points
+        contexts = held_out(second.cache, main, config)
         if record_of(reader.model).loss == "masked token":
             contexts = contexts._replace(mask_token=reader.mask_token)
         effects = measure_substitution(
-            {name: one.dictionary(here, there) for name, one in maps.items()}, reader.model, there,
-            contexts, config, source=source.model, progress=report,
-        )  # fmt: skip
-        results.append(StitchedPlace(a.name, b.name, effects["intact"]))
+            maps, reader.model, main, contexts, config, source=source.model, progress=report
+        )
+        for i, (a, b) in enumerate(pairs):
+            [place] = b.hook_points
+            here = effects["intact" if place == main else f"intact at {place}"]
+            own = {n.rpartition(" ")[0]: e for n, e in here.dictionaries.items()
+                   if n.endswith(f" {i}")}  # fmt: skip
+            results.append(StitchedPlace(a.name, b.name, replace(here, dictionaries=own)))
     return tuple(results)
+
+
+NUMBERS_AT_ONCE = 1 << 28
+"""Of the maps that are held at a time: 1 GiB."""
+
+
+def _places_at_once(
+    sides: Sequence[RowSet], read: Mapping[str, Tensor]
+) -> Iterator[list[tuple[RowSet, RowSet]]]:
+    """Neighbours from one cache into one cache, as many as are spliced over the same contexts."""
+    caches = [side.cache.fingerprint for side in sides]
+    for _, run in groupby(range(len(sides) - 1), key=lambda i: (caches[i], caches[i + 1])):
+        pairs = [(sides[i], sides[i + 1]) for i in run]
+        largest = max(read[a.name].shape[1] * read[b.name].shape[1] for a, b in pairs)
+        n = max(1, NUMBERS_AT_ONCE // (3 * largest))
+        yield from (pairs[start : start + n] for start in range(0, len(pairs), n))
+
+
+def _maps(
+    name: str,
+    x: Float[Tensor, "row d_in"],
+    y: Float[Tensor, "row d_out"],
+    order: Int[Tensor, " row"],
+) -> Iterator[tuple[str, Stitch]]:
+    """The stitch, its null, and no map at all where both are as wide."""
+    if len(x) <= x.shape[1]:
+        raise MonosemaError(
+            f"--rows must give more training rows than {name} has columns ({x.shape[1]}) to fit a "
+            f"stitch, got {len(x)}; take more rows"
+        )
+    yield "stitched", fit_stitch(x, y)
+    yield "exchanged rows", fit_stitch(x, y[order])
+    if x.shape[1] == y.shape[1]:
+        eye = torch.eye(x.shape[1], dtype=torch.float64)
+        yield "identity", Stitch(eye, torch.zeros_like(eye[0]))
 
 
 def _model_of(

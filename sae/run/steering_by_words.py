@@ -1,4 +1,7 @@
-"""Steering all latents whose labels name some words, beside random ones that fire like them."""
+"""Steering all latents whose labels name some words, beside random ones that fire like them.
+
+Steering a model of pictures: which of some words it then sees in them.
+"""
 
 import json
 import math
@@ -8,20 +11,32 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from activations_cache import io
 from activations_cache.checks import MonosemaError, Progress, silent
 from activations_cache.models import LoadedModel
+from activations_cache.vision import LoadedVisionModel, load_any_model
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.config import load_overrides
 from sae.explain.tables import LatentAbout
 from sae.run.context import Section, pieces_of, with_differences
-from sae.run.steering import changes_of, named_latents, neutral_tokens, placed_in_model
+from sae.run.finding import PictureReader, zero_shot
+from sae.run.steering import (
+    changes_of,
+    model_of_dictionary,
+    named_latents,
+    neutral_tokens,
+    placed,
+    placed_in_model,
+)
 from sae.steer.choice import alike, target_tokens
-from sae.steer.config import SteerWordsRequest
-from sae.steer.generation import Generation, divergence, generate, measure_effect
-from sae.steer.steering import Steering
+from sae.steer.config import SteerRequest, SteerWordsRequest, latent_change
+from sae.steer.edits import Edit
+from sae.steer.generation import Generation, Patches, divergence, generate, measure_effect
+from sae.steer.steering import Count, Steering
 
 
 class ArmEffect(NamedTuple):
@@ -216,3 +231,81 @@ def _arms(
         assert placed.stats is not None
         arms[f"random latents {number + 1}"] = alike(placed.stats, latents, generator)
     return arms
+
+
+class SteeredPictures(NamedTuple):
+    """How a tower shares its probability between words, as it is and with latents changed."""
+
+    files: tuple[str, ...]
+    words: tuple[str, ...]
+    base: Float[Tensor, "example word"]
+    """Logits: scale x cosine."""
+    steered: Float[Tensor, "example word"]
+    count: Count
+    """On how many patches the change ran."""
+    title: str
+    differs: dict[str, tuple[str, ...]]
+
+    @property
+    def section(self) -> Section:
+        """A row for each picture and word."""
+        shares = [logits.softmax(dim=1) for logits in (self.base, self.steered)]
+        rows = tuple(
+            (Path(file).name, word, *(f"{float(share[i, j]):.3f}" for share in shares),
+             f"{float(self.steered[i, j] - self.base[i, j]):+.3f}")
+            for i, file in enumerate(self.files)
+            for j, word in enumerate(self.words)
+        )  # fmt: skip
+        note = (
+            f"share of each word among those given; ran on {self.count.n_chosen} patches and "
+            f"changed {self.count.n_changed}, by {self.count.relative_size:.2f} of the stream's "
+            "norm"
+        )
+        columns = ("picture", "word", "base", "steered", "logit")
+        return Section(self.title, ResultTable(columns, rows, with_differences(note, self.differs)))
+
+    def _repr_html_(self) -> str:
+        return self.section._repr_html_()
+
+
+def steer_pictures(dictionary: str | Path, **request: object) -> SteeredPictures:
+    """Show a tower of CLIP or SigLIP pictures, as it is and with latents changed on all patches.
+
+    Args:
+        dictionary: Its path, or its name on the hub.
+        request: Fields of `sae.steer.config.SteerRequest`: latents=["7=10x"], the files as
+            prompts=["a.png"], and targets=["dog", "cat"].
+
+    Raises:
+        ConfigError: If a field is unknown or out of range.
+        ValueError: If the model has no tower for texts, or a file is no picture.
+    """
+    return steer_pictures_of(dictionary, load_overrides(SteerRequest, [], request))
+
+
+@torch.no_grad()
+def steer_pictures_of(path: str | Path, request: SteerRequest) -> SteeredPictures:
+    """The same for a request."""
+    known, differs = placed(
+        path, request.hook_point, force=request.force, read_out=request.read_out
+    )
+    loaded, of_model = model_of_dictionary(
+        path, known, request.model, request.dtype, load_any_model, request.force
+    )
+    if not isinstance(loaded, LoadedVisionModel) or not request.targets:
+        raise MonosemaError(
+            "targets must name words for a model of pictures, and be absent for one of texts, got "
+            f"{list(request.targets)}"
+        )
+    reader = PictureReader(loaded, request.cache)
+    model, pixels = zero_shot(loaded, request.targets), reader.pixels(request.prompts)
+    edits = [Edit(known, latent=latent, **change)
+             for latent, change in map(latent_change, request.latents)]  # fmt: skip
+    base = model(pixels).logits[:, 0]
+    with Steering(model, edits, positions=Patches(n_prefix=reader.n_prefix)) as steering:
+        steered = model(pixels).logits[:, 0]
+    differences = {str(path): differs + of_model} if differs + of_model else {}
+    title = f"{', '.join(request.latents)} of {path}"
+    return SteeredPictures(
+        request.prompts, request.targets, base, steered, steering.counts[0], title, differences
+    )

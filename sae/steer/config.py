@@ -1,9 +1,7 @@
-"""What is done to latents while a model runs, as frozen configs; no torch here.
+"""What is done to latents; what `sae steer DICT` and `sae find DICT` are asked for; no torch here.
 
 With f the activation that a latent has at a position and d its direction, an operation g changes
 the stream there to h + (g(f) - f) d; what the dictionary does not reconstruct stays as it is.
-
-What `sae steer DICT` and `sae find DICT` are asked for, as frozen configs; no torch here.
 """
 
 import re
@@ -17,7 +15,8 @@ Unit = Literal["max", "norm", "absolute"]
 """`max`: times the largest activation that the latent had when the dictionary was evaluated;
 `norm`: what moves the stream by so many times its own norm at that token."""
 
-_STRENGTH = re.compile(r"(?P<value>[-+]?[\d.]+(e[-+]?\d+)?)(?P<unit> ?x ?(max|norm)?)?")
+_NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+_STRENGTH = re.compile(rf"(?P<value>{_NUMBER})(?P<unit> ?x ?(?P<of>max|norm)?)?")
 
 
 class Strength(NamedTuple):
@@ -39,16 +38,13 @@ def strength(field: str, given: float | int | str) -> Strength:
         _finite(field, float(given))
         return Strength(float(given), "absolute")
     found = _STRENGTH.fullmatch(given.strip())
-    try:
-        value = float(found["value"]) if found else float("nan")
-    except ValueError:
-        value = float("nan")
+    value = float(found["value"]) if found else float("nan")
     if found is None or not abs(value) < float("inf"):
         raise MonosemaError(
             f"{field} must be a number, or one in units of max or norm such as '10x max', "
             f"got {given!r}"
         )
-    unit: Unit = "norm" if found[4] == "norm" else "max"
+    unit: Unit = "norm" if found["of"] == "norm" else "max"
     return Strength(value, unit if found["unit"] else "absolute")
 
 
@@ -200,8 +196,7 @@ class SweepConfig(_Prompts):
     mode: Literal["clamp", "add"] = "clamp"
     """Whether a strength replaces the activation or is added to it."""
     max_kl: float = 0.5
-    """The largest strength is taken whose KL on neutral text keeps within this, in nats per token.
-    """
+    """The largest strength is taken whose KL on neutral text is within this, in nats per token."""
     seed: int = 0
     """Of the random direction."""
 
@@ -248,18 +243,25 @@ class SteerRequest(SweepConfig, OnModel):
     """Whether many strengths are tried."""
     output: str | None = None
     """Directory of the results; `steer-NAME-LATENT` when absent."""
+    targets: tuple[str, ...] = ()
+    """Words of the model's text tower; the prompts are then files of pictures."""
+    cache: str | None = None
+    """Of pictures: the cache whose pixels are made alike; as the model's files say when absent."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
         require(bool(self.latents), "latents", "name at least one", self.latents)
-        require(
-            not self.sweep or len(self.latents) == 1, "latents", "be one to sweep", self.latents
-        )
+        is_one = not self.sweep or len(self.latents) == 1
+        require(is_one, "latents", "be one to sweep", self.latents)
         at_least("n_neutral", self.n_neutral, 1)
+        of_texts = ("chat", "max_new_tokens", "positions", "first_position", "sweep")
+        unread = {"texts": of_texts} if self.targets else {"targets": ("cache",)}
         if not self.sweep:
             of_sweep = ("strengths", "unit", "mode", "max_kl", "seed", "neutral", "n_neutral")
-            _refuse_unread(self, (*of_sweep, "output"), "--sweep")
+            unread["--sweep"] = (*of_sweep, "output")
+        for beside, names in unread.items():
+            _refuse_unread(self, names, beside)
         for text in self.latents:
             latent_change(text)
 
@@ -385,14 +387,12 @@ def latent_change(text: str) -> tuple[int, dict[str, Any]]:
     number, equals, change = (part.strip() for part in text.partition("="))
     rule = "have the form NUMBER=CHANGE such as 123=10x, 123=+2x, 123=*3 or 123=off"
     require(number.isdecimal() and bool(equals), "latents", rule, text)
-    latent = int(number)
     if change == "off":
-        return latent, {"ablate": True}
+        return int(number), {"ablate": True}
     if change.startswith("*"):
         found = strength("latents", change[1:])
         require(found.unit == "absolute", "latents", "scale by a plain number", text)
-        return latent, {"scale": found.value}
+        return int(number), {"scale": found.value}
     word = "add" if change.startswith("+") else "clamp"
-    change = change.removeprefix("+")
-    strength("latents", change)
-    return latent, {word: change}
+    strength("latents", change := change.removeprefix("+"))
+    return int(number), {word: change}

@@ -3,13 +3,16 @@ import math
 import pytest
 import torch
 from scipy import stats
+from sklearn.metrics import average_precision_score
 
 from sae.evaluate.geometry import (
+    encoded_concepts,
     inherent_interpretability,
     kurtosis,
     modality_gap,
     nearest_distances,
     outlier_dimensions,
+    pruned,
     rankme,
     rarity,
     two_nn,
@@ -147,3 +150,51 @@ def test_a_constant_ratio_gives_ratio_times_range():
 def test_points_without_an_integral_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         inherent_interpretability(*arguments)
+
+
+def planted(draw, rotation):
+    """Two concepts along a direction each, a third that no direction has; rotated."""
+    has = torch.stack([draw(401, 1, seed)[:, 0] > 0.7 for seed in (1, 2, 3)], 1)
+    x = 0.3 * draw(401, 11)
+    x[:, 0] += 9 * has[:, 0]
+    x[:, 1] -= 5 * has[:, 1]
+    return x @ rotation, has
+
+
+def test_planted_concepts_are_counted_whatever_the_basis(draw):
+    rotation = torch.linalg.qr(draw(11, 11, 5)).Q
+    result, as_made = (encoded_concepts(*planted(draw, r)) for r in (rotation, torch.eye(11)))
+    assert (result.unique(), result.per_direction()) == (2, 1.0)
+    assert torch.allclose(result.precision, as_made.precision, atol=1e-3)
+    assert result.precision[0, 0] > 0.99
+    assert result.precision[1, 1] > 0.99
+    assert result.precision[:, 2].max() < 0.6
+    x, has = planted(draw, rotation)
+    _, _, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    along = (x - x.mean(0)) @ v.T
+    for direction, concept in ((0, 0), (1, 2), (7, 1)):
+        signs = (along[:, direction], -along[:, direction])
+        by_sklearn = max(average_precision_score(has[:, concept], side) for side in signs)
+        assert float(result.precision[direction, concept]) == pytest.approx(by_sklearn, abs=1e-4)
+
+
+def test_concepts_that_no_row_has_are_no_concepts(draw):
+    result = encoded_concepts(draw(31, 5), torch.zeros(31, 2, dtype=torch.bool))
+    assert result.unique() == 0
+    assert math.isnan(result.per_direction())
+    with pytest.raises(ValueError, match="has must have a row for each of the 31 rows, got 7"):
+        encoded_concepts(draw(31, 5), torch.zeros(7, 2, dtype=torch.bool))
+
+
+def test_an_answer_in_the_largest_direction_needs_no_other(draw):
+    x, has = planted(draw, torch.linalg.qr(draw(11, 11, 5)).Q)
+    labels = has[:, 0].long()
+    result = pruned(x[:300], labels[:300], x[300:], labels[300:], [0.0, 0.9])
+    assert result[0.0] == (1.0, 1.0)
+    chance = max(float(labels[300:].double().mean()), 1 - float(labels[300:].double().mean()))
+    assert result[0.9].smallest == 1.0
+    assert result[0.9].largest == pytest.approx(chance, abs=0.05)
+    with pytest.raises(ValueError, match="labels must be of two classes, got 1"):
+        pruned(x, torch.zeros(401).long(), x, labels)
+    with pytest.raises(ValueError, match=r"shares must be in 0\.\.1, got 1\.5"):
+        pruned(x, labels, x, labels, [1.5])

@@ -132,6 +132,35 @@ def test_a_crosscoder_is_spliced_at_all_its_hook_points_and_others_at_theirs(cac
     assert both.mean.ce == result["intact"].mean.ce
 
 
+def test_places_share_the_run_of_the_model_as_it_is(cache, model):
+    """Each place gives what it gives alone, and the first block runs once for all of them."""
+    places = (LATER, OUT, "model.layers.2:out")
+    halves = {}
+    for place in places:
+        width = cache.d_model(LATER)
+        part = Slice(hook_point=place, width=width)
+        made = SparseAutoencoder(
+            SAEConfig(d_in=width, d_sae=2 * width, activation=ReLU(), b_in="none", inputs=(part,))
+        )
+        with torch.no_grad():
+            made.enc_rows.copy_(torch.cat([torch.eye(width), -torch.eye(width)]))
+            made.dec_rows.copy_(0.5 * made.enc_rows)
+        halves[place] = made
+    config = EvaluateConfig(n_contexts=5, n_contexts_special=0, contexts_per_forward=5)
+    context, runs = held_out(cache, LATER, config), []
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
+    together = measure_substitution(halves, model, LATER, context, config)
+    n_together = len(runs)
+    alone = {p: measure_substitution({p: halves[p]}, model, LATER, context, config) for p in places}
+    hook.remove()
+    for place in places:
+        key = "intact" if place == LATER else f"intact at {place}"
+        [of_one] = alone[place].values()
+        assert together[key] == of_one
+        assert of_one.dictionaries[place].kl.value > 1e-6
+    assert n_together < len(runs) - n_together
+
+
 def test_the_mean_of_each_place_is_its_own(cache, model):
     """A dictionary that gives the mean row of what it predicts is the mean ablation."""
     made = identity(cache, OUT, LATER)

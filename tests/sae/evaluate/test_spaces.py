@@ -1,12 +1,15 @@
 """All pairs at once: the figures of the single measures, nulls that hold, intervals that cover."""
 
 import math
+from dataclasses import astuple
 
 import pytest
 import torch
 from scipy.stats import spearmanr
 
+from activations_cache.checks import silent
 from sae.evaluate import similarity
+from sae.evaluate.alignment import product_nulls
 from sae.evaluate.spaces import COSTLY, COSTLY_PERMUTATIONS, MEASURES, Draws, check_measure, compare
 
 SINGLE = {
@@ -190,3 +193,63 @@ def test_a_measure_that_sees_spans_alone_misses_all_components_but_one(draw):
     _, result = checked({"x": draw(89, 5), "y": draw(89, 5, 1)}, "pwcca", [(0, 0), (0, 1)])
     assert result.removable == 0.99
     assert result.without_first == pytest.approx(1)
+
+
+@pytest.mark.parametrize("measure", ["svcca", "pwcca", "procrustes"])
+def test_a_null_in_float32_is_that_of_float64(draw, measure):
+    """Within 1e-5, also where one column dwarfs the others."""
+    spaces = {"x": draw(307, 61), "y": draw(307, 61, 1) * torch.linspace(1, 300, 61)}
+    drawn = draws(307, 5, 1)
+    [figure] = compare(spaces, [(0, 1)], measure, drawn)[0].values()
+    x, y = spaces.values()
+    null = [SINGLE[measure](x, y[order]) for order in drawn.orders]
+    assert figure.chance == pytest.approx(sum(null) / 5, abs=1e-5)
+
+
+@pytest.mark.parametrize("measure", ["svcca", "pwcca", "procrustes", "matching"])
+def test_a_value_that_every_permutation_has_is_not_told_from_chance(draw, measure):
+    """One column of two values in turn: exchanged or not, its size and its span are the same."""
+    x = torch.tensor([1.0, -1.0]).double().repeat(20)[:, None]
+    spaces, drawn = {"x": x, "y": x}, draws(40, 19, 1)._replace(orders=turned(40, 19))
+    [figure] = compare(spaces, [(0, 1)], measure, drawn)[0].values()
+    assert figure.value == pytest.approx(1)
+    assert figure.p == 1
+
+
+def turned(n, n_orders):
+    """Permutations that exchange rows of one value with each other."""
+    return torch.stack([(torch.arange(n) + 2 * i) % n for i in range(n_orders)])
+
+
+def test_distances_keep_their_digits_and_their_ties(draw):
+    x = draw(31, 7).double() + 1e3
+    x[5], x[6] = x[4], x[4] + 1e-6
+    expected = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(similarity.dissimilarities(x), expected, rtol=1e-12, atol=0)
+    of_axes = similarity.dissimilarities(0.1 + 0.7 * torch.eye(31).double())
+    assert of_axes[~torch.eye(31, dtype=torch.bool)].unique().numel() == 1
+
+
+def test_products_of_permuted_matrices_are_those_by_hand(draw):
+    """Also where there are other sets on the left, and numbers on the diagonals."""
+    left, right = (draw(n, 29, seed).reshape(n, 29, 1) for n, seed in ((3, 0), (2, 1)))
+    left, right = ((x @ x.mT + x + x.mT).float() for x in (left, right))
+    orders = torch.stack([torch.randperm(29) for _ in range(11)])
+    result = product_nulls(left, right, orders, silent)
+    for order, products in zip(orders, result, strict=True):
+        by_hand = torch.einsum("lij,rij->lr", left, right[:, order][:, :, order])
+        torch.testing.assert_close(products.float(), by_hand, rtol=1e-4, atol=1e-3)
+
+
+def test_figures_are_the_same_with_one_and_two_threads(spaces):
+    before, results = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            results.append([compare(spaces, [(0, 1), (0, 2)], m, draws(67)) for m in MEASURES])
+            assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)
+    for (one, _), (two, _) in zip(*results, strict=True):
+        for pair, figure in one.items():
+            assert astuple(figure) == pytest.approx(astuple(two[pair]), abs=1e-9)
