@@ -241,7 +241,7 @@ class SteeredPictures(NamedTuple):
     base: Float[Tensor, "example word"]
     """Logits: scale x cosine."""
     steered: Float[Tensor, "example word"]
-    count: Count
+    changed: Count
     """On how many patches the change ran."""
     title: str
     differs: dict[str, tuple[str, ...]]
@@ -257,8 +257,8 @@ class SteeredPictures(NamedTuple):
             for j, word in enumerate(self.words)
         )  # fmt: skip
         note = (
-            f"share of each word among those given; ran on {self.count.n_chosen} patches and "
-            f"changed {self.count.n_changed}, by {self.count.relative_size:.2f} of the stream's "
+            f"share of each word among those given; ran on {self.changed.n_chosen} patches and "
+            f"changed {self.changed.n_changed}, by {self.changed.relative_size:.2f} of the stream's "
             "norm"
         )
         columns = ("picture", "word", "base", "steered", "logit")

@@ -256,7 +256,9 @@ class SteerRequest(SweepConfig, OnModel):
         require(is_one, "latents", "be one to sweep", self.latents)
         at_least("n_neutral", self.n_neutral, 1)
         of_texts = ("chat", "max_new_tokens", "positions", "first_position", "sweep")
-        unread = {"texts": of_texts} if self.targets else {"targets": ("cache",)}
+        unread: dict[str, tuple[str, ...]] = (
+            {"texts": of_texts} if self.targets else {"targets": ("cache",)}
+        )
         if not self.sweep:
             of_sweep = ("strengths", "unit", "mode", "max_kl", "seed", "neutral", "n_neutral")
             unread["--sweep"] = (*of_sweep, "output")

@@ -62,7 +62,7 @@ def test_words_of_pictures_before_and_after_are_those_by_hand(sae, made):
     )
     torch.testing.assert_close(result.base, base)
     torch.testing.assert_close(result.steered - result.base, rise)
-    assert (result.count.n_chosen, result.count.n_changed) == (32, 32)
+    assert (result.changed.n_chosen, result.changed.n_changed) == (32, 32)
     prompts = [part for file in files for part in ("--prompt", file)]
     words = f"targets=[{', '.join(WORDS)}]"
     code, out, _ = sae("steer", path, "--latent", "5=9.0", *prompts, words, "--model", tower)

@@ -163,7 +163,9 @@ def planted(draw, rotation):
 
 def test_planted_concepts_are_counted_whatever_the_basis(draw):
     rotation = torch.linalg.qr(draw(11, 11, 5)).Q
-    result, as_made = (encoded_concepts(*planted(draw, r)) for r in (rotation, torch.eye(11)))
+    result, as_made = (
+        encoded_concepts(*planted(draw, r)) for r in (rotation, torch.eye(11, dtype=rotation.dtype))
+    )
     assert (result.unique(), result.per_direction()) == (2, 1.0)
     assert torch.allclose(result.precision, as_made.precision, atol=1e-3)
     assert result.precision[0, 0] > 0.99
