@@ -258,8 +258,8 @@ class SteeredPictures(NamedTuple):
         )  # fmt: skip
         note = (
             f"share of each word among those given; ran on {self.changed.n_chosen} patches and "
-            f"changed {self.changed.n_changed}, by {self.changed.relative_size:.2f} of the stream's "
-            "norm"
+            f"changed {self.changed.n_changed}, by {self.changed.relative_size:.2f} of the "
+            "stream's norm"
         )
         columns = ("picture", "word", "base", "steered", "logit")
         return Section(self.title, ResultTable(columns, rows, with_differences(note, self.differs)))
