@@ -83,9 +83,9 @@ class HookRows:
             CacheFormatError: If a file that is touched for the first time is damaged.
         """
         numbers = self._grid.numbers(rows)
-        found = torch.empty(len(numbers), self.d_model)
-        self.gather(numbers, found)
-        return found
+        out = torch.empty(len(numbers), self.d_model)
+        self.gather(numbers, out)
+        return out
 
     @property
     def stored(self) -> torch.dtype:
@@ -93,17 +93,17 @@ class HookRows:
         return STORAGE[self._dtype][0]
 
     def gather(
-        self, numbers: Int64[np.ndarray, " row"], found: Float[Tensor, "row d_model"]
+        self, numbers: Int64[np.ndarray, " row"], out: Float[Tensor, "row d_model"]
     ) -> None:
-        """Put rows, by numbers that are known to be valid, into `found`: float32, or as stored."""
-        if self._scale is None and found.dtype == self.stored:
-            self._acts.take(numbers, bits(found))
+        """Put rows, by numbers that are known to be valid, into `out`: float32, or as stored."""
+        if self._scale is None and out.dtype == self.stored:
+            self._acts.take(numbers, bits(out))
             return
         at_once = max(_BYTES_AT_ONCE // (4 * self.d_model), 1)
         for first in range(0, len(numbers), at_once):
             part = numbers[first : first + at_once]
             scale = None if self._scale is None else self._scale.take(part)
-            read_into(found[first : first + len(part)], self._acts.take(part), scale, self._dtype)
+            read_into(out[first : first + len(part)], self._acts.take(part), scale, self._dtype)
 
     def norms(self, rows: RowIds) -> Float[Tensor, " row"]:
         """Return the Euclidean norms of rows without reading the rows."""
