@@ -92,9 +92,7 @@ class HookRows:
         """The number format in which the cache holds rows; float32 where they have a scale."""
         return STORAGE[self._dtype][0]
 
-    def gather(
-        self, numbers: Int64[np.ndarray, " row"], out: Float[Tensor, "row d_model"]
-    ) -> None:
+    def gather(self, numbers: Int64[np.ndarray, " row"], out: Float[Tensor, "row d_model"]) -> None:
         """Put rows, by numbers that are known to be valid, into `out`: float32, or as stored."""
         if self._scale is None and out.dtype == self.stored:
             self._acts.take(numbers, bits(out))
