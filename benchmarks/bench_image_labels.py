@@ -57,7 +57,13 @@ def main() -> None:
                     ends = f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
                     print(f"{name} less {rival}: {what}: {ends}: {d['verdict']}")
     if arguments.record:
-        print(append("image_labels", [{**surroundings(), **row} for row in rows]))
+        about = {**surroundings(), "read_out": _read_out(files[0].parent)}
+        print(append("image_labels", [{**about, **row} for row in rows]))
+
+
+def _read_out(directory: Path) -> str:
+    """How the latents of a run were read, which is the same for all of them."""
+    return json.loads((directory / "origin.json").read_text())["read_out"]
 
 
 def row_of(name: str, summary: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ they are slower by is not in these rows.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,13 +83,22 @@ class PeerStep(ABC):
         return loss.detach()
 
 
-class CompiledDenseStep(PeerStep):
-    """Dense products and torch.topk, or JumpReLU, compiled; on a CPU traced and not compiled."""
+Kind = Literal["topk", "jump", "relu"]
 
-    def __init__(self, s: Shape, dtype: torch.dtype, device: str, jumps: bool = False) -> None:
+
+class CompiledDenseStep(PeerStep):
+    """Dense products and top-k, JumpReLU or a ReLU, compiled; on a CPU traced and not compiled."""
+
+    def __init__(
+        self,
+        s: Shape,
+        dtype: torch.dtype,
+        device: str,
+        kind: Literal["topk", "jump", "relu"] = "topk",
+    ) -> None:
         threshold = torch.full((s.d_sae,), THRESHOLD, device=device).requires_grad_()
-        self.threshold = threshold if jumps else None
-        super().__init__(s, dtype, device, *([threshold] if jumps else []))
+        self.kind, self.threshold = kind, threshold if kind == "jump" else None
+        super().__init__(s, dtype, device, *([threshold] if kind == "jump" else []))
         torch.compiler.reset()  # or after eight of these the next one is not compiled any more
         backend = "inductor" if self.device.type == "cuda" else "eager"
         for name in ("loss", "project", "renorm"):
@@ -101,11 +110,13 @@ class CompiledDenseStep(PeerStep):
         enc_rows, dec_rows, b_enc, b_dec = self.weights
         with self.autocast():
             pre = functional.linear(x.float() - b_dec, enc_rows, b_enc)
-            if self.threshold is None:
+            if self.threshold is not None:
+                acts, l0 = _jump(pre, self.threshold)
+            elif self.kind == "relu":
+                acts, l0 = pre.relu(), 0.0
+            else:
                 values, indices = pre.topk(self.shape.k, dim=1)
                 acts, l0 = torch.zeros_like(pre).scatter(1, indices, values.relu()), 0.0
-            else:
-                acts, l0 = _jump(pre, self.threshold)
             x_hat = functional.linear(acts, dec_rows.T, b_dec)
         return (x_hat.float() - x.float()).square().sum(1).mean() + L0_WEIGHT * l0
 

@@ -192,7 +192,8 @@ STEPS: dict[str, dict[str, Callable[[Shape, torch.dtype, str], Step]]] = {
     },
     "step, jumprelu": {
         "TrainStep": partial(ProductStep, _jumprelu),
-        "dense, compiled": partial(peers.CompiledDenseStep, jumps=True),
+        "dense, compiled": partial(peers.CompiledDenseStep, kind="jump"),
+        "dense ReLU, compiled": partial(peers.CompiledDenseStep, kind="relu"),
     },
     "step, default": {"TrainStep": partial(ProductStep, _default)},
 }

@@ -172,7 +172,8 @@ def test_a_step_that_does_not_train_is_wrong(suite, monkeypatch):
 def test_all_steps_of_an_op_take_the_same_steps(op, monkeypatch):
     for module in (peers, steps):
         monkeypatch.setattr(module, "BANDWIDTH", 1.0)  # so few rows must move a threshold
-    ours, *others = (make(SHAPE, torch.float32, "cpu") for make in steps.STEPS[op].values())
+    named = {name: make for name, make in steps.STEPS[op].items() if "ReLU" not in name}
+    ours, *others = (make(SHAPE, torch.float32, "cpu") for make in named.values())
     start = peers.SuiteWeights.draw(SHAPE, "cpu")
     for seed in (3, 4, 5):
         x = ops.Draw(seed, "cpu").normal(3, 23)
@@ -256,7 +257,8 @@ def test_nothing_starts_after_the_deadline_or_outside_only(suite):
     suite.only = "step"
     suite.deadline = 0.0
     suite.run([SHAPE])
-    assert [row["status"] for row in suite.writer.rows] == ["skipped: the time was over"] * 8
+    n_steps = sum(map(len, steps.STEPS.values()))
+    assert [row["status"] for row in suite.writer.rows] == ["skipped: the time was over"] * n_steps
     assert {row["op"] for row in suite.writer.rows} == set(steps.STEPS)
 
 
