@@ -62,6 +62,9 @@ def save(root: Path, n_steps: int, state: dict[str, Tensor], identity: str) -> P
             # The manifest goes first, so a half-removed checkpoint is none.
             (other / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(other)
+    for other in root.glob("step-*"):
+        if not (other / MANIFEST).exists():  # its writing, or its removal, was killed
+            shutil.rmtree(other)
     return path
 
 

@@ -92,6 +92,15 @@ def test_damaged_checkpoints_beyond_the_newest_make_no_room_for_themselves(tmp_p
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
+    other = checkpoint.save(tmp_path, 3, STATE, "another run")
+    torn = tmp_path / "step-00000009"
+    torn.mkdir()
+    (torn / "state.safetensors").write_bytes(bytes(41))
+    newest = checkpoint.save(tmp_path, 5, STATE, "id")
+    assert sorted(tmp_path.iterdir()) == [other, newest]
+
+
 def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path):
     checkpoint.save(tmp_path, 4, STATE, "id")
     path = checkpoint.save(tmp_path, 5, {"a": STATE["a/x"] + 1}, "id")
