@@ -9,7 +9,7 @@ the same in each row. The entries of all rounds are sorted by latent once, for b
 waits for the device, and no shape depends on what is in the tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -204,7 +204,10 @@ def _summed_rows(
 
 
 def _gradients(
-    step: _Pass, terms: list[_Terms], d_first: Float[Tensor, "batch d_out"]
+    step: _Pass,
+    terms: list[_Terms],
+    d_first: Float[Tensor, "batch d_out"],
+    on_decoder: Callable[[Tensor], None] | None,
 ) -> _Gradients:
     """Sum up over all entries, which are sorted by latent once."""
     d_out, x = (_joined([part[i] for part in terms]) for i in (4, 6))
@@ -220,8 +223,10 @@ def _gradients(
     reads = Segments(latents, order, _joined(in_at)[order], lengths, lengths.cumsum(0) - lengths)
     writes = reads._replace(rows=_joined(out_at)[order])
     d_b_enc = sum_of(reads, d_values)
-    d_enc, square_enc = product_and_square(reads, d_values, x, step.backend)
     d_dec, square_dec = product_and_square(writes, values, d_out, step.backend)
+    if on_decoder is not None:
+        on_decoder(d_dec)
+    d_enc, square_enc = product_and_square(reads, d_values, x, step.backend)
     d_b_in = -_summed_rows(d_b_enc, step.weights.enc_rows)  # the sum of -d_x
     d_b_dec = d_first.sum(0, dtype=d_b_enc.dtype)
     squares = None
@@ -277,6 +282,7 @@ def fused_topk_step(  # noqa: PLR0913
     shares: Sequence[float] = (1.0,),
     rounds: Sequence[float] = (),
     backend: str | None = None,
+    on_decoder: Callable[[Tensor], None] | None = None,
 ) -> FusedStep:
     """Encode, decode, compare and go back, of a TopK or BatchTopK dictionary.
 
@@ -291,6 +297,8 @@ def fused_topk_step(  # noqa: PLR0913
         shares: weight of each prefix in the loss.
         rounds: rate of each round in which the rows are refined before.
         backend: a forced backend; the fastest one by default.
+        on_decoder: called with the gradient of dec_rows before that of enc_rows is made, so that
+            other processes' can be added to it meanwhile.
 
     Raises:
         ValueError: if shapes, devices, k or the backend do not fit.
@@ -318,7 +326,7 @@ def fused_topk_step(  # noqa: PLR0913
             terms.append(_Terms(old.indices, old.values, d_values, rows, low, rows, old.x))
             d_first = d_first + d_y
             d_read = d_read + step.back(d_values, old) if old is not earlier[0] else d_read
-        grads = _gradients(step, terms, d_first)
+        grads = _gradients(step, terms, d_first, on_decoder)
     fired = counts(kept.indices, len(weights.enc_rows), kept.values > 0)
     seen = (found.x_hat, found.row_loss, kept.values, fired)
     return FusedStep(*grads[:-1], *seen, grads.squares)

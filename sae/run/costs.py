@@ -123,7 +123,7 @@ def training_cost(config: RunConfig | str | Path, gpus: str = "H200") -> Trainin
         )  # fmt: skip
         memory[entry] = estimate(
             sae, d_in, -(-settings.batch * shards // n_gpus),
-            d_out=d_out, precision=precision, shards=shards, on_gpu=True,
+            d_out=d_out, precision=precision, shards=shards, of_rows=n_gpus // shards, on_gpu=True,
         )  # fmt: skip
     n_rows = (settings.n_rows or config.cache.n_rows) * settings.epochs
     seconds = sum(step.total for step in steps.values()) * (n_rows // settings.batch)

@@ -124,6 +124,7 @@ def estimate(  # noqa: PLR0913
     d_out: int | None = None,
     precision: str = "fp32",
     shards: int = 1,
+    of_rows: int = 1,
     on_gpu: bool = False,
     dead: float = DEAD,
 ) -> Memory:
@@ -136,6 +137,7 @@ def estimate(  # noqa: PLR0913
         d_out: Width of the rows that are predicted; d_in when absent.
         precision: "fp32" or "bf16".
         shards: Processes that split the latents.
+        of_rows: Processes that split the rows.
         on_gpu: Whether the kernels' larger workspace on a GPU is taken.
         dead: Share of the latents that AuxK has to work with, if there is one.
     """
@@ -154,6 +156,7 @@ def estimate(  # noqa: PLR0913
     facts = config.activation.facts
     reads_both = on_gpu and (facts.trains == "sparse" or precision in facts.one_op)
     copies = weights // (2 if reads_both else 4) if precision == "bf16" else 0
+    sent = int(trained / 2) if of_rows > 1 and precision == "bf16" else 0
     chunk = GPU_WORKSPACE if on_gpu else CHUNK
     return Memory(
         weights,
@@ -161,7 +164,7 @@ def estimate(  # noqa: PLR0913
         int(_moments(config) * trained),
         int(trained) * (config.ema is not None) + weights // 2 * (config.frozen == "soft_decoder"),
         rows + int(held * dense + terms),
-        int(pieces * min(chunk, dense)) + copies + passing + FIXED,
+        int(pieces * min(chunk, dense)) + copies + passing + sent + FIXED,
     )
 
 
@@ -230,7 +233,7 @@ def step_seconds(  # noqa: PLR0913
         products, rows = 5 * product / 0.9, 0.0
         selection = (2 * 5 + FLOAT * 3) * latents
     weights = WEIGHT_BYTES * d_sae * (d_in + d_out) / 2 / device.bandwidth
-    of_rows, gradients = n_gpus // shards, FLOAT * d_sae * (d_in + d_out)
+    of_rows, gradients = n_gpus // shards, number * d_sae * (d_in + d_out)
     exchanged = _ring(of_rows) * gradients + _ring(shards) * FLOAT * n * d_out
     launches = LAUNCHES[config.activation.facts.trains] * LAUNCH_SECONDS
     return StepTime(products, selection, rows, weights, exchanged / device.link, launches)
@@ -298,6 +301,7 @@ class Needs(NamedTuple):
                 d_out=sum(map(self.cache.d_model, where.predicted)),
                 precision=self.precision,
                 shards=self.ranks.latents.size,
+                of_rows=self.ranks.rows.size,
                 on_gpu=self.device.type == "cuda",
             ).total
         return needed

@@ -79,6 +79,19 @@ class Axis(NamedTuple):
             assert work is not None
             work.wait()
 
+    @_in_one_line
+    def begin_sum(self, tensor: Tensor) -> dist.Work:
+        """Begin to add up over the processes, in place; `end_sum` says when it is done."""
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        assert work is not None
+        return work
+
+    @staticmethod
+    @_in_one_line
+    def end_sum(work: dist.Work) -> None:
+        """Wait for a sum: on a GPU its stream does, not the host."""
+        work.wait()
+
     def sum_(self, *tensors: Tensor) -> None:
         """Add up over the processes, in place."""
         self.reduce(tensors, dist.ReduceOp.SUM)
@@ -276,43 +289,6 @@ LATENT_MAJOR = frozenset((
 def of_latents(name: str, tensor: Shaped[Tensor, "..."]) -> bool:
     """Tell whether a tensor has one row per latent, by its dotted name."""
     return tensor.dim() > 0 and not LATENT_MAJOR.isdisjoint(name.split("."))
-
-
-def sum_gradients(params: dict[str, torch.nn.Parameter], ranks: Ranks) -> None:
-    """Add up the gradients: those of latents over the rows' processes, the others over all."""
-    own, shared = [], []
-    for name, parameter in params.items():
-        if parameter.grad is None and ranks.latents.size > 1:
-            parameter.grad = torch.zeros_like(parameter)  # it may have one in other processes
-        if parameter.grad is not None:
-            (own if of_latents(name, parameter) else shared).append(parameter.grad)
-    ranks.rows.sum_(*own)
-    ranks.world.sum_(*shared)
-
-
-def gradient_norm(
-    params: dict[str, torch.nn.Parameter],
-    ranks: Ranks,
-    squares: tuple[Float[Tensor, ""], Float[Tensor, ""]] | None = None,
-) -> Float[Tensor, ""]:
-    """Norm of all gradients together, each latent's counted once.
-
-    `squares` are those of one process's enc_rows and dec_rows, which are not read again then.
-    """
-    found = {name: p for name, p in params.items() if p.grad is not None}
-    if squares is not None and ranks.alone:
-        known = dict(zip(("enc_rows", "dec_rows"), squares, strict=True))
-        rest = [p.grad for name, p in found.items() if name not in known and p.grad is not None]
-        square = torch.nn.utils.get_total_norm(rest).square()
-        return sum((known[name] for name in known if name in found), square).sqrt()
-    if ranks.latents.size == 1:
-        return torch.nn.utils.get_total_norm([p.grad for p in found.values() if p.grad is not None])
-    own, shared = [], []
-    for name, parameter in found.items():
-        (own if of_latents(name, parameter) else shared).append(parameter.grad)
-    square = torch.nn.utils.get_total_norm(own).square()
-    ranks.latents.sum_(square)
-    return (square + torch.nn.utils.get_total_norm(shared).square()).sqrt()
 
 
 def whole_state(state: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

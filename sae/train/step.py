@@ -28,6 +28,7 @@ from sae.train.forward.common import (
 )
 from sae.train.forward.run import backward
 from sae.train.forward.sharded import require_shardable
+from sae.train.gradients import GradientSums, gradient_norm
 from sae.train.optim import (
     EMA,
     LatentAdam,
@@ -42,11 +43,9 @@ from sae.train.ranks import (
     GlobalBatch,
     Ranks,
     batch_of,
-    gradient_norm,
     mean_figures,
     of_latents,
     part_of,
-    sum_gradients,
     whole_of,
 )
 from sae.train.weights import (
@@ -164,6 +163,7 @@ class TrainStep:
         self.anchor = anchor_of(autoencoder, config)
         self.learned = {n: p for n, p in autoencoder.named_parameters() if p.requires_grad}
         self.params = [*self.learned.values()]
+        self.sums = GradientSums(self.learned, ranks, self.bf16)
         unit = autoencoder.dec_rows if config.unit_norm else None
         if unit is not None:
             with torch.no_grad():
@@ -211,8 +211,9 @@ class TrainStep:
         batch = batch_of(rows.v, self.ranks)
         moment = self.moment(batch.n_rows, batch.share)
         self.optimizer.zero_grad(set_to_none=True)
-        found = backward(self.autoencoder, self.config, rows, moment, loss_of, self.shadows)
-        sum_gradients(self.learned, self.ranks)
+        of = (self.autoencoder, self.config)
+        found = backward(*of, rows, moment, loss_of, self.shadows, self.sums)
+        self.sums.finish()
         if self.config.cross_layer:
             blank_gradients_(self.autoencoder)
             found = found._replace(squares=None)
@@ -333,8 +334,7 @@ class TrainStep:
         state = {f"param.{n}": p.detach() for n, p in self.autoencoder.named_parameters()}
         state |= {f"buffer.{n}": b for n, b in self.autoencoder.named_buffers()}
         state["silent_rows"] = self.silent_rows
-        if self.anchor is not None:
-            state["anchor"] = self.anchor
+        state |= {} if self.anchor is None else {"anchor": self.anchor}
         state["n_steps"] = torch.tensor(self.n_steps)
         state["power"] = torch.tensor([float(part) for part in self.power], dtype=torch.float64)
         names: dict[Tensor, str] = {p: n for n, p in self.autoencoder.named_parameters()}

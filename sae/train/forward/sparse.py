@@ -18,6 +18,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
 from sae.train.forward import common
 from sae.train.forward.common import Forward, Moment, Rows, autocast
+from sae.train.gradients import GradientSums
 from sae.train.loss_config import NestedK
 from sae.train.optim_config import falling_k, is_refined, slack_now
 from sae_kernels import (
@@ -31,7 +32,7 @@ from sae_kernels import (
     sparse_decode_mse,
     topk_select,
 )
-from sae_kernels.fused import FusedStep, StepWeights
+from sae_kernels.fused import StepWeights
 from sae_kernels.launch import counts
 
 
@@ -319,12 +320,22 @@ def backward(
     moment: Moment,
     weight: float,
     shadows: Shadows,
+    sums: GradientSums | None = None,
 ) -> Forward:
-    """Add the gradients of `weight` times the loss to the parameters; return the figures."""
+    """Add the gradients of `weight` times the loss to the parameters; return the figures.
+
+    The decoder's is whole before the encoder's is made, unless AuxK adds to both afterwards.
+    """
     (activation, ends, shares, rounds), encoder = choices(config, moment), autoencoder.encoder()
     matrices = [autoencoder.enc_rows, autoencoder.dec_rows]
     enc_rows, dec_rows = (shadows.of(m) if moment.bf16 else m.detach() for m in matrices)
     b_in = None if encoder.b_in is None else encoder.b_in.detach()
+
+    def on_decoder(grad: Tensor) -> None:
+        _give(autoencoder.dec_rows, grad)
+        if sums is not None and config.auxk is None and config.preact is None:
+            sums.whole("dec_rows")
+
     found = fused.fused_topk_step(
         rows.u,
         rows.v,
@@ -335,8 +346,13 @@ def backward(
         prefixes=ends,
         shares=shares,
         rounds=rounds,
+        on_decoder=on_decoder,
     )
-    _give(autoencoder, found, encoder.b_in)
+    _give(autoencoder.enc_rows, found.enc_rows)
+    _give(autoencoder.b_enc, found.b_enc)
+    _give(autoencoder.b_dec, found.b_dec)
+    if encoder.b_in is not None:  # it may be b_dec
+        _give(encoder.b_in, found.b_in)
     errors = found.row_loss.mean(dim=0)
     loss = errors @ launch.on_device(shares, errors.device).to(errors.dtype)
     aux = common.auxk(autoencoder, config, rows, moment, found.x_hat)
@@ -352,18 +368,7 @@ def backward(
     return Forward(*figures, squares=squares)
 
 
-def _give(
-    autoencoder: SparseAutoencoder, found: FusedStep, b_in: Float[Tensor, " d_in"] | None
-) -> None:
-    """Add the gradients to those that the parameters have; b_in may be b_dec."""
-    pairs: list[tuple[Tensor, Tensor]] = [
-        (autoencoder.enc_rows, found.enc_rows),
-        (autoencoder.b_enc, found.b_enc),
-        (autoencoder.dec_rows, found.dec_rows),
-        (autoencoder.b_dec, found.b_dec),
-    ]
-    if b_in is not None:
-        pairs.append((b_in, found.b_in))
-    for parameter, grad in pairs:
-        if parameter.requires_grad:
-            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+def _give(parameter: Tensor, grad: Tensor) -> None:
+    """Add a gradient to the one that the parameter has."""
+    if parameter.requires_grad:
+        parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)

@@ -142,6 +142,9 @@ def test_what_a_config_adds_is_counted():
     assert parts("auxk", dead=0.5).total - plain.total == dense
     assert parts("auxk", dead=0.5, precision="bf16").activations - plain.activations == dense // 2
     assert parts("auxk").total > plain.total
+    sent = parts("topk", of_rows=2, precision="bf16").total
+    assert sent - parts("topk", precision="bf16").total == plain.weights // 2
+    assert parts("topk", of_rows=2).total == plain.total
     assert parts("refine").total - plain.total == plain.weights // 2 + 3 * 4 * 4096 * 512
     whole, in_parts = (parts(kind).activations for kind in ("relu", "parts"))
     assert whole - in_parts == dense * 3 // 4
@@ -215,7 +218,9 @@ def test_each_part_of_a_step_follows_what_it_stands_for():
     assert plain.exchange == 0
     halved = parts("topk", batch=8192, n_gpus=2)
     assert halved.products == pytest.approx(plain.products)
-    assert halved.exchange == pytest.approx(4 * (1 << 16) * 1024 / DEVICES["H200"].link)
+    assert halved.exchange == pytest.approx(2 * (1 << 16) * 1024 / DEVICES["H200"].link)
+    whole = parts("topk", batch=8192, n_gpus=2, precision="fp32")
+    assert whole.exchange == pytest.approx(2 * halved.exchange)
     split = parts("topk", n_gpus=2, shards=2)
     assert split.weights == pytest.approx(plain.weights / 2)
     assert 0 < split.exchange < halved.exchange
