@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int, Int64
+from scipy import linalg
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -129,6 +130,59 @@ def product_nulls(
         results += result
         report(len(results), len(orders), "permutations")
     return torch.stack(results)
+
+
+def singular_values(matrix: Float[Tensor, "d_in d_out"]) -> Float[Tensor, " k"]:
+    """In the dtype given; scipy's are the faster ones on a CPU."""
+    return torch.from_numpy(linalg.svdvals(matrix.numpy(), check_finite=False))
+
+
+ROUNDING = 1e-4
+"""Of a bound from sums in float32, relative and generous."""
+
+
+def nuclear_limits(
+    sides: list[Float32[Tensor, "row _"]], orders: Int[Tensor, "batch row"], report: Progress
+) -> Float64[Tensor, "batch space other"]:
+    """What no nuclear norm of x^T y exceeds, with the rows of y permuted, for all pairs of sides.
+
+    It is at most the root of the rank times the Frobenius norm (Cauchy and Schwarz), whose square
+    is the inner product of x x^T and the permuted y y^T: nothing is decomposed.
+    """
+    matrices = torch.stack([x @ x.T for x in sides])
+    ranks = torch.tensor([min(x.shape) for x in sides])
+    squares = product_nulls(matrices, matrices, orders, report).clamp_min(0)
+    return (squares * torch.minimum(ranks, ranks[:, None])).sqrt() * (1 + ROUNDING)
+
+
+class Rotation:
+    """1 - half the Procrustes distance: the nuclear norm of A^T B, both of norm 1.
+
+    Permuted sides are multiplied and decomposed in float32, within 1e-5 of float64.
+    """
+
+    def __init__(self, rows: list[Float64[Tensor, "row _"]]) -> None:
+        """Take centred sets of norm 1."""
+        self._rows, self._short = rows, [x.float() for x in rows]
+
+    def null(self, a: int, b: int, orders: Tensor) -> Float64[Tensor, " batch"]:
+        """The nuclear norm with the rows of b permuted."""
+        x, y = self._short[a].T, self._short[b]
+        return torch.stack([singular_values(x @ y[order]).double().sum() for order in orders])
+
+    def limits(self, orders: Tensor, progress: Progress) -> Float64[Tensor, "batch space other"]:
+        """What it does not exceed."""
+        return nuclear_limits(self._short, orders, progress)
+
+    def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
+        """The nuclear norm with weights of rows; the rotation stays."""
+        x, y = self._rows[a], self._rows[b]
+        u, sizes, v = torch.linalg.svd(x.T @ y, full_matrices=False)
+        norms = [weights @ side.square().sum(dim=1) for side in (x, y)]
+        along = ((self._short[a] @ u.float()) * (self._short[b] @ v.T.float())).sum(dim=1)
+        # the sum of `along` is that of `sizes`, which is of float64
+        result = sizes.sum() + (weights - 1) @ along.double()
+        return result / (norms[0] * norms[1]).sqrt()
 
 
 class Products:

@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float, Float64, Int64
 from scipy import linalg, stats
 from torch import Tensor
 
+from activations_cache.checks import Progress
 from monosema.checks import MonosemaError
-from sae.evaluate.alignment import centred, paired
+from sae.evaluate.alignment import centred, nuclear_limits, paired, singular_values
 
 
 def cka(
@@ -246,6 +247,15 @@ class Canonical:
                 results[i] = singular_values(product).clamp_max(1).mean()
         return results
 
+    def limits(
+        self, orders: Tensor, progress: Progress
+    ) -> Float64[Tensor, "batch space other"] | None:
+        """What the mean with the rows of b permuted does not exceed; none where it is weighted."""
+        if self._by_x:
+            return None
+        ranks = torch.tensor([basis.q.shape[1] for basis in self._bases])
+        return nuclear_limits(self._short, orders, progress) / torch.minimum(ranks, ranks[:, None])
+
     def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
         """The figure of `svcca` or `pwcca` moved along its influence function by weights of rows.
 
@@ -262,11 +272,6 @@ class Canonical:
             return torch.full((left.shape[1],), 1 / left.shape[1], dtype=torch.float64)
         sizes = (left.T.double() @ self._onto[a]).abs().sum(dim=1)
         return sizes / sizes.sum()
-
-
-def singular_values(matrix: Float[Tensor, "d_in d_out"]) -> Float[Tensor, " k"]:
-    """In the dtype given; scipy's are the faster ones on a CPU."""
-    return torch.from_numpy(linalg.svdvals(matrix.numpy(), check_finite=False))
 
 
 def _decomposed(matrix: Float[Tensor, "d_in d_out"]) -> tuple[Tensor, ...]:

@@ -20,14 +20,13 @@ from torch import Tensor
 
 from activations_cache.checks import Progress, silent
 from monosema.checks import MonosemaError
-from sae.evaluate.alignment import Matching, Products, centred
+from sae.evaluate.alignment import Matching, Products, Rotation, centred
 from sae.evaluate.similarity import (
     Canonical,
     Neighbourhoods,
     basis_of,
     dissimilarities,
     doubly_centred,
-    singular_values,
 )
 from sae.evaluate.translation import Anchored, Stitching
 from sae.statistics import each_on_a_core
@@ -45,6 +44,8 @@ DIRECTED: tuple[MeasureName, ...] = ("stitching",)
 """From a to b is something else than from b to a, and both are worth to know."""
 COSTLY_PERMUTATIONS = 19
 """Of the costly measures at most: as many as a p of 0.05 takes."""
+CHANCE_PERMUTATIONS = 5
+"""Of a costly measure whose value no permutation reaches: they tell what chance gives."""
 NEAR = 1e-5
 """A permutation this near to the value reaches it: some are computed in float32."""
 
@@ -58,9 +59,9 @@ class Similarity:
     """Ends of the 95 % interval."""
     high: float
     chance: float
-    """Mean over the permutations."""
+    """Mean over the permutations that were computed."""
     chance_high: float
-    """95 % quantile over the permutations."""
+    """95 % quantile over them."""
     p: float
     """Share of the permutations, the identity among them, that reach the value."""
     n_permutations: int
@@ -101,30 +102,6 @@ class Draws(NamedTuple):
         return cls(torch.stack(orders), counts[:, number], half[number])
 
 
-class Rotation:
-    """1 - half the Procrustes distance: the nuclear norm of A^T B, both of norm 1.
-
-    Permuted sides are multiplied and decomposed in float32, within 1e-5 of float64.
-    """
-
-    def __init__(self, rows: list[Float64[Tensor, "row _"]]) -> None:
-        """Take centred sets of norm 1."""
-        self._rows, self._short = rows, [x.float() for x in rows]
-
-    def null(self, a: int, b: int, orders: Tensor) -> Float64[Tensor, " batch"]:
-        """The nuclear norm with the rows of b permuted."""
-        x, y = self._short[a].T, self._short[b]
-        return torch.stack([singular_values(x @ y[order]).double().sum() for order in orders])
-
-    def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
-        """The nuclear norm with weights of rows; the rotation stays."""
-        x, y = self._rows[a], self._rows[b]
-        u, _, v = torch.linalg.svd(x.T @ y, full_matrices=False)
-        sizes = [weights @ side.square().sum(dim=1) for side in (x, y)]
-        along = ((x @ u) * (y @ v.T)).sum(dim=1)
-        return (weights @ along) / (sizes[0] * sizes[1]).sqrt()
-
-
 Prepared = Products | Neighbourhoods | Canonical | Rotation | Matching | Stitching | Anchored
 
 
@@ -162,11 +139,7 @@ def compare(
         prepared = _prepared(rows, measure, draws.fitted, k, progress)
     except MonosemaError as error:
         return {}, [str(error)] * len(pairs)
-    nulls, n_permutations = torch.empty(0), len(draws.orders)
-    if isinstance(prepared, Products | Stitching):
-        nulls = prepared.nulls(draws.orders, progress)
-    elif measure in COSTLY:
-        n_permutations = min(COSTLY_PERMUTATIONS, n_permutations)
+    chance = _Chance(prepared, draws.orders, measure in COSTLY, progress)
     weights = torch.cat([torch.ones(1, n_rows, dtype=torch.float64), draws.weights])
 
     def of(pair: tuple[int, int]) -> Similarity | str:
@@ -174,11 +147,8 @@ def compare(
             figures = _figures(prepared, *pair, weights)
         except MonosemaError as error:
             return str(error)
-        if isinstance(prepared, Products | Stitching):
-            null = nulls[:, *pair]
-        else:
-            null = prepared.null(*pair, draws.orders[:n_permutations])
-        return _judged(float(figures[0]), null.double(), figures[1:])
+        value = float(figures[0])
+        return _judged(value, *chance.of(*pair, value), figures[1:])
 
     results, problems = {}, []
     for done, (pair, result) in enumerate(zip(pairs, each_on_a_core(of, pairs), strict=True), 1):
@@ -200,15 +170,48 @@ def _figures(
     return result
 
 
-def _judged(value: float, null: Tensor, resampled: Tensor) -> Similarity:
+class _Chance:
+    """What a measure gives with the rows of one side permuted."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        orders: Int[Tensor, "batch row"],
+        is_costly: bool,
+        progress: Progress,
+    ) -> None:
+        self._prepared, self._orders = prepared, orders
+        self._few = orders[:COSTLY_PERMUTATIONS] if is_costly else orders
+        self._all = self._limits = None
+        if isinstance(prepared, Products | Stitching):
+            self._all = prepared.nulls(orders, progress)
+        elif isinstance(prepared, Canonical | Rotation):
+            self._limits = prepared.limits(orders, progress)
+
+    def of(self, a: int, b: int, value: float) -> tuple[Float64[Tensor, " batch"], int]:
+        """The figures, and how many permutations were looked at.
+
+        If bounds say that none reaches the value, that is all of them, and few are computed: p is
+        then the least one, as it would be with the figures.
+        """
+        if self._all is not None:
+            return self._all[:, a, b].double(), len(self._orders)
+        assert not isinstance(self._prepared, Products | Stitching)
+        if self._limits is not None and bool((self._limits[:, a, b] < value - NEAR).all()):
+            few = self._few[:CHANCE_PERMUTATIONS]
+            return self._prepared.null(a, b, few).double(), len(self._orders)
+        return self._prepared.null(a, b, self._few).double(), len(self._few)
+
+
+def _judged(value: float, null: Tensor, n_permutations: int, resampled: Tensor) -> Similarity:
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     known = resampled[resampled.isfinite()]
     low, high = torch.quantile(known, ends).tolist() if len(known) else (math.nan, math.nan)
     reached = 1 + int((null >= value - NEAR).sum())
     return Similarity(
         value=value, low=min(low, value), high=max(high, value), chance=float(null.mean()),
-        chance_high=float(null.quantile(0.95)), p=reached / (1 + len(null)),
-        n_permutations=len(null),
+        chance_high=float(null.quantile(0.95)), p=reached / (1 + n_permutations),
+        n_permutations=n_permutations,
     )  # fmt: skip
 
 

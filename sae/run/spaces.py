@@ -166,7 +166,8 @@ def similar(  # noqa: PLR0913
         cache: What dictionaries are read on.
         rows: So many rows at most, from as many examples as there are.
         measures: Which of `sae.evaluate.spaces.MEASURES`.
-        permutations: Exchanges of the rows for the null; of the costly measures 19 at most.
+        permutations: Exchanges of the rows for the null; of pwcca and matching 19 at most, and of
+            svcca and procrustes where bounds do not tell that none reaches the value.
         draws: Resamples of the examples for the intervals.
         neighbours: Of cknna; and among how many candidates a search must have the partner.
         pool: "example" compares the mean rows of examples, such as images that two models cut

@@ -9,8 +9,16 @@ from scipy.stats import spearmanr
 
 from activations_cache.checks import silent
 from sae.evaluate import similarity
-from sae.evaluate.alignment import product_nulls
-from sae.evaluate.spaces import COSTLY, COSTLY_PERMUTATIONS, MEASURES, Draws, check_measure, compare
+from sae.evaluate.alignment import nuclear_limits, product_nulls
+from sae.evaluate.spaces import (
+    CHANCE_PERMUTATIONS,
+    COSTLY,
+    COSTLY_PERMUTATIONS,
+    MEASURES,
+    Draws,
+    check_measure,
+    compare,
+)
 
 SINGLE = {
     "cka": similarity.cka,
@@ -21,6 +29,10 @@ SINGLE = {
     "pwcca": similarity.pwcca,
     "procrustes": lambda x, y: 1 - similarity.procrustes_distance(x, y) / 2,
 }
+
+
+BOUNDED = ("svcca", "procrustes")
+"""No permutation reaches what its bound says that it cannot."""
 
 
 def draws(n, n_permutations=19, n_draws=50, examples=None):
@@ -42,16 +54,33 @@ def test_each_is_the_single_measure_and_so_is_its_null(spaces, measure):
     for (a, b), figure in results.items():
         assert figure.value == pytest.approx(SINGLE[measure](rows[a], rows[b]), abs=1e-6)
         null = [SINGLE[measure](rows[a], rows[b][order]) for order in drawn.orders]
-        assert figure.chance == pytest.approx(sum(null) / len(null), abs=1e-5)
+        n = CHANCE_PERMUTATIONS if measure in BOUNDED and (a, b) == (0, 1) else len(null)
+        assert figure.chance == pytest.approx(sum(null[:n]) / n, abs=1e-5)
         n_reached = sum(value >= figure.value - 1e-9 for value in null)
         assert figure.p == pytest.approx((1 + n_reached) / 20)
+
+
+def test_no_permutation_exceeds_its_bound_and_one_of_rank_1_reaches_it(draw):
+    one = torch.outer(torch.arange(67.0), torch.ones(3))
+    sides = [draw(67, 5).float(), one, draw(67, 90, 1).float(), draw(67, 1, 2).float()]
+    orders = draws(67).orders
+    limits = nuclear_limits(sides, orders, lambda *_: None)
+    for n, order in enumerate(orders):
+        for a, x in enumerate(sides):
+            for b, y in enumerate(sides):
+                norm = torch.linalg.svdvals((x.T @ y[order]).double()).sum()
+                assert norm <= limits[n, a, b]
+                if a == b == 3:
+                    assert limits[n, a, b] == pytest.approx(float(norm), rel=3e-4)
 
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_a_relation_is_told_from_chance_and_stands_in_its_interval(spaces, measure):
     results, _ = compare(spaces, [(0, 1), (0, 2)], measure, draws(67, 99))
     near, far = results[0, 1], results[0, 2]
-    assert near.n_permutations == (COSTLY_PERMUTATIONS if measure in COSTLY else 99)
+    few = COSTLY_PERMUTATIONS if measure in COSTLY else 99
+    assert near.n_permutations == (99 if measure in BOUNDED else few)
+    assert far.n_permutations == few
     assert near.p == pytest.approx(1 / (1 + near.n_permutations))
     assert far.p > 0.04
     assert far.high < near.low <= near.value <= near.high
