@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pyarrow import parquet
 
 import activations_cache
 import sae as library
+from benchmarks import bench_labels
 from sae import run
 from sae.cli import main
 from sae.evaluate.report import read_json
@@ -258,3 +260,26 @@ def test_rows_that_it_was_not_trained_on_are_refused(path, cache):
         run.refine(dictionary, cache)
     dictionary.read_out = ReadOut(tau=torch.zeros(53))
     run.evaluate(dictionary, cache, model=False, baselines=False, read_out="refined")
+
+
+def test_the_benchmark_of_labels_reads_by_it_and_says_so(
+    refined, path, cache, tmp_path, capsys, monkeypatch
+):
+    recorded = []
+    monkeypatch.setattr(bench_labels, "append", lambda _, rows: recorded.extend(rows))
+    shutil.copytree(path, path.with_name("topk-frozen"))
+    dictionaries = [str(path), str(path.with_name("topk-frozen"))]
+    options = ("--permutations", "19", "--baseline", "7", "--record")
+    for name in ("linear", "refined"):
+        of = ("--cache", str(cache.path), "--read-out", name, "--out", str(tmp_path / name))
+        monkeypatch.setattr(sys, "argv", ["bench_labels", *dictionaries, *of, *options])
+        bench_labels.main()
+        table = parquet.read_table(tmp_path / name / "topk" / "latents.parquet")
+        x = cache[HOOK][cache.rows(("explain",))].float()
+        reading = library.load(path).reading(name)
+        n_fired = (reading.encode_dense(x) > 0).sum(dim=0)
+        assert table["n_fired_explain"].to_pylist() == n_fired.tolist()
+    assert [row["read_out"] for row in recorded] == sorted(row["read_out"] for row in recorded)
+    assert {row["read_out"] for row in recorded} == {"linear", "refined"}
+    assert {"topk", "topk-frozen"} < {row["arm"] for row in recorded}
+    assert "topk: AUC at equal density: +0.000" in capsys.readouterr().out
