@@ -163,6 +163,10 @@ def similar(  # noqa: PLR0913
         bool, typer.Option("--model", help="Stitch each set into the next one's place, in nats.")
     ] = False,
     contexts: ContextsOption = SPLICED_CONTEXTS,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="cache|FILE", help="Also how concepts lie, by labels of rows."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="For figures, heat maps, page.")] = Path("similar"),
 ) -> None:
     """Compare sets of rows: layers, caches, dictionaries' latents, captions, by twelve measures.
@@ -179,6 +183,7 @@ def similar(  # noqa: PLR0913
     request = SimilarRequest(
         tuple(targets), cache, rows, permutations=permutations, draws=draws,
         neighbours=neighbours, pool=pool, seed=seed, check=check, model=model, contexts=contexts,
+        labels=labels,
     )  # fmt: skip
     if measure:
         request = request._replace(measures=tuple(measure))  # pyright: ignore[reportArgumentType]

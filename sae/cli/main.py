@@ -173,10 +173,10 @@ def main() -> None:
             code = app(standalone_mode=False)
             if code == INTERRUPTED:
                 raise KeyboardInterrupt
-        except BrokenPipeError:  # who reads our lines has seen enough
-            sys.stdout = None
-            code = troubles.FAILED
         except BaseException as problem:  # noqa: BLE001  (each has its line or its report)
+            if troubles.is_unread(problem):
+                sys.stdout = None
+                sys.exit(troubles.FAILED)
             message, code = troubles.ended_by(problem)
             console.error(message)
             if getattr(problem, "wants_requeue", False) and isinstance(

@@ -81,7 +81,13 @@ def with_json(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [*signature.parameters.values(), option]
     run.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
     run.__annotations__ = {**command.__annotations__, "as_json": JsonOption}
+    run.__doc__ = paragraphs(command.__doc__ or "")
     return run
+
+
+def paragraphs(text: str) -> str:
+    """A docstring with a line for each paragraph, so that a terminal breaks them where it ends."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n"))
 
 
 def checked_config(schema: type[T], config: str, overrides: list[str] | None) -> T:

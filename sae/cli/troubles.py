@@ -139,6 +139,13 @@ EXPECTED: tuple[tuple[Callable[[BaseException], bool], Callable, int], ...] = (
 """Which trouble, its one line, its exit code; the first that fits is taken."""
 
 
+def is_unread(problem: BaseException) -> bool:
+    """Whether who reads our lines has seen enough, such as `| head`; rich makes it an exit."""
+    if isinstance(problem, SystemExit):
+        return isinstance(problem.__context__, BrokenPipeError)
+    return isinstance(problem, BrokenPipeError)
+
+
 def ended_by(problem: BaseException) -> tuple[str, int]:
     """Return the one line and the exit code for what ended a command."""
     if isinstance(problem, Stopped | TerminatedError):

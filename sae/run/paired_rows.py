@@ -15,7 +15,8 @@ from activations_cache.manifest import MANIFEST
 from activations_cache.towers import load_towers
 from sae.autoencoder import SparseAutoencoder
 from sae.config import ConfigError
-from sae.evaluate.probe_tasks import check_hook_point
+from sae.evaluate.probe_tasks import check_hook_point, labels_of, read_labels
+from sae.evaluate.report import held_out_rows
 from sae.evaluate.spaces import MEASURES, MeasureName
 from sae.run.caches import captions_of
 from sae.run.context import (
@@ -24,6 +25,7 @@ from sae.run.context import (
     fitted,
     holds_images,
     opened,
+    recorded_model,
     wrong_class,
 )
 from sae.run.measuring import short_names
@@ -55,6 +57,8 @@ class SimilarRequest(NamedTuple):
     """Whether each set is stitched into the place of the next, in the caches' model."""
     contexts: int = 24
     """Held-out contexts that stitched streams are read in."""
+    labels: str | Path | None = None
+    """Concepts of the rows: a file as `read_labels` takes it, or "cache" for the cache's own."""
 
 
 class RowSet(NamedTuple):
@@ -68,14 +72,29 @@ class RowSet(NamedTuple):
     """Of each example, where they come from no model of the cache."""
 
 
-def read_sets(
-    sides: Sequence[RowSet], request: SimilarRequest, report: Progress
-) -> tuple[dict[str, Tensor], dict[str, int], Int[Tensor, " row"]]:
-    """The rows of every set, its constant columns, and the example of each row."""
+class ReadSets(NamedTuple):
+    """The rows of every set, and what they are of."""
+
+    rows: dict[str, Tensor]
+    constant: dict[str, int]
+    """Columns that were the same in all rows, and are left out."""
+    example: Int[Tensor, " row"]
+    concept: Int[Tensor, " row"] | None
+    """Number of each row's label, -1 without one; None where none were asked for."""
+
+
+def read_sets(sides: Sequence[RowSet], request: SimilarRequest, report: Progress) -> ReadSets:
+    """Read them.
+
+    Raises:
+        ValueError: If the sides are of other rows, a column is constant, or of the rows there are
+            fewer than two labels.
+    """
     first = sides[0].cache
     for side in sides[1:]:
         _require_same_rows(first, side.cache, request.pool)
     places = _chosen(first, request)
+    concept = _concepts(first, request, places)
     read, constant = {}, {}
     for done, side in enumerate(sides, start=1):
         x = _rows_of(side, first, places, request.pool)
@@ -93,7 +112,26 @@ def read_sets(
         read[side.name] = x[:, varies]
         report(done, len(sides), "sets of rows")
     example = first.refs(places).example if request.pool == "row" else places
-    return read, constant, example
+    return ReadSets(read, constant, example, concept)
+
+
+def _concepts(
+    cache: ActivationCache, request: SimilarRequest, places: Int[Tensor, " row"]
+) -> Int[Tensor, " row"] | None:
+    """The label of each row, or of each example where these are compared."""
+    if request.labels is None:
+        return None
+    is_own = request.labels == "cache"
+    labels = labels_of(cache) if is_own else read_labels(request.labels, cache)
+    is_row = request.pool == "row"
+    found = labels.of(cache, places) if is_row else labels.label[places].amax(dim=1)
+    n = len(found[found >= 0].unique())
+    if n < 2:
+        raise MonosemaError(
+            f"the rows must have at least 2 labels of --labels {request.labels}, got {n}; give "
+            "a file, or build the cache from labelled data"
+        )
+    return found
 
 
 def row_sets(request: SimilarRequest) -> list[RowSet]:
@@ -130,6 +168,25 @@ def row_sets(request: SimilarRequest) -> list[RowSet]:
     if len(sides) < 2:
         raise ConfigError(f"there must be two sets of rows to compare, got {len(sides)}")
     return sides
+
+
+def require_models(sides: Sequence[RowSet], request: SimilarRequest) -> None:
+    """Refuse, before anything slow, what cannot be stitched into a model.
+
+    Raises:
+        ValueError: If rows are means, nothing is held out, or a set is no place in a language
+            model.
+    """
+    if request.pool != "row":
+        raise ConfigError(f"--model must go with --pool row, got {request.pool}")
+    for side in sides:
+        held_out_rows(side.cache)
+        is_place = side.dictionary is None and side.rows is None and not holds_images(side.cache)
+        if not is_place or recorded_model(side.cache) is None:
+            raise ConfigError(
+                "--model must go with hook points of caches of texts that record their model, got "
+                f"{side.name}; leave it out"
+            )
 
 
 def _captioned(name: str, path: str, tower: str, request: SimilarRequest) -> RowSet:

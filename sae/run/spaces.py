@@ -1,11 +1,11 @@
 """How alike sets of rows are: caches, hook points, dictionaries' latents, captions of images."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import combinations, groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -20,7 +20,8 @@ from sae import notebook
 from sae.config import ConfigError
 from sae.evaluate.config import EvaluateConfig
 from sae.evaluate.geometry import RowsShape, shape_of
-from sae.evaluate.report import held_out, held_out_rows, plain, write_record
+from sae.evaluate.probe_tasks import Signature, signature_of
+from sae.evaluate.report import held_out, plain, write_record
 from sae.evaluate.spaces import (
     DIRECTED,
     MEASURES,
@@ -36,17 +37,32 @@ from sae.evaluate.translation import Stitch, fit_stitch
 from sae.run.context import (
     Section,
     Steps,
-    holds_images,
     load_model_of,
     recorded_model,
     silent_steps,
     steps_to,
 )
 from sae.run.page import plot_matrices, write_page
-from sae.run.paired_rows import Pool, RowSet, SimilarRequest, Target, read_sets, row_sets
-from sae.run.tables import check_table, pairs_table, shapes_table, stitched_table
+from sae.run.paired_rows import (
+    Pool,
+    RowSet,
+    SimilarRequest,
+    Target,
+    read_sets,
+    require_models,
+    row_sets,
+)
+from sae.run.tables import (
+    check_table,
+    pairs_table,
+    shapes_table,
+    signatures_table,
+    stitched_table,
+)
 
 FILE, PICTURE, PAGE = "similar.json", "similar.png", "index.html"
+
+Figures = TypeVar("Figures")
 
 
 class StitchedPlace(NamedTuple):
@@ -77,6 +93,8 @@ class SpaceSimilarity(NamedTuple):
     """By measure; empty if none was asked for."""
     stitched: tuple[StitchedPlace, ...]
     """Each set in the place of the next; empty if no model was asked for."""
+    signatures: dict[str, Signature]
+    """How concepts lie in each set; empty if no labels were given."""
 
     def matrix(self, measure: str) -> Float64[Tensor, "space space"]:
         """The values of a measure from row to column, 1 on the diagonal, nan without one."""
@@ -97,6 +115,7 @@ class SpaceSimilarity(NamedTuple):
         tables = {
             "similarity": pairs_table(self.pairs, self.n_rows, self.notes),
             "shape": shapes_table(self.spaces, self.constant),
+            "concepts": signatures_table(self.signatures) if self.signatures else None,
             "check": check_table(self.checks) if self.checks else None,
             "stitching, in nats": stitched_table(self.stitched) if self.stitched else None,
         }
@@ -128,6 +147,7 @@ class SpaceSimilarity(NamedTuple):
                 for measure, figure in by_measure.items()
             ],
             "checks": {name: one._asdict() for name, one in self.checks.items()},
+            "signatures": {name: plain(one._asdict()) for name, one in self.signatures.items()},
             "stitched": [plain(one._asdict()) for one in self.stitched],
             "notes": self.notes,
         }
@@ -155,6 +175,7 @@ def similar(  # noqa: PLR0913
     check: bool = False,
     model: bool = False,
     contexts: int = 24,
+    labels: str | Path | None = None,
     progress: Progress = silent,
 ) -> SpaceSimilarity:
     """Hold sets of rows of the same examples against each other, pair by pair.
@@ -176,6 +197,8 @@ def similar(  # noqa: PLR0913
         check: Also check each measure: sensitivity to removed components, specificity to layers.
         model: Also stitch each set into the place of the next, in the caches' model, in nats.
         contexts: Held-out contexts that stitched streams are read in.
+        labels: Also how these concepts lie in each set: JSON lines of example and label, or
+            "cache" for the cache's own.
         progress: Called in every step.
 
     Raises:
@@ -184,7 +207,7 @@ def similar(  # noqa: PLR0913
     """
     request = SimilarRequest(
         targets, cache, rows, tuple(measures), permutations, draws, neighbours, pool, seed, check,
-        model, contexts,
+        model, contexts, labels,
     )  # fmt: skip
     return similar_spaces(request, steps_to(progress))
 
@@ -195,15 +218,42 @@ def similar_spaces(request: SimilarRequest, steps: Steps = silent_steps) -> Spac
         raise ConfigError(f"measures must be among {', '.join(MEASURES)}, got {unknown[0]!r}")
     sides = row_sets(request)
     if request.model:
-        _require_models(sides, request)
+        require_models(sides, request)
     with steps("read") as progress:
-        read, constant, example = read_sets(sides, request, progress)
+        read, constant, example, concept = read_sets(sides, request, progress)
     draws = Draws.of(example, request.permutations, request.draws, request.seed)
-    with steps("shape") as progress:
-        spaces = {}
+    spaces = _of_each(read, shape_of, steps, "shape")
+    signatures: dict[str, Signature] = {}
+    if concept is not None:
+        signatures = _of_each(
+            read, lambda x: signature_of(x, concept, draws.fitted), steps, "concepts"
+        )
+    pairs, notes = _of_pairs(read, draws, request, steps)
+    stitched: tuple[StitchedPlace, ...] = ()
+    if request.model:
+        with steps("stitch") as progress:
+            stitched = _stitched(sides, read, example, request, progress)
+    known = (spaces, constant, pairs, notes, len(example))
+    result = SpaceSimilarity(*known, {}, stitched, signatures)
+    return _checked(result, read, sides, draws, request, steps) if request.check else result
+
+
+def _of_each(
+    read: Mapping[str, Tensor], figures: Callable[[Tensor], Figures], steps: Steps, step: str
+) -> dict[str, Figures]:
+    """The figures of each set of rows."""
+    results: dict[str, Figures] = {}
+    with steps(step) as progress:
         for name, x in read.items():
-            spaces[name] = shape_of(x)
-            progress(len(spaces), len(read), "sets of rows")
+            results[name] = figures(x)
+            progress(len(results), len(read), "sets of rows")
+    return results
+
+
+def _of_pairs(
+    read: Mapping[str, Tensor], draws: Draws, request: SimilarRequest, steps: Steps
+) -> tuple[dict[tuple[str, str], dict[str, Similarity]], tuple[str, ...]]:
+    """Each measure of each pair, and what was left out."""
     names, notes = list(read), []
     pairs: dict[tuple[str, str], dict[str, Similarity]] = {}
     for measure in request.measures:
@@ -219,12 +269,7 @@ def similar_spaces(request: SimilarRequest, steps: Steps = silent_steps) -> Spac
         for a, b in numbers:
             of_pair = pairs.setdefault((names[a], names[b]), {})
             of_pair |= {measure: figures[a, b]} if (a, b) in figures else {}
-    stitched: tuple[StitchedPlace, ...] = ()
-    if request.model:
-        with steps("stitch") as progress:
-            stitched = _stitched(sides, read, example, request, progress)
-    result = SpaceSimilarity(spaces, constant, pairs, tuple(notes), len(example), {}, stitched)
-    return _checked(result, read, sides, draws, request, steps) if request.check else result
+    return pairs, tuple(notes)
 
 
 def _checked(
@@ -247,25 +292,6 @@ def _checked(
             )
             progress(len(checks), len(request.measures), "measures")
     return result._replace(checks=checks)
-
-
-def _require_models(sides: Sequence[RowSet], request: SimilarRequest) -> None:
-    """Refuse, before anything slow, what cannot be stitched into a model.
-
-    Raises:
-        ValueError: If rows are means, nothing is held out, or a set is no place in a language
-            model.
-    """
-    if request.pool != "row":
-        raise ConfigError(f"--model must go with --pool row, got {request.pool}")
-    for side in sides:
-        held_out_rows(side.cache)
-        is_place = side.dictionary is None and side.rows is None and not holds_images(side.cache)
-        if not is_place or recorded_model(side.cache) is None:
-            raise ConfigError(
-                "--model must go with hook points of caches of texts that record their model, got "
-                f"{side.name}; leave it out"
-            )
 
 
 def _stitched(

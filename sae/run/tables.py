@@ -9,6 +9,7 @@ from typing import Any
 from sae.browser import ResultTable
 from sae.evaluate.downstream import Accuracy, Downstream
 from sae.evaluate.geometry import RowsShape
+from sae.evaluate.probe_tasks import Signature
 from sae.evaluate.report import EvaluationReport
 from sae.evaluate.spaces import MeasureCheck, Similarity
 from sae.evaluate.sparse_probe import Survey
@@ -334,6 +335,24 @@ def shapes_table(shapes: Mapping[str, RowsShape], constant: Mapping[str, int]) -
     note = (
         "RankMe: effective rank of the rows as they are; dimension: TwoNN; kurtosis: median over "
         "columns, 3 for a Gaussian; outliers: columns of 6 times the median root mean square"
+    )
+    return ResultTable(columns, tuple(rows), note)
+
+
+def signatures_table(signatures: Mapping[str, Signature]) -> ResultTable:
+    """A row for each set of rows."""
+    columns = ("rows of", "unique", "per direction", "all", "without the smallest", "the largest")
+    rows = []
+    for name, one in signatures.items():
+        whole, part = one.accuracy[0.0], one.accuracy[0.9]
+        shares = (f"{share:.2f}" for share in (whole.smallest, part.smallest, part.largest))
+        of_concepts = f"{one.unique} of {one.n_concepts}"
+        rows.append((name, of_concepts, _or_dash(one.per_direction, ".1f"), *shares))
+    floor = next(iter(signatures.values())).floor
+    note = (
+        "unique: concepts that are the best one of a principal direction, at an average precision "
+        "of .9; then how often the concept is told, with all directions and without nine tenths "
+        f"of them: chance {floor:.2f}"
     )
     return ResultTable(columns, tuple(rows), note)
 

@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import typer
 from rich.console import Console
 
-from sae.cli import console, main
+from sae.cli import console, main, troubles
 from sae.cli.console import Eta
 
 
@@ -137,14 +138,32 @@ def commands() -> list[tuple[str, ...]]:
 def test_every_command_shows_its_help(words, monkeypatch, capsys):
     """A text of a help is no markup: a bracket in it once ended the command."""
     monkeypatch.setattr(sys, "argv", ["sae", *words, "--help"])
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         main.main()
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert " ".join((*words, "[OPTIONS]")) in shown
+    lines = [line.rstrip() for line in shown.partition("╭")[0].splitlines()]
+    for one, following in pairwise(lines[lines.index("", 1) :]):  # what follows the usage
+        if one and following:  # the next word does not fit into the line
+            assert len(one) + 1 + len(following.split()[0]) > 79, one
     assert "--help" in shown
     # Prose speaks of prompts, not of the class that shows them: a renaming once went through it.
     assert not re.search(r"\b(PromptView|[A-Z]\w+(Request|Config|Result|Table|Record))\b", shown)
+
+
+def test_who_has_read_enough_of_a_help_hears_of_no_error():
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-c", "from sae.cli.main import main; main()", "find", "--help"],
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (troubles.FAILED, b"")
 
 
 def test_every_command_takes_json_but_the_benchmarks_which_write_their_own():

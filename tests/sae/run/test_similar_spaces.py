@@ -313,3 +313,54 @@ def test_a_constant_column_is_refused(cache, other, monkeypatch):
     monkeypatch.setattr(type(other["l.0:out"]), "gather", constant)
     with pytest.raises(ValueError, match="must vary in every column, got 1 constant ones, the fir"):
         run.similar(cache, other, rows=50)
+
+
+def test_concepts_in_the_largest_direction_of_one_place_leave_their_signature(
+    cache, tmp_path, capsys
+):
+    """The label of a row is the side on which it lies along the largest direction of l.0:out."""
+    rows = cache.rows()
+    x, refs = cache["l.0:out"][rows].double(), cache.refs(rows)
+    _, _, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    along = ((x - x.mean(0)) @ v[0]).tolist()
+    records = [
+        {"example": e, "position": p, "label": "high" if size > 0 else "low"}
+        for e, p, size in zip(refs.example.tolist(), refs.position.tolist(), along, strict=True)
+        if abs(size) > 0.3
+    ]
+    file = tmp_path / "labels.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)))
+    result = run.similar(cache, rows=2000, measures=["cka"], labels=file, **FEW)
+    here, there = (result.signatures[name] for name in ("l.0:out", "l.1:out"))
+    assert here.n_rows == len(records) < len(rows)
+    assert (here.n_concepts, here.unique, here.per_direction) == (2, 1, 2.0)
+    assert there.unique == 0
+    assert here.accuracy[0.9].smallest > 0.97
+    assert here.accuracy[0.9].largest < here.floor + 0.1
+    assert there.accuracy[0.0].smallest < here.accuracy[0.0].smallest - 0.2
+    out = tmp_path / "out"
+    options = ("--measure", "cka", "--labels", file, "--permutations", "19", "--draws", "20")
+    assert command("similar", cache.path, *options, "--out", out) == 0
+    assert (
+        json.loads((out / FILE).read_text())["signatures"] == as_json(result.record)["signatures"]
+    )
+    assert "1 of 2" in capsys.readouterr().out
+    assert "without the smallest" in (out / PAGE).read_text()
+
+
+def test_labels_of_the_cache_and_of_examples_and_labels_that_say_nothing(cache, tmp_path, capsys):
+    own = run.similar(cache, rows=300, measures=["cka"], labels="cache", **FEW).signatures
+    assert {one.n_concepts for one in own.values()} == {len(cache.label_names)}
+    of_examples = tmp_path / "examples.jsonl"
+    lines = [{"example": n, "label": "ab"[n % 2]} for n in range(40)]
+    of_examples.write_text("\n".join(map(json.dumps, lines)))
+    pooled = run.similar(cache, measures=["cka"], pool="example", labels=of_examples, **FEW)
+    assert {one.n_rows for one in pooled.signatures.values()} == {40}
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"example": 0, "label": "a"}')
+    assert command("similar", cache.path, "--labels", one) == 1
+    error = capsys.readouterr().err
+    assert "must have at least 2 labels of --labels" in error
+    assert "got 1; give a file, or build the cache from labelled data" in error
+    assert command("similar", cache.path, "--labels", tmp_path / "none.jsonl") == 1
+    assert "none.jsonl" in capsys.readouterr().err
