@@ -38,7 +38,7 @@ async function readMap(about) {
     });
   if (!planes.length)
     planes.push({
-      name: "density and max activation",
+      name: "density and largest activation",
       note: "Density (logarithmic) to the right, largest activation upwards.",
       x: density,
       y: dictionary.values.get("max_activation"),

@@ -155,8 +155,8 @@ def _dictionary(result: Dictionary, key: str, path: Path, progress: Progress) ->
         _put(path, f"{key}/map", _points(result.map))
     columns = [
         {"id": "density", "name": "density", "kind": "share", "floor": None, "note": ""},
-        {"id": "max_activation", "name": "max activation", "kind": "number", "floor": None,
-         "note": ""},
+        {"id": "max_activation", "name": "largest", "kind": "number", "floor": None,
+         "note": "activation"},
         *(asdict(column) for column in result.columns),
     ]  # fmt: skip
     plain = ("name", "summary", "kind", "d_sae", "n_rows", "n_live", "n_dead", "n_dense", "facts")

@@ -47,14 +47,14 @@ def test_two_words_must_both_stand_in_a_latents_text(reader: Any, example: Path)
     assert set(reader.run(NUMBERS)) == expected
 
 
-@pytest.mark.parametrize("column", ["density", "max activation", "AUC", "latent"])
+@pytest.mark.parametrize("column", ["density", "largest", "AUC", "latent"])
 def test_a_heading_sorts_and_sorts_back(column: str, reader: Any, example: Path) -> None:
     reader.load(example, "#d0/table?q=e")
     click = (
         "[...document.querySelectorAll('thead button')]"
         f".find(b => b.textContent.startsWith({json.dumps(column)})).click()"
     )
-    ids = {"density": "density", "max activation": "max_activation", "AUC": "auc"}
+    ids = {"density": "density", "largest": "max_activation", "AUC": "auc"}
     read = f"""(() => {{
       const d = router.dictionaries.get('d0');
       const id = {json.dumps(ids.get(column))};
