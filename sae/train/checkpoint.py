@@ -185,15 +185,19 @@ class Snapshot:
         self._room = torch.empty(0, dtype=torch.uint8)
         self._has_said = False
 
+    def reserve(self, state: Mapping[str, Tensor]) -> None:
+        """Take the memory before it is needed: to touch it first takes longer than to copy."""
+        begins, on_gpu = _places(state)
+        if self._has_room(begins[-1], pinned=on_gpu):
+            self._room.zero_()
+
     def take(self, state: Mapping[str, Tensor]) -> StateCopy | None:
         """Copy the state, or nothing where there is no room, which is said once.
 
         From a GPU it goes to pinned memory in the step's own stream: the host waits for nothing,
         and the next step, which changes what is copied, begins behind it.
         """
-        on_gpu = any(t.is_cuda for t in state.values())
-        sizes = (-(-t.nbytes // ALIGNED) * ALIGNED for t in state.values())
-        begins = list(itertools.accumulate(sizes, initial=0))
+        begins, on_gpu = _places(state)
         if not self._has_room(begins[-1], pinned=on_gpu):
             return None
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * on_gpu)]
@@ -235,6 +239,13 @@ class Snapshot:
         return False
 
 
+def _places(state: Mapping[str, Tensor]) -> tuple[list[int], bool]:
+    """Where each tensor of a copy begins, and its end; and whether it comes from a GPU."""
+    sizes = (-(-t.nbytes // ALIGNED) * ALIGNED for t in state.values())
+    begins = list(itertools.accumulate(sizes, initial=0))
+    return begins, any(t.is_cuda for t in state.values())
+
+
 LATE = 1
 """It is time for a checkpoint: below the numbers of the signals that stop a run."""
 SHARE = 0.01
@@ -268,6 +279,7 @@ class Saver:
         self._snapshot = Snapshot()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write: Future[float] | None = None
+        self._reserving: Future[None] | None = None
         self._has_said = False
 
     def __call__(
@@ -284,6 +296,8 @@ class Saver:
             self.progress(done, total, "\n".join(("rows", *self.lines)))
         if self._write is not None and self._write.done():
             self.settle()
+        if self._is_half_way() and n_steps < total_steps:
+            self._reserving = self._thread.submit(self._snapshot.reserve, state())
         wish = LATE if self.ranks.is_first and n_steps < total_steps and self._is_due() else 0
         wish = self.ranks.largest(self.signals.received or wish)
         if wish > LATE:
@@ -291,6 +305,14 @@ class Saver:
             raise Stopped(wish, n_steps)
         if wish:
             self._begin(n_steps, state)
+
+    def _is_half_way(self) -> bool:
+        """Whether it is time to make room for the first copy of the state."""
+        # what several processes hold in parts is joined into memory of its own
+        if self._reserving is not None or not self.ranks.is_first or self.ranks.latents.size > 1:
+            return False
+        every = self.config.checkpoint_seconds
+        return every / 2 <= time.monotonic() - self.began < every
 
     def _is_due(self) -> bool:
         """Whether there should be a checkpoint: the one place that decides how often."""
@@ -314,7 +336,8 @@ class Saver:
         """Copy the state and let the thread write it; without room for a copy, write it here."""
         began, found = time.monotonic(), state()
         if self.ranks.is_first:
-            # what several processes held in parts was joined into memory of its own
+            if self._reserving is not None:
+                self._reserving.result()
             joined = StateCopy(found, lambda: 0.0) if self.ranks.latents.size > 1 else None
             copy = joined or self._snapshot.take(found)
             if copy is None:

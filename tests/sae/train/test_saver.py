@@ -130,18 +130,22 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_change_nothing_of_it(save
     assert (n_steps, state["a/x"].unique().tolist()) == (1, [1.0])
 
 
-def test_the_interval_grows_until_steps_wait_for_a_hundredth_of_the_time(saver, clock, caplog):
+def test_the_interval_grows_until_steps_wait_for_a_hundredth_of_the_time(
+    saver, clock, caplog, monkeypatch
+):
     """A copy of 3 s is paid for by 300 s of steps."""
+    take = Snapshot.take
 
-    def state():
+    def slow(snapshot, state):
         clock.now += 3.0
-        return state_of(1.0)
+        return take(snapshot, state)
 
+    monkeypatch.setattr(Snapshot, "take", slow)
     times = []
     for n in range(1, 1000):
         clock.now += 1.0
         before = clock.now
-        saver(n, 2000, state)
+        saver(n, 2000, lambda: state_of(1.0))
         saver.settle()
         if clock.now > before:
             times.append(before - saver.began)
@@ -150,6 +154,29 @@ def test_the_interval_grows_until_steps_wait_for_a_hundredth_of_the_time(saver, 
     assert saver.waited == 12.0
     [line] = [record.getMessage() for record in caplog.records]
     assert "less often than train.checkpoint_seconds=60 says: steps waited 3.0 s" in line
+
+
+def test_room_for_the_first_copy_is_made_beside_the_steps_before_it_is_due(saver, clock):
+    sizes, state = [], state_of(1.0)
+    for n in range(1, 62):
+        clock.now += 1.0
+        saver(n, 2000, lambda: state)
+        if saver._reserving is not None:
+            saver._reserving.result()
+        sizes.append(len(saver._snapshot._room))
+    needed = sizes[59]  # the copy of the first checkpoint lies in it
+    assert needed >= sum(t.nbytes for t in state.values())
+    assert sizes == [0] * 29 + [needed] * 32
+    saver.settle()
+    assert saved(saver.root) == [60]
+
+
+def test_a_run_that_ends_before_its_first_checkpoint_takes_no_memory_for_it(saver, clock):
+    for n in range(1, 30):
+        clock.now += 1.0
+        saver(n, 29, lambda: state_of(1.0))
+    assert saver._reserving is None
+    assert len(saver._snapshot._room) == 0
 
 
 def test_cheap_checkpoints_come_as_often_as_they_are_asked_for(saver, clock, caplog):
