@@ -280,7 +280,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write: Future[float] | None = None
         self._reserving: Future[None] | None = None
-        self._has_said = False
+        self._n_begun, self._has_said = 0, False
 
     def __call__(
         self, n_steps: int, total_steps: int, state: Callable[[], dict[str, Tensor]]
@@ -319,7 +319,8 @@ class Saver:
         now = time.monotonic()
         if self._write is not None or now - self.saved_at < self.config.checkpoint_seconds:
             return False
-        if self.waited <= SHARE * (now - self.began):
+        after = self.waited * (1 + 1 / max(self._n_begun, 1))  # if the next one takes as long
+        if after <= SHARE * (now - self.began):
             return True
         if not self._has_said:
             self._has_said = True
@@ -344,7 +345,7 @@ class Saver:
                 save(self.root, n_steps, found, self.identity)
             else:
                 self._write = self._thread.submit(self._written, n_steps, copy)
-        self.saved_at = began
+        self.saved_at, self._n_begun = began, self._n_begun + 1
         self.waited += time.monotonic() - began
 
     def _written(self, n_steps: int, copy: StateCopy) -> float:
