@@ -142,17 +142,27 @@ ROUNDING = 1e-4
 
 
 def nuclear_limits(
-    sides: list[Float32[Tensor, "row _"]], orders: Int[Tensor, "batch row"], report: Progress
+    left: Float32[Tensor, "space row row"],
+    right: Float32[Tensor, "other row row"],
+    traces: Float64[Tensor, "#space #other"],
+    orders: Int[Tensor, "batch row"],
+    report: Progress,
 ) -> Float64[Tensor, "batch space other"]:
     """What no nuclear norm of x^T y exceeds, with the rows of y permuted, for all pairs of sides.
 
-    It is at most the root of the rank times the Frobenius norm (Cauchy and Schwarz), whose square
-    is the inner product of x x^T and the permuted y y^T: nothing is decomposed.
+    It is at most sqrt(tr D) times the Frobenius norm of D^(-1/2) x^T y, for any positive D (Cauchy
+    and Schwarz). The square of the latter is the inner product of x D^-1 x^T and the permuted
+    y y^T: nothing is decomposed for a pair.
+
+    Args:
+        left: x D^-1 x^T of each side.
+        right: y y^T of each side.
+        traces: Of D, of each pair.
+        orders: The permutations.
+        report: Called after some of them.
     """
-    matrices = torch.stack([x @ x.T for x in sides])
-    ranks = torch.tensor([min(x.shape) for x in sides])
-    squares = product_nulls(matrices, matrices, orders, report).clamp_min(0)
-    return (squares * torch.minimum(ranks, ranks[:, None])).sqrt() * (1 + ROUNDING)
+    squares = product_nulls(left, right, orders, report).clamp_min(0)
+    return (squares * traces).sqrt() * (1 + ROUNDING)
 
 
 class Rotation:
@@ -171,8 +181,12 @@ class Rotation:
         return torch.stack([singular_values(x @ y[order]).double().sum() for order in orders])
 
     def limits(self, orders: Tensor, progress: Progress) -> Float64[Tensor, "batch space other"]:
-        """What it does not exceed."""
-        return nuclear_limits(self._short, orders, progress)
+        """What it does not exceed: D = (A^T A)^(1/2) is near to the best one for random rows."""
+        parts = each_on_a_core(lambda x: torch.linalg.svd(x, full_matrices=False)[:2], self._rows)
+        left, traces = zip(*(((u * s) @ u.T, s.sum()) for u, s in parts), strict=True)
+        right = torch.stack([x @ x.T for x in self._short])
+        by_left = torch.stack(traces)[:, None]
+        return nuclear_limits(torch.stack(left).float(), right, by_left, orders, progress)
 
     def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
         """The nuclear norm with weights of rows; the rotation stays."""

@@ -253,8 +253,10 @@ class Canonical:
         """What the mean with the rows of b permuted does not exceed; none where it is weighted."""
         if self._by_x:
             return None
-        ranks = torch.tensor([basis.q.shape[1] for basis in self._bases])
-        return nuclear_limits(self._short, orders, progress) / torch.minimum(ranks, ranks[:, None])
+        ranks = torch.tensor([basis.q.shape[1] for basis in self._bases], dtype=torch.float64)
+        least = torch.minimum(ranks, ranks[:, None])
+        spans = torch.stack([q @ q.T for q in self._short])
+        return nuclear_limits(spans, spans, least, orders, progress) / least
 
     def resampled(self, a: int, b: int, weights: Tensor) -> Float64[Tensor, " batch"]:
         """The figure of `svcca` or `pwcca` moved along its influence function by weights of rows.
