@@ -14,12 +14,18 @@ from typing import Literal, NamedTuple, assert_never
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
-from scipy import linalg, stats
+from scipy import stats
 from torch import Tensor
 
 from activations_cache.checks import Progress
 from monosema.checks import MonosemaError
-from sae.evaluate.alignment import centred, nuclear_limits, paired, singular_values
+from sae.evaluate.alignment import (
+    centred,
+    left_directions,
+    nuclear_limits,
+    paired,
+    singular_values,
+)
 
 
 def cka(
@@ -241,7 +247,7 @@ class Canonical:
         for i, order in enumerate(orders):
             product = x @ y[order]
             if self._by_x:
-                left, correlations, _ = _decomposed(product)
+                left, correlations = left_directions(product)
                 results[i] = self._weights(a, left) @ correlations.double()
             else:  # the mean needs no directions
                 results[i] = singular_values(product).clamp_max(1).mean()
@@ -274,11 +280,6 @@ class Canonical:
             return torch.full((left.shape[1],), 1 / left.shape[1], dtype=torch.float64)
         sizes = (left.T.double() @ self._onto[a]).abs().sum(dim=1)
         return sizes / sizes.sum()
-
-
-def _decomposed(matrix: Float[Tensor, "d_in d_out"]) -> tuple[Tensor, ...]:
-    parts = linalg.svd(matrix.numpy(), full_matrices=False, check_finite=False)
-    return tuple(map(torch.from_numpy, parts))
 
 
 Dissimilarity = Literal["euclidean", "cosine", "correlation"]

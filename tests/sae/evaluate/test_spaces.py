@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 
 from activations_cache.checks import silent
 from sae.evaluate import similarity
-from sae.evaluate.alignment import product_nulls
+from sae.evaluate.alignment import left_directions, product_nulls
 from sae.evaluate.spaces import (
     CHANCE_PERMUTATIONS,
     COSTLY,
@@ -288,3 +288,16 @@ def test_figures_are_the_same_with_one_and_two_threads(spaces):
     for (one, _), (two, _) in zip(*results, strict=True):
         for pair, figure in one.items():
             assert astuple(figure) == pytest.approx(astuple(two[pair]), abs=1e-9)
+
+
+def test_left_directions_of_many_and_of_few_are_those_of_float64(draw):
+    for shape in ((5, 9), (90, 70), (70, 90)):
+        matrix = (
+            torch.linalg.qr(draw(200, shape[0]))[0].T @ torch.linalg.qr(draw(200, shape[1], 1))[0]
+        )
+        left, sizes = left_directions(matrix.float())
+        u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+        assert left.shape == u.shape
+        assert float(sizes.sum()) == pytest.approx(float(s.sum()), rel=1e-5)
+        projected = (left.double().T @ matrix).norm(dim=1).sort(descending=True).values
+        assert torch.allclose(projected, s, atol=1e-4)
