@@ -113,15 +113,20 @@ def product_nulls(
     """Inner products of every left matrix with every right one, permuted; all are symmetric."""
     n_rows, n_left, n_right = left.shape[1], len(left), len(right)
     # With the sets last a permutation moves runs of numbers and not single ones.
-    moving = right.permute(1, 2, 0).reshape(n_rows * n_rows, n_right)
+    moving = right.permute(1, 2, 0).contiguous()
     diagonal, other_diagonal = (side.diagonal(dim1=1, dim2=2).double() for side in (left, right))
 
     def of(batch: Tensor) -> Tensor:
-        to = batch.T.contiguous()
-        above = torch.zeros(n_left, len(batch) * n_right, dtype=torch.float64)
+        to, n = batch.T.contiguous(), len(batch)
+        # A row is read as it lies in memory, and permuted in a core's cache.
+        here, permuted = moving.new_empty(n, n_rows, n_right), moving.new_empty(n_rows * n, n_right)
+        cells = (to + torch.arange(n) * n_rows).flatten()
+        above = torch.zeros(n_left, n * n_right, dtype=torch.float64)
         for row in range(n_rows):
-            cells = (to[row] * n_rows + to[row:]).flatten()
-            above += left[:, row, row:] @ moving.index_select(0, cells).view(n_rows - row, -1)
+            torch.index_select(moving, 0, to[row], out=here)
+            part = permuted[: (n_rows - row) * n]
+            torch.index_select(here.view(-1, n_right), 0, cells[row * n :], out=part)
+            above += left[:, row, row:] @ part.view(n_rows - row, -1)
         on = torch.einsum("lr,opr->plo", diagonal, other_diagonal[:, batch])
         return 2 * above.view(n_left, len(batch), n_right).transpose(0, 1) - on
 
