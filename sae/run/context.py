@@ -125,6 +125,8 @@ class Run:
         self.hook_point = config.cache.hook_points[0]
         self.is_held = False
         """Whether this process holds the lock of the run's directory."""
+        self.identity = ""
+        """Digest of all that decides the step that is being done."""
 
     def release(self) -> None:
         """The lock of the run's directory is given back."""

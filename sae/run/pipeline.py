@@ -24,7 +24,7 @@ from sae.run import steps
 from sae.run.browsing import INDEX
 from sae.run.config import RUN_CONFIG, RunConfig
 from sae.run.context import CacheOrPath, Run, opened, wrong_class
-from sae.run.steps import REPORT
+from sae.run.steps import MARKER, REPORT, mark
 from sae.run.tables import result_table, training_table
 from sae.train.config import DictionaryConfig, TrainConfig
 from sae.train.curves import PICTURE
@@ -51,9 +51,6 @@ STEPS = (
     RunStep("steer", steps.steer, lambda c: c.steer, steps.steer_files, of_images=False),
     RunStep("browse", steps.browse, lambda c: {"title": c.title}, steps.browse_files),
 )
-
-MARKER = "done.json"
-"""In a step's directory: what decided it, and its results with sizes and checksums."""
 
 _log = logging.getLogger(__name__)
 
@@ -134,10 +131,9 @@ def _do(
             io.unlink(file)
     path = run.path(step.name)
     io.unlink(path / MARKER)
+    run.identity = identity
     result = step.action(run, progress)
-    files = seals.describe_all(path, step.results(run))
-    record = {"identity": identity, "files": files}
-    io.write_files({path / MARKER: json.dumps(record, indent=1).encode()})
+    mark(path, identity, step.results(run))
     return result
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 import activations_cache
-from activations_cache import seals
+from activations_cache import io, seals
 from activations_cache.builder import rank_of_this_process
 from activations_cache.checks import Progress, silent
 from activations_cache.config import SPLITS
@@ -45,6 +45,9 @@ from sae.train.curves import LOGS, draw
 REPORT = "report.json"
 STEERING = "steering.json"
 PAGE = "index.html"
+MARKER = "done.json"
+"""In a step's directory, and in that of each dictionary that is explained: what decided it, and its
+results with sizes and checksums."""
 DICTIONARY = (WEIGHTS, CONFIG, PROVENANCE)
 LABEL_FILES = (".parquet", ".json", ".jsonl")
 
@@ -55,6 +58,22 @@ N_COMMON = 300
 """So many of the most frequent tokens do not show that steering worked."""
 
 _log = logging.getLogger(__name__)
+
+
+def mark(path: Path, identity: str, files: list[Path]) -> None:
+    """Say that a directory's results are whole."""
+    record = {"identity": identity, "files": seals.describe_all(path, files)}
+    io.write_files({path / MARKER: json.dumps(record, indent=1).encode()})
+
+
+def is_marked(path: Path, identity: str) -> bool:
+    """Whether a directory is marked for what decides it now, and its files are as they were."""
+    try:
+        record = json.loads((path / MARKER).read_bytes())
+        wrong = (io.problem(path / name, entry) for name, entry in record["files"].items())
+        return bool(identity) and record["identity"] == identity and not any(wrong)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def cache(run: Run, report: Progress) -> None:
@@ -100,6 +119,9 @@ def evaluate(run: Run, report: Progress) -> None:
 def explain(run: Run, report: Progress) -> dict[str, Any]:
     """Label every dictionary's latents; of a frozen baseline only the summary is kept.
 
+    A dictionary that an earlier call of the same run has explained is left as it is, but where a
+    language model is asked: its answers are kept by themselves.
+
     Returns:
         Summaries of the labels by a language model, by dictionary; empty where none was asked.
     """
@@ -108,6 +130,10 @@ def explain(run: Run, report: Progress) -> dict[str, Any]:
     frozen_first = sorted(run.fitted.items(), key=lambda item: not run.is_frozen(item[0]))
     for name, one in frozen_first:
         path, config = run.path("explain") / name, run.config.explain
+        if run.of_images or run.is_frozen(name):
+            config = replace(config, autointerp=None)
+        if config.autointerp is None and is_marked(path, run.identity):
+            continue
 
         def report_named(done: int, total: int, unit: str, name: str = name) -> None:
             report(done, total, f"{unit} of {name}")
@@ -115,12 +141,13 @@ def explain(run: Run, report: Progress) -> dict[str, Any]:
         if run.of_images:
             pictures = pictures_of(run.cache, config, one.dictionary, one.hook_point, words)
             explain_latents(one.dictionary, pictures, path, progress=report_named)
+            mark(path, run.identity, _labels_in(path))
             continue
-        if run.is_frozen(name):
-            config = replace(config, autointerp=None)
         null, steps = _null_of(run, name), steps_to(report_named)
         result = explain_texts(one, run.cache, run.loaded, config, path, null=null, steps=steps)
-        if result.by_llm is not None:
+        if config.autointerp is None:
+            mark(path, run.identity, _labels_in(path))
+        elif result.by_llm is not None:
             summaries[name] = result.by_llm
     return summaries
 
@@ -259,9 +286,13 @@ def explain_files(run: Run) -> list[Path]:
     files = []
     for name in run.config.train.saes:
         path = run.path("explain") / name
-        files.append(path / SUMMARY)
-        files += [f for f in path.glob("*") if f.suffix in LABEL_FILES and f.name != seals.LIST]
+        files += [path / SUMMARY, *_labels_in(path)]
     return files
+
+
+def _labels_in(path: Path) -> list[Path]:
+    names = {seals.LIST, MARKER}
+    return [f for f in path.glob("*") if f.suffix in LABEL_FILES and f.name not in names]
 
 
 def steer_files(run: Run) -> list[Path]:

@@ -1,6 +1,7 @@
 """The steps of a run: one process at a time, and markers that hold what they mark."""
 
 import json
+import shutil
 
 import pytest
 
@@ -9,6 +10,7 @@ from activations_cache import io
 from activations_cache.checks import CacheBusyError
 from monosema.checks import MonosemaError
 from sae.config import ConfigError, dump, load_overrides, to_dict
+from sae.run import steps
 from sae.run.config import RunConfig, part_of
 from sae.run.context import Run
 from sae.run.pipeline import MARKER, pending_steps
@@ -146,3 +148,42 @@ def test_the_parts_of_a_grid_have_each_dictionary_once_and_share_the_cache(confi
     for wrong in ("0/2", "3/2", "1/6", "1", "one/2", "-1/2"):
         with pytest.raises(MonosemaError, match="--part must be I/N with I from 1 to N and N at"):
             part_of(whole, wrong)
+
+
+def test_a_killed_explaining_goes_on_with_the_dictionary_that_it_was_in(
+    config, tmp_path, monkeypatch
+):
+    both = ["train.saes.wide.d_sae=47", "train.saes.wide.activation={kind: topk, k: 5}"]
+    config = load_overrides(RunConfig, [*both, "explain.null_permutations=19"], to_dict(config))
+    sae.run.job(config, "evaluate")
+    explained, original = [], steps.explain_texts
+
+    def counted(one, cache, loaded, given, path, **named):
+        explained.append(path.name)
+        if len(explained) == 2:
+            raise KeyboardInterrupt
+        return original(one, cache, loaded, given, path, **named)
+
+    monkeypatch.setattr(steps, "explain_texts", counted)
+    with pytest.raises(KeyboardInterrupt):
+        sae.run.job(config, "explain")
+    assert undone(config, "explain") == ["explain"]
+    sae.run.job(config, "explain")
+    assert explained == ["topk", "wide", "wide"]
+    folder = tmp_path / "run" / "explain"
+
+    def made():
+        return {f: f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+    resumed = made()
+    (folder / "topk" / "latents.parquet").write_bytes(b"damaged")
+    sae.run.job(config, "explain")
+    assert explained[3:] == ["topk"]
+    assert made() == resumed
+    shutil.rmtree(folder)
+    sae.run.job(config, "explain")
+    assert explained[4:] == ["topk", "wide"]
+    assert made() == resumed
+    other = load_overrides(RunConfig, ["explain.null_permutations=20"], to_dict(config))
+    sae.run.job(other, "explain")
+    assert explained[6:] == ["topk", "wide"]
