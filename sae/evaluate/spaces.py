@@ -139,7 +139,7 @@ def compare(
         prepared = _prepared(rows, measure, draws.fitted, k, progress)
     except MonosemaError as error:
         return {}, [str(error)] * len(pairs)
-    chance = _Chance(prepared, draws.orders, measure in COSTLY, progress)
+    chance = _Exchanged(prepared, draws.orders, measure in COSTLY, progress)
     weights = torch.cat([torch.ones(1, n_rows, dtype=torch.float64), draws.weights])
 
     def of(pair: tuple[int, int]) -> Similarity | str:
@@ -170,7 +170,7 @@ def _figures(
     return result
 
 
-class _Chance:
+class _Exchanged:
     """What a measure gives with the rows of one side permuted."""
 
     def __init__(
