@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
@@ -167,6 +168,8 @@ def plot_lines(panels: Sequence[LinePanel], top: float = 1.0) -> bytes:
         axis.set(title=panel.title, xlabel=panel.x, ylim=(-0.02 * top, 1.02 * top))
         if panel.log:
             axis.set_xscale("log")
+            axis.set_xticks(_ticks(*axis.get_xlim()))
+            _plain_numbers(axis.xaxis)
         else:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(visible=True, color="0.92", linewidth=0.6)
@@ -225,6 +228,12 @@ def plot(panels: Sequence[ParetoPanel], target: float, path: Path) -> Path:
     return path
 
 
+def _plain_numbers(part: Axis) -> None:
+    """Write the numbers of an axis without powers of ten, at its own marks alone."""
+    part.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    part.set_minor_locator(NullLocator())
+
+
 def draw(axis: Axes, panel: ParetoPanel, target: float) -> None:
     """Draw one panel."""
     for number, series in enumerate(panel.series):
@@ -255,12 +264,13 @@ def draw(axis: Axes, panel: ParetoPanel, target: float) -> None:
         axis.set_yscale("log")  # or baselines press what is compared into a line
         axis.set_yticks(_ticks(*axis.get_ylim()))
     for part in (axis.xaxis, axis.yaxis):
-        part.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        part.set_minor_locator(NullLocator())
+        _plain_numbers(part)
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    ticks = [m * 10.0**e for e in range(-6, 7) for m in (1, 1.5, 2, 3, 5, 7)]
+    """Marks of a logarithmic axis, the fewer the more powers of ten it spans."""
+    marks = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 3) if high < 1e3 * low else (1,)
+    ticks = [m * 10.0**e for e in range(-9, 10) for m in marks]
     return [tick for tick in ticks if low <= tick <= high]
 
 
