@@ -46,6 +46,8 @@ COSTLY_PERMUTATIONS = 19
 """Of the costly measures at most: as many as a p of 0.05 takes."""
 CHANCE_PERMUTATIONS = 5
 """Of a costly measure whose value no permutation reaches: they tell what chance gives."""
+BOUND_BYTES = 4 << 30
+"""What the matrices of all rows take at most, from which it is told that none reaches it."""
 NEAR = 1e-5
 """A permutation this near to the value reaches it: some are computed in float32."""
 
@@ -139,7 +141,8 @@ def compare(
         prepared = _prepared(rows, measure, draws.fitted, k, progress)
     except MonosemaError as error:
         return {}, [str(error)] * len(pairs)
-    chance = _Exchanged(prepared, draws.orders, measure in COSTLY, progress)
+    is_small = 3 * 4 * len(rows) * n_rows**2 <= BOUND_BYTES
+    chance = _Exchanged(prepared, draws.orders, measure in COSTLY, is_small, progress)
     weights = torch.cat([torch.ones(1, n_rows, dtype=torch.float64), draws.weights])
 
     def of(pair: tuple[int, int]) -> Similarity | str:
@@ -178,6 +181,7 @@ class _Exchanged:
         prepared: Prepared,
         orders: Int[Tensor, "batch row"],
         is_costly: bool,
+        is_small: bool,
         progress: Progress,
     ) -> None:
         self._prepared, self._orders = prepared, orders
@@ -185,7 +189,7 @@ class _Exchanged:
         self._all = self._limits = None
         if isinstance(prepared, Products | Stitching):
             self._all = prepared.nulls(orders, progress)
-        elif isinstance(prepared, Canonical | Rotation):
+        elif isinstance(prepared, Canonical | Rotation) and is_small:
             self._limits = prepared.limits(orders, progress)
 
     def of(self, a: int, b: int, value: float) -> tuple[Float64[Tensor, " batch"], int]:

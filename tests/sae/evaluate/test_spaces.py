@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 
 from activations_cache.checks import silent
 from sae.evaluate import similarity
+from sae.evaluate import spaces as module
 from sae.evaluate.alignment import left_directions, product_nulls
 from sae.evaluate.spaces import (
     CHANCE_PERMUTATIONS,
@@ -59,6 +60,17 @@ def test_each_is_the_single_measure_and_so_is_its_null(spaces, measure):
         assert figure.chance == pytest.approx(sum(null[:n]) / n, abs=1e-5)
         n_reached = sum(value >= figure.value - 1e-9 for value in null)
         assert figure.p == pytest.approx((1 + n_reached) / 20)
+
+
+@pytest.mark.parametrize("measure", BOUNDED)
+def test_where_the_bound_takes_too_much_memory_19_permutations_are_computed(
+    spaces, measure, monkeypatch
+):
+    needed = 3 * 4 * 3 * 67**2
+    for room, n in ((needed, 99), (needed - 1, 19)):
+        monkeypatch.setattr(module, "BOUND_BYTES", room)
+        [figure] = compare(spaces, [(0, 1)], measure, draws(67, 99))[0].values()
+        assert figure.n_permutations == n
 
 
 @pytest.mark.parametrize("measure", BOUNDED)
