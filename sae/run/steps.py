@@ -71,7 +71,8 @@ def is_marked(path: Path, identity: str) -> bool:
     try:
         record = json.loads((path / MARKER).read_bytes())
         wrong = (io.problem(path / name, entry) for name, entry in record["files"].items())
-        return bool(identity) and record["identity"] == identity and not any(wrong)
+        is_same = bool(identity) and record["identity"] == identity and not any(wrong)
+        return is_same and (path / seals.LIST).is_file() and not seals.is_damaged(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
