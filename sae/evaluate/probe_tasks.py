@@ -360,8 +360,18 @@ class Signature(NamedTuple):
 def signature_of(
     x: Float[Tensor, "row d_in"], concept: Int[Tensor, " row"], fitted: Bool[Tensor, " row"]
 ) -> Signature:
-    """Unique concepts of all labelled rows, and pruning fitted on one half of the examples."""
+    """Unique concepts of all labelled rows, and pruning fitted on one half of the examples.
+
+    Raises:
+        ValueError: If that half has fewer than two labels, or the other none.
+    """
     x, fitted, concept = (each[concept >= 0] for each in (x, fitted, concept))
+    n_fitted, n_other = len(concept[fitted].unique()), int((~fitted).sum())
+    if n_fitted < 2 or n_other == 0:
+        raise MonosemaError(
+            "labels must stand in both halves of the examples, 2 of them in the one that is fitted "
+            f"on, got {n_fitted} there and {n_other} labelled rows in the other; label more of them"
+        )
     names = concept.unique()
     concepts = encoded_concepts(x, concept[:, None] == names)
     accuracy = pruned(x[fitted], concept[fitted], x[~fitted], concept[~fitted])

@@ -341,7 +341,7 @@ def shapes_table(shapes: Mapping[str, RowsShape], constant: Mapping[str, int]) -
 
 def signatures_table(signatures: Mapping[str, Signature]) -> ResultTable:
     """A row for each set of rows."""
-    columns = ("rows of", "unique", "per direction", "all", "without the smallest", "the largest")
+    columns = ("rows of", "unique", "per direction", "all", "without smallest", "without largest")
     rows = []
     for name, one in signatures.items():
         whole, part = one.accuracy[0.0], one.accuracy[0.9]

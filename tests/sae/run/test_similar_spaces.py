@@ -14,9 +14,11 @@ from activations_cache.config import CacheConfig, ImagePreprocessing, ImagesConf
 from activations_cache.images import read_images
 from activations_cache.testing import synthetic_plan, write_synthetic
 from activations_cache.towers import load_towers
+from monosema.checks import MonosemaError
 from sae import run
 from sae.architecture import ReLU, SAEConfig
 from sae.autoencoder import SparseAutoencoder
+from sae.evaluate.probe_tasks import signature_of
 from sae.evaluate.similarity import cka
 from sae.run.spaces import FILE, PAGE, PICTURE
 from tests import pairs
@@ -345,7 +347,7 @@ def test_concepts_in_the_largest_direction_of_one_place_leave_their_signature(
         json.loads((out / FILE).read_text())["signatures"] == as_json(result.record)["signatures"]
     )
     assert "1 of 2" in capsys.readouterr().out
-    assert "without the smallest" in (out / PAGE).read_text()
+    assert "without largest" in (out / PAGE).read_text()
 
 
 def test_labels_of_the_cache_and_of_examples_and_labels_that_say_nothing(cache, tmp_path, capsys):
@@ -364,3 +366,14 @@ def test_labels_of_the_cache_and_of_examples_and_labels_that_say_nothing(cache, 
     assert "got 1; give a file, or build the cache from labelled data" in error
     assert command("similar", cache.path, "--labels", tmp_path / "none.jsonl") == 1
     assert "none.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("labelled", "got"), [(0, "got 0 there and 30"), (1, "got 2 there and 0")])
+def test_labels_in_one_half_of_the_examples_are_refused_in_one_line(labelled, got):
+    fitted = torch.arange(60) % 2 == 0
+    concept = torch.where(fitted == bool(labelled), torch.arange(60) // 2 % 2, -1)
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(MonosemaError, match=got) as e:
+        signature_of(x, concept, fitted)
+    assert "\n" not in str(e.value)
+    assert "label more of them" in str(e.value)
