@@ -6,6 +6,7 @@ scored; whether the stream there is left intact or spliced too are two treatment
 flows there reaches all later tokens.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -145,7 +146,7 @@ class _Streams:
         return replace
 
 
-def measure_substitution(
+def measure_substitution(  # noqa: PLR0913
     dictionaries: Mapping[str, SparseAutoencoder],
     model: nn.Module,
     hook_point: str,
@@ -153,6 +154,7 @@ def measure_substitution(
     config: EvaluateConfig,
     *,
     source: nn.Module | None = None,
+    zero: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Substitution]:
     """Run the model over the same contexts as it is, ablated, and with each dictionary.
@@ -168,6 +170,7 @@ def measure_substitution(
             positions spliced.
         source: Another model, of the same tokens, from which dictionaries that predict other hook
             points take what they read.
+        zero: Also run the model with 0; without it what is measured against it is nan.
         progress: Called after each forward.
 
     Returns:
@@ -191,6 +194,7 @@ def measure_substitution(
         means = {point: held_out.means.get(point, held_out.mean) for point in points}
         here = held_out._replace(means=means)
         tasks += _tasks(groups.get(points, {}), streams, here, config)
+    tasks = [task for task in tasks if zero or task.name != "zero"]
     read = logits_of if held_out.mask_token is None else logits_of_padded
     replays = {points: Replay(model, *points, read=read) for points in ordered}
     tallies = _run(tasks, replays, streams, held_out, config, progress or silent)
@@ -318,7 +322,9 @@ def _summary(
     config: EvaluateConfig,
     held_out: EvaluationContexts,
 ) -> Substitution:
-    zero, mean = tallies["zero"], tallies["mean"]
+    mean = tallies["mean"]
+    unknown = LogitTally(mean.n_tokens, *[torch.full_like(mean.ce, math.nan)] * 4)
+    zero = tallies.setdefault("zero", unknown)
     resamples = Resamples(len(zero.ce), config.n_resamples, config.seed)
     ablated = _Ablated(
         resamples.mean(zero.ce, zero.n_tokens), resamples.mean(mean.ce, mean.n_tokens)

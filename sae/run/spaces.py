@@ -327,8 +327,9 @@ def _stitched(
         if record_of(reader.model).loss == "masked token":
             contexts = contexts._replace(mask_token=reader.mask_token)
         effects = measure_substitution(
-            maps, reader.model, main, contexts, config, source=source.model, progress=report
-        )
+            maps, reader.model, main, contexts, config, source=source.model, zero=False,
+            progress=report,
+        )  # fmt: skip
         for i, (a, b) in enumerate(pairs):
             [place] = b.hook_points
             here = effects["intact" if place == main else f"intact at {place}"]

@@ -53,6 +53,18 @@ def test_known_dictionaries_have_known_effects(model, hook_point, held_out, dict
     assert result.special == special
 
 
+def test_without_zero_all_else_is_the_same(model, hook_point, held_out, dictionaries):
+    whole = measure_substitution(dictionaries, model, hook_point, held_out, CONFIG)
+    less = measure_substitution(dictionaries, model, hook_point, held_out, CONFIG, zero=False)
+    for special, effects in less.items():
+        assert effects.mean.kl == whole[special].mean.kl
+        assert math.isnan(effects.zero.ce.value)
+        for name, effect in effects.dictionaries.items():
+            assert math.isnan(effect.ce_recovered_zero.value)
+            nothing = effect.ce_recovered_zero
+            assert effect == replace(whole[special].dictionaries[name], ce_recovered_zero=nothing)
+
+
 def test_the_base_is_the_models_own_cross_entropy(model, hook_point, held_out):
     result = measure_substitution({}, model, hook_point, held_out, CONFIG)["intact"]
     log_p = model(held_out.tokens).logits.log_softmax(-1)[:, 1:-1]
