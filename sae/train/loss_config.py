@@ -306,8 +306,9 @@ class Control(Term):
     rate: float = 0.01
     """How fast the weight moves."""
     start: float = 16.0
-    """T is so many times the target at first, and a quarter of the latents at most."""
-    until: float = 0.6
+    """T is so many times the target at first, and at most d_in: as many latents as dimensions
+    reconstruct a row whatever their directions are."""
+    until: float = 0.7
     """Fraction of the steps after which T is the target."""
 
     facts: ClassVar = LossFacts(trains=("dense", "gated"), is_sharded=False)

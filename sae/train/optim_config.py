@@ -307,9 +307,9 @@ def slack_now(settings: Refine | None, step: int, total_steps: int) -> float:
     return settings.slack if step >= round(settings.slack_from * total_steps) else 1.0
 
 
-def target_now(settings: Control, d_sae: int, step: int, total_steps: int) -> float:
-    """The L0 that a controller aims at: it falls geometrically, from a quarter of all at most."""
-    first = max(settings.target, min(settings.start * settings.target, d_sae / 4))
+def target_now(settings: Control, d_in: int, step: int, total_steps: int) -> float:
+    """The L0 that a controller aims at: it falls geometrically, from d_in at most."""
+    first = max(settings.target, min(settings.start * settings.target, d_in))
     left = max(0.0, 1 - step / (settings.until * total_steps))
     return settings.target * (first / settings.target) ** left
 

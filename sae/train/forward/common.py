@@ -222,10 +222,10 @@ def own_losses(
     return total
 
 
-def controlled(control: Control, found: Forward, moment: Moment) -> Forward:
+def controlled(control: Control, found: Forward, rows: Rows, moment: Moment) -> Forward:
     """The same with the penalty's new weight."""
     l0, before = moment.ranks.mean(found.l0, moment.share), moment.power
-    target = target_now(control, len(moment.dead), moment.n_steps, moment.total_steps)
+    target = target_now(control, rows.u.shape[1], moment.n_steps, moment.total_steps)
     off = (l0.double() / target - 1).clamp(-1.0, 1.0)
     return found._replace(power=Power(before.p, before.scale * (control.rate * off).exp()))
 

@@ -26,7 +26,7 @@ def forward(
 ) -> Forward:
     """Losses of rows in the dictionary's units."""
     found = _forward(autoencoder, config, rows, moment)
-    return found if config.control is None else controlled(config.control, found, moment)
+    return found if config.control is None else controlled(config.control, found, rows, moment)
 
 
 def _forward(

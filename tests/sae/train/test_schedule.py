@@ -45,9 +45,10 @@ def test_no_decay_stays_at_1():
 def test_the_l0_aimed_at_falls_by_equal_factors_and_stays():
     aim = Control(target=4.0)
     found = [target_now(aim, 1000, step, 20) for step in range(14)]
-    assert found == pytest.approx([4.0 * 16 ** (1 - step / 12) for step in range(12)] + [4.0, 4.0])
-    assert target_now(aim, 80, 0, 20) == pytest.approx(20)
-    assert target_now(aim, 12, 0, 20) == pytest.approx(4)
+    assert found == pytest.approx([4.0 * 16 ** (1 - step / 14) for step in range(14)])
+    assert target_now(aim, 1000, 14, 20) == target_now(aim, 1000, 19, 20) == 4
+    assert target_now(aim, 20, 0, 20) == pytest.approx(20)
+    assert target_now(aim, 3, 0, 20) == pytest.approx(4)
     assert target_now(Control(target=4.0, start=1.0), 1000, 0, 20) == pytest.approx(4)
 
 
