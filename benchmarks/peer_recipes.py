@@ -1,7 +1,11 @@
-"""The default recipes of other projects on a world whose features are known, where installed.
+"""The recipes of other projects on a world whose features are known, where installed.
 
 Each trains by its own classes with its own defaults (learning rate, AuxK, schedule), at the same k,
 width, batches and rows as ours; what it saves is read by `sae.load`, as a user's file would be.
+Beside the defaults stand the settings that the authors recommend where these differ: batches of
+1,024 (SAELens, documentation of SynthSAEBench), and a rate that falls over the last fifth
+(dictionary_learning, its demonstration), with the warm-up's default of 1,000 steps made the share
+that it has in their shortest published run of 24,414 steps. sparsify's are its defaults.
 """
 
 import importlib
@@ -24,8 +28,11 @@ SHARES = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Groups of Matryoshka; they have no default, so they are those of our own recipe."""
 
 
-def sae_lens(kind: str) -> Train:
-    """SAELens: its trainer as it is; `kind` topk, batchtopk or matryoshka_batchtopk."""
+def sae_lens(kind: str, at_once: int = 1) -> Train:
+    """SAELens: its trainer as it is; `kind` topk, batchtopk or matryoshka_batchtopk.
+
+    `at_once` batches are put together.
+    """
 
     def train(rows: Rows, n_steps: int, d_sae: int, k: int, seed: int, folder: Path) -> None:
         from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -33,13 +40,13 @@ def sae_lens(kind: str) -> Train:
         from sae_lens.training.sae_trainer import SAETrainer
 
         torch.manual_seed(seed)
-        stream = rows()
+        stream = map(torch.cat, zip(*[rows()] * at_once, strict=False))
         first = next(stream)
         made, config = get_sae_training_class(kind)
         more = {"matryoshka_widths": _ends(d_sae)[:-1]} if "matryoshka" in kind else {}
         coder = made(config(d_in=first.shape[1], d_sae=d_sae, k=k, **more))
         options = SAETrainerConfig(
-            total_training_samples=n_steps * len(first),
+            total_training_samples=n_steps // at_once * len(first),
             train_batch_size_samples=len(first),
             lr_end=3e-5,  # a tenth of lr, as its runner derives it; its schedule is constant
             logger=LoggingConfig(log_to_wandb=False),
@@ -50,12 +57,16 @@ def sae_lens(kind: str) -> Train:
     return train
 
 
-def dictionary_learning(module: str, trainer: str, dictionary: str) -> Train:
+def dictionary_learning(
+    module: str, trainer: str, dictionary: str, *, recommended: bool = False
+) -> Train:
     """dictionary_learning: `update` of a trainer, step by step."""
 
     def train(rows: Rows, n_steps: int, d_sae: int, k: int, seed: int, folder: Path) -> None:
         result = importlib.import_module(f"dictionary_learning.trainers.{module}")
         more = {"group_fractions": list(SHARES)} if "matryoshka" in module else {}
+        if recommended:
+            more |= {"warmup_steps": n_steps * 1000 // 24_414, "decay_start": n_steps * 4 // 5}
         stream = rows()
         first = next(stream)
         theirs = getattr(result, trainer)(
@@ -103,24 +114,34 @@ def sparsify(rows: Rows, n_steps: int, d_sae: int, k: int, seed: int, folder: Pa
     coder.save_to_disk(folder)
 
 
+THEIRS = {
+    "topk": ("top_k", "TopKTrainer", "AutoEncoderTopK"),
+    "batchtopk": ("batch_top_k", "BatchTopKTrainer", "BatchTopKSAE"),
+    "matryoshka": (
+        "matryoshka_batch_top_k",
+        "MatryoshkaBatchTopKTrainer",
+        "MatryoshkaBatchTopKSAE",
+    ),
+}
+"""Module, trainer and dictionary of dictionary_learning."""
+
+KINDS = {"topk": "topk", "batchtopk": "batchtopk", "matryoshka": "matryoshka_batchtopk"}
+"""Of SAELens."""
+
 RECIPES: dict[str, tuple[str, Train]] = {
-    "SAELens topk": ("sae_lens", sae_lens("topk")),
-    "SAELens batchtopk": ("sae_lens", sae_lens("batchtopk")),
-    "SAELens matryoshka": ("sae_lens", sae_lens("matryoshka_batchtopk")),
-    "dictionary_learning topk": (
-        "dictionary_learning",
-        dictionary_learning("top_k", "TopKTrainer", "AutoEncoderTopK"),
-    ),
-    "dictionary_learning batchtopk": (
-        "dictionary_learning",
-        dictionary_learning("batch_top_k", "BatchTopKTrainer", "BatchTopKSAE"),
-    ),
-    "dictionary_learning matryoshka": (
-        "dictionary_learning",
-        dictionary_learning(
-            "matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer", "MatryoshkaBatchTopKSAE"
-        ),
-    ),
+    **{f"SAELens {name}": ("sae_lens", sae_lens(kind)) for name, kind in KINDS.items()},
+    **{
+        f"SAELens {name}, recommended": ("sae_lens", sae_lens(kind, at_once=4))
+        for name, kind in KINDS.items()
+    },
+    **{
+        f"dictionary_learning {name}{suffix}": (
+            "dictionary_learning",
+            dictionary_learning(*parts, recommended=bool(suffix)),
+        )
+        for suffix in ("", ", recommended")
+        for name, parts in THEIRS.items()
+    },
     "sparsify topk": ("sparsify", sparsify),
 }
 """The module that must be importable, and the training."""
