@@ -31,6 +31,7 @@ from benchmarks.resumable import Saved, train
 from benchmarks.rows import append, surroundings
 from sae.architecture import TopK
 from sae.autoencoder import SparseAutoencoder
+from sae.cli import console
 from sae.evaluate.ground_truth import (
     TIERS,
     Ceilings,
@@ -75,7 +76,8 @@ def main() -> None:
     reports: dict[str, list[GroundTruthReport]] = {}
     ceilings: list[Ceilings] = []
     for seed in range(arguments.seeds):
-        world = make_world(config, seed, device=device)
+        with console.step(f"seed {seed}: world"):
+            world = make_world(config, seed, device=device)
         size = _size(world, arguments)
         entries = _entries(world, size, arguments)
         for name, dictionary in _trained(world, entries, arguments).items():
@@ -170,7 +172,9 @@ def _trained(
         left = n_batches - start
         return (made.x for made in batches(world, arguments.batch, left, start=start))
 
-    train(steps, rows, _checkpoints(world, entries, arguments))
+    with console.step(f"seed {world.seed}: train") as report:
+        saved = _checkpoints(world, entries, arguments)
+        train(steps, rows, saved, lambda done: report(done, n_batches, "steps"))
     return {name: step.autoencoder for name, step in steps.items()}
 
 

@@ -24,6 +24,7 @@ def train(
     steps: Mapping[str, TrainStep],
     batches_from: Callable[[int], Iterable[Tensor]],
     checkpoints: Saved | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Let all steps see each batch once; go on from the newest checkpoint that is whole.
 
@@ -31,6 +32,7 @@ def train(
         steps: By name; new ones.
         batches_from: The batches from this number on; the same number gives the same bits.
         checkpoints: None writes none.
+        progress: Called with the number of batches that were seen.
     """
     done = 0 if checkpoints is None else _resumed(steps, checkpoints)
     saved_at = time.monotonic()
@@ -40,6 +42,8 @@ def train(
         if checkpoints is not None and time.monotonic() - saved_at >= checkpoints.seconds:
             checkpoint.save(checkpoints.root, number, _state(steps), checkpoints.identity)
             saved_at = time.monotonic()
+        if progress is not None:
+            progress(number)
 
 
 def _resumed(steps: Mapping[str, TrainStep], checkpoints: Saved) -> int:

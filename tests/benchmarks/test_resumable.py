@@ -46,14 +46,15 @@ def test_a_killed_training_ends_with_the_same_bits(tmp_path):
     every_step = Saved(tmp_path, "these two", 0.0)
     with pytest.raises(Killed):
         train(killed, lambda start: rows(start, 13), every_step)
-    starts = []
+    starts, seen = [], []
 
     def rest(start):
         starts.append(start)
         return rows(start)
 
-    train(again, rest, every_step)
+    train(again, rest, every_step, seen.append)
     assert starts == [13]
+    assert seen == list(range(14, N_STEPS + 1))
     for name, step in whole.items():
         for key, tensor in step.state_dict().items():
             assert torch.equal(again[name].state_dict()[key], tensor), (name, key)
