@@ -304,10 +304,11 @@ class Control(Term):
     target: float
     """The L0 that is wanted."""
     rate: float = 0.01
-    """How fast the weight moves."""
-    start: float = 16.0
-    """T is so many times the target at first, and at most d_in: as many latents as dimensions
-    reconstruct a row whatever their directions are."""
+    """How fast the weight moves; faster where T falls by more than a factor of 16, in proportion to
+    the logarithm, so that L0 lags no more behind."""
+    first: float | None = None
+    """T at first; None: d_in, or a quarter of the latents if that is less. As many latents as
+    dimensions reconstruct a row whatever their directions are."""
     until: float = 0.7
     """Fraction of the steps after which T is the target."""
 
@@ -317,7 +318,8 @@ class Control(Term):
         """Check ranges."""
         positive("target", self.target)
         positive("rate", self.rate)
-        at_least("start", self.start, 1)
+        if self.first is not None:
+            at_least("first", self.first, self.target)
         positive("until", self.until)
         fraction("until", self.until)
 

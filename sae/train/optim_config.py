@@ -307,9 +307,14 @@ def slack_now(settings: Refine | None, step: int, total_steps: int) -> float:
     return settings.slack if step >= round(settings.slack_from * total_steps) else 1.0
 
 
-def target_now(settings: Control, d_in: int, step: int, total_steps: int) -> float:
-    """The L0 that a controller aims at: it falls geometrically, from d_in at most."""
-    first = max(settings.target, min(settings.start * settings.target, d_in))
+def first_target(settings: Control, d_in: int, d_sae: int) -> float:
+    """The L0 that a controller aims at first."""
+    first = min(d_in, d_sae / 4) if settings.first is None else settings.first
+    return float(max(settings.target, first))
+
+
+def target_now(settings: Control, first: float, step: int, total_steps: int) -> float:
+    """The L0 that a controller aims at: it falls geometrically."""
     left = max(0.0, 1 - step / (settings.until * total_steps))
     return settings.target * (first / settings.target) ** left
 

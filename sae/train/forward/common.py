@@ -3,6 +3,7 @@
 Terms of the loss that several forward passes have, and BatchTopK's selection over all processes.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from sae.activations import EncoderWeights, Latents
 from sae.autoencoder import SparseAutoencoder
 from sae.train.config import DictionaryConfig
 from sae.train.loss_config import Control, FixedPrefixes, Matryoshka, RandomPrefixes
-from sae.train.optim_config import random_prefixes, target_now
+from sae.train.optim_config import first_target, random_prefixes, target_now
 from sae.train.ranks import ALONE, Ranks
 from sae_kernels import Csr, encode_batch_topk
 from sae_kernels import auxk as reconstruction_by_dead
@@ -225,9 +226,11 @@ def own_losses(
 def controlled(control: Control, found: Forward, rows: Rows, moment: Moment) -> Forward:
     """The same with the penalty's new weight."""
     l0, before = moment.ranks.mean(found.l0, moment.share), moment.power
-    target = target_now(control, rows.u.shape[1], moment.n_steps, moment.total_steps)
+    first = first_target(control, rows.u.shape[1], len(moment.dead))
+    target = target_now(control, first, moment.n_steps, moment.total_steps)
+    rate = control.rate * max(1.0, math.log(first / control.target, 16))
     off = (l0.double() / target - 1).clamp(-1.0, 1.0)
-    return found._replace(power=Power(before.p, before.scale * (control.rate * off).exp()))
+    return found._replace(power=Power(before.p, before.scale * (rate * off).exp()))
 
 
 def weighed(weight: float | Float[Tensor, ""], term: Float[Tensor, ""]) -> Float[Tensor, ""]:

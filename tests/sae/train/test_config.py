@@ -84,7 +84,7 @@ from sae.train.optim_config import Resample
         ),
         (lambda: NestedK(ks=(2, 2)), "ks must rise from at least 1, got (2, 2)"),
         (lambda: Control(target=0.0), "target must be a positive number"),
-        (lambda: Control(target=3.0, start=0.5), "start must be at least 1, got 0.5"),
+        (lambda: Control(target=3.0, first=0.5), "first must be at least 3.0, got 0.5"),
         (lambda: Control(target=3.0, until=1.1), "until must lie between 0 and 1, got 1.1"),
         (
             lambda: DictionaryConfig(

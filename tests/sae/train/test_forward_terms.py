@@ -110,7 +110,7 @@ def test_loss_and_gradients_equal_the_formula(case):
 def test_a_controller_moves_the_weight_towards_its_target(target):
     plain = config(ReLU(), l1=L1_NOW)
     dictionary, u = filled(plain), rows()
-    held = config(ReLU(), l1=L1_NOW, control=Control(target=target, rate=0.25, start=1.0))
+    held = config(ReLU(), l1=L1_NOW, control=Control(target=target, rate=0.25, first=target))
     one = forward(dictionary, plain, Rows(u, u), moment())
     other = forward(dictionary, held, Rows(u, u), moment())
     assert torch.equal(one.loss, other.loss)
@@ -118,22 +118,37 @@ def test_a_controller_moves_the_weight_towards_its_target(target):
     factor = min(float(one.l0) / target - 1, 1.0)
     assert (factor > 0) == (target == 1.0)
     assert other.power == pytest.approx(Power(0.75, 1.3 * math.exp(0.25 * factor)), rel=1e-4)
-    at_it = Control(target=float(one.l0) / 1.1, rate=0.25, start=1.0)
+    at_it = Control(target=(t := float(one.l0) / 1.1), rate=0.25, first=t)
     near = config(ReLU(), l1=L1_NOW, control=at_it)
     moved = forward(dictionary, near, Rows(u, u), moment()).power
     assert moved == pytest.approx(Power(0.75, 1.3 * math.exp(0.25 * 0.1)), rel=1e-4)
 
 
-def test_a_controller_aims_high_first():
-    """At step 3 of 10 the target is as far down as 3 of 6 steps bring it, here from a quarter."""
+@pytest.mark.parametrize(("under", "over", "speed"), [(3.0, 1.5, 1.0), (32.0, 2.0, 1.5)])
+def test_a_controller_aims_high_first(under, over, speed):
+    """At step 3 of 10 it is as far down as 3 of 7 steps bring it; a steep fall moves faster."""
     plain = config(ReLU(), l1=L1_NOW)
     dictionary, u = filled(plain), rows()
-    aims = config(ReLU(), l1=L1_NOW, control=Control(target=2.0, rate=0.25))
     l0 = float(forward(dictionary, plain, Rows(u, u), moment()).l0)
-    now = 2.0 * (D_SAE / 4 / 2.0) ** 0.5
+    control = Control(target=l0 / under, first=l0 * over, rate=0.25)
+    aims = config(ReLU(), l1=L1_NOW, control=control)
     moved = forward(dictionary, aims, Rows(u, u), moment()).power
-    factor = min(l0 / now - 1, 1.0)
-    assert moved == pytest.approx(Power(0.75, 1.3 * math.exp(0.25 * factor)), rel=1e-4)
+    factor = min(under / (over * under) ** (4 / 7) - 1, 1.0)
+    assert (factor < 1) == (speed == 1.0)
+    assert moved == pytest.approx(Power(0.75, 1.3 * math.exp(0.25 * speed * factor)), rel=1e-4)
+
+
+def test_a_controller_aims_at_as_many_latents_as_dimensions_first():
+    plain = config(ReLU(), l1=L1_NOW)
+    dictionary, u = filled(plain), rows()
+    dims = min(D_IN, D_SAE / 4)
+    target = float(forward(dictionary, plain, Rows(u, u), moment()).l0) / 1.2
+
+    def moved(first):
+        aims = config(ReLU(), l1=L1_NOW, control=Control(target=target, rate=0.1, first=first))
+        return forward(dictionary, aims, Rows(u, u), moment()).power
+
+    assert moved(None) == moved(max(target, dims)) != moved(1.1 * max(target, dims))
 
 
 @pytest.mark.parametrize("coefficient", [None, 5.0])

@@ -5,6 +5,7 @@ from sae.train.optim_config import (
     Adam,
     falling_k,
     falling_p,
+    first_target,
     ramp,
     random_prefixes,
     target_now,
@@ -44,12 +45,17 @@ def test_no_decay_stays_at_1():
 
 def test_the_l0_aimed_at_falls_by_equal_factors_and_stays():
     aim = Control(target=4.0)
-    found = [target_now(aim, 1000, step, 20) for step in range(14)]
+    found = [target_now(aim, 64.0, step, 20) for step in range(14)]
     assert found == pytest.approx([4.0 * 16 ** (1 - step / 14) for step in range(14)])
-    assert target_now(aim, 1000, 14, 20) == target_now(aim, 1000, 19, 20) == 4
-    assert target_now(aim, 20, 0, 20) == pytest.approx(20)
-    assert target_now(aim, 3, 0, 20) == pytest.approx(4)
-    assert target_now(Control(target=4.0, start=1.0), 1000, 0, 20) == pytest.approx(4)
+    assert target_now(aim, 64.0, 14, 20) == target_now(aim, 64.0, 19, 20) == 4
+
+
+def test_it_starts_from_as_many_latents_as_dimensions():
+    aim = Control(target=4.0)
+    assert first_target(aim, 19, 1000) == 19
+    assert first_target(aim, 19, 52) == 13  # a quarter of the latents
+    assert first_target(aim, 3, 1000) == 4
+    assert first_target(Control(target=4.0, first=7.0), 19, 1000) == 7
 
 
 def test_k_falls_to_its_end_and_stays():
