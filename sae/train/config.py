@@ -262,9 +262,9 @@ class DictionaryConfig:
     def _check_k(self, k: int) -> None:
         """Check what counts latents against their number."""
         limit = f"be at most d_sae={self.d_sae}"
-        for name in ("control", "l0"):
-            target = getattr(getattr(self, name), "target", None)
-            require(target is None or target <= self.d_sae, f"{name}.target", limit, target)
+        for name, what in (("control", "target"), ("control", "first"), ("l0", "target")):
+            aim = getattr(getattr(self, name), what, None)
+            require(aim is None or aim <= self.d_sae, f"{name}.{what}", limit, aim)
         if self.k_anneal is not None:
             start = self.k_anneal.start
             require(start <= self.d_sae, "k_anneal.start", limit, start)

@@ -93,6 +93,12 @@ from sae.train.optim_config import Resample
             "control.target must be at most d_sae=7, got 8.0",
         ),
         (
+            lambda: DictionaryConfig(
+                d_sae=7, activation=Gated(), l1=L1(), control=Control(target=3.0, first=8.0)
+            ),
+            "control.first must be at most d_sae=7, got 8.0",
+        ),
+        (
             lambda: DictionaryConfig(d_sae=7, activation=JumpReLU(), l0=L0(target=7.5)),
             "l0.target must be at most d_sae=7, got 7.5",
         ),
