@@ -325,16 +325,16 @@ def _summary(
     mean = tallies["mean"]
     unknown = LogitTally(mean.n_tokens, *[torch.full_like(mean.ce, math.nan)] * 4)
     zero = tallies.setdefault("zero", unknown)
-    resamples = Resamples(len(zero.ce), config.n_resamples, config.seed)
+    resamples = Resamples(len(mean.ce), config.n_resamples, config.seed)
     ablated = _Ablated(
         resamples.mean(zero.ce, zero.n_tokens), resamples.mean(mean.ce, mean.n_tokens)
     )
     effects = {name: _effect(tally, ablated, resamples) for name, tally in tallies.items()}
     return Substitution(
         special=special,
-        n_contexts=len(zero.ce),
-        n_tokens=int(zero.n_tokens.sum()),
-        ce_base=interval(resamples.mean(zero.ce_base, zero.n_tokens)),
+        n_contexts=len(mean.ce),
+        n_tokens=int(mean.n_tokens.sum()),
+        ce_base=interval(resamples.mean(mean.ce_base, mean.n_tokens)),
         zero=effects.pop("zero"),
         mean=effects.pop("mean"),
         dictionaries=effects,

@@ -58,6 +58,8 @@ def test_without_zero_all_else_is_the_same(model, hook_point, held_out, dictiona
     less = measure_substitution(dictionaries, model, hook_point, held_out, CONFIG, zero=False)
     for special, effects in less.items():
         assert effects.mean.kl == whole[special].mean.kl
+        assert effects.ce_base == whole[special].ce_base
+        assert effects.n_tokens == whole[special].n_tokens
         assert math.isnan(effects.zero.ce.value)
         for name, effect in effects.dictionaries.items():
             assert math.isnan(effect.ce_recovered_zero.value)

@@ -8,7 +8,9 @@ def test_the_benchmark_trains_scores_and_prints_one_table(easy, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", request.split())
     monkeypatch.setitem(ground_truth.TIERS, "easy", easy)
     ground_truth.main()
-    head, *lines = capsys.readouterr().out.splitlines()
+    world, trained, head, *lines = capsys.readouterr().out.splitlines()
+    assert world.startswith("✓ seed 0: world")
+    assert trained.startswith("✓ seed 0: train")
     names = ["default", "topk", "true decoder", *ground_truth.BASELINES]
     starts = [start for name in names for start in (name, f"{name}, chance")]
     assert head.split()[:4] == ["dictionary", "seeds", "MCC", "MMCS"]
