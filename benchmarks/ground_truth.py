@@ -13,6 +13,8 @@ than the published 200 million rows, and worlds made here rather than downloaded
 SynthSAEBench results. The published length, for a GPU; after a kill the same command goes on:
 
     python -m benchmarks.ground_truth --tier full --seeds 1 --arms default --checkpoints DIR
+
+A hundredth of it on a CPU: beside this --rows 2000000 --score-rows 20000.
 """
 
 import argparse
@@ -72,25 +74,19 @@ def main() -> None:
     """Train and score on every seed, print one table."""
     arguments = _arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = TIERS[arguments.tier]
+    config = replace(TIERS[arguments.tier], n_rows=arguments.score_rows)
     reports: dict[str, list[GroundTruthReport]] = {}
     ceilings: list[Ceilings] = []
     for seed in range(arguments.seeds):
         with console.step(f"seed {seed}: world"):
             world = make_world(config, seed, device=device)
         size = _size(world, arguments)
-        entries = _entries(world, size, arguments)
-        for name, dictionary in _trained(world, entries, arguments).items():
-            reports.setdefault(name, []).append(evaluate(dictionary, config, seed))
-            others_of = _read_otherwise(world, dictionary) if arguments.read_outs else {}
-            for how, other in others_of.items():
-                reports.setdefault(f"{name}, {how}", []).append(evaluate(other, config, seed))
-        if arguments.peers:
-            for name, dictionary in _peers(world, size, arguments).items():
-                reports.setdefault(name, []).append(evaluate(dictionary, config, seed))
-        ceilings.append(
-            measure_ceilings(config, seed, k=size.k, n_features=size.d_sae, device=device)
-        )
+        for name, dictionary in _dictionaries(world, size, arguments):
+            with console.step(f"seed {seed}: score {name}") as report:
+                reports.setdefault(name, []).append(evaluate(dictionary, world, progress=report))
+        with console.step(f"seed {seed}: ceilings") as report:
+            of_most = {"k": size.k, "n_features": size.d_sae}
+            ceilings.append(measure_ceilings(world, **of_most, progress=report))
         print(f"seed {seed} done ({size})", file=sys.stderr)
     print(table_text([*table_rows(reports), *_lines(ceilings)]))
     if arguments.record:
@@ -104,6 +100,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tier", choices=TIERS, default="ci")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=None, help="a million; of full 200 million")
+    parser.add_argument("--score-rows", type=int, help="that score; the tier's if absent")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=None, help="of default and topk; else auto")
     parser.add_argument("--recipes", action="store_true", help="all recipes of configs/ as well")
@@ -119,6 +116,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint-seconds", type=float, default=600.0)
     arguments = parser.parse_args()
     arguments.rows = arguments.rows or ROWS_OF.get(arguments.tier, 1_000_000)
+    arguments.score_rows = arguments.score_rows or TIERS[arguments.tier].n_rows
     return arguments
 
 
@@ -162,6 +160,19 @@ def _entries(
     return {name: entry for name, entry in results.items() if name == "default" or name in wanted}
 
 
+def _dictionaries(
+    world: World, size: Size, arguments: argparse.Namespace
+) -> Iterator[tuple[str, SparseAutoencoder]]:
+    """All that is scored, by the names of the table."""
+    for name, dictionary in _trained(world, _entries(world, size, arguments), arguments).items():
+        yield name, dictionary
+        if arguments.read_outs:
+            for how, other in _read_otherwise(world, dictionary).items():
+                yield f"{name}, {how}", other
+    if arguments.peers:
+        yield from _peers(world, size, arguments).items()
+
+
 def _trained(
     world: World, entries: dict[str, DictionaryConfig], arguments: argparse.Namespace
 ) -> dict[str, SparseAutoencoder]:
@@ -183,7 +194,8 @@ def _checkpoints(
 ) -> Saved | None:
     if arguments.checkpoints is None:
         return None
-    identity = repr((world.config, world.seed, arguments.rows, arguments.batch, entries))
+    config = replace(world.config, n_rows=TIERS[arguments.tier].n_rows)  # these only score
+    identity = repr((config, world.seed, arguments.rows, arguments.batch, entries))
     root = arguments.checkpoints / f"seed-{world.seed}"
     return Saved(root, identity, arguments.checkpoint_seconds)
 

@@ -14,7 +14,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.ground_truth_recipes import new_step, recipe
 from benchmarks.rows import RESULTS, append, surroundings
+from sae.cli import console
 from sae.evaluate.ground_truth import (
     GroundTruthConfig,
     GroundTruthReport,
@@ -155,15 +156,17 @@ def _trained(
     cells: list[Cell], device: torch.device, arguments: argparse.Namespace
 ) -> dict[Cell, dict[str, float]]:
     """Train these cells on the rows of their one world, score them and, if so, record them."""
-    config, seed, n_steps = world_of(cells[0]), cells[0].seed, cells[0].steps
-    world = make_world(config, seed, device=device)
+    first, n_steps = cells[0], cells[0].steps
+    world = make_world(world_of(first), first.seed, device=device)
     steps = {cell: new_step(world, entry_of(cell), n_steps) for cell in cells}
-    began, l0 = time.perf_counter(), _run(steps, world, n_steps)
+    began = time.perf_counter()
+    with console.step(f"{first.d} wide, {first.active} {first.law}, seed {first.seed}") as report:
+        l0 = _run(steps, world, n_steps, lambda done: report(done, n_steps, "steps"))
     seconds = time.perf_counter() - began
     found = {}
     for cell, step in steps.items():
-        report = evaluate(step.autoencoder, config, seed)
-        found[cell] = figures = {**_figures(report), "L0 in training": l0[cell]}
+        figures = {**_figures(evaluate(step.autoencoder, world)), "L0 in training": l0[cell]}
+        found[cell] = figures
         if arguments.record:
             together = {"seconds": seconds, "dictionaries": len(cells)}
             row = {"cell": vars(cell), "figures": figures, "together": together}
@@ -172,7 +175,9 @@ def _trained(
     return found
 
 
-def _run(steps: dict[Cell, TrainStep], world: World, n_steps: int) -> dict[Cell, float]:
+def _run(
+    steps: dict[Cell, TrainStep], world: World, n_steps: int, told: Callable[[int], None]
+) -> dict[Cell, float]:
     """Take all steps; return the mean L0 of the last ones."""
     sums = dict.fromkeys(steps, 0.0)
     last = min(SETTLED, n_steps)
@@ -181,6 +186,7 @@ def _run(steps: dict[Cell, TrainStep], world: World, n_steps: int) -> dict[Cell,
             metrics = step(made.x)
             if number >= n_steps - last:
                 sums[cell] += float(metrics.l0) / last
+        told(number + 1)
     return sums
 
 

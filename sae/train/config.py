@@ -93,7 +93,7 @@ class DictionaryConfig:
     preact: PreAct | None = None
     """Care for dead latents, of jumprelu alone."""
     auxk: AuxK | None = None
-    """Care for dead latents, not of gated."""
+    """Care for dead latents."""
     multi_topk: MultiTopK | None = None
     """A second reconstruction from more latents, of topk alone."""
     matryoshka: Matryoshka | None = None

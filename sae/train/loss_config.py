@@ -183,7 +183,7 @@ class AuxK(Term):
     products: Literal["step", "bf16"] = "step"
     """Format of its dense products: that of the whole step, or bf16, which suffices to revive."""
 
-    facts: ClassVar = LossFacts(trains=("sparse", "dense"))
+    facts: ClassVar = LossFacts()
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -303,7 +303,7 @@ class Control(Term):
 
     target: float
     """The L0 that is wanted."""
-    rate: float = 0.01
+    rate: float = 0.02
     """How fast the weight moves; faster where T falls by more than a factor of 16, in proportion to
     the logarithm, so that L0 lags no more behind."""
     first: float | None = None

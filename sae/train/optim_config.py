@@ -266,14 +266,18 @@ SHORT, FEW = 2000, 4 / 9
 latents, down to which it falls with their square root, and beyond with the fourth."""
 
 
-def automatic_rate(d_sae: int, d_in: int, n_rows: int, total_steps: int) -> float:
+def automatic_rate(
+    d_sae: int, d_in: int, n_rows: int, total_steps: int, *, starts_dense: bool = False
+) -> float:
     """The learning rate `auto`: 0.01 times three factors, each of them 1 at most.
 
     sqrt(rows of a step / latents), 10 / sqrt(d_in) and sqrt(2000 / steps). A step of Adam has the
     norm lr sqrt(d_in), a decoder row the norm 1: so wide rows get a lower rate, or the first steps
     throw latents to where no row reaches them. The noise of N steps adds up to lr sqrt(N): so long
-    runs get a lower rate. Short ones get no higher one, since it is the first steps that throw. The
-    fall with the width is Gao et al.'s (arXiv 2406.04093, A.3), and half as steep from 9 / 4
+    runs get a lower rate. Short ones get no higher one, since it is the first steps that throw.
+    Under a controller d_in latents fire at first, few of them out of reach of the rows: there the
+    smaller one of the first two factors is enough.
+    The fall with the width is Gao et al.'s (arXiv 2406.04093, A.3), and half as steep from 9 / 4
     latents a row on, as was measured (docs, ground_truth_notebook). The scale of the input is not
     in it: rows reach the step in the dictionary's units, where their mean square norm is d_in
     whatever the model's is, and Adam's steps do not depend on the scale of the loss.
@@ -283,10 +287,12 @@ def automatic_rate(d_sae: int, d_in: int, n_rows: int, total_steps: int) -> floa
         d_in: Width of the rows that are read.
         n_rows: Rows of a step, over all processes.
         total_steps: Length of the run.
+        starts_dense: Whether a controller lets the L0 fall from d_in.
     """
     ratio = n_rows / d_sae
     wide = min(1.0, ratio**0.5) if ratio >= FEW else FEW**0.5 * (ratio / FEW) ** 0.25
-    return 0.01 * wide * min(1.0, 10 / d_in**0.5) * min(1.0, (SHORT / total_steps) ** 0.5)
+    reached, short = min(1.0, 10 / d_in**0.5), min(1.0, (SHORT / total_steps) ** 0.5)
+    return 0.01 * (min(wide, reached) if starts_dense else wide * reached) * short
 
 
 def is_refined(settings: Refine, step: int, total_steps: int) -> bool:

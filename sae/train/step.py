@@ -4,7 +4,7 @@ BatchTopK's threshold, which follows what the batches say of it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -54,6 +54,7 @@ from sae.train.weights import (
     blank_gradients_,
     candidates_of,
     freeze,
+    groups_of,
     is_resampling_due,
     keep_near_,
     resample_,
@@ -169,18 +170,10 @@ class TrainStep:
             with torch.no_grad():
                 normalise_rows_(unit)
         learns = unit is not None and unit.requires_grad
-        self.optimizer = optimizer_of(self._groups(), config.optimizer, unit if learns else None)
+        groups = groups_of(self.learned, config, self.form)
+        self.optimizer = optimizer_of(groups, config.optimizer, unit if learns else None)
         self.optimizer.shadows = self.shadows
         self.ema = None if config.ema is None else EMA(self.learned, config.ema)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """The parameters with their rates: JumpReLU's thresholds have their own, or one by auto."""
-        lr, own = self.config.optimizer.lr, self.config.threshold_lr
-        moves = self.form.activation.facts.threshold == "per latent" and (own or lr == "auto")
-        thresholds = [self.autoencoder.get_parameter("threshold")] if moves else []
-        rest = [p for p in self.params if all(p is not t for t in thresholds)]
-        groups = [(rest, lr, (self.config.d_sae, self.form.d_in)), (thresholds, own or lr, (1, 1))]
-        return [{"params": p, "base_lr": rate, "of": of} for p, rate, of in groups if p]
 
     def __call__(
         self,
@@ -267,7 +260,8 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             base, (d_sae, d_in) = group["base_lr"], group["of"]
             if base == "auto":
-                base = automatic_rate(d_sae, d_in, n_rows, self.total_steps)
+                dense = self.config.control is not None
+                base = automatic_rate(d_sae, d_in, n_rows, self.total_steps, starts_dense=dense)
             group["attempt"] = self.n_steps
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(base * factor)

@@ -12,7 +12,7 @@ the blocks, its losses are joint, and top-k chooses among all latents.
 
 import random
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,6 +34,25 @@ def freeze(autoencoder: SparseAutoencoder, frozen: str) -> None:
     """Let the decoder's or the encoder's rows take no gradient, in place."""
     autoencoder.dec_rows.requires_grad_(frozen != "decoder")
     autoencoder.enc_rows.requires_grad_(frozen != "encoder")
+
+
+def groups_of(
+    learned: dict[str, torch.nn.Parameter], config: DictionaryConfig, form: SAEConfig
+) -> list[dict[str, Any]]:
+    """The parameters with their rates: single numbers have their own, or that of no width.
+
+    These are JumpReLU's thresholds, and biases that follow a falling L0: at the rate of wide rows
+    they lag behind it, and the penalty shortens what fires instead.
+    """
+    lr, own, singles = config.optimizer.lr, config.threshold_lr, ()
+    if lr == "auto" and config.control is not None:
+        singles = form.activation.facts.parameters
+    elif form.activation.facts.threshold == "per latent" and (own or lr == "auto"):
+        singles = ("threshold",)
+    numbers = [learned[name] for name in singles if name in learned]
+    rest = [p for name, p in learned.items() if name not in singles]
+    groups = [(rest, lr, (config.d_sae, form.d_in)), (numbers, own or lr, (1, 1))]
+    return [{"params": p, "base_lr": rate, "of": of} for p, rate, of in groups if p]
 
 
 def anchor_of(

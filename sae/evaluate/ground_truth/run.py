@@ -13,7 +13,6 @@ from scipy import stats
 
 from activations_cache.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
-from sae.evaluate.ground_truth.config import GroundTruthConfig
 from sae.evaluate.ground_truth.scores import (
     DirectionScores,
     FiringCounts,
@@ -24,7 +23,7 @@ from sae.evaluate.ground_truth.scores import (
     matched,
     nearest,
 )
-from sae.evaluate.ground_truth.world import World, generator_of, make_world, rows
+from sae.evaluate.ground_truth.world import World, generator_of, rows
 from sae.metrics import FVU, Agreement, L0Histogram
 
 ROWS_AT_ONCE = 1024
@@ -73,30 +72,27 @@ class _Chance(NamedTuple):
 @torch.no_grad()
 def evaluate(
     dictionary: SparseAutoencoder,
-    config: GroundTruthConfig,
-    seed: int,
+    world: World,
     *,
     progress: Progress = silent,
 ) -> GroundTruthReport:
-    """Score a dictionary that was trained on the world of (config, seed), on that world.
+    """Score a dictionary on the world that it was trained on.
 
     A random baseline, such as a dictionary with a frozen decoder, is a dictionary like any other.
 
     Args:
-        dictionary: In the units of the world's rows; the work is done on its device.
-        config: The world; it names the number of rows.
-        seed: The world.
+        dictionary: In the units of the world's rows, and on its device.
+        world: Its config names the number of rows.
         progress: Called with the unit "rows".
 
     Raises:
         ValueError: If the dictionary is not as wide as the rows.
     """
-    widths = (dictionary.config.d_in, dictionary.config.width_out)
+    config, widths = world.config, (dictionary.config.d_in, dictionary.config.width_out)
     if widths != (config.d_model, config.d_model):
         raise MonosemaError(
             f"dictionary must have d_in = d_out = d_model={config.d_model}, got {widths}"
         )
-    world = make_world(config, seed, device=dictionary.dec_rows.device)
     cosine = cosines(world.directions, dictionary.W_dec)
     pairs = matched(cosine)
     chance = _chance(world, dictionary.config.d_sae, pairs)
@@ -106,7 +102,7 @@ def evaluate(
         sums.update(dictionary, world, first, end)
         progress(end, config.n_rows, "rows")
     return GroundTruthReport(
-        seed=seed,
+        seed=world.seed,
         n_rows=config.n_rows,
         n_features=world.n_features,
         d_sae=dictionary.config.d_sae,

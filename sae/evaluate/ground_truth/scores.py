@@ -14,10 +14,9 @@ from jaxtyping import Bool, Float, Int64
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from monosema.checks import MonosemaError
+from monosema.checks import MonosemaError, Progress, silent
 from sae.autoencoder import SparseAutoencoder
-from sae.evaluate.ground_truth.config import GroundTruthConfig
-from sae.evaluate.ground_truth.world import DenseRows, Split, World, make_world, rows
+from sae.evaluate.ground_truth.world import DenseRows, Split, World, rows
 from sae.metrics import FVU
 
 
@@ -156,33 +155,53 @@ class _Probes(NamedTuple):
         return torch.addmm(self.bias, z, self.weights).sigmoid()
 
 
-@torch.no_grad()
-def probe_scores(world: World, n_features: int) -> FiringScores:
+class _Passed:
+    """Tells how many batches of all passes were made: four over all rows, beside the fit's."""
+
+    def __init__(self, world: World, progress: Progress = silent) -> None:
+        self.done, self.progress = 0, progress
+        self.total = 4 * _n_chunks(world) + _fit_steps(world)
+
+    def __call__(self) -> None:
+        self.done += 1
+        self.progress(self.done, self.total, "batches")
+
+
+def _n_chunks(world: World) -> int:
+    return -(-world.config.n_rows // BATCH)
+
+
+def _fit_steps(world: World) -> int:
+    return max(LEAST_STEPS, _n_chunks(world))
+
+
+def _probe_scores(world: World, n_features: int, passed: _Passed) -> FiringScores:
     """Scores of probes for the first n_features features, on rows that they were not fitted to.
 
     They are fitted to config.n_rows rows of the training stream; each then calls its feature firing
     from the probability that has the best F1 on these rows.
     """
-    probes = _fitted(world, n_features)
-    threshold = _best_thresholds(world, probes)
+    probes = _fitted(world, n_features, passed)
+    threshold = _best_thresholds(world, probes, passed)
     same = torch.arange(n_features, device=threshold.device)
     counts = FiringCounts(Pairs(same, same))
-    for x, acts in _chunks(world, "score"):
+    for x, acts in _chunks(world, "score", passed):
         counts.update(probes.read(x) >= threshold, acts[:, :n_features] > 0)
     return counts.compute()
 
 
-def _chunks(world: World, split: Split) -> Iterator[DenseRows]:
+def _chunks(world: World, split: Split, passed: _Passed) -> Iterator[DenseRows]:
     for first in range(0, world.config.n_rows, BATCH):
-        yield rows(world, first, min(first + BATCH, world.config.n_rows), split=split)
+        end = min(first + BATCH, world.config.n_rows)
+        yield rows(world, first, end, split=split)
+        passed()
 
 
-def _fitted(world: World, n_features: int) -> _Probes:
-    probes = _untrained(world, n_features)
+def _fitted(world: World, n_features: int, passed: _Passed) -> _Probes:
+    probes = _untrained(world, n_features, passed)
     params = [probes.weights, probes.bias]
     adam = torch.optim.Adam(params, lr=LR, betas=(0.9, 0.99))
-    n_chunks = -(-world.config.n_rows // BATCH)
-    steps = max(LEAST_STEPS, n_chunks)
+    n_chunks, steps = _n_chunks(world), _fit_steps(world)
     for step in range(steps):
         first = step % n_chunks * BATCH
         x, acts = rows(world, first, min(first + BATCH, world.config.n_rows))
@@ -191,12 +210,13 @@ def _fitted(world: World, n_features: int) -> _Probes:
         probes.bias.grad = error.sum(dim=0)
         adam.param_groups[0]["lr"] = LR * min(1.0, 2 * (1 - step / steps))
         adam.step()
+        passed()
     return probes
 
 
-def _untrained(world: World, n_features: int) -> _Probes:
+def _untrained(world: World, n_features: int, passed: _Passed) -> _Probes:
     """Whiten the rows, so that Adam has the same way to go in every direction."""
-    x = torch.cat([chunk.x for chunk in _chunks(world, "train")]).double()
+    x = torch.cat([chunk.x for chunk in _chunks(world, "train", passed)]).double()
     mean = x.mean(dim=0)
     values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
     whiten = vectors / (values.clamp_min(0) + 1e-6 * values[-1]).sqrt()
@@ -205,11 +225,11 @@ def _untrained(world: World, n_features: int) -> _Probes:
     return _Probes(mean.float(), whiten.float(), weights, bias)
 
 
-def _best_thresholds(world: World, probes: _Probes) -> Float[Tensor, " feature"]:
+def _best_thresholds(world: World, probes: _Probes, passed: _Passed) -> Float[Tensor, " feature"]:
     """Per feature, of BINS thresholds the one of the largest F1 on the training rows."""
     shape = (BINS, len(probes.bias))
     called, hits = torch.zeros(2, *shape, dtype=torch.int64, device=probes.bias.device)
-    for x, acts in _chunks(world, "train"):
+    for x, acts in _chunks(world, "train", passed):
         place = (probes.read(x) * BINS).long().clamp_max(BINS - 1)
         fires = (acts[:, : shape[1]] > 0).long()
         called.scatter_add_(0, place, torch.ones_like(place))
@@ -217,10 +237,6 @@ def _best_thresholds(world: World, probes: _Probes) -> Float[Tensor, " feature"]
     n_fired = hits.sum(dim=0)
     called, hits = (counts.flip(0).cumsum(dim=0).flip(0) for counts in (called, hits))
     return (hits / (called + n_fired).clamp_min(1)).argmax(dim=0) / BINS
-
-
-ROWS_AT_ONCE = 4096
-"""Rows that are made together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,25 +255,20 @@ class Ceilings:
 
 @torch.no_grad()
 def measure_ceilings(
-    config: GroundTruthConfig,
-    seed: int,
-    *,
-    k: int,
-    n_features: int | None = None,
-    device: torch.device | str = "cpu",
+    world: World, *, k: int, n_features: int | None = None, progress: Progress = silent
 ) -> Ceilings:
     """Ceilings of a world over config.n_rows rows (and as many to fit the probes).
 
     Args:
-        config: The world.
-        seed: The world.
+        world: Its config names the number of rows.
         k: Activations that the oracle may keep in a row.
         n_features: Features that are probed and kept, the most frequent ones; all when absent.
-        device: Where to compute.
+        progress: Called with the unit "batches", over all passes.
     """
-    world = make_world(config, seed, device=device)
     n = min(n_features or world.n_features, world.n_features)
-    return Ceilings(probe=probe_scores(world, n), oracle_fvu=oracle_fvu(world, k, n))
+    passed = _Passed(world, progress)
+    probe = _probe_scores(world, n, passed)
+    return Ceilings(probe=probe, oracle_fvu=_oracle_fvu(world, k, n, passed))
 
 
 @torch.no_grad()
@@ -282,11 +293,10 @@ def set_true_decoder(dictionary: SparseAutoencoder, world: World) -> None:
 
 
 @torch.no_grad()
-def oracle_fvu(world: World, k: int, n_features: int) -> float:
+def _oracle_fvu(world: World, k: int, n_features: int, passed: _Passed) -> float:
     """FVU of the k largest true activations among the first n_features, with true directions."""
     metric = FVU()
-    for first in range(0, world.config.n_rows, ROWS_AT_ONCE):
-        x, acts = rows(world, first, min(first + ROWS_AT_ONCE, world.config.n_rows), split="score")
+    for x, acts in _chunks(world, "score", passed):
         top = acts[:, :n_features].topk(min(k, n_features), dim=1)
         largest = torch.zeros_like(acts).scatter_(1, top.indices, top.values)
         metric.update(x, largest @ world.directions + world.bias)

@@ -160,6 +160,31 @@ def prefix_share(matryoshka: Matryoshka, n_steps: int, total_steps: int) -> floa
     return 1.0 if until is None else max(0.0, 1 - n_steps / (until * total_steps))
 
 
+def penalised_encoder(autoencoder: SparseAutoencoder, config: DictionaryConfig) -> EncoderWeights:
+    """The encoder beside a penalty; under a controller b_dec stands still in it.
+
+    The penalty would move b_dec to where all pre-activations are low. Latents that fall silent on
+    the way never fire again, since b_dec moves on.
+    """
+    weights = autoencoder.encoder()
+    if config.control is None or config.b_in != "b_dec":
+        return weights
+    return weights._replace(b_in=autoencoder.b_dec.detach())
+
+
+def encoder_of_dead(autoencoder: SparseAutoencoder) -> EncoderWeights:
+    """What reads rows for the dead latents: b_in stands still, and gates have no bias.
+
+    The bias of a gate that is shut has no gradient but from here, and the row need not pass it: it
+    aligns with what is missing, and grows until the gate opens.
+    """
+    weights = autoencoder.encoder()
+    b_in = None if weights.b_in is None else weights.b_in.detach()
+    is_gate = autoencoder.config.activation.facts.trains == "gated"
+    b_enc = torch.zeros_like(weights.b_enc) if is_gate else weights.b_enc
+    return weights._replace(b_in=b_in, b_enc=b_enc)
+
+
 def auxk(
     autoencoder: SparseAutoencoder,
     config: DictionaryConfig,
@@ -168,11 +193,10 @@ def auxk(
     y: Float[Tensor, "batch d_out"],
 ) -> float | Float[Tensor, ""]:
     """How badly the dead latents reconstruct what y leaves, times the coefficient; 0 without."""
-    settings, weights, dec_rows = config.auxk, autoencoder.encoder(), autoencoder.dec_rows
+    settings, dec_rows = config.auxk, autoencoder.dec_rows
     if settings is None or not may_be_dead(moment):
         return 0.0
-    k = settings.k or max(rows.u.shape[1] // 2, 1)
-    b_in = None if weights.b_in is None else weights.b_in.detach()
+    k, weights = settings.k or max(rows.u.shape[1] // 2, 1), encoder_of_dead(autoencoder)
     if weights.norms is not None:
         dec_rows = dec_rows / weights.norms[:, None]
     with autocast(rows.u.device, moment.bf16 or settings.products == "bf16"):
@@ -183,7 +207,7 @@ def auxk(
             dec_rows,
             moment.dead,
             k,
-            b_in=b_in,
+            b_in=weights.b_in,
             most=moment.most_dead,
         )
     residual = (rows.v - y).detach()

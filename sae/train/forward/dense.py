@@ -70,7 +70,10 @@ def _fused(
     moment: Moment,
 ) -> Forward:
     """One op, in float32; on a GPU its products take bfloat16 where that is asked for."""
-    weights, activation = autoencoder.encoder(), autoencoder.config.activation
+    weights, activation = (
+        common.penalised_encoder(autoencoder, config),
+        autoencoder.config.activation,
+    )
     few_bits = moment.bf16 and rows.u.device.type != "cpu"
     with autocast(rows.u.device, False):
         step = dense_autoencode(
@@ -105,7 +108,10 @@ def _composed(
     moment: Moment,
 ) -> Forward:
     """All terms, in torch's own operations."""
-    weights, activation = autoencoder.encoder(), autoencoder.config.activation
+    weights, activation = (
+        common.penalised_encoder(autoencoder, config),
+        autoencoder.config.activation,
+    )
     u = rows.u
     pre = activations.pre_acts(u, weights).to(u.dtype)
     acts, n_active = acts_of(activation, pre, weights)
@@ -246,7 +252,7 @@ def gated_forward(
     assert config.l1 is not None
     u, v = rows
     b_gate, b_mag, r_mag = (autoencoder.get_parameter(n) for n in ("b_gate", "b_mag", "r_mag"))
-    weights = autoencoder.encoder()._replace(b_enc=torch.zeros_like(b_gate))
+    weights = common.penalised_encoder(autoencoder, config)._replace(b_enc=torch.zeros_like(b_gate))
     pi = activations.pre_acts(u, weights).to(u.dtype)
     gates = torch.relu(pi + b_gate)
     acts = torch.relu(pi * r_mag.exp() + b_mag) * (gates > 0)
@@ -259,6 +265,7 @@ def gated_forward(
     weight = config.l1.coefficient * ramp(moment.n_steps, moment.total_steps, config.l1.ramp)
     weighed = common.weighed(weight * moment.power.scale, penalty)
     loss = error + weighed + losses.squared_error(v, guess)
+    loss = loss + common.auxk(autoencoder, config, rows, moment, y)
     loss = loss + common.own_losses(autoencoder, rows, moment, y, acts)
     fires = acts.detach() > 0
     l0 = fires.sum(dim=1).float().mean()

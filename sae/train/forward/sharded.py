@@ -20,7 +20,14 @@ from sae.autoencoder import SparseAutoencoder
 from sae.losses import Loss
 from sae.train.config import DictionaryConfig
 from sae.train.forward import dense
-from sae.train.forward.common import Forward, Moment, Rows, autocast, batch_topk
+from sae.train.forward.common import (
+    Forward,
+    Moment,
+    Rows,
+    autocast,
+    batch_topk,
+    encoder_of_dead,
+)
 from sae.train.forward.sparse import Kept, k_now, scores_of
 from sae.train.optim_config import ramp
 from sae.train.ranks import Axis
@@ -171,6 +178,7 @@ def _gated(
     l1 = axis.total(losses.l1_decoder_norm(gates, autoencoder.decoder_norms()))
     weight = config.l1.coefficient * ramp(moment.n_steps, moment.total_steps, config.l1.ramp)
     loss = error + weight * l1 + losses.squared_error(rows.v, guess)
+    loss = loss + _auxk(autoencoder, config, rows, moment, y)
     fires = acts.detach() > 0
     l0 = axis.total(fires.sum(dim=1).float().mean())
     return Forward(loss, error, fires.sum(dim=0), l0, y.detach())
@@ -187,7 +195,7 @@ def _auxk(
 
     Where the host does not look how many are dead, the bound is the same in all processes.
     """
-    settings, axis, weights = config.auxk, moment.ranks.latents, autoencoder.encoder()
+    settings, axis, weights = config.auxk, moment.ranks.latents, encoder_of_dead(autoencoder)
     if settings is None:
         return 0.0
     dead, is_dead = few_of(moment.dead, moment.most_dead)
@@ -198,7 +206,7 @@ def _auxk(
     if n_dead == 0:
         return 0.0
     k = min(settings.k or max(rows.u.shape[1] // 2, 1), n_dead)
-    x = rows.u if weights.b_in is None else rows.u - weights.b_in.detach()
+    x = rows.u if weights.b_in is None else rows.u - weights.b_in
     dec_rows = autoencoder.dec_rows[dead]
     if weights.norms is not None:
         dec_rows = dec_rows / weights.norms[dead, None]

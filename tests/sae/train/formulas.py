@@ -35,6 +35,7 @@ def filled(config: DictionaryConfig) -> SparseAutoencoder:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
             if name == "threshold":
                 parameter.abs_()
+    made.is_still = config.control is not None  # b_dec within the encoder
     return made.double()
 
 
@@ -47,7 +48,8 @@ def sq(residual: torch.Tensor) -> torch.Tensor:
 
 
 def linear(d, u):
-    b_in = {"none": 0.0, "b_dec": d.b_dec, "own": getattr(d, "b_in", None)}[d.config.b_in]
+    b_dec = d.b_dec.detach() if d.is_still else d.b_dec
+    b_in = {"none": 0.0, "b_dec": b_dec, "own": getattr(d, "b_in", None)}[d.config.b_in]
     return (u - b_in) @ d.enc_rows.T
 
 

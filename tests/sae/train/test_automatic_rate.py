@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae.architecture import JumpReLU, TopK
+from sae.architecture import Gated, JumpReLU, ReLU, TopK
 from sae.autoencoder import SparseAutoencoder, initialise
 from sae.config import ConfigError, load
 from sae.run.config import RunConfig
-from sae.train.config import L0, Adam, DictionaryConfig
+from sae.train.config import L0, L1, Adam, Control, DictionaryConfig
 from sae.train.optim_config import automatic_rate
 from sae.train.step import TrainStep
 
@@ -30,6 +30,37 @@ def test_it_falls_with_the_root_of_the_rows_width_from_a_hundred_on():
     assert automatic_rate(100, 97, 400, STEPS) == 0.01
     assert automatic_rate(100, 400, 400, STEPS) == pytest.approx(0.005)
     assert automatic_rate(225, 400, 100, STEPS) == pytest.approx(0.005 / 1.5)
+
+
+@pytest.mark.parametrize(
+    ("d_sae", "d_in", "factor"), [(225, 97, 1 / 1.5), (225, 400, 1 / 2), (225, 121, 1 / 1.5)]
+)
+def test_where_the_l0_falls_from_many_the_smaller_factor_counts(d_sae, d_in, factor):
+    of = (d_sae, d_in, 100)
+    assert automatic_rate(*of, 8000, starts_dense=True) == pytest.approx(0.005 * factor)
+
+
+@pytest.mark.parametrize("kind", [ReLU(), Gated()])
+def test_biases_that_follow_a_falling_l0_are_single_numbers(kind):
+    adam = Adam(lr="auto", warmup=0.0)
+    config = DictionaryConfig(
+        d_sae=909, activation=kind, l1=L1(), unit_norm=False, control=Control(target=3.0),
+        optimizer=adam,
+    )  # fmt: skip
+    made = SparseAutoencoder(config.architecture(401))
+    initialise(made, torch.Generator().manual_seed(1))
+    step = TrainStep(made, config, STEPS)
+    step.set_rates(100)
+    rest, biases = step.optimizer.param_groups
+    names = {id(p): name for name, p in made.named_parameters()}
+    assert {names[id(p)] for p in biases["params"]} == {*kind.facts.parameters}
+    assert {names[id(p)] for p in rest["params"]} == {"enc_rows", "dec_rows", "b_dec"}
+    assert rest["lr"] == automatic_rate(909, 401, 100, STEPS, starts_dense=True)
+    assert biases["lr"] == 0.01
+    fixed = dataclasses.replace(config, optimizer=dataclasses.replace(adam, lr=3e-3))
+    step = TrainStep(made, fixed, STEPS)
+    step.set_rates(100)
+    assert [group["lr"] for group in step.optimizer.param_groups] == [3e-3]
 
 
 def test_it_falls_with_the_root_of_the_steps_from_two_thousand_on():

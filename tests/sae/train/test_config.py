@@ -30,12 +30,6 @@ from sae.train.optim_config import Resample
         (lambda: DictionaryConfig(d_sae=5, activation=TopK(k=2), l1=L1()), "l1 must be absent"),
         (lambda: DictionaryConfig(d_sae=5, activation=ReLU(), l1=L1()), "unit_norm must be false"),
         (
-            lambda: DictionaryConfig(
-                d_sae=5, activation=Gated(), l1=L1(), unit_norm=False, auxk=AuxK()
-            ),
-            "auxk must be absent for activation.kind 'gated'",
-        ),
-        (
             lambda: DictionaryConfig(d_sae=5, activation=JumpReLU()),
             "l0 must be given, or tanh, for activation.kind 'jumprelu', got None",
         ),

@@ -197,7 +197,9 @@ KINDS = {
         activation=ReLU(), l1=L1(coefficient=0.3), control=Control(target=4.0, rate=0.1),
         unit_norm=False, **D,
     ),
-    "gated": DictionaryConfig(activation=Gated(), l1=L1(coefficient=0.3), **D),
+    "gated": DictionaryConfig(
+        activation=Gated(), l1=L1(coefficient=0.3), auxk=AuxK(coefficient=0.5), **D
+    ),
     **{
         getattr(optimizer, "states", optimizer.kind): DictionaryConfig(
             activation=TopK(k=3), optimizer=optimizer, **D
@@ -314,7 +316,7 @@ RECORDED = {
         "l0": L0(coefficient=0.1, ramp=0.15, threshold_lr=3e-3),
     },
     "relu": {"activation": ReLU(), "l1": L1(coefficient=0.3), "unit_norm": False, "accumulate": 2},
-    "gated": {"activation": Gated(), "l1": L1(coefficient=0.3)},
+    "gated": {"activation": Gated(), "l1": L1(coefficient=0.3), "auxk": AuxK(coefficient=0.5)},
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from sae.train.forward.run import forward
 from sae.train.loss_config import (
     L0,
     AuxK,
+    Control,
     FixedPrefixes,
     KAnneal,
     MultiTopK,
@@ -123,6 +124,14 @@ def gated(d, u):
     return sq(u - decoded(d, a)) + 0.7 * 1.3 * penalty + sq(u - guess)
 
 
+def revived_gates(d, u):
+    """The dead ones read rows without the biases of their gates."""
+    pi = (u - d.b_in.detach()) @ d.enc_rows.T
+    of_dead = top(pi.masked_fill(~DEAD, -torch.inf), 2).nan_to_num(0.0)
+    missing = (u - d(u)).detach()
+    return gated(d, u) + 0.3 * sq(missing - of_dead @ d.dec_rows)
+
+
 CASES = {
     "multi_topk": Case(config(TopK(k=K), multi_topk=MultiTopK()), multi_topk),
     "matryoshka": Case(config(TopK(k=K), matryoshka=FixedPrefixes(ends=ENDS)), matryoshka),
@@ -161,6 +170,11 @@ CASES = {
         tanh,
     ),
     "gated": Case(config(Gated(), l1=L1_NOW), gated),
+    "controlled": Case(config(ReLU(), l1=L1_NOW, control=Control(target=3.0)), relu_by_norm),
+    "controlled_gates": Case(config(Gated(), l1=L1_NOW, control=Control(target=3.0)), gated),
+    "revived": Case(
+        config(Gated(), l1=L1_NOW, b_in="own", auxk=AuxK(coefficient=0.3, k=2)), revived_gates
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

@@ -35,7 +35,9 @@ KINDS = {
         l0=L0(coefficient=3.0, target=3.0, threshold_lr=3e-2),
         **COMMON,
     ),
-    "gated": DictionaryConfig(activation=Gated(), l1=L1(coefficient=0.3), **COMMON),
+    "gated": DictionaryConfig(
+        activation=Gated(), l1=L1(coefficient=0.3), auxk=AuxK(coefficient=0.5), **COMMON
+    ),
 }
 
 

@@ -8,10 +8,13 @@ def test_the_benchmark_trains_scores_and_prints_one_table(easy, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", request.split())
     monkeypatch.setitem(ground_truth.TIERS, "easy", easy)
     ground_truth.main()
-    world, trained, head, *lines = capsys.readouterr().out.splitlines()
-    assert world.startswith("✓ seed 0: world")
-    assert trained.startswith("✓ seed 0: train")
     names = ["default", "topk", "true decoder", *ground_truth.BASELINES]
+    done, (head, *lines) = [], capsys.readouterr().out.splitlines()
+    while head.startswith("✓"):
+        done.append(head.removeprefix("✓ seed 0: "))
+        head, *lines = lines
+    steps = ["world", "train", *(f"score {name}" for name in names), "ceilings"]
+    assert [line[: len(step)] for line, step in zip(done, steps, strict=True)] == steps
     starts = [start for name in names for start in (name, f"{name}, chance")]
     assert head.split()[:4] == ["dictionary", "seeds", "MCC", "MMCS"]
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=False)] == starts

@@ -17,7 +17,7 @@ def test_it_finds_as_much_of_a_small_world_as_it_did():
     step = new_step(world, entry, STEPS)
     for made in batches(world, BATCH, STEPS):
         step(made.x)
-    report = evaluate(step.autoencoder, WORLD, 0)
+    report = evaluate(step.autoencoder, world)
     # It was .964, .903, .809 and 0.
     assert report.directions.mmcs > 0.95
     assert report.directions.recovered > 0.85

@@ -13,7 +13,7 @@ from sae.evaluate.ground_truth.world import make_world
 
 @pytest.mark.parametrize("input_scale", [1.0, 2.5])
 def test_a_perfect_dictionary_scores_1(easy, perfect, input_scale):
-    report = evaluate(perfect(make_world(easy, 3), input_scale), easy, 3)
+    report = evaluate(perfect(make_world(easy, 3), input_scale), make_world(easy, 3))
     assert report.directions.mcc == pytest.approx(1, abs=1e-6)
     assert report.directions.mmcs == pytest.approx(1, abs=1e-6)
     assert (report.directions.recovered, report.directions.uniqueness) == (1.0, 1.0)
@@ -27,7 +27,7 @@ def test_a_perfect_dictionary_scores_1(easy, perfect, input_scale):
 
 
 def test_a_perfect_dictionary_of_another_seed_is_chance(easy, perfect):
-    report = evaluate(perfect(make_world(easy, 3)), easy, 4)
+    report = evaluate(perfect(make_world(easy, 3)), make_world(easy, 4))
     assert report.directions.recovered == 0
     assert report.directions.mcc == pytest.approx(report.chance_directions.mcc, abs=0.08)
     assert report.fvu > 0.5
@@ -41,7 +41,7 @@ def test_permuted_and_rescaled_latents_score_the_same(easy, perfect, dictionary_
     other = dictionary_of(
         (plain.enc_rows * scale)[order], (plain.dec_rows / scale)[order], world.bias
     )
-    result, expected = evaluate(other, easy, 3), evaluate(plain, easy, 3)
+    result, expected = evaluate(other, make_world(easy, 3)), evaluate(plain, make_world(easy, 3))
     assert result.directions.mcc == pytest.approx(expected.directions.mcc, abs=1e-6)
     assert result.directions.recovered == expected.directions.recovered
     assert result.firing.f1 == pytest.approx(expected.firing.f1, abs=2e-3)
@@ -56,7 +56,7 @@ def test_a_split_feature_lowers_f1_and_uniqueness_but_not_mcc(easy, perfect, dic
     split = dictionary_of(plain.enc_rows[twice], plain.dec_rows[twice], world.bias)
     split.b_enc[0] = -float(world.mean[0])  # fires in about half of the rows
     split.dec_rows[1] += 1e-3  # the strong one is the nearer
-    before, after = evaluate(plain, easy, 3), evaluate(split, easy, 3)
+    before, after = evaluate(plain, make_world(easy, 3)), evaluate(split, make_world(easy, 3))
     assert after.directions.mcc == pytest.approx(before.directions.mcc, abs=1e-4)
     assert after.directions.uniqueness == pytest.approx(13 / 14)
     # Recall 1/2 at precision 1 is an F1 of 2/3 for one of 13 features.
@@ -70,7 +70,7 @@ def test_a_random_dictionary_scores_its_floor():
     config = SAEConfig(d_in=37, d_sae=211, activation=TopK(k=3))
     dictionary = SparseAutoencoder(config)
     initialise(dictionary, torch.Generator().manual_seed(5))
-    report = evaluate(dictionary, ci, 0)
+    report = evaluate(dictionary, make_world(ci, 0))
     for name, near in (("mcc", 0.01), ("mmcs", 0.01), ("recovered", 0.01), ("uniqueness", 0.08)):
         floor = getattr(report.chance_directions, name)
         assert getattr(report.directions, name) == pytest.approx(floor, abs=near), name
@@ -81,19 +81,21 @@ def test_a_random_dictionary_scores_its_floor():
 
 def test_the_chance_floor_of_firing_is_that_of_independent_latents(easy, perfect):
     world = make_world(easy, 3)
-    report = evaluate(perfect(world), easy, 3)
+    report = evaluate(perfect(world), make_world(easy, 3))
     assert report.chance_firing.f1 < 0.25 < 0.9 < report.firing.f1
 
 
 def test_the_same_dictionary_gives_the_same_report(easy, perfect):
     dictionary = perfect(make_world(easy, 3))
-    first = evaluate(dictionary, easy, 3)
-    assert first == evaluate(dictionary, easy, 3)
+    first = evaluate(dictionary, make_world(easy, 3))
+    assert first == evaluate(dictionary, make_world(easy, 3))
 
 
 def test_progress_counts_rows(easy, perfect):
     seen = []
-    evaluate(perfect(make_world(easy, 3)), easy, 3, progress=lambda *args: seen.append(args))
+    evaluate(
+        perfect(make_world(easy, 3)), make_world(easy, 3), progress=lambda *args: seen.append(args)
+    )
     assert seen[0] == (1024, 3001, "rows")
     assert seen[-1] == (3001, 3001, "rows")
 
@@ -101,7 +103,7 @@ def test_progress_counts_rows(easy, perfect):
 def test_another_width_is_refused(easy, perfect):
     dictionary = perfect(make_world(easy, 3))
     with pytest.raises(ValueError, match=r"must have d_in = d_out = d_model=19, got \(17, 17\)"):
-        evaluate(dictionary, replace(easy, d_model=19), 3)
+        evaluate(dictionary, make_world(replace(easy, d_model=19), 3))
 
 
 def test_the_package_offers_its_names():
