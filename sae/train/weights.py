@@ -44,15 +44,17 @@ def groups_of(
     These are JumpReLU's thresholds, and biases that follow a falling L0: at the rate of wide rows
     they lag behind it, and the penalty shortens what fires instead.
     """
-    lr, own, singles = config.optimizer.lr, config.threshold_lr, ()
-    if lr == "auto" and config.control is not None:
-        singles = form.activation.facts.parameters
-    elif form.activation.facts.threshold == "per latent" and (own or lr == "auto"):
-        singles = ("threshold",)
-    numbers = [learned[name] for name in singles if name in learned]
-    rest = [p for name, p in learned.items() if name not in singles]
-    groups = [(rest, lr, (config.d_sae, form.d_in)), (numbers, own or lr, (1, 1))]
-    return [{"params": p, "base_lr": rate, "of": of} for p, rate, of in groups if p]
+    lr, own, facts = config.optimizer.lr, config.threshold_lr, form.activation.facts
+    singles = ("threshold",) if config.control is None else facts.parameters
+    groups: dict[tuple[float | str, tuple[int, int]], list[torch.nn.Parameter]] = {}
+    for name, parameter in learned.items():
+        rate, of = lr, (config.d_sae, form.d_in)
+        if name in singles and lr == "auto":
+            of = (1, 1)
+        if name == "threshold" and own is not None:
+            rate = own
+        groups.setdefault((rate, of), []).append(parameter)
+    return [{"params": p, "base_lr": rate, "of": of} for (rate, of), p in groups.items()]
 
 
 def anchor_of(
