@@ -14,7 +14,7 @@ SynthSAEBench results. The published length, for a GPU; after a kill the same co
 
     python -m benchmarks.ground_truth --tier full --seeds 1 --arms default --checkpoints DIR
 
-A hundredth of it on a CPU: beside this --rows 2000000 --score-rows 20000.
+A hundredth of it, for a CPU, by --rows 2000000 --score-rows 20000 beside these.
 """
 
 import argparse
@@ -85,8 +85,8 @@ def main() -> None:
             with console.step(f"seed {seed}: score {name}") as report:
                 reports.setdefault(name, []).append(evaluate(dictionary, world, progress=report))
         with console.step(f"seed {seed}: ceilings") as report:
-            of_most = {"k": size.k, "n_features": size.d_sae}
-            ceilings.append(measure_ceilings(world, **of_most, progress=report))
+            found = measure_ceilings(world, k=size.k, n_features=size.d_sae, progress=report)
+            ceilings.append(found)
         print(f"seed {seed} done ({size})", file=sys.stderr)
     print(table_text([*table_rows(reports), *_lines(ceilings)]))
     if arguments.record:

@@ -175,8 +175,8 @@ def penalised_encoder(autoencoder: SparseAutoencoder, config: DictionaryConfig) 
 def encoder_of_dead(autoencoder: SparseAutoencoder) -> EncoderWeights:
     """What reads rows for the dead latents: b_in stands still, and gates have no bias.
 
-    The bias of a gate that is shut has no gradient but from here, and the row need not pass it: it
-    aligns with what is missing, and grows until the gate opens.
+    A gate that is shut for all rows has no gradient. Without its bias many rows reach it: its
+    latent aligns with what is missing, and its h grows until the gate opens.
     """
     weights = autoencoder.encoder()
     b_in = None if weights.b_in is None else weights.b_in.detach()

@@ -70,10 +70,8 @@ def _fused(
     moment: Moment,
 ) -> Forward:
     """One op, in float32; on a GPU its products take bfloat16 where that is asked for."""
-    weights, activation = (
-        common.penalised_encoder(autoencoder, config),
-        autoencoder.config.activation,
-    )
+    weights = common.penalised_encoder(autoencoder, config)
+    activation = autoencoder.config.activation
     few_bits = moment.bf16 and rows.u.device.type != "cpu"
     with autocast(rows.u.device, False):
         step = dense_autoencode(
@@ -108,10 +106,8 @@ def _composed(
     moment: Moment,
 ) -> Forward:
     """All terms, in torch's own operations."""
-    weights, activation = (
-        common.penalised_encoder(autoencoder, config),
-        autoencoder.config.activation,
-    )
+    weights = common.penalised_encoder(autoencoder, config)
+    activation = autoencoder.config.activation
     u = rows.u
     pre = activations.pre_acts(u, weights).to(u.dtype)
     acts, n_active = acts_of(activation, pre, weights)
