@@ -54,7 +54,9 @@ def optimizer_of(
     settings: optim_config.Optimizer,
     unit_rows: torch.nn.Parameter | None,
 ) -> "LatentAdam | LatentMuon | ScheduleFreeAdam":
-    """The optimiser of these groups of parameters; `unit_rows` is one of them, or None."""
+    """The optimiser of these groups of parameters; `unit_rows` stay at norm 1 while they learn."""
+    if unit_rows is not None and not unit_rows.requires_grad:
+        unit_rows = None
     match settings:
         case optim_config.Adam():
             return LatentAdam(params, settings, unit_rows)

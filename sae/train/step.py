@@ -169,9 +169,8 @@ class TrainStep:
         if unit is not None:
             with torch.no_grad():
                 normalise_rows_(unit)
-        learns = unit is not None and unit.requires_grad
         groups = groups_of(self.learned, config, self.form)
-        self.optimizer = optimizer_of(groups, config.optimizer, unit if learns else None)
+        self.optimizer = optimizer_of(groups, config.optimizer, unit)
         self.optimizer.shadows = self.shadows
         self.ema = None if config.ema is None else EMA(self.learned, config.ema)
 

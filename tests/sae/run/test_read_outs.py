@@ -38,7 +38,7 @@ def of_truth(world, activation) -> SparseAutoencoder:
 def test_it_tells_more_of_what_is_there_without_the_truth(world, x, activation):
     made = of_truth(world, activation)
     made.read_out = fit_read_out(made, x)
-    plain, refined = (evaluate(one, TIERS["planted"], 0) for one in (made, made.reading("refined")))
+    plain, refined = (evaluate(one, world) for one in (made, made.reading("refined")))
     assert "valley" in made.read_out.made_from["rule"]
     assert refined.firing.f1 > plain.firing.f1 + 0.1
     assert refined.firing.precision > 0.95
@@ -97,7 +97,7 @@ def test_a_distilled_encoder_is_linear_and_keeps_part_of_the_gain(world, x):
     assert torch.equal(student.dec_rows, made.dec_rows)
     assert torch.equal(distilled(made, x, steps=20).enc_rows, student.enc_rows)
     f1 = {
-        name: evaluate(one, TIERS["planted"], 0).firing.f1
+        name: evaluate(one, world).firing.f1
         for name, one in (("linear", made), ("refined", made.reading("refined")), ("new", student))
     }
     assert f1["linear"] + 0.03 < f1["new"] < f1["refined"]
