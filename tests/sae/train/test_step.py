@@ -9,6 +9,7 @@ from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train import step as step_module
 from sae.train.config import L0, L1, Adam, AuxK, DictionaryConfig
 from sae.train.loss_config import FixedPrefixes, KAnneal, MultiTopK, PAnneal, RandomPrefixes
+from sae.train.optim_config import Muon, ScheduleFree
 from sae.train.step import TrainStep, follow_, threshold_rate
 
 D_IN, D_SAE, BATCH, STEPS = 13, 53, 101, 60
@@ -175,6 +176,17 @@ def test_a_frozen_decoder_never_moves_and_the_rest_learns(make):
         step(x)
     assert torch.equal(step.autoencoder.dec_rows, decoder)
     assert not torch.equal(step.autoencoder.enc_rows, encoder)
+
+
+@pytest.mark.parametrize("optimizer", [Adam(), Muon(), ScheduleFree()], ids=lambda o: o.kind)
+def test_no_optimiser_brings_frozen_rows_to_a_norm(optimizer):
+    step = step_of(topk(frozen="decoder", optimizer=optimizer))
+    with torch.no_grad():
+        step.autoencoder.dec_rows.mul_(1.25)
+    decoder = step.autoencoder.dec_rows.detach().clone()
+    for x in batches(3):
+        step(x)
+    assert torch.equal(step.autoencoder.dec_rows, decoder)
 
 
 def test_dead_latents_are_counted_by_rows_and_auxk_moves_their_encoders():
