@@ -11,6 +11,7 @@ from sae.config import load
 from sae.evaluate.ground_truth import World, batches
 from sae.run.config import RunConfig
 from sae.train.config import DictionaryConfig
+from sae.train.initialise import refine_
 from sae.train.loss_config import FixedPrefixes, NestedK
 from sae.train.step import TrainStep
 
@@ -70,7 +71,7 @@ def others() -> Iterable[tuple[str, str]]:
 
 def new_step(world: World, entry: DictionaryConfig, n_steps: int) -> TrainStep:
     """Units and bias come from rows of the stream, as `sae train` takes them from a cache."""
-    (first, _), *_ = batches(world, 4096, 1)
+    (first, _), *_ = batches(world, max(4096, entry.d_sae), 1)
     mean = first.mean(dim=0)
     scale = float((world.config.d_model / (first - mean).square().sum(dim=1).mean()).sqrt())
     is_plain = entry.input_norm == "none"
@@ -81,6 +82,7 @@ def new_step(world: World, entry: DictionaryConfig, n_steps: int) -> TrainStep:
         mean=mean.cpu() if is_plain else None,
         decoder_norm=entry.decoder_norm,
     )
+    refine_(made, entry, lambda n: (first[:n].cpu(), first[:n].cpu()))
     return TrainStep(made.to(mean.device), entry, n_steps)
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -109,33 +109,39 @@ def _require_same(path: str, old: SAEConfig, form: SAEConfig) -> None:
 
 ITERATIONS = 100
 """Of Weiszfeld's algorithm, at most."""
+RIDGE = 0.1
+"""Of the mean square, added to each when rows are whitened."""
 
 
 @torch.no_grad()
 def refine_(
     autoencoder: SparseAutoencoder,
     entry: DictionaryConfig,
-    read: Callable[[], tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_out"]]],
+    read: Callable[[int], tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_out"]]],
 ) -> None:
     """Bring fresh weights, in place, to what `entry.init` says beyond a mean and random rows.
 
     Args:
         autoencoder: As `sae.autoencoder.initialise` left it.
         entry: What is trained.
-        read: Gives rows of the cache in the model's units: what is read, and what is predicted.
+        read: Gives so many rows, or as many as there are, in the model's units: what is read, and
+            what is predicted.
     """
     init = entry.init
-    if init.bias == "mean" and not init.norms and not isinstance(init, DataPoints):
+    looked_at = init.n_rows if init.bias == "median" or init.norms else 0
+    taken = entry.d_sae if isinstance(init, DataPoints) else 0
+    if not looked_at and not taken:
         return
-    x, target = read()
+    x, target = read(max(looked_at, taken))
     u = autoencoder.scaled(x)
     rows = Rows(u, autoencoder.scaled_out(target) if entry.outputs else u)
+    few = Rows(*(part[: init.n_rows] for part in rows))
     if init.bias == "median":
-        autoencoder.b_dec.copy_(geometric_median(rows.v))
+        autoencoder.b_dec.copy_(geometric_median(few.v))
     if isinstance(init, DataPoints):
-        _take_rows_(autoencoder, rows)
+        _take_rows_(autoencoder, rows, whiten=init.whiten)
     if init.norms:
-        _choose_norm_(autoencoder, entry, rows)
+        _choose_norm_(autoencoder, entry, few)
 
 
 def geometric_median(points: Float[Tensor, "row d_out"]) -> Float[Tensor, " d_out"]:
@@ -161,17 +167,36 @@ def geometric_median(points: Float[Tensor, "row d_out"]) -> Float[Tensor, " d_ou
     return guess.to(points.dtype)
 
 
-def _take_rows_(autoencoder: SparseAutoencoder, rows: Rows) -> None:
-    """Directions of rows less the bias for as many latents as there are rows, norms kept."""
-    n = min(len(rows.v), len(autoencoder.dec_rows))
+def _take_rows_(autoencoder: SparseAutoencoder, rows: Rows, *, whiten: bool) -> None:
+    """Directions of rows less the bias for as many latents as there are such, norms kept."""
     b_in = autoencoder.encoder().b_in
-    read = rows.u[:n] if b_in is None else rows.u[:n] - b_in
-    for weights, points in (
-        (autoencoder.dec_rows, rows.v[:n] - autoencoder.b_dec),
-        (autoencoder.enc_rows, read),
-    ):
-        norms = weights[:n].norm(dim=1, keepdim=True)
-        weights[:n] = normalize(points, dim=1) * norms
+    read, predicted = rows.u if b_in is None else rows.u - b_in, rows.v - autoencoder.b_dec
+    kept = _directions(read, predicted)[: len(autoencoder.dec_rows)]
+    for weights, points in ((autoencoder.dec_rows, predicted), (autoencoder.enc_rows, read)):
+        taken = _whitened(points[kept]) if whiten else points[kept]
+        norms = weights[: len(kept)].norm(dim=1, keepdim=True)
+        weights[: len(kept)] = normalize(taken, dim=1) * norms
+
+
+def _whitened(points: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+    """The points times the inverse root of their second moment, steadied by a tenth of its mean."""
+    exact = points.double()
+    squares, axes = torch.linalg.eigh(exact.T @ exact)
+    steadied = squares.clamp_min(0) + RIDGE * squares.mean()
+    return (exact @ (axes * steadied.rsqrt()) @ axes.T).to(points.dtype)
+
+
+def _directions(
+    read: Float[Tensor, "row d_in"], predicted: Float[Tensor, "row d_out"]
+) -> Int[Tensor, " kept"]:
+    """The rows that have a direction of their own: two latents with the same would stay the same."""
+    whole = torch.cat([normalize(read, dim=1), normalize(predicted, dim=1)], dim=1)
+    _, copy_of = torch.unique(whole, dim=0, return_inverse=True)
+    first = torch.full_like(copy_of, len(copy_of))
+    number = torch.arange(len(copy_of), device=copy_of.device)
+    is_first = first.scatter_reduce(0, copy_of, number, "amin")[copy_of] == number
+    has_one = (read.norm(dim=1) > 0) & (predicted.norm(dim=1) > 0)
+    return (is_first & has_one & whole.isfinite().all(dim=1)).nonzero()[:, 0]
 
 
 def _choose_norm_(autoencoder: SparseAutoencoder, entry: DictionaryConfig, rows: Rows) -> None:
@@ -209,7 +234,7 @@ def new_autoencoder(
         mean_in=_mean(inputs),
         decoder_norm=entry.decoder_norm,
     )
-    refine_(autoencoder, entry, lambda: _drawn(cache, where, entry.init.n_rows, generator))
+    refine_(autoencoder, entry, lambda n: _drawn(cache, where, n, generator))
     return autoencoder
 
 

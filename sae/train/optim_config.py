@@ -171,7 +171,7 @@ class _Initial:
     norms: tuple[float, ...] = ()
     """Norms of the first rows that are tried: that of least error takes decoder_norm's place."""
     n_rows: int = 4096
-    """Rows of the cache that are looked at, drawn by the seed; not needed for mean alone."""
+    """Rows of the cache that a median and norms are found on, drawn by the seed."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -195,12 +195,19 @@ class Tied(_Initial):
 class DataPoints(_Initial):
     """Decoder directions of rows of the cache less the bias, the encoder their transpose.
 
-    Where there are fewer rows than latents, the others are random. Rows that are predicted from
-    others give the decoder, those that are read the encoder.
+    One row for each latent, drawn by the seed. Where there are fewer that differ, the other
+    latents are random. Rows that are predicted from others give the decoder, those that are read
+    the encoder. A row of k features has a cosine of 1 / sqrt(k) with each of them, a random
+    direction one of 1 / sqrt(d_in): so wide rows are learned in far fewer steps.
     """
 
     kind: Literal["data_points"] = "data_points"
     """Tells the ways to begin apart."""
+    norms: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
+    """As above; latents that begin at rows overlap, so at the norm 1 they would overshoot."""
+    whiten: bool = True
+    """Give the rows the same variance in every direction first: rows of a model share a few
+    directions, and without this all latents would lie along those."""
 
 
 Init = Tied | DataPoints

@@ -92,12 +92,13 @@ def test_the_host_waits_for_nothing_in_a_step(config, monkeypatch):
     assert found.ops.total() < 600
 
 
-@pytest.mark.parametrize("activation", [TopK(k=3), BatchTopK(k=3)], ids=["topk", "batchtopk"])
+@pytest.mark.parametrize("activation", [TopK(k=1), BatchTopK(k=1)], ids=["topk", "batchtopk"])
 def test_the_host_waits_for_nothing_behind_a_gate(activation, monkeypatch):
     gpu_branches.branches_of_a_gpu(monkeypatch)
     monkeypatch.setattr(blocks, "gates", lambda *_: True)
     monkeypatch.setattr(blocks, "DIRECT_KEYS", 31)
-    step = step_of(DictionaryConfig(d_sae=1031, dead_after_tokens=1000, activation=activation))
+    monkeypatch.setattr(blocks, "MAX_GROUP", 8)
+    step = step_of(DictionaryConfig(d_sae=139, dead_after_tokens=1000, activation=activation))
     found = counted_step(step, lambda x: (x,), monkeypatch)
     assert dict(found.waits) == {}
     assert found.ops["triton _product_kernel"] == 2

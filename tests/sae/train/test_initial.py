@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from activations_cache.config import TRAINING_SPLITS
 from activations_cache.testing import synthetic_plan, write_synthetic
 from sae.architecture import ReLU, TopK
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import SparseAutoencoder, initialise
 from sae.train.config import L1, DictionaryConfig, TrainConfig
 from sae.train.fit import train
 from sae.train.hook_points import hook_points_of
@@ -55,15 +55,14 @@ def test_the_sum_of_distances_is_least_at_the_median():
 
 
 def test_directions_are_those_of_rows_less_the_bias_and_the_encoder_is_their_transpose(cache):
-    entry = dataclasses.replace(
-        ENTRY, inputs=("a.1:out",), init=DataPoints(bias="median", n_rows=19), decoder_norm=0.5
-    )
+    init = DataPoints(bias="median", n_rows=19, norms=(), whiten=False)
+    entry = dataclasses.replace(ENTRY, inputs=("a.1:out",), init=init, decoder_norm=0.5)
     found = made(cache, entry)
     x = cache["a.1:out"][cache.rows(TRAINING_SPLITS)]
     directions = normalize(found.scaled(x) - found.b_dec, dim=1)
-    cosines = normalize(found.dec_rows, dim=1) @ directions.T
-    assert float(cosines[:19].max(dim=1).values.min()) > 1 - 1e-5
-    assert float(cosines[19:].max(dim=1).values.max()) < 1 - 1e-5  # random: no rows were left
+    largest = (normalize(found.dec_rows, dim=1) @ directions.T).max(dim=1)
+    assert float(largest.values.min()) > 1 - 1e-5
+    assert len(largest.indices.unique()) == 23
     torch.testing.assert_close(found.enc_rows, found.dec_rows)
     torch.testing.assert_close(found.dec_rows.norm(dim=1), torch.full((23,), 0.5))
     again, other = made(cache, entry), made(cache, entry, seed=1)
@@ -71,9 +70,55 @@ def test_directions_are_those_of_rows_less_the_bias_and_the_encoder_is_their_tra
     assert not torch.equal(other.dec_rows, found.dec_rows)
 
 
+def test_each_direction_is_taken_once_and_other_latents_stay_random():
+    """Of 19 rows one is the bias, two are not finite, and four have another one's direction."""
+    entry = dataclasses.replace(ENTRY, init=DataPoints(norms=(), whiten=False))
+    sae = SparseAutoencoder(entry.architecture(7)).requires_grad_(False)
+    initialise(sae, torch.Generator().manual_seed(0), mean=torch.ones(7))
+    random = sae.dec_rows.clone()
+    rows = 1 + torch.randn(19, 7, generator=torch.Generator().manual_seed(1))
+    rows[3], rows[5, 1], rows[6] = 1.0, torch.nan, torch.inf
+    rows[8] = rows[9] = rows[11] = rows[0]
+    rows[18] = 1 + 2 * (rows[17] - 1)
+    refine_(sae, entry, lambda n: (rows[:n], rows[:n]))
+    kept = [row for row in range(18) if row not in {3, 5, 6, 8, 9, 11}]
+    torch.testing.assert_close(sae.dec_rows[:12], normalize(rows[kept] - 1, dim=1))
+    assert torch.equal(sae.dec_rows[12:], random[12:])
+
+
+def test_whitened_directions_undo_what_mixed_the_rows():
+    """Rows M z of independent z, M symmetric: the directions are those of z."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(30011, 7, generator=generator)
+    axes = torch.linalg.qr(torch.randn(7, 7, generator=generator)).Q
+    mixed = z @ (axes * torch.tensor([3.0, 2.0, 1.0, 1.0, 1.0, 1.0, 0.9])) @ axes.T
+    entry = dataclasses.replace(ENTRY, d_sae=30011, init=DataPoints(norms=()))
+    sae = SparseAutoencoder(entry.architecture(7)).requires_grad_(False)
+    initialise(sae, generator)
+    refine_(sae, entry, lambda n: (mixed[:n], mixed[:n]))
+    right = (sae.dec_rows * normalize(z, dim=1)).sum(dim=1)
+    assert float(right.mean()) > 0.99
+    assert float((normalize(mixed, dim=1) * normalize(z, dim=1)).sum(dim=1).mean()) < 0.95
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 19])
+def test_few_and_equal_rows_whiten_to_finite_directions(n):
+    entry = dataclasses.replace(ENTRY, init=DataPoints(norms=()))
+    sae = SparseAutoencoder(entry.architecture(7)).requires_grad_(False)
+    initialise(sae, torch.Generator().manual_seed(0))
+    rows = torch.randn(n, 7, generator=torch.Generator().manual_seed(1))
+    refine_(sae, entry, lambda _: (rows, rows))
+    assert bool(sae.dec_rows.isfinite().all())
+    torch.testing.assert_close(sae.dec_rows.norm(dim=1), torch.ones(23))
+
+
 def test_of_a_transcoder_the_decoder_has_the_predicted_rows(cache):
     entry = dataclasses.replace(
-        ENTRY, inputs=("a.1:out",), outputs=("b.1:out",), b_in="none", init=DataPoints(n_rows=23)
+        ENTRY,
+        inputs=("a.1:out",),
+        outputs=("b.1:out",),
+        b_in="none",
+        init=DataPoints(norms=(), whiten=False),
     )
     found = made(cache, entry)
     rows = cache.rows(TRAINING_SPLITS)
@@ -105,7 +150,7 @@ def test_the_norm_of_least_error_is_found(scale):
         sae.enc_rows.copy_(rows)
         sae.dec_rows.copy_(rows)
     x = torch.randn(101, 7, generator=torch.Generator().manual_seed(0))
-    refine_(sae, entry, lambda: (x, x))
+    refine_(sae, entry, lambda n: (x[:n], x[:n]))
     torch.testing.assert_close(sae.dec_rows.norm(dim=1), torch.ones(14))
     torch.testing.assert_close(sae(x), x)
 
