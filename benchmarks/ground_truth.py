@@ -52,6 +52,7 @@ from sae.evaluate.ground_truth.world import rows as rows_of
 from sae.run.read_outs import ROWS, distilled, fit_read_out
 from sae.run.refining import ROWS_TO_DISTIL
 from sae.train.config import Adam, AuxK, DictionaryConfig
+from sae.train.optim_config import Tied
 from sae.train.step import TrainStep
 
 AT_ONCE = 2048
@@ -148,9 +149,10 @@ def _entries(
     )
     if arguments.peers:
         return {"default": ours}
-    known = replace(ours, frozen="decoder", refine=None)  # refining serves a decoder that learns
+    random = replace(ours, init=Tied())
+    known = replace(random, frozen="decoder", refine=None)  # refining serves a decoder that learns
     results = {"default": ours, "topk": plain, "true decoder": known}
-    results |= {name: replace(ours, frozen=kind) for name, kind in BASELINES.items()}
+    results |= {name: replace(random, frozen=kind) for name, kind in BASELINES.items()}
     results["frozen decoder"] = known
     if arguments.recipes:
         for file, name in others():

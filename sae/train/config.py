@@ -175,9 +175,10 @@ class DictionaryConfig:
                 require(value is None, name, "be absent beside end_to_end", value)
         rule = f"be absent beside frozen {self.frozen!r}, which it would move"
         require(self.resample is None or self.frozen == "none", "resample", rule, self.resample)
-        rule = "be 'mean' beside input_norm"
+        is_random = self.frozen == "none" or self.init.kind == "tied"
+        require(is_random, "init.kind", "be 'tied' beside frozen: it stays random", self.init.kind)
         plain = self.input_norm == "none" or self.init.bias == "mean"
-        require(plain, "init.bias", rule, self.init.bias)
+        require(plain, "init.bias", "be 'mean' beside input_norm", self.init.bias)
         if self.init_from is not None:
             require(self.init == _TIED, "init", "be absent beside init_from", self.init)
             require(bool(self.init_from), "init_from", "name a dictionary", self.init_from)

@@ -189,7 +189,7 @@ def _whitened(points: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
 def _directions(
     read: Float[Tensor, "row d_in"], predicted: Float[Tensor, "row d_out"]
 ) -> Int[Tensor, " kept"]:
-    """The rows that have a direction of their own: two latents with the same would stay the same."""
+    """The rows with a direction of their own: two latents with the same one would stay the same."""
     whole = torch.cat([normalize(read, dim=1), normalize(predicted, dim=1)], dim=1)
     _, copy_of = torch.unique(whole, dim=0, return_inverse=True)
     first = torch.full_like(copy_of, len(copy_of))

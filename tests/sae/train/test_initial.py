@@ -180,6 +180,10 @@ def test_a_recipe_names_it_and_trains_to_the_same_bits_again(cache, tmp_path):
             "init.bias must be 'mean' beside input_norm, got 'median'",
         ),
         (
+            lambda: {"init": DataPoints(), "frozen": "decoder"},
+            "init.kind must be 'tied' beside frozen: it stays random, got 'data_points'",
+        ),
+        (
             lambda: {"init": DataPoints(), "init_from": "x"},
             "init must be absent beside init_from, got DataPoints(",
         ),

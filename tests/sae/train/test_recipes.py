@@ -11,6 +11,7 @@ from sae.autoencoder import SparseAutoencoder, initialise
 from sae.config import load
 from sae.run.config import RunConfig
 from sae.train.config import DictionaryConfig
+from sae.train.optim_config import Tied
 from sae.train.step import TrainStep
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -150,7 +151,7 @@ def test_a_recipe_learns_as_much_with_products_in_bf16(config, planted):
 @pytest.mark.parametrize("config", LEARNED.values(), ids=LEARNED)
 def test_a_recipe_keeps_a_frozen_decoder_and_skips_rows_that_are_not_finite(config, planted):
     rows = [given(config, x) for x in planted(4)]
-    step = step_of(dataclasses.replace(config, frozen="decoder"))
+    step = step_of(dataclasses.replace(config, frozen="decoder", init=Tied()))
     decoder = step.autoencoder.dec_rows.detach().clone()
     encoder = step.autoencoder.enc_rows.detach().clone()
     for x in rows[:3]:
