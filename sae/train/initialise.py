@@ -180,10 +180,12 @@ def _take_rows_(autoencoder: SparseAutoencoder, rows: Rows, *, whiten: bool) -> 
 
 def _whitened(points: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
     """The points times the inverse root of their second moment, steadied by a tenth of its mean."""
-    exact = points.double()
-    squares, axes = torch.linalg.eigh(exact.T @ exact)
+    moment = points.new_zeros(points.shape[1], points.shape[1], dtype=torch.float64)
+    for part in points.split(4096):  # all at once in float64 would be twice the rows
+        moment += part.double().T @ part.double()
+    squares, axes = torch.linalg.eigh(moment)
     steadied = squares.clamp_min(0) + RIDGE * squares.mean()
-    return (exact @ (axes * steadied.rsqrt()) @ axes.T).to(points.dtype)
+    return points @ ((axes * steadied.rsqrt()) @ axes.T).to(points.dtype)
 
 
 def _directions(
