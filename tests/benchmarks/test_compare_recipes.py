@@ -75,7 +75,8 @@ def test_entries_are_the_recipes_of_the_files_of_their_names(repository, file):
 
 def stripped(entry) -> object:
     """All but sizes, the seed, and what sets the L0."""
-    prefixes = entry.matryoshka and [entry.d_sae // end for end in entry.matryoshka.ends]
+    known = entry.matryoshka
+    prefixes = known and (known.until, [entry.d_sae // end for end in known.ends])
     l1 = entry.l1 and dataclasses.replace(entry.l1, coefficient=1.0)
     l0 = entry.l0 and dataclasses.replace(entry.l0, coefficient=1.0, target=None)
     changed = dataclasses.replace(entry, seed=None, d_sae=4608, matryoshka=None, l1=l1, l0=l0)
