@@ -172,10 +172,15 @@ def _take_rows_(autoencoder: SparseAutoencoder, rows: Rows, *, whiten: bool) -> 
     b_in = autoencoder.encoder().b_in
     read, predicted = rows.u if b_in is None else rows.u - b_in, rows.v - autoencoder.b_dec
     kept = _directions(read, predicted)[: len(autoencoder.dec_rows)]
-    for weights, points in ((autoencoder.dec_rows, predicted), (autoencoder.enc_rows, read)):
-        taken = _whitened(points[kept]) if whiten else points[kept]
+
+    def along(points: Float[Tensor, "row d"]) -> Float[Tensor, "kept d"]:
+        return normalize(_whitened(points[kept]) if whiten else points[kept], dim=1)
+
+    encoder = along(read)  # at 4,096 dimensions a core whitens for 40 s: once where that is enough
+    decoder = encoder if torch.equal(read, predicted) else along(predicted)
+    for weights, directions in ((autoencoder.enc_rows, encoder), (autoencoder.dec_rows, decoder)):
         norms = weights[: len(kept)].norm(dim=1, keepdim=True)
-        weights[: len(kept)] = normalize(taken, dim=1) * norms
+        weights[: len(kept)] = directions * norms
 
 
 def _whitened(points: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:

@@ -131,6 +131,21 @@ def test_of_a_transcoder_the_decoder_has_the_predicted_rows(cache):
     assert all(float(place.values.min()) > 1 - 1e-5 for place in places)
 
 
+def test_of_a_transcoder_each_side_is_whitened_by_its_own_rows():
+    entry = dataclasses.replace(ENTRY, b_in="own", init=DataPoints(norms=()))
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(23, 7, generator=generator).exp(), torch.randn(23, 5, generator=generator)
+    places = {"inputs": ("a.1:out",), "outputs": ("b.1:out",)}
+    both = SparseAutoencoder(entry.architecture(7, d_out=5, output_scale=1.0))
+    initialise(both, generator)
+    refine_(both, dataclasses.replace(entry, **places), lambda _: (x, y))
+    for weights, rows in ((both.enc_rows, x), (both.dec_rows, y)):
+        alone = SparseAutoencoder(entry.architecture(rows.shape[1]))
+        initialise(alone, generator)
+        refine_(alone, entry, lambda _, rows=rows: (rows, rows))
+        torch.testing.assert_close(normalize(weights, dim=1), alone.dec_rows)
+
+
 @pytest.mark.parametrize("scale", [0.25, 0.5, 2.0])
 def test_the_norm_of_least_error_is_found(scale):
     """ReLU with 2 d latents +-e_i: at norm n of both it gives n^2 u, and u at n = 1."""
