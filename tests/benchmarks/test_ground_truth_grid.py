@@ -1,10 +1,15 @@
 import json
 import sys
+from dataclasses import replace
 
 import pytest
+from torch.nn.functional import normalize
 
 from benchmarks import ground_truth_grid, rows
 from benchmarks.ground_truth_grid import LAWS, RECIPES, Cell, entry_of, recorded, world_of
+from benchmarks.ground_truth_recipes import new_step
+from sae.evaluate.ground_truth import make_world
+from sae.train.optim_config import Tied
 
 SMALL = "ground_truth_grid --d 13 --active 2 --steps 3 --seeds 1 --laws zipf"
 
@@ -65,3 +70,16 @@ def test_every_recipe_aims_at_the_l0_of_its_world(name):
     ]
     assert [aim for aim in aims if aim is not None] == [5]
     assert (entry.d_sae, entry.optimizer.lr) == (384, "auto")
+
+
+def test_a_dictionary_begins_at_rows_of_its_world_as_its_entry_says():
+    """With k features in a row, a first direction is far nearer to one than a random one is."""
+    cell = Cell(d=64, active=2, steps=3, law="uniform", seed=0, recipe="topk")
+    world = make_world(world_of(cell), 0)
+    entry = entry_of(cell)
+    nearest = []
+    for first in (entry, replace(entry, init=Tied())):
+        step = new_step(world, first, 3)
+        directions = normalize(step.autoencoder.dec_rows.detach(), dim=1)
+        nearest.append(float((directions @ world.directions.T).max(dim=1).values.mean()))
+    assert nearest[0] > 0.6 > 0.45 > nearest[1]

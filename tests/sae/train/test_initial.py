@@ -86,6 +86,15 @@ def test_each_direction_is_taken_once_and_other_latents_stay_random():
     assert torch.equal(sae.dec_rows[12:], random[12:])
 
 
+def test_a_median_is_that_of_the_rows_to_be_looked_at():
+    entry = dataclasses.replace(ENTRY, init=DataPoints(bias="median", n_rows=5))
+    sae = SparseAutoencoder(entry.architecture(7)).requires_grad_(False)
+    initialise(sae, torch.Generator().manual_seed(0))
+    rows = torch.randn(23, 7, generator=torch.Generator().manual_seed(1))
+    refine_(sae, entry, lambda n: (rows[:n], rows[:n]))
+    torch.testing.assert_close(sae.b_dec, geometric_median(rows[:5]))
+
+
 def test_whitened_directions_undo_what_mixed_the_rows():
     """Rows M z of independent z, M symmetric: the directions are those of z."""
     generator = torch.Generator().manual_seed(0)
