@@ -26,6 +26,8 @@ class Facts(NamedTuple):
     """Where the k largest are chosen: nowhere, in each row, in the batch, or one in each group."""
     parameters: tuple[str, ...] = ("b_enc",)
     """The parameters, or the buffer, that have one value per latent."""
+    opens: tuple[str, int] | None = None
+    """The one that keeps a latent shut where nothing chooses, and in which sense it opens."""
     one_op: tuple[str, ...] = ()
     """The precisions in which one kernel does the whole step of a dense dictionary."""
     pieces: float = 1.0
@@ -83,6 +85,7 @@ class ReLU(Kind):
         "dense",
         6.5,
         "relu({h})",
+        opens=("b_enc", 1),
         one_op=("fp32",),
     )
 
@@ -164,6 +167,7 @@ class JumpReLU(Kind):
         "{h} where above the latent's threshold, else 0",
         "per latent",
         parameters=("b_enc", "threshold"),
+        opens=("threshold", -1),
         one_op=("fp32", "bf16"),
         pieces=4.0,
     )
@@ -198,6 +202,7 @@ class Gated(Kind):
         8.5,
         "relu(h * exp(r_mag) + b_mag) where h + b_gate > 0, else 0",
         parameters=("b_gate", "b_mag", "r_mag"),
+        opens=("b_gate", 1),
     )
 
 

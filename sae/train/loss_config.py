@@ -174,7 +174,11 @@ class PreAct(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class AuxK(Term):
-    """Dead latents reconstruct the residual (Gao et al. 2024, arXiv 2406.04093, A.2)."""
+    """Dead latents reconstruct the residual (Gao et al. 2024, arXiv 2406.04093, A.2).
+
+    Where nothing chooses the k largest, what shuts them moves by its rate in each step: thresholds
+    fall, the biases of ReLU and gates rise.
+    """
 
     coefficient: float = 1 / 32
     """Weight of the dead latents' squared error."""

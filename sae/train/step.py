@@ -37,7 +37,7 @@ from sae.train.optim import (
     optimizer_of,
     with_means,
 )
-from sae.train.optim_config import automatic_rate, holds_decoder, rate_factor
+from sae.train.optim_config import automatic_rate, holds_decoder, rate_factor, travel_rate
 from sae.train.ranks import (
     ALONE,
     GlobalBatch,
@@ -57,6 +57,7 @@ from sae.train.weights import (
     groups_of,
     is_resampling_due,
     keep_near_,
+    open_,
     resample_,
 )
 
@@ -261,6 +262,7 @@ class TrainStep:
             if base == "auto":
                 dense = self.config.control is not None
                 base = automatic_rate(d_sae, d_in, n_rows, self.total_steps, starts_dense=dense)
+                base = max(base, travel_rate(group["fires"], self.total_steps))
             group["attempt"] = self.n_steps
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(base * factor)
@@ -282,6 +284,8 @@ class TrainStep:
         self.optimizer.step()
         if self.anchor is not None:
             keep_near_(self.autoencoder.dec_rows, self.anchor, taken)
+        if self.config.auxk is not None:
+            open_(self.autoencoder, self.optimizer, self._dead, self.ranks, taken)
         if self.autoencoder.config.activation.facts.threshold == "per latent":
             with torch.no_grad():  # below 0 it would let negative pre-activations through
                 self.autoencoder.get_parameter("threshold").clamp_(min=0)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.optim import Optimizer
 
 from sae.architecture import SAEConfig
 from sae.autoencoder import SparseAutoencoder
@@ -42,19 +43,53 @@ def groups_of(
     """The parameters with their rates: single numbers have their own, or that of no width.
 
     These are JumpReLU's thresholds, and biases that follow a falling L0: at the rate of wide rows
-    they lag behind it, and the penalty shortens what fires instead.
+    they lag behind it, and the penalty shortens what fires instead. `fires` is about what fires
+    where an L0 is aimed at: the thresholds have to come there (`travel_rate`).
     """
     lr, own, facts = config.optimizer.lr, config.threshold_lr, form.activation.facts
     singles = ("threshold",) if config.control is None else facts.parameters
-    groups: dict[tuple[float | str, tuple[int, int]], list[torch.nn.Parameter]] = {}
+    target = None if config.l0 is None else config.l0.target
+    groups: dict[tuple[float | str, tuple[int, int], float], list[torch.nn.Parameter]] = {}
     for name, parameter in learned.items():
-        rate, of = lr, (config.d_sae, form.d_in)
+        rate, of, fires = lr, (config.d_sae, form.d_in), 0.0
         if name in singles and lr == "auto":
             of = (1, 1)
+            fires = (form.d_in / target) ** 0.5 if target and name == "threshold" else 0.0
         if name == "threshold" and own is not None:
             rate = own
-        groups.setdefault((rate, of), []).append(parameter)
-    return [{"params": p, "base_lr": rate, "of": of} for (rate, of), p in groups.items()]
+        groups.setdefault((rate, of, fires), []).append(parameter)
+    return [
+        {"params": p, "base_lr": rate, "of": of, "fires": fires}
+        for (rate, of, fires), p in groups.items()
+    ]
+
+
+@torch.no_grad()
+def open_(
+    autoencoder: SparseAutoencoder,
+    optimizer: Optimizer,
+    dead: Bool[Tensor, " d_sae"],
+    ranks: Ranks,
+    taken: Bool[Tensor, ""] | None = None,
+) -> None:
+    """Move what keeps dead latents shut by its rate to where they open, if the step is taken.
+
+    AuxK brings a dead latent's h up as far as many dead ones together need it, which may be below
+    its threshold: from there that has no gradient. The rate is times the square of the share that
+    lives: where few do, the data hold no more, and each latent that opens is paid by those.
+    """
+    opens = autoencoder.config.activation.facts.opens
+    if opens is None:
+        return
+    name, sign = opens
+    numbers = autoencoder.get_parameter(name)
+    living = 1 - ranks.latents.mean(dead.float().mean())
+    moves = sign * living.square() * (dead if taken is None else dead & taken)
+    for group in optimizer.param_groups:
+        if any(parameter is numbers for parameter in group["params"]):
+            state = optimizer.state.get(numbers, {})
+            for part in (numbers, *(state[name] for name in ("z", "x") if name in state)):
+                part.add_(moves * group["lr"])
 
 
 def anchor_of(

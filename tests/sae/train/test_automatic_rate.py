@@ -100,17 +100,41 @@ def test_a_step_takes_it_from_the_width_of_its_rows():
     assert group["lr"] == rate == pytest.approx(0.1 / 401**0.5)
 
 
-@pytest.mark.parametrize(("own", "expected"), [(None, 0.01), (3e-3, 3e-3)])
-def test_thresholds_are_single_numbers_that_no_width_slows_down(own, expected):
+def aimed(n_steps: int, own: float | None = None, target: float | None = 3.0) -> TrainStep:
     config = DictionaryConfig(
         d_sae=909,
         activation=JumpReLU(),
-        l0=L0(target=3.0, threshold_lr=own),
-        optimizer=Adam(lr="auto"),
+        l0=L0(target=target, threshold_lr=own),
+        optimizer=Adam(lr="auto", warmup=0.0),
     )
     made = SparseAutoencoder(config.architecture(401))
     initialise(made, torch.Generator().manual_seed(1))
-    step = TrainStep(made, config, STEPS)
+    return TrainStep(made, config, n_steps)
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "target", "expected"),
+    [
+        (100_000, 3.0, 0.01 * 0.02**0.5),
+        (2500, 3.0, 0.0008 * (401 / 3) ** 0.5),
+        (1000, 3.0, 0.002 * (401 / 3) ** 0.5),
+        (200, 3.0, 0.01 * (401 / 3) ** 0.5),
+        (20, 3.0, 0.01 * (401 / 3) ** 0.5),
+        (20, 401.0, 0.01),
+        (20, None, 0.01),
+    ],
+)
+def test_in_a_short_run_thresholds_go_twice_as_far_as_what_fires(n_steps, target, expected):
+    step = aimed(n_steps, target=target)
+    step.set_rates(100)
+    _, thresholds = step.optimizer.param_groups
+    assert thresholds["lr"] == pytest.approx(expected)
+    assert thresholds["params"] == [step.autoencoder.get_parameter("threshold")]
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, 0.01 * (401 / 3) ** 0.5), (3e-3, 3e-3)])
+def test_thresholds_are_single_numbers_that_no_width_slows_down(own, expected):
+    step = aimed(STEPS, own)
     before = step.autoencoder.get_parameter("threshold").detach().clone()
     step(torch.randn(BATCH, 401, generator=torch.Generator().manual_seed(2)))
     rest, thresholds = step.optimizer.param_groups

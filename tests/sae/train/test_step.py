@@ -349,3 +349,39 @@ def test_thresholds_have_their_own_learning_rate():
             step(x)
         rates[own] = (step.autoencoder.threshold - 0.1).abs().max()
     assert rates[1e-1] > 100 * rates[1e-4] > 0
+
+
+SHUT = {
+    "jumprelu": ("threshold", 50.0, -1),
+    "relu": ("b_enc", -50.0, 1),
+    "gated": ("b_gate", -50.0, 1),
+}
+
+
+@pytest.mark.parametrize("optimizer", [Adam(lr=1e-2), Muon(), ScheduleFree()])
+@pytest.mark.parametrize("kind", SHUT)
+def test_dead_latents_open_by_the_rate_of_what_shuts_them(kind, optimizer):
+    name, shut, sense = SHUT[kind]
+    optimizer = dataclasses.replace(optimizer, warmup=0.0)
+    config = ALL[kind](auxk=AuxK(), dead_after_tokens=2 * BATCH, optimizer=optimizer)
+    step, spared = step_of(config), step_of(dataclasses.replace(config, auxk=None))
+    for one in (step, spared):
+        with torch.no_grad():  # beyond every h: no gradient moves it
+            one.autoencoder.get_parameter(name)[:9] = shut
+    seen = []
+    for x in (*batches(3), batches(1)[0] * float("inf"), *batches(2)):
+        living = float((step.silent_rows < 2 * BATCH).float().mean())
+        step(x)
+        spared(x)
+        numbers = step.autoencoder.get_parameter(name)
+        groups = step.optimizer.param_groups
+        group = next(g for g in groups if any(one is numbers for one in g["params"]))
+        assert bool((numbers[:9] == numbers[0]).all())
+        seen.append((numbers[0].item(), float(group["lr"]) * living**2))
+    (at_1, _), (at_2, _), (at_3, rate_3), (at_4, _), (at_5, rate_5), (at_6, rate_6) = seen
+    assert at_1 == at_2 == shut
+    assert at_3 == at_4 == pytest.approx(shut + sense * rate_3, abs=1e-5)
+    assert at_5 == pytest.approx(at_4 + sense * rate_5, abs=1e-5)
+    assert at_6 == pytest.approx(at_5 + sense * rate_6, abs=1e-5)
+    assert sense * (step.whole().get_parameter(name)[0].item() - shut) > 0
+    assert bool((spared.autoencoder.get_parameter(name)[:9] == shut).all())
