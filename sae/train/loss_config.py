@@ -176,8 +176,8 @@ class PreAct(Term):
 class AuxK(Term):
     """Dead latents reconstruct the residual (Gao et al. 2024, arXiv 2406.04093, A.2).
 
-    Where nothing chooses the k largest, what shuts them moves by its rate in each step: thresholds
-    fall, the biases of ReLU and gates rise.
+    Where nothing chooses the k largest, each step opens them too (`sae.train.weights.open_`):
+    thresholds fall, the biases of ReLU and gates rise.
     """
 
     coefficient: float = 1 / 32
