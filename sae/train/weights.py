@@ -88,7 +88,7 @@ def open_(
     for group in optimizer.param_groups:
         if any(parameter is numbers for parameter in group["params"]):
             state = optimizer.state.get(numbers, {})
-            for part in (numbers, *(state[name] for name in ("z", "x") if name in state)):
+            for part in (numbers, *(state[key] for key in ("z", "x") if key in state)):
                 part.add_(moves * group["lr"])
 
 
