@@ -269,7 +269,7 @@ def draw(axis: Axes, panel: ParetoPanel, target: float) -> None:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Marks of a logarithmic axis, the fewer the more powers of ten it spans."""
-    marks = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 3) if high < 1e3 * low else (1,)
+    marks = (1, 1.5, 2, 3, 5, 7) if high < 30 * low else (1, 2, 5) if high < 1e3 * low else (1,)
     ticks = [m * 10.0**e for e in range(-9, 10) for m in marks]
     return [tick for tick in ticks if low <= tick <= high]
 

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from activations_cache.checks import silent
 from sae.architecture import SAEConfig, TopK
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import ResultTable
 from sae.evaluate.reconstruction import Reconstruction
-from sae.evaluate.report import EvaluationReport
-from sae.run.page import write_page
+from sae.evaluate.report import EvaluationReport, ParetoPoint
+from sae.run.page import ParetoPanel, Series, draw, write_page
 from sae.run.studies import noise_table, shortest, stability_table
 from sae.run.tables import Section
 
@@ -40,6 +41,20 @@ def test_names_are_text_and_the_picture_is_inside(tmp_path):
     assert "<td>1 &amp; 2</td>" in page
     assert "<title>T&lt;i&gt;</title>" in page
     assert page.index("<table>") < page.index("base64,") < page.rindex("<table>")
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.12, 1.12), (0.45, 0.99), (0.33, 9.7), (0.11, 3.3), (0.002, 0.9), (4.0, 7e4)],
+)
+def test_figures_can_be_read_off_a_logarithmic_axis(low, high):
+    axis = Figure().subplots()
+    points = [ParetoPoint(l0=30.0, value=value, seed=0) for value in (low, high)]
+    draw(axis, ParetoPanel("FVU", [Series("a", points, points)], {}), 31.0)
+    within = [tick for tick in axis.get_yticks() if low / 1.2 <= tick <= 1.2 * high]
+    assert len(within) >= 3
+    assert min(within) <= 2.5 * low
+    assert axis.get_yscale() == ("log" if high > 4 * low else "linear")
 
 
 def test_noise_is_the_spread_over_seeds_and_sweeps_are_no_seeds():
