@@ -303,7 +303,7 @@ def automatic_rate(
 
 
 def travel_rate(fires: float, total_steps: int) -> float:
-    """The least rate of thresholds that aim at an L0: with it they reach what fires in any run.
+    """The least rate of what shuts latents, where an L0 is aimed at: it reaches what fires in any run.
 
     All steps together go twice as far as `fires`, a single one a hundredth of it at most. Rows of
     norm sqrt(d_in) that k latents make up have h of about sqrt(d_in / k) where these fire: 2.8 with

@@ -44,17 +44,19 @@ def groups_of(
 
     These are JumpReLU's thresholds, and biases that follow a falling L0: at the rate of wide rows
     they lag behind it, and the penalty shortens what fires instead. `fires` is about what fires
-    where an L0 is aimed at: the thresholds have to come there (`travel_rate`).
+    where an L0 is aimed at: what keeps latents shut has to come there (`travel_rate`).
     """
     lr, own, facts = config.optimizer.lr, config.threshold_lr, form.activation.facts
     singles = ("threshold",) if config.control is None else facts.parameters
-    target = None if config.l0 is None else config.l0.target
+    aims = config.control or config.l0
+    target = None if aims is None else aims.target
+    shuts = None if facts.opens is None else facts.opens[0]
     groups: dict[tuple[float | str, tuple[int, int], float], list[torch.nn.Parameter]] = {}
     for name, parameter in learned.items():
         rate, of, fires = lr, (config.d_sae, form.d_in), 0.0
         if name in singles and lr == "auto":
             of = (1, 1)
-            fires = (form.d_in / target) ** 0.5 if target and name == "threshold" else 0.0
+            fires = (form.d_in / target) ** 0.5 if target and name == shuts else 0.0
         if name == "threshold" and own is not None:
             rate = own
         groups.setdefault((rate, of, fires), []).append(parameter)
