@@ -303,11 +303,12 @@ def automatic_rate(
 
 
 def travel_rate(fires: float, total_steps: int) -> float:
-    """The least rate of what shuts latents, where an L0 is aimed at: it reaches what fires in any run.
+    """The least rate of what keeps latents shut, where an L0 is aimed at.
 
     All steps together go twice as far as `fires`, a single one a hundredth of it at most. Rows of
     norm sqrt(d_in) that k latents make up have h of about sqrt(d_in / k) where these fire: 2.8 with
-    8 in 64 dimensions, 23 in 4,096. There 1,000 steps of .01 leave 13 latents where 8 are wanted.
+    8 in 64 dimensions, 23 in 4,096. There 1,000 steps of .01 leave 13 latents where 8 are wanted,
+    and a controller silences by shortening all weights what biases do not shut in time.
     """
     return min(2 / total_steps, 0.01) * fires
 

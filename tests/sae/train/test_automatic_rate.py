@@ -40,8 +40,9 @@ def test_where_the_l0_falls_from_many_the_smaller_factor_counts(d_sae, d_in, fac
     assert automatic_rate(*of, 8000, starts_dense=True) == pytest.approx(0.005 * factor)
 
 
-@pytest.mark.parametrize("kind", [ReLU(), Gated()])
-def test_biases_that_follow_a_falling_l0_are_single_numbers(kind):
+@pytest.mark.parametrize("n_steps", [1000, STEPS])
+@pytest.mark.parametrize(("kind", "shuts"), [(ReLU(), "b_enc"), (Gated(), "b_gate")])
+def test_biases_that_follow_a_falling_l0_are_single_numbers(kind, shuts, n_steps):
     adam = Adam(lr="auto", warmup=0.0)
     config = DictionaryConfig(
         d_sae=909, activation=kind, l1=L1(), unit_norm=False, control=Control(target=3.0),
@@ -49,14 +50,16 @@ def test_biases_that_follow_a_falling_l0_are_single_numbers(kind):
     )  # fmt: skip
     made = SparseAutoencoder(config.architecture(401))
     initialise(made, torch.Generator().manual_seed(1))
-    step = TrainStep(made, config, STEPS)
+    step = TrainStep(made, config, n_steps)
     step.set_rates(100)
-    rest, biases = step.optimizer.param_groups
     names = {id(p): name for name, p in made.named_parameters()}
-    assert {names[id(p)] for p in biases["params"]} == {*kind.facts.parameters}
-    assert {names[id(p)] for p in rest["params"]} == {"enc_rows", "dec_rows", "b_dec"}
-    assert rest["lr"] == automatic_rate(909, 401, 100, STEPS, starts_dense=True)
-    assert biases["lr"] == 0.01
+    rates = {names[id(p)]: g["lr"] for g in step.optimizer.param_groups for p in g["params"]}
+    rest = automatic_rate(909, 401, 100, n_steps, starts_dense=True)
+    assert rates == {
+        **dict.fromkeys(("enc_rows", "dec_rows", "b_dec"), rest),
+        **dict.fromkeys(kind.facts.parameters, 0.01),
+        shuts: pytest.approx(min(2 / n_steps, 0.01) * (401 / 3) ** 0.5),
+    }
     fixed = dataclasses.replace(config, optimizer=dataclasses.replace(adam, lr=3e-3))
     step = TrainStep(made, fixed, STEPS)
     step.set_rates(100)
